@@ -1,0 +1,81 @@
+"""The child's side of a process: config in, one Ready or Failed line out, and an end when the parent is gone.
+
+    parent                                child
+      | -- config, one JSON line on stdin -->|   stdin then stays open: its end means the parent is gone
+      |<-- Ready or Failed, one JSON line ---|   on the real stdout, which stray prints can no longer reach
+      |<-- logs on stderr -------------------|
+
+Knows nothing of what the process does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from typing import BinaryIO, TypeVar
+
+import msgspec
+
+from engine.errors import EngineError
+
+C = TypeVar("C", bound=msgspec.Struct)
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The child serves. `facts` is what a person would like to read."""
+
+    facts: dict[str, str | int | float | bool | None | list[str]] = {}
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The child cannot serve; `message` is one line for people."""
+
+    message: str
+    kind: str = "server_error"
+
+
+class Child:
+    """This process as its parent sees it. Make one before anything else can print or import a heavy library."""
+
+    def __init__(self) -> None:
+        self._parent = os.getppid()
+        self._stdin: BinaryIO = sys.stdin.buffer
+        self._report: BinaryIO = os.fdopen(os.dup(1), "wb")
+        os.dup2(2, 1)  # from here on a stray print lands in the log
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the launcher, which ends us in order
+
+    def config(self, type_: type[C]) -> C:
+        """Reads the config line, then watches the lifeline: the end of stdin, or a new parent, ends this process."""
+        line = self._stdin.readline()
+        config = msgspec.json.decode(line, type=type_)
+        threading.Thread(target=self._watch_stdin, name="lifeline", daemon=True).start()
+        threading.Thread(target=self._watch_parent, name="parent", daemon=True).start()
+        return config
+
+    def ready(self, facts: dict[str, str | int | float | bool | None | list[str]] | None = None) -> None:
+        """Reports that this process serves."""
+        self._send(Ready(facts or {}))
+
+    def failed(self, error: BaseException) -> None:
+        """Reports why it cannot serve. Call it once, then exit non-zero."""
+        if isinstance(error, EngineError):
+            self._send(Failed(error.message, error.kind))
+        else:
+            self._send(Failed(f"{type(error).__name__}: {error}"))
+
+    def _send(self, report: Ready | Failed) -> None:
+        self._report.write(msgspec.json.encode(report) + b"\n")
+        self._report.flush()
+
+    def _watch_stdin(self) -> None:
+        while os.read(self._stdin.fileno(), 4096):
+            pass
+        os._exit(0)
+
+    def _watch_parent(self) -> None:
+        while os.getppid() == self._parent:
+            time.sleep(1.0)
+        os._exit(0)

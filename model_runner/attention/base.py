@@ -1,0 +1,55 @@
+"""The attention seam: one small base class and a lazy table of names.
+
+Legend: T tokens of the step, N query heads, K key/value heads, D head size, P pages, S page size. The cache of a
+layer is k and v of [P, S, K, D]; page 0 is scratch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from engine.errors import ConfigError
+from model_runner.layout import Layout
+
+BACKENDS = {
+    "torch": "model_runner.attention.torch_backend:TorchAttention",
+}
+
+
+class AttentionBackend(ABC):
+    """Causal attention of a step's chunks over their paged caches."""
+
+    @abstractmethod
+    def plan(self, layout: Layout, into: Any | None = None) -> Any:
+        """The step's metadata, from host arrays, shared by all layers."""
+
+    @abstractmethod
+    def attend(
+        self,
+        q_TND: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        k_cache_PSKD: torch.Tensor,
+        v_cache_PSKD: torch.Tensor,
+        meta: Any,
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """Stores k and v at the step's slots, then attends: [T, N, D].
+
+        A token at position p of its row sees the row's positions max(0, p - window + 1)..p (window None: 0..p).
+        """
+
+
+def create(name: str, device: torch.device) -> AttentionBackend:
+    """The backend called `name`. Raises ConfigError for a name that is not in the table."""
+    if name not in BACKENDS:
+        raise ConfigError(f"--attention-backend {name}: not one of {', '.join(sorted(BACKENDS))}")
+    module, _, attribute = BACKENDS[name].partition(":")
+    backend: AttentionBackend = getattr(importlib.import_module(module), attribute)(device)
+    return backend

@@ -1,0 +1,60 @@
+"""What one step looks like, on the host: its chunks in order, as arrays. No tensors of the device, no weights.
+
+Legend: C chunks of the step, T tokens of the step (sum of lengths).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The chunks of one step. Attention and LoRA backends plan their metadata from it.
+
+    rows_C     the row of each chunk (index into the page table)
+    starts_C   tokens of the row that are in the KV cache before the step
+    lengths_C  tokens of the chunk (>= 1)
+    lanes_C    the lane of each chunk (0 = base)
+    tables     KV page numbers by row, [rows, max_pages]; entries past a row's length are 0
+    page_size  tokens in a page
+    """
+
+    rows_C: Ints
+    starts_C: Ints
+    lengths_C: Ints
+    lanes_C: Ints
+    tables: Ints
+    page_size: int
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks."""
+        return len(self.rows_C)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens in all."""
+        return int(self.lengths_C.sum())
+
+    def offsets(self) -> Ints:
+        """[C + 1]: where each chunk's tokens begin in the flat batch; the last entry is T."""
+        return np.concatenate([[0], np.cumsum(self.lengths_C)]).astype(np.int32)
+
+    def positions(self) -> Ints:
+        """[T]: the position of each token in its row."""
+        offsets = self.offsets()
+        within = np.arange(offsets[-1], dtype=np.int32) - np.repeat(offsets[:-1], self.lengths_C)
+        return (within + np.repeat(self.starts_C, self.lengths_C)).astype(np.int32)
+
+    def slots(self) -> NDArray[np.int64]:
+        """[T]: where each token's K and V go: page number * page_size + offset in the page."""
+        positions = self.positions()
+        rows_T = np.repeat(self.rows_C, self.lengths_C)
+        pages_T = self.tables[rows_T, positions // self.page_size].astype(np.int64)
+        return pages_T * self.page_size + positions % self.page_size

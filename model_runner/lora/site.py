@@ -1,0 +1,57 @@
+"""A site: a linear (or embedding, or head) that LoRA touches, as data. Slices are data too: qkv has three, gate_up two.
+
+Knows nothing of adapters or steps. Legend: I in features, O out features (all slices side by side), of this rank's
+shard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One projection inside a site: its checkpoint module name ("q_proj") and the columns it owns."""
+
+    module: str
+    start: int
+    stop: int
+
+    @property
+    def width(self) -> int:
+        """How many output columns."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One linear of the model as LoRA sees it.
+
+    name      unique, e.g. "layers.3.qkv"
+    path      module path of the parent in a checkpoint, e.g. "model.layers.3.self_attn"; a slice's full checkpoint
+              name is f"{path}.{slice.module}"
+    layer     index of the decoder layer, -1 outside of them
+    group     whose rank pages go together: qkv, o, gate_up, down, embed, head
+    weight    the base weight [O, I] (row-parallel: I is the shard)
+    bias      the base bias [O] or None
+    """
+
+    name: str
+    path: str
+    layer: int
+    group: str
+    slices: tuple[Slice, ...]
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    @property
+    def in_features(self) -> int:
+        """I."""
+        return int(self.weight.shape[1])
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return int(self.weight.shape[0])
