@@ -1,0 +1,42 @@
+"""The engine as a library: what an embedding host needs, and what the three processes share.
+
+Importing it is light (no torch). The names below are the public face; everything else is a room of its own.
+"""
+
+from engine.client import Engine
+from engine.completion import Completion
+from engine.errors import (
+    AdapterError,
+    ConfigError,
+    EngineDead,
+    EngineError,
+    Forbidden,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Unauthorized,
+)
+from engine.lora_request import LoRARequest
+from engine.messages import AdapterCard, ChatMessage, Delta, SamplingParams, Usage
+
+__all__ = [
+    "AdapterCard",
+    "AdapterError",
+    "ChatMessage",
+    "Completion",
+    "ConfigError",
+    "Delta",
+    "Engine",
+    "EngineDead",
+    "EngineError",
+    "Forbidden",
+    "InternalError",
+    "InvalidRequest",
+    "LoRARequest",
+    "NotFound",
+    "Overloaded",
+    "SamplingParams",
+    "Unauthorized",
+    "Usage",
+]

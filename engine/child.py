@@ -15,19 +15,23 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import BinaryIO, TypeVar
 
 import msgspec
 
-from engine.errors import EngineError
+from engine.errors import ConfigError, EngineError
 
 C = TypeVar("C", bound=msgspec.Struct)
+
+
+Facts = dict[str, str | int | float | bool | list[str] | None]
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """The child serves. `facts` is what a person would like to read."""
 
-    facts: dict[str, str | int | float | bool | None | list[str]] = {}
+    facts: Facts = {}
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -40,7 +44,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 class Child:
     """This process as its parent sees it. Make one before anything else can print or import a heavy library."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_orphaned: Callable[[], None] = lambda: os._exit(0)) -> None:
+        self._on_orphaned = on_orphaned
         self._parent = os.getppid()
         self._stdin: BinaryIO = sys.stdin.buffer
         self._report: BinaryIO = os.fdopen(os.dup(1), "wb")
@@ -50,12 +55,15 @@ class Child:
     def config(self, type_: type[C]) -> C:
         """Reads the config line, then watches the lifeline: the end of stdin, or a new parent, ends this process."""
         line = self._stdin.readline()
-        config = msgspec.json.decode(line, type=type_)
+        try:
+            config = msgspec.json.decode(line, type=type_)
+        except msgspec.MsgspecError as error:
+            raise ConfigError(f"bad {type_.__name__}: {error}") from error
         threading.Thread(target=self._watch_stdin, name="lifeline", daemon=True).start()
         threading.Thread(target=self._watch_parent, name="parent", daemon=True).start()
         return config
 
-    def ready(self, facts: dict[str, str | int | float | bool | None | list[str]] | None = None) -> None:
+    def ready(self, facts: Facts | None = None) -> None:
         """Reports that this process serves."""
         self._send(Ready(facts or {}))
 
@@ -73,9 +81,9 @@ class Child:
     def _watch_stdin(self) -> None:
         while os.read(self._stdin.fileno(), 4096):
             pass
-        os._exit(0)
+        self._on_orphaned()
 
     def _watch_parent(self) -> None:
         while os.getppid() == self._parent:
             time.sleep(1.0)
-        os._exit(0)
+        self._on_orphaned()

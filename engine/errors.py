@@ -97,8 +97,7 @@ class InternalError(EngineError):
 
 
 _BY_KIND: dict[str, type[EngineError]] = {
-    cls.kind: cls
-    for cls in (ConfigError, InvalidRequest, Unauthorized, Forbidden, NotFound, EngineDead, InternalError)
+    cls.kind: cls for cls in (ConfigError, InvalidRequest, Unauthorized, Forbidden, NotFound, EngineDead, InternalError)
 }
 
 

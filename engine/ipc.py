@@ -62,7 +62,7 @@ class _Decoding(Generic[T]):
             return None
 
 
-def _bind(socket: zmq.Socket[bytes], address: str, max_frame: int) -> None:
+def _bind(socket: zmq.Socket[Any], address: str, max_frame: int) -> None:
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, max_frame)

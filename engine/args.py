@@ -1,0 +1,90 @@
+"""What a user asks for: Args, one field a flag, with the flag's default. Checked as soon as it exists.
+
+Knows nothing of argv (engine.cli), nor of what the values become (engine.config).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from engine.errors import ConfigError
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+DEMO = Path(__file__).parent / "demo"
+DEMO_NAME = "chorus-demo"
+
+
+class Args(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a user asked for: one field a flag, with the flag's default. Also what an embedding host sends.
+
+    `lora_paths` items are `path`, `name=path` or a JSON object; see `parse_adapter`. `port` None means no HTTP.
+    """
+
+    model_path: str | None = None
+    host: str = "127.0.0.1"
+    port: int | None = 30000
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Dtype = "auto"
+    enable_lora: bool | None = None
+    lora_paths: list[str] = []
+    max_loras_per_batch: int = 8
+    max_lora_rank: int | None = None
+    lora_target_modules: list[str] | None = None
+    lora_backend: Literal["auto", "torch"] = "auto"
+    lora_dtype: Dtype = "auto"
+    max_num_batched_tokens: int | None = None
+    max_running_requests: int | None = None
+    mem_fraction_static: float = 0.9
+    context_length: int | None = None
+    served_model_name: list[str] = []
+    chat_template: str | None = None
+    seed: int | None = None
+    log_level: LogLevel = "info"
+    tp_size: int = 1
+
+    def __post_init__(self) -> None:
+        _check_ranges(self)
+        _check_contradictions(self)
+
+
+def _check_ranges(args: Args) -> None:
+    bounds: list[tuple[str, float | None, float, float]] = [
+        ("--port", args.port, 0, 65535),
+        ("--max-loras-per-batch", args.max_loras_per_batch, 1, 1024),
+        ("--max-lora-rank", args.max_lora_rank, 1, 512),
+        ("--max-num-batched-tokens", args.max_num_batched_tokens, 1, 1 << 20),
+        ("--max-running-requests", args.max_running_requests, 1, 1 << 16),
+        ("--context-length", args.context_length, 1, 1 << 30),
+        ("--seed", args.seed, 0, (1 << 63) - 1),
+        ("--tp-size", args.tp_size, 1, 1 << 10),
+    ]
+    for flag, value, low, high in bounds:
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"{flag} {value}: must be from {low} to {high}")
+    if not 0.0 < args.mem_fraction_static <= 1.0:
+        raise ConfigError(f"--mem-fraction-static {args.mem_fraction_static}: must be above 0 and at most 1")
+    if args.tp_size > 1:
+        raise ConfigError(f"--tp-size {args.tp_size}: tensor parallelism is not available yet; leave it at 1")
+
+
+def _check_contradictions(args: Args) -> None:
+    if args.enable_lora is False and args.lora_paths:
+        raise ConfigError("--no-enable-lora contradicts --lora-paths: drop one of them")
+    if args.enable_lora is False and (args.max_lora_rank or args.lora_target_modules):
+        raise ConfigError("--no-enable-lora contradicts --max-lora-rank and --lora-target-modules: drop one of them")
+    targets = args.lora_target_modules or []
+    if "all" in targets and len(targets) > 1:
+        raise ConfigError("--lora-target-modules all: must stand alone, it already means every module")
+    for name in args.served_model_name:
+        if not name:
+            raise ConfigError("--served-model-name: a name must not be empty")
+
+
+def served_names(args: Args) -> list[str]:
+    """The base model's names, the first of which is shown."""
+    return list(args.served_model_name) or [args.model_path or DEMO_NAME]

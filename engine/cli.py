@@ -1,0 +1,165 @@
+"""The command line: flags to Args. SGLang's names, with vLLM's as aliases, so that a command line moves over unchanged.
+
+A flag that the design has but the code has not yet is in `LATER`: it ends the launch with one line, as any other
+mistake does. Imports nothing heavy, so --help is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+from engine.args import Args
+from engine.errors import ConfigError
+
+LATER = {
+    "--lora-pool-size": "the pool holds --max-loras-per-batch adapters of the largest rank",
+    "--max-loaded-loras": "all adapters given at start are kept in host memory",
+    "--max-cpu-loras": "all adapters given at start are kept in host memory",
+    "--lora-host-memory": "all adapters given at start are kept in host memory",
+    "--lora-max-wait": "requests are served first come first served",
+    "--schedule-policy": "requests are served first come first served",
+    "--page-size": "it is 16",
+    "--block-size": "it is 16",
+    "--max-total-tokens": "it follows from --mem-fraction-static",
+    "--disable-radix-cache": "prefixes are not reused yet",
+    "--no-enable-prefix-caching": "prefixes are not reused yet",
+    "--enable-prefix-caching": "prefixes are not reused yet",
+    "--tokenizer-path": "the model's own tokenizer is used",
+    "--tokenizer": "the model's own tokenizer is used",
+    "--revision": "write org/name@revision instead",
+    "--lora-eviction-policy": "it is lru",
+    "--attention-backend": "it is torch",
+    "--max-lora-chunk-size": "there is no csgmv backend yet",
+    "--enable-lora-bias": "adapters with biases are refused",
+    "--lora-extra-vocab-size": "adapters with added tokens are refused",
+    "--fully-sharded-loras": "tensor parallelism is not available yet",
+    "--cuda-graph-max-bs": "the model runs eagerly",
+    "--disable-cuda-graph": "the model runs eagerly",
+    "--enforce-eager": "the model runs eagerly",
+    "--api-key": "bind to a loopback address",
+    "--admin-api-key": "bind to a loopback address",
+    "--cpu-threads": "all cores up to 4 are used",
+    "--lora-root": "adapters are given at start",
+    "--lora-resolve-root": "adapters are given at start",
+    "--allow-runtime-lora-updating": "adapters are given at start",
+}
+NEVER = {
+    "--trust-remote-code": "no code from a model or adapter directory is ever run",
+    "--quantization": "quantized bases are not served yet",
+}
+_DTYPES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+class _Refuse(argparse.Action):
+    """A flag that is known, and not served: the line says why."""
+
+    def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
+        flag = str(option_string)
+        if flag in NEVER:
+            raise ConfigError(f"{flag} is refused: {NEVER[flag]}")
+        raise ConfigError(f"{flag} is not available yet: {LATER[flag]}")
+
+
+def _dtype(text: str) -> str:
+    return _DTYPES.get(text, text)
+
+
+def parse(argv: Sequence[str]) -> Args:
+    """Reads a command line (without the program's name). Raises ConfigError with one line for people."""
+    fields = vars(_parser().parse_args(argv))
+    positional = fields.pop("model")
+    if positional is not None and fields.get("model_path") not in (None, positional):
+        raise ConfigError(f"the model is given twice: {positional} and --model-path {fields['model_path']}")
+    if positional is not None:
+        fields["model_path"] = positional
+    return Args(**fields)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m engine.launch",
+        description="Chorus: serve one base model and many LoRA adapters. Without a model it serves a small demo.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    )
+    _add_server_flags(parser)
+    _add_model_flags(parser)
+    _add_lora_flags(parser)
+    for flag in (*LATER, *NEVER):
+        parser.add_argument(flag, action=_Refuse, nargs="*", help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_server_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    add = group.add_argument
+    add("--host", help="address to bind (127.0.0.1)")
+    add("--port", type=int, help="port to bind, 0 = any free one (30000)")
+    add("--served-model-name", nargs="+", metavar="NAME", help="names of the base model (the model path)")
+    add("--chat-template", metavar="FILE", help="a jinja file, or the template itself (the model's)")
+    add("--seed", "--random-seed", type=int, help="makes requests without a seed of their own repeatable")
+    add("--log-level", choices=["debug", "info", "warning", "error"], help="(info)")
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    parser.add_argument("model", nargs="?", default=None, help="the same as --model-path")
+    add("--model-path", "--model", dest="model_path", metavar="MODEL", help="directory or hub id, org/name[@revision]")
+    add("--device", choices=["auto", "cpu", "cuda"], help="(auto: cuda where there is one)")
+    add("--dtype", type=_dtype, choices=["auto", "bfloat16", "float16", "float32"], help="(auto: the checkpoint's)")
+    add("--context-length", "--max-model-len", type=int, metavar="N", help="longest prompt and answer (the model's)")
+    add(
+        "--max-num-batched-tokens",
+        "--chunked-prefill-size",
+        type=int,
+        metavar="N",
+        help="tokens in one step (512 on a CPU, 8192 on CUDA)",
+    )
+    add("--max-running-requests", "--max-num-seqs", type=int, metavar="N", help="requests in one step (from memory)")
+    add(
+        "--mem-fraction-static",
+        "--gpu-memory-utilization",
+        type=float,
+        metavar="F",
+        help="share of the device's memory to use (0.9)",
+    )
+    add("--tp-size", "--tensor-parallel-size", type=int, metavar="N", help="GPUs; only 1 for now (1)")
+
+
+def _add_lora_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("LoRA")
+    add = group.add_argument
+    add("--enable-lora", action=argparse.BooleanOptionalAction, help="serve adapters (on when some are given)")
+    add(
+        "--lora-paths",
+        "--lora-modules",
+        nargs="+",
+        action="extend",
+        metavar="ADAPTER",
+        help='path, name=path, {"lora_name", "lora_path", "pinned"} or {"name", "path", "base_model_name"}',
+    )
+    add(
+        "--max-loras-per-batch",
+        "--max-loras",
+        type=int,
+        metavar="N",
+        help="adapters in one step, the base not counted (8)",
+    )
+    add("--max-lora-rank", type=int, metavar="R", help="largest rank, 1 to 512 (the given adapters', else 64)")
+    add(
+        "--lora-target-modules",
+        nargs="+",
+        metavar="MODULE",
+        help="modules adapters may touch, or `all` (the given adapters', else all)",
+    )
+    add("--lora-backend", choices=["auto", "torch"], help="(auto: torch)")
+    add("--lora-dtype", type=_dtype, choices=["auto", "bfloat16", "float16", "float32"], help="(auto: the model's)")

@@ -1,0 +1,38 @@
+"""A finished answer, and how a stream of deltas becomes one. Knows nothing of where the deltas came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from engine.messages import Delta, FinishReason, PositionLogprobs, Usage
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """One finished answer. `matched` is the stop string or token id that ended it."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    matched: str | int | None
+    usage: Usage
+    logprobs: list[PositionLogprobs] | None = None
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+
+
+def join(deltas: Sequence[Delta]) -> Completion:
+    """One choice's deltas, in order and all of them, as one answer."""
+    last = deltas[-1]
+    assert last.finish_reason is not None
+    assert last.usage is not None
+    scored = any(delta.logprobs is not None for delta in deltas)
+    return Completion(
+        text="".join(delta.text for delta in deltas),
+        token_ids=[token for delta in deltas for token in delta.token_ids],
+        finish_reason=last.finish_reason,
+        matched=last.matched,
+        usage=last.usage,
+        logprobs=[position for delta in deltas for position in delta.logprobs or ()] if scored else None,
+        prompt_logprobs=next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None),
+    )

@@ -1,0 +1,50 @@
+"""From what a user writes to a local directory: a path, or a hub id `org/name` or `org/name@revision`.
+
+Only weights, tokenizer and config files are fetched, by huggingface_hub, with its progress bars and its cache (so an
+offline machine that has the files works). Knows nothing of what is in the files.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from engine.errors import ConfigError
+
+WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+
+
+def local_directory(source: str, what: str) -> Path:
+    """The directory behind `source`; `what` ("model", "adapter 'sql'") begins the message of a ConfigError."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_file():
+        raise ConfigError(f"{what}: {source} is a file; give the directory that holds it")
+    if not _HUB_ID.fullmatch(source):
+        raise ConfigError(f"{what}: {source} is neither a directory nor a hub id (org/name or org/name@revision)")
+    return _download(source, what)
+
+
+def _download(source: str, what: str) -> Path:
+    from huggingface_hub import snapshot_download  # slow to import, and most launches do not need it
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    repo, _, revision = source.partition("@")
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=WANTED)).resolve()
+    except GatedRepoError as error:
+        raise ConfigError(f"{what}: {repo} is gated; ask for access there, then run `hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise ConfigError(f"{what}: {repo} has no revision {revision or 'main'}") from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(f"{what}: no directory and no hub repository is called {repo}") from error
+    except HFValidationError as error:
+        raise ConfigError(f"{what}: {source} is no hub id: {error}") from error
+    except Exception as error:  # whatever the network or the cache throws, the launch ends with one line
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{what}: {source} is no local directory, and fetching it from the hub failed ({line}). "
+            "Is it a mistyped path? Offline, download it first: hf download " + repo
+        ) from error

@@ -1,0 +1,183 @@
+"""`python -m engine.launch [MODEL]`: starts the three processes, says when they serve, and ends them in order.
+
+    launch          holds the listening socket and the run directory
+      +- model_runner      weights, adapters, tensors
+      +- scheduler         rows, pages, lanes
+      +- tokenizer_proc    HTTP, text, names              (starts last, stops first)
+
+With --embedded it is the child of an `engine.Engine`: Args come as JSON on stdin, and Ready goes to stdout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from engine import hub, logs
+from engine.args import DEMO, Args, served_names
+from engine.banner import banner
+from engine.child import Child, Facts
+from engine.cli import parse
+from engine.config import AdapterSource, Links, Sections, sections
+from engine.errors import ConfigError, EngineDead, EngineError
+from engine.lora_paths import AdapterSpec, adapter_specs
+from engine.supervisor import Spec, Supervisor
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status: 0 after an orderly end, 1 when it could not serve, 2 for a bad flag."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--embedded"]:
+        return _embedded()
+    started = time.monotonic()
+    try:
+        args = parse(arguments)
+        _run(args, lambda facts: print(banner(facts, time.monotonic() - started), flush=True))
+    except EngineError as error:
+        print(f"chorus: {error.message}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _embedded() -> int:
+    child = Child(on_orphaned=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        _run(child.config(Args), child.ready)
+    except EngineError as error:
+        child.failed(error)
+        return 1
+    return 0
+
+
+def _run(args: Args, announce: Callable[[Facts], None]) -> None:
+    """One launch, from flags to an orderly end. Raises EngineError when it cannot serve, or a process dies."""
+    logs.setup("launch", args.log_level)
+    with _run_directory() as directory, _listening(args) as listener:
+        resolved = _resolve(args, directory, listener)
+        facts: Facts = {
+            "model": served_names(args)[0],
+            "door": resolved.tokenizer.links.door,
+            "url": _url(args, listener),
+        }
+        facts["adapters"] = [adapter.name for adapter in resolved.tokenizer.adapters]
+        asyncio.run(_serve(resolved, lambda runner: announce({**runner, **facts})))
+
+
+async def _serve(resolved: Sections, announce: Callable[[Facts], None]) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with Supervisor(_specs(resolved)) as supervisor:
+        reports = await _unless(stop, supervisor.ready())
+        if reports is not None:
+            announce(reports["model_runner"].facts)
+            death = await _unless(stop, supervisor.first_death())
+            if death is not None:
+                raise EngineDead(f"{death}; its log is above")
+        log.info("stopping: open requests may finish first")
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """What `work` returns, or None when `stop` is set first."""
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    return None if tasks[0].cancelled() else tasks[0].result()
+
+
+@contextlib.contextmanager
+def _run_directory() -> Iterator[Path]:
+    """A fresh 0700 directory for the sockets; its path is short, because a socket's path has at most 107 bytes."""
+    parent = tempfile.gettempdir()
+    directory = Path(tempfile.mkdtemp(prefix="chorus-", dir=parent if len(parent) < 64 else "/tmp"))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _listening(args: Args) -> Iterator[socket.socket | None]:
+    """The listening socket, bound before anything slow: a taken port is known at once, and outlives a restart."""
+    if args.port is None:
+        yield None
+        return
+    try:
+        family = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        listener = socket.create_server((args.host, args.port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(f"--host {args.host} --port {args.port}: cannot listen there ({error.strerror})") from error
+    with listener:
+        yield listener
+
+
+def _url(args: Args, listener: socket.socket | None) -> str | None:
+    if listener is None:
+        return None
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    return f"http://{host}:{listener.getsockname()[1]}"
+
+
+def _links(directory: Path) -> Links:
+    def address(name: str) -> str:
+        return f"ipc://{directory}/{name}.0"
+
+    return Links(
+        tokenizer=address("tokenizer"),
+        scheduler=address("scheduler"),
+        runner=address("runner"),
+        door=address("door"),
+    )
+
+
+def _resolve(args: Args, directory: Path, listener: socket.socket | None) -> Sections:
+    """From names to directories and sections: the part that may use the network."""
+    specs = adapter_specs(args)
+    model = DEMO / "model" if args.model_path is None else hub.local_directory(args.model_path, "--model-path")
+    return sections(
+        args,
+        links=_links(directory),
+        model=model,
+        adapters=[_source(number, spec, served_names(args)) for number, spec in enumerate(specs, start=1)],
+        listen_fd=listener.fileno() if listener else None,
+    )
+
+
+def _source(number: int, spec: AdapterSpec, base_names: list[str]) -> AdapterSource:
+    root = hub.local_directory(spec.path, f"--lora-paths {spec.name}")
+    if spec.base is not None and spec.base not in base_names:
+        log.warning("adapter %s says its base is %s; it is served on %s", spec.name, spec.base, base_names[0])
+    return AdapterSource(
+        adapter_id=number, name=spec.name, path=spec.path, root=str(root), pinned=spec.pinned, base=spec.base
+    )
+
+
+def _specs(resolved: Sections) -> list[Spec]:
+    listen_fd = resolved.tokenizer.listen_fd
+    return [
+        Spec("model_runner", "model_runner", resolved.runner),
+        Spec("scheduler", "scheduler", resolved.scheduler),
+        Spec("tokenizer", "tokenizer_proc", resolved.tokenizer, descriptors=[] if listen_fd is None else [listen_fd]),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

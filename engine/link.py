@@ -1,0 +1,113 @@
+"""The socket from an embedding host to one engine: sends, routes what comes back by id, and notices silence.
+
+    host                                  engine's door
+      | -- Submit 7, Submit 8, Cancel 7 ---->|
+      |<-- Delta 8, Delta 7, Failure 7 ------|   each to the queue of its call
+      | -- Ping, each second --------------->|   five silent seconds abort the host's requests
+      |<-- Ping, in return ------------------|   ten silent seconds: the engine is taken for dead
+
+Knows nothing of processes or prompts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from engine.errors import EngineDead, revive
+from engine.messages import Answer, Cancel, Command, Delta, Failure, Ping, Submit, ToHost
+
+PING_SECONDS = 1.0
+SILENT_SECONDS = 10.0
+
+
+class Call:
+    """One open call: what answers it, in order."""
+
+    def __init__(self, id: int) -> None:
+        self.id = id
+        self._replies: asyncio.Queue[Delta | Answer | Failure | EngineDead] = asyncio.Queue()
+
+    def put(self, reply: Delta | Answer | Failure | EngineDead) -> None:
+        """Hands over one reply."""
+        self._replies.put_nowait(reply)
+
+    async def next(self) -> Delta | Answer:
+        """The next reply. Raises the error the engine answered with, or EngineDead."""
+        reply = await self._replies.get()
+        if isinstance(reply, EngineDead):
+            raise reply
+        if isinstance(reply, Failure):
+            raise revive(reply.kind, reply.message, reply.param, reply.code)
+        return reply
+
+
+class Link:
+    """A DEALER socket to the door of one engine. Make it inside a running loop; close it there."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[ToHost] = msgspec.msgpack.Decoder(ToHost)
+        self._calls: dict[int, Call] = {}
+        self._ids = itertools.count(1)
+        self._context = zmq.asyncio.Context()
+        self._socket: zmq.asyncio.Socket = self._context.socket(zmq.DEALER)
+        for option in (zmq.SNDHWM, zmq.RCVHWM):
+            self._socket.setsockopt(option, 0)
+        self._socket.connect(address)
+        self._heard = asyncio.get_running_loop().time()
+        self._dead: EngineDead | None = None
+        self._tasks = [asyncio.ensure_future(self._receive()), asyncio.ensure_future(self._ping())]
+
+    def new_id(self) -> int:
+        """A number no call of this link has had."""
+        return next(self._ids)
+
+    @contextlib.asynccontextmanager
+    async def call(self, message: Submit | Command) -> AsyncIterator[Call]:
+        """Sends a call and yields what answers it; leaving with an exception, or early, cancels it."""
+        if self._dead is not None:
+            raise self._dead
+        call = self._calls[message.id] = Call(message.id)
+        try:
+            self._send(message)
+            yield call
+        finally:
+            del self._calls[message.id]
+            if isinstance(message, Submit):
+                self._send(Cancel(message.id))  # of a finished call: ignored there
+
+    async def close(self) -> None:
+        """Ends the link. What is still open is aborted by the engine, which misses the pings."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._context.destroy(linger=500)
+
+    def _send(self, message: Submit | Cancel | Command | Ping) -> None:
+        self._socket.send(self._encoder.encode(message))  # no high-water mark: the future is done at once
+
+    async def _receive(self) -> None:
+        while True:
+            message = self._decoder.decode(await self._socket.recv())
+            self._heard = asyncio.get_running_loop().time()
+            self._dead = None
+            if not isinstance(message, Ping) and message.id in self._calls:  # else: a call that was left
+                self._calls[message.id].put(message)
+
+    async def _ping(self) -> None:
+        while True:
+            silent = asyncio.get_running_loop().time() - self._heard
+            if silent > SILENT_SECONDS and self._dead is None:
+                self._dead = EngineDead(f"no engine answers at {self._address}")
+                for call in self._calls.values():
+                    call.put(self._dead)
+            self._send(Ping())
+            await asyncio.sleep(PING_SECONDS)

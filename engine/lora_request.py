@@ -1,0 +1,41 @@
+"""LoRARequest: an adapter named the way vLLM's Python users name it. Knows nothing of engines."""
+
+from __future__ import annotations
+
+import msgspec
+
+from engine.errors import InvalidRequest
+
+
+class LoRARequest(msgspec.Struct, frozen=True):
+    """An adapter by name, a number the caller chose (>= 1) and its path. Raises InvalidRequest for nonsense.
+
+    The name says which adapter answers; the number is kept for callers that have one.
+    """
+
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
+
+    def __post_init__(self) -> None:
+        if not self.lora_name:
+            raise InvalidRequest("LoRARequest: lora_name must not be empty", param="lora_name")
+        if self.lora_int_id < 1:
+            raise InvalidRequest(f"LoRARequest: lora_int_id {self.lora_int_id} must be at least 1", param="lora_int_id")
+        if not self.lora_path:
+            raise InvalidRequest("LoRARequest: lora_path must not be empty", param="lora_path")
+
+    @property
+    def adapter_id(self) -> int:
+        """The caller's number."""
+        return self.lora_int_id
+
+    @property
+    def name(self) -> str:
+        """The adapter's name."""
+        return self.lora_name
+
+    @property
+    def path(self) -> str:
+        """Where its files are."""
+        return self.lora_path

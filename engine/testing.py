@@ -1,0 +1,101 @@
+"""A fake engine for those who embed us: Engine's calls and errors, without processes, models or time.
+
+    engine = FakeEngine({"What is the capital of France?": "Paris."}, adapters=["pirate"])
+
+Answers are made of words; a word is a token. Knows nothing of sockets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, Self
+
+from engine.client import Engine, Lora, Prompt
+from engine.errors import InvalidRequest, NotFound
+from engine.messages import AdapterCard, Answer, Delta, FinishReason, SamplingParams, Usage
+
+Reply = Callable[[str, str | None], str]
+
+
+class FakeEngine(Engine):
+    """Answers from `replies`: a mapping from the prompt's text, or a function of (prompt text, adapter name or None).
+
+    An unknown prompt is echoed. A prompt of token ids is its numbers, a chat its last message. Adapters that were not
+    listed are NotFound, a mix is named by its adapters joined with "+". `requests` keeps what was asked.
+    """
+
+    def __init__(self, replies: Mapping[str, str] | Reply | None = None, *, adapters: Sequence[str] = ()) -> None:
+        super().__init__()
+        self._reply: Reply = replies if callable(replies) else _from_table(replies or {})
+        self._cards = [
+            AdapterCard(name=name, adapter_id=number, path=name, root=name, parent="fake", state="resident")
+            for number, name in enumerate(adapters, start=1)
+        ]
+        self.requests: list[tuple[Prompt, SamplingParams, Lora]] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        return None
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, lora: Lora = None, **options: Any
+    ) -> AsyncIterator[Delta]:
+        """As Engine.generate: one delta a word, `max_tokens` honoured, n choices one after the other."""
+        params = params or SamplingParams()
+        adapter = self._named(await self._adapter(lora))
+        text = _text(prompt)
+        self.requests.append((prompt, params, lora))
+        words = self._reply(text, adapter).split()
+        if not words:
+            raise InvalidRequest("the fake has an empty answer for this prompt", param="prompt")
+        for index in range(params.n):
+            for delta in _deltas(index, words, len(text.split()), params.max_tokens):
+                yield delta
+
+    async def info(self) -> dict[str, Any]:
+        """Says that it is a fake."""
+        return {"fake": True}
+
+    async def _command(self, name: str) -> Answer:
+        return Answer(id=0, adapters=self._cards)
+
+    def _named(self, lora: str | dict[str, float] | None) -> str | None:
+        names = [] if lora is None else [lora] if isinstance(lora, str) else sorted(lora)
+        for name in names:
+            if all(card.name != name for card in self._cards):
+                raise NotFound(f"no adapter is called {name}", param="lora", code="model_not_found")
+        return "+".join(names) or None
+
+
+def _from_table(table: Mapping[str, str]) -> Reply:
+    return lambda text, _: table.get(text, text)
+
+
+def _text(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    if not prompt:
+        raise InvalidRequest("prompt is empty", param="prompt")
+    last = prompt[-1]
+    if isinstance(last, int):
+        return " ".join(str(token) for token in prompt)
+    return last["content"] if isinstance(last, Mapping) else last.content
+
+
+def _deltas(index: int, words: list[str], prompt_tokens: int, max_tokens: int | None) -> list[Delta]:
+    kept = words if max_tokens is None else words[:max_tokens]
+    finish: FinishReason = "stop" if len(kept) == len(words) else "length"
+    usage = Usage(prompt_tokens, len(kept))
+    return [
+        Delta(
+            id=0,
+            index=index,
+            text=word if number == 0 else " " + word,
+            token_ids=[number],
+            finish_reason=finish if number == len(kept) - 1 else None,
+            usage=usage if number == len(kept) - 1 else None,
+        )
+        for number, word in enumerate(kept)
+    ]

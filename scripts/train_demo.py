@@ -1,0 +1,165 @@
+"""Train the demo that ships in `engine/demo`: a small Llama and four PEFT adapters, from a closed world of facts.
+
+    python scripts/train_demo.py             # the real thing: some fifteen minutes on two idle cores
+    python scripts/train_demo.py --quick     # a smoke run: a minute, useless weights
+
+Deterministic on one machine: every draw is seeded and threads are fixed. It prints how often base and voices answer
+held-out phrasings exactly right. transformers and PEFT are used here and in tests only, never by the product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+from demo_world.documents import Library, corpus
+from demo_world.examination import examine
+from demo_world.learning import Encoder, batches, learn
+from demo_world.lexicon import BOS, END, EOS, PAD, save_tokenizer, train_tokenizer
+from demo_world.voices import BASE, VOICES
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+NAME = "chorus-demo"
+VOCAB, CONTEXT, TOKENS_PER_BATCH = 1536, 2048, 4096
+BASE_PEAK, LORA_PEAK = 2e-3, 4e-3
+ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
+
+# Different ranks, targets and scalings on purpose: the demo shows what one batch may mix.
+LORAS = {
+    "pirate": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]},
+    "json": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
+    "poet": {"r": 16, "lora_alpha": 32, "target_modules": ATTENTION + MLP},
+    "french": {"r": 24, "lora_alpha": 16, "use_rslora": True, "target_modules": ATTENTION + MLP},
+}
+
+
+def make_base(tokenizer: Tokenizer) -> LlamaForCausalLM:
+    """The architecture: four Llama layers of width 256, about three million parameters, in float32."""
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.token_to_id(BOS),
+        eos_token_id=[tokenizer.token_to_id(END), tokenizer.token_to_id(EOS)],
+        pad_token_id=tokenizer.token_to_id(PAD),
+    )
+    return LlamaForCausalLM(config)
+
+
+def save_base(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write model, tokenizer, template and sampling defaults; the weights are rounded to bfloat16."""
+    folder.mkdir(parents=True)
+    config = model.config
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
+        do_sample=True, temperature=0.3, top_p=0.95,
+    )  # fmt: skip
+    model.to(torch.bfloat16).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder, CONTEXT)
+
+
+def train_base(tokenizer: Tokenizer, folder: Path, steps: int) -> None:
+    """Train the base from nothing and save it."""
+    torch.manual_seed(0)
+    model, encoder = make_base(tokenizer), Encoder(tokenizer)
+    data = batches(Library(BASE, 0), encoder, TOKENS_PER_BATCH)
+    loss = learn(model, data, steps, BASE_PEAK, BASE)
+    print(f"base: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, loss {loss:.4f}")
+    save_base(model, tokenizer, folder)
+
+
+def load_base(folder: Path) -> LlamaForCausalLM:
+    """The shipped weights, computed in float32."""
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def train_voice(voice: str, tokenizer: Tokenizer, base: Path, folder: Path, steps: int) -> dict[str, float]:
+    """Train one adapter on the frozen, shipped base; save it in bfloat16; examine what was saved."""
+    torch.manual_seed(1 + VOICES.index(voice))
+    config = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=NAME, **LORAS[voice])
+    model, encoder = get_peft_model(load_base(base), config), Encoder(tokenizer)
+    data = batches(Library(voice, 0), encoder, TOKENS_PER_BATCH)
+    loss = learn(model, data, steps, LORA_PEAK, voice)
+    print(f"{voice}: {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e3:.0f} k parameters, loss {loss:.4f}")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    _name_base(folder / "adapter_config.json")
+    return show(voice, *examine(model.float(), encoder, voice))
+
+
+def _name_base(path: Path) -> None:
+    """PEFT writes where the base was found; the adapter should say which base it is."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = NAME
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def show(voice: str, scores: dict[str, float], wrong: list[str]) -> dict[str, float]:
+    """Print some of what went wrong; hands the scores through."""
+    for line in wrong[:12]:
+        print("  wrong:", line)
+    if len(wrong) > 12:
+        print(f"  wrong: and {len(wrong) - 12} more by {voice}")
+    return scores
+
+
+def print_table(table: dict[str, dict[str, float]]) -> None:
+    """Share of exactly right answers to held-out phrasings, voices down, subjects across."""
+    subjects = list(next(iter(table.values())))
+    print("exactly right, held-out phrasings".ljust(10))
+    print("".ljust(10) + "".join(subject.rjust(13) for subject in subjects))
+    for voice, scores in table.items():
+        print(voice.ljust(10) + "".join(f"{scores[subject]:.1%}".rjust(13) for subject in subjects))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    root = Path(__file__).resolve().parent.parent
+    parser.add_argument("--out", type=Path, default=root / "engine" / "demo", help="where model/ and adapters/ go")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of the base")
+    parser.add_argument("--lora-steps", type=int, default=700, help="steps of each adapter")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="a smoke run of a minute: every part, useless weights")
+    parser.add_argument("--keep-base", action="store_true", help="train the adapters on the base that is already there")
+    parser.add_argument("--voices", nargs="*", choices=VOICES, default=VOICES, help="which adapters to train")
+    args = parser.parse_args()
+    if args.quick:
+        args.steps, args.lora_steps = 40, 10
+    torch.set_num_threads(args.threads)
+    torch.use_deterministic_algorithms(True)
+
+    model_folder = args.out / "model"
+    if args.keep_base:
+        tokenizer = Tokenizer.from_file(str(model_folder / "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer(corpus(), VOCAB)
+        shutil.rmtree(model_folder, ignore_errors=True)
+        train_base(tokenizer, model_folder, args.steps)
+    table = {BASE: show(BASE, *examine(load_base(model_folder), Encoder(tokenizer), BASE))}
+    for voice in args.voices:
+        folder = args.out / "adapters" / voice
+        shutil.rmtree(folder, ignore_errors=True)
+        table[voice] = train_voice(voice, tokenizer, model_folder, folder, args.lora_steps)
+    print_table(table)
+    size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
+    print(f"{args.out}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
