@@ -1,0 +1,116 @@
+"""Every flag lands in its field, under each of its names; every mistake is one line that names the flag."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from engine.args import Args
+from engine.cli import LATER, NEVER, parse
+from engine.errors import ConfigError
+
+ACCEPTED = [
+    (["demo"], {"model_path": "demo"}),
+    (["--model-path", "m"], {"model_path": "m"}),
+    (["--model", "m"], {"model_path": "m"}),
+    (["m", "--model", "m"], {"model_path": "m"}),
+    (["--host", "0.0.0.0", "--port", "0"], {"host": "0.0.0.0", "port": 0}),
+    (["--device", "cpu"], {"device": "cpu"}),
+    (["--dtype", "half"], {"dtype": "float16"}),
+    (["--dtype", "bfloat16"], {"dtype": "bfloat16"}),
+    (["--enable-lora"], {"enable_lora": True}),
+    (["--no-enable-lora"], {"enable_lora": False}),
+    (["--lora-paths", "a=x", "b=y"], {"lora_paths": ["a=x", "b=y"]}),
+    (["--lora-modules", "a=x", "--lora-paths", "b=y"], {"lora_paths": ["a=x", "b=y"]}),
+    (["--max-loras-per-batch", "3"], {"max_loras_per_batch": 3}),
+    (["--max-loras", "3"], {"max_loras_per_batch": 3}),
+    (["--max-lora-rank", "512"], {"max_lora_rank": 512}),
+    (["--lora-target-modules", "q_proj", "v_proj"], {"lora_target_modules": ["q_proj", "v_proj"]}),
+    (["--lora-backend", "torch"], {"lora_backend": "torch"}),
+    (["--lora-dtype", "fp32"], {"lora_dtype": "float32"}),
+    (["--max-num-batched-tokens", "64"], {"max_num_batched_tokens": 64}),
+    (["--chunked-prefill-size", "64"], {"max_num_batched_tokens": 64}),
+    (["--max-running-requests", "7"], {"max_running_requests": 7}),
+    (["--max-num-seqs", "7"], {"max_running_requests": 7}),
+    (["--mem-fraction-static", "0.5"], {"mem_fraction_static": 0.5}),
+    (["--gpu-memory-utilization", "0.5"], {"mem_fraction_static": 0.5}),
+    (["--context-length", "99"], {"context_length": 99}),
+    (["--max-model-len", "99"], {"context_length": 99}),
+    (["--served-model-name", "a", "b"], {"served_model_name": ["a", "b"]}),
+    (["--chat-template", "t.jinja"], {"chat_template": "t.jinja"}),
+    (["--seed", "5"], {"seed": 5}),
+    (["--random-seed", "5"], {"seed": 5}),
+    (["--log-level", "debug"], {"log_level": "debug"}),
+    (["--tp-size", "1"], {}),
+    (["--tensor-parallel-size", "1"], {}),
+]
+
+REFUSED = [
+    (["--port", "70000"], "--port 70000"),
+    (["--port", "http"], "--port"),
+    (["--max-loras-per-batch", "0"], "--max-loras-per-batch 0"),
+    (["--max-lora-rank", "513"], "--max-lora-rank 513"),
+    (["--mem-fraction-static", "0"], "--mem-fraction-static 0"),
+    (["--mem-fraction-static", "nan"], "--mem-fraction-static nan"),
+    (["--tp-size", "2"], "--tp-size 2"),
+    (["--seed", "-1"], "--seed -1"),
+    (["--context-length", "0"], "--context-length 0"),
+    (["--no-enable-lora", "--lora-paths", "a=b"], "--no-enable-lora contradicts --lora-paths"),
+    (["--no-enable-lora", "--max-lora-rank", "8"], "--no-enable-lora contradicts"),
+    (["--lora-target-modules", "all", "q_proj"], "--lora-target-modules all"),
+    (["--lora-backend", "csgmv"], "--lora-backend"),
+    (["--served-model-name", ""], "--served-model-name"),
+    (["one", "two"], "two"),
+    (["one", "--model", "two"], "given twice"),
+    (["--no-such-flag"], "--no-such-flag"),
+    (["--max-lora", "3"], "--max-lora"),  # no guessing from a prefix
+]
+
+
+@pytest.mark.parametrize(("argv", "fields"), ACCEPTED, ids=lambda value: " ".join(value) if value else "")
+def test_a_flag_lands_in_its_field(argv: list[str], fields: dict[str, object]) -> None:
+    assert parse(argv) == Args(**fields)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"), REFUSED, ids=lambda value: value if isinstance(value, str) else " ".join(value)
+)
+def test_a_mistake_is_one_line_that_names_the_flag(argv: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(argv)
+    assert words in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("flag", [*LATER, *NEVER])
+@pytest.mark.parametrize("value", [[], ["3"]], ids=["alone", "with value"])
+def test_a_flag_that_is_known_but_not_served_says_so(flag: str, value: list[str]) -> None:
+    with pytest.raises(ConfigError, match=flag):
+        parse([flag, *value])
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    probe = (
+        "import sys, runpy\n"
+        "sys.argv = ['engine.launch', '--help']\n"
+        "try: runpy.run_module('engine.launch', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print('HEAVY', sorted({'torch', 'triton', 'aiohttp', 'tokenizers', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert "HEAVY []" in done.stdout
+    assert "--max-loras-per-batch" in done.stdout
+    assert time.monotonic() - started < 30  # a hang, not a benchmark
+
+
+def test_a_bad_flag_ends_the_launch_with_status_2_and_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.launch", "--quantization", "awq"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.strip().splitlines() == ["chorus: --quantization is refused: quantized bases are not served yet"]

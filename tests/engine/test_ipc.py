@@ -1,0 +1,114 @@
+"""Inboxes take their union and nothing else; frames are bounded on both sides."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+import zmq.asyncio
+
+from engine.errors import InternalError
+from engine.ipc import AsyncInbox, Inbox, Outbox
+from engine.messages import Abort, Capacity, Ping, Progress, Step, ToRunner, Update
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context]:
+    context = zmq.Context()
+    yield context
+    context.destroy(linger=0)
+
+
+def _drain(inbox: Inbox, count: int) -> list[object]:
+    got: list[object] = []
+    while len(got) < count:
+        batch = list(inbox.receive(5.0))
+        assert batch, f"only {len(got)} of {count} arrived"
+        got += batch
+    return got
+
+
+def test_messages_arrive_in_order_from_a_peer_that_connected_first(context: zmq.Context, tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/inbox"
+    outbox = Outbox(context, address)
+    for number in range(100):
+        outbox.send(Step(epoch=0, id=number))
+    inbox: Inbox = Inbox(context, address, ToRunner)
+    assert [step.id for step in _drain(inbox, 100)] == list(range(100))
+    outbox.close()
+    inbox.close()
+
+
+def test_a_stranger_is_refused_and_logged_and_the_rest_arrives(
+    context: zmq.Context, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = f"ipc://{tmp_path}/inbox"
+    inbox: Inbox = Inbox(context, address, ToRunner)
+    raw = context.socket(zmq.PUSH)
+    raw.connect(address)
+    step = msgspec.to_builtins(Step(epoch=0, id=1))
+    bad_chunk = [*step]
+    bad_chunk[-1] = [["x"]]
+    with caplog.at_level(logging.WARNING):
+        for frame in (
+            b"\x80\x04\x95garbage",
+            msgspec.msgpack.encode(Abort(0, 1)),  # a message, but not one of this inbox
+            msgspec.msgpack.encode(bad_chunk),
+            b"",
+            msgspec.msgpack.encode(Ping()),
+        ):
+            raw.send(frame)
+        assert _drain(inbox, 1) == [Ping()]
+    assert len(caplog.records) == 4
+    assert "$[6][0]" in caplog.text  # the path of the bad field
+    raw.close(0)
+    inbox.close()
+
+
+def test_an_oversized_frame_is_refused_by_the_sender(context: zmq.Context, tmp_path: Path) -> None:
+    outbox = Outbox(context, f"ipc://{tmp_path}/inbox", max_frame=1000)
+    with pytest.raises(InternalError, match="Progress"):
+        outbox.send(Progress(0, [Update(request_id=1, index=0, tokens=[70000] * 1000)]))
+    outbox.close()
+
+
+def test_an_oversized_frame_from_a_stranger_ends_only_its_connection(context: zmq.Context, tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/inbox"
+    inbox: Inbox = Inbox(context, address, ToRunner, max_frame=1000)
+    raw = context.socket(zmq.PUSH)
+    raw.connect(address)
+    raw.send(b"x" * 2000)
+    outbox = Outbox(context, address)
+    outbox.send(Ping())
+    assert _drain(inbox, 1) == [Ping()]
+    for socket in (raw, outbox, inbox):
+        socket.close()
+
+
+def test_receive_waits_no_longer_than_asked(context: zmq.Context, tmp_path: Path) -> None:
+    inbox: Inbox = Inbox(context, f"ipc://{tmp_path}/inbox", ToRunner)
+    assert list(inbox.receive(0.01)) == []
+    inbox.close()
+
+
+def test_the_async_inbox_takes_the_same_messages(context: zmq.Context, tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/inbox"
+
+    async def receive() -> list[object]:
+        loop_context = zmq.asyncio.Context()
+        inbox: AsyncInbox = AsyncInbox(loop_context, address, Capacity | Ping)
+        outbox = Outbox(context, address)
+        outbox.send(Step(epoch=0, id=1))  # refused
+        outbox.send(Ping(3))
+        got = await asyncio.wait_for(anext(inbox), 5)
+        outbox.close()
+        inbox.close()
+        loop_context.destroy(linger=0)
+        return [got]
+
+    assert asyncio.run(receive()) == [Ping(3)]

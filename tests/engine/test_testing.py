@@ -1,0 +1,43 @@
+"""The fake engine behaves as the real one does, as far as a host can see."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from engine import InvalidRequest, LoRARequest, NotFound, SamplingParams
+from engine.testing import FakeEngine
+
+
+def test_answers_by_table_function_and_echo() -> None:
+    async def main() -> None:
+        async with FakeEngine({"hi": "hello there"}) as engine:
+            answers = await engine.generate_all(["hi", "what", [3, 4], [{"role": "user", "content": "hi"}]])
+            assert [answer.text for answer in answers] == ["hello there", "what", "3 4", "hello there"]
+        async with FakeEngine(lambda text, lora: f"{lora} says {text}", adapters=["a", "b"]) as engine:
+            answers = await engine.generate_all(
+                ["x"] * 4, lora=["a", None, {"b": 0.5, "a": 1.0}, LoRARequest("b", 1, "b")]
+            )
+            assert [answer.text for answer in answers] == ["a says x", "None says x", "a+b says x", "b says x"]
+            assert [card.name for card in await engine.adapters()] == ["a", "b"]
+            assert [request[0] for request in engine.requests] == ["x"] * 4
+
+    asyncio.run(main())
+
+
+def test_errors_limits_and_choices() -> None:
+    async def main() -> None:
+        async with FakeEngine() as engine:
+            (answer,) = await engine.generate_all(["one two three"], SamplingParams(max_tokens=2))
+            assert (answer.text, answer.finish_reason, answer.usage.completion_tokens) == ("one two", "length", 2)
+            indices = [delta.index async for delta in engine.generate("a b", SamplingParams(n=2))]
+            assert indices == [0, 0, 1, 1]
+            with pytest.raises(NotFound):
+                await engine.generate_all(["a"], lora="nobody")
+            with pytest.raises(InvalidRequest):
+                await engine.generate_all([""])
+            with pytest.raises(InvalidRequest, match="n=1"):
+                await engine.generate_all(["a"], SamplingParams(n=2))
+
+    asyncio.run(main())
