@@ -1,4 +1,4 @@
-"""Tokens through the whole server equal transformers + PEFT: alone and in one mixed batch, few lanes for many adapters."""
+"""Tokens through the whole server equal transformers + PEFT, alone and mixed, with fewer lanes than adapters."""
 
 from __future__ import annotations
 
