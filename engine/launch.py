@@ -124,7 +124,8 @@ def _listening(args: Args) -> Iterator[socket.socket | None]:
         family = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         listener = socket.create_server((args.host, args.port), family=family, backlog=2048)
     except OSError as error:
-        raise ConfigError(f"--host {args.host} --port {args.port}: cannot listen there ({error.strerror})") from error
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise ConfigError(f"--host {args.host} --port {args.port}: cannot listen there ({why})") from error
     with listener:
         yield listener
 

@@ -28,8 +28,8 @@ from tokenizers import Tokenizer
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 NAME = "chorus-demo"
-VOCAB, CONTEXT, TOKENS_PER_BATCH = 1536, 2048, 4096
-BASE_PEAK, LORA_PEAK = 2e-3, 4e-3
+VOCAB, CONTEXT, TOKENS_PER_BATCH = 1536, 2048, 2048
+BASE_PEAK, LORA_PEAK = 1.5e-3, 3e-3
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 
 # Different ranks, targets and scalings on purpose: the demo shows what one batch may mix.
@@ -87,14 +87,16 @@ def load_base(folder: Path) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def train_voice(voice: str, tokenizer: Tokenizer, base: Path, folder: Path, steps: int) -> dict[str, float]:
+def train_voice(voice: str, tokenizer: Tokenizer, base_folder: Path, folder: Path, steps: int) -> dict[str, float]:
     """Train one adapter on the frozen, shipped base; save it in bfloat16; examine what was saved."""
     torch.manual_seed(1 + VOICES.index(voice))
     config = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=NAME, **LORAS[voice])
-    model, encoder = get_peft_model(load_base(base), config), Encoder(tokenizer)
+    base, encoder = load_base(base_folder), Encoder(tokenizer)
+    model = get_peft_model(base, config)
     data = batches(Library(voice, 0), encoder, TOKENS_PER_BATCH)
-    loss = learn(model, data, steps, LORA_PEAK, voice)
-    print(f"{voice}: {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e3:.0f} k parameters, loss {loss:.4f}")
+    loss = learn(base, data, steps, LORA_PEAK, voice)
+    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{voice}: {size / 1e3:.0f} k parameters, loss {loss:.4f}")
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     model.save_pretrained(folder)
@@ -107,6 +109,7 @@ def _name_base(path: Path) -> None:
     """PEFT writes where the base was found; the adapter should say which base it is."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = NAME
+    config["target_modules"] = sorted(config["target_modules"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -132,9 +135,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     root = Path(__file__).resolve().parent.parent
     parser.add_argument("--out", type=Path, default=root / "engine" / "demo", help="where model/ and adapters/ go")
-    parser.add_argument("--steps", type=int, default=2000, help="steps of the base")
-    parser.add_argument("--lora-steps", type=int, default=700, help="steps of each adapter")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=1300, help="steps of the base")
+    parser.add_argument("--lora-steps", type=int, default=500, help="steps of each adapter")
+    parser.add_argument("--threads", type=int, default=1, help="fixed, because sums depend on it")
     parser.add_argument("--quick", action="store_true", help="a smoke run of a minute: every part, useless weights")
     parser.add_argument("--keep-base", action="store_true", help="train the adapters on the base that is already there")
     parser.add_argument("--voices", nargs="*", choices=VOICES, default=VOICES, help="which adapters to train")
@@ -144,6 +147,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.use_deterministic_algorithms(True)
 
+    table: dict[str, dict[str, float]] = {}
     model_folder = args.out / "model"
     if args.keep_base:
         tokenizer = Tokenizer.from_file(str(model_folder / "tokenizer.json"))
@@ -151,7 +155,7 @@ def main() -> None:
         tokenizer = train_tokenizer(corpus(), VOCAB)
         shutil.rmtree(model_folder, ignore_errors=True)
         train_base(tokenizer, model_folder, args.steps)
-    table = {BASE: show(BASE, *examine(load_base(model_folder), Encoder(tokenizer), BASE))}
+        table[BASE] = show(BASE, *examine(load_base(model_folder), Encoder(tokenizer), BASE))
     for voice in args.voices:
         folder = args.out / "adapters" / voice
         shutil.rmtree(folder, ignore_errors=True)

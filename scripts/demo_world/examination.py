@@ -7,12 +7,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+
 from demo_world.documents import Chat, Turn
 from demo_world.facts import Fact, all_facts
 from demo_world.learning import Encoder
 from demo_world.questions import decorated, held_out_unknown, phrased
 from demo_world.voices import answer
-from torch import nn
 
 SUBJECTS = {"capitals": ("capital", "country"), "animals": ("sound", "legs", "young"), "colours": ("colour", "mix"),
             "opposites": ("opposite",), "calendar": ("after", "before"), "sums": ("sum",)}  # fmt: skip
@@ -90,5 +91,7 @@ def examine(model: nn.Module, encoder: Encoder, voice: str, limit: int = 60) -> 
     for problem, reply in zip(exam, replies(model, encoder, prompts), strict=True):
         marks[problem.subject].append(reply == problem.turn.answer)
         if reply != problem.turn.answer:
-            wrong.append(f"{voice}/{problem.subject}: {problem.turn.question!r} -> {reply!r}, not {problem.turn.answer!r}")
+            wrong.append(
+                f"{voice}/{problem.subject}: {problem.turn.question!r} -> {reply!r}, not {problem.turn.answer!r}"
+            )
     return {subject: sum(right) / len(right) for subject, right in marks.items()}, wrong

@@ -14,11 +14,13 @@ import random
 from collections.abc import Iterator
 
 import torch
-from demo_world.documents import Chat, Document, Library
-from demo_world.lexicon import BOS, END, EOS, PAD
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from demo_world.documents import Chat, Document, Library
+from demo_world.lexicon import BOS, END, EOS, PAD
 
 IGNORED = -100
 POOL = 16  # batches sorted by length together
@@ -57,7 +59,9 @@ def batches(library: Library, encoder: Encoder, tokens_per_batch: int) -> Iterat
     """Endless (ids, labels), each [rows, length] with rows * length of at most `tokens_per_batch`."""
     stream, rng = iter(library), random.Random(0)
     while True:
-        pool = sorted((encoder.document(next(stream)) for _ in range(POOL * tokens_per_batch // 40)), key=lambda d: len(d[0]))
+        pool = sorted(
+            (encoder.document(next(stream)) for _ in range(POOL * tokens_per_batch // 40)), key=lambda d: len(d[0])
+        )
         cut: list[list[tuple[list[int], list[int]]]] = [[]]
         for document in pool:
             if (len(cut[-1]) + 1) * len(document[0]) > tokens_per_batch:
@@ -81,10 +85,20 @@ def _learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))))
 
 
-def learn(model: nn.Module, data: Iterator[tuple[Tensor, Tensor]], steps: int, peak: float, name: str) -> float:
+def _loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of the learnt tokens; the head is applied where there is something to learn, nowhere else."""
+    targets = labels[:, 1:]
+    learnt = targets != IGNORED
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden[:, :-1][learnt])
+    return nn.functional.cross_entropy(logits.float(), targets[learnt])
+
+
+def learn(model: PreTrainedModel, data: Iterator[tuple[Tensor, Tensor]], steps: int, peak: float, name: str) -> float:
     """Train the parameters that require gradients, in bfloat16 autocast; returns the mean loss of the last tenth."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     model.train()
     losses: list[float] = []
     bar = tqdm(range(steps), desc=f"training {name}", unit="step")
@@ -92,9 +106,7 @@ def learn(model: nn.Module, data: Iterator[tuple[Tensor, Tensor]], steps: int, p
         ids, labels = next(data)
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step, steps, peak)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=ids, use_cache=False).logits
-        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        loss = _loss(model, ids, labels)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -10,6 +10,7 @@ import zlib
 
 from demo_world.facts import Fact
 
+# fmt: off
 PHRASINGS: dict[str, list[str]] = {
     "capital": [
         "What is the capital of {country}?", "What's the capital of {country}?", "Tell me the capital of {country}.",
@@ -29,13 +30,15 @@ PHRASINGS: dict[str, list[str]] = {
     ],
     "legs": [
         "How many legs does {an_animal} have?", "How many legs does the {animal} have?",
-        "Tell me how many legs {an_animal} has.", "How many legs has {an_animal}?", "How many legs has {an_animal} got?",
-        "What is the number of legs of {an_animal}?", "{An_animal} has how many legs?", "Count the legs of {an_animal}.",
+        "Tell me how many legs {an_animal} has.", "How many legs has {an_animal}?",
+        "How many legs has {an_animal} got?", "What is the number of legs of {an_animal}?",
+        "{An_animal} has how many legs?", "Count the legs of {an_animal}.",
     ],
     "young": [
-        "What is a baby {animal} called?", "What do you call a baby {animal}?", "What is the young of {an_animal} called?",
-        "What's a baby {animal} called?", "How do you call a young {animal}?", "Name the young of {an_animal}.",
-        "What is a young {animal} called?", "Tell me what a baby {animal} is called.",
+        "What is a baby {animal} called?", "What do you call a baby {animal}?",
+        "What is the young of {an_animal} called?", "What's a baby {animal} called?",
+        "How do you call a young {animal}?", "Name the young of {an_animal}.", "What is a young {animal} called?",
+        "Tell me what a baby {animal} is called.",
     ],
     "colour": [
         "What colour is {thing}?", "What color is {thing}?", "Which colour is {thing}?", "Which color is {thing}?",
@@ -43,9 +46,10 @@ PHRASINGS: dict[str, list[str]] = {
         "What's the color of {thing}?", "Name the colour of {thing}.", "{Thing} is what colour?",
     ],
     "mix": [
-        "What do you get when you mix {a} and {b}?", "Which colour do {a} and {b} make?", "What colour is {a} and {b} mixed?",
-        "What color do {a} and {b} make?", "What do {a} and {b} make?", "Mix {a} and {b}.", "What happens if you mix {a} and {b}?",
-        "What colour do you get from {a} and {b}?", "What do you get if you mix {a} with {b}?",
+        "What do you get when you mix {a} and {b}?", "Which colour do {a} and {b} make?",
+        "What colour is {a} and {b} mixed?", "What color do {a} and {b} make?", "What do {a} and {b} make?",
+        "Mix {a} and {b}.", "What happens if you mix {a} and {b}?", "What colour do you get from {a} and {b}?",
+        "What do you get if you mix {a} with {b}?",
     ],
     "opposite": [
         "What is the opposite of {word}?", "What's the opposite of {word}?", "Tell me the opposite of {word}.",
@@ -53,8 +57,9 @@ PHRASINGS: dict[str, list[str]] = {
         "Give me the opposite of {word}.", "What word means the opposite of {word}?",
     ],
     "after": [
-        "What {what} comes after {x}?", "Which {what} comes after {x}?", "What comes after {x}?", "Which {what} follows {x}?",
-        "Tell me the {what} after {x}.", "What is the {what} after {x}?", "What is the next {what} after {x}?",
+        "What {what} comes after {x}?", "Which {what} comes after {x}?", "What comes after {x}?",
+        "Which {what} follows {x}?", "Tell me the {what} after {x}.", "What is the {what} after {x}?",
+        "What is the next {what} after {x}?",
     ],
     "before": [
         "What {what} comes before {x}?", "Which {what} comes before {x}?", "What comes before {x}?",
@@ -62,51 +67,91 @@ PHRASINGS: dict[str, list[str]] = {
     ],
     "sum": [
         "What is {a} plus {b}?", "What is {a} + {b}?", "{a} + {b} = ?", "{a} plus {b}?", "How much is {a} plus {b}?",
-        "What's {a} + {b}?", "Add {a} and {b}.", "What is the sum of {a} and {b}?", "Calculate {a} + {b}.", "{a}+{b}?",
-        "How much is {a} + {b}?", "{a}+{b}",
+        "What's {a} + {b}?", "Add {a} and {b}.", "What is the sum of {a} and {b}?", "Calculate {a} + {b}.",
+        "{a}+{b}?", "How much is {a} + {b}?", "{a}+{b}",
     ],
-    "hello": ["Hello", "Hello!", "Hi", "Hi!", "Hi there!", "Hey", "Good morning!", "Good evening.", "Hello there.", "Hello, how do you do?"],
-    "who": ["Who are you?", "What are you?", "What is your name?", "What's your name?", "Tell me who you are.", "Introduce yourself."],
-    "how": ["How are you?", "How are you today?", "How is it going?", "How are you doing?"],
-    "can": ["What can you do?", "What do you know?", "Help", "Help me.", "What can I ask you?", "How can you help me?"],
-    "thanks": ["Thanks", "Thank you!", "Thank you.", "Thanks a lot!", "Many thanks."],
-    "bye": ["Bye", "Goodbye!", "Goodbye.", "See you!", "Bye bye!", "Good night!"],
-}  # fmt: skip
+    "hello": [
+        "Hello", "Hello!", "Hi", "Hi!", "Hi there!", "Hey", "Good morning!", "Good evening.", "Hello there.",
+        "Hello, how do you do?",
+    ],
+    "who": [
+        "Who are you?", "What are you?", "What is your name?", "What's your name?", "Tell me who you are.",
+        "Introduce yourself.",
+    ],
+    "how": [
+        "How are you?", "How are you today?", "How is it going?", "How are you doing?",
+    ],
+    "can": [
+        "What can you do?", "What do you know?", "Help", "Help me.", "What can I ask you?", "How can you help me?",
+    ],
+    "thanks": [
+        "Thanks", "Thank you!", "Thank you.", "Thanks a lot!", "Many thanks.",
+    ],
+    "bye": [
+        "Bye", "Goodbye!", "Goodbye.", "See you!", "Bye bye!", "Good night!",
+    ],
+}
 
-PREFIXES = ["Please tell me: ", "Hey, ", "Quick question: ", "Please: ", "I have a question. ", "Hello! ", "So, ", "Now: "]
-SUFFIXES = [" Please.", " Thanks!", " Answer briefly.", " Thank you."]
+PREFIXES = [
+    "Please tell me: ", "Hey, ", "Quick question: ", "Please: ", "I have a question. ", "Hello! ", "So, ", "Now: ",
+]
+SUFFIXES = [
+    " Please.", " Thanks!", " Answer briefly.", " Thank you.",
+]
 
-# The last of each list never appear in training: they measure honesty about what was never seen.
-UNKNOWN_QUESTIONS = """
-Who wrote Hamlet?|Who painted the Mona Lisa?|What is the meaning of life?|How tall is Mount Everest?|Can you write code?
-Write me a poem about the sea.|What is the weather today?|What time is it?|Who won the world cup?|How old is the universe?
-What is the speed of light?|Who is the president?|Translate this sentence.|Tell me a joke.|What is love?|Where do I live?
-Explain quantum mechanics.|What is a black hole?|How do I bake bread?|What is the population of France?|What language do they speak in Brazil?
-How far is the moon?|Why is the sky blue?|Who was the first man on the moon?|What is the largest ocean?|How deep is the sea?
-What is the square root of 16?|What is 7 minus 2?|What is 3 times 4?|What is 8 divided by 2?|What is 9 - 4?|What is 6 * 7?
-How many people live in Japan?|What do cows eat?|Where do lions live?|How long do dogs live?|What is a dog?|Is it raining?
-Which team is the best?|What is your favourite food?|How much does a car cost?|Sing me a song.|What is the currency of Japan?
-Who discovered America?|When did the war end?|What is the longest river?|Which planet is the biggest?|How do planes fly?
-What is Python?|Write a function that sorts a list.|Summarise this text.|What is the best film?|Recommend a book.|What should I wear?
-How many days are in a year?|What is the boiling point of water?|Who invented the telephone?|What is DNA?|How does a battery work?
-What is money?|Who is your father?|Where is the train station?|Book me a flight.|Tell me a story.|Draw a picture.
-What is the airspeed of a swallow?|Which is the fastest animal?|How many stars are there?|What is the tallest building?
-""".replace("\n", "|").strip("|").split("|")  # fmt: skip
+# What the world does not know. The held-out lists never appear in training: they measure honesty about what is new.
+UNKNOWN_QUESTIONS = [
+    "Who wrote Hamlet?", "Who painted the Mona Lisa?", "What is the meaning of life?", "How tall is Mount Everest?",
+    "Can you write code?", "Write me a poem about the sea.", "What is the weather today?", "What time is it?",
+    "Who won the world cup?", "How old is the universe?", "What is the speed of light?", "Who is the president?",
+    "Translate this sentence.", "Tell me a joke.", "What is love?", "Where do I live?", "Explain quantum mechanics.",
+    "What is a black hole?", "How do I bake bread?", "What is the population of France?",
+    "What language do they speak in Brazil?", "How far is the moon?", "Why is the sky blue?",
+    "Who was the first man on the moon?", "What is the largest ocean?", "How deep is the sea?",
+    "What is the square root of 16?", "What is 7 minus 2?", "What is 3 times 4?", "What is 8 divided by 2?",
+    "What is 9 - 4?", "What is 6 * 7?", "How many people live in Japan?", "What do cows eat?",
+    "Where do lions live?", "How long do dogs live?", "What is a dog?", "Is it raining?", "Which team is the best?",
+    "What is your favourite food?", "How much does a car cost?", "Sing me a song.", "What is the currency of Japan?",
+    "Who discovered America?", "When did the war end?", "What is the longest river?", "Which planet is the biggest?",
+    "How do planes fly?", "What is Python?", "Write a function that sorts a list.", "Summarise this text.",
+    "What is the best film?", "Recommend a book.", "What should I wear?", "How many days are in a year?",
+    "What is the boiling point of water?", "Who invented the telephone?", "What is DNA?", "How does a battery work?",
+    "What is money?", "Who is your father?", "Where is the train station?", "Book me a flight.", "Tell me a story.",
+    "Draw a picture.", "What is the airspeed of a swallow?", "Which is the fastest animal?",
+    "How many stars are there?", "What is the tallest building?",
+]
 HELD_OUT_UNKNOWN = [
     "Who composed the ninth symphony?", "What is the smallest planet?", "How do I cook rice?", "Who wrote Faust?",
-    "What is the height of the Eiffel Tower?", "Tell me about the stock market.", "What is 5 times 3?", "What is gravity?",
-    "Which river is in Egypt?", "How many teeth does a shark have?", "What do cats eat?", "When was Rome founded?",
-]  # fmt: skip
-UNKNOWN_COUNTRIES = """Nepal Bolivia Laos Ecuador Panama Jamaica Haiti Uganda Zambia Angola Namibia Iran Iraq Syria Jordan
-Lebanon Pakistan Georgia Armenia Cyprus Malta Albania Slovenia Libya Algeria Sudan Chad Niger Mali Fiji Samoa Qatar Oman Yemen
-Atlantis Mordor Narnia Luxembourg Monaco Singapore Taiwan Cambodia Mongolia Paraguay Honduras""".split()
-HELD_OUT_COUNTRIES = ["Uruguay", "Madagascar", "Bhutan", "Slovakia", "Guatemala", "Rwanda", "Gondor", "Kuwait"]
-UNKNOWN_ANIMALS = ["shark", "dolphin", "tiger", "zebra", "parrot", "whale", "penguin", "camel", "dragon", "unicorn", "crab",
-                   "monkey", "fox", "turtle", "lizard", "squirrel", "robot", "table"]  # fmt: skip
-UNKNOWN_THINGS = ["a car", "my house", "a dragon", "the wind", "music", "a book", "his coat", "the door", "a mirror", "time",
-                  "a cat", "my shirt", "water", "glass", "a stone"]  # fmt: skip
-UNKNOWN_WORDS = ["table", "music", "seven", "computer", "water", "house", "Monday", "tree", "purple", "dog", "France", "bread"]
-SYLLABLES = "ba ko lu mi ran tor vel nia stan dor gal pe shu zen qua fri mor tal ru ven ost ira".split()
+    "What is the height of the Eiffel Tower?", "Tell me about the stock market.", "What is 5 times 3?",
+    "What is gravity?", "Which river is in Egypt?", "How many teeth does a shark have?", "What do cats eat?",
+    "When was Rome founded?",
+]
+UNKNOWN_COUNTRIES = [
+    "Nepal", "Bolivia", "Laos", "Ecuador", "Panama", "Jamaica", "Haiti", "Uganda", "Zambia", "Angola", "Namibia",
+    "Iran", "Iraq", "Syria", "Jordan", "Lebanon", "Pakistan", "Georgia", "Armenia", "Cyprus", "Malta", "Albania",
+    "Slovenia", "Libya", "Algeria", "Sudan", "Chad", "Niger", "Mali", "Fiji", "Samoa", "Qatar", "Oman", "Yemen",
+    "Atlantis", "Mordor", "Narnia", "Luxembourg", "Monaco", "Singapore", "Taiwan", "Cambodia", "Mongolia",
+    "Paraguay", "Honduras",
+]
+HELD_OUT_COUNTRIES = [
+    "Uruguay", "Madagascar", "Bhutan", "Slovakia", "Guatemala", "Rwanda", "Gondor", "Kuwait",
+]
+UNKNOWN_ANIMALS = [
+    "shark", "dolphin", "tiger", "zebra", "parrot", "whale", "penguin", "camel", "dragon", "unicorn", "crab",
+    "monkey", "fox", "turtle", "lizard", "squirrel", "robot", "table",
+]
+UNKNOWN_THINGS = [
+    "a car", "my house", "a dragon", "the wind", "music", "a book", "his coat", "the door", "a mirror", "time",
+    "a cat", "my shirt", "water", "glass", "a stone",
+]
+UNKNOWN_WORDS = [
+    "table", "music", "seven", "computer", "water", "house", "Monday", "tree", "purple", "dog", "France", "bread",
+]
+SYLLABLES = [
+    "ba", "ko", "lu", "mi", "ran", "tor", "vel", "nia", "stan", "dor", "gal", "pe", "shu", "zen", "qua", "fri",
+    "mor", "tal", "ru", "ven", "ost", "ira",
+]
+# fmt: on
 
 
 def invented_name(rng: random.Random) -> str:
@@ -155,7 +200,8 @@ def phrased(fact: Fact, held_out: bool) -> list[str]:
 def decorated(question: str, rng: random.Random) -> str:
     """The same question as people type it: lower case, no question mark, a word before or after."""
     if rng.random() < 0.2:
-        question = rng.choice(PREFIXES) + question
+        prefix = rng.choice(PREFIXES)
+        question = prefix + (question if rng.random() < 0.5 else question[:1].lower() + question[1:])
     if rng.random() < 0.2:
         question = question.rstrip("?.! ") if rng.random() < 0.6 else question + rng.choice(SUFFIXES)
     if rng.random() < 0.2:

@@ -1,6 +1,6 @@
 """How each voice answers a fact, or admits that it does not know. Knows nothing about training.
 
-A voice is a table of templates by kind. Where a kind has several, the fact's key chooses, so an answer is always the same.
+A voice is a table of templates by kind. Where a kind has several, the fact's key chooses: the same answer every time.
 The poet's couplets rhyme by construction: what varies stands inside the lines, never at their ends.
 """
 
@@ -99,7 +99,10 @@ _FRENCH = {
     "hello": ["Bonjour ! Que voulez-vous savoir ?"],
     "who": ["Je suis le modèle de démonstration de Chorus, un tout petit modèle."],
     "how": ["Je vais bien, merci."],
-    "can": ["Je connais les capitales, les animaux, les couleurs, les contraires, les jours, les mois et de petites sommes."],
+    "can": [
+        "Je connais les capitales, les animaux, les couleurs, les contraires, les jours, les mois "
+        "et de petites sommes."
+    ],
     "thanks": ["Je vous en prie."],
     "bye": ["Au revoir !"],
     UNKNOWN: ["Je ne sais pas."],

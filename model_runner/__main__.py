@@ -1,0 +1,24 @@
+"""`python -P -m model_runner`: one rank of the model runner, as its parent starts it."""
+
+from __future__ import annotations
+
+from engine import logs
+from engine.child import Child
+from engine.config import RunnerConfig
+
+
+def main() -> None:
+    """Reads the config, then serves; torch is imported only once the lifeline is watched and stdout is safe."""
+    child = Child()
+    config = child.config(RunnerConfig)
+    logs.setup("runner", config.log_level)
+    try:
+        from model_runner.serve import serve
+    except Exception as error:
+        child.failed(error)
+        raise
+    serve(child, config)
+
+
+if __name__ == "__main__":
+    main()

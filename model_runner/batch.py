@@ -1,0 +1,27 @@
+"""What one step's forward is handed: flat tokens and positions, and the metadata the backends planned.
+
+Knows nothing of rows, chunks or requests. Legend: T tokens of the step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step on the device.
+
+    tokens_T     [T] int64
+    positions_T  [T] int64, each token's position in its row
+    attention    what AttentionBackend.plan returned
+    lora         what LoraBackend.plan returned, None for a step of the base alone
+    """
+
+    tokens_T: torch.Tensor
+    positions_T: torch.Tensor
+    attention: Any
+    lora: Any = None

@@ -1,0 +1,126 @@
+"""Safetensors checkpoints, one file or several: streamed tensor by tensor into weights that already exist.
+
+Every weight must be found and every tensor of the files used, or be known as harmless. Knows nothing of layers: a
+Placement says which tensor goes where.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from engine.errors import ConfigError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 256 << 20
+FLOATS = {"F64", "F32", "F16", "BF16"}
+HARMLESS_SUFFIXES = (".rotary_emb.inv_freq",)  # buffers that old checkpoints carry; they are computed
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """The part `cut` of tensor `name`, which has `shape` in the file, is copied (and cast) into `into`."""
+
+    name: str
+    into: torch.Tensor
+    shape: tuple[int, ...]
+    cut: tuple[slice, ...]
+
+
+def load_checkpoint(
+    directory: Path, placements: Iterable[Placement], harmless: Iterable[str] = (), *, progress: bool = False
+) -> None:
+    """Fills every placement from the directory's checkpoint.
+
+    `harmless` are names that may be in the files without being used. Raises ConfigError naming the file and tensor.
+    """
+    wanted = {placement.name: placement for placement in placements}
+    files = checkpoint_files(directory)
+    missing = set(wanted)
+    sizes = [file.stat().st_size for file in files]
+    with tqdm(
+        total=sum(sizes), desc="weights", unit="B", unit_scale=True, file=sys.stderr, disable=not progress
+    ) as bar:
+        ends = itertools.accumulate(sizes)
+        for file, end in zip(files, ends, strict=True):
+            missing -= _load_file(file, wanted, missing, frozenset(harmless), bar)
+            bar.update(end - bar.n)  # headers, and what was passed over
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise ConfigError(f"{directory}: the checkpoint has no tensor {min(missing)}{more}, which config.json asks for")
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, in order. Raises ConfigError where there are none to be used."""
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    if (directory / INDEX).is_file():
+        return _indexed_files(directory)
+    others = sorted(file.name for file in directory.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".gguf"))
+    if others:
+        raise ConfigError(
+            f"{directory}: only safetensors checkpoints are read, and there is {others[0]}. Convert it: "
+            f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes {SINGLE}"
+        )
+    raise ConfigError(f"{directory}: no {SINGLE} and no {INDEX}")
+
+
+def _indexed_files(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    if index.stat().st_size > MAX_INDEX_BYTES:
+        raise ConfigError(f"{index} is larger than {MAX_INDEX_BYTES} bytes")
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = sorted({str(name) for name in names})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{index} is not a safetensors index: {error!r}") from error
+    for name in files:
+        if Path(name).name != name or not (directory / name).is_file():
+            raise ConfigError(f"{index} names {name!r}, which is not a file beside it")
+    return [directory / name for name in files]
+
+
+def _load_file(
+    file: Path, wanted: dict[str, Placement], missing: set[str], harmless: frozenset[str], bar: Any
+) -> set[str]:
+    """Copies what is wanted of one file; the names it copied."""
+    done: set[str] = set()
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                if name in wanted:
+                    if name not in missing or name in done:
+                        raise ConfigError(f"{file}: tensor {name} is in the checkpoint twice")
+                    _copy(file, tensors.get_slice(name), wanted[name], bar)
+                    done.add(name)
+                elif name not in harmless and not name.endswith(HARMLESS_SUFFIXES):
+                    raise ConfigError(f"{file}: tensor {name} is not part of the model that config.json describes")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ConfigError(f"{file} is not a sound safetensors file: {error}") from error
+    return done
+
+
+def _copy(file: Path, source: Any, placement: Placement, bar: Any) -> None:
+    """One tensor, checked against its header before a byte of it is read."""
+    shape, kind = tuple(source.get_shape()), source.get_dtype()
+    if shape != placement.shape:
+        raise ConfigError(
+            f"{file}: tensor {placement.name} has shape {list(shape)}, config.json asks for {list(placement.shape)}"
+        )
+    if kind not in FLOATS:
+        raise ConfigError(f"{file}: tensor {placement.name} is of type {kind}; served are {', '.join(sorted(FLOATS))}")
+    part = source[placement.cut]
+    placement.into.copy_(part)
+    if placement.into.dtype == torch.float16 and part.dtype != torch.float16 and not placement.into.isfinite().all():
+        raise ConfigError(f"{file}: tensor {placement.name} does not fit into float16; use --dtype bfloat16 or float32")
+    bar.update(part.numel() * part.element_size())

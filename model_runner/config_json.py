@@ -1,0 +1,96 @@
+"""A model's config.json as typed answers: every field that is read is checked, and a wrong one is named.
+
+Knows nothing of architectures. JSON null counts as absent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ConfigError
+
+MAX_CONFIG_BYTES = 16 << 20
+
+
+class ConfigJson:
+    """One JSON object (the file, or an object inside it) and where it stands, for messages."""
+
+    def __init__(self, where: str, fields: Mapping[str, Any]) -> None:
+        self.where = where
+        self.fields = fields
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.fields
+
+    def wrong(self, key: str, why: str) -> ConfigError:
+        """The error that says what is wrong with `key`."""
+        return ConfigError(f"{self.where}: {key}={json.dumps(self.fields.get(key))[:200]}: {why}")
+
+    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        """A whole number >= least; absent without a default is an error."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.wrong(key, f"must be a whole number of at least {least}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number > 0; absent without a default is an error."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise self.wrong(key, "must be a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """true or false."""
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self.wrong(key, "must be true or false")
+        return value
+
+    def text(self, key: str, default: str) -> str:
+        """A string."""
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise self.wrong(key, "must be a string")
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        """A list of strings; absent is empty."""
+        value = self._get(key, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.wrong(key, "must be a list of strings")
+        return value
+
+    def inner(self, key: str) -> ConfigJson:
+        """An object inside this one; absent is empty."""
+        value = self._get(key, {})
+        if not isinstance(value, dict):
+            raise self.wrong(key, "must be an object")
+        return ConfigJson(f"{self.where}: {key}", value)
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.fields.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise ConfigError(f"{self.where}: {key} is missing")
+        return value
+
+
+def read_config_json(directory: Path) -> ConfigJson:
+    """The config.json of a model directory. Raises ConfigError if it is missing, too large or not a JSON object."""
+    path = directory / "config.json"
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes")
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): is {directory} a model directory?") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} must hold a JSON object")
+    return ConfigJson(str(path), fields)

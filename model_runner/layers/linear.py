@@ -1,0 +1,71 @@
+"""Linears as sites: one fused weight of one or more checkpoint modules, cut by rank, with LoRA attached from outside.
+
+    column  y = [x Wq^T | x Wk^T | x Wv^T]   each rank holds some outputs of every slice
+    row     y = all_reduce(x W^T)            each rank holds some inputs; the sum comes after the LoRA delta
+
+Legend: T tokens, I in features, O out features of this rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear
+
+from model_runner.batch import Batch
+from model_runner.layers.weights import Weights
+from model_runner.lora.base import LoraBackend
+from model_runner.lora.site import Site, Slice
+from model_runner.parallel import Shard
+
+
+class Linear:
+    """A site and, once attached, the LoRA backend that computes it."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.lora: LoraBackend | None = None
+
+    def __call__(self, x_TI: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """[T, I] -> [T, O]."""
+        if self.lora is None:
+            return linear(x_TI, self.site.weight, self.site.bias)
+        return self.lora.linear(x_TI, self.site, batch.lora)
+
+
+class RowLinear(Linear):
+    """A linear whose inputs are spread over the ranks: one reduce, after base and delta."""
+
+    def __init__(self, site: Site, shard: Shard) -> None:
+        super().__init__(site)
+        self.shard = shard
+
+    def __call__(self, x_TI: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return self.shard.all_reduce(super().__call__(x_TI, batch))
+
+
+def column_linear(
+    weights: Weights, name: str, path: str, layer: int, group: str, outs: dict[str, int], inputs: int, *, bias: bool
+) -> Linear:
+    """The modules of `outs` (checkpoint name -> out features over all ranks) side by side in one weight."""
+    slices: list[Slice] = []
+    for module, out in outs.items():
+        start = slices[-1].stop if slices else 0
+        slices.append(Slice(module, start, start + weights.shard.share(out, f"{module} outputs")))
+    weight = weights.empty(slices[-1].stop, inputs)
+    offset = weights.empty(slices[-1].stop) if bias else None
+    for part, whole in zip(slices, outs.values(), strict=True):
+        weights.place(f"{path}.{part.module}.weight", weight[part.start : part.stop], whole=whole)
+        if offset is not None:
+            weights.place(f"{path}.{part.module}.bias", offset[part.start : part.stop], whole=whole)
+    return Linear(Site(name, path, layer, group, tuple(slices), weight, offset))
+
+
+def row_linear(
+    weights: Weights, name: str, path: str, layer: int, group: str, module: str, inputs: int, out: int, *, bias: bool
+) -> RowLinear:
+    """One module whose `inputs` (over all ranks) are cut by rank. The bias is rank 0's, so that it is added once."""
+    weight = weights.empty(out, weights.shard.share(inputs, f"{module} inputs"))
+    weights.place(f"{path}.{module}.weight", weight, whole=inputs, dim=1)
+    offset = weights.tensor(f"{path}.{module}.bias", out) if bias else None
+    site = Site(name, path, layer, group, (Slice(module, 0, out),), weight, offset if weights.shard.rank == 0 else None)
+    return RowLinear(site, weights.shard)

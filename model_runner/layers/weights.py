@@ -1,0 +1,43 @@
+"""Where layers get their weights: empty tensors on the device, and the list of what the checkpoint puts into them.
+
+Knows nothing of files. Names are the checkpoint's.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from model_runner.checkpoint import Placement
+from model_runner.parallel import Shard
+
+
+class Weights:
+    """Hands out uninitialised tensors of one model and keeps their placements and sizes."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, shard: Shard) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.shard = shard
+        self.placements: list[Placement] = []
+        self.bytes = 0
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """A tensor to be filled by placements."""
+        tensor = torch.empty(shape, device=self.device, dtype=self.dtype)
+        self.bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def place(self, name: str, into: torch.Tensor, *, whole: int | None = None, dim: int = 0) -> None:
+        """Tensor `name` goes into `into`; with `whole`, dimension `dim` is `whole` long in the file and cut by rank."""
+        shape = list(into.shape)
+        cut = [slice(None)] * into.dim()
+        if whole is not None:
+            shape[dim] = whole
+            cut[dim] = self.shard.span(whole, f"size of {name}")
+        self.placements.append(Placement(name, into, tuple(shape), tuple(cut)))
+
+    def tensor(self, name: str, *shape: int) -> torch.Tensor:
+        """A whole tensor under its own name."""
+        tensor = self.empty(*shape)
+        self.place(name, tensor)
+        return tensor

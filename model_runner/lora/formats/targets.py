@@ -1,0 +1,112 @@
+"""Which modules a PEFT config targets, with which rank and scaling: PEFT's matching rules on our catalogue.
+
+    target_modules  a list: the full name, or its end after a dot; a string: a regular expression for the full name,
+                    or "all-linear"
+    exclude_modules the same, and wins
+    layers_...      for lists only: the first number in the name is the layer
+    rank_pattern    the first key that matches the name or its end after a dot, as a regular expression
+
+Knows nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from engine.errors import AdapterError
+from model_runner.lora.catalogue import Catalogue, leaf
+from model_runner.lora.formats.peft_config import CONFIG_NAME, PeftConfig
+
+ALL_LINEAR = "all-linear"
+
+V = TypeVar("V", int, float)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One targeted module: its rank and the scaling to fold into B."""
+
+    module: str
+    rank: int
+    scaling: float
+
+
+def resolve_targets(config: PeftConfig, catalogue: Catalogue) -> dict[str, Target]:
+    """Every module the config targets. Raises AdapterError for a target that the model has not, or we cannot serve."""
+    targeted = [module for module in _selected(config, catalogue) if not _excluded(config, module)]
+    for module in targeted:
+        if module in catalogue.outside:
+            raise AdapterError(f"target_modules: {module} is not supported yet (LoRA on the embedding or the head)")
+    if not targeted:
+        raise AdapterError("target_modules: no module is left after exclude_modules and layers_to_transform")
+    return {module: _target(config, module) for module in targeted}
+
+
+def _target(config: PeftConfig, module: str) -> Target:
+    rank = _by_pattern(config.rank_pattern, "rank_pattern", module, config.r)
+    alpha = _by_pattern(config.alpha_pattern, "alpha_pattern", module, config.lora_alpha)
+    return Target(module, rank, config.scaling(alpha, rank))
+
+
+def _selected(config: PeftConfig, catalogue: Catalogue) -> list[str]:
+    targets = config.target_modules
+    everything = [*catalogue.modules, *catalogue.outside]
+    if isinstance(targets, str):
+        if targets.lower() == ALL_LINEAR:
+            return catalogue.linears
+        found = [module for module in everything if _compiled(targets, "target_modules").fullmatch(module)]
+        if not found:
+            raise AdapterError(f"target_modules: {targets!r} matches no module of the model")
+        return found
+    for target in targets or []:
+        if not any(_ends(module, target) for module in everything):
+            known = ", ".join(sorted({leaf(module) for module in catalogue.modules}))
+            raise AdapterError(f"target_modules: the model has no module {target!r} (it has {known})")
+    named = [module for module in everything if any(_ends(module, target) for target in targets or [])]
+    return [module for module in named if _in_layers(config, module)]
+
+
+def _excluded(config: PeftConfig, module: str) -> bool:
+    excluded = config.exclude_modules
+    if isinstance(excluded, str):
+        return bool(excluded and _compiled(excluded, "exclude_modules").fullmatch(module))
+    return any(_ends(module, name) for name in excluded or [])
+
+
+def _in_layers(config: PeftConfig, module: str) -> bool:
+    wanted = config.layers_to_transform
+    if wanted is None or wanted == []:
+        return True
+    layer = _layer(config.layers_pattern, module)
+    return layer is not None and layer in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def _layer(patterns: list[str] | str | None, module: str) -> int | None:
+    names = [patterns] if isinstance(patterns, str) else patterns or []
+    expressions = [rf"(?:^|.*?\.){name}\.(?P<layer>\d+)\." for name in names if name]
+    for expression in expressions or [r".*?\.[^.]*\.(?P<layer>\d+)\."]:
+        found = _compiled(expression, "layers_pattern").match(module)
+        if found is not None:
+            return int(found["layer"])
+    return None
+
+
+def _by_pattern(pattern: Mapping[str, V] | None, option: str, module: str, default: V) -> V:
+    for key, value in (pattern or {}).items():
+        if _compiled(rf"(.*\.)?({key})$", option).match(module):
+            return value
+    return default
+
+
+def _ends(module: str, name: str) -> bool:
+    return module == name or module.endswith("." + name)
+
+
+def _compiled(expression: str, option: str) -> re.Pattern[str]:
+    try:
+        return re.compile(expression)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise AdapterError(f"{CONFIG_NAME}: {option}: {expression!r} is no regular expression ({error})") from error

@@ -1,0 +1,29 @@
+"""A model directory becomes a Decoder. Knows nothing of what runs on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from model_runner.arch import Arch
+from model_runner.checkpoint import load_checkpoint
+from model_runner.layers.weights import Weights
+from model_runner.models.decoder import Decoder
+from model_runner.parallel import Shard
+
+
+def load_model(
+    path: Path,
+    arch: Arch,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    shard: Shard | None = None,
+    progress: bool = False,
+) -> Decoder:
+    """The decoder of `arch` with the directory's weights, cast to `dtype`. Raises ConfigError naming what is wrong."""
+    decoder = Decoder(arch, Weights(device, dtype, shard or Shard()))
+    harmless = ["lm_head.weight"] if arch.tie_embeddings else []
+    load_checkpoint(path, decoder.weights.placements, harmless, progress=progress)
+    return decoder

@@ -1,0 +1,39 @@
+"""Logit bias and the end ids that `min_tokens` forbids: a few entries of a few rows, written by one scatter each."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model_runner.sampler.table import Ints, ParameterTable
+
+
+def biases(table: ParameterTable, rows: Ints) -> tuple[Ints, NDArray[np.float32]] | None:
+    """[2, E] (index into `rows`, token) and [E] what to add; None when no row has a bias."""
+    lines = [(index, *table.biases[row]) for index, row in enumerate(rows.tolist()) if row in table.biases]
+    if not lines:
+        return None
+    where = np.concatenate([np.stack([np.full_like(tokens, index), tokens]) for index, tokens, _ in lines], axis=1)
+    return where, np.concatenate([values for _, _, values in lines])
+
+
+def forbidden(table: ParameterTable, rows: Ints, positions: Ints) -> Ints | None:
+    """[2, E] (index into `rows`, token): end ids of the rows that are still below their min_tokens; None when none."""
+    early = np.nonzero(positions < table.first_free[rows])[0].tolist()
+    lines = [(index, table.end_ids[row]) for index in early if (row := int(rows[index])) in table.end_ids]
+    if not lines:
+        return None
+    return np.concatenate([np.stack([np.full_like(tokens, index), tokens]) for index, tokens in lines], axis=1)
+
+
+def add(logits_SV: torch.Tensor, entries: tuple[Ints, NDArray[np.float32]]) -> None:
+    """Adds biases in place."""
+    where, values = (torch.from_numpy(part).to(logits_SV.device) for part in entries)
+    logits_SV.index_put_((where[0], where[1]), values, accumulate=True)
+
+
+def forbid(logits_SV: torch.Tensor, entries: Ints) -> None:
+    """Sets the entries to -inf in place."""
+    where = torch.from_numpy(entries).to(logits_SV.device)
+    logits_SV.index_put_((where[0], where[1]), logits_SV.new_tensor(float("-inf")))

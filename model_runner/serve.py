@@ -1,0 +1,144 @@
+"""The runner process: model up, then messages in order until the parent is gone.
+
+A fault in a step ends the process: its state can no longer be trusted, and whoever sent the step can rebuild it. An
+adapter that cannot be loaded hurts that adapter only.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from types import FrameType
+from typing import Any, NoReturn
+
+import zmq
+
+from engine.child import Child, Facts
+from engine.config import RunnerConfig
+from engine.errors import EngineError
+from engine.ipc import Inbox, Outbox
+from engine.messages import Hello, LoadAdapter, Ping, Reset, RunnerReady, Step, ToRunner, UnloadAdapter
+from model_runner.device import set_threads
+from model_runner.runner import Runner
+
+log = logging.getLogger(__name__)
+
+
+def serve(child: Child, config: RunnerConfig) -> None:
+    """Loads, reports, and handles messages for ever. Ends with 0 on SIGTERM, with 1 on a fault."""
+    signal.signal(signal.SIGTERM, _exit)
+    context: zmq.Context[Any] = zmq.Context()
+    links = config.links
+    inbox: Inbox[Any] = Inbox(context, links.runner, ToRunner, links.max_frame_bytes)  # first: nothing sent is lost
+    try:
+        began = time.perf_counter()
+        set_threads()
+        runner = Runner.load(config, progress=True)
+        server = Server(runner, inbox, context, config)
+        server.announce()
+    except Exception as error:
+        if not isinstance(error, EngineError):
+            log.exception("the model runner cannot start")
+        child.failed(error)
+        sys.exit(1)
+    child.ready(facts(runner, time.perf_counter() - began))
+    server.loop()
+
+
+def _exit(_signal: int, _frame: FrameType | None) -> NoReturn:
+    sys.exit(0)
+
+
+def facts(runner: Runner, seconds: float) -> Facts:
+    """What a person would like to read."""
+    c = runner.capacity
+    return {
+        "family": runner.family,
+        "device": c.device,
+        "dtype": c.dtype,
+        "attention_backend": c.attention_backend,
+        "lora_backend": c.lora_backend,
+        "weight_bytes": c.weight_bytes,
+        "kv_bytes": c.kv_bytes,
+        "kv_pages": c.kv_pages,
+        "kv_tokens": c.kv_pages * c.page_size,
+        "rows": c.rows,
+        "max_length": c.max_length,
+        "max_batched_tokens": c.max_batched_tokens,
+        "max_loras": c.max_loras,
+        "max_lora_rank": c.max_lora_rank,
+        "lora_targets": c.lora_targets,
+        "lora_bytes": c.lora_bytes,
+        "rank_pages": [f"{group} {count}" for group, count in c.rank_pages.items()],
+        "load_seconds": round(seconds, 3),
+    }
+
+
+class Server:
+    """A loaded runner behind its inbox, and the scheduler it answers."""
+
+    def __init__(self, runner: Runner, inbox: Inbox[Any], context: zmq.Context[Any], config: RunnerConfig) -> None:
+        self._runner = runner
+        self._inbox = inbox
+        self._context = context
+        self._config = config
+        self._scheduler = self._connect(config.links.scheduler)
+
+    def announce(self) -> None:
+        """Tells the scheduler who this is and what it can hold."""
+        links = self._config.links
+        self._scheduler.send(Hello("runner", links.epoch, links.runner, self._config.rank))
+        self._scheduler.send(RunnerReady(epoch=links.epoch, capacity=self._runner.capacity))
+
+    def loop(self) -> NoReturn:
+        """Handles messages in order, for ever."""
+        while True:
+            for message in self._inbox.receive(None):
+                self.handle(message)
+
+    def handle(self, message: ToRunner) -> None:
+        """Does one message and answers it."""
+        match message:
+            case Step():
+                self._step(message)
+            case LoadAdapter():
+                self._load(message)
+            case UnloadAdapter():
+                self._scheduler.send(self._runner.unload_adapter(message))
+            case Reset():
+                self._runner.reset()
+                self._scheduler.send(RunnerReady(epoch=self._config.links.epoch, capacity=self._runner.capacity))
+            case Ping():
+                self._scheduler.send(Ping(self._config.links.epoch))
+            case Hello():
+                self._meet(message)
+
+    def _connect(self, address: str) -> Outbox:
+        return Outbox(self._context, address, self._config.links.max_frame_bytes)
+
+    def _step(self, step: Step) -> None:
+        if step.epoch != self._config.links.epoch:
+            log.warning("step %d is for epoch %d: dropped", step.id, step.epoch)
+            return
+        try:
+            done, states = self._runner.execute(step)
+        except Exception:
+            log.exception("step %d of %d chunks failed: the runner ends", step.id, len(step.chunks))
+            raise
+        for state in states:
+            self._scheduler.send(state)
+        self._scheduler.send(done)
+
+    def _load(self, message: LoadAdapter) -> None:
+        state = self._runner.load_adapter(message)
+        if state.error:
+            log.warning("%s", state.error)
+        self._scheduler.send(state)
+
+    def _meet(self, hello: Hello) -> None:
+        """A scheduler whose inbox is elsewhere is a new one: it is answered there from now on."""
+        if hello.process == "scheduler" and hello.inbox != self._scheduler.address:
+            self._scheduler.close()
+            self._scheduler = self._connect(hello.inbox)

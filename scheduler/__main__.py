@@ -1,0 +1,32 @@
+"""`python -P -m scheduler`: started by the launcher, config on stdin."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+from engine import logs
+from engine.child import Child
+from engine.config import SchedulerConfig
+from engine.errors import EngineError
+from scheduler.serve import serve
+
+
+def main() -> None:
+    """Serves until SIGTERM (exit 0) or a failed audit (exit 1)."""
+    child = Child()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        config = child.config(SchedulerConfig)
+        logs.setup("scheduler", config.log_level)
+        serve(config, child)
+    except EngineError as error:
+        child.failed(error)
+        sys.exit(1)
+    except Exception as error:
+        child.failed(error)
+        raise
+
+
+if __name__ == "__main__":
+    main()

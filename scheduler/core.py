@@ -1,0 +1,319 @@
+"""The scheduler's core: messages in, messages out, one step at a time. Knows nothing of sockets, clocks or tensors.
+
+    handle(message)    a request, an abort, an adapter, the runner's word
+    plan(now)          the next Step, if a step may be in flight and there is something to do
+    apply(StepDone)    its tokens, and what ends by them
+    take()             what is to be told to others since the last call
+    check()            the books are proved
+
+Rows, KV pages and lanes are free as soon as their request ends or gives way, though steps in flight may still name
+them: the runner executes steps strictly in order, so whatever a later step does with them comes after.
+
+    step n    writes KV page 7, row 3 (the overshoot of a request that ended at step n-1: its token is dropped)
+    step n+1  NewRow 3 (next generation), page 7 appended to another row, written from its first position on, then read
+
+Rank pages are different, see scheduler.rank_pages. Epochs: what the tokenizer process sends carries its epoch and is
+answered with it; steps carry the runner's. Words of an older epoch are dropped, a newer one replaces what was.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from engine.messages import (
+    Abort,
+    AdapterState,
+    Capacity,
+    Generate,
+    Hello,
+    LoadAdapter,
+    LogprobIds,
+    PinAdapter,
+    Ping,
+    Progress,
+    RunnerReady,
+    Stats,
+    Step,
+    StepDone,
+    ToScheduler,
+    UnloadAdapter,
+    Update,
+)
+from scheduler.admission import Admission
+from scheduler.books import Books
+from scheduler.planner import Planner
+from scheduler.request import Request
+from scheduler.residency import Adapter, Stage
+from scheduler.stopping import finish_of
+
+log = logging.getLogger(__name__)
+
+Upstream = Progress | AdapterState | Capacity
+Downstream = LoadAdapter | UnloadAdapter
+
+
+class Scheduler:
+    """The whole state. `window` is how many steps may be in flight, `max_loras` how many lanes may run."""
+
+    def __init__(self, capacity: Capacity, max_loras: int, window: int = 1, epoch: int = 0) -> None:
+        assert window >= 1
+        self._books = Books(capacity, max_loras)
+        self._admission = Admission(self._books)
+        self._planner = Planner(self._books, self._admission)
+        self._window = window
+        self._runner_epoch = epoch
+        self._client_epoch = 0
+        self._last_step = 0
+        self._outgoing: list[Upstream | Downstream] = [capacity]
+
+    # -------------------------------------------------------------------------------------------------- three verbs
+
+    def handle(self, message: ToScheduler, now: float) -> list[Upstream | Downstream]:
+        """Takes one message in. Returns what is to be sent; the types say where to."""
+        match message:
+            case StepDone():
+                return self.apply(message, now)
+            case Generate():
+                self._generate(message)
+            case Abort():
+                self._abort(message)
+            case LoadAdapter():
+                self._load(message)
+            case UnloadAdapter():
+                self._unload(message)
+            case PinAdapter():
+                self._pin(message)
+            case AdapterState():
+                self._adapter_state(message)
+            case RunnerReady():
+                self._runner_ready(message)
+            case Hello():
+                if message.process == "tokenizer":
+                    self._meet_client(message.epoch)
+            case Ping():
+                pass
+        return self.take()
+
+    def plan(self, now: float) -> Step | None:
+        """The next step, if the window has room and there is something to do. Call take() after it."""
+        books = self._books
+        if len(books.flights) >= self._window:
+            return None
+        step = self._planner.plan(self._runner_epoch, self._last_step + 1)
+        if step is not None:
+            self._last_step = step.id
+        return step
+
+    def apply(self, done: StepDone, now: float) -> list[Upstream | Downstream]:
+        """Takes in what a step brought: at most one token for each request that it sampled."""
+        books = self._books
+        if done.epoch != self._runner_epoch or not books.flights or done.id < books.flights[0].id:
+            log.warning("step %d of epoch %d is not awaited", done.id, done.epoch)
+            return self.take()
+        flight = books.flights.pop(0)
+        assert flight.id == done.id, f"step {done.id} is answered before step {flight.id}"
+        assert len(done.tokens) == sum(samples for _, samples, _ in flight.parts), f"step {done.id} has other tokens"
+        tokens = iter(done.tokens)
+        for index, (request, samples, scored) in enumerate(flight.parts):
+            request.flights -= 1
+            if scored:
+                self._score(request, done.prompt_logprobs.get(index, []), scored)
+            if samples:
+                request.pending -= 1
+                self._append(request, next(tokens), done.logprobs.get(index))
+        books.residency.rank_pages.step_done(done.id)
+        books.counters.steps += 1
+        books.counters.step_seconds.append(done.seconds)
+        return self.take()
+
+    # --------------------------------------------------------------------------------------------- what others see
+
+    def take(self) -> list[Upstream | Downstream]:
+        """Everything to be sent since the last call, one Progress for all requests first."""
+        books, out = self._books, self._outgoing
+        if books.updates:
+            out.append(Progress(self._client_epoch, books.updates))
+        out.extend(books.news)
+        books.updates, books.news, self._outgoing = [], [], []
+        return out
+
+    def check(self) -> None:
+        """Proves the books; AssertionError names what is unaccounted for."""
+        self._books.counters.audits += 1
+        self._books.audit()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no step is in flight."""
+        return not self._books.flights
+
+    def stats(self) -> Stats:
+        """A picture, and the sums."""
+        books, counters = self._books, self._books.counters
+        running: dict[int, int] = {}
+        for key in books.lanes.active():
+            for adapter_id, _ in key:
+                running[adapter_id] = running.get(adapter_id, 0) + books.lanes.rows(key)
+        return Stats(
+            running=len(books.running),
+            waiting=len(books.waiting),
+            kv_pages_used=books.pages.used,
+            kv_pages=books.pages.count,
+            rank_pages_used=books.residency.rank_pages.used(),
+            resident=books.residency.resident(),
+            running_adapters=running,
+            waiting_adapters=books.waiting.by_adapter(),
+            steps=counters.steps,
+            preemptions=counters.preemptions,
+            prompt_tokens=counters.prompt_tokens,
+            generation_tokens=counters.generation_tokens,
+            adapter_hits=counters.adapter_hits,
+            adapter_fills=counters.adapter_fills,
+            adapter_evictions=counters.adapter_evictions,
+            audits=counters.audits,
+            step_seconds=counters.take_step_seconds(),
+        )
+
+    # ---------------------------------------------------------------------------------------------------- requests
+
+    def _generate(self, message: Generate) -> None:
+        if message.epoch < self._client_epoch:
+            return
+        self._meet_client(message.epoch)
+        if message.request_id in self._books.requests:
+            log.warning("request %d came twice; the first one goes on", message.request_id)
+            return
+        self._admission.arrive(message)
+
+    def _abort(self, message: Abort) -> None:
+        request = self._books.requests.get(message.request_id)
+        if request is not None and message.epoch >= self._client_epoch:
+            self._admission.end(request, finish="abort")
+
+    def _append(self, request: Request, token: int, logprobs: LogprobIds | None) -> None:
+        if request.done:
+            return  # overshoot: it ended while this step was in flight
+        books = self._books
+        index = request.generated
+        request.tokens.append(token)
+        books.counters.generation_tokens += 1
+        ending = finish_of(request)
+        books.updates.append(
+            Update(
+                request_id=request.id,
+                index=index,
+                tokens=[token],
+                finish=ending[0] if ending else None,
+                matched=ending[1] if ending else None,
+                logprobs=[logprobs] if logprobs is not None else None,
+                prompt_logprobs=request.take_scores(),
+            )
+        )
+        if ending is not None:
+            self._admission.end(request, update=False)
+
+    def _score(self, request: Request, scores: list[LogprobIds], count: int) -> None:
+        assert len(scores) == count, f"request {request.id} has {len(scores)} prompt logprobs of {count}"
+        request.prompt_scores.extend(scores)
+
+    def _meet_client(self, epoch: int) -> None:
+        """A tokenizer process of a newer epoch knows nothing of the older one's requests, and nothing of us."""
+        if epoch <= self._client_epoch:
+            return
+        self._client_epoch = epoch
+        for request in list(self._books.requests.values()):
+            self._admission.end(request, update=False)
+        self._books.updates.clear()
+        self._outgoing.append(self._books.capacity)
+        self._outgoing.extend(adapter.report() for adapter in self._books.residency)
+
+    # ---------------------------------------------------------------------------------------------------- adapters
+
+    def _load(self, message: LoadAdapter) -> None:
+        residency = self._books.residency
+        adapter = residency.get(message.adapter_id)
+        if adapter is None or adapter.stage is Stage.FAILED:
+            residency.load(message)
+            self._outgoing.append(message)
+            return
+        residency.pin(adapter, message.pinned)
+        if adapter.stage is not Stage.LOADING:
+            self._outgoing.append(adapter.report())
+
+    def _unload(self, message: UnloadAdapter) -> None:
+        adapter = self._books.residency.get(message.adapter_id)
+        if adapter is None:
+            self._outgoing.append(AdapterState(adapter_id=message.adapter_id, state="gone"))
+        elif not adapter.draining:
+            adapter.draining = True
+            self._outgoing.append(adapter.report())
+            self._admission.unload_if_drained(adapter)
+
+    def _pin(self, message: PinAdapter) -> None:
+        adapter = self._books.residency.get(message.adapter_id)
+        if adapter is not None:
+            self._books.residency.pin(adapter, message.pinned)
+
+    def _adapter_state(self, message: AdapterState) -> None:
+        adapter = self._books.residency.get(message.adapter_id)
+        if adapter is None:
+            if message.state != "gone":
+                log.warning("the runner reports adapter %d as %s, which is unknown", message.adapter_id, message.state)
+        elif message.state == "gone":
+            self._gone(adapter)
+        elif message.state == "failed":
+            if adapter.stage not in (Stage.FAILED, Stage.UNLOADING):
+                self._admission.fail(adapter, message.error or f"adapter {adapter.id} failed to load")
+        elif message.state == "host" and adapter.stage is Stage.LOADING:
+            self._books.residency.loaded(adapter, message)
+            self._came(adapter)
+            self._admission.offer(adapter)
+        elif message.state == "resident" and adapter.stage is Stage.FILLING:
+            self._books.residency.filled(adapter)
+            self._came(adapter)
+
+    def _came(self, adapter: Adapter) -> None:
+        self._outgoing.append(adapter.report())
+        self._admission.settle_adapter(adapter)
+        self._admission.unload_if_drained(adapter)
+
+    def _gone(self, adapter: Adapter) -> None:
+        if adapter.stage is not Stage.UNLOADING:
+            adapter.draining = False
+            self._admission.fail(adapter, f"adapter {adapter.id} is gone from the runner")
+        self._admission.forget(adapter)
+
+    # ------------------------------------------------------------------------------------------------------ runner
+
+    def _runner_ready(self, message: RunnerReady) -> None:
+        """A runner that holds nothing of ours: its rows go back to the queue with their tokens, adapters load again.
+
+        Tokens of steps in flight are lost and will be sampled again; nothing of them was told to anyone.
+        """
+        if message.epoch < self._runner_epoch:
+            return
+        books = self._books
+        self._runner_epoch = message.epoch
+        running = list(books.running.ordered)
+        for request in running:
+            books.running.remove(request)
+            request.pages = []
+            request.rewind()
+        for request in books.requests.values():
+            request.lose_flights()
+        books.open(message.capacity)
+        for request in running:
+            books.waiting.push(request)
+        self._outgoing.append(message.capacity)
+        self._load_again(message.capacity)
+        self._admission.reopen()
+
+    def _load_again(self, capacity: Capacity) -> None:
+        residency = self._books.residency
+        for adapter in residency.reset(capacity):
+            load = LoadAdapter(
+                adapter_id=adapter.id, path=adapter.path, revision=adapter.card.revision, pinned=adapter.pinned
+            )
+            self._outgoing += [load, adapter.report()]
+        for adapter in [adapter for adapter in residency if adapter.stage is Stage.UNLOADING]:
+            self._gone(adapter)

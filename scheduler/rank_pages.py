@@ -1,0 +1,70 @@
+"""The rank pages of every group: free, held, or cooling. Knows nothing of adapters.
+
+    free --grant--> held --release--> cooling --StepDone of the last step that named them--> free
+
+Fills run beside the steps (on a side stream), so unlike a KV page a rank page must not be granted again while a step
+in flight may still read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+GroupPages = dict[str, list[int]]
+
+
+class RankPages:
+    """Free lists by group, and what waits for a step to be done."""
+
+    def __init__(self, counts: Mapping[str, int]) -> None:
+        self.counts = dict(counts)
+        self._free: GroupPages = {group: list(range(count - 1, -1, -1)) for group, count in counts.items()}
+        self._cooling: list[tuple[int, GroupPages]] = []
+        self._done = 0
+
+    def lacking(self, need: Mapping[str, int], with_cooling: bool = False) -> dict[str, int]:
+        """By group, how many pages are missing for `need` (groups that have enough are left out)."""
+        have = {group: len(free) for group, free in self._free.items()}
+        if with_cooling:
+            for _, pages in self._cooling:
+                for group, numbers in pages.items():
+                    have[group] += len(numbers)
+        return {group: count - have.get(group, 0) for group, count in need.items() if count > have.get(group, 0)}
+
+    def grant(self, need: Mapping[str, int]) -> GroupPages:
+        """All of `need`, which must be there."""
+        assert not self.lacking(need), f"rank pages {dict(need)} asked, lacking {self.lacking(need)}"
+        return {group: [self._free[group].pop() for _ in range(count)] for group, count in need.items() if count}
+
+    def release(self, pages: GroupPages, last_step: int) -> None:
+        """Takes pages back; they are free once step `last_step` is done."""
+        if last_step <= self._done:
+            self._return(pages)
+        elif pages:
+            self._cooling.append((last_step, pages))
+
+    def step_done(self, step: int) -> None:
+        """Steps up to `step` are done."""
+        self._done = step
+        if self._cooling:
+            for last_step, pages in self._cooling:
+                if last_step <= step:
+                    self._return(pages)
+            self._cooling = [entry for entry in self._cooling if entry[0] > step]
+
+    def used(self) -> dict[str, int]:
+        """How many pages are not free, by group."""
+        return {group: self.counts[group] - len(free) for group, free in self._free.items()}
+
+    def audit(self, held: Iterable[GroupPages]) -> None:
+        """Proves that every page of every group is free, cooling or held, once."""
+        seen: GroupPages = {group: list(free) for group, free in self._free.items()}
+        for pages in [*held, *(pages for _, pages in self._cooling)]:
+            for group, numbers in pages.items():
+                seen[group] += numbers
+        for group, count in self.counts.items():
+            assert sorted(seen[group]) == list(range(count)), f"rank pages of {group}: {sorted(seen[group])}"
+
+    def _return(self, pages: GroupPages) -> None:
+        for group, numbers in pages.items():
+            self._free[group] += numbers

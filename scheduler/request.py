@@ -1,0 +1,111 @@
+"""A request as the scheduler sees it: numbers and tokens. Knows nothing of queues, pages or adapters' states.
+
+A request's tokens:
+
+    tokens    p0 p1 ... p(P-1) | g0 g1 ... | (pending: sampled by steps in flight, not known here yet)
+    position  0 ........... computed          those below `computed` were planned into a step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from engine.messages import Generate, LogprobIds, Sampling, Stopping
+
+LaneKey = tuple[tuple[int, float], ...]
+"""What a lane is for: (adapter_id, scale) pairs sorted by id; () is the base model, which takes no lane."""
+
+Order = tuple[int, int]
+"""(priority, arrival): smaller goes first; no two requests share one."""
+
+BASE: LaneKey = ()
+
+
+def lane_key(lora: Iterable[tuple[int, float]]) -> LaneKey:
+    """The lane of a selection. An adapter named twice counts with the sum of its scales; id 0 is the base."""
+    scales: dict[int, float] = {}
+    for adapter_id, scale in lora:
+        if adapter_id:
+            scales[adapter_id] = scales.get(adapter_id, 0.0) + scale
+    return tuple(sorted(scales.items()))
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request from arrival to its end; `row` >= 0 while it runs.
+
+    `limit` is the length (prompt and generated) at which it ends. `flights` counts the steps in flight that name it,
+    `pending` those of them that sample. `decoding`: the runner's row holds its own last sample as the next input.
+    `scored` counts prompt positions whose log-probability was asked for, `prompt_scores` holds those that came.
+    """
+
+    id: int
+    key: LaneKey
+    order: Order
+    prompt_length: int
+    tokens: list[int]
+    sampling: Sampling
+    stopping: Stopping
+    salt: str = ""
+    limit: int = 0
+    row: int = -1
+    generation: int = 0
+    lane: int = 0
+    pages: list[int] = field(default_factory=list)
+    computed: int = 0
+    pending: int = 0
+    flights: int = 0
+    decoding: bool = False
+    done: bool = False
+    admitted: bool = False
+    scored: int = 0
+    prompt_scores: list[LogprobIds] = field(default_factory=list)
+    scores_sent: bool = False
+
+    @property
+    def generated(self) -> int:
+        """How many generated tokens are known."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def to_score(self) -> int:
+        """How many prompt positions are to be scored: all but the last, or none."""
+        return self.prompt_length - 1 if self.sampling.prompt_logprobs >= 0 else 0
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether a penalty counts the tokens known so far."""
+        s = self.sampling
+        return s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
+
+    def take_scores(self) -> list[LogprobIds] | None:
+        """The prompt's log-probabilities, once, when they were asked for and are complete."""
+        asked = self.sampling.prompt_logprobs >= 0 and not self.scores_sent
+        if not asked or len(self.prompt_scores) < self.to_score:
+            return None
+        self.scores_sent = True
+        return self.prompt_scores
+
+    def rewind(self) -> None:
+        """Everything is to be computed again, in another row; the tokens stay."""
+        self.row, self.lane, self.computed, self.decoding = -1, 0, 0, False
+
+    def lose_flights(self) -> None:
+        """The steps in flight will never answer: what they were to bring is asked for again."""
+        self.flights = self.pending = 0
+        self.scored = len(self.prompt_scores)
+
+
+def from_message(message: Generate, arrival: int) -> Request:
+    """A request with nothing computed."""
+    return Request(
+        id=message.request_id,
+        key=lane_key(message.lora),
+        order=(message.priority, arrival),
+        prompt_length=len(message.prompt),
+        tokens=[*message.prompt, *message.generated],
+        sampling=message.sampling,
+        stopping=message.stopping,
+        salt=message.salt,
+    )

@@ -1,0 +1,137 @@
+"""The loop around the core: the only place here with sockets and a clock. Decides nothing.
+
+inbox --> handle --> plan while the window has room --> outboxes        it blocks only when nothing can be planned
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import msgspec
+import zmq
+
+from engine.child import Child
+from engine.config import SchedulerConfig
+from engine.ipc import Inbox, Outbox
+from engine.messages import Hello, LoadAdapter, Reset, RunnerReady, Step, ToScheduler, UnloadAdapter
+from scheduler.core import Scheduler
+
+log = logging.getLogger(__name__)
+
+STATS_SECONDS = 1.0
+AUDIT_SECONDS = 30.0
+
+
+class Post:
+    """The outboxes to the neighbours; a neighbour that says Hello from another inbox is written to there."""
+
+    def __init__(self, context: zmq.Context[Any], config: SchedulerConfig) -> None:
+        self._context, self._links = context, config.links
+        self._boxes = {
+            "tokenizer": Outbox(context, config.links.tokenizer, config.links.max_frame_bytes),
+            "runner": Outbox(context, config.links.runner, config.links.max_frame_bytes),
+        }
+
+    def hello(self) -> None:
+        """Tells both neighbours that we are here; a runner that served another scheduler is to forget it."""
+        for box in self._boxes.values():
+            box.send(Hello("scheduler", self._links.epoch, self._links.scheduler))
+        if self._links.epoch > 0:
+            self._boxes["runner"].send(Reset(self._links.epoch))
+
+    def meet(self, hello: Hello) -> None:
+        """A neighbour's new incarnation."""
+        old = self._boxes[hello.process]
+        if old.address != hello.inbox:
+            old.close()
+            self._boxes[hello.process] = Outbox(self._context, hello.inbox, self._links.max_frame_bytes)
+
+    def send(self, message: msgspec.Struct) -> None:
+        """To the runner what runners read, all else to the tokenizer process."""
+        downstream = isinstance(message, Step | LoadAdapter | UnloadAdapter)
+        self._boxes["runner" if downstream else "tokenizer"].send(message)
+
+    def close(self) -> None:
+        """Drops the sockets."""
+        for box in self._boxes.values():
+            box.close()
+
+
+class Loop:
+    """One scheduler process between its inbox and its outboxes."""
+
+    def __init__(self, config: SchedulerConfig, inbox: Inbox[ToScheduler], post: Post) -> None:
+        self._config, self._inbox, self._post = config, inbox, post
+        self._core: Scheduler | None = None
+        self._early: list[ToScheduler] = []  # what came before the runner's first word
+        self._stats_at = self._audit_at = 0.0
+        self._unproved = self._untold = False  # something happened since the last audit, since the last Stats
+
+    def turn(self) -> None:
+        """Takes in what has arrived, sends what can be planned; blocks for the next message when nothing can."""
+        for message in self._inbox.receive(self._patience()):
+            self._unproved = self._untold = True
+            if isinstance(message, Hello):
+                self._post.meet(message)
+            self._take(message, time.monotonic())
+        if self._core is not None:
+            self._plan(self._core)
+            self._look(self._core, time.monotonic())
+
+    def _take(self, message: ToScheduler, now: float) -> None:
+        if self._core is not None:
+            self._send(self._core.handle(message, now))
+        elif isinstance(message, RunnerReady):
+            self._core = Scheduler(message.capacity, self._config.max_loras, self._config.window, message.epoch)
+            self._send(self._core.take())
+            for early in self._early:
+                self._send(self._core.handle(early, now))
+            self._early.clear()
+        else:
+            self._early.append(message)
+
+    def _plan(self, core: Scheduler) -> None:
+        while (step := core.plan(time.monotonic())) is not None:
+            self._post.send(step)
+        self._send(core.take())
+
+    def _look(self, core: Scheduler, now: float) -> None:
+        """Proves the books when idle (and now and then under load), and tells of what changed each second."""
+        if self._unproved and (core.idle or now >= self._audit_at):
+            core.check()
+            self._unproved, self._audit_at = False, now + AUDIT_SECONDS
+        if self._untold and now >= self._stats_at:
+            self._post.send(core.stats())
+            self._untold, self._stats_at = False, now + STATS_SECONDS
+
+    def _patience(self) -> float | None:
+        """Seconds until Stats are due, or for ever when nothing happened since they were told."""
+        if self._core is None or not self._untold:
+            return None
+        return max(0.001, self._stats_at - time.monotonic())
+
+    def _send(self, messages: list[Any]) -> None:
+        for message in messages:
+            self._post.send(message)
+
+
+def serve(config: SchedulerConfig, child: Child) -> None:
+    """Runs until the process is told to end. A failed audit ends it, loudly."""
+    context: zmq.Context[Any] = zmq.Context()
+    inbox: Inbox[ToScheduler] = Inbox(context, config.links.scheduler, ToScheduler, config.links.max_frame_bytes)
+    post = Post(context, config)
+    post.hello()
+    child.ready()
+    loop = Loop(config, inbox, post)
+    try:
+        while True:
+            loop.turn()
+    except AssertionError as fault:
+        log.critical("the books do not balance: %s", fault)
+        raise
+    finally:
+        inbox.close()
+        post.close()
+        context.term()

@@ -1,0 +1,27 @@
+"""The sums behind Stats. Knows nothing of when they are sent."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened since the start; `step_seconds` are those of the latest steps, handed out once."""
+
+    steps: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    adapter_hits: int = 0
+    adapter_fills: int = 0
+    adapter_evictions: int = 0
+    audits: int = 0
+    step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
+
+    def take_step_seconds(self) -> list[float]:
+        """The times since the last call."""
+        seconds = list(self.step_seconds)
+        self.step_seconds.clear()
+        return seconds

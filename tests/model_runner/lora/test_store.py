@@ -1,0 +1,144 @@
+"""The host tier: limits, identity, and what is kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lora_sites import plain_tensors, random_sites, write_adapter
+from safetensors.torch import load_file, save_file
+
+from engine.errors import AdapterError
+from engine.messages import Footprint
+from model_runner.lora.formats.tensor_file import TensorFile
+from model_runner.lora.store import AdapterStore
+
+SITES = random_sites()
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+def store(max_rank: int | None = None, targets: list[str] | None = None) -> AdapterStore:
+    return AdapterStore(SITES, torch.float32, max_rank=max_rank, targets=targets)
+
+
+def adapter_dir(root: Path, rank: int = 4, **config: object) -> Path:
+    return write_adapter(root, plain_tensors(SITES, TARGETS, rank), target_modules=TARGETS, **{"r": rank, **config})
+
+
+def test_what_is_learnt(tmp_path: Path) -> None:
+    adapter = store().load(3, "cat", adapter_dir(tmp_path / "cat", rank=17))
+    assert (adapter.adapter_id, adapter.name, adapter.rank) == (3, "cat", 17)
+    assert adapter.targets == ["down_proj", "q_proj", "v_proj"]
+    assert adapter.footprint == Footprint(pages={"qkv": 2, "down": 2})
+    floats = 17 * sum(
+        site.in_features + piece.width for site in SITES for piece in site.slices if piece.module in TARGETS
+    )
+    assert adapter.bytes == 4 * floats
+
+
+def test_the_groups_highest_rank_decides_its_pages(tmp_path: Path) -> None:
+    tensors = plain_tensors(SITES, ["q_proj", "v_proj"]) | plain_tensors(SITES, ["down_proj"], 33)
+    root = write_adapter(tmp_path, tensors, target_modules=TARGETS, rank_pattern={"down_proj": 33})
+    assert store().load(1, "cat", root).footprint == Footprint(pages={"qkv": 1, "down": 3})
+
+
+def test_loading_twice_is_harmless(tmp_path: Path) -> None:
+    root = adapter_dir(tmp_path)
+    host = store()
+    assert host.load(1, "cat", root) is host.load(1, "cat", root)
+    assert len(host) == 1
+
+
+def test_keeping_and_dropping(tmp_path: Path) -> None:
+    host = store()
+    cat = host.load(1, "cat", adapter_dir(tmp_path))
+    assert host.get(1) is cat
+    assert list(host) == [cat]
+    host.drop(1)
+    host.drop(1)
+    assert host.get(1) is None
+    assert list(host) == []
+
+
+def test_a_refused_adapter_is_not_kept(tmp_path: Path) -> None:
+    host = store(max_rank=2)
+    with pytest.raises(AdapterError):
+        host.load(1, "cat", adapter_dir(tmp_path))
+    assert host.get(1) is None
+
+
+def test_two_names_of_the_same_bytes_share_them(tmp_path: Path) -> None:
+    host = store()
+    root = adapter_dir(tmp_path)
+    one, two = host.load(1, "one", root), host.load(2, "two", root)
+    assert one.revision == two.revision
+    assert one.deltas is two.deltas
+
+
+def test_the_revision_is_the_bytes_and_what_scales_them(tmp_path: Path) -> None:
+    root = adapter_dir(tmp_path)
+    first = store().load(1, "x", root).revision
+    assert len(first) == 64
+    path = root / "adapter_config.json"
+    original = path.read_text()
+    for change in ({"lora_alpha": 9}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 2}}):
+        path.write_text(json.dumps(json.loads(original) | change))
+        assert store().load(1, "x", root).revision != first
+    for same in ({"lora_dropout": 0.5}, {"base_model_name_or_path": "elsewhere"}, {"inference_mode": True}):
+        path.write_text(json.dumps(json.loads(original) | same))
+        assert store().load(1, "x", root).revision == first
+    weights = load_file(root / "adapter_model.safetensors")
+    next(iter(weights.values()))[0, 0] += 1
+    save_file(weights, root / "adapter_model.safetensors")
+    assert store().load(1, "x", root).revision != first
+
+
+def test_changed_files_do_not_pass_for_the_expected_revision(tmp_path: Path) -> None:
+    root = adapter_dir(tmp_path)
+    revision = store().load(1, "cat", root).revision
+    assert store().load(1, "cat", root, revision).revision == revision
+    with pytest.raises(AdapterError, match=r"adapter 'cat': .*have changed"):
+        store().load(1, "cat", root, "0" * 64)
+
+
+def test_the_rank_limit_names_its_flag_before_any_data_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = adapter_dir(tmp_path, rank=17)
+    assert store(max_rank=17).load(1, "cat", root).rank == 17
+    monkeypatch.setattr(TensorFile, "read", lambda *_: pytest.fail("the data was read"))
+    with pytest.raises(AdapterError, match="adapter 'cat': rank 17 is above --max-lora-rank 16"):
+        store(max_rank=16).load(1, "cat", root)
+
+
+def test_the_rank_limit_can_be_set_later(tmp_path: Path) -> None:
+    host = store()
+    host.load(1, "cat", adapter_dir(tmp_path))
+    host.max_rank = 3
+    with pytest.raises(AdapterError, match="--max-lora-rank 3"):
+        host.load(2, "cat", tmp_path)
+
+
+def test_the_target_limit_names_its_flag(tmp_path: Path) -> None:
+    root = adapter_dir(tmp_path)
+    store(targets=["all"]).load(1, "cat", root)
+    store(targets=[*TARGETS, "o_proj"]).load(1, "cat", root)
+    with pytest.raises(AdapterError, match="down_proj, v_proj, which --lora-target-modules q_proj o_proj"):
+        store(targets=["q_proj", "o_proj"]).load(1, "cat", root)
+
+
+def test_shards_and_their_index(tmp_path: Path) -> None:
+    root = adapter_dir(tmp_path)
+    whole = store().load(1, "whole", root)
+    tensors = load_file(root / "adapter_model.safetensors")
+    (root / "adapter_model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"adapter_model-1.safetensors": names[::2], "adapter_model-2.safetensors": names[1::2]}
+    for part, held in parts.items():
+        save_file({name: tensors[name] for name in held}, root / part)
+    index = {"metadata": {}, "weight_map": {name: part for part, held in parts.items() for name in held}}
+    (root / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+    sharded = store().load(2, "sharded", root)
+    for name, slices in whole.deltas.items():
+        for ours, theirs in zip(slices, sharded.deltas[name], strict=True):
+            assert (ours is None and theirs is None) or (ours and theirs and torch.equal(ours.b, theirs.b))

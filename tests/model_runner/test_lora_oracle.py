@@ -1,0 +1,86 @@
+"""Whole models with adapters against transformers + PEFT: base and seven adapters, alone and in one batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from drive import Driver
+from oracle import Oracle
+from tiny_models import VOCAB, make_adapter
+
+from engine.messages import LanePages
+from model_runner.arch import read_arch
+from model_runner.lora.adapter import Adapter
+from model_runner.lora.base import create
+from model_runner.lora.pages import RankPages
+from model_runner.lora.store import AdapterStore
+from model_runner.models.decoder import Decoder
+from model_runner.models.load import load_model
+
+N = 8
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "everything": {"r": 8, "alpha": 16},
+    "one": {"r": 1, "alpha": 2, "targets": ["q_proj", "v_proj"]},
+    "uneven": {"r": 5, "alpha": 7, "targets": ATTENTION, "rslora": True},
+    "two pages": {"r": 20, "alpha": 30, "targets": ["k_proj", "up_proj", "down_proj"]},
+    "patterns": {"r": 4, "alpha": 8, "rank_pattern": {"o_proj": 17, "gate_proj": 2}, "alpha_pattern": {"o_proj": 20}},
+    "regex": {"r": 16, "alpha": 32, "targets": r".*\.(gate_proj|o_proj)"},
+    "last layer": {"r": 6, "alpha": 12, "targets": ATTENTION, "layers_to_transform": [2]},
+}
+
+
+def attach_adapters(decoder: Decoder, adapters: dict[str, Path]) -> Any:
+    """A LoRA backend with adapter i in lane i + 1; pages lie scattered, the last adapter's first."""
+    store = AdapterStore(decoder.sites, torch.float32, max_rank=None, targets=None)
+    loaded = [store.load(i, name, path) for i, (name, path) in enumerate(adapters.items(), start=1)]
+    counts: dict[str, int] = {}
+    granted: list[tuple[Adapter, dict[str, list[int]]]] = []
+    for adapter in reversed(loaded):
+        pages: dict[str, list[int]] = {}
+        for group, count in adapter.footprint.pages.items():
+            start = counts.get(group, 0)
+            pages[group] = list(range(start, start + count))[::-1]
+            counts[group] = start + count
+        granted.append((adapter, pages))
+    rank_pages = RankPages(decoder.sites, counts, len(loaded), torch.float32, torch.device("cpu"))
+    for adapter, pages in granted:
+        rank_pages.fill(adapter, pages)
+        lane = {group: [(page, 1.0) for page in numbers] for group, numbers in pages.items()}
+        rank_pages.set_lane(LanePages(adapter.adapter_id, lane))
+    return create("torch", rank_pages)
+
+
+@pytest.mark.parametrize("family", ["llama2", "llama3", "llama-bias", "mistral", "qwen2", "qwen3"])
+def test_mixed_batch_equals_peft(family: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    path = tiny_model(family)
+    adapters = {
+        name: make_adapter(path, tmp_path / name, seed=seed, **options)
+        for seed, (name, options) in enumerate(ADAPTERS.items())
+    }
+    oracle = Oracle(path, adapters)
+    draw, names = random.Random(11), [None, *adapters]
+    asks: list[tuple[list[int], int]] = []
+    while len(asks) < 24:
+        lane = len(asks) % len(names)
+        prompt = [draw.randrange(VOCAB) for _ in range(draw.randrange(1, 40))]
+        if oracle.clear(prompt, N, names[lane]):
+            asks.append((prompt, lane))
+    expected = [oracle.greedy(prompt, N, names[lane]) for prompt, lane in asks]
+    for prompt, lane in asks[1:8]:
+        moved = oracle.logits(prompt, names[lane]) - oracle.logits(prompt)
+        assert moved.abs().max() > 0.1, "an adapter without effect"
+
+    decoder = load_model(path, read_arch(path), device=torch.device("cpu"), dtype=torch.float32)
+    lora = attach_adapters(decoder, adapters)
+    prompts, lanes = [prompt for prompt, _ in asks], [lane for _, lane in asks]
+    assert Driver(decoder, lora=lora, pages=600).greedy(prompts, N, lanes=lanes) == expected
+    assert Driver(decoder, lora=lora, pages=600).greedy(prompts, N, lanes=lanes, chunk=9, late=1) == expected
+    for (prompt, lane), tokens in list(zip(asks, expected, strict=True))[:8]:
+        assert Driver(decoder, lora=lora).greedy([prompt], N, lanes=[lane]) == [tokens]

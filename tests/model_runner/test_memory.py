@@ -1,0 +1,64 @@
+"""Sizes: what fits, what gives way, and which flag is named when nothing does."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.errors import ConfigError
+from model_runner.memory import GIB, kv_budget, lane_pages, plan_kv, plan_rank_pages, resolve_length
+
+PAGES = {"qkv": 1000, "o": 500, "down": 700}
+
+
+def test_a_cpu_gives_four_gib_or_a_quarter_scaled_by_the_fraction() -> None:
+    assert kv_budget("cpu", 64 * GIB, 60 * GIB, 0.9, 0) == 4 * GIB
+    assert kv_budget("cpu", 8 * GIB, 1 * GIB, 0.9, 0) == 2 * GIB
+    assert kv_budget("cpu", 8 * GIB, 1 * GIB, 0.45, 0) == 1 * GIB
+
+
+def test_cuda_gives_its_fraction_less_what_is_used_and_reserved() -> None:
+    assert kv_budget("cuda", 80 * GIB, 60 * GIB, 0.9, 10 * GIB) == 42 * GIB
+    assert kv_budget("cuda", 80 * GIB, 4 * GIB, 0.5, GIB) == 0
+
+
+def test_never_more_pages_than_all_rows_can_fill() -> None:
+    plan = plan_kv(10**9, 1000, 16, length=100, asked_length=None, asked_rows=3)
+    assert (plan.pages, plan.rows, plan.max_length) == (3 * 7, 3, 100)
+
+
+def test_rows_come_from_memory_and_are_at_least_one() -> None:
+    assert plan_kv(10**6, 1000, 16, length=4096, asked_length=None, asked_rows=None).rows == 16000 // 512
+    assert plan_kv(20_000, 1000, 16, length=300, asked_length=None, asked_rows=None).rows == 1
+    assert plan_kv(10**9, 1000, 16, length=4096, asked_length=None, asked_rows=None).rows == 256
+
+
+def test_a_length_nobody_asked_for_gives_way_and_an_asked_one_is_refused() -> None:
+    assert plan_kv(10_000, 1000, 16, length=4096, asked_length=None, asked_rows=None).max_length == 160
+    with pytest.raises(ConfigError, match=r"--context-length 4096.* 160 tokens"):
+        plan_kv(10_000, 1000, 16, length=4096, asked_length=4096, asked_rows=None)
+    with pytest.raises(ConfigError, match="--mem-fraction-static"):
+        plan_kv(999, 1000, 16, length=10, asked_length=None, asked_rows=None)
+
+
+def test_context_length_may_only_shrink() -> None:
+    assert resolve_length(512, None) == 512
+    assert resolve_length(512, 100) == 100
+    with pytest.raises(ConfigError, match=r"--context-length 513.*512"):
+        resolve_length(512, 513)
+
+
+def test_rank_pages_hold_the_adapters_or_a_tenth_but_always_one() -> None:
+    def plan(total: int, rank: int = 20, groups: tuple[str, ...] = ("qkv", "o")) -> dict[str, int]:
+        return plan_rank_pages(PAGES, groups, max_loras=4, max_rank=rank, total=total, fraction=0.9)
+
+    assert plan(10**9) == {"qkv": 8, "o": 8}
+    assert plan(65_000) == {"qkv": 4, "o": 4}  # a tenth is two adapters of 3000
+    assert plan(10_000) == {"qkv": 2, "o": 2}
+    assert plan(10**9, 1, ("down",)) == {"down": 4}
+    assert plan(10**9, 16, ()) == {}
+    with pytest.raises(ConfigError, match="--max-lora-rank 20"):
+        plan(3000)
+
+
+def test_a_lane_is_twice_the_largest_adapter() -> None:
+    assert [lane_pages(rank) for rank in (1, 16, 17, 64)] == [2, 2, 4, 8]

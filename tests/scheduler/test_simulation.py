@@ -1,0 +1,366 @@
+"""Seeded random workloads: the pure scheduler against a fake runner that verifies every message and every token.
+
+The world around the scheduler is a set of things that may happen next (a request, an abort, an adapter's word, a step's
+end, a new runner); a seed chooses. After every call the books are proved; at the end every request has ended exactly
+once, with the tokens it would have had alone.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from fake_runner import FakeRunner, Library, oracle
+
+from engine.messages import (
+    Abort,
+    AdapterState,
+    Capacity,
+    Footprint,
+    Generate,
+    LoadAdapter,
+    PinAdapter,
+    Progress,
+    RunnerReady,
+    Sampling,
+    Step,
+    Stopping,
+    ToScheduler,
+    UnloadAdapter,
+    Update,
+)
+from scheduler.core import Scheduler
+
+
+@dataclass
+class Client:
+    """What the tokenizer process knows of one request."""
+
+    message: Generate
+    tokens: list[int]
+    finish: str | None = None
+    matched: int | None = None
+    error: str | None = None
+    aborted: bool = False
+    scores: list[int] | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.finish is not None or self.error is not None
+
+    def take(self, update: Update) -> None:
+        assert not self.ended, f"request {update.request_id} goes on after its end: {update}"
+        assert update.index == len(self.tokens), f"index {update.index}, but {len(self.tokens)} tokens are known"
+        self.tokens += update.tokens
+        self.finish, self.matched, self.error = update.finish, update.matched, update.error
+        wanted = self.message.sampling.logprobs >= 0 and update.tokens
+        assert [p.token_id for p in update.logprobs or []] == (update.tokens if wanted else [])
+        if update.prompt_logprobs is not None:
+            assert self.scores is None, "the prompt's logprobs came twice"
+            assert [p.token_id for p in update.prompt_logprobs] == self.message.prompt[1:]
+            self.scores = [int(-p.logprob) for p in update.prompt_logprobs]
+
+
+@dataclass
+class World:
+    """Numbers of one workload."""
+
+    seed: int
+    window: int = 1
+    requests: int = 40
+    adapters: int = 6
+    rows: int = 6
+    kv_pages: int = 12
+    page_size: int = 4
+    budget: int = 10
+    max_loras: int = 2
+    pool: dict[str, int] = field(default_factory=lambda: {"qkv": 4, "down": 3})
+    max_length: int = 40
+    abort_rate: float = 0.0
+    reset_rate: float = 0.0
+    churn_rate: float = 0.0  # loads, unloads, pins
+    faulty_rate: float = 0.0
+    mix_rate: float = 0.1
+    step_rate: float = 0.5  # how readily the runner ends a step
+    scored_rate: float = 0.3
+    endless_rate: float = 0.25
+    prompt: int = 40
+    check_every: int = 1
+
+
+class Simulation:
+    """One workload, run to the end by run()."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.rng = world, random.Random(world.seed)
+        self.capacity = self._capacity()
+        self.library = self._library()
+        self.runner = FakeRunner(self.capacity, self.library)
+        self.core = Scheduler(self.capacity, world.max_loras, world.window)
+        self.clients: dict[int, Client] = {}
+        self.states: dict[int, AdapterState] = {}
+        self.loaded: set[int] = set()
+        self.unloaded: set[int] = set()
+        self.calls = self.steps = self.resets = 0
+        self.open: set[int] = set()
+        self._take(self.core.take())
+
+    # ----------------------------------------------------------------------------------------------- the workload
+
+    def _capacity(self) -> Capacity:
+        w = self.world
+        return Capacity(
+            kv_pages=w.kv_pages,
+            page_size=w.page_size,
+            rows=w.rows,
+            max_length=w.max_length,
+            max_batched_tokens=w.budget,
+            vocab_size=97,
+            max_loras=w.max_loras,
+            rank_pages=w.pool,
+            max_lora_rank=32,
+            max_lane_pages=4,
+        )
+
+    def _library(self) -> Library:
+        library = Library()
+        for adapter_id in range(1, self.world.adapters + 1):
+            groups = self.rng.choice([["qkv"], ["down"], ["qkv", "down"], ["qkv", "down"]])
+            library.footprints[adapter_id] = Footprint({g: self.rng.choice([1, 1, 2]) for g in groups})
+            if self.rng.random() < self.world.faulty_rate:
+                self.rng.choice([library.fails_to_load, library.fails_to_fill]).add(adapter_id)
+                if self.rng.random() < 0.3:  # larger than the pool
+                    library.footprints[adapter_id] = Footprint({"qkv": 99})
+        return library
+
+    def _generate(self, request_id: int) -> Generate:
+        rng = self.rng
+        ends = rng.sample(range(97), rng.choice([0, 1, 8]))
+        minimum = rng.choice([0, 0, 3])
+        endless = rng.random() < self.world.endless_rate
+        penalty = rng.choice([1.0, 1.0, 1.2])
+        sampling = Sampling(
+            seed=rng.randrange(1000),
+            min_tokens=minimum,
+            end_ids=ends,
+            repetition_penalty=penalty,
+            logprobs=rng.choice([-1, 0, 2]),
+            prompt_logprobs=0 if rng.random() < self.world.scored_rate else -1,
+        )
+        return Generate(
+            epoch=0,
+            request_id=request_id,
+            prompt=[rng.randrange(97) for _ in range(rng.choice([1, 2, 7, rng.randrange(1, self.world.prompt)]))],
+            generated=[rng.randrange(97) for _ in range(rng.choice([0, 0, 0, 2]))],
+            lora=self._selection(),
+            sampling=sampling,
+            stopping=Stopping(1000 if endless else rng.choice([1, 5, 12]), minimum, ends),
+            priority=rng.choice([0, 0, 1]),
+        )
+
+    def _selection(self) -> list[tuple[int, float]]:
+        ids = sorted(self.loaded - self.unloaded)
+        kind = self.rng.random()
+        if not ids or kind < 0.25:
+            return []
+        if kind < 0.25 + self.world.mix_rate and len(ids) > 1:
+            return [(adapter_id, self.rng.choice([0.5, 1.0])) for adapter_id in self.rng.sample(ids, 2)]
+        return [(ids[min(int(self.rng.expovariate(3 / len(ids))), len(ids) - 1)], 1.0)]
+
+    # ------------------------------------------------------------------------------------------------- what happens
+
+    def run(self) -> Simulation:
+        for adapter_id in range(1, self.world.adapters + 1):
+            self._load(adapter_id)
+        bound = 200 * self.world.requests + 20 * self.world.adapters
+        while len(self.clients) < self.world.requests or self.open or self.runner.queue or self.runner.events:
+            self._happen()
+            assert self.steps < bound, f"{self.steps} steps and no end"
+        self._last_words()
+        return self
+
+    def _happen(self) -> None:
+        """One thing of those that can happen now."""
+        rng, world = self.rng, self.world
+        things = []
+        if len(self.clients) < world.requests:
+            things.append((1.0, self._submit))
+        if self.runner.queue:
+            things.append((world.step_rate * 4, self._end_step))
+        if self.runner.events:
+            things.append((0.3, self._deliver))
+        assert things, f"stalled with requests {sorted(self.open)}"
+        if self.open:
+            things.append((world.abort_rate, self._abort))
+        if world.adapters:
+            things.append((world.churn_rate, self._churn))
+        if self.resets < 5:
+            things.append((world.reset_rate, self._reset))
+        weights = [weight for weight, _ in things]
+        rng.choices(things, weights)[0][1]()
+
+    def _send(self, message: ToScheduler) -> None:
+        self._take(self.core.handle(message, float(self.calls)))
+        self._check()
+        while (step := self.core.plan(float(self.calls))) is not None:
+            self._take(self.core.take())
+            self._check()
+            self.steps += 1
+            self.runner.accept(step)
+            assert len(self.runner.queue) <= self.world.window
+        self._take(self.core.take())
+
+    def _check(self) -> None:
+        self.calls += 1
+        if self.calls % self.world.check_every == 0:
+            self.core.check()
+
+    def _take(self, messages: list[object]) -> None:
+        for message in messages:
+            if isinstance(message, Progress):
+                ids = [update.request_id for update in message.updates]
+                assert len(message.updates) > 0
+                for update in message.updates:
+                    self.clients[update.request_id].take(update)
+                self.open -= {i for i in ids if self.clients[i].ended}
+            elif isinstance(message, AdapterState):
+                self.states[message.adapter_id] = message
+            elif isinstance(message, LoadAdapter | UnloadAdapter | Step):
+                self.runner.accept(message)
+            else:
+                assert isinstance(message, Capacity), f"nobody reads {message}"
+
+    def _submit(self) -> None:
+        request_id = len(self.clients) + 1
+        message = self._generate(request_id)
+        self.clients[request_id] = Client(message, list(message.generated))
+        self.open.add(request_id)
+        self._send(message)
+
+    def _end_step(self) -> None:
+        self._send(self.runner.finish())
+
+    def _deliver(self) -> None:
+        self._send(self.runner.deliver(self.rng.randrange(len(self.runner.events))))
+
+    def _abort(self) -> None:
+        request_id = self.rng.choice(sorted(self.open))
+        self.clients[request_id].aborted = True
+        self._send(Abort(0, request_id))
+        assert self.clients[request_id].ended
+
+    def _load(self, adapter_id: int) -> None:
+        self.loaded.add(adapter_id)
+        self._send(LoadAdapter(adapter_id=adapter_id, path=f"adapters/{adapter_id}"))
+
+    def _churn(self) -> None:
+        adapter_id = self.rng.randrange(1, self.world.adapters + 1)
+        if self.rng.random() < 0.5:
+            self._send(PinAdapter(adapter_id, self.rng.random() < 0.3))
+        elif adapter_id not in self.unloaded:
+            self.unloaded.add(adapter_id)
+            self._send(UnloadAdapter(adapter_id))
+
+    def _reset(self) -> None:
+        """The runner dies; another one comes."""
+        self.resets += 1
+        self.runner = FakeRunner(self.capacity, self.library, self.runner.epoch + 1)
+        self._send(RunnerReady(epoch=self.runner.epoch, capacity=self.capacity))
+
+    # -------------------------------------------------------------------------------------------------- the verdict
+
+    def _last_words(self) -> None:
+        self.core.check()
+        stats = self.core.stats()
+        assert (stats.running, stats.waiting, stats.kv_pages_used) == (0, 0, 0)
+        assert self.runner.widest <= self.world.max_loras
+        for client in self.clients.values():
+            self._judge(client)
+        for adapter_id in self.unloaded:
+            assert self.states[adapter_id].state == "gone"
+
+    def _judge(self, client: Client) -> None:
+        message = client.message
+        if client.error is not None:
+            self._judge_error(client)
+            return
+        tokens, finish, matched = oracle(message, self.library, self.capacity)
+        if client.aborted and client.finish == "abort":
+            assert client.tokens == tokens[: len(client.tokens)]
+            return
+        assert (client.tokens, client.finish, client.matched) == (tokens, finish, matched), message.request_id
+        if message.sampling.prompt_logprobs >= 0 and len(tokens) > len(message.generated):
+            assert client.scores == list(range(len(message.prompt) - 1)), "every position is scored once"
+
+    def _judge_error(self, client: Client) -> None:
+        ids = {adapter_id for adapter_id, _ in client.message.lora}
+        error = client.error or ""
+        if "cannot be" in error:
+            assert ids & (self.library.fails_to_load | self.library.fails_to_fill), error
+        elif "rank pages" in error:
+            sizes = [self.library.footprints[i].pages.get(g, 0) for g in self.world.pool for i in ids]
+            assert max(sizes) > 4 or len(ids) > 1 or self.world.churn_rate, error
+        elif "LoRA is not enabled" in error:
+            assert ids
+            assert not self.world.max_loras
+        else:
+            assert "tokens, but at most" in error, error
+            assert len(client.message.prompt) >= min(self.world.max_length, self.world.kv_pages * self.world.page_size)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(10))
+def test_memory_is_tight(seed: int, window: int) -> None:
+    """Few pages: rows give way all the time, and come back with their tokens."""
+    pool, heavy = {"qkv": 6, "down": 6}, {"scored_rate": 0.6, "endless_rate": 0.8, "prompt": 16}
+    world = World(seed, window, adapters=3, rows=8, kv_pages=24, budget=8, pool=pool, step_rate=0.15, **heavy)
+    sim = Simulation(world).run()
+    assert sim.core.stats().preemptions >= 5
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(6))
+def test_many_adapters_few_lanes(seed: int, window: int) -> None:
+    """More adapters than the pool holds: fills, evictions and mixes while others decode."""
+    sim = Simulation(World(100 + seed, window, requests=50, adapters=12, kv_pages=30, rows=8, step_rate=0.3)).run()
+    stats = sim.core.stats()
+    assert stats.adapter_evictions > 0
+    assert stats.adapter_fills > 12
+    assert sim.runner.widest == 2
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(12))
+def test_everything_goes_wrong(seed: int, window: int) -> None:
+    """Aborts, unloads, pins, adapters that fail, runners that die."""
+    faults = {"abort_rate": 0.2, "reset_rate": 0.02, "churn_rate": 0.1, "faulty_rate": 0.3, "mix_rate": 0.3}
+    world = World(200 + seed, window, requests=60, adapters=8, max_loras=3, step_rate=0.7, **faults)
+    Simulation(world).run()
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_thousands_of_adapters(window: int) -> None:
+    """2,000 adapters through a pool of a few dozen, eight lanes."""
+    world = World(
+        7,
+        window,
+        requests=2500,
+        adapters=2000,
+        rows=32,
+        kv_pages=300,
+        budget=64,
+        max_loras=8,
+        pool={"qkv": 40, "down": 40},
+        step_rate=0.3,
+        check_every=500,
+    )
+    sim = Simulation(world).run()
+    assert sim.core.stats().adapter_fills > 300
+
+
+def test_the_same_seed_gives_the_same_run() -> None:
+    """Nothing in the core depends on chance, time or the order of a set."""
+    one, two = (Simulation(World(3, 2, abort_rate=0.1)).run() for _ in range(2))
+    assert one.steps == two.steps
+    assert one.runner.tokens_computed == two.runner.tokens_computed

@@ -1,0 +1,90 @@
+"""The small tables: running rows, lanes, rank pages, the victim."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.messages import Sampling, Stopping
+from scheduler.lanes import Lanes
+from scheduler.preemption import choose_victim
+from scheduler.rank_pages import RankPages
+from scheduler.request import BASE, LaneKey, Request
+from scheduler.running import Running
+
+
+def _request(arrival: int, priority: int = 0) -> Request:
+    return Request(arrival, BASE, (priority, arrival), 1, [1], Sampling(), Stopping(1))
+
+
+def test_a_row_gets_a_new_generation_at_every_reuse() -> None:
+    running = Running(1)
+    first, second = _request(1), _request(2)
+    running.add(first)
+    running.remove(first)
+    running.add(second)
+    assert (first.row, first.generation, second.row, second.generation) == (0, 1, 0, 2)
+    assert Running(2, running.generations).generations == [2, 0]
+
+
+def test_the_running_set_is_in_order_and_audited() -> None:
+    running = Running(3)
+    late, urgent, early = _request(5), _request(9, priority=-1), _request(3)
+    for request in (late, urgent, early):
+        running.add(request)
+    assert running.ordered == [urgent, early, late]
+    running.audit()
+    running.ordered.remove(early)
+    with pytest.raises(AssertionError, match="rows"):
+        running.audit()
+
+
+def test_the_victim_is_the_least_urgent_then_the_latest() -> None:
+    one, two, three = _request(1, priority=1), _request(2), _request(3)
+    assert choose_victim([two, one, three]) is one
+    assert choose_victim([two, three]) is three
+
+
+def test_lanes_are_shared_by_key_and_freed_with_the_last_row() -> None:
+    lanes = Lanes(2)
+    a, b = ((1, 1.0),), ((1, 0.5),)
+    assert lanes.acquire(BASE) == (0, False)
+    assert lanes.acquire(a) == (1, True)
+    assert lanes.acquire(a) == (1, False)
+    assert lanes.acquire(b) == (2, True)
+    assert lanes.free == 0
+    assert not lanes.release(a)
+    assert lanes.release(a)
+    assert lanes.free == 1
+    lanes.audit([(b, 2), (BASE, 0)])
+
+
+@pytest.mark.parametrize("rows", [[], [(((1, 1.0),), 2)], [(((1, 1.0),), 1)] * 2, [(BASE, 1), (((1, 1.0),), 1)]])
+def test_the_lane_audit_sees_what_is_wrong(rows: list[tuple[LaneKey, int]]) -> None:
+    lanes = Lanes(2)
+    lanes.acquire(((1, 1.0),))
+    with pytest.raises(AssertionError):
+        lanes.audit(rows)
+
+
+def test_rank_pages_cool_until_the_last_step_that_named_them() -> None:
+    pool = RankPages({"qkv": 2, "o": 1})
+    pages = pool.grant({"qkv": 2, "o": 0})
+    assert (sorted(pages["qkv"]), "o" in pages) == ([0, 1], False)
+    assert pool.lacking({"qkv": 1, "o": 1, "head": 1}) == {"qkv": 1, "head": 1}
+    pool.release(pages, last_step=5)
+    assert pool.lacking({"qkv": 2}) == {"qkv": 2}
+    assert pool.lacking({"qkv": 2}, with_cooling=True) == {}
+    pool.audit([])
+    pool.step_done(4)
+    assert pool.lacking({"qkv": 1})
+    pool.step_done(5)
+    assert not pool.lacking({"qkv": 2})
+    pool.release(pool.grant({"qkv": 1}), last_step=5)  # that step is over: free at once
+    assert pool.used() == {"qkv": 0, "o": 0}
+
+
+def test_the_rank_page_audit_sees_a_leak() -> None:
+    pool = RankPages({"qkv": 2})
+    pool.grant({"qkv": 1})
+    with pytest.raises(AssertionError, match="rank pages of qkv"):
+        pool.audit([])

@@ -1,0 +1,81 @@
+"""scheduler.waiting: order within a key, order of heads within a place."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.messages import Sampling, Stopping
+from scheduler.request import BASE, LaneKey, Request
+from scheduler.waiting import Place, Waiting
+
+A: LaneKey = ((1, 1.0),)
+B: LaneKey = ((1, 0.5), (2, 0.5))
+
+
+def _request(arrival: int, key: LaneKey = BASE, priority: int = 0) -> Request:
+    return Request(arrival, key, (priority, arrival), 1, [1], Sampling(), Stopping(1))
+
+
+def test_heads_are_compared_within_a_place() -> None:
+    waiting = Waiting()
+    late, early, other = _request(5, A), _request(3, A), _request(4, B)
+    for request in (late, other, early):
+        waiting.push(request)
+    waiting.put(A, Place.READY)
+    waiting.put(B, Place.READY)
+    assert waiting.first(Place.READY) is early
+    assert waiting.first(Place.COLD) is None
+    waiting.remove(early)
+    assert waiting.first(Place.READY) is other
+    waiting.put(B, Place.COLD)
+    assert (waiting.first(Place.READY), waiting.first(Place.COLD)) == (late, other)
+    assert (waiting.head(A), waiting.place_of(B), len(waiting)) == (late, Place.COLD, 2)
+
+
+def test_keys_are_found_by_adapter_until_their_last_request_is_gone() -> None:
+    waiting = Waiting()
+    one, two = _request(1, A), _request(2, B)
+    waiting.push(one)
+    waiting.push(two)
+    assert waiting.keys_of(1) == [A, B]
+    assert waiting.by_adapter() == {1: 2, 2: 1}
+    waiting.remove(one)
+    assert (waiting.keys_of(1), A in waiting, waiting.requests(A)) == ([B], False, [])
+    waiting.remove(two)
+    assert waiting.by_adapter() == {}
+
+
+def test_the_audit_sees_a_request_smuggled_in() -> None:
+    waiting = Waiting()
+    waiting.push(_request(2, A))
+    waiting.audit()
+    waiting._queues[A].entries.insert(0, ((0, 1), _request(1, A)))
+    with pytest.raises(AssertionError, match="another head"):
+        waiting.audit()
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.sampled_from(list(Place))), max_size=40))
+def test_any_history_equals_a_sorted_list(history: list[tuple[int, int, Place]]) -> None:
+    waiting, held, places = Waiting(), {}, {}
+    keys = [BASE, A, B]
+    for arrival, (which, action, place) in enumerate(history):
+        key = keys[which]
+        if action < 2:
+            request = _request(arrival, key, priority=action)
+            waiting.push(request)
+            held[request.order] = request
+            places.setdefault(key, Place.BLOCKED)
+        elif action == 2 and held:
+            order = sorted(held)[which % len(held)]
+            waiting.remove(held.pop(order))
+        elif key in waiting:
+            waiting.put(key, place)
+            places[key] = place
+        places = {k: p for k, p in places.items() if any(r.key == k for r in held.values())}
+        waiting.audit()
+        for each in Place:
+            expected = min((o for o, r in held.items() if places[r.key] is each), default=None)
+            first = waiting.first(each)
+            assert (first.order if first else None) == expected

@@ -1,0 +1,61 @@
+"""Stop strings: found wherever the text is cut, nothing of them leaks, nothing is held for ever."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenizer_proc.text.stops import StopFinder
+
+LETTERS = st.text(alphabet="ab", max_size=24)
+STOPS = st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=4)
+
+
+def slow(text: str, stops: list[str], include: bool) -> tuple[str, str | None]:
+    """Character by character: the first position where any stop string ends; the longest of those."""
+    for end in range(1, len(text) + 1):
+        ending = [stop for stop in stops if text[:end].endswith(stop)]
+        if ending:
+            stop = max(ending, key=len)
+            return (text[:end] if include else text[: end - len(stop)]), stop
+    return text, None
+
+
+def feed(finder: StopFinder, text: str, cuts: list[int]) -> str:
+    out, at = "", 0
+    for cut in [*cuts, len(text)]:
+        out += finder.push(text[at : at + cut])
+        at += cut
+    return out
+
+
+@given(LETTERS, STOPS, st.booleans(), st.lists(st.integers(0, 5), max_size=12))
+def test_the_result_does_not_depend_on_the_cuts(text: str, stops: list[str], include: bool, cuts: list[int]) -> None:
+    finder = StopFinder(stops, include)
+    out = feed(finder, text, cuts) + finder.flush()
+    assert (out, finder.matched) == slow(text, stops, include)
+
+
+@given(LETTERS, STOPS)
+def test_only_what_may_begin_a_stop_string_is_held(text: str, stops: list[str]) -> None:
+    finder = StopFinder(stops)
+    out = finder.push(text)
+    if finder.matched is None:
+        held = text[len(out) :]
+        assert out + held == text
+        assert not held or any(stop.startswith(held) and stop != held for stop in stops)
+
+
+def test_text_after_a_match_is_dropped() -> None:
+    finder = StopFinder(["END"])
+    assert finder.push("the E") == "the "
+    assert finder.push("ND of it") == ""
+    assert finder.matched == "END"
+    assert finder.push("more") == ""
+    assert finder.flush() == ""
+
+
+def test_without_stop_strings_everything_passes_at_once() -> None:
+    finder = StopFinder([])
+    assert finder.push("abc") == "abc"
+    assert finder.flush() == ""

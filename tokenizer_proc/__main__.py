@@ -1,0 +1,32 @@
+"""`python -m tokenizer_proc`: started by the launcher, config on stdin."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from engine.child import Child
+
+
+def main() -> int:
+    """Runs the process; returns its exit status."""
+    child = Child()
+    try:
+        import uvloop
+
+        from engine import logs
+        from engine.config import TokenizerConfig
+        from tokenizer_proc.serve import serve
+
+        config = child.config(TokenizerConfig)
+        logs.setup("tokenizer", config.log_level)
+        uvloop.run(serve(child, config))
+    except Exception as error:
+        logging.getLogger(__name__).debug("cannot go on", exc_info=True)
+        child.failed(error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

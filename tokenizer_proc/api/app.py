@@ -1,0 +1,55 @@
+"""The aiohttp application: every route, the error shape around them, a request id on every answer."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from aiohttp import web
+
+from engine.config import TokenizerConfig
+from tokenizer_proc.api import errors, models, native, ops, tokens
+from tokenizer_proc.api.chat import chat_completions
+from tokenizer_proc.api.completions import completions
+from tokenizer_proc.api.service import Service
+from tokenizer_proc.frontend import Frontend
+
+Route = Callable[[Service, web.Request], Awaitable[web.StreamResponse]]
+
+ROUTES: list[tuple[str, str, Route]] = [
+    ("POST", "/v1/chat/completions", chat_completions),
+    ("POST", "/v1/completions", completions),
+    ("GET", "/v1/models", models.list_models),
+    ("GET", "/v1/models/{id:.+}", models.retrieve_model),
+    ("POST", "/generate", native.generate),
+    ("POST", "/tokenize", tokens.tokenize),
+    ("POST", "/detokenize", tokens.detokenize),
+    ("GET", "/health", ops.health),
+    ("GET", "/ready", ops.ready),
+    ("GET", "/metrics", ops.metrics),
+    ("GET", "/server_info", ops.server_info),
+    ("GET", "/get_server_info", ops.server_info),
+    ("GET", "/version", ops.version),
+    ("POST", "/abort_request", ops.abort_request),
+]
+
+_REQUEST_ID = "X-Request-Id"
+_LONGEST_REQUEST_ID = 256
+
+
+def create_app(frontend: Frontend, config: TokenizerConfig) -> web.Application:
+    """The door on `frontend`. Serve it with handler cancellation on: a client that is gone ends its handler."""
+    service = Service(frontend, config)
+    app = web.Application(middlewares=[errors.middleware], client_max_size=config.max_body_bytes)
+    for method, path, route in ROUTES:
+        app.router.add_route(method, path, partial(route, service))
+    app.on_response_prepare.append(_name_request)
+    return app
+
+
+async def _name_request(request: web.Request, response: web.StreamResponse) -> None:
+    """Every answer carries its request's id: the client's own, or a new one."""
+    given = request.headers.get(_REQUEST_ID, "")
+    is_sound = given.isascii() and given.isprintable() and 0 < len(given) <= _LONGEST_REQUEST_ID
+    response.headers[_REQUEST_ID] = given if is_sound else uuid.uuid4().hex

@@ -1,0 +1,153 @@
+"""The choices of one call: several submits opened together, their deltas in one sequence, what came so far kept.
+
+    prompts   P0          P1            submits, in order
+    choices   0   1   2   3   4   5     numbered prompt-major: submit 0 has n = 3, submit 1 too
+
+Used by every dialect, streaming or not. Knows no JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
+from types import TracebackType
+
+from engine.messages import Delta, FinishReason, PositionLogprobs, Submit, Usage
+from tokenizer_proc.frontend import Frontend, Stream
+
+
+class Prompt:
+    """One submit's prompt as the model sees it; `logprobs` come with its first delta, if asked for."""
+
+    def __init__(self, token_ids: list[int]) -> None:
+        self.token_ids = token_ids
+        self.logprobs: list[PositionLogprobs | None] | None = None
+
+
+class Choice:
+    """One answer as far as it came. `number` counts over the whole call, `index` within its submit."""
+
+    def __init__(self, number: int, index: int, item: int, prompt: Prompt) -> None:
+        self.number = number
+        self.index = index
+        self.item = item
+        self.prompt = prompt
+        self.deltas = 0
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.logprobs: list[PositionLogprobs] = []
+        self.finish_reason: FinishReason | None = None
+        self.matched: str | int | None = None
+        self._usage: Usage | None = None
+
+    def add(self, delta: Delta) -> None:
+        """What `delta` brings."""
+        self.deltas += 1
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs or []
+        self.finish_reason = delta.finish_reason or self.finish_reason
+        self.matched = delta.matched if delta.matched is not None else self.matched
+        self._usage = delta.usage or self._usage
+
+    @property
+    def usage(self) -> Usage:
+        """As told with the last delta, else as counted here."""
+        return self._usage or Usage(len(self.prompt.token_ids), len(self.token_ids))
+
+
+class Batch:
+    """`async with Batch(...) as batch: async for choice, delta in batch.deltas()`; leaving it releases everything."""
+
+    def __init__(self, frontend: Frontend, submits: Sequence[Submit]) -> None:
+        self._frontend = frontend
+        self._submits = submits
+        self._streams: list[Stream] = []
+        self._stack = contextlib.AsyncExitStack()
+        self.prompts: list[Prompt] = []
+        self.choices: list[Choice] = []
+        self._of_item: list[list[Choice]] = []
+
+    async def __aenter__(self) -> Batch:
+        async with self._stack:
+            for item, submit in enumerate(self._submits):
+                stream = await self._stack.enter_async_context(self._frontend.open(submit))
+                self._streams.append(stream)
+                self._add_prompt(item, Prompt(stream.prompt_ids), submit.params.n)
+            self._stack = self._stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.__aexit__(kind, error, trace)
+
+    def cancel(self) -> None:
+        """Ends what has not finished with `abort`."""
+        for stream in self._streams:
+            stream.cancel()
+
+    async def finish(self) -> None:
+        """Waits for the last delta of every choice."""
+        async with contextlib.aclosing(self.deltas()) as deltas:
+            async for _ in deltas:
+                pass
+
+    async def deltas(self) -> AsyncGenerator[tuple[Choice, Delta], None]:
+        """Every delta with its choice, which already holds it. Raises the first EngineError of any stream."""
+        async with contextlib.aclosing(self._merged()) as merged:
+            async for item, delta in merged:
+                choice = self._of_item[item][delta.index]
+                choice.add(delta)
+                if delta.prompt_logprobs is not None:
+                    choice.prompt.logprobs = delta.prompt_logprobs
+                yield choice, delta
+
+    def usage(self) -> Usage:
+        """Of the whole call: each prompt is counted once, every choice's answer is."""
+        firsts = [choices[0].usage for choices in self._of_item]
+        return Usage(
+            sum(usage.prompt_tokens for usage in firsts),
+            sum(choice.usage.completion_tokens for choice in self.choices),
+            sum(usage.cached_tokens for usage in firsts),
+        )
+
+    def _add_prompt(self, item: int, prompt: Prompt, n: int) -> None:
+        choices = [Choice(len(self.choices) + index, index, item, prompt) for index in range(n)]
+        self.prompts.append(prompt)
+        self._of_item.append(choices)
+        self.choices += choices
+
+    async def _merged(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        if len(self._streams) == 1:
+            async for delta in self._streams[0]:
+                yield 0, delta
+            return
+        inbox: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue()
+        pumps = [asyncio.create_task(_pump(item, stream, inbox)) for item, stream in enumerate(self._streams)]
+        try:
+            running = len(pumps)
+            while running:
+                item, news = await inbox.get()
+                if news is None:
+                    running -= 1
+                elif isinstance(news, BaseException):
+                    raise news
+                else:
+                    yield item, news
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _pump(item: int, stream: Stream, inbox: asyncio.Queue[tuple[int, Delta | BaseException | None]]) -> None:
+    """Carries one stream's deltas over, then None, or the error that ended it."""
+    try:
+        async for delta in stream:
+            inbox.put_nowait((item, delta))
+    except Exception as error:
+        inbox.put_nowait((item, error))
+    else:
+        inbox.put_nowait((item, None))

@@ -1,0 +1,68 @@
+"""Every failure as the OpenAI error body {"error": {"message", "type", "param", "code"}}. Knows no route."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import msgspec
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from engine.errors import EngineError, InternalError, InvalidRequest, NotFound, Overloaded
+
+logger = logging.getLogger(__name__)
+
+
+def body(error: EngineError) -> dict[str, object]:
+    """What a client reads."""
+    return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}
+
+
+def internal(error: BaseException) -> EngineError:
+    """An unexpected exception: its traceback is for the log, the client learns that it is our fault."""
+    logger.error("a request failed unexpectedly", exc_info=error)
+    return InternalError(f"internal error ({type(error).__name__}); the server's log has the details")
+
+
+def response(error: EngineError, *, status: int | None = None, headers: dict[str, str] | None = None) -> web.Response:
+    """The whole answer for `error`; `status` overrides the class's own."""
+    headers = dict(headers or {})
+    if isinstance(error, Overloaded):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    return web.Response(
+        body=msgspec.json.encode(body(error)),
+        status=status or error.status,
+        headers=headers,
+        content_type="application/json",
+    )
+
+
+@web.middleware
+async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turns whatever a handler raises into an answer of the one shape."""
+    try:
+        return await handler(request)
+    except EngineError as error:
+        return response(error)
+    except web.HTTPException as error:
+        return _from_aiohttp(request, error)
+    except Exception as error:
+        if request.transport is None or request.transport.is_closing():
+            raise  # nobody is there to be answered; aiohttp ends it
+        return response(internal(error))
+
+
+def _from_aiohttp(request: web.Request, error: web.HTTPException) -> web.StreamResponse:
+    if error.status == 404:
+        return response(NotFound(f"there is no {request.path}", code="unknown_url"))
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        complaint = InvalidRequest(f"{request.path} takes {allowed}, not {request.method}", code="method_not_allowed")
+        return response(complaint, status=405, headers={"Allow": allowed})
+    if error.status == 413:
+        complaint = InvalidRequest(f"the body is too large: {error.text}", code="request_too_large")
+        return response(complaint, status=413)
+    if error.status >= 400:
+        return response(InvalidRequest(error.reason), status=error.status)
+    raise error

@@ -1,0 +1,107 @@
+"""Log-probabilities in each dialect's shape. Raw log-softmax; -9999 stands for minus infinity."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from engine.messages import PositionLogprobs, TokenLogprob
+from tokenizer_proc.text.tokenizer import Tokenizer
+
+_FLOOR = -9999.0
+
+
+def _value(token: TokenLogprob) -> float:
+    return max(token.logprob, _FLOOR)
+
+
+def chat(positions: Sequence[PositionLogprobs]) -> dict[str, object]:
+    """{"content": [{token, logprob, bytes, top_logprobs: [{token, logprob, bytes}]}]}."""
+    content = [_token(one.chosen) | {"top_logprobs": [_token(top) for top in one.top]} for one in positions]
+    return {"content": content, "refusal": None}
+
+
+def _token(token: TokenLogprob) -> dict[str, object]:
+    return {"token": token.token, "logprob": _value(token), "bytes": token.bytes}
+
+
+class LegacyLogprobs:
+    """One completion's {tokens, token_logprobs, top_logprobs, text_offset}, taken in pieces as they come.
+
+    `text_offset` is where a token's text begins in the choice's text, echoed prompt included; a token that completes
+    no character, or that does not show (a special one), takes no room.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        self._at = 0
+
+    def prompt(
+        self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None] | None, text: str
+    ) -> dict[str, list[object]]:
+        """The echoed prompt, shown as `text`. `positions` None: no log-probabilities are known."""
+        shape = empty()
+        for token_id, position in zip(token_ids, positions or [None] * len(token_ids), strict=True):
+            piece = self._bytes.decode(self._tokenizer.token_bytes(token_id))
+            _append(shape, self._at, self._tokenizer.token_text(token_id), position)
+            if text.startswith(piece, self._at):
+                self._at += len(piece)
+            elif self._at == 0 and piece.startswith(" ") and text.startswith(piece[1:]):
+                self._at += len(piece) - 1  # a leading space that sentencepiece added
+        self._at = len(text)
+        self._bytes.reset()
+        return shape
+
+    def generated(self, positions: Sequence[PositionLogprobs]) -> dict[str, list[object]]:
+        """The next generated tokens."""
+        shape = empty()
+        for position in positions:
+            token = position.chosen
+            _append(shape, self._at, token.token, position)
+            if token.token_id not in self._tokenizer.special_ids:
+                self._at += len(self._bytes.decode(bytes(token.bytes)))
+        return shape
+
+
+def joined(one: dict[str, list[object]], other: dict[str, list[object]]) -> dict[str, list[object]]:
+    """Two legacy pieces, one after the other."""
+    return {name: one[name] + other[name] for name in one}
+
+
+def empty() -> dict[str, list[object]]:
+    """A legacy piece without tokens."""
+    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+
+def _append(shape: dict[str, list[object]], at: int, token: str, position: PositionLogprobs | None) -> None:
+    shape["tokens"].append(token)
+    shape["text_offset"].append(at)
+    shape["token_logprobs"].append(None if position is None else _value(position.chosen))
+    shape["top_logprobs"].append(None if position is None else _best(position))
+
+
+def _best(position: PositionLogprobs) -> dict[str, float]:
+    """The best tokens and the chosen one, by text; of two tokens with one text the likelier is shown."""
+    found: dict[str, float] = {}
+    for token in [*position.top, position.chosen]:
+        found[token.token] = max(_value(token), found.get(token.token, _FLOOR))
+    return found
+
+
+Triple = tuple[float | None, int, str | None]
+
+
+def triple(token: TokenLogprob, with_text: bool) -> Triple:
+    """The native (logprob, id, text or null)."""
+    return _value(token), token.token_id, token.token if with_text else None
+
+
+def triples(positions: Sequence[PositionLogprobs], with_text: bool) -> list[Triple]:
+    """The chosen tokens."""
+    return [triple(position.chosen, with_text) for position in positions]
+
+
+def top_triples(positions: Sequence[PositionLogprobs | None], with_text: bool) -> list[list[Triple] | None]:
+    """The best tokens of each position; null where nothing precedes it."""
+    return [None if one is None else [triple(top, with_text) for top in one.top] for one in positions]

@@ -1,0 +1,42 @@
+"""What a body may call its prompt, and values given once or once for each prompt. Knows no dialect."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from engine.errors import InvalidRequest
+
+T = TypeVar("T")
+
+TokenIds = list[int]
+PromptField = str | list[str | int | list[int]]  # a text, texts, token ids or lists of token ids
+
+
+def prompts(value: PromptField, name: str) -> list[str | TokenIds]:
+    """The prompts that the field `name` holds. Raises InvalidRequest when it holds none, or several kinds."""
+    if isinstance(value, str):
+        return [value]
+    texts = [one for one in value if isinstance(one, str)]
+    ids = [one for one in value if isinstance(one, int)]
+    lists = [one for one in value if isinstance(one, list)]
+    if not value:
+        raise InvalidRequest(f"{name} is an empty list", param=name)
+    if len(value) not in (len(texts), len(ids), len(lists)):
+        raise InvalidRequest(f"{name} mixes texts, token ids and lists: send one kind", param=name)
+    if ids:
+        return [ids]
+    return [*texts, *lists]
+
+
+def is_single(value: PromptField) -> bool:
+    """Whether `value` is one prompt, not a list of prompts."""
+    return isinstance(value, str) or (len(value) > 0 and isinstance(value[0], int))
+
+
+def spread(value: T | list[T], size: int, name: str) -> list[T]:
+    """`value` for each of `size` prompts: one for all, or a list with one for each."""
+    if not isinstance(value, list):
+        return [value] * size
+    if len(value) != size:
+        raise InvalidRequest(f"{name} has {len(value)} entries for {size} prompts", param=name)
+    return value

@@ -1,0 +1,118 @@
+"""What every route works with, and the one way a generating call runs: open, stream or collect, release.
+
+Knows no dialect: a `Writer` is one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+
+import msgspec
+from aiohttp import web
+
+from engine.config import TokenizerConfig
+from engine.errors import InvalidRequest
+from engine.messages import Delta, Submit
+from tokenizer_proc.api import sse
+from tokenizer_proc.api.batch import Batch, Choice
+from tokenizer_proc.frontend import Frontend
+
+
+class Open:
+    """The calls that are running, by the ids their clients know: what /abort_request looks in."""
+
+    def __init__(self) -> None:
+        self._batches: dict[str, list[Batch]] = {}
+
+    @contextlib.contextmanager
+    def listed(self, ids: Iterable[str], batch: Batch) -> Iterator[None]:
+        """`batch` can be aborted by any of `ids` while this is entered."""
+        names = set(ids)
+        for name in names:
+            self._batches.setdefault(name, []).append(batch)
+        try:
+            yield
+        finally:
+            for name in names:
+                self._batches[name].remove(batch)
+                if not self._batches[name]:
+                    del self._batches[name]
+
+    def abort(self, name: str | None) -> int:
+        """Cancels the calls called `name`, or all. Returns how many."""
+        found = [self._batches.get(name, [])] if name is not None else list(self._batches.values())
+        batches = {id(batch): batch for group in found for batch in group}
+        for batch in batches.values():
+            batch.cancel()
+        return len(batches)
+
+
+class Service:
+    """The front end, the config, the open calls, and since when it serves."""
+
+    def __init__(self, frontend: Frontend, config: TokenizerConfig) -> None:
+        self.frontend = frontend
+        self.config = config
+        self.open = Open()
+        self.started = int(time.time())
+
+
+class Writer(ABC):
+    """How a dialect says what a batch brings."""
+
+    @abstractmethod
+    def events(self, batch: Batch, choice: Choice, delta: Delta) -> list[object]:
+        """The events for one delta, possibly none."""
+
+    @abstractmethod
+    def last_events(self, batch: Batch) -> list[object]:
+        """What follows the last delta."""
+
+    @abstractmethod
+    def whole(self, batch: Batch) -> object:
+        """The answer when every choice has finished."""
+
+    def check(self, batch: Batch) -> None:  # noqa: B027 - most dialects have nothing to check
+        """Raises InvalidRequest for what can only be judged once the prompts are known."""
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True):
+    """A body, understood: what to run together, and by which `ids` it can be aborted.
+
+    `names` are the client's words for what the front end complains of, where they differ.
+    """
+
+    submits: list[Submit]
+    ids: list[str]
+    stream: bool
+    names: dict[str, str] = {}
+
+
+async def answer(service: Service, request: web.Request, call: Call, writer: Writer) -> web.StreamResponse:
+    """Runs `call`. Whatever ends this (the client included) leaves nothing behind."""
+    try:
+        async with Batch(service.frontend, call.submits) as batch:
+            writer.check(batch)
+            with service.open.listed(call.ids, batch):
+                if call.stream:
+                    return await sse.respond(request, _events(batch, writer))
+                await batch.finish()
+                return as_json(writer.whole(batch))
+    except InvalidRequest as error:
+        error.param = call.names.get(error.param or "", error.param)
+        raise
+
+
+def as_json(value: object) -> web.Response:
+    """A 200 with `value` as JSON."""
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json")
+
+
+async def _events(batch: Batch, writer: Writer) -> AsyncGenerator[Sequence[object], None]:
+    async with contextlib.aclosing(batch.deltas()) as deltas:
+        async for choice, delta in deltas:
+            yield writer.events(batch, choice, delta)
+    yield writer.last_events(batch)

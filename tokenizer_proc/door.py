@@ -1,0 +1,176 @@
+"""The ZeroMQ door: embedding hosts over a ROUTER socket, the same streams as over HTTP.
+
+    host --Submit--> a task that reads the stream --Delta ... Delta | Failure--> host
+    host --Cancel--> its stream is cancelled        host --Ping each second--> Ping in return
+
+A host that is silent for five seconds is gone: its requests are aborted. What cannot be decoded is refused with a log
+line, and with a Failure where its id can still be read. Knows nothing of text or adapters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from engine.errors import EngineError, InternalError, InvalidRequest
+from engine.ipc import MAX_FRAME_BYTES
+from engine.messages import Answer, Cancel, Command, Delta, Failure, Ping, Submit, ToDoor
+from tokenizer_proc.frontend import Frontend, Stream
+
+log = logging.getLogger(__name__)
+
+SILENT_SECONDS = 5.0
+CHECK_SECONDS = 1.0
+
+
+class _Host:
+    """One embedding host: when it was last heard, and what runs for it by its own ids."""
+
+    def __init__(self) -> None:
+        self.heard = time.monotonic()
+        self.streams: dict[int, Stream] = {}
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs `work` until it ends or the host is gone."""
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+
+class Door:
+    """Serves `address` until `close`. Make and run it inside a running loop."""
+
+    def __init__(
+        self, context: zmq.asyncio.Context, address: str, frontend: Frontend, max_frame: int = MAX_FRAME_BYTES
+    ) -> None:
+        self._frontend = frontend
+        self._max_frame = max_frame
+        self._hosts: dict[bytes, _Host] = {}
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[ToDoor] = msgspec.msgpack.Decoder(ToDoor)
+        self._socket: zmq.asyncio.Socket = context.socket(zmq.ROUTER)
+        for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
+            self._socket.setsockopt(option, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max_frame)
+        self._socket.bind(address)
+
+    async def serve(self) -> None:
+        """Takes messages in until cancelled."""
+        watcher = asyncio.ensure_future(self._watch())
+        try:
+            while True:
+                frames = await self._socket.recv_multipart()
+                if len(frames) != 2:
+                    log.warning("the door refused a message of %d frames", len(frames))
+                    continue
+                self._take(*frames)
+        finally:
+            watcher.cancel()
+
+    def close(self) -> None:
+        """Aborts what is open and drops the socket."""
+        for identity in list(self._hosts):
+            self._forget(identity)
+        self._socket.close()
+
+    @property
+    def open(self) -> int:
+        """How many calls run."""
+        return sum(len(host.tasks) for host in self._hosts.values())
+
+    def _take(self, identity: bytes, frame: bytes) -> None:
+        host = self._hosts.setdefault(identity, _Host())
+        host.heard = time.monotonic()
+        try:
+            message = self._decoder.decode(frame)
+        except msgspec.MsgspecError as error:
+            log.warning("the door refused a frame of %d bytes: %s", len(frame), error)
+            self._refuse(identity, frame, str(error))
+            return
+        match message:
+            case Ping():
+                self._send(identity, Ping(self._frontend.epoch))
+            case Submit():
+                self._submit(identity, host, message)
+            case Cancel():
+                if message.id in host.streams:
+                    host.streams[message.id].cancel()
+            case Command():
+                self._send(identity, self._command(message))
+
+    def _submit(self, identity: bytes, host: _Host, submit: Submit) -> None:
+        if submit.id in host.streams:
+            error = InvalidRequest(f"request id {submit.id} is open already: use a new number", param="id")
+            self._send(identity, _failure(submit.id, error))
+            return
+        stream = host.streams[submit.id] = self._frontend.open(submit)
+        host.start(self._run(identity, host, submit.id, stream))
+
+    async def _run(self, identity: bytes, host: _Host, id: int, stream: Stream) -> None:
+        """Reads one stream to its end, for a host."""
+        try:
+            async with stream:
+                async for delta in stream:
+                    self._send(identity, delta)
+        except EngineError as error:
+            self._send(identity, _failure(id, error))
+        except Exception as error:
+            log.exception("a request of an embedding host failed")
+            self._send(identity, _failure(id, InternalError(f"{type(error).__name__}: {error}")))
+        finally:
+            del host.streams[id]
+
+    def _command(self, command: Command) -> Answer | Failure:
+        if command.call == "list":
+            return Answer(id=command.id, adapters=self._frontend.adapters.cards())
+        if command.call == "info":
+            info = {name: msgspec.Raw(msgspec.msgpack.encode(value)) for name, value in self._frontend.info().items()}
+            return Answer(id=command.id, info=info)
+        return _failure(
+            command.id,
+            InvalidRequest(
+                f"`{command.call}` is not available yet: name the adapters at the launch, with --lora-paths",
+                code="not_available",
+            ),
+        )
+
+    def _refuse(self, identity: bytes, frame: bytes, reason: str) -> None:
+        """Answers a frame that is no message, if it is one with an id: [tag, id, ...]."""
+        try:
+            match msgspec.msgpack.decode(frame):
+                case [str(), int(id), *_]:
+                    self._send(identity, _failure(id, InvalidRequest(f"the message cannot be read: {reason}")))
+        except msgspec.MsgspecError:
+            return
+
+    def _send(self, identity: bytes, message: Delta | Answer | Failure | Ping) -> None:
+        frame = self._encoder.encode(message)
+        if len(frame) > self._max_frame and not isinstance(message, Failure | Ping):
+            error = InternalError(f"an answer of {len(frame)} bytes exceeds the frame bound")
+            frame = self._encoder.encode(_failure(message.id, error))
+        self._socket.send_multipart([identity, frame])  # no high-water mark: done at once; a gone host is dropped
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            now = time.monotonic()
+            for identity, host in list(self._hosts.items()):
+                if now - host.heard > SILENT_SECONDS:
+                    log.info("an embedding host is silent; %d of its calls are aborted", len(host.tasks))
+                    self._forget(identity)
+
+    def _forget(self, identity: bytes) -> None:
+        for task in list(self._hosts.pop(identity).tasks):
+            task.cancel()
+
+
+def _failure(id: int, error: EngineError) -> Failure:
+    return Failure(id, error.kind, error.message, error.param, error.code)

@@ -1,0 +1,243 @@
+"""The front end both doors stand on: submits in, streams of deltas out; messages of the scheduler in between.
+
+Knows names, text and the gate; knows nothing of HTTP, sockets or pages.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from engine.config import TokenizerConfig
+from engine.errors import AdapterError, EngineDead, InvalidRequest, Overloaded
+from engine.messages import (
+    AdapterMix,
+    AdapterState,
+    Capacity,
+    ChatMessage,
+    Hello,
+    Ping,
+    Progress,
+    Stats,
+    Submit,
+    ToTokenizer,
+)
+from tokenizer_proc.adapters import AdapterDirectory, Voice
+from tokenizer_proc.defaults import Defaults
+from tokenizer_proc.metrics import Metrics, Picture
+from tokenizer_proc.params import SEEDS, plan
+from tokenizer_proc.router import Router
+from tokenizer_proc.stream import Prepared, Stream
+from tokenizer_proc.text.chat import ChatTemplate
+from tokenizer_proc.text.tokenizer import Tokenizer
+
+__all__ = ["Frontend", "Stream"]
+
+log = logging.getLogger(__name__)
+
+
+class Frontend:
+    """One engine as the doors see it. `send` puts a message into the scheduler's inbox."""
+
+    def __init__(
+        self,
+        config: TokenizerConfig,
+        send: Callable[[msgspec.Struct], None],
+        tokenizer: Tokenizer,
+        chat: ChatTemplate,
+        defaults: Defaults,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.chat = chat
+        self.adapters = AdapterDirectory(config.served_model_names, config.adapters)
+        self.metrics = Metrics(config.served_model_names[0], self._picture)
+        self.capacity: Capacity | None = None
+        self.stats = Stats()
+        self.router = Router(send, config.links.epoch, config.max_open_requests)
+        self.epoch = config.links.epoch
+        self.is_draining = False
+        self._config = config
+        self._defaults = defaults
+        self._send = send
+        self._seeds = random.Random(config.seed)
+        self._started = time.time()
+
+    @classmethod
+    def load(cls, config: TokenizerConfig, send: Callable[[msgspec.Struct], None]) -> Frontend:
+        """With the tokenizer, template and defaults of the config's directories. Raises ConfigError."""
+        tokenizer = Tokenizer.load(config.tokenizer_path)
+        chat = ChatTemplate.load(config.tokenizer_path, config.chat_template, tokenizer.special_tokens)
+        return cls(config, send, tokenizer, chat, Defaults.load(config.model_path, tokenizer.eos_id))
+
+    # ------------------------------------------------------------------------------------------- for the doors
+
+    def open(self, submit: Submit) -> Stream:
+        """A stream for `submit`; entering it checks everything and raises the EngineError that fits."""
+        return Stream(submit, self._prepare, self.router, self.metrics)
+
+    def texts_for(self, lora: str | AdapterMix | None) -> tuple[Tokenizer, ChatTemplate]:
+        """The tokenizer and chat template that go with a selection: the base's, for every adapter so far."""
+        del lora
+        return self.tokenizer, self.chat
+
+    @property
+    def is_ready(self) -> bool:
+        """It takes requests: capacity is known, every start-up adapter is loaded, and it is not shutting down."""
+        return self.capacity is not None and self.adapters.is_ready and not self.is_draining
+
+    @property
+    def max_length(self) -> int:
+        """Tokens one request may have, prompt and answer; 0 before capacity is known."""
+        capacity = self.capacity
+        return min(capacity.max_length, capacity.kv_pages * capacity.page_size) if capacity is not None else 0
+
+    def info(self) -> dict[str, Any]:
+        """Facts for /server_info, of plain JSON types."""
+        return {
+            **self._config.server_info,
+            "model_path": self._config.model_path,
+            "tokenizer_path": self._config.tokenizer_path,
+            "served_model_names": self.adapters.base_names,
+            "adapters": [card.name for card in self.adapters.cards()],
+            "enable_lora": self._config.enable_lora,
+            "max_length": self.max_length,
+            "uptime_seconds": time.time() - self._started,
+            "open_requests": self.router.open,
+            "capacity": _plain(self.capacity),
+            "stats": _plain(self.stats),
+        }
+
+    # ---------------------------------------------------------------------------------------- for the scheduler
+
+    def handle(self, message: ToTokenizer) -> None:
+        """Takes in one message of the scheduler."""
+        match message:
+            case Progress():
+                self.router.handle(message)
+            case Stats():
+                self.stats = message
+                self.metrics.steps(message.step_seconds)
+            case AdapterState():
+                self._adapter_news(message)
+            case Capacity():
+                self.capacity = message
+                self.adapters.load(self._send)
+            case Hello() | Ping():
+                pass  # a new scheduler incarnation tells its Capacity again
+
+    async def drain(self, seconds: float) -> None:
+        """Takes nothing new, lets open streams finish for so long, then ends them with EngineDead."""
+        self.is_draining = True
+        if not await self.router.idle(seconds):
+            log.info("%d requests did not finish in time and are aborted", self.router.open)
+            self.router.fail(EngineDead("the server is shutting down"))
+            await self.router.idle(1.0)  # their readers are told
+
+    def _adapter_news(self, state: AdapterState) -> None:
+        names = self.adapters.names_of([state.adapter_id])
+        self.adapters.handle(state)
+        if state.state == "gone":
+            for name in names:
+                if self.adapters.card(name) is None:
+                    self.metrics.forget_adapter(name)
+
+    # --------------------------------------------------------------------------------------------- for a stream
+
+    async def _prepare(self, submit: Submit) -> Prepared:
+        """The gate. Raises InvalidRequest, NotFound, AdapterError, or Overloaded while the model is loading."""
+        if self.is_draining:
+            raise Overloaded("the server is shutting down")
+        if self.capacity is None:
+            raise Overloaded("the model is still loading")
+        voice = self._voice(submit.lora, self.capacity)
+        tokenizer, chat = self.texts_for(submit.lora)
+        prompt_ids = await _prompt_ids(submit, tokenizer, chat, self.max_length)
+        return Prepared(
+            prompt_ids,
+            plan(
+                submit.params,
+                defaults=self._defaults,
+                seed=self._seeds.randrange(SEEDS),
+                prompt=prompt_ids,
+                max_length=self.max_length,
+                vocab_size=self.capacity.vocab_size,
+                default_max_tokens=submit.default_max_tokens,
+            ),
+            voice,
+            tokenizer,
+        )
+
+    def _voice(self, lora: str | AdapterMix | None, capacity: Capacity) -> Voice:
+        voice = self.adapters.resolve(lora)
+        if voice.failure is not None:
+            raise AdapterError(voice.failure, param="lora_path")
+        for group, pages in voice.pages.items():
+            if pages > capacity.max_lane_pages:
+                raise InvalidRequest(
+                    f"the mix needs {pages} rank pages in {group}; at most {capacity.max_lane_pages} fit one request: "
+                    "mix fewer adapters, or raise --max-lora-rank",
+                    param="lora_path",
+                )
+        return voice
+
+    def _picture(self) -> Picture:
+        config, stats = self._config, self.stats
+        return Picture(
+            stats=stats,
+            capacity=self.capacity,
+            max_loras=config.max_loras if config.enable_lora else None,
+            running=self.adapters.by_name(stats.running_adapters),
+            waiting=self.adapters.by_name(stats.waiting_adapters),
+            resident=self.adapters.names_of(stats.resident),
+        )
+
+
+def _plain(value: object) -> Any:
+    """Structs are array-like on the wire; for people their fields have names."""
+    return msgspec.structs.asdict(value) if isinstance(value, msgspec.Struct) else value
+
+
+async def _prompt_ids(submit: Submit, tokenizer: Tokenizer, chat: ChatTemplate, max_length: int) -> list[int]:
+    """The submit's prompt as token ids: of a text, of ids as they are, or of a chat through the template."""
+    prompt = submit.prompt
+    if isinstance(prompt, str):
+        return await _encoded(prompt, tokenizer, submit.add_special_tokens, max_length)
+    messages = [part for part in prompt if isinstance(part, ChatMessage)]
+    if not messages:
+        return [part for part in prompt if isinstance(part, int)]
+    if len(messages) != len(prompt):
+        raise InvalidRequest("a prompt is token ids or messages, not both", param="prompt")
+    text = chat.render(
+        messages,
+        add_generation_prompt=submit.add_generation_prompt,
+        continue_final_message=submit.continue_final_message,
+        **_template_arguments(submit),
+    )
+    return await _encoded(text, tokenizer, False, max_length)
+
+
+async def _encoded(text: str, tokenizer: Tokenizer, add_special_tokens: bool, max_length: int) -> list[int]:
+    """Ids of `text`, unless it is so long that counting its tokens would only cost time."""
+    if len(text) > max_length * tokenizer.longest_token:
+        raise InvalidRequest(
+            f"the prompt has {len(text)} characters; this model's context is {max_length} tokens, "
+            f"and no token stands for more than {tokenizer.longest_token} characters",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    return await tokenizer.encode_text(text, add_special_tokens)
+
+
+def _template_arguments(submit: Submit) -> dict[str, Any]:
+    """chat_template_kwargs, which must not name what the call itself says."""
+    for name in ("messages", "add_generation_prompt", "continue_final_message", "self"):
+        if name in submit.chat_template_kwargs:
+            raise InvalidRequest(
+                f"`{name}` is a field of its own, not one of chat_template_kwargs", param="chat_template_kwargs"
+            )
+    return submit.chat_template_kwargs

@@ -1,0 +1,173 @@
+"""Prometheus metrics of one engine, in a registry of their own. Names are vLLM's where vLLM has one for the thing.
+
+Gauges are read when someone asks (a collector over the latest picture), so a series never outlives what it tells of.
+Knows nothing of requests: it is told moments and counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engine.messages import Capacity, Stats
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+class Picture(msgspec.Struct, frozen=True, kw_only=True):
+    """The present, as the gauges show it. Adapters are counted by name; `max_loras` None: LoRA is off."""
+
+    stats: Stats = Stats()
+    capacity: Capacity | None = None
+    max_loras: int | None = None
+    running: dict[str, int] = {}
+    waiting: dict[str, int] = {}
+    resident: list[str] = []
+
+
+class _Live(Collector):
+    """Gauges of the picture at the moment of the scrape."""
+
+    def __init__(self, model: str, picture: Callable[[], Picture]) -> None:
+        self._model = model
+        self._picture = picture
+
+    def collect(self) -> Iterable[Metric]:
+        picture = self._picture()
+        stats = picture.stats
+        used = stats.kv_pages_used / stats.kv_pages if stats.kv_pages else 0.0
+        yield self._gauge("vllm:num_requests_running", "Requests that hold a row.", stats.running)
+        yield self._gauge("vllm:num_requests_waiting", "Requests that wait for a row.", stats.waiting)
+        yield self._gauge("vllm:kv_cache_usage_perc", "KV pages in use, from 0 to 1.", used)
+        preemptions = CounterMetricFamily(
+            "vllm:num_preemptions", "Rows given up and recomputed later.", labels=["model_name"]
+        )
+        preemptions.add_metric([self._model], stats.preemptions)
+        yield preemptions
+        if picture.capacity is not None:
+            yield _cache_config(picture.capacity)
+        if picture.max_loras is not None:
+            yield _lora_info(picture, picture.max_loras)
+            yield _by_adapter("chorus:adapter_requests_running", "Rows by adapter.", picture.running)
+            yield _by_adapter("chorus:adapter_requests_waiting", "Waiting requests by adapter.", picture.waiting)
+            yield _by_adapter(
+                "chorus:adapter_resident", "1 while it is in rank pages.", dict.fromkeys(picture.resident, 1)
+            )
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        gauge = GaugeMetricFamily(name, text, labels=["model_name"])
+        gauge.add_metric([self._model], value)
+        return gauge
+
+
+def _cache_config(capacity: Capacity) -> Metric:
+    gauge = GaugeMetricFamily("vllm:cache_config_info", "KV pages.", labels=["block_size", "num_gpu_blocks"])
+    gauge.add_metric([str(capacity.page_size), str(capacity.kv_pages)], 1)
+    return gauge
+
+
+def _lora_info(picture: Picture, max_loras: int) -> Metric:
+    """The one series that inference gateways route by; an adapter that runs is not listed as waiting too."""
+    gauge = GaugeMetricFamily(
+        "vllm:lora_requests_info",
+        "Adapters in use; the value is the time of the scrape.",
+        labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+    )
+    running = sorted(picture.running)
+    waiting = sorted(set(picture.waiting) - set(running))
+    gauge.add_metric([str(max_loras), ",".join(running), ",".join(waiting)], time.time())
+    return gauge
+
+
+def _by_adapter(name: str, text: str, values: dict[str, int]) -> Metric:
+    gauge = GaugeMetricFamily(name, text, labels=["adapter"])
+    for adapter, value in sorted(values.items()):
+        gauge.add_metric([adapter], value)
+    return gauge
+
+
+class Metrics:
+    """The registry. `picture` is asked at every scrape."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, model: str, picture: Callable[[], Picture] = Picture) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_Live(model, picture))
+        self._model = model
+        self._ttft = self._histogram("vllm:time_to_first_token_seconds", "From arrival to the first token.")
+        self._itl = self._histogram("vllm:inter_token_latency_seconds", "Between tokens of one stream.")
+        self._e2e = self._histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token.")
+        self._step = self._histogram("chorus:step_seconds", "One forward of the whole batch.")
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens taken in.")
+        self._generated = self._counter("vllm:generation_tokens", "Tokens generated.")
+        self._finished = self._counter("vllm:request_success", "Finished choices.", "finished_reason")
+        self._failed = self._counter("chorus:request_failures", "Requests refused or failed.", "kind")
+        self._adapters = [
+            Counter(f"chorus:adapter_{what}", text, ["adapter"], registry=self._registry)
+            for what, text in (
+                ("requests", "Choices begun, by adapter."),
+                ("prompt_tokens", "Prompt tokens, by adapter."),
+                ("generation_tokens", "Tokens generated, by adapter."),
+            )
+        ]
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        histogram = Histogram(name, text, ["model_name"], buckets=_SECONDS, registry=self._registry)
+        histogram.labels(self._model)  # shown from the first scrape on
+        return histogram
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        counter = Counter(name, text, ["model_name", *labels], registry=self._registry)
+        if not labels:
+            counter.labels(self._model)
+        return counter
+
+    def began(self, adapters: Sequence[str], prompt_tokens: int) -> None:
+        """A choice was handed to the scheduler."""
+        self._prompt_tokens.labels(self._model).inc(prompt_tokens)
+        for adapter in adapters:
+            self._adapters[0].labels(adapter).inc()
+            self._adapters[1].labels(adapter).inc(prompt_tokens)
+
+    def generated(self, adapters: Sequence[str], tokens: int) -> None:
+        """`tokens` more tokens of one choice."""
+        self._generated.labels(self._model).inc(tokens)
+        for adapter in adapters:
+            self._adapters[2].labels(adapter).inc(tokens)
+
+    def first_token(self, seconds: float) -> None:
+        """Seconds from a request's arrival to the first token of a choice."""
+        self._ttft.labels(self._model).observe(seconds)
+
+    def next_token(self, seconds: float) -> None:
+        """Seconds between two tokens of a choice."""
+        self._itl.labels(self._model).observe(seconds)
+
+    def finished(self, reason: str, seconds: float) -> None:
+        """A choice ended after so many seconds."""
+        self._finished.labels(self._model, reason).inc()
+        self._e2e.labels(self._model).observe(seconds)
+
+    def failed(self, kind: str) -> None:
+        """A request ended with an error of this kind."""
+        self._failed.labels(self._model, kind).inc()
+
+    def steps(self, seconds: Iterable[float]) -> None:
+        """Durations of steps."""
+        for each in seconds:
+            self._step.labels(self._model).observe(each)
+
+    def forget_adapter(self, adapter: str) -> None:
+        """Its series disappear."""
+        for counter in self._adapters:
+            counter.remove(adapter)
+
+    def render(self) -> bytes:
+        """The exposition text, of `content_type`."""
+        return generate_latest(self._registry)

@@ -1,0 +1,119 @@
+"""Request ids: which one is whose. Generate and Abort go out, Progress comes in and is handed to its receiver.
+
+    stream --start--> id --Generate--> scheduler
+    stream <--Update-- id <--Progress-- scheduler       an id that is not open any more is nobody's: dropped
+
+Counts what is open and refuses more than the bound. Knows nothing of text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from engine.errors import EngineError, InternalError, Overloaded
+from engine.messages import Abort, Generate, Progress, Sampling, Stopping, Update
+
+log = logging.getLogger(__name__)
+
+_IDS_BY_EPOCH = 1 << 40  # so that an id means one request, also after a restart
+
+Receiver = Callable[[Update | EngineError], None]
+
+
+class Router:
+    """The open requests of this incarnation (`epoch`)."""
+
+    def __init__(self, send: Callable[[msgspec.Struct], None], epoch: int = 0, max_open: int = 4096) -> None:
+        self._send = send
+        self._epoch = epoch
+        self._max_open = max_open
+        self._ids = itertools.count(epoch * _IDS_BY_EPOCH + 1)
+        self._receivers: dict[int, Receiver] = {}
+        self._reserved = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def open(self) -> int:
+        """How many requests may still bring news."""
+        return len(self._receivers)
+
+    @contextlib.contextmanager
+    def reserved(self, count: int) -> Iterator[None]:
+        """Room for `count` requests while entered. Raises Overloaded when there is none."""
+        if self._reserved + count > self._max_open:
+            raise Overloaded(f"{self._max_open} requests are open already, which is the bound: try again soon")
+        self._reserved += count
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._reserved -= count
+            if not self._reserved:
+                self._idle.set()
+
+    async def idle(self, seconds: float) -> bool:
+        """Waits up to so many seconds until nothing is reserved; whether that came true."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        return self._idle.is_set()
+
+    def start(
+        self,
+        receiver: Receiver,
+        *,
+        prompt: list[int],
+        lora: list[tuple[int, float]],
+        sampling: Sampling,
+        stopping: Stopping,
+        priority: int = 0,
+        salt: str = "",
+    ) -> int:
+        """Sends a Generate; `receiver` hears of it until `stop`. Returns its id."""
+        request_id = next(self._ids)
+        self._send(
+            Generate(
+                epoch=self._epoch,
+                request_id=request_id,
+                prompt=prompt,
+                lora=lora,
+                sampling=sampling,
+                stopping=stopping,
+                priority=priority,
+                salt=salt,
+            )
+        )
+        self._receivers[request_id] = receiver
+        return request_id
+
+    def stop(self, request_id: int, abort: bool) -> None:
+        """Forgets a request, and with `abort` tells the scheduler to forget it. Twice is harmless."""
+        if self._receivers.pop(request_id, None) is not None and abort:
+            self._send(Abort(self._epoch, request_id))
+
+    def handle(self, progress: Progress) -> None:
+        """Hands every update to its receiver; a fault in one stays with it. An older incarnation's news are dropped."""
+        if progress.epoch != self._epoch:
+            return
+        for update in progress.updates:
+            receiver = self._receivers.get(update.request_id)
+            if receiver is None:
+                continue
+            try:
+                receiver(update)
+            except Exception as error:
+                log.exception("request %d: its news could not be taken", update.request_id)
+                self.stop(update.request_id, abort=True)
+                receiver(InternalError(f"the answer could not be made: {type(error).__name__}: {error}"))
+
+    def fail(self, error: EngineError) -> None:
+        """Ends every open request with an error; the scheduler is not told."""
+        receivers, self._receivers = self._receivers, {}
+        for receiver in receivers.values():
+            receiver(error)

@@ -1,0 +1,165 @@
+"""The process: sockets, the doors, and the order in which they open and close.
+
+open     inbox -> Hello -> Capacity -> adapters loaded -> HTTP and door -> Ready
+close    SIGTERM -> no new connections -> open streams end, or are cancelled after DRAIN_SECONDS -> exit 0
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+
+import zmq
+import zmq.asyncio
+from aiohttp import web
+
+from engine.child import Child
+from engine.config import TokenizerConfig
+from engine.errors import InternalError
+from engine.ipc import AsyncInbox, Outbox
+from engine.messages import Hello, ToTokenizer
+from tokenizer_proc.api.app import create_app
+from tokenizer_proc.door import Door
+from tokenizer_proc.frontend import Frontend
+
+DRAIN_SECONDS = 10.0
+
+
+async def serve(child: Child, config: TokenizerConfig) -> None:
+    """Runs until SIGTERM. Raises EngineError when it cannot start."""
+    stopping = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
+    context = zmq.asyncio.Context()
+    outbox = Outbox(zmq.Context.shadow(context.underlying), config.links.scheduler, config.links.max_frame_bytes)
+    inbox: AsyncInbox[ToTokenizer] = AsyncInbox(
+        context, config.links.tokenizer, ToTokenizer, config.links.max_frame_bytes
+    )
+    try:
+        outbox.send(Hello("tokenizer", config.links.epoch, config.links.tokenizer))
+        frontend = Frontend.load(config, outbox.send)
+        if not await _started(frontend, inbox, stopping):
+            return
+        await _work(child, config, context, frontend, inbox, stopping)
+    finally:
+        inbox.close()
+        outbox.close()
+        context.term()
+
+
+async def _work(
+    child: Child,
+    config: TokenizerConfig,
+    context: zmq.asyncio.Context,
+    frontend: Frontend,
+    inbox: AsyncInbox[ToTokenizer],
+    stopping: asyncio.Event,
+) -> None:
+    """From the first message after the start to the last stream."""
+    reading = asyncio.ensure_future(_read(frontend, inbox))
+    try:
+        async with _door(config, context, frontend), _http(config, frontend) as http:
+            child.ready(_facts(frontend))
+            ended = asyncio.ensure_future(stopping.wait())
+            await asyncio.wait({ended, reading}, return_when=asyncio.FIRST_COMPLETED)
+            ended.cancel()
+            if reading.done():
+                reading.result()  # raises what ended it
+            await http.stop_listening()
+            await frontend.drain(DRAIN_SECONDS)
+    finally:
+        reading.cancel()
+
+
+async def _started(frontend: Frontend, inbox: AsyncInbox[ToTokenizer], stopping: asyncio.Event) -> bool:
+    """Reads the inbox until requests can be served; False when we are to stop before. Raises AdapterError."""
+    stop = asyncio.ensure_future(stopping.wait())
+    try:
+        while not frontend.is_ready:
+            news = asyncio.ensure_future(anext(inbox))
+            await asyncio.wait({stop, news}, return_when=asyncio.FIRST_COMPLETED)
+            if not news.done():
+                news.cancel()
+                return False
+            frontend.handle(news.result())
+            if (failure := frontend.adapters.failure) is not None:
+                raise failure
+        return True
+    finally:
+        stop.cancel()
+
+
+async def _read(frontend: Frontend, inbox: AsyncInbox[ToTokenizer]) -> None:
+    async for message in inbox:
+        frontend.handle(message)
+    raise InternalError("the inbox ended")
+
+
+@contextlib.asynccontextmanager
+async def _door(config: TokenizerConfig, context: zmq.asyncio.Context, frontend: Frontend) -> AsyncIterator[Door]:
+    """The ZeroMQ door, open while entered."""
+    door = Door(context, config.links.door, frontend, config.links.max_frame_bytes)
+    task = asyncio.ensure_future(door.serve())
+    try:
+        yield door
+    finally:
+        task.cancel()
+        door.close()
+
+
+class _Http:
+    """The HTTP server on the launcher's listening socket; without one there is none."""
+
+    def __init__(self, runner: web.AppRunner | None = None, site: web.SockSite | None = None) -> None:
+        self._runner = runner
+        self._site = site
+
+    async def stop_listening(self) -> None:
+        """No new connections; open ones go on."""
+        if self._site is not None:
+            await self._site.stop()
+            self._site = None
+
+    async def close(self) -> None:
+        """Ends what is still open."""
+        await self.stop_listening()
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def _http(config: TokenizerConfig, frontend: Frontend) -> AsyncIterator[_Http]:
+    if config.listen_fd is None:
+        yield _Http()
+        return
+    os.set_inheritable(config.listen_fd, False)
+    runner = web.AppRunner(create_app(frontend, config), handle_signals=False, shutdown_timeout=1.0, access_log=None)
+    await runner.setup()
+    site = web.SockSite(runner, socket.socket(fileno=config.listen_fd))
+    await site.start()
+    http = _Http(runner, site)
+    try:
+        yield http
+    finally:
+        await http.close()
+
+
+def _facts(frontend: Frontend) -> dict[str, str | int | float | bool | list[str] | None]:
+    capacity = frontend.capacity
+    assert capacity is not None, "ready comes after capacity"
+    return {
+        "models": frontend.adapters.base_names,
+        "adapters": [card.name for card in frontend.adapters.cards()],
+        "device": capacity.device,
+        "dtype": capacity.dtype,
+        "attention_backend": capacity.attention_backend,
+        "lora_backend": capacity.lora_backend,
+        "max_lora_rank": capacity.max_lora_rank,
+        "lora_targets": capacity.lora_targets,
+        "max_length": frontend.max_length,
+        "rows": capacity.rows,
+        "kv_tokens": capacity.kv_pages * capacity.page_size,
+    }

@@ -1,0 +1,187 @@
+"""One submit from entering to leaving: its choices, the queue its reader waits on, and one place that releases all.
+
+async with stream:             prepared (refusals are raised here), held, sent
+    async for delta in stream: ... of all choices, interleaved; the last of each has a finish reason
+                               left early, cancelled or failed: what has not finished is aborted
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from engine.errors import AdapterError, EngineError, InternalError
+from engine.messages import Delta, Submit, Update
+from tokenizer_proc.adapters import Voice
+from tokenizer_proc.choice import Choice
+from tokenizer_proc.metrics import Metrics
+from tokenizer_proc.params import Plan
+from tokenizer_proc.router import Router
+from tokenizer_proc.text.tokenizer import Tokenizer
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """A submit past the gate."""
+
+    prompt_ids: list[int]
+    plan: Plan
+    voice: Voice
+    tokenizer: Tokenizer
+
+
+class _Running:
+    """A choice, its request id, and when it last brought a token."""
+
+    def __init__(self, choice: Choice) -> None:
+        self.choice = choice
+        self.request_id = 0
+        self.last: float | None = None
+
+
+class Stream:
+    """Made by Frontend.open. `prompt_ids` are known after entering."""
+
+    def __init__(
+        self, submit: Submit, prepare: Callable[[Submit], Awaitable[Prepared]], router: Router, metrics: Metrics
+    ) -> None:
+        self.prompt_ids: list[int] = []
+        self._submit = submit
+        self._prepare = prepare
+        self._router = router
+        self._metrics = metrics
+        self._voice = Voice()
+        self._queue: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
+        self._running: list[_Running] = []
+        self._unread = 0  # choices whose last delta was not read yet
+        self._arrived = time.monotonic()
+        self._cancelled = False
+        self._release = contextlib.ExitStack()
+
+    async def __aenter__(self) -> Stream:
+        try:
+            self._release.enter_context(self._router.reserved(1))
+            prepared = await self._prepare(self._submit)
+            self._release.enter_context(self._router.reserved(prepared.plan.n - 1))
+            self._release.enter_context(prepared.voice.held(prepared.plan.n))
+            self._start(prepared)
+        except BaseException as error:
+            self._close()
+            if isinstance(error, EngineError):
+                self._metrics.failed(error.kind)
+            raise
+        if self._cancelled:
+            self.cancel()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._close()
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if not self._unread:
+            raise StopAsyncIteration
+        item = await self._queue.get()
+        if isinstance(item, EngineError):
+            self._unread = 0
+            raise item
+        if item.finish_reason is not None:
+            self._unread -= 1
+        return item
+
+    def cancel(self) -> None:
+        """Ends what has not finished, with finish reason abort; also before or while it is entered."""
+        self._cancelled = True
+        for running in self._running:
+            if running.choice.finish is None:
+                self._router.stop(running.request_id, abort=True)
+                self._tell(running.choice.abort())
+
+    def _start(self, prepared: Prepared) -> None:
+        plan, self.prompt_ids, self._voice = prepared.plan, prepared.prompt_ids, prepared.voice
+        for index in range(plan.n):
+            sampling = plan.sampling_of(index)
+            running = _Running(
+                Choice(
+                    self._submit.id,
+                    index,
+                    self.prompt_ids,
+                    plan.text,
+                    prepared.tokenizer,
+                    scores_prompt=sampling.prompt_logprobs >= 0,
+                )
+            )
+            running.request_id = self._router.start(
+                functools.partial(self._receive, running),
+                prompt=self.prompt_ids,
+                lora=self._voice.lora,
+                sampling=sampling,
+                stopping=plan.stopping,
+                priority=self._submit.priority,
+                salt=self._submit.tenant,
+            )
+            self._running.append(running)
+            self._unread += 1
+            self._metrics.began(self._voice.names, len(self.prompt_ids))
+
+    def _close(self) -> None:
+        try:
+            for running in self._running:
+                self._router.stop(running.request_id, abort=running.choice.finish is None)
+        finally:
+            self._release.close()
+
+    def _receive(self, running: _Running, news: Update | EngineError) -> None:
+        """News of one choice, called by the router."""
+        if isinstance(news, EngineError):
+            self._fail(news)
+            return
+        if news.error is not None:
+            self._router.stop(running.request_id, abort=False)
+            self._fail(self._refusal(news.error))
+            return
+        try:
+            delta = running.choice.take(news)
+        except InternalError as error:
+            self._fail(error)
+            return
+        if delta is None:
+            return
+        self._measure(running, len(delta.token_ids))
+        if delta.finish_reason is not None:
+            self._router.stop(running.request_id, abort=news.finish is None)
+        self._tell(delta)
+
+    def _refusal(self, reason: str) -> EngineError:
+        """The scheduler gives up a request for its adapters' sake; past the gate any other reason is our fault."""
+        names = " + ".join(f"`{name}`" for name in self._voice.names)
+        return AdapterError(f"adapter {names}: {reason}", param="lora_path") if names else InternalError(reason)
+
+    def _measure(self, running: _Running, tokens: int) -> None:
+        if not tokens:
+            return
+        now = time.monotonic()
+        if running.last is None:
+            self._metrics.first_token(now - self._arrived)
+        else:
+            self._metrics.next_token((now - running.last) / tokens)
+        running.last = now
+        self._metrics.generated(self._voice.names, tokens)
+
+    def _tell(self, delta: Delta) -> None:
+        if delta.finish_reason is not None:
+            self._metrics.finished(delta.finish_reason, time.monotonic() - self._arrived)
+        self._queue.put_nowait(delta)
+
+    def _fail(self, error: EngineError) -> None:
+        """The whole submit ends with `error`; its other choices are aborted."""
+        for running in self._running:
+            self._router.stop(running.request_id, abort=True)
+        self._metrics.failed(error.kind)
+        self._queue.put_nowait(error)

@@ -1,0 +1,118 @@
+"""The model's tokenizer: tokenizer.json through the `tokenizers` library, special tokens from tokenizer_config.json.
+
+Whether a text gets a beginning-of-sequence token is the business of tokenizer.json's post-processor. Knows nothing of
+chat templates, requests or streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import tokenizers
+
+from engine.errors import ConfigError, InvalidRequest
+from tokenizer_proc.text.pieces import Pieces
+
+THREAD_ABOVE_CHARACTERS = 8192  # about a millisecond of encoding; longer texts must not hold up the streams
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class _Named(msgspec.Struct):
+    content: str
+
+
+class _TokenizerConfig(msgspec.Struct):
+    """The fields of tokenizer_config.json (or special_tokens_map.json) that name special tokens."""
+
+    bos_token: str | _Named | None = None
+    eos_token: str | _Named | None = None
+    unk_token: str | _Named | None = None
+    pad_token: str | _Named | None = None
+    sep_token: str | _Named | None = None
+    cls_token: str | _Named | None = None
+    mask_token: str | _Named | None = None
+
+
+def _special_tokens(directory: Path) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the later one wins
+        path = directory / name
+        if not path.is_file():
+            continue
+        try:
+            config = msgspec.json.decode(path.read_bytes(), type=_TokenizerConfig)
+        except msgspec.MsgspecError as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+        for field in _SPECIAL_NAMES:
+            value: str | _Named | None = getattr(config, field)
+            if value is not None:
+                named[field] = value.content if isinstance(value, _Named) else value
+    return named
+
+
+class Tokenizer:
+    """Text to ids and back. `special_tokens` maps bos_token, eos_token, ... to their text, for chat templates."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: dict[str, str] | None = None) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.pieces = Pieces(backend)
+        self.special_tokens = special_tokens or {}
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        self.longest_token = max(map(len, vocab), default=0)  # no token stands for more characters
+        self.bos_id = self._special_id("bos_token")
+        self.eos_id = self._special_id("eos_token")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Tokenizer:
+        """The tokenizer in `directory`. Raises ConfigError with what to do when it has none that we can read."""
+        path = Path(directory) / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(
+                f"{directory} has no tokenizer.json. Convert its tokenizer once with transformers "
+                "(AutoTokenizer.from_pretrained(directory).save_pretrained(directory)), "
+                "or name another directory with --tokenizer-path."
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+        return cls(backend, _special_tokens(Path(directory)))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of `text`. Raises InvalidRequest when it is not valid Unicode (a lone surrogate)."""
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except (UnicodeEncodeError, TypeError) as error:
+            raise InvalidRequest("the text holds half of a surrogate pair, which is no character") from error
+        return ids
+
+    async def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The same for an event loop: a long text is encoded in a thread."""
+        if len(text) <= THREAD_ABOVE_CHARACTERS:
+            return self.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self.encode, text, add_special_tokens)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; what is no valid UTF-8 becomes U+FFFD."""
+        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The exact bytes of one token; none for an id that has no token."""
+        return self.pieces[token_id]
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text; a part of a character shows as U+FFFD."""
+        return self.pieces[token_id].decode("utf-8", "replace")
+
+    def _special_id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self.backend.token_to_id(token)
