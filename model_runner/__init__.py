@@ -1,0 +1,1 @@
+"""The model runner: weights, KV cache, adapters and sampling as tensors. It obeys the scheduler's steps."""

@@ -265,12 +265,20 @@ class Scheduler:
             if adapter.stage not in (Stage.FAILED, Stage.UNLOADING):
                 self._admission.fail(adapter, message.error or f"adapter {adapter.id} failed to load")
         elif message.state == "host" and adapter.stage is Stage.LOADING:
-            self._books.residency.loaded(adapter, message)
-            self._came(adapter)
-            self._admission.offer(adapter)
+            self._host(adapter, message)
         elif message.state == "resident" and adapter.stage is Stage.FILLING:
             self._books.residency.filled(adapter)
             self._came(adapter)
+
+    def _host(self, adapter: Adapter, card: AdapterState) -> None:
+        """Its footprint is known now; one that no pool or lane could hold is refused here and for good."""
+        self._books.residency.loaded(adapter, card)
+        problem = self._books.residency.problem(((adapter.id, 1.0),))
+        if problem is not None:
+            self._admission.fail(adapter, problem)
+        else:
+            self._came(adapter)
+            self._admission.offer(adapter)
 
     def _came(self, adapter: Adapter) -> None:
         self._outgoing.append(adapter.report())

@@ -21,7 +21,8 @@ from scheduler.core import Scheduler
 log = logging.getLogger(__name__)
 
 STATS_SECONDS = 1.0
-AUDIT_SECONDS = 30.0
+IDLE_AUDIT_SECONDS = 1.0  # an audit takes milliseconds when pools are large: not between any two requests
+BUSY_AUDIT_SECONDS = 60.0
 
 
 class Post:
@@ -66,7 +67,7 @@ class Loop:
         self._config, self._inbox, self._post = config, inbox, post
         self._core: Scheduler | None = None
         self._early: list[ToScheduler] = []  # what came before the runner's first word
-        self._stats_at = self._audit_at = 0.0
+        self._stats_at = self._audited = float("-inf")
         self._unproved = self._untold = False  # something happened since the last audit, since the last Stats
 
     def turn(self) -> None:
@@ -99,18 +100,25 @@ class Loop:
 
     def _look(self, core: Scheduler, now: float) -> None:
         """Proves the books when idle (and now and then under load), and tells of what changed each second."""
-        if self._unproved and (core.idle or now >= self._audit_at):
+        if self._unproved and now >= self._audit_at(core):
             core.check()
-            self._unproved, self._audit_at = False, now + AUDIT_SECONDS
+            self._unproved, self._untold, self._audited = False, True, now
         if self._untold and now >= self._stats_at:
             self._post.send(core.stats())
             self._untold, self._stats_at = False, now + STATS_SECONDS
 
     def _patience(self) -> float | None:
-        """Seconds until Stats are due, or for ever when nothing happened since they were told."""
-        if self._core is None or not self._untold:
+        """Seconds until Stats or an audit are due, or for ever when nothing happened since the last of both."""
+        if self._core is None or not (self._untold or self._unproved):
             return None
-        return max(0.001, self._stats_at - time.monotonic())
+        due = min(
+            self._stats_at if self._untold else float("inf"),
+            self._audit_at(self._core) if self._unproved else float("inf"),
+        )
+        return max(0.001, due - time.monotonic())
+
+    def _audit_at(self, core: Scheduler) -> float:
+        return self._audited + (IDLE_AUDIT_SECONDS if core.idle else BUSY_AUDIT_SECONDS)
 
     def _send(self, messages: list[Any]) -> None:
         for message in messages:

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -33,7 +34,7 @@ BASE_PEAK, LORA_PEAK = 1.5e-3, 3e-3
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 
 # Different ranks, targets and scalings on purpose: the demo shows what one batch may mix.
-LORAS = {
+LORAS: dict[str, dict[str, Any]] = {
     "pirate": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]},
     "json": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
     "poet": {"r": 16, "lora_alpha": 32, "target_modules": ATTENTION + MLP},
@@ -92,6 +93,7 @@ def train_voice(voice: str, tokenizer: Tokenizer, base_folder: Path, folder: Pat
     torch.manual_seed(1 + VOICES.index(voice))
     config = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=NAME, **LORAS[voice])
     base, encoder = load_base(base_folder), Encoder(tokenizer)
+    base.name_or_path = NAME  # PEFT notes it in the adapter: which base it is, not where it was found
     model = get_peft_model(base, config)
     data = batches(Library(voice, 0), encoder, TOKENS_PER_BATCH)
     loss = learn(base, data, steps, LORA_PEAK, voice)
@@ -99,16 +101,15 @@ def train_voice(voice: str, tokenizer: Tokenizer, base_folder: Path, folder: Pat
     print(f"{voice}: {size / 1e3:.0f} k parameters, loss {loss:.4f}")
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
-    _name_base(folder / "adapter_config.json")
+    _sort_targets(folder / "adapter_config.json")
     return show(voice, *examine(model.float(), encoder, voice))
 
 
-def _name_base(path: Path) -> None:
-    """PEFT writes where the base was found; the adapter should say which base it is."""
+def _sort_targets(path: Path) -> None:
+    """PEFT writes a set, in another order each time."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = NAME
     config["target_modules"] = sorted(config["target_modules"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -160,7 +161,10 @@ def main() -> None:
         folder = args.out / "adapters" / voice
         shutil.rmtree(folder, ignore_errors=True)
         table[voice] = train_voice(voice, tokenizer, model_folder, folder, args.lora_steps)
-    print_table(table)
+    if table:
+        print_table(table)
+    for path in args.out.rglob("*.safetensors"):
+        path.chmod(0o644)  # safetensors writes files for their owner alone; a package is for everyone
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     print(f"{args.out}: {size / 1e6:.1f} MB")
 

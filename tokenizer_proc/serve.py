@@ -136,7 +136,13 @@ async def _http(config: TokenizerConfig, frontend: Frontend) -> AsyncIterator[_H
         yield _Http()
         return
     os.set_inheritable(config.listen_fd, False)
-    runner = web.AppRunner(create_app(frontend, config), handle_signals=False, shutdown_timeout=1.0, access_log=None)
+    runner = web.AppRunner(
+        create_app(frontend, config),
+        handle_signals=False,
+        handler_cancellation=True,  # a client that is gone ends its handler, and so its stream
+        shutdown_timeout=1.0,
+        access_log=None,
+    )
     await runner.setup()
     site = web.SockSite(runner, socket.socket(fileno=config.listen_fd))
     await site.start()

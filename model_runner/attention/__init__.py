@@ -1,0 +1,1 @@
+"""Attention over paged caches: one small base class, and its backends."""

@@ -36,6 +36,9 @@ from model_runner.lora.site import Site, Slice
 TOGETHER = (4, 16, 64)
 """Lanes with at most so many tokens in a step share reads; above the last, a lane is a read of its own."""
 
+MAX_TOUCHED = 1 << 14
+"""Entries of the cache of touched slices (site and pages), which is cleared above."""
+
 Index = slice | torch.Tensor
 
 
@@ -82,7 +85,7 @@ class TorchLora(LoraBackend):
         """The step's reads by group, or None when no chunk has a delta."""
         if not layout.lanes_C.any():
             return None
-        if self._version != self.pages.version:
+        if self._version != self.pages.version or len(self._touched) > MAX_TOUCHED:
             self._version = self.pages.version
             self._touched.clear()
         lanes_T = np.repeat(layout.lanes_C, layout.lengths_C)

@@ -1,0 +1,1 @@
+"""The decoder, and how it is loaded."""

@@ -1,0 +1,1 @@
+"""KV pages: who holds which. Nothing here knows what is in them."""

@@ -82,11 +82,21 @@ def _append(shape: dict[str, list[object]], at: int, token: str, position: Posit
 
 
 def _best(position: PositionLogprobs) -> dict[str, float]:
-    """The best tokens and the chosen one, by text; of two tokens with one text the likelier is shown."""
+    """The best tokens and the chosen one, by name; of two tokens with one name the likelier is shown."""
     found: dict[str, float] = {}
     for token in [*position.top, position.chosen]:
-        found[token.token] = max(_value(token), found.get(token.token, _FLOOR))
+        name = _name(token)
+        found[name] = max(_value(token), found.get(name, _FLOOR))
     return found
+
+
+def _name(token: TokenLogprob) -> str:
+    """The token's text, or, for a part of a character, its bytes as OpenAI writes them: `bytes:\\xe2\\x80`."""
+    try:
+        bytes(token.bytes).decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.bytes)
+    return token.token
 
 
 Triple = tuple[float | None, int, str | None]

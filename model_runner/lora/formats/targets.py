@@ -42,13 +42,14 @@ def resolve_targets(config: PeftConfig, catalogue: Catalogue) -> dict[str, Targe
             raise AdapterError(f"target_modules: {module} is not supported yet (LoRA on the embedding or the head)")
     if not targeted:
         raise AdapterError("target_modules: no module is left after exclude_modules and layers_to_transform")
-    return {module: _target(config, module) for module in targeted}
-
-
-def _target(config: PeftConfig, module: str) -> Target:
-    rank = _by_pattern(config.rank_pattern, "rank_pattern", module, config.r)
-    alpha = _by_pattern(config.alpha_pattern, "alpha_pattern", module, config.lora_alpha)
-    return Target(module, rank, config.scaling(alpha, rank))
+    ranks = _patterns(config.rank_pattern, "rank_pattern")
+    alphas = _patterns(config.alpha_pattern, "alpha_pattern")
+    targets = {}
+    for module in targeted:
+        rank = _by_pattern(ranks, module, config.r)
+        alpha = _by_pattern(alphas, module, config.lora_alpha)
+        targets[module] = Target(module, rank, config.scaling(alpha, rank))
+    return targets
 
 
 def _selected(config: PeftConfig, catalogue: Catalogue) -> list[str]:
@@ -94,11 +95,13 @@ def _layer(patterns: list[str] | str | None, module: str) -> int | None:
     return None
 
 
-def _by_pattern(pattern: Mapping[str, V] | None, option: str, module: str, default: V) -> V:
-    for key, value in (pattern or {}).items():
-        if _compiled(rf"(.*\.)?({key})$", option).match(module):
-            return value
-    return default
+def _patterns(pattern: Mapping[str, V] | None, option: str) -> list[tuple[re.Pattern[str], V]]:
+    """Compiled once: a config may name every module of a deep model, which is more than re caches."""
+    return [(_compiled(rf"(.*\.)?({key})$", option), value) for key, value in (pattern or {}).items()]
+
+
+def _by_pattern(patterns: list[tuple[re.Pattern[str], V]], module: str, default: V) -> V:
+    return next((value for pattern, value in patterns if pattern.match(module)), default)
 
 
 def _ends(module: str, name: str) -> bool:

@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "full names": {"r": 3, "target_modules": ["model.layers.1.mlp.down_proj", "0.self_attn.o_proj"]},
     "regex": {"r": 8, "lora_alpha": 16, "target_modules": r".*\.layers\.[02]\..*(q|up)_proj"},
+    "regex for the whole name": {"r": 3, "target_modules": r"model.*\.1\..*k_proj|.*up_pro|layers.*"},
     "regex with flag": {"r": 2, "target_modules": r"(?i).*\.GATE_PROJ"},
     "all-linear": {"r": 5, "lora_alpha": 3, "target_modules": "all-linear"},
     "all-linear but": {"r": 5, "target_modules": "all-linear", "exclude_modules": ["down_proj", "k_proj"]},

@@ -285,8 +285,10 @@ def test_a_directory_in_place_of_a_file(root: Path) -> None:
 
 @pytest.mark.parametrize("named", ["../other.safetensors", "/etc/passwd", "missing.safetensors", "weights.bin"])
 def test_an_index_that_points_elsewhere(named: str, root: Path) -> None:
-    (root / "adapter_model.safetensors").rename(root / "other.safetensors")
-    (root / "adapter_model.safetensors.index.json").write_text(json.dumps({"weight_map": {Q_A: named}}))
+    (root / "adapter_model.safetensors").rename(root.parent / "other.safetensors")
+    tensors = load_file(root.parent / "other.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, named)}
+    (root / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
     assert repr(named) in refusal(root)
 
 

@@ -44,6 +44,15 @@ def test_the_groups_highest_rank_decides_its_pages(tmp_path: Path) -> None:
     assert store().load(1, "cat", root).footprint == Footprint(pages={"qkv": 1, "down": 3})
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_highest_rank_of_any_layer_decides(layer: int, tmp_path: Path) -> None:
+    deep = {name: value for name, value in plain_tensors(SITES, ["o_proj"], 40).items() if f"layers.{layer}." in name}
+    tensors = plain_tensors(SITES, ["o_proj"]) | deep
+    pattern = {f"layers.{layer}.self_attn.o_proj": 40}
+    root = write_adapter(tmp_path, tensors, target_modules=["o_proj"], rank_pattern=pattern)
+    assert store().load(1, "cat", root).footprint == Footprint(pages={"o": 3})
+
+
 def test_loading_twice_is_harmless(tmp_path: Path) -> None:
     root = adapter_dir(tmp_path)
     host = store()

@@ -217,6 +217,30 @@ def test_stale_pages_do_not_show_in_the_next_adapters_rows() -> None:
     run_alone(lora, second, {"qkv": [1]})
 
 
+def test_pages_that_gain_slices_when_they_are_filled_again() -> None:
+    lora = TorchLora(RankPages(SITES, {"qkv": 1, "down": 1}, 1, torch.float32, CPU))
+    run_alone(lora, random_adapter(SITES, 1, {"q_proj": 5}, layers={0}), {"qkv": [0]})
+    wide = random_adapter(SITES, 2, {"q_proj": 2, "v_proj": 16})
+    lora.pages.fill(wide, {"qkv": [0]})
+    meta = lora.plan(layout([(1, 3)]))
+    for site in SITES:
+        x = inputs(3, site)
+        y = expected(x, site, [(0, 3)]) + x.double() @ dense(wide, site)
+        torch.testing.assert_close(lora.linear(x, site, meta).double(), y, atol=2e-4, rtol=2e-4)
+
+
+def test_a_scale_of_zero_reads_nothing_even_where_it_would_overflow() -> None:
+    lora = backend()
+    for held in lora.pages.pools.values():
+        held.a_PSRI.fill_(torch.finfo(torch.float32).max)
+    meta = lora.plan(layout([(9, 2)]))
+    for site in SITES:
+        x = inputs(2, site)
+        torch.testing.assert_close(
+            lora.linear(x, site, meta).double(), expected(x, site, [(0, 2)]), atol=2e-4, rtol=2e-4
+        )
+
+
 def run_alone(lora: TorchLora, adapter: Adapter, granted: dict[str, list[int]]) -> None:
     lora.pages.fill(adapter, granted)
     lora.pages.set_lane(LanePages(1, {group: [(page, 1.0) for page in numbers] for group, numbers in granted.items()}))

@@ -87,7 +87,13 @@ def test_echo_of_a_text() -> None:
     assert choice["logprobs"]["tokens"] == ["<s>", "n", "\ufffd", "\ufffd", "H"]
     assert choice["logprobs"]["text_offset"] == [0, 0, 1, 1, 2]
     assert choice["logprobs"]["token_logprobs"] == [None, -1.0, -1.0, -1.0, -1.0]
-    assert choice["logprobs"]["top_logprobs"] == [None, {"n": -1.0}, {"\ufffd": -1.0}, {"\ufffd": -1.0}, {"H": -1.0}]
+    assert choice["logprobs"]["top_logprobs"] == [
+        None,
+        {"n": -1.0},
+        {"bytes:\\xc3": -1.0},
+        {"bytes:\\xa9": -1.0},
+        {"H": -1.0},
+    ]
 
 
 def test_echo_of_ids_shows_special_tokens() -> None:

@@ -1,0 +1,133 @@
+"""Adapters through the core by hand: lanes, fills, evictions, failures, unloading."""
+
+from __future__ import annotations
+
+from by_hand import add_adapter, capacity_of, done, generate, new_core, plan_of
+
+from engine.messages import (
+    Abort,
+    AdapterState,
+    Footprint,
+    LanePages,
+    LoadAdapter,
+    PinAdapter,
+    Progress,
+    StepDone,
+    UnloadAdapter,
+    Update,
+)
+from scheduler.core import Scheduler
+
+
+def test_a_lane_blocked_request_is_passed() -> None:
+    core = Scheduler(capacity_of(), 1)
+    core.take()
+    add_adapter(core, 1)
+    add_adapter(core, 2)
+    core.handle(generate(1, prompt=1, max_tokens=2, lora=[(1, 1.0)]), 0.0)
+    core.handle(generate(2, prompt=1, lora=[(2, 1.0)]), 0.0)
+    core.handle(generate(3, prompt=1), 0.0)
+    core.handle(generate(4, prompt=1, lora=[(1, 1.0)]), 0.0)
+    step = plan_of(core)
+    assert [chunk.lane for chunk in step.chunks] == [1, 0, 1]
+    assert [lane.lane for lane in step.lanes] == [1]
+    core.handle(Abort(0, 4), 0.0)
+    done(core, step)
+    done(core, plan_of(core))  # request 1 is over
+    step = plan_of(core)
+    assert [(lane.lane, len(lane.pages["qkv"])) for lane in step.lanes] == [(1, 1)]
+    assert [chunk.lane for chunk in step.chunks] == [0, 1]
+
+
+def test_a_request_waits_for_its_adapter_while_others_go_on() -> None:
+    core = new_core()
+    load = LoadAdapter(adapter_id=1, path="p")
+    core.handle(load, 0.0)
+    core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
+    assert core.plan(0.0) is None
+    core.handle(generate(2), 0.0)
+    done(core, plan_of(core))
+    core.handle(AdapterState(adapter_id=1, state="host", footprint=Footprint({"qkv": 2})), 0.0)
+    step = plan_of(core)
+    assert (len(step.fills), [chunk.lane for chunk in step.chunks]) == (1, [0])
+    done(core, step)
+    step = plan_of(core)
+    assert [chunk.lane for chunk in step.chunks] == [0]
+    core.handle(AdapterState(adapter_id=1, state="resident"), 0.0)
+    done(core, step)
+    step = plan_of(core)
+    pages = step.lanes[0].pages["qkv"]
+    assert (sorted(page for page, _ in pages), [scale for _, scale in pages]) == ([0, 1], [1.0, 1.0])
+
+
+def test_the_idle_adapter_makes_room_and_that_is_told() -> None:
+    core = new_core()
+    add_adapter(core, 1, pages=2)
+    add_adapter(core, 2, pages=2)
+    core.handle(generate(1, lora=[(2, 0.5)]), 0.0)
+    step = core.plan(0.0)
+    assert step is not None
+    assert [fill.adapter_id for fill in step.fills] == [2]
+    assert [(s.adapter_id, s.state) for s in core.take() if isinstance(s, AdapterState)] == [(1, "host")]
+    done(core, step)
+    core.handle(AdapterState(adapter_id=2, state="resident"), 0.0)
+    assert plan_of(core).lanes == [LanePages(1, {"qkv": [(0, 0.5), (1, 0.5)]})] or step.fills[0].pages["qkv"] != [0, 1]
+
+
+def test_a_pinned_adapter_makes_no_room() -> None:
+    core = new_core()
+    add_adapter(core, 1, pages=2, pinned=True)
+    add_adapter(core, 2, pages=2)
+    core.handle(generate(1, lora=[(2, 1.0)]), 0.0)
+    assert core.plan(0.0) is None
+    (progress,) = core.take()
+    assert isinstance(progress, Progress)
+    assert "pinned" in (progress.updates[0].error or "")
+    core.handle(PinAdapter(1, False), 0.0)
+    core.handle(generate(2, lora=[(2, 1.0)]), 0.0)
+    assert [fill.adapter_id for fill in plan_of(core).fills] == [2]
+
+
+def test_a_failing_adapter_fails_its_requests_by_name() -> None:
+    core = new_core()
+    core.handle(LoadAdapter(adapter_id=1, path="p"), 0.0)
+    core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
+    progress, state = core.handle(AdapterState(adapter_id=1, state="failed", error="bad file"), 0.0)
+    assert progress == Progress(0, [Update(request_id=1, index=0, error="bad file")])
+    assert isinstance(state, AdapterState)
+    assert (state.state, state.error) == ("failed", "bad file")
+    assert core.handle(generate(2, lora=[(1, 1.0)]), 0.0) == [
+        Progress(0, [Update(request_id=2, index=0, error="bad file")])
+    ]
+    again = LoadAdapter(adapter_id=1, path="p")
+    assert core.handle(again, 0.0) == [again]
+    core.check()
+
+
+def test_an_adapter_larger_than_the_pool_is_refused() -> None:
+    core = new_core()
+    core.handle(LoadAdapter(adapter_id=1, path="p"), 0.0)
+    (state,) = core.handle(AdapterState(adapter_id=1, state="host", footprint=Footprint({"qkv": 3})), 0.0)
+    assert isinstance(state, AdapterState)
+    assert state.state == "failed"
+    assert "needs 3 LoRA rank pages of group qkv" in (state.error or "")
+
+
+def test_unload_waits_for_the_last_request() -> None:
+    core = new_core()
+    add_adapter(core, 1)
+    core.handle(generate(1, max_tokens=1, lora=[(1, 1.0)]), 0.0)
+    (state,) = core.handle(UnloadAdapter(1), 0.0)
+    assert isinstance(state, AdapterState)
+    assert state.state == "draining"
+    (progress,) = core.handle(generate(2, lora=[(1, 1.0)]), 0.0)
+    assert isinstance(progress, Progress)
+    assert "being unloaded" in (progress.updates[0].error or "")
+    step = plan_of(core)
+    sent = core.handle(StepDone(epoch=0, id=step.id, tokens=[5]), 0.0)
+    assert [type(message) for message in sent] == [Progress, UnloadAdapter]
+    assert core.stats().rank_pages_used == {"qkv": 0}
+    (gone,) = core.handle(AdapterState(adapter_id=1, state="gone"), 0.0)
+    assert isinstance(gone, AdapterState)
+    assert gone.state == "gone"
+    core.check()

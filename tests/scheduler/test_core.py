@@ -1,0 +1,264 @@
+"""scheduler.core by hand: what each verb sends, and when."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from by_hand import add_adapter, capacity_of, done, generate, new_core, plan_of
+
+from engine.messages import (
+    Abort,
+    AdapterState,
+    Footprint,
+    Generate,
+    Hello,
+    LoadAdapter,
+    LogprobIds,
+    Progress,
+    RunnerReady,
+    Sampling,
+    StepDone,
+    Update,
+)
+
+
+def test_prefill_then_decode_then_length() -> None:
+    core = new_core()
+    core.handle(generate(1, max_tokens=2), 0.0)
+    first = plan_of(core)
+    assert [(r.row, r.generation, r.prompt_length, r.history) for r in first.new_rows] == [(0, 1, 3, [])]
+    (chunk,) = first.chunks
+    assert (chunk.start, chunk.length, chunk.tokens, chunk.samples, len(chunk.pages)) == (0, 3, [10, 11, 12], True, 1)
+    assert core.plan(0.0) is None, "the window is full"
+    assert done(core, first) == [Update(request_id=1, index=0, tokens=[50])]
+    second = plan_of(core)
+    (chunk,) = second.chunks
+    assert (chunk.start, chunk.length, chunk.tokens, chunk.pages, second.new_rows) == (3, 1, [], [], [])
+    assert done(core, second) == [Update(request_id=1, index=1, tokens=[50], finish="length")]
+    assert core.plan(0.0) is None
+    assert (core.stats().running, core.stats().kv_pages_used) == (0, 0)
+
+
+def test_an_end_id_stops_and_overshoot_is_dropped() -> None:
+    core = new_core(window=2)
+    core.handle(generate(1, end_ids=[7]), 0.0)
+    one, two = plan_of(core), plan_of(core)
+    assert core.plan(0.0) is None
+    assert two.chunks[0].start == 3
+    assert done(core, one, token=7) == [Update(request_id=1, index=0, tokens=[7], finish="stop", matched=7)]
+    assert done(core, two) == []
+
+
+def test_nothing_is_planned_beyond_the_last_token() -> None:
+    core = new_core(window=3)
+    core.handle(generate(1, max_tokens=2), 0.0)
+    one, two = plan_of(core), plan_of(core)
+    assert core.plan(0.0) is None
+    assert done(core, one)[0].finish is None
+    assert done(core, two)[0].finish == "length"
+
+
+def test_long_prompts_go_in_chunks_and_decodes_go_first() -> None:
+    core = new_core()
+    core.handle(generate(1), 0.0)
+    done(core, plan_of(core))
+    core.handle(generate(2, prompt=12), 0.0)
+    step = plan_of(core)
+    assert [(c.row, c.start, c.length, c.samples) for c in step.chunks] == [(0, 3, 1, True), (1, 0, 7, False)]
+    assert len(step.chunks[1].pages) == 3
+    assert [update.request_id for update in done(core, step)] == [1]
+    step = plan_of(core)
+    assert [(c.row, c.start, c.length, c.samples) for c in step.chunks] == [(0, 4, 1, True), (1, 7, 5, True)]
+    assert len(step.chunks[0].pages) == 1
+
+
+def test_prompt_logprobs_are_scored_in_chunks_and_sent_once() -> None:
+    core = new_core()
+    core.handle(generate(1, prompt=10, max_tokens=2, sampling=Sampling(prompt_logprobs=0, logprobs=0)), 0.0)
+    step = plan_of(core)
+    (chunk,) = step.chunks
+    assert (chunk.scores, chunk.samples, chunk.length, len(chunk.tokens)) == (True, False, 8, 9)
+    scores = [LogprobIds(10 + i, -float(i), []) for i in range(1, 10)]
+    assert done(core, step, prompt_logprobs={0: scores[:8]}) == []
+    step = plan_of(core)
+    (chunk,) = step.chunks
+    assert (chunk.scores, chunk.samples, chunk.length, len(chunk.tokens)) == (True, True, 2, 2)
+    own = LogprobIds(50, -1.0, [])
+    (update,) = done(core, step, prompt_logprobs={0: scores[8:]}, logprobs={0: own})
+    assert (update.prompt_logprobs, update.logprobs) == (scores, [own])
+    (update,) = done(core, plan_of(core), logprobs={0: own})
+    assert (update.prompt_logprobs, update.finish) == (None, "length")
+
+
+def test_replay_begins_after_what_was_generated() -> None:
+    core = new_core()
+    core.handle(generate(1, max_tokens=3, generated=[1, 2], sampling=Sampling(repetition_penalty=1.1)), 0.0)
+    step = plan_of(core)
+    assert step.chunks[0].tokens == [10, 11, 12, 1, 2]
+    assert step.new_rows[0].history == [10, 11, 12, 1, 2]
+    assert done(core, step) == [Update(request_id=1, index=2, tokens=[50], finish="length")]
+
+
+def test_a_replay_that_was_over_ends_at_once() -> None:
+    core = new_core()
+    (progress,) = core.handle(generate(1, generated=[1, 7], end_ids=[7]), 0.0)
+    assert progress == Progress(0, [Update(request_id=1, index=2, finish="stop", matched=7)])
+    core.check()
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        (generate(1, prompt=64), "64 tokens, but at most 63"),
+        (generate(1, prompt=0), "empty"),
+        (generate(1, lora=[(9, 1.0)]), "adapter 9 is not loaded"),
+    ],
+)
+def test_what_can_never_run_is_refused(message: Generate, text: str) -> None:
+    core = new_core()
+    (progress,) = core.handle(message, 0.0)
+    assert isinstance(progress, Progress)
+    assert text in (progress.updates[0].error or "")
+    core.check()
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_abort_frees_everything_and_is_answered_once(started: bool) -> None:
+    core = new_core()
+    core.handle(generate(1), 0.0)
+    step = plan_of(core) if started else None
+    assert core.handle(Abort(0, 1), 0.0) == [Progress(0, [Update(request_id=1, index=0, finish="abort")])]
+    core.check()
+    assert core.handle(Abort(0, 1), 0.0) == []
+    if step is not None:
+        assert done(core, step) == []
+    assert core.stats().kv_pages_used == 0
+
+
+def test_the_least_urgent_gives_way_and_comes_back_with_its_tokens() -> None:
+    core = new_core(kv_pages=4, max_batched_tokens=16)
+    core.handle(generate(1, prompt=4, max_tokens=9), 0.0)
+    core.handle(generate(2, prompt=4, max_tokens=9), 0.0)
+    seen = [plan_of(core)]
+    while core.stats().preemptions == 0:
+        done(core, seen[-1])
+        seen.append(plan_of(core))
+    assert [chunk.row for chunk in seen[-1].chunks] == [0]
+    while len(seen[-1].new_rows) == 0:
+        done(core, seen[-1])
+        seen.append(plan_of(core))
+    (back,) = seen[-1].chunks
+    assert back.tokens == [10, 11, 12, 13, *[50] * (back.length - 4)]
+    assert (seen[-1].new_rows[0].generation, back.samples) == (2, True)
+    (update,) = done(core, seen[-1])
+    assert (update.request_id, update.index) == (2, back.length - 4)
+
+
+def test_a_memory_blocked_head_is_not_passed() -> None:
+    core = new_core(kv_pages=6, max_batched_tokens=16)
+    core.handle(generate(1, prompt=12), 0.0)
+    done(core, plan_of(core))
+    core.handle(generate(2, prompt=12), 0.0)
+    core.handle(generate(3, prompt=1), 0.0)
+    assert plan_of(core).new_rows == []
+    assert core.stats().waiting == 2
+
+
+def test_priority_goes_before_arrival() -> None:
+    core = new_core(max_batched_tokens=3)
+    core.handle(generate(1, priority=1), 0.0)
+    core.handle(generate(2, priority=0), 0.0)
+    assert done(core, plan_of(core))[0].request_id == 2
+
+
+def test_a_new_runner_gets_adapters_and_rows_again() -> None:
+    core = new_core(window=2)
+    add_adapter(core, 1)
+    core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
+    one, two = plan_of(core), plan_of(core)
+    done(core, one)
+    smaller = capacity_of(kv_pages=8)
+    sent = core.handle(RunnerReady(epoch=1, capacity=smaller), 0.0)
+    core.check()
+    assert sent[0] == smaller
+    assert sent[1] == LoadAdapter(adapter_id=1, path="p", revision="r")
+    assert core.handle(StepDone(epoch=0, id=two.id, tokens=[9]), 0.0) == []
+    assert core.plan(0.0) is None
+    core.handle(AdapterState(adapter_id=1, state="host", revision="r", footprint=Footprint({"qkv": 1})), 0.0)
+    step = plan_of(core)
+    assert (step.epoch, len(step.fills)) == (1, 1)
+    core.handle(AdapterState(adapter_id=1, state="resident"), 0.0)
+    step = plan_of(core)
+    assert step.chunks[0].tokens == [10, 11, 12, 50]
+    assert core.handle(RunnerReady(epoch=0, capacity=smaller), 0.0) == []
+
+
+def test_a_smaller_runner_ends_what_no_longer_fits() -> None:
+    core = new_core()
+    core.handle(generate(1, prompt=20), 0.0)
+    core.handle(generate(2, prompt=5, generated=[1, 2, 3]), 0.0)
+    sent = core.handle(RunnerReady(epoch=1, capacity=capacity_of(max_length=8)), 0.0)
+    (updates,) = [message.updates for message in sent if isinstance(message, Progress)]
+    assert [(u.request_id, u.finish, bool(u.error)) for u in updates] == [(1, None, True), (2, "length", False)]
+    core.check()
+
+
+def test_a_new_tokenizer_process_begins_empty() -> None:
+    core = new_core()
+    core.handle(generate(1), 0.0)
+    step = plan_of(core)
+    sent = core.handle(Hello("tokenizer", 1, "ipc://t.1"), 0.0)
+    assert sent == [capacity_of()]
+    assert core.handle(generate(2), 0.0) == []
+    assert core.stats().waiting == 0
+    core.handle(generate(1, epoch=1), 0.0)
+    assert done(core, step) == []
+    sent = core.handle(StepDone(epoch=0, id=plan_of(core).id, tokens=[5]), 0.0)
+    assert sent == [Progress(1, [Update(request_id=1, index=0, tokens=[5])])]
+
+
+def test_a_request_that_comes_twice_goes_on_once() -> None:
+    core = new_core()
+    core.handle(generate(1), 0.0)
+    assert core.handle(generate(1), 0.0) == []
+    assert len(plan_of(core).new_rows) == 1
+
+
+def test_stats_tell_of_both_sides() -> None:
+    core = new_core(rows=1)
+    add_adapter(core, 1)
+    for request_id in (1, 2):
+        core.handle(generate(request_id, lora=[(1, 1.0)]), 0.0)
+    done(core, plan_of(core), seconds=0.5)
+    stats = core.stats()
+    assert (stats.running, stats.waiting, stats.running_adapters, stats.waiting_adapters) == (1, 1, {1: 1}, {1: 1})
+    assert (stats.resident, stats.rank_pages_used, stats.adapter_hits, stats.adapter_fills) == ([1], {"qkv": 1}, 2, 1)
+    assert (stats.prompt_tokens, stats.generation_tokens, stats.steps) == (3, 1, 2)
+    assert stats.step_seconds == [0.0, 0.5]
+    assert core.stats().step_seconds == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        (lambda b, r: r.pages.pop(), "references"),
+        (lambda b, r: b.requests.clear(), "1 requests"),
+        (lambda b, r: b.waiting.push(r), "runs and waits"),
+        (lambda b, r: setattr(r, "flights", 2), "flights"),
+        (lambda b, r: setattr(r, "pending", 0), "pending"),
+        (lambda b, r: setattr(r, "computed", 30), "room"),
+        (lambda b, r: setattr(r, "lane", 2), "lane"),
+        (lambda b, r: b.promised.clear(), "users"),
+        (lambda b, r: b.running._free.pop(), "rows"),
+    ],
+)
+def test_check_sees_a_cooked_book(fault: Any, text: str) -> None:
+    core = new_core()
+    add_adapter(core, 1)
+    core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
+    plan_of(core)
+    books = core._books
+    fault(books, books.requests[1])
+    with pytest.raises(AssertionError, match=text):
+        core.check()
