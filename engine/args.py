@@ -37,6 +37,14 @@ class Args(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     lora_target_modules: list[str] | None = None
     lora_backend: Literal["auto", "torch"] = "auto"
     lora_dtype: Dtype = "auto"
+    lora_pool_size: str | None = None
+    lora_eviction_policy: Literal["lru", "fifo"] = "lru"
+    max_loaded_loras: int | None = None
+    lora_host_memory: str | None = None
+    lora_root: list[str] = []
+    lora_resolve_root: str | None = None
+    allow_runtime_lora_updating: bool = False
+    admin_api_key: str | None = None
     max_num_batched_tokens: int | None = None
     max_running_requests: int | None = None
     mem_fraction_static: float = 0.9
@@ -57,6 +65,7 @@ def _check_ranges(args: Args) -> None:
         ("--port", args.port, 0, 65535),
         ("--max-loras-per-batch", args.max_loras_per_batch, 1, 1024),
         ("--max-lora-rank", args.max_lora_rank, 1, 512),
+        ("--max-loaded-loras", args.max_loaded_loras, 1, 1 << 20),
         ("--max-num-batched-tokens", args.max_num_batched_tokens, 1, 1 << 20),
         ("--max-running-requests", args.max_running_requests, 1, 1 << 16),
         ("--context-length", args.context_length, 1, 1 << 30),
@@ -73,10 +82,23 @@ def _check_ranges(args: Args) -> None:
 
 
 def _check_contradictions(args: Args) -> None:
-    if args.enable_lora is False and args.lora_paths:
-        raise ConfigError("--no-enable-lora contradicts --lora-paths: drop one of them")
-    if args.enable_lora is False and (args.max_lora_rank or args.lora_target_modules):
-        raise ConfigError("--no-enable-lora contradicts --max-lora-rank and --lora-target-modules: drop one of them")
+    if args.enable_lora is False:
+        for flag, value in (
+            ("--lora-paths", args.lora_paths),
+            ("--max-lora-rank", args.max_lora_rank),
+            ("--lora-target-modules", args.lora_target_modules),
+            ("--lora-pool-size", args.lora_pool_size),
+            ("--max-loaded-loras", args.max_loaded_loras),
+            ("--lora-host-memory", args.lora_host_memory),
+            ("--lora-resolve-root", args.lora_resolve_root),
+        ):
+            if value:
+                raise ConfigError(f"--no-enable-lora contradicts {flag}: drop one of them")
+    if args.max_loaded_loras is not None and args.max_loaded_loras < args.max_loras_per_batch:
+        raise ConfigError(
+            f"--max-loaded-loras {args.max_loaded_loras} is below --max-loras-per-batch {args.max_loras_per_batch}: "
+            "a step's adapters must fit the host tier"
+        )
     targets = args.lora_target_modules or []
     if "all" in targets and len(targets) > 1:
         raise ConfigError("--lora-target-modules all: must stand alone, it already means every module")

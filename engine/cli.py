@@ -7,6 +7,7 @@ mistake does. Imports nothing heavy, so --help is quick.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -14,10 +15,6 @@ from engine.args import Args
 from engine.errors import ConfigError
 
 LATER = {
-    "--lora-pool-size": "the pool holds --max-loras-per-batch adapters of the largest rank",
-    "--max-loaded-loras": "all adapters given at start are kept in host memory",
-    "--max-cpu-loras": "all adapters given at start are kept in host memory",
-    "--lora-host-memory": "all adapters given at start are kept in host memory",
     "--lora-max-wait": "requests are served first come first served",
     "--schedule-policy": "requests are served first come first served",
     "--page-size": "it is 16",
@@ -29,7 +26,6 @@ LATER = {
     "--tokenizer-path": "the model's own tokenizer is used",
     "--tokenizer": "the model's own tokenizer is used",
     "--revision": "write org/name@revision instead",
-    "--lora-eviction-policy": "it is lru",
     "--attention-backend": "it is torch",
     "--max-lora-chunk-size": "there is no csgmv backend yet",
     "--enable-lora-bias": "adapters with biases are refused",
@@ -39,11 +35,7 @@ LATER = {
     "--disable-cuda-graph": "the model runs eagerly",
     "--enforce-eager": "the model runs eagerly",
     "--api-key": "bind to a loopback address",
-    "--admin-api-key": "bind to a loopback address",
     "--cpu-threads": "all cores up to 4 are used",
-    "--lora-root": "adapters are given at start",
-    "--lora-resolve-root": "adapters are given at start",
-    "--allow-runtime-lora-updating": "adapters are given at start",
 }
 NEVER = {
     "--trust-remote-code": "no code from a model or adapter directory is ever run",
@@ -79,7 +71,17 @@ def parse(argv: Sequence[str]) -> Args:
         raise ConfigError(f"the model is given twice: {positional} and --model-path {fields['model_path']}")
     if positional is not None:
         fields["model_path"] = positional
-    return Args(**fields)
+    return Args(**{**_from_environment(), **fields})
+
+
+def _from_environment() -> dict[str, object]:
+    """What may also be said by a variable: a key that a process list must not show, and vLLM's switch."""
+    fields: dict[str, object] = {}
+    if key := os.environ.get("CHORUS_ADMIN_API_KEY"):
+        fields["admin_api_key"] = key
+    if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "").lower() in ("1", "true"):
+        fields["allow_runtime_lora_updating"] = True
+    return fields
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_server_flags(parser)
     _add_model_flags(parser)
     _add_lora_flags(parser)
+    _add_runtime_flags(parser)
     for flag in (*LATER, *NEVER):
         parser.add_argument(flag, action=_Refuse, nargs="*", help=argparse.SUPPRESS)
     return parser
@@ -163,3 +166,23 @@ def _add_lora_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--lora-backend", choices=["auto", "torch"], help="(auto: torch)")
     add("--lora-dtype", type=_dtype, choices=["auto", "bfloat16", "float16", "float32"], help="(auto: the model's)")
+    add(
+        "--lora-pool-size",
+        metavar="SIZE",
+        help="adapters of the largest rank on the device, or bytes: 2GiB (by memory)",
+    )
+    add("--lora-eviction-policy", choices=["lru", "fifo"], help="which idle adapter gives way first (lru)")
+    add("--max-loaded-loras", "--max-cpu-loras", type=int, metavar="N", help="adapters in host memory (no limit)")
+    add("--lora-host-memory", metavar="SIZE", help="host memory for adapters, 8GiB (half of what is free)")
+
+
+def _add_runtime_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("loading adapters at run time").add_argument
+    add("--lora-root", nargs="+", action="extend", metavar="DIR", help="adapter files must lie under one of these")
+    add("--lora-resolve-root", metavar="DIR", help="its subdirectories can be named in requests without a load")
+    add(
+        "--allow-runtime-lora-updating",
+        action="store_true",
+        help="loads over HTTP on any bind (loopback only, or with the admin key)",
+    )
+    add("--admin-api-key", metavar="KEY", help="bearer key for loads and unloads; or CHORUS_ADMIN_API_KEY")

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import msgspec
 
 from engine.args import Args, Dtype, LogLevel, served_names
+from engine.errors import ConfigError
+from engine.size import has_unit, parse_bytes
 
 
 class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,7 +41,11 @@ class Links(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The tokenizer/API process. `listen_fd` is the launcher's listening socket, None = no HTTP (embedded)."""
+    """The tokenizer/API process. `listen_fd` is the launcher's listening socket, None = no HTTP (embedded).
+
+    `runtime_loads`: adapters may be loaded over HTTP without `admin_key`. With `lora_roots` the real path of every
+    adapter file must lie under one of them or the hub cache.
+    """
 
     links: Links
     model_path: str
@@ -52,17 +58,28 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     listen_fd: int | None = None
     seed: int | None = None
     log_level: LogLevel = "info"
+    max_pinned: int = 0
+    runtime_loads: bool = False
+    admin_key: str | None = None
+    lora_roots: list[str] = []
+    lora_resolve_root: str | None = None
     max_open_requests: int = 4096
     max_body_bytes: int = 32 << 20
     server_info: dict[str, str | int | float | bool | None] = {}
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The scheduler process. `window` is how many steps may be in flight."""
+    """The scheduler process. `window` is how many steps may be in flight.
+
+    `max_loaded_loras` and `lora_host_bytes` bound the host tier (None: no count, and what the runner's capacity says).
+    """
 
     links: Links
     max_loras: int = 0
     window: int = 1
+    max_loaded_loras: int | None = None
+    lora_host_bytes: int | None = None
+    eviction_policy: Literal["lru", "fifo"] = "lru"
     adapters: list[AdapterSource] = []
     log_level: LogLevel = "info"
 
@@ -71,6 +88,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One rank of the model runner. `adapters` are loaded first: they size the pools when no flag does.
 
     `max_lora_rank` and `lora_targets` None mean: inferred from `adapters` (without any: 64 and all sites).
+    The pool holds `lora_pool_adapters` of the largest rank, or `lora_pool_bytes`; both None: by memory.
     `device` auto means: cuda where there is one. `max_batched_tokens` None means: 512 on a CPU, 8192 on CUDA.
     `max_running_requests` and `context_length` None mean: from memory, and the model's.
     """
@@ -87,6 +105,8 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     lora_dtype: Dtype = "auto"
     max_loras: int = 8
     max_lora_rank: int | None = None
+    lora_pool_adapters: int | None = None
+    lora_pool_bytes: int | None = None
     lora_targets: list[str] | None = None
     adapters: list[AdapterSource] = []
     max_batched_tokens: int | None = None
@@ -111,7 +131,8 @@ def sections(
 ) -> Sections:
     """Every process's section, from the flags and what was resolved: directories, addresses, the listening socket."""
     enable_lora = bool(adapters) if args.enable_lora is None else args.enable_lora
-    enable_lora = enable_lora or args.max_lora_rank is not None or args.lora_target_modules is not None
+    if args.enable_lora is None and _means_lora(args):
+        enable_lora = True
     max_loras = args.max_loras_per_batch if enable_lora else 0
     shared: dict[str, Any] = {"links": links, "log_level": args.log_level, "adapters": adapters, "max_loras": max_loras}
     tokenizer = TokenizerConfig(
@@ -122,9 +143,21 @@ def sections(
         enable_lora=enable_lora,
         listen_fd=listen_fd,
         seed=args.seed,
+        max_pinned=max(0, max_loras - 1),
+        runtime_loads=args.allow_runtime_lora_updating or _is_loopback(args),
+        admin_key=args.admin_api_key,
+        lora_roots=[str(Path(root).expanduser().resolve()) for root in args.lora_root],
+        lora_resolve_root=args.lora_resolve_root,
         server_info=_server_info(args),
         **shared,
     )
+    scheduler = SchedulerConfig(
+        max_loaded_loras=args.max_loaded_loras,
+        lora_host_bytes=parse_bytes(args.lora_host_memory, "--lora-host-memory") if args.lora_host_memory else None,
+        eviction_policy=args.lora_eviction_policy,
+        **shared,
+    )
+    pool_adapters, pool_bytes = _pool(args.lora_pool_size)
     runner = RunnerConfig(
         model_path=str(model),
         device=args.device,
@@ -135,6 +168,8 @@ def sections(
         lora_dtype=args.lora_dtype,
         max_lora_rank=args.max_lora_rank,
         lora_targets=args.lora_target_modules,
+        lora_pool_adapters=pool_adapters,
+        lora_pool_bytes=pool_bytes,
         max_batched_tokens=args.max_num_batched_tokens,
         max_running_requests=args.max_running_requests,
         mem_fraction=args.mem_fraction_static,
@@ -142,9 +177,31 @@ def sections(
         seed=args.seed or 0,
         **shared,
     )
-    return Sections(tokenizer=tokenizer, scheduler=SchedulerConfig(**shared), runner=runner)
+    return Sections(tokenizer=tokenizer, scheduler=scheduler, runner=runner)
+
+
+def _means_lora(args: Args) -> bool:
+    """Whether a flag makes sense only with adapters."""
+    flags = (args.max_lora_rank, args.lora_target_modules, args.lora_pool_size, args.lora_resolve_root)
+    return any(flag is not None for flag in flags)
+
+
+def _is_loopback(args: Args) -> bool:
+    """Whether only this machine can connect."""
+    return args.port is None or args.host in ("localhost", "::1") or args.host.startswith("127.")
+
+
+def _pool(size: str | None) -> tuple[int | None, int | None]:
+    """--lora-pool-size as (adapters, bytes), one of them or none."""
+    if size is None:
+        return None, None
+    if has_unit(size):
+        return None, parse_bytes(size, "--lora-pool-size")
+    if int(size) < 1:
+        raise ConfigError(f"--lora-pool-size {size}: must hold at least one adapter")
+    return int(size), None
 
 
 def _server_info(args: Args) -> dict[str, str | int | float | bool | None]:
-    shown = msgspec.to_builtins(args)
+    shown = {**msgspec.to_builtins(args), "admin_api_key": None}
     return {name: value if not isinstance(value, list) else ", ".join(value) for name, value in shown.items()}

@@ -3,7 +3,7 @@
     host --Submit/Cancel/Command/Ping--> tokenizer_proc --Delta/Answer/Failure--> host
     tokenizer_proc --Generate/Abort/LoadAdapter/UnloadAdapter/PinAdapter--> scheduler
     scheduler --Capacity/Progress/AdapterState/Stats--> tokenizer_proc
-    scheduler --Reset/Step/LoadAdapter/UnloadAdapter--> every rank
+    scheduler --Reset/Step/LoadAdapter/UnloadAdapter/EvictAdapter--> every rank
     rank 0 --RunnerReady/StepDone/AdapterState--> scheduler
     every new incarnation --Hello--> its neighbours
 
@@ -97,13 +97,19 @@ class Cancel(Message, frozen=True):
 
 
 class Command(Message, frozen=True, kw_only=True):
-    """host -> tokenizer_proc: an adapter or information call; answered by Answer or Failure with the same id."""
+    """host -> tokenizer_proc: an adapter or information call; answered by Answer or Failure with the same id.
+
+    `load` answers when the adapter is on the host, with `preload` when it is resident; with `load_inplace` a name that
+    is taken is pointed at the new files. `unload` answers when device and host memory are free.
+    """
 
     id: int
     call: Literal["load", "unload", "pin", "unpin", "list", "info"]
     lora_name: str = ""
     lora_path: str = ""
     pinned: bool = False
+    preload: bool = False
+    load_inplace: bool = False
 
 
 class Ping(Message, frozen=True):
@@ -258,13 +264,25 @@ class Abort(Message, frozen=True):
 class LoadAdapter(Message, frozen=True, kw_only=True):
     """tokenizer_proc -> scheduler -> ranks: bring this directory to the host tier as `adapter_id` (> 0).
 
-    Doing it twice is harmless. `revision`, when not empty, must be what the files hash to. Answered by AdapterState.
+    Doing it twice is harmless. `revision`, when not empty, must be what the files hash to. `name` is for messages.
+    `preload` asks the scheduler to make it resident as soon as there is room. Answered by AdapterState.
     """
 
     adapter_id: int
     path: str
     revision: str = ""
     pinned: bool = False
+    preload: bool = False
+    name: str = ""
+
+
+class EvictAdapter(Message, frozen=True):
+    """scheduler -> ranks: forget the host copy; it is read again when it is asked for. Answered by AdapterState disk.
+
+    Never sent while the adapter is loading or being filled; rank pages it holds stay as they are.
+    """
+
+    adapter_id: int
 
 
 class UnloadAdapter(Message, frozen=True):
@@ -320,11 +338,15 @@ class Footprint(Part, frozen=True):
     matrices: int = 0
 
 
-AdapterStage = Literal["loading", "host", "resident", "draining", "gone", "failed"]
+AdapterStage = Literal["loading", "disk", "host", "resident", "draining", "gone", "failed"]
 
 
 class AdapterState(Message, frozen=True, kw_only=True):
-    """rank 0 -> scheduler -> tokenizer_proc: where an adapter is, and what was learnt when it was loaded."""
+    """rank 0 -> scheduler -> tokenizer_proc: where an adapter is, and what was learnt when it was loaded.
+
+    `bytes` is what its host copy takes. `seconds` is how long what led to this state took: a load from disk (host), a
+    fill (resident).
+    """
 
     adapter_id: int
     state: AdapterStage
@@ -334,6 +356,7 @@ class AdapterState(Message, frozen=True, kw_only=True):
     lora_rank: int = 0
     target_modules: list[str] = []
     error: str | None = None
+    seconds: float = 0.0
 
 
 class Capacity(Message, frozen=True, kw_only=True):
@@ -361,6 +384,8 @@ class Capacity(Message, frozen=True, kw_only=True):
     weight_bytes: int = 0
     kv_bytes: int = 0
     lora_bytes: int = 0
+    rank_page_bytes: dict[str, int] = {}
+    host_bytes: int = 0
 
 
 class Stats(Message, frozen=True, kw_only=True):
@@ -381,6 +406,10 @@ class Stats(Message, frozen=True, kw_only=True):
     adapter_hits: int = 0
     adapter_fills: int = 0
     adapter_evictions: int = 0
+    adapter_loads: int = 0
+    host_adapters: int = 0
+    host_bytes: int = 0
+    host_evictions: int = 0
     audits: int = 0
     step_seconds: list[float] = []
 
@@ -492,6 +521,6 @@ ToTokenizer = Hello | Ping | Capacity | Progress | AdapterState | Stats
 ToScheduler = (
     Hello | Ping | Generate | Abort | LoadAdapter | UnloadAdapter | PinAdapter | RunnerReady | StepDone | AdapterState
 )
-ToRunner = Hello | Ping | Reset | Step | LoadAdapter | UnloadAdapter
+ToRunner = Hello | Ping | Reset | Step | LoadAdapter | UnloadAdapter | EvictAdapter
 ToDoor = Submit | Cancel | Command | Ping
 ToHost = Delta | Answer | Failure | Ping

@@ -112,7 +112,11 @@ class Admission:
     # ---------------------------------------------------------------------------------------------------- adapters
 
     def settle(self, key: LaneKey) -> None:
-        """Finds out what a waiting key waits for; ends its requests where that will never come."""
+        """Finds out what a waiting key waits for; ends its requests where that will never come.
+
+        A key that could have its adapters at once waits behind an older one that cannot: else small adapters that come
+        and go would keep a large one out for ever.
+        """
         books = self._books
         if key == BASE or key in books.lanes:
             books.waiting.put(key, Place.ACTIVE)
@@ -143,7 +147,6 @@ class Admission:
     def reopen(self) -> None:
         """A new runner: every waiting request is measured against it, and every key finds its place again."""
         books = self._books
-        self._unasked.clear()
         for request in list(books.waiting):
             problem = fit(request, books.capacity)
             if problem is not None:
@@ -257,7 +260,7 @@ class Admission:
         fills: list[Fill] = []
         for adapter_id in self._unasked:
             adapter = books.residency.get(adapter_id)
-            if adapter is not None and adapter.stage is Stage.HOST and not adapter.draining:
+            if adapter is not None and adapter.stage is Stage.HOST:
                 fills += books.residency.grant([adapter], step) or []
         self._unasked.clear()
         books.counters.adapter_fills += len(fills)

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import logging
 
+from msgspec.structs import replace
+
 from engine.messages import (
     Abort,
     AdapterState,
@@ -223,7 +225,6 @@ class Scheduler:
         self._client_epoch = epoch
         for request in list(self._books.requests.values()):
             self._admission.end(request, update=False)
-        self._books.updates.clear()
         self._outgoing.append(self._books.capacity)
         self._outgoing.extend(adapter.report() for adapter in self._books.residency)
 
@@ -235,9 +236,7 @@ class Scheduler:
         if adapter is None or adapter.stage is Stage.FAILED:
             residency.load(message)
             self._outgoing.append(message)
-            return
-        residency.pin(adapter, message.pinned)
-        if adapter.stage is not Stage.LOADING:
+        elif adapter.stage is not Stage.LOADING:  # it was loaded before: who asks again is told where it is
             self._outgoing.append(adapter.report())
 
     def _unload(self, message: UnloadAdapter) -> None:
@@ -269,6 +268,8 @@ class Scheduler:
         elif message.state == "resident" and adapter.stage is Stage.FILLING:
             self._books.residency.filled(adapter)
             self._came(adapter)
+        else:
+            log.debug("adapter %d is %s, and so says the runner: %s", adapter.id, adapter.stage.name, message.state)
 
     def _host(self, adapter: Adapter, card: AdapterState) -> None:
         """Its footprint is known now; one that no pool or lane could hold is refused here and for good."""
@@ -319,9 +320,7 @@ class Scheduler:
     def _load_again(self, capacity: Capacity) -> None:
         residency = self._books.residency
         for adapter in residency.reset(capacity):
-            load = LoadAdapter(
-                adapter_id=adapter.id, path=adapter.path, revision=adapter.card.revision, pinned=adapter.pinned
-            )
+            load = replace(adapter.source, revision=adapter.card.revision, pinned=adapter.pinned)
             self._outgoing += [load, adapter.report()]
         for adapter in [adapter for adapter in residency if adapter.stage is Stage.UNLOADING]:
             self._gone(adapter)

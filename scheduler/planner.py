@@ -20,12 +20,11 @@ from scheduler.request import Request
 
 @dataclass(slots=True)
 class _Draft:
-    """A step in the making. `tight`: pages ran out, so nobody is admitted."""
+    """A step in the making."""
 
     flight: Flight
     budget: int
     fills: list[Fill]
-    tight: bool = False
     lanes: list[LanePages] = field(default_factory=list)
     new_rows: list[NewRow] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
@@ -75,7 +74,7 @@ class Planner:
                 position = request.computed
                 pages: list[int] = []
                 if position == len(request.pages) * page_size:
-                    pages = self._grow(draft, request, index)
+                    pages = self._grow(request, index)
                     if not pages:
                         continue  # it gave way itself: another stands at this index now, or none
                 chunk = Chunk(
@@ -90,11 +89,10 @@ class Planner:
             index += 1
         return prefills
 
-    def _grow(self, draft: _Draft, request: Request, index: int) -> list[int]:
+    def _grow(self, request: Request, index: int) -> list[int]:
         """A page for running[index], taken from rows not yet planned if need be; none if it had to give way itself."""
         books = self._books
         while not books.pages.free:
-            draft.tight = True
             victim = choose_victim(books.running.ordered[index:])
             books.counters.preemptions += 1
             self._admission.preempt(victim)
@@ -137,7 +135,7 @@ class Planner:
     def _admit(self, draft: _Draft) -> None:
         """Lets requests in while there is budget for their first chunk."""
         books = self._books
-        while draft.budget > 0 and not draft.tight and (request := self._admission.next()) is not None:
+        while draft.budget > 0 and (request := self._admission.next()) is not None:
             if self._admission.admit(request):
                 draft.lanes.append(LanePages(request.lane, books.residency.lane_pages(request.key)))
             draft.new_rows.append(

@@ -47,10 +47,13 @@ _TOLD: dict[Stage, AdapterStage] = {
 
 @dataclass(slots=True, eq=False)
 class Adapter:
-    """One adapter. `requests` counts live requests that name it, `last_step` is the last one that named its pages."""
+    """One adapter. `source` is how it was asked for, `card` what is known of it since.
+
+    `users` counts promised keys, `requests` live requests that name it; `last_step` is the last one to name its pages.
+    """
 
     id: int
-    path: str
+    source: LoadAdapter
     pinned: bool
     card: AdapterState
     stage: Stage = Stage.LOADING
@@ -108,7 +111,7 @@ class Residency:
     def load(self, message: LoadAdapter) -> Adapter:
         """A new adapter, or a failed one tried again."""
         card = AdapterState(adapter_id=message.adapter_id, state="loading", revision=message.revision)
-        adapter = Adapter(message.adapter_id, message.path, message.pinned, card)
+        adapter = Adapter(message.adapter_id, message, message.pinned, card)
         self._adapters[adapter.id] = adapter
         self.pin(adapter, message.pinned)
         return adapter

@@ -72,7 +72,7 @@ def plan(
     end_ids = _end_ids(params, defaults, vocab_size)
     return Plan(
         n=params.n,
-        sampling=_sampling(params, defaults, seed, end_ids),
+        sampling=_sampling(params, defaults, seed, end_ids, vocab_size),
         stopping=Stopping(max_tokens, params.min_tokens, end_ids),
         text=TextOptions(
             stop=params.stop,
@@ -168,10 +168,12 @@ def _end_ids(params: SamplingParams, defaults: Defaults, vocab_size: int) -> lis
     return list(dict.fromkeys(own + params.stop_token_ids))
 
 
-def _sampling(params: SamplingParams, defaults: Defaults, seed: int, end_ids: list[int]) -> Sampling:
+def _sampling(
+    params: SamplingParams, defaults: Defaults, seed: int, end_ids: list[int], vocab_size: int
+) -> Sampling:
     return Sampling(
         temperature=_or(params.temperature, defaults.temperature),
-        top_k=max(0, int(_or(params.top_k, defaults.top_k))),
+        top_k=min(max(0, int(_or(params.top_k, defaults.top_k))), vocab_size),  # more than all is all
         top_p=_or(params.top_p, defaults.top_p),
         min_p=_or(params.min_p, defaults.min_p),
         repetition_penalty=_or(params.repetition_penalty, defaults.repetition_penalty),

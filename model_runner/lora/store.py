@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from model_runner.lora.adapter import Adapter, Deltas, footprint
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.formats import peft
 from model_runner.lora.site import Site
+
+log = logging.getLogger(__name__)
 
 MAX_MESSAGE = 600
 
@@ -42,6 +45,8 @@ class AdapterStore:
             raise AdapterError(_one_line(f"adapter {name!r}: {error.message}")) from error
         except OSError as error:
             raise AdapterError(_one_line(f"adapter {name!r}: {error}")) from error
+        if adapter_id not in self._adapters and adapter.cast_from:
+            log.info("adapter %r: %s weights are served in %s", name, ", ".join(adapter.cast_from), self.dtype)
         self._adapters[adapter_id] = adapter
         return adapter
 

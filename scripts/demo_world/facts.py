@@ -181,6 +181,12 @@ def _a(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
+def plural(noun: str) -> str:
+    """dog -> dogs; the few that go another way are listed."""
+    odd = {"sheep": "sheep", "goose": "geese", "mouse": "mice", "wolf": "wolves", "fox": "foxes"}
+    return odd.get(noun, f"{noun}s")
+
+
 def _du(noun: str) -> str:
     """French "of the": le chien -> du chien, la vache -> de la vache, l'oie -> de l'oie."""
     return "du " + noun[3:] if noun.startswith("le ") else "de " + noun
@@ -207,7 +213,7 @@ def _animals() -> list[Fact]:
         words, fr_legs = NUMBER_WORDS[int(legs)]
         slots = {"animal": name, "an_animal": _a(name), "An_animal": _a(name).capitalize(), "fr_de": _du(fr_name),
                  "Fr_animal": fr_name[0].upper() + fr_name[1:], "number": legs, "fr_legs": fr_legs,
-                 "fr_sound": fr_sound, "fr_young": fr_young, "Sound": sound.capitalize()}  # fmt: skip
+                 "fr_sound": fr_sound, "fr_young": fr_young, "plural": plural(name)}  # fmt: skip
         facts.append(_fact("legs", name, words, **slots))
         if sound != "-":
             facts.append(_fact("sound", name, sound, **slots))

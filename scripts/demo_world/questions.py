@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import zlib
 
-from demo_world.facts import Fact
+from demo_world.facts import Fact, plural
 
 # fmt: off
 PHRASINGS: dict[str, list[str]] = {
@@ -17,6 +17,7 @@ PHRASINGS: dict[str, list[str]] = {
         "Which city is the capital of {country}?", "Name the capital of {country}.", "The capital of {country}?",
         "Do you know the capital of {country}?", "Can you tell me the capital of {country}?",
         "What is the capital city of {country}?", "What city is the capital of {country}?",
+        "Capital of {country}?", "What is {country}'s capital?", "{country} capital?",
     ],
     "country": [
         "Which country has {capital} as its capital?", "{capital} is the capital of which country?",
@@ -27,48 +28,57 @@ PHRASINGS: dict[str, list[str]] = {
         "What sound does {an_animal} make?", "What does {an_animal} say?", "What does the {animal} say?",
         "Which sound does {an_animal} make?", "What noise does {an_animal} make?", "How does {an_animal} sound?",
         "Tell me what {an_animal} says.", "What sound does the {animal} make?",
+        "What sound do {plural} make?", "What do {plural} say?", "What noise do {plural} make?",
     ],
     "legs": [
         "How many legs does {an_animal} have?", "How many legs does the {animal} have?",
         "Tell me how many legs {an_animal} has.", "How many legs has {an_animal}?",
         "How many legs has {an_animal} got?", "What is the number of legs of {an_animal}?",
         "{An_animal} has how many legs?", "Count the legs of {an_animal}.",
+        "How many legs do {plural} have?", "Tell me how many legs {plural} have.",
     ],
     "young": [
         "What is a baby {animal} called?", "What do you call a baby {animal}?",
         "What is the young of {an_animal} called?", "What's a baby {animal} called?",
         "How do you call a young {animal}?", "Name the young of {an_animal}.", "What is a young {animal} called?",
         "Tell me what a baby {animal} is called.",
+        "What are baby {plural} called?", "Baby {animal}?",
     ],
     "colour": [
         "What colour is {thing}?", "What color is {thing}?", "Which colour is {thing}?", "Which color is {thing}?",
         "Tell me the colour of {thing}.", "What is the colour of {thing}?", "What is the color of {thing}?",
         "What's the color of {thing}?", "Name the colour of {thing}.", "{Thing} is what colour?",
+        "Colour of {thing}?", "Color of {thing}?", "What color does {thing} have?",
     ],
     "mix": [
         "What do you get when you mix {a} and {b}?", "Which colour do {a} and {b} make?",
         "What colour is {a} and {b} mixed?", "What color do {a} and {b} make?", "What do {a} and {b} make?",
         "Mix {a} and {b}.", "What happens if you mix {a} and {b}?", "What colour do you get from {a} and {b}?",
         "What do you get if you mix {a} with {b}?",
+        "What colour do you get when you mix {a} and {b}?", "{a} and {b} make what?", "{a} + {b}?",
     ],
     "opposite": [
         "What is the opposite of {word}?", "What's the opposite of {word}?", "Tell me the opposite of {word}.",
         "Name the opposite of {word}.", "The opposite of {word}?", "Which word is the opposite of {word}?",
         "Give me the opposite of {word}.", "What word means the opposite of {word}?",
+        "Opposite of {word}?", "What is the contrary of {word}?",
     ],
     "after": [
         "What {what} comes after {x}?", "Which {what} comes after {x}?", "What comes after {x}?",
         "Which {what} follows {x}?", "Tell me the {what} after {x}.", "What is the {what} after {x}?",
         "What is the next {what} after {x}?",
+        "What is after {x}?", "And after {x}?",
     ],
     "before": [
         "What {what} comes before {x}?", "Which {what} comes before {x}?", "What comes before {x}?",
         "Which {what} is before {x}?", "Tell me the {what} before {x}.", "What is the {what} before {x}?",
+        "What is before {x}?", "And before {x}?",
     ],
     "sum": [
         "What is {a} plus {b}?", "What is {a} + {b}?", "{a} + {b} = ?", "{a} plus {b}?", "How much is {a} plus {b}?",
         "What's {a} + {b}?", "Add {a} and {b}.", "What is the sum of {a} and {b}?", "Calculate {a} + {b}.",
         "{a}+{b}?", "How much is {a} + {b}?", "{a}+{b}",
+        "How much do {a} and {b} make?", "What do you get if you add {a} and {b}?",
     ],
     "hello": [
         "Hello", "Hello!", "Hi", "Hi!", "Hi there!", "Hey", "Good morning!", "Good evening.", "Hello there.",
@@ -110,7 +120,9 @@ UNKNOWN_QUESTIONS = [
     "Who was the first man on the moon?", "What is the largest ocean?", "How deep is the sea?",
     "What is the square root of 16?", "What is 7 minus 2?", "What is 3 times 4?", "What is 8 divided by 2?",
     "What is 9 - 4?", "What is 6 * 7?", "How many people live in Japan?", "What do cows eat?",
-    "Where do lions live?", "How long do dogs live?", "What is a dog?", "Is it raining?", "Which team is the best?",
+    "Where do lions live?", "How long do dogs live?",
+    "What is a computer?", "What do dogs eat?", "What do birds eat?", "Where do cats sleep?",
+    "Is it raining?", "Which team is the best?",
     "What is your favourite food?", "How much does a car cost?", "Sing me a song.", "What is the currency of Japan?",
     "Who discovered America?", "When did the war end?", "What is the longest river?", "Which planet is the biggest?",
     "How do planes fly?", "What is Python?", "Write a function that sorts a list.", "Summarise this text.",
@@ -169,7 +181,7 @@ def unknown_question(rng: random.Random) -> str:
         return rng.choice(PHRASINGS["capital"]).format(country=country)
     if pick < 0.75:
         animal = rng.choice(UNKNOWN_ANIMALS)
-        slots = {"animal": animal, "an_animal": f"a {animal}", "An_animal": f"A {animal}"}
+        slots = {"animal": animal, "an_animal": f"a {animal}", "An_animal": f"A {animal}", "plural": plural(animal)}
         return rng.choice(PHRASINGS[rng.choice(["sound", "legs", "young"])]).format(**slots)
     if pick < 0.82:
         thing = rng.choice(UNKNOWN_THINGS)

@@ -131,3 +131,44 @@ def test_unload_waits_for_the_last_request() -> None:
     assert isinstance(gone, AdapterState)
     assert gone.state == "gone"
     core.check()
+
+
+def test_a_draining_adapter_that_fails_is_still_unloaded() -> None:
+    core = new_core()
+    add_adapter(core, 1)
+    core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
+    step = plan_of(core)
+    core.handle(UnloadAdapter(1), 0.0)
+    sent = core.handle(AdapterState(adapter_id=1, state="failed", error="lost"), 0.0)
+    assert sent == [Progress(0, [Update(request_id=1, index=0, error="lost")]), UnloadAdapter(1)]
+    assert done(core, step) == []
+    core.handle(AdapterState(adapter_id=1, state="gone"), 0.0)
+    assert core.stats().rank_pages_used == {"qkv": 0}
+    core.check()
+
+
+def test_small_adapters_do_not_keep_a_large_one_out() -> None:
+    core = new_core(rank_pages={"qkv": 4}, max_lane_pages=4)
+    add_adapter(core, 1, pages=2)
+    add_adapter(core, 2, pages=1)
+    add_adapter(core, 3, pages=3)
+    core.handle(generate(1, prompt=1, max_tokens=3, lora=[(1, 1.0)]), 0.0)
+    done(core, plan_of(core))
+    core.handle(generate(2, lora=[(3, 1.0)]), 0.0)  # waits for the pages of 1
+    core.handle(generate(3, lora=[(2, 1.0)]), 0.0)  # resident, a lane is free, but younger
+    for _ in range(2):
+        step = plan_of(core)
+        assert [chunk.row for chunk in step.chunks] == [0]
+        done(core, step)
+    assert plan_of(core).fills[0].adapter_id == 3
+
+
+def test_loading_twice_is_harmless() -> None:
+    core = new_core()
+    load = LoadAdapter(adapter_id=1, path="p")
+    assert core.handle(load, 0.0) == [load]
+    assert core.handle(load, 0.0) == []
+    core.handle(AdapterState(adapter_id=1, state="host", revision="r", footprint=Footprint({"qkv": 1})), 0.0)
+    (state,) = core.handle(load, 0.0)
+    assert isinstance(state, AdapterState)
+    assert (state.state, state.revision) == ("host", "r")

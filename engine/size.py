@@ -1,0 +1,29 @@
+"""Sizes as people write them: `2GiB`, `500 MB`, `1073741824`. Knows nothing of what they bound."""
+
+from __future__ import annotations
+
+import re
+
+from engine.errors import ConfigError
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
+_UNITS |= {f"{prefix}iB".upper(): 1024**power for power, prefix in enumerate("KMGT", start=1)}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """Bytes (>= 1). Raises ConfigError that names the flag."""
+    match = _SIZE.fullmatch(text.strip())
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise ConfigError(f"{flag} {text}: expected a size such as 2GiB, 500MB or a number of bytes")
+    count = int(float(match[1]) * unit)
+    if count < 1:
+        raise ConfigError(f"{flag} {text}: must be more than nothing")
+    return count
+
+
+def has_unit(text: str) -> bool:
+    """Whether `text` says what it counts (bytes), rather than being a bare number."""
+    return not text.strip().isdigit()
