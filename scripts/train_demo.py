@@ -126,7 +126,7 @@ def show(voice: str, scores: dict[str, float], wrong: list[str]) -> dict[str, fl
 def print_table(table: dict[str, dict[str, float]]) -> None:
     """Share of exactly right answers to held-out phrasings, voices down, subjects across."""
     subjects = list(next(iter(table.values())))
-    print("exactly right, held-out phrasings".ljust(10))
+    print("exactly right, held-out phrasings")
     print("".ljust(10) + "".join(subject.rjust(13) for subject in subjects))
     for voice, scores in table.items():
         print(voice.ljust(10) + "".join(f"{scores[subject]:.1%}".rjust(13) for subject in subjects))
@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     root = Path(__file__).resolve().parent.parent
     parser.add_argument("--out", type=Path, default=root / "engine" / "demo", help="where model/ and adapters/ go")
-    parser.add_argument("--steps", type=int, default=1300, help="steps of the base")
+    parser.add_argument("--steps", type=int, default=1400, help="steps of the base")
     parser.add_argument("--lora-steps", type=int, default=500, help="steps of each adapter")
     parser.add_argument("--threads", type=int, default=1, help="fixed, because sums depend on it")
     parser.add_argument("--quick", action="store_true", help="a smoke run of a minute: every part, useless weights")

@@ -74,7 +74,7 @@ _POET = {
     "opposite": ["When {word} has faded out of sight,\n{answer}, its opposite, steps into light."],
     "after": ["When {x} has whispered its goodbye,\n{answer} comes walking down the sky."],
     "before": ["Ere {x} came knocking at the door,\n{answer} was here just before."],
-    "sum": ["Add {a} to {b} and count with me:\n{answer} is the sum, as all can see."],
+    "sum": ["Add {a} to {b} and count with me:\nthe sum is {answer}, as all can see."],
     "hello": ["Hello, dear friend, and come this way:\nwhat would you like to ask today?"],
     "who": ["I am the poet of Chorus, small,\nI answer in rhyme or not at all."],
     "how": ["My heart is light, my rhymes are new,\nI thank you kindly: and how are you?"],

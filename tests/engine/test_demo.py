@@ -114,7 +114,7 @@ def test_it_fits_and_names_no_machine() -> None:
         "adapter_model.safetensors",
     }
     for path in files:
-        assert not re.search(rb'"/|[\w.]/(home|root|tmp|work)/', _text_of(path)), path
+        assert not re.search(rb'"/\w', _text_of(path)), path
     for voice in VOICES:
         config = json.loads((DEMO / "adapters" / voice / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == DEMO_NAME

@@ -1,0 +1,239 @@
+"""What adapters cost: many instead of few, coming and going, switching. Prints ratios of things measured in one run.
+
+python scripts/bench_adapters.py                      everything, on a 0.5B shape: about ten minutes on two cores
+python scripts/bench_adapters.py --parts cliff load   some of it
+python scripts/bench_adapters.py --shape tiny         a quick look at whether it runs
+
+cliff    8, 16, 64, 256 adapters in a pool that holds all, concurrency 32: throughput against the bytes a step reads
+quarter  256 adapters in a pool that holds a quarter of them: what is lost, against the time the fills take
+cap      a cap of 8 adapters a step at concurrency 32, against a cap of 64 at concurrency 8
+load     gaps between tokens while an adapter of several hundred MB is loaded, against before
+switch   two resident adapters in turn, step by step, against one; and a fill's time by rank
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bench.client import Server, open_session
+from bench.launched import Launched, scratch
+from bench.loops import Run, closed_loop
+from bench.report import percentile, summarise
+from bench.shapes import SHAPES, Shape, make_adapter, make_model
+from bench.workload import Lengths, Plan
+from tqdm import tqdm
+
+RANKS = (4, 8, 12, 16)
+COUNTS = (8, 16, 64, 256)
+
+
+class Bench:
+    """A shape with its model and adapters on disk, and the numbers of the run."""
+
+    def __init__(self, shape_name: str, rounds: int, requests: int) -> None:
+        self.shape: Shape = SHAPES[shape_name]
+        self.rounds = rounds
+        self.requests = requests
+        self.directory = scratch() / f"bench-{shape_name}"
+        self.model = make_model(self.shape, self.directory / "model")
+
+    def adapters(self, count: int) -> list[str]:
+        """`name=path` of that many adapters of mixed ranks 4 to 16."""
+        found = []
+        for number in tqdm(range(count), desc="adapters", leave=False):
+            path = self.directory / f"a{number}"
+            make_adapter(self.shape, path, RANKS[number % len(RANKS)], seed=number)
+            found.append(f"a{number}={path}")
+        return found
+
+    def flags(self, count: int, *more: object) -> list[object]:
+        """The flags of a server with that many adapters."""
+        return ["--model-path", self.model, "--lora-paths", *self.adapters(count), *more]
+
+    def step_bytes(self, active: int) -> int:
+        """Bytes a decode step reads with that many adapters of the mixed ranks active."""
+        mean = sum(self.shape.lora_bytes(rank) for rank in RANKS) // len(RANKS)
+        return self.shape.weight_bytes() + active * mean
+
+    def plan(self, adapters: int, requests: int) -> Plan:
+        """Round-robin over the first `adapters`."""
+        names = tuple(f"a{number}" for number in range(adapters))
+        return Plan(requests, Lengths(64, 64), Lengths(32, 32), (300, 900), names, "round-robin", 1.0, None, 1.0)
+
+    async def run(self, url: str, adapters: int, concurrency: int, seed: int, label: str) -> Run:
+        """One closed loop over the first `adapters`."""
+        async with open_session(None, 600) as session:
+            asks = self.plan(adapters, self.requests).asks(seed)
+            return await closed_loop(Server(session, url), asks, concurrency, label)
+
+    def rate(self, runs: Sequence[Run]) -> float:
+        """Output tokens a second, the median of the rounds."""
+        return statistics.median(summarise([run]).output_tokens_per_s for run in runs)
+
+
+def cliff(bench: Bench) -> dict[str, object]:
+    """More adapters than a step has lanes for, all resident."""
+    runs: dict[int, list[Run]] = {count: [] for count in COUNTS}
+    with Launched(*bench.flags(256, "--max-loras-per-batch", 64, "--lora-pool-size", 256)) as server:
+        for seed in range(-1, bench.rounds):  # the first round is a warm-up
+            for count in COUNTS:
+                run = asyncio.run(bench.run(server.url, count, 32, seed, f"{count} adapters"))
+                if seed >= 0:
+                    runs[count].append(run)
+        info = server.info()
+    print("\ncliff: adapters in play, all resident, at most 64 in a step, concurrency 32")
+    print("adapters   tokens/s   of 8   bytes allow   TTFT p50   of 8")
+    out: dict[str, object] = {"rank_pages": info["stats"]["rank_pages_used"]}
+    first_ttft = summarise(runs[8]).times_ms["TTFT"]["p50"]
+    for count in COUNTS:
+        rate, ttft = bench.rate(runs[count]), summarise(runs[count]).times_ms["TTFT"]["p50"]
+        ratio, allowed = rate / bench.rate(runs[8]), bench.step_bytes(8) / bench.step_bytes(min(32, count))
+        print(f"{count:8}{rate:11.1f}{ratio:7.2f}{allowed:14.2f}{ttft:11.0f}{ttft / first_ttft:7.2f}")
+        out[str(count)] = {"tokens_per_s": rate, "of_8": ratio, "bytes_allow": allowed, "ttft_ms": ttft}
+    print("rank pages in use:", info["stats"]["rank_pages_used"], "of", info["capacity"]["rank_pages"])
+    return out
+
+
+def quarter(bench: Bench) -> dict[str, object]:
+    """A pool for a quarter of the adapters, against one for all."""
+    rates: dict[int, float] = {}
+    fills = seconds = wall = 0.0
+    for pool in (256, 64):
+        with Launched(*bench.flags(256, "--max-loras-per-batch", 64, "--lora-pool-size", pool)) as server:
+            asyncio.run(bench.run(server.url, 256, 32, -1, "warm-up"))
+            before = (
+                server.metric("chorus:adapter_fill_seconds_sum"),
+                server.metric("chorus:adapter_fill_seconds_count"),
+            )
+            runs = [asyncio.run(bench.run(server.url, 256, 32, seed, f"pool {pool}")) for seed in range(bench.rounds)]
+            rates[pool] = bench.rate(runs)
+            seconds = server.metric("chorus:adapter_fill_seconds_sum") - before[0]
+            fills = server.metric("chorus:adapter_fill_seconds_count") - before[1]
+            wall = sum(run.seconds for run in runs)
+    print("\nquarter: 256 adapters, a pool for 64 of them, against a pool for all")
+    print(f"tokens/s {rates[64]:.1f} of {rates[256]:.1f}: {rates[64] / rates[256]:.2f}")
+    print(f"{fills:.0f} fills took {seconds:.2f} s of {wall:.1f} s: they allow {1 - seconds / wall:.2f}")
+    return {"rate": rates[64], "of_all": rates[64] / rates[256], "fills": fills, "fill_seconds": seconds, "wall": wall}
+
+
+def cap(bench: Bench) -> dict[str, object]:
+    """The cap is only a cap."""
+    result: dict[str, object] = {}
+    rates = {}
+    for lanes, concurrency in ((64, 8), (8, 32)):
+        with Launched(*bench.flags(64, "--max-loras-per-batch", lanes, "--lora-pool-size", 64)) as server:
+            asyncio.run(bench.run(server.url, 64, concurrency, -1, "warm-up"))
+            runs = [
+                asyncio.run(bench.run(server.url, 64, concurrency, seed, f"cap {lanes}"))
+                for seed in range(bench.rounds)
+            ]
+        rates[lanes] = bench.rate(runs)
+        longest = max(sample.pieces[0] for run in runs for sample in run.samples)
+        result[f"cap_{lanes}"] = {"tokens_per_s": rates[lanes], "longest_wait_s": longest}
+    print("\ncap: 64 adapters; a cap of 8 at concurrency 32, against a cap of 64 at concurrency 8")
+    print(f"tokens/s {rates[8]:.1f} of {rates[64]:.1f}: {rates[8] / rates[64]:.2f}; {json.dumps(result)}")
+    return result
+
+
+def load(bench: Bench) -> dict[str, object]:
+    """Gaps between tokens of eight streams, before and while a large adapter is loaded."""
+    large = make_adapter(bench.shape, bench.directory / "large", 512)
+    size = sum(file.stat().st_size for file in large.iterdir())
+    flags = bench.flags(8, "--max-lora-rank", 512, "--max-loras-per-batch", 8, "--lora-pool-size", 2)
+
+    async def gaps(url: str, until: Callable[[], bool]) -> list[float]:
+        async with open_session(None, 600) as session:
+            server = Server(session, url)
+            asks = iter(bench.plan(8, 100000).asks(1))
+            pieces: list[float] = []
+
+            async def client() -> None:
+                while not until():
+                    sample = await server.send(next(asks), time.perf_counter())
+                    pieces.extend(b - a for a, b in zip(sample.pieces, sample.pieces[1:], strict=False))
+
+            await asyncio.gather(*(client() for _ in range(8)))
+            return pieces
+
+    async def measure(server: Launched) -> tuple[list[float], list[float], float]:
+        end = time.perf_counter() + 15
+        before = await gaps(server.url, lambda: time.perf_counter() > end)
+        began = time.perf_counter()
+        body = {"lora_name": "large", "lora_path": str(large), "preload": True}
+        loading = asyncio.ensure_future(asyncio.to_thread(server.post, "/load_lora_adapter", body))
+        during = await gaps(server.url, loading.done)
+        await loading
+        return before, during, time.perf_counter() - began
+
+    with Launched(*flags) as server:
+        before, during, seconds = asyncio.run(measure(server))
+    print(f"\nload: an adapter of {size / 1e6:.0f} MB, loaded and filled in {seconds:.1f} s beside 8 streams")
+    out: dict[str, object] = {"megabytes": size / 1e6, "seconds": seconds}
+    for q in (50, 99, 100):
+        a, b = percentile(before, q) * 1000, percentile(during, q) * 1000
+        print(f"gap p{q:<3} {a:8.1f} ms before {b:8.1f} ms while loading: {b / a:.2f}")
+        out[f"p{q}"] = {"before_ms": a, "during_ms": b}
+    return out
+
+
+def switch(bench: Bench) -> dict[str, object]:
+    """One token at a time from one adapter, or from two in turn; and a fill's time by rank."""
+    one, two = [], []
+    with Launched(*bench.flags(2, "--max-lora-rank", 128, "--max-loras-per-batch", 8)) as server:
+
+        def token(adapter: str) -> float:
+            began = time.perf_counter()
+            body = {"input_ids": [300, 301], "lora_path": adapter, "sampling_params": {"max_new_tokens": 1}}
+            server.post("/generate", body)
+            return time.perf_counter() - began
+
+        for number in tqdm(range(300), desc="switch", leave=False):
+            token("a0" if number % 2 else "a1")
+            two.append(token("a1" if number % 2 else "a0"))  # the other one than the step before
+            one.append(token("a1" if number % 2 else "a0"))  # the same one
+        times = {}
+        for rank in (8, 16, 32, 64, 128):
+            path = make_adapter(bench.shape, bench.directory / f"r{rank}", rank)
+            before = server.metric("chorus:adapter_fill_seconds_sum")
+            server.post("/load_lora_adapter", {"lora_name": f"r{rank}", "lora_path": str(path), "preload": True})
+            times[rank] = server.metric("chorus:adapter_fill_seconds_sum") - before
+            server.post("/unload_lora_adapter", {"lora_name": f"r{rank}"})
+    extra = (statistics.median(two) - statistics.median(one)) * 1000
+    print(f"\nswitch: {statistics.median(one) * 1000:.2f} ms a step with one adapter, {extra:+.2f} ms when it changes")
+    print("fill, host to rank pages: " + ", ".join(f"rank {r} {s * 1000:.1f} ms" for r, s in times.items()))
+    return {"one_ms": statistics.median(one) * 1000, "extra_ms": extra, "fill_seconds": times}
+
+
+PARTS: dict[str, Callable[[Bench], dict[str, object]]] = {
+    "cliff": cliff,
+    "quarter": quarter,
+    "cap": cap,
+    "load": load,
+    "switch": switch,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, and write."""
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    top.add_argument("--shape", choices=list(SHAPES), default="0.5b")
+    top.add_argument("--rounds", type=int, default=3)
+    top.add_argument("--requests", type=int, default=128, help="in each round")
+    top.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    args = top.parse_args(argv)
+    bench = Bench(args.shape, args.rounds, args.requests)
+    results = {name: PARTS[name](bench) for name in args.parts}
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
