@@ -68,7 +68,7 @@ def _check_ranges(args: Args) -> None:
         ("--max-loaded-loras", args.max_loaded_loras, 1, 1 << 20),
         ("--max-num-batched-tokens", args.max_num_batched_tokens, 1, 1 << 20),
         ("--max-running-requests", args.max_running_requests, 1, 1 << 16),
-        ("--context-length", args.context_length, 1, 1 << 30),
+        ("--context-length", args.context_length, 2, 1 << 30),
         ("--seed", args.seed, 0, (1 << 63) - 1),
         ("--tp-size", args.tp_size, 1, 1 << 10),
     ]
@@ -105,6 +105,8 @@ def _check_contradictions(args: Args) -> None:
     for name in args.served_model_name:
         if not name:
             raise ConfigError("--served-model-name: a name must not be empty")
+        if args.served_model_name.count(name) > 1:
+            raise ConfigError(f"--served-model-name: {name} is given twice")
 
 
 def served_names(args: Args) -> list[str]:

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import msgspec
 
+from engine.adapter_calls import AdapterCalls, CommandName
 from engine.args import Args
 from engine.completion import Completion, join
-from engine.errors import ConfigError, EngineDead, InvalidRequest, NotFound
+from engine.errors import ConfigError, EngineDead, InvalidRequest
 from engine.link import Link
 from engine.lora_request import LoRARequest
-from engine.messages import AdapterCard, AdapterMix, Answer, ChatMessage, Command, Delta, SamplingParams, Submit
+from engine.messages import AdapterMix, Answer, ChatMessage, Command, Delta, SamplingParams, Submit
 from engine.supervisor import Process, Spec
 
 Prompt = str | Sequence[int] | Sequence[ChatMessage] | Sequence[Mapping[str, str]]
@@ -30,7 +31,7 @@ Lora = str | Mapping[str, float] | LoRARequest | None
 STOP_SECONDS = 30.0
 
 
-class Engine:
+class Engine(AdapterCalls):
     """A running engine: owned (started and ended by `async with`) or joined (`connect`).
 
     The keyword arguments are the command line's flags with underscores (engine.args.Args); no `port` means no HTTP.
@@ -38,11 +39,11 @@ class Engine:
     """
 
     def __init__(self, model_path: str | None = None, **flags: Any) -> None:
+        super().__init__()
         self._args: Args | None = _args({"port": None, "log_level": "warning", **flags, "model_path": model_path})
         self._address = ""
         self._process: Process | None = None
         self._link: Link | None = None
-        self._known: set[tuple[str, str]] = set()
 
     @classmethod
     def connect(cls, address: str) -> Engine:
@@ -75,9 +76,9 @@ class Engine:
         """Streams an answer; leaving the loop early cancels it.
 
         `prompt` is text, token ids, or a chat (messages as dicts or ChatMessage). `lora` is an adapter's name, a
-        LoRARequest, a weighted mix {name: scale}, or None for the base. `options` are further fields of
-        messages.Submit. With n > 1 the choices' deltas are interleaved. Raises InvalidRequest, NotFound, Overloaded,
-        EngineDead.
+        LoRARequest (loaded on first use), a weighted mix {name: scale}, or None for the base. `options` are further
+        fields of messages.Submit. With n > 1 the choices' deltas are interleaved. Raises InvalidRequest, NotFound,
+        Overloaded, EngineDead.
         """
         link = self._open()
         submit = Submit(
@@ -88,12 +89,14 @@ class Engine:
             **options,
         )
         async with link.call(submit) as call:
-            choices = submit.params.n
-            while choices:
+            unfinished = submit.params.n
+            while True:  # an n that makes no sense is answered with a Failure
                 delta = await call.next()
                 assert isinstance(delta, Delta)
-                choices -= delta.finish_reason is not None
+                unfinished -= delta.finish_reason is not None
                 yield delta
+                if not unfinished:
+                    return
 
     async def generate_all(
         self,
@@ -116,10 +119,6 @@ class Engine:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def adapters(self) -> list[AdapterCard]:
-        """The adapters that can be named, with what is known of each."""
-        return (await self._command("list")).adapters
-
     async def info(self) -> dict[str, Any]:
         """What the engine is and how it does: configuration, capacity, counts."""
         answer = await self._command("info")
@@ -130,30 +129,18 @@ class Engine:
             raise EngineDead("the engine is not open: use `async with Engine(...) as engine`")
         return self._link
 
-    async def _command(self, name: Literal["list", "info"]) -> Answer:
+    async def _command(self, call: CommandName, **fields: Any) -> Answer:
         link = self._open()
-        async with link.call(Command(id=link.new_id(), call=name)) as call:
-            answer = await call.next()
+        async with link.call(Command(id=link.new_id(), call=call, **fields)) as open_call:
+            answer = await open_call.next()
             assert isinstance(answer, Answer)
             return answer
 
     async def _adapter(self, lora: Lora) -> str | AdapterMix | None:
         if isinstance(lora, LoRARequest):
-            await self._check_request(lora)
+            await self._first_use(lora)
             return lora.lora_name
         return dict(lora) if isinstance(lora, Mapping) else lora
-
-    async def _check_request(self, lora: LoRARequest) -> None:
-        if (lora.lora_name, lora.lora_path) in self._known:
-            return
-        card = next((card for card in await self.adapters() if card.name == lora.lora_name), None)
-        if card is None:
-            raise NotFound(f"adapter {lora.lora_name} is not loaded; give it at start with lora_paths", param="lora")
-        if lora.lora_path not in (card.path, card.root):
-            raise InvalidRequest(
-                f"adapter {lora.lora_name} is loaded from {card.path}, not from {lora.lora_path}", param="lora_path"
-            )
-        self._known.add((lora.lora_name, lora.lora_path))
 
     async def _complete(
         self, prompt: Prompt, params: SamplingParams | None, lora: Lora, options: dict[str, Any]
@@ -173,6 +160,8 @@ def _args(flags: dict[str, Any]) -> Args:
 def _prompt(prompt: Prompt) -> str | list[int | ChatMessage]:
     if isinstance(prompt, str):
         return prompt
+    if isinstance(prompt, bytes | bytearray):
+        raise InvalidRequest("prompt: bytes are neither text nor token ids; decode them first", param="prompt")
     try:
         return msgspec.convert(list(prompt), list[int | ChatMessage])
     except msgspec.ValidationError as error:

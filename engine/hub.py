@@ -6,10 +6,13 @@ offline machine that has the files works). Knows nothing of what is in the files
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
 from engine.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -33,7 +36,7 @@ def _download(source: str, what: str) -> Path:
 
     repo, _, revision = source.partition("@")
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=WANTED)).resolve()
+        directory = Path(snapshot_download(repo, revision=revision or None, allow_patterns=WANTED)).resolve()
     except GatedRepoError as error:
         raise ConfigError(f"{what}: {repo} is gated; ask for access there, then run `hf auth login`") from error
     except RevisionNotFoundError as error:
@@ -48,3 +51,6 @@ def _download(source: str, what: str) -> Path:
             f"{what}: {source} is no local directory, and fetching it from the hub failed ({line}). "
             "Is it a mistyped path? Offline, download it first: hf download " + repo
         ) from error
+    if not revision and directory.parent.name == "snapshots":
+        log.info("%s: %s is %s@%s", what, repo, repo, directory.name)
+    return directory

@@ -76,10 +76,16 @@ class Inbox(Generic[T]):
         self._decode: _Decoding[T] = _Decoding(union, address)
         self._socket: zmq.Socket[bytes] = context.socket(zmq.PULL)
         _bind(self._socket, address, max_frame)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+
+    def watch(self, descriptor: int) -> None:
+        """From now on `receive` also returns, with no message, when this file descriptor is readable."""
+        self._poller.register(descriptor, zmq.POLLIN)
 
     def receive(self, timeout: float | None) -> Iterator[T]:
         """Everything that has arrived; waits up to `timeout` seconds (None: for ever) for the first message."""
-        if not self._socket.poll(None if timeout is None else max(0, int(timeout * 1000))):
+        if not self._poller.poll(None if timeout is None else max(0, int(timeout * 1000))):
             return
         while True:
             try:

@@ -32,10 +32,13 @@ from engine.cli import parse
 from engine.config import AdapterSource, Links, Sections, sections
 from engine.errors import ConfigError, EngineDead, EngineError
 from engine.lora_paths import AdapterSpec, adapter_specs
+from engine.roots import check_files
 from engine.supervisor import Spec, Supervisor
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+DEAD_GRACE_SECONDS = 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,16 +84,24 @@ def _run(args: Args, announce: Callable[[Facts], None]) -> None:
 
 async def _serve(resolved: Sections, announce: Callable[[Facts], None]) -> None:
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with Supervisor(_specs(resolved)) as supervisor:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, _on_signal, stop, supervisor)
         reports = await _unless(stop, supervisor.ready())
         if reports is not None:
             announce(reports["model_runner"].facts)
             death = await _unless(stop, supervisor.first_death())
             if death is not None:
+                await supervisor.stop(DEAD_GRACE_SECONDS)  # nobody can finish anything any more
                 raise EngineDead(f"{death}; its log is above")
-        log.info("stopping: open requests may finish first")
+        log.info("stopping: open requests may finish first; once more ends them")
+
+
+def _on_signal(stop: asyncio.Event, supervisor: Supervisor) -> None:
+    """The first signal ends everything in order, the second at once."""
+    if stop.is_set():
+        supervisor.kill()
+    stop.set()
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
@@ -157,13 +168,15 @@ def _resolve(args: Args, directory: Path, listener: socket.socket | None) -> Sec
         args,
         links=_links(directory),
         model=model,
-        adapters=[_source(number, spec, served_names(args)) for number, spec in enumerate(specs, start=1)],
+        adapters=[_source(number, spec, args) for number, spec in enumerate(specs, start=1)],
         listen_fd=listener.fileno() if listener else None,
     )
 
 
-def _source(number: int, spec: AdapterSpec, base_names: list[str]) -> AdapterSource:
-    root = hub.local_directory(spec.path, f"--lora-paths {spec.name}")
+def _source(number: int, spec: AdapterSpec, args: Args) -> AdapterSource:
+    base_names, what = served_names(args), f"--lora-paths {spec.name}"
+    root = hub.local_directory(spec.path, what)
+    check_files(root, [*args.lora_root, str(DEMO)] if args.lora_root else [], what)
     if spec.base is not None and spec.base not in base_names:
         log.warning("adapter %s says its base is %s; it is served on %s", spec.name, spec.base, base_names[0])
     return AdapterSource(

@@ -20,7 +20,8 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from engine.errors import EngineDead, revive
+from engine.errors import EngineDead, InvalidRequest, revive
+from engine.ipc import MAX_FRAME_BYTES
 from engine.messages import Answer, Cancel, Command, Delta, Failure, Ping, Submit, ToHost
 
 PING_SECONDS = 1.0
@@ -72,17 +73,21 @@ class Link:
 
     @contextlib.asynccontextmanager
     async def call(self, message: Submit | Command) -> AsyncIterator[Call]:
-        """Sends a call and yields what answers it; leaving with an exception, or early, cancels it."""
+        """Sends a call and yields what answers it; leaving with an exception, or early, cancels it.
+
+        Raises InvalidRequest for what no frame can hold, EngineDead.
+        """
         if self._dead is not None:
             raise self._dead
+        frame = self._encode(message)
         call = self._calls[message.id] = Call(message.id)
         try:
-            self._send(message)
+            self._socket.send(frame)  # no high-water mark: the future is done at once
             yield call
         finally:
             del self._calls[message.id]
             if isinstance(message, Submit):
-                self._send(Cancel(message.id))  # of a finished call: ignored there
+                self._socket.send(self._encode(Cancel(message.id)))  # of a finished call: ignored there
 
     async def close(self) -> None:
         """Ends the link. What is still open is aborted by the engine, which misses the pings."""
@@ -91,8 +96,15 @@ class Link:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._context.destroy(linger=500)
 
-    def _send(self, message: Submit | Cancel | Command | Ping) -> None:
-        self._socket.send(self._encoder.encode(message))  # no high-water mark: the future is done at once
+    def _encode(self, message: Submit | Cancel | Command | Ping) -> bytes:
+        """The frame; the engine drops the connection of who sends a larger one than it takes."""
+        try:
+            frame = self._encoder.encode(message)
+        except (OverflowError, UnicodeEncodeError, TypeError, msgspec.MsgspecError) as error:
+            raise InvalidRequest(f"this cannot be sent: {error}") from error
+        if len(frame) > MAX_FRAME_BYTES:
+            raise InvalidRequest(f"a call of {len(frame)} bytes is above the bound of {MAX_FRAME_BYTES}")
+        return frame
 
     async def _receive(self) -> None:
         while True:
@@ -109,5 +121,5 @@ class Link:
                 self._dead = EngineDead(f"no engine answers at {self._address}")
                 for call in self._calls.values():
                     call.put(self._dead)
-            self._send(Ping())
+            self._socket.send(self._encode(Ping()))
             await asyncio.sleep(PING_SECONDS)

@@ -100,7 +100,8 @@ class Command(Message, frozen=True, kw_only=True):
     """host -> tokenizer_proc: an adapter or information call; answered by Answer or Failure with the same id.
 
     `load` answers when the adapter is on the host, with `preload` when it is resident; with `load_inplace` a name that
-    is taken is pointed at the new files. `unload` answers when device and host memory are free.
+    is taken is pointed at the new files. `unload` answers when device and host memory are free, or after a minute.
+    `list` with a `lora_name` tells of that one alone.
     """
 
     id: int
@@ -345,7 +346,8 @@ class AdapterState(Message, frozen=True, kw_only=True):
     """rank 0 -> scheduler -> tokenizer_proc: where an adapter is, and what was learnt when it was loaded.
 
     `bytes` is what its host copy takes. `seconds` is how long what led to this state took: a load from disk (host), a
-    fill (resident).
+    fill (resident). `epoch` is the runner's: a late word of a dead runner is dropped. With state disk or host, `error`
+    says what did not work (a load from disk, making it resident): the next request tries again.
     """
 
     adapter_id: int
@@ -357,6 +359,7 @@ class AdapterState(Message, frozen=True, kw_only=True):
     target_modules: list[str] = []
     error: str | None = None
     seconds: float = 0.0
+    epoch: int = 0
 
 
 class Capacity(Message, frozen=True, kw_only=True):

@@ -114,9 +114,13 @@ class Process:
         try:
             await asyncio.wait_for(self._process.wait(), timeout)
         except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+            self.kill()
             await self._process.wait()
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
 
 
 def _ended(code: int) -> str:
@@ -139,12 +143,12 @@ class Supervisor:
             for spec in self._specs:
                 self._processes.append(await Process.start(spec))
         except BaseException:
-            await self.stop()
+            await self.stop(self._grace)
             raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.stop()
+        await self.stop(self._grace)
 
     async def ready(self) -> dict[str, Ready]:
         """Everyone's report, by name. Raises the error of one that failed."""
@@ -172,7 +176,13 @@ class Supervisor:
                 task.cancel()
         return ", ".join(f"the {waiting[task]} process {task.result()}" for task in done)
 
-    async def stop(self) -> None:
-        """Ends all, in order, the last one first."""
+    async def stop(self, grace: float) -> None:
+        """Ends all, in order, the last one first; each has `grace` seconds."""
         while self._processes:
-            await self._processes.pop().stop(self._grace)
+            await self._processes[-1].stop(grace)
+            self._processes.pop()
+
+    def kill(self) -> None:
+        """Ends all at once."""
+        for process in self._processes:
+            process.kill()

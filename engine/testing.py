@@ -7,11 +7,15 @@ Answers are made of words; a word is a token. Knows nothing of sockets.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Self
 
+import msgspec
+
+from engine.adapter_calls import CommandName, not_found
 from engine.client import Engine, Lora, Prompt
-from engine.errors import InvalidRequest, NotFound
+from engine.errors import InvalidRequest
 from engine.messages import AdapterCard, Answer, Delta, FinishReason, SamplingParams, Usage
 
 Reply = Callable[[str, str | None], str]
@@ -20,17 +24,16 @@ Reply = Callable[[str, str | None], str]
 class FakeEngine(Engine):
     """Answers from `replies`: a mapping from the prompt's text, or a function of (prompt text, adapter name or None).
 
-    An unknown prompt is echoed. A prompt of token ids is its numbers, a chat its last message. Adapters that were not
-    listed are NotFound, a mix is named by its adapters joined with "+". `requests` keeps what was asked.
+    An unknown prompt is echoed. A prompt of token ids is its numbers, a chat its last message. Adapters that were
+    neither listed nor loaded are NotFound; any path can be loaded. A mix is named by its adapters joined with "+".
+    `requests` keeps what was asked.
     """
 
     def __init__(self, replies: Mapping[str, str] | Reply | None = None, *, adapters: Sequence[str] = ()) -> None:
         super().__init__()
         self._reply: Reply = replies if callable(replies) else _from_table(replies or {})
-        self._cards = [
-            AdapterCard(name=name, adapter_id=number, path=name, root=name, parent="fake", state="resident")
-            for number, name in enumerate(adapters, start=1)
-        ]
+        self._ids = itertools.count(1)
+        self._cards = {name: _card(next(self._ids), name, name) for name in adapters}
         self.requests: list[tuple[Prompt, SamplingParams, Lora]] = []
 
     async def __aenter__(self) -> Self:
@@ -58,15 +61,41 @@ class FakeEngine(Engine):
         """Says that it is a fake."""
         return {"fake": True}
 
-    async def _command(self, name: str) -> Answer:
-        return Answer(id=0, adapters=self._cards)
+    async def _command(self, call: CommandName, **fields: Any) -> Answer:
+        if call == "list":
+            return Answer(id=0, adapters=list(self._cards.values()))
+        name = str(fields["lora_name"])
+        if call == "load":
+            card = self._load(name, **fields)
+        elif name not in self._cards:
+            raise not_found(name)
+        elif call == "unload":
+            card = self._cards.pop(name)
+        else:
+            card = self._cards[name] = msgspec.structs.replace(self._cards[name], pinned=call == "pin")
+        return Answer(id=0, adapters=[card])
+
+    def _load(self, name: str, lora_path: str = "", pinned: bool = False, **fields: Any) -> AdapterCard:
+        if name in self._cards and not fields.get("load_inplace"):
+            raise InvalidRequest(
+                f"The lora adapter '{name}' has already been loaded.", param="lora_name", code="adapter_already_loaded"
+            )
+        card = _card(next(self._ids), name, lora_path, pinned)
+        self._cards[name] = card
+        return card
 
     def _named(self, lora: str | dict[str, float] | None) -> str | None:
         names = [] if lora is None else [lora] if isinstance(lora, str) else sorted(lora)
         for name in names:
-            if all(card.name != name for card in self._cards):
-                raise NotFound(f"no adapter is called {name}", param="lora", code="model_not_found")
+            if name not in self._cards:
+                raise not_found(name)
         return "+".join(names) or None
+
+
+def _card(adapter_id: int, name: str, path: str, pinned: bool = False) -> AdapterCard:
+    return AdapterCard(
+        name=name, adapter_id=adapter_id, path=path, root=path, parent="fake", state="resident", pinned=pinned
+    )
 
 
 def _from_table(table: Mapping[str, str]) -> Reply:

@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
 CPU_INFO = Path("/proc/cpuinfo")
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+CGROUP = Path("/sys/fs/cgroup")
+MEMORY_INFO = Path("/proc/meminfo")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -63,15 +64,28 @@ def memory(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total, free
-    page = os.sysconf("SC_PAGE_SIZE")
-    total, free = os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
-    limit = _container_limit()
-    return (total, free) if limit is None else (min(total, limit), min(free, limit))
+    return host_memory()
 
 
-def _container_limit() -> int | None:
-    try:
-        text = CGROUP_LIMIT.read_text().strip()
-    except OSError:
-        return None
+def host_memory() -> tuple[int, int]:
+    """(total, free) bytes of the machine, or of the container that limits it. What can be reclaimed counts as free."""
+    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in _lines(MEMORY_INFO))}
+    total, free = kib["MemTotal"] << 10, kib["MemAvailable"] << 10
+    limit = _number(CGROUP / "memory.max")
+    if limit is None:
+        return total, free
+    reclaimable = {name: int(size) for name, size in (line.split() for line in _lines(CGROUP / "memory.stat"))}
+    used = (_number(CGROUP / "memory.current") or 0) - reclaimable.get("inactive_file", 0)
+    return min(total, limit), min(free, max(0, limit - used))
+
+
+def _number(path: Path) -> int | None:
+    text = "".join(_lines(path))
     return int(text) if text.isdigit() else None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

@@ -34,6 +34,29 @@ class KvPlan:
     max_length: int
 
 
+@dataclass(frozen=True)
+class Room:
+    """Bytes of the device: all of them, and those that pools may still take."""
+
+    total: int
+    free: int
+
+
+@dataclass(frozen=True)
+class PoolSize:
+    """What `--lora-pool-size` says: adapters of the largest rank, or bytes, or neither."""
+
+    adapters: int | None = None
+    bytes: int | None = None
+
+
+def pool_room(device: str, total: int, free: int, fraction: float) -> Room:
+    """What rank pages may take; `free` is measured with the weights loaded."""
+    if device == "cuda":
+        return Room(total, max(0, int(total * fraction) - (total - free)))
+    return Room(total, int(free * fraction))
+
+
 def kv_budget(device: str, total: int, free: int, fraction: float, reserved: int) -> int:
     """Bytes for the KV cache. `free` is measured with the weights loaded; `reserved` is what is still to be made."""
     if device == "cuda":
@@ -82,24 +105,46 @@ def plan_kv(
 
 
 def plan_rank_pages(
-    page_bytes: dict[str, int], groups: Iterable[str], *, max_loras: int, max_rank: int, total: int, fraction: float
+    page_bytes: dict[str, int], groups: Iterable[str], *, max_rank: int, default: int, room: Room, asked: PoolSize
 ) -> dict[str, int]:
-    """Rank pages of each group: `max_loras` adapters of `max_rank`, or fewer that stay in a tenth of the memory.
+    """Rank pages of each group: whole adapters of `max_rank`, as many as asked for, or `default` and fewer.
 
-    Never less than one adapter. `total` is the device's memory in bytes. Raises ConfigError when even one is too much.
+    Without a wish the pool stays in a tenth of the memory, but holds one adapter at least. Raises ConfigError when
+    even one is too much, or what was asked for.
     """
     each = pages_for(max_rank)
     chosen = sorted(set(groups))
     one = sum(each * page_bytes[group] for group in chosen)
-    if one > total * fraction:
+    if one > room.free:
         raise ConfigError(
-            f"--max-lora-rank {max_rank}: one adapter of it needs {one >> 20} MiB and the device has {total >> 20} MiB;"
+            f"--max-lora-rank {max_rank}: one adapter of it needs {one >> 20} MiB and {room.free >> 20} MiB are free;"
             " lower it, or name fewer --lora-target-modules"
         )
-    count = max(1, min(max_loras, int(total * LORA_SHARE) // one)) if one else max_loras
-    if count < max_loras:
-        log.warning("the LoRA pool holds %d of %d adapters of rank %d at once", count, max_loras, max_rank)
+    if not one:
+        return {}
+    count = asked.adapters if asked.adapters is not None else _fitting(asked.bytes, one, max_rank)
+    if count is None:
+        count = max(1, min(default, int(room.total * LORA_SHARE) // one))
+        if count < default:
+            log.warning("the LoRA pool holds %d of %d adapters of rank %d at once", count, default, max_rank)
+    elif not 0 < count * one <= room.free:
+        raise ConfigError(
+            f"--lora-pool-size: {count} adapters of rank {max_rank} need {count * one >> 20} MiB and"
+            f" {room.free >> 20} MiB are free; lower it, or --max-lora-rank"
+        )
     return dict.fromkeys(chosen, count * each)
+
+
+def _fitting(asked: int | None, one: int, max_rank: int) -> int | None:
+    """How many adapters of `one` bytes fit the bytes asked for."""
+    if asked is None:
+        return None
+    if asked < one:
+        raise ConfigError(
+            f"--lora-pool-size: {asked} bytes are less than one adapter of rank {max_rank} needs ({one});"
+            " raise it, or lower --max-lora-rank"
+        )
+    return asked // one
 
 
 def lane_pages(max_rank: int) -> int:

@@ -20,6 +20,7 @@ from engine.messages import (
     AdapterState,
     Capacity,
     Chunk,
+    EvictAdapter,
     LoadAdapter,
     LogprobIds,
     Step,
@@ -34,6 +35,7 @@ from model_runner.sampler.logprobs import Logprobs
 from model_runner.sampler.sampler import Sampled
 
 SCORED_ELEMENTS = 1 << 25  # logits of a prompt that are held at once; 128 MiB in float32
+FILL_SHARE = 0.1  # of a step's time may be spent on fills after it
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Runner:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
+        self._step_seconds = 0.0
 
     @classmethod
     def load(cls, config: RunnerConfig, *, progress: bool = False) -> Runner:
@@ -71,66 +74,101 @@ class Runner:
         """The model's family, for people."""
         return self._parts.decoder.arch.family
 
-    def execute(self, step: Step) -> tuple[StepDone, list[AdapterState]]:
-        """Does the step and waits for it. The states are those of its fills, to be told before the step is."""
-        flight, states = self.launch(step)
-        return self.finish(flight), states
+    def execute(self, step: Step) -> StepDone:
+        """Does the step and waits for it. Its fills only begin: `advance` goes on with them."""
+        return self.finish(self.launch(step))
 
-    def launch(self, step: Step) -> tuple[Flight, list[AdapterState]]:
+    def launch(self, step: Step) -> Flight:
         """Puts the step on the device, behind the ones before it."""
         began = time.perf_counter()
         with torch.inference_mode():
-            states = self._adapters(step) if step.fills or step.lanes else []
+            if step.fills or step.lanes:
+                self._adapters(step)
             for new in step.new_rows:
                 self._parts.rows.begin(new)
                 self._parts.sampler.begin(new)
-            flight = self._forward(step, began) if step.chunks else Flight(step.epoch, step.id, began)
-        return flight, states
+            return self._forward(step, began) if step.chunks else Flight(step.epoch, step.id, began)
 
     def finish(self, flight: Flight) -> StepDone:
         """Waits for the step's tokens."""
         sampled = flight.sampled
         reported = sampled.messages() if sampled else {}
+        tokens = sampled.tokens_S.tolist() if sampled else []
+        self._step_seconds = time.perf_counter() - flight.began
         return StepDone(
             epoch=flight.epoch,
             id=flight.id,
-            tokens=sampled.tokens_S.tolist() if sampled else [],
+            tokens=tokens,
             logprobs={flight.sampling[index]: found for index, found in reported.items()},
             prompt_logprobs={
                 index: _entries(parts, flight.score_widths[index]) for index, parts in flight.scores.items()
             },
-            seconds=time.perf_counter() - flight.began,
+            seconds=self._step_seconds,
         )
 
-    def load_adapter(self, message: LoadAdapter) -> AdapterState:
-        """Brings an adapter to the host tier; doing it twice is harmless. Answers state host, or failed and why."""
+    def load_adapter(self, message: LoadAdapter) -> AdapterState | None:
+        """Brings an adapter to the host tier; doing it twice is harmless. Its state (host, or failed and why) if it is
+        known at once; else `advance` will have it.
+        """
         if self._parts.lora is None:
             off = f"{message.path}: LoRA is off; launch with --enable-lora"
             return AdapterState(adapter_id=message.adapter_id, state="failed", error=off)
-        with torch.inference_mode():
-            return self._parts.lora.load(message)
+        return self._parts.lora.load(message)
 
     def unload_adapter(self, message: UnloadAdapter) -> AdapterState:
-        """Frees the adapter's host memory."""
+        """Frees the adapter's host memory; what is being loaded for it is dropped."""
         if self._parts.lora is None:
             return AdapterState(adapter_id=message.adapter_id, state="gone")
         return self._parts.lora.unload(message.adapter_id)
 
+    def evict_adapter(self, message: EvictAdapter) -> AdapterState:
+        """Frees the adapter's host memory until it is loaded again."""
+        if self._parts.lora is None:
+            return AdapterState(adapter_id=message.adapter_id, state="disk")
+        return self._parts.lora.evict(message.adapter_id)
+
+    def advance(self) -> list[AdapterState]:
+        """Goes on with fills and loads, for a tenth of the last step at most; what has ended. Never waits."""
+        if self._parts.lora is None:
+            return []
+        with torch.inference_mode():
+            return self._parts.lora.advance(FILL_SHARE * self._step_seconds)
+
+    @property
+    def wait(self) -> float | None:
+        """For how many seconds `advance` need not be called unless `descriptor` is readable; None: for ever."""
+        return None if self._parts.lora is None else self._parts.lora.wait
+
+    @property
+    def descriptor(self) -> int | None:
+        """Readable when a load has news; None without LoRA."""
+        return None if self._parts.lora is None else self._parts.lora.loaders.fileno()
+
+    def start_loader(self) -> None:
+        """Starts the process that will read adapters, before the first is asked for."""
+        if self._parts.lora is not None:
+            self._parts.lora.loaders.start()
+
+    def close(self) -> None:
+        """Ends the loader processes."""
+        if self._parts.lora is not None:
+            self._parts.lora.loaders.close()
+
     def reset(self) -> None:
-        """Forgets rows and lanes; adapters in the host tier stay."""
+        """Forgets rows, lanes and fills; adapters in the host tier stay."""
         self._parts.rows.reset()
         self._parts.sampler.reset()
         if self._parts.lora is not None:
-            self._parts.lora.pages.reset_lanes()
+            self._parts.lora.reset()
 
-    def _adapters(self, step: Step) -> list[AdapterState]:
+    def _adapters(self, step: Step) -> None:
         """The step's fills and lanes."""
         if self._parts.lora is None:
             raise InternalError(f"step {step.id} speaks of adapters, and LoRA is off")
-        states = [self._parts.lora.fill(fill) for fill in step.fills]
+        for fill in step.fills:
+            self._parts.lora.fill(fill)
         for lane in step.lanes:
             self._parts.lora.point(lane)
-        return states
 
     def _forward(self, step: Step, began: float) -> Flight:
         parts, chunks = self._parts, step.chunks

@@ -19,7 +19,7 @@ from engine.child import Child, Facts
 from engine.config import RunnerConfig
 from engine.errors import EngineError
 from engine.ipc import Inbox, Outbox
-from engine.messages import Hello, LoadAdapter, Ping, Reset, RunnerReady, Step, ToRunner, UnloadAdapter
+from engine.messages import EvictAdapter, Hello, LoadAdapter, Ping, Reset, RunnerReady, Step, ToRunner, UnloadAdapter
 from model_runner.device import set_threads
 from model_runner.runner import Runner
 
@@ -43,6 +43,7 @@ def serve(child: Child, config: RunnerConfig) -> None:
             log.exception("the model runner cannot start")
         child.failed(error)
         sys.exit(1)
+    runner.start_loader()
     child.ready(facts(runner, time.perf_counter() - began))
     server.loop()
 
@@ -93,10 +94,14 @@ class Server:
         self._scheduler.send(RunnerReady(epoch=links.epoch, capacity=self._runner.capacity))
 
     def loop(self) -> NoReturn:
-        """Handles messages in order, for ever."""
+        """Handles messages in order, and goes on with fills and loads after each and while idle, for ever."""
+        if self._runner.descriptor is not None:
+            self._inbox.watch(self._runner.descriptor)
         while True:
-            for message in self._inbox.receive(None):
+            for message in self._inbox.receive(self._runner.wait):
                 self.handle(message)
+                self._advance()
+            self._advance()
 
     def handle(self, message: ToRunner) -> None:
         """Does one message and answers it."""
@@ -107,6 +112,8 @@ class Server:
                 self._load(message)
             case UnloadAdapter():
                 self._scheduler.send(self._runner.unload_adapter(message))
+            case EvictAdapter():
+                self._scheduler.send(self._runner.evict_adapter(message))
             case Reset():
                 self._runner.reset()
                 self._scheduler.send(RunnerReady(epoch=self._config.links.epoch, capacity=self._runner.capacity))
@@ -123,19 +130,20 @@ class Server:
             log.warning("step %d is for epoch %d: dropped", step.id, step.epoch)
             return
         try:
-            done, states = self._runner.execute(step)
+            done = self._runner.execute(step)
         except Exception:
             log.exception("step %d of %d chunks failed: the runner ends", step.id, len(step.chunks))
             raise
-        for state in states:
-            self._scheduler.send(state)
         self._scheduler.send(done)
 
     def _load(self, message: LoadAdapter) -> None:
         state = self._runner.load_adapter(message)
-        if state.error:
-            log.warning("%s", state.error)
-        self._scheduler.send(state)
+        if state is not None:
+            self._scheduler.send(state)
+
+    def _advance(self) -> None:
+        for state in self._runner.advance():
+            self._scheduler.send(state)
 
     def _meet(self, hello: Hello) -> None:
         """A scheduler whose inbox is elsewhere is a new one: it is answered there from now on."""

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import count
 
-from engine.messages import AdapterState, Capacity, LoadAdapter, UnloadAdapter, Update
+from engine.messages import AdapterState, Capacity, EvictAdapter, LoadAdapter, UnloadAdapter, Update
+from scheduler.adapter import Copy, Device, Host
+from scheduler.directory import Directory
+from scheduler.eviction import Policy
+from scheduler.host_tier import HostTier
 from scheduler.kv.pages import Pages
 from scheduler.lanes import Lanes
-from scheduler.request import BASE, LaneKey, Request
-from scheduler.residency import Residency, Stage
+from scheduler.request import BASE, LaneKey, Order, Request
+from scheduler.residency import Residency
 from scheduler.running import Running
 from scheduler.stats import Counters
 from scheduler.waiting import Place, Waiting
@@ -23,20 +29,38 @@ class Flight:
     parts: list[tuple[Request, bool, int]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What the flags say: lanes, the host tier (None: no count; bytes as the runner's capacity says), the policy."""
+
+    max_loras: int = 0
+    max_loaded_loras: int | None = None
+    lora_host_bytes: int | None = None
+    eviction_policy: Policy = "lru"
+
+
 class Books:
     """Requests, rows, pages, lanes, adapters, and what is to be told to others.
 
-    `promised` are the keys that use their adapters: they hold a lane, or were granted pages and wait for one.
+    `promised` are the keys that use their copies: they hold a lane, or were granted pages and wait for one.
+    `wishes` are copies on the host that are to become resident though nobody waits for them. `stirred`: something
+    happened since loads and evictions were last thought about.
     """
 
-    def __init__(self, capacity: Capacity, max_loras: int) -> None:
+    def __init__(self, capacity: Capacity, bounds: Bounds) -> None:
+        self.bounds = bounds
         self.requests: dict[int, Request] = {}
         self.waiting = Waiting()
-        self.residency = Residency(capacity)
+        self.tick = count(1).__next__
+        self._arrivals = count()
+        self.directory = Directory()
+        self.host = HostTier(bounds.max_loaded_loras, self._host_bytes(capacity), bounds.eviction_policy, self.tick)
+        self.residency = Residency(capacity, bounds.eviction_policy, self.tick)
         self.counters = Counters()
         self.updates: list[Update] = []
-        self.news: list[AdapterState | LoadAdapter | UnloadAdapter] = []
-        self.max_loras = max_loras
+        self.news: list[Capacity | AdapterState | LoadAdapter | UnloadAdapter | EvictAdapter] = []
+        self.wishes: dict[int, None] = {}
+        self.stirred = False
         self.running = Running(0)
         self.open(capacity)
 
@@ -46,9 +70,45 @@ class Books:
         self.capacity = capacity
         self.pages = Pages(capacity.kv_pages)
         self.running = Running(capacity.rows, self.running.generations)
-        self.lanes = Lanes(min(self.max_loras, capacity.max_loras))
+        self.lanes = Lanes(min(self.bounds.max_loras, capacity.max_loras))
         self.promised: dict[LaneKey, None] = {}
         self.flights: list[Flight] = []
+        self.residency.reset(capacity)
+        self.host.reset(self._host_bytes(capacity))
+        self.wishes.clear()
+
+    def next_order(self) -> Order:
+        """The next place in the queue, of the usual priority."""
+        return 0, next(self._arrivals)
+
+    def copies(self, key: LaneKey) -> list[Copy]:
+        """The copies of a key."""
+        return self.directory.of(key)
+
+    def lane_pages(self, key: LaneKey) -> dict[str, list[tuple[int, float]]]:
+        """What the lane of a key holds, all of which is resident."""
+        return self.residency.lane_pages(zip(self.directory.of(key), (scale for _, scale in key), strict=True))
+
+    def name(self, keys: Iterable[LaneKey], step: int) -> None:
+        """Step `step` names the pages of these keys."""
+        copies = self.directory.copies
+        for key in keys:
+            for copy_id, _ in key:
+                copies[copy_id].last_step = step
+
+    def rest(self, copy: Copy) -> None:
+        """Something about it changed: is it spare, is it idle?"""
+        self.host.rest(copy)
+        self.residency.rest(copy)
+        self.stirred = True
+
+    def tell(self, copy: Copy, seconds: float = 0.0, error: str | None = None) -> None:
+        """News of the copy, under each of its names."""
+        self.news += [adapter.report(seconds, error) for adapter in copy.names.values()]
+
+    def _host_bytes(self, capacity: Capacity) -> int:
+        bound = self.bounds.lora_host_bytes
+        return capacity.host_bytes if bound is None else bound
 
     def audit(self) -> None:
         """Raises AssertionError when a page, row, lane, rank page, reference or queue entry is unaccounted for."""
@@ -57,9 +117,12 @@ class Books:
         running = self.running.ordered
         self.pages.audit(page for request in running for page in request.pages)
         self.lanes.audit((request.key, request.lane) for request in running)
-        users = Counter(adapter_id for key in self.promised for adapter_id, _ in key)
-        names = Counter(adapter_id for request in self.requests.values() for adapter_id, _ in request.key)
-        self.residency.audit(users, names)
+        users = Counter(copy_id for key in self.promised for copy_id, _ in key)
+        names = Counter(adapter_id for request in self.requests.values() for adapter_id in request.names)
+        wanted = Counter(copy_id for request in self.requests.values() for copy_id, _ in request.key)
+        self.directory.audit(names, wanted)
+        self.residency.audit(self.directory.copies.values(), users)
+        self.host.audit(self.directory.copies.values())
         assert set(self.lanes.active()) <= set(self.promised), "a lane is not promised its adapters"
         self._audit_requests()
         self._audit_flights()
@@ -91,16 +154,20 @@ class Books:
 
     def _audit_places(self) -> None:
         for key in self.waiting.all_keys():
-            place, adapters = self.waiting.place_of(key), self.residency.adapters(key)
+            place, copies = self.waiting.place_of(key), self.directory.of(key)
             if place is Place.ACTIVE:
                 assert key == BASE or key in self.lanes, f"key {key} is active without a lane"
             elif place is Place.READY:
                 assert key in self.promised, f"key {key} is ready without a promise"
-                assert all(a.stage is Stage.RESIDENT for a in adapters), f"key {key} is ready and not resident"
+                assert all(c.device is Device.RESIDENT for c in copies), f"key {key} is ready and not resident"
             elif place is Place.COLD:
                 assert key not in self.promised, f"key {key} is cold and promised"
-                assert all(a.stage in (Stage.HOST, Stage.FILLING, Stage.RESIDENT) for a in adapters), f"{key} is lost"
+                assert all(c.on_device or c.host is Host.HELD for c in copies), f"key {key} is cold and not on the host"
+            elif place is Place.DISK:
+                assert any(c.to_load for c in copies), f"key {key} waits for a load that nobody needs"
             else:
-                assert any(a.stage in (Stage.LOADING, Stage.FILLING) for a in adapters), f"key {key} waits for nothing"
+                assert all(not c.to_load for c in copies), f"key {key} waits for a load that nobody starts"
+                busy = [c for c in copies if c.device is not Device.RESIDENT and not c.can_fill]
+                assert busy, f"key {key} waits for nothing"
         for key in self.promised:
             assert key in self.lanes or key in self.waiting, f"key {key} is promised for nobody"

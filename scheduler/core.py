@@ -19,13 +19,13 @@ answered with it; steps carry the runner's. Words of an older epoch are dropped,
 from __future__ import annotations
 
 import logging
-
-from msgspec.structs import replace
+from collections import Counter
 
 from engine.messages import (
     Abort,
     AdapterState,
     Capacity,
+    EvictAdapter,
     Generate,
     Hello,
     LoadAdapter,
@@ -41,32 +41,36 @@ from engine.messages import (
     UnloadAdapter,
     Update,
 )
+from scheduler.adapter import Device
 from scheduler.admission import Admission
-from scheduler.books import Books
+from scheduler.books import Books, Bounds
+from scheduler.custody import Custody
+from scheduler.loading import Loading
 from scheduler.planner import Planner
 from scheduler.request import Request
-from scheduler.residency import Adapter, Stage
 from scheduler.stopping import finish_of
 
 log = logging.getLogger(__name__)
 
 Upstream = Progress | AdapterState | Capacity
-Downstream = LoadAdapter | UnloadAdapter
+Downstream = LoadAdapter | UnloadAdapter | EvictAdapter
 
 
 class Scheduler:
-    """The whole state. `window` is how many steps may be in flight, `max_loras` how many lanes may run."""
+    """The whole state. `window` is how many steps may be in flight, `bounds` what the flags allow."""
 
-    def __init__(self, capacity: Capacity, max_loras: int, window: int = 1, epoch: int = 0) -> None:
+    def __init__(self, capacity: Capacity, bounds: Bounds, window: int = 1, epoch: int = 0) -> None:
         assert window >= 1
-        self._books = Books(capacity, max_loras)
+        self._books = Books(capacity, bounds)
         self._admission = Admission(self._books)
+        self._loading = Loading(self._books, self._admission)
+        self._custody = Custody(self._books, self._admission, self._loading)
         self._planner = Planner(self._books, self._admission)
         self._window = window
         self._runner_epoch = epoch
         self._client_epoch = 0
         self._last_step = 0
-        self._outgoing: list[Upstream | Downstream] = [capacity]
+        self._books.news.append(capacity)
 
     # -------------------------------------------------------------------------------------------------- three verbs
 
@@ -80,13 +84,14 @@ class Scheduler:
             case Abort():
                 self._abort(message)
             case LoadAdapter():
-                self._load(message)
+                self._custody.load(message)
             case UnloadAdapter():
-                self._unload(message)
+                self._custody.unload(message)
             case PinAdapter():
-                self._pin(message)
+                self._custody.pin(message)
             case AdapterState():
-                self._adapter_state(message)
+                if message.epoch >= self._runner_epoch:  # else a late word of a dead runner
+                    self._custody.hear(message)
             case RunnerReady():
                 self._runner_ready(message)
             case Hello():
@@ -94,6 +99,7 @@ class Scheduler:
                     self._meet_client(message.epoch)
             case Ping():
                 pass
+        self._loading.fetch()
         return self.take()
 
     def plan(self, now: float) -> Step | None:
@@ -104,6 +110,7 @@ class Scheduler:
         step = self._planner.plan(self._runner_epoch, self._last_step + 1)
         if step is not None:
             self._last_step = step.id
+        self._loading.fetch()
         return step
 
     def apply(self, done: StepDone, now: float) -> list[Upstream | Downstream]:
@@ -126,17 +133,19 @@ class Scheduler:
         books.residency.rank_pages.step_done(done.id)
         books.counters.steps += 1
         books.counters.step_seconds.append(done.seconds)
+        self._loading.fetch()
         return self.take()
 
     # --------------------------------------------------------------------------------------------- what others see
 
     def take(self) -> list[Upstream | Downstream]:
         """Everything to be sent since the last call, one Progress for all requests first."""
-        books, out = self._books, self._outgoing
+        books = self._books
+        out: list[Upstream | Downstream] = []
         if books.updates:
             out.append(Progress(self._client_epoch, books.updates))
-        out.extend(books.news)
-        books.updates, books.news, self._outgoing = [], [], []
+        out += books.news
+        books.updates, books.news = [], []
         return out
 
     def check(self) -> None:
@@ -152,19 +161,18 @@ class Scheduler:
     def stats(self) -> Stats:
         """A picture, and the sums."""
         books, counters = self._books, self._books.counters
-        running: dict[int, int] = {}
-        for key in books.lanes.active():
-            for adapter_id, _ in key:
-                running[adapter_id] = running.get(adapter_id, 0) + books.lanes.rows(key)
+        adapters = books.directory.adapters.values()
+        running = Counter(adapter_id for request in books.running.ordered for adapter_id in request.names)
+        waiting = {a.id: a.requests - running[a.id] for a in adapters if a.requests > running[a.id]}
         return Stats(
             running=len(books.running),
             waiting=len(books.waiting),
             kv_pages_used=books.pages.used,
             kv_pages=books.pages.count,
             rank_pages_used=books.residency.rank_pages.used(),
-            resident=books.residency.resident(),
-            running_adapters=running,
-            waiting_adapters=books.waiting.by_adapter(),
+            resident=[a.id for a in adapters if a.copy.device is Device.RESIDENT],
+            running_adapters=dict(running),
+            waiting_adapters=waiting,
             steps=counters.steps,
             preemptions=counters.preemptions,
             prompt_tokens=counters.prompt_tokens,
@@ -172,6 +180,10 @@ class Scheduler:
             adapter_hits=counters.adapter_hits,
             adapter_fills=counters.adapter_fills,
             adapter_evictions=counters.adapter_evictions,
+            adapter_loads=counters.adapter_loads,
+            host_adapters=len(books.host.held),
+            host_bytes=books.host.bytes,
+            host_evictions=counters.host_evictions,
             audits=counters.audits,
             step_seconds=counters.take_step_seconds(),
         )
@@ -225,72 +237,8 @@ class Scheduler:
         self._client_epoch = epoch
         for request in list(self._books.requests.values()):
             self._admission.end(request, update=False)
-        self._outgoing.append(self._books.capacity)
-        self._outgoing.extend(adapter.report() for adapter in self._books.residency)
-
-    # ---------------------------------------------------------------------------------------------------- adapters
-
-    def _load(self, message: LoadAdapter) -> None:
-        residency = self._books.residency
-        adapter = residency.get(message.adapter_id)
-        if adapter is None or adapter.stage is Stage.FAILED:
-            residency.load(message)
-            self._outgoing.append(message)
-        elif adapter.stage is not Stage.LOADING:  # it was loaded before: who asks again is told where it is
-            self._outgoing.append(adapter.report())
-
-    def _unload(self, message: UnloadAdapter) -> None:
-        adapter = self._books.residency.get(message.adapter_id)
-        if adapter is None:
-            self._outgoing.append(AdapterState(adapter_id=message.adapter_id, state="gone"))
-        elif not adapter.draining:
-            adapter.draining = True
-            self._outgoing.append(adapter.report())
-            self._admission.unload_if_drained(adapter)
-
-    def _pin(self, message: PinAdapter) -> None:
-        adapter = self._books.residency.get(message.adapter_id)
-        if adapter is not None:
-            self._books.residency.pin(adapter, message.pinned)
-
-    def _adapter_state(self, message: AdapterState) -> None:
-        adapter = self._books.residency.get(message.adapter_id)
-        if adapter is None:
-            if message.state != "gone":
-                log.warning("the runner reports adapter %d as %s, which is unknown", message.adapter_id, message.state)
-        elif message.state == "gone":
-            self._gone(adapter)
-        elif message.state == "failed":
-            if adapter.stage not in (Stage.FAILED, Stage.UNLOADING):
-                self._admission.fail(adapter, message.error or f"adapter {adapter.id} failed to load")
-        elif message.state == "host" and adapter.stage is Stage.LOADING:
-            self._host(adapter, message)
-        elif message.state == "resident" and adapter.stage is Stage.FILLING:
-            self._books.residency.filled(adapter)
-            self._came(adapter)
-        else:
-            log.debug("adapter %d is %s, and so says the runner: %s", adapter.id, adapter.stage.name, message.state)
-
-    def _host(self, adapter: Adapter, card: AdapterState) -> None:
-        """Its footprint is known now; one that no pool or lane could hold is refused here and for good."""
-        self._books.residency.loaded(adapter, card)
-        problem = self._books.residency.problem(((adapter.id, 1.0),))
-        if problem is not None:
-            self._admission.fail(adapter, problem)
-        else:
-            self._came(adapter)
-            self._admission.offer(adapter)
-
-    def _came(self, adapter: Adapter) -> None:
-        self._outgoing.append(adapter.report())
-        self._admission.settle_adapter(adapter)
-        self._admission.unload_if_drained(adapter)
-
-    def _gone(self, adapter: Adapter) -> None:
-        if adapter.stage is not Stage.UNLOADING:
-            adapter.draining = False
-            self._admission.fail(adapter, f"adapter {adapter.id} is gone from the runner")
-        self._admission.forget(adapter)
+        self._books.news.append(self._books.capacity)
+        self._books.news += [adapter.report() for adapter in self._books.directory.adapters.values()]
 
     # ------------------------------------------------------------------------------------------------------ runner
 
@@ -313,14 +261,10 @@ class Scheduler:
         books.open(message.capacity)
         for request in running:
             books.waiting.push(request)
-        self._outgoing.append(message.capacity)
-        self._load_again(message.capacity)
+        books.news.append(message.capacity)
+        self._custody.reset()
         self._admission.reopen()
-
-    def _load_again(self, capacity: Capacity) -> None:
-        residency = self._books.residency
-        for adapter in residency.reset(capacity):
-            load = replace(adapter.source, revision=adapter.card.revision, pinned=adapter.pinned)
-            self._outgoing += [load, adapter.report()]
-        for adapter in [adapter for adapter in residency if adapter.stage is Stage.UNLOADING]:
-            self._gone(adapter)
+        self._loading.fetch()
+        for copy in books.directory.copies.values():
+            if copy.stage in ("disk", "loading") and not copy.on_host:
+                books.tell(copy)

@@ -57,7 +57,7 @@ class Planner:
         self._admit(draft)
         if not draft.chunks and not fills:
             return None
-        books.residency.named(books.lanes.active(), step)
+        books.name(books.lanes.active(), step)
         books.flights.append(draft.flight)
         return Step(epoch=epoch, id=step, fills=fills, lanes=draft.lanes, new_rows=draft.new_rows, chunks=draft.chunks)
 
@@ -137,7 +137,7 @@ class Planner:
         books = self._books
         while draft.budget > 0 and (request := self._admission.next()) is not None:
             if self._admission.admit(request):
-                draft.lanes.append(LanePages(request.lane, books.residency.lane_pages(request.key)))
+                draft.lanes.append(LanePages(request.lane, books.lane_pages(request.key)))
             draft.new_rows.append(
                 NewRow(
                     row=request.row,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from engine.messages import Generate, LogprobIds, Sampling, Stopping
 
 LaneKey = tuple[tuple[int, float], ...]
-"""What a lane is for: (adapter_id, scale) pairs sorted by id; () is the base model, which takes no lane."""
+"""What a lane is for: (copy id, scale) pairs sorted by id; () is the base model, which takes no lane."""
 
 Order = tuple[int, int]
 """(priority, arrival): smaller goes first; no two requests share one."""
@@ -23,11 +23,10 @@ BASE: LaneKey = ()
 
 
 def lane_key(lora: Iterable[tuple[int, float]]) -> LaneKey:
-    """The lane of a selection. An adapter named twice counts with the sum of its scales; id 0 is the base."""
+    """The lane of a selection. What is named twice counts with the sum of its scales."""
     scales: dict[int, float] = {}
-    for adapter_id, scale in lora:
-        if adapter_id:
-            scales[adapter_id] = scales.get(adapter_id, 0.0) + scale
+    for copy_id, scale in lora:
+        scales[copy_id] = scales.get(copy_id, 0.0) + scale
     return tuple(sorted(scales.items()))
 
 
@@ -35,7 +34,9 @@ def lane_key(lora: Iterable[tuple[int, float]]) -> LaneKey:
 class Request:
     """One request from arrival to its end; `row` >= 0 while it runs.
 
-    `limit` is the length (prompt and generated) at which it ends. `flights` counts the steps in flight that name it,
+    `lora` is what it asked for, by adapter; `key` is the same by copy, and may change while it waits: two adapters may
+    turn out to be one. `limit` is the length (prompt and generated) at which it ends. `flights` counts the steps in
+    flight that name it,
     `pending` those of them that sample. `decoding`: the runner's row holds its own last sample as the next input.
     `scored` counts prompt positions whose log-probability was asked for, `prompt_scores` holds those that came.
     """
@@ -48,6 +49,7 @@ class Request:
     sampling: Sampling
     stopping: Stopping
     salt: str = ""
+    lora: list[tuple[int, float]] = field(default_factory=list)
     limit: int = 0
     row: int = -1
     generation: int = 0
@@ -67,6 +69,11 @@ class Request:
     def generated(self) -> int:
         """How many generated tokens are known."""
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def names(self) -> set[int]:
+        """The adapters that it names; none is the base."""
+        return {adapter_id for adapter_id, _ in self.lora if adapter_id}
 
     @property
     def to_score(self) -> int:
@@ -97,11 +104,12 @@ class Request:
         self.scored = len(self.prompt_scores)
 
 
-def from_message(message: Generate, arrival: int) -> Request:
+def from_message(message: Generate, key: LaneKey, arrival: int) -> Request:
     """A request with nothing computed."""
     return Request(
         id=message.request_id,
-        key=lane_key(message.lora),
+        lora=message.lora,
+        key=key,
         order=(message.priority, arrival),
         prompt_length=len(message.prompt),
         tokens=[*message.prompt, *message.generated],

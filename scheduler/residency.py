@@ -1,176 +1,67 @@
-"""Where every adapter is, and the rank pages it holds. Knows nothing of requests, lanes or queues.
+"""Which copies hold rank pages. Knows nothing of requests, lanes, queues, or how a copy came to the host tier.
 
-    LoadAdapter        AdapterState host       grant + Fill        AdapterState resident
-        |                     |                     |                     |
-     LOADING ------------> HOST -----------------> FILLING ----------> RESIDENT
-        |                     ^                     |                     |
-        +--> FAILED <---------|---------------------+                     |
-                              +---------------- evicted (LRU) <-----------+  not pinned, no user
-
-A user is a lane key that was promised the adapter: it waits for the fill, for a lane, or runs. An adapter without users
-is idle: its pages go to others, the longest idle first. Grants are all or nothing for all adapters of a key.
+A user is a lane key that was promised the copy: it waits for the fill, for a lane, or runs. A copy without users is
+idle: its pages go to others, in the order of the policy. Grants are all or nothing for all copies of a key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from msgspec.structs import replace
-
-from engine.messages import AdapterStage, AdapterState, Capacity, Fill, LoadAdapter
-from scheduler.rank_pages import GroupPages, RankPages
-from scheduler.request import LaneKey
-
-
-class Stage(Enum):
-    """Where an adapter is."""
-
-    LOADING = "loading"
-    HOST = "host"
-    FILLING = "filling"
-    RESIDENT = "resident"
-    FAILED = "failed"
-    UNLOADING = "unloading"
-
-
-_TOLD: dict[Stage, AdapterStage] = {
-    Stage.LOADING: "loading",
-    Stage.HOST: "host",
-    Stage.FILLING: "host",
-    Stage.RESIDENT: "resident",
-    Stage.FAILED: "failed",
-    Stage.UNLOADING: "draining",
-}
-
-
-@dataclass(slots=True, eq=False)
-class Adapter:
-    """One adapter. `source` is how it was asked for, `card` what is known of it since.
-
-    `users` counts promised keys, `requests` live requests that name it; `last_step` is the last one to name its pages.
-    """
-
-    id: int
-    source: LoadAdapter
-    pinned: bool
-    card: AdapterState
-    stage: Stage = Stage.LOADING
-    pages: GroupPages = field(default_factory=dict)
-    users: int = 0
-    requests: int = 0
-    draining: bool = False
-    last_step: int = 0
-
-    @property
-    def need(self) -> Mapping[str, int]:
-        """Its footprint: pages by group."""
-        return self.card.footprint.pages
-
-    @property
-    def on_device(self) -> bool:
-        """Whether it holds its pages."""
-        return self.stage in (Stage.FILLING, Stage.RESIDENT)
-
-    def report(self) -> AdapterState:
-        """What the tokenizer process is told of it now."""
-        draining = self.draining and self.stage is not Stage.FAILED
-        return replace(self.card, state="draining" if draining else _TOLD[self.stage])
+from engine.messages import Capacity, Fill
+from scheduler.adapter import Copy, Device
+from scheduler.eviction import EvictionOrder, Policy
+from scheduler.rank_pages import RankPages
 
 
 class Residency:
-    """The adapters, and who among them holds rank pages."""
+    """Copies by id while they hold rank pages."""
 
-    def __init__(self, capacity: Capacity) -> None:
-        self._adapters: dict[int, Adapter] = {}
-        self._idle: dict[int, None] = {}  # resident, evictable; the longest idle first
-        self._pinned: dict[int, Adapter] = {}
+    def __init__(self, capacity: Capacity, policy: Policy, tick: Callable[[], int]) -> None:
+        self._policy = policy
+        self._tick = tick
         self.reset(capacity)
 
-    def reset(self, capacity: Capacity) -> list[Adapter]:
-        """A new runner holds nothing: all that can be served is to be loaded again. Returns those."""
+    def reset(self, capacity: Capacity) -> None:
+        """A new runner holds nothing."""
         self._capacity = capacity
         self.rank_pages = RankPages(capacity.rank_pages)
-        self._idle.clear()
-        again = []
-        for adapter in self._adapters.values():
-            adapter.pages, adapter.users, adapter.last_step = {}, 0, 0
-            if adapter.stage not in (Stage.FAILED, Stage.UNLOADING):
-                adapter.stage = Stage.LOADING
-                again.append(adapter)
-        return again
+        self.on_device: dict[int, Copy] = {}
+        self._idle = EvictionOrder()
 
-    def __iter__(self) -> Iterator[Adapter]:
-        return iter(self._adapters.values())
+    # ---------------------------------------------------------------------------------------------------- one copy
 
-    def get(self, adapter_id: int) -> Adapter | None:
-        """The adapter, if it is known."""
-        return self._adapters.get(adapter_id)
-
-    def load(self, message: LoadAdapter) -> Adapter:
-        """A new adapter, or a failed one tried again."""
-        card = AdapterState(adapter_id=message.adapter_id, state="loading", revision=message.revision)
-        adapter = Adapter(message.adapter_id, message, message.pinned, card)
-        self._adapters[adapter.id] = adapter
-        self.pin(adapter, message.pinned)
-        return adapter
-
-    def loaded(self, adapter: Adapter, card: AdapterState) -> None:
-        """The runner has it in the host tier."""
-        assert adapter.stage is Stage.LOADING
-        adapter.card, adapter.stage = card, Stage.HOST
-
-    def filled(self, adapter: Adapter) -> None:
+    def filled(self, copy: Copy) -> None:
         """The runner answered the fill: lanes may name its pages."""
-        assert adapter.stage is Stage.FILLING
-        adapter.stage = Stage.RESIDENT
-        self._rest(adapter)
+        assert copy.device is Device.FILLING
+        copy.device = Device.RESIDENT
+        copy.last_used = copy.filled_since = self._tick()
+        self.rest(copy)
 
-    def failed(self, adapter: Adapter, reason: str) -> None:
-        """It cannot be served. Nobody may be using it."""
-        assert adapter.users == 0, f"adapter {adapter.id} fails while it has users"
-        self._free(adapter)
-        adapter.stage = Stage.FAILED
-        adapter.card = replace(adapter.card, state="failed", error=reason)
+    def free(self, copy: Copy) -> None:
+        """Takes its pages, if it has any. Nobody may be using it."""
+        assert copy.users == 0, f"copy {copy.id} loses its pages while it has users"
+        if copy.on_device:
+            self.rank_pages.release(copy.pages, copy.last_step)
+            copy.pages, copy.device = {}, Device.NONE
+            self._idle.drop(copy.id)
+            del self.on_device[copy.id]
 
-    def unload(self, adapter: Adapter) -> None:
-        """Takes its pages; it is gone when the runner says so. Nobody may be using it."""
-        assert adapter.users == 0, f"adapter {adapter.id} is unloaded while it has users"
-        self._free(adapter)
-        adapter.stage = Stage.UNLOADING
-
-    def forget(self, adapter: Adapter) -> None:
-        """It is gone."""
-        self._free(adapter)
-        del self._adapters[adapter.id]
-        self._pinned.pop(adapter.id, None)
-
-    def pin(self, adapter: Adapter, pinned: bool) -> None:
-        """Keeps it from eviction, or no longer."""
-        adapter.pinned = pinned
-        if pinned:
-            self._pinned[adapter.id] = adapter
+    def rest(self, copy: Copy) -> None:
+        """Something about it changed: is it idle?"""
+        if copy.device is Device.RESIDENT and not copy.users and not copy.pinned:
+            self._idle.put(copy.id, copy.last_used if self._policy == "lru" else copy.filled_since)
         else:
-            self._pinned.pop(adapter.id, None)
-        self._rest(adapter)
+            self._idle.drop(copy.id)
 
     # ------------------------------------------------------------------------------------------------ keys as users
 
-    def adapters(self, key: LaneKey) -> list[Adapter]:
-        """The adapters of a key; all must be known."""
-        return [self._adapters[adapter_id] for adapter_id, _ in key]
-
-    def problem(self, key: LaneKey) -> str | None:
-        """Why a key can never be served, judging by what is known now."""
-        unknown = [adapter_id for adapter_id, _ in key if adapter_id not in self._adapters]
-        if unknown:
-            return f"adapter {unknown[0]} is not loaded; load it first"
-        adapters = self.adapters(key)
-        for adapter in adapters:
-            if adapter.stage is Stage.FAILED:
-                return adapter.card.error or f"adapter {adapter.id} failed to load"
-        for group, count in _sum(adapters).items():
+    def problem(self, copies: Sequence[Copy]) -> str | None:
+        """Why these can never be together in a lane, judging by what is known now."""
+        for copy in copies:
+            if copy.error is not None:
+                return copy.error
+        for group, count in _sum(copies).items():
             if count > self._capacity.rank_pages.get(group, 0):
                 return (
                     f"the adapter needs {count} LoRA rank pages of group {group}, but there are "
@@ -183,118 +74,99 @@ class Residency:
                 )
         return None
 
-    def promise(self, key: LaneKey) -> None:
-        """The key becomes a user of its adapters, which all hold their pages."""
-        for adapter in self.adapters(key):
-            assert adapter.on_device, f"adapter {adapter.id} is promised without pages"
-            adapter.users += 1
-            self._rest(adapter)
+    def promise(self, copies: Iterable[Copy]) -> None:
+        """A key becomes a user of its copies, which all hold their pages."""
+        for copy in copies:
+            assert copy.on_device, f"copy {copy.id} is promised without pages"
+            copy.users += 1
+            self.rest(copy)
 
-    def release(self, key: LaneKey) -> None:
-        """The key is no longer a user."""
-        for adapter in self.adapters(key):
-            adapter.users -= 1
-            assert adapter.users >= 0, f"adapter {adapter.id} is released once too often"
-            self._rest(adapter)
+    def release(self, copies: Iterable[Copy]) -> None:
+        """A key is no longer a user."""
+        for copy in copies:
+            copy.users -= 1
+            assert copy.users >= 0, f"copy {copy.id} is released once too often"
+            copy.last_used = self._tick()
+            self.rest(copy)
 
-    def make_room(self, adapters: list[Adapter]) -> list[Adapter]:
-        """Evicts what `adapters` need to have pages: those idle longest, or nobody if that is not enough.
+    def make_room(self, copies: Sequence[Copy]) -> list[Copy]:
+        """Evicts what `copies` need to have pages: idle ones in the order of the policy, or nobody if that won't do.
 
         Pages that steps in flight name are not free at once: they cool, and the next call finds them.
         """
-        need = _sum(adapter for adapter in adapters if adapter.stage is Stage.HOST)
+        need = _sum(copy for copy in copies if not copy.on_device)
         lacking = self.rank_pages.lacking(need, with_cooling=True)
-        victims = self._victims(lacking, {adapter.id for adapter in adapters}) if lacking else []
-        for adapter in victims:
-            self._free(adapter)
-            adapter.stage = Stage.HOST
+        victims = self._victims(lacking, {copy.id for copy in copies}) if lacking else []
+        for copy in victims:
+            self.free(copy)
         return victims
 
-    def grant(self, adapters: list[Adapter], step: int) -> list[Fill] | None:
-        """Pages for those of `adapters` that have none, all or nothing: what step `step` is to fill."""
-        missing = [adapter for adapter in adapters if adapter.stage is Stage.HOST]
+    def grant(self, copies: Sequence[Copy], step: int) -> list[Fill] | None:
+        """Pages for those of `copies` that have none, all or nothing: what step `step` is to fill."""
+        missing = [copy for copy in copies if not copy.on_device]
         if self.rank_pages.lacking(_sum(missing)):
             return None
-        return [self._start_fill(adapter, step) for adapter in missing]
+        return [self._start_fill(copy, step) for copy in missing]
 
-    def hopeless(self, adapters: list[Adapter]) -> str | None:
-        """Why `adapters` could not even have pages if everything unpinned made room."""
-        wanted = {adapter.id for adapter in adapters}
-        pinned = [a for a in self._pinned.values() if a.on_device and a.id not in wanted]
-        for group, count in _sum([*adapters, *pinned]).items():
+    def hopeless(self, copies: Sequence[Copy], pinned: Iterable[Copy]) -> str | None:
+        """Why these could not even have pages if everything unpinned made room."""
+        wanted = {copy.id for copy in copies}
+        for group, count in _sum([*copies, *(c for c in pinned if c.on_device and c.id not in wanted)]).items():
             if count > self._capacity.rank_pages.get(group, 0):
                 return f"the adapter does not fit beside the pinned ones (LoRA rank pages of group {group}); unpin one"
         return None
 
-    def lane_pages(self, key: LaneKey) -> dict[str, list[tuple[int, float]]]:
-        """What the key's lane holds: (page, scale) by group, the adapters sorted by revision."""
-        scales = dict(key)
+    def lane_pages(self, copies: Iterable[tuple[Copy, float]]) -> dict[str, list[tuple[int, float]]]:
+        """What a lane of these copies with their scales holds: (page, scale) by group, sorted by revision."""
         pages: dict[str, list[tuple[int, float]]] = {}
-        for adapter in sorted(self.adapters(key), key=lambda a: (a.card.revision, a.id)):
-            assert adapter.stage is Stage.RESIDENT, f"adapter {adapter.id} is not resident"
-            for group, numbers in adapter.pages.items():
-                pages.setdefault(group, []).extend((page, scales[adapter.id]) for page in numbers)
+        for copy, scale in sorted(copies, key=lambda pair: (pair[0].card.revision, pair[0].id)):
+            assert copy.device is Device.RESIDENT, f"copy {copy.id} is not resident"
+            for group, numbers in copy.pages.items():
+                pages.setdefault(group, []).extend((page, scale) for page in numbers)
         return pages
 
-    def named(self, keys: Iterable[LaneKey], step: int) -> None:
-        """Step `step` names the pages of these keys."""
-        for key in keys:
-            for adapter in self.adapters(key):
-                adapter.last_step = step
+    def audit(self, copies: Iterable[Copy], users: Mapping[int, int]) -> None:
+        """Proves that pages and users (given by copy) are all accounted for."""
+        copies = list(copies)
+        self.rank_pages.audit(copy.pages for copy in copies)
+        for copy in copies:
+            name = f"copy {copy.id} ({copy.device.name})"
+            assert copy.users == users.get(copy.id, 0), f"{name} counts {copy.users} users"
+            held = {group: len(numbers) for group, numbers in copy.pages.items()}
+            expected = {group: count for group, count in copy.need.items() if count} if copy.on_device else {}
+            assert held == expected, f"{name} holds {held} of {expected} rank pages"
+            idle = copy.device is Device.RESIDENT and not copy.users and not copy.pinned
+            assert idle == (copy.id in self._idle), f"{name} is idle, or listed so, but not both"
+        assert set(users) <= {copy.id for copy in copies}, "a key uses a copy that is gone"
+        assert self.on_device == {copy.id: copy for copy in copies if copy.on_device}, "others are on the device"
 
-    def resident(self) -> list[int]:
-        """The adapters that lanes may name."""
-        return [adapter.id for adapter in self._adapters.values() if adapter.stage is Stage.RESIDENT]
+    # ----------------------------------------------------------------------------------------------------- private
 
-    def audit(self, users: Mapping[int, int], requests: Mapping[int, int]) -> None:
-        """Proves that pages, users and requests (given by adapter) are all accounted for."""
-        self.rank_pages.audit(adapter.pages for adapter in self._adapters.values())
-        for adapter in self._adapters.values():
-            name = f"adapter {adapter.id} ({adapter.stage.name})"
-            assert adapter.users == users.get(adapter.id, 0), f"{name} counts {adapter.users} users"
-            assert adapter.requests == requests.get(adapter.id, 0), f"{name} counts {adapter.requests} requests"
-            held = {group: len(numbers) for group, numbers in adapter.pages.items()}
-            expected = {group: count for group, count in adapter.need.items() if count} if adapter.on_device else {}
-            assert held == expected, f"{name} holds {held} of {expected}"
-            idle = adapter.stage is Stage.RESIDENT and not adapter.users and not adapter.pinned
-            assert idle == (adapter.id in self._idle), f"{name} is idle, or listed so, but not both"
-        assert set(users) <= set(self._adapters), "a key uses an adapter that is gone"
-        assert set(self._pinned) == {a.id for a in self._adapters.values() if a.pinned}, "the pinned ones are others"
-
-    def _victims(self, lacking: dict[str, int], keep: set[int]) -> list[Adapter]:
-        victims: list[Adapter] = []
-        for adapter_id in self._idle:
-            adapter = self._adapters[adapter_id]
-            if adapter_id in keep or not (adapter.pages.keys() & lacking.keys()):
+    def _victims(self, lacking: dict[str, int], keep: set[int]) -> list[Copy]:
+        victims: list[Copy] = []
+        for copy_id in self._idle:
+            copy = self.on_device[copy_id]
+            if copy_id in keep or not (copy.pages.keys() & lacking.keys()):
                 continue
-            victims.append(adapter)
-            left = {group: count - len(adapter.pages.get(group, ())) for group, count in lacking.items()}
+            victims.append(copy)
+            left = {group: count - len(copy.pages.get(group, ())) for group, count in lacking.items()}
             lacking = {group: count for group, count in left.items() if count > 0}
             if not lacking:
                 return victims
         return []
 
-    def _start_fill(self, adapter: Adapter, step: int) -> Fill:
-        adapter.pages = self.rank_pages.grant(adapter.need)
-        adapter.stage, adapter.last_step = Stage.FILLING, step
-        return Fill(adapter.id, {group: list(numbers) for group, numbers in adapter.pages.items()})
-
-    def _free(self, adapter: Adapter) -> None:
-        self.rank_pages.release(adapter.pages, adapter.last_step)
-        adapter.pages = {}
-        self._idle.pop(adapter.id, None)
-
-    def _rest(self, adapter: Adapter) -> None:
-        if adapter.stage is Stage.RESIDENT and not adapter.users and not adapter.pinned:
-            self._idle.setdefault(adapter.id)
-        else:
-            self._idle.pop(adapter.id, None)
+    def _start_fill(self, copy: Copy, step: int) -> Fill:
+        assert copy.can_fill, f"copy {copy.id} is filled while it is not on the host"
+        copy.pages = self.rank_pages.grant(copy.need)
+        copy.device, copy.last_step, copy.wish = Device.FILLING, step, None
+        self.on_device[copy.id] = copy
+        return Fill(copy.holder, {group: list(numbers) for group, numbers in copy.pages.items()})
 
 
-def _sum(adapters: Iterable[Adapter]) -> dict[str, int]:
+def _sum(copies: Iterable[Copy]) -> dict[str, int]:
     total: dict[str, int] = {}
-    for adapter in adapters:
-        for group, count in adapter.need.items():
+    for copy in copies:
+        for group, count in copy.need.items():
             if count:
                 total[group] = total.get(group, 0) + count
     return total

@@ -15,7 +15,8 @@ import zmq
 from engine.child import Child
 from engine.config import SchedulerConfig
 from engine.ipc import Inbox, Outbox
-from engine.messages import Hello, LoadAdapter, Reset, RunnerReady, Step, ToScheduler, UnloadAdapter
+from engine.messages import EvictAdapter, Hello, LoadAdapter, Reset, RunnerReady, Step, ToScheduler, UnloadAdapter
+from scheduler.books import Bounds
 from scheduler.core import Scheduler
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class Post:
 
     def send(self, message: msgspec.Struct) -> None:
         """To the runner what runners read, all else to the tokenizer process."""
-        downstream = isinstance(message, Step | LoadAdapter | UnloadAdapter)
+        downstream = isinstance(message, Step | LoadAdapter | UnloadAdapter | EvictAdapter)
         self._boxes["runner" if downstream else "tokenizer"].send(message)
 
     def close(self) -> None:
@@ -65,6 +66,7 @@ class Loop:
 
     def __init__(self, config: SchedulerConfig, inbox: Inbox[ToScheduler], post: Post) -> None:
         self._config, self._inbox, self._post = config, inbox, post
+        self._bounds = Bounds(config.max_loras, config.max_loaded_loras, config.lora_host_bytes, config.eviction_policy)
         self._core: Scheduler | None = None
         self._early: list[ToScheduler] = []  # what came before the runner's first word
         self._stats_at = self._audited = float("-inf")
@@ -85,7 +87,7 @@ class Loop:
         if self._core is not None:
             self._send(self._core.handle(message, now))
         elif isinstance(message, RunnerReady):
-            self._core = Scheduler(message.capacity, self._config.max_loras, self._config.window, message.epoch)
+            self._core = Scheduler(message.capacity, self._bounds, self._config.window, message.epoch)
             self._send(self._core.take())
             for early in self._early:
                 self._send(self._core.handle(early, now))

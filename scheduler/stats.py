@@ -17,6 +17,8 @@ class Counters:
     adapter_hits: int = 0
     adapter_fills: int = 0
     adapter_evictions: int = 0
+    adapter_loads: int = 0
+    host_evictions: int = 0
     audits: int = 0
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
 

@@ -4,7 +4,8 @@
     ACTIVE     a row and pages (their lane is held)     always
     READY      a lane as well                           while a lane is free
     COLD       rank pages: the head is served first     when filling
-    BLOCKED    an adapter that loads or is being filled never
+    DISK       an adapter that is to be read               when loading
+    BLOCKED    an adapter that loads or is being filled    never
 
 Knows nothing of adapters' states: who waits where is the caller's word.
 """
@@ -25,6 +26,7 @@ class Place(Enum):
     ACTIVE = "active"
     READY = "ready"
     COLD = "cold"
+    DISK = "disk"
     BLOCKED = "blocked"
 
 
@@ -109,10 +111,6 @@ class Waiting:
     def all_keys(self) -> list[LaneKey]:
         """The keys that have requests."""
         return list(self._queues)
-
-    def by_adapter(self) -> dict[int, int]:
-        """How many requests wait by adapter."""
-        return {a: sum(len(self._queues[key].entries) for key in keys) for a, keys in self._keys_of.items()}
 
     def place_of(self, key: LaneKey) -> Place:
         """What a key that has requests waits for."""

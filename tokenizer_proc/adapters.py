@@ -9,96 +9,18 @@ what is in flight. Knows nothing of HTTP, text or the scheduler; loads go out th
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
-import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-
-import msgspec
 
 from engine.config import AdapterSource
 from engine.errors import AdapterError, InvalidRequest, NotFound
-from engine.messages import AdapterCard, AdapterMix, AdapterState, LoadAdapter
+from engine.messages import AdapterCard, AdapterMix, AdapterState, LoadAdapter, UnloadAdapter
+from tokenizer_proc.voice import Entry, Voice
 
 log = logging.getLogger(__name__)
 
-
-class Entry:
-    """One adapter under its id, which is never reused."""
-
-    def __init__(self, source: AdapterSource) -> None:
-        self.source = source
-        self.state = AdapterState(adapter_id=source.adapter_id, state="loading")
-        self.in_flight = 0
-        self.created = int(time.time())
-
-    @property
-    def is_loaded(self) -> bool:
-        """Its weights are in the host tier or nearer."""
-        return self.state.state in ("host", "resident")
-
-    def card(self, parent: str) -> AdapterCard:
-        """What is told about it; `parent` is the base it says it belongs to, else the one that is served."""
-        state = self.state
-        return AdapterCard(
-            name=self.source.name,
-            adapter_id=self.source.adapter_id,
-            path=self.source.path,
-            root=self.source.root,
-            parent=self.source.base or parent,
-            revision=state.revision,
-            state=state.state,
-            pinned=self.source.pinned,
-            lora_rank=state.lora_rank,
-            target_modules=state.target_modules,
-            bytes=state.bytes,
-            running=self.in_flight,
-            created=self.created,
-        )
-
-
-class Voice(msgspec.Struct, frozen=True):
-    """What one request runs through: entries with their scales; none = the base."""
-
-    parts: list[tuple[Entry, float]] = []
-
-    @property
-    def lora(self) -> list[tuple[int, float]]:
-        """The selection as the scheduler knows it."""
-        return [(entry.source.adapter_id, scale) for entry, scale in self.parts]
-
-    @property
-    def names(self) -> list[str]:
-        """The adapters by name."""
-        return [entry.source.name for entry, _ in self.parts]
-
-    @property
-    def pages(self) -> dict[str, int]:
-        """Rank pages a lane of it takes in each group, as far as the footprints are known."""
-        pages: dict[str, int] = {}
-        for entry, _ in self.parts:
-            for group, count in entry.state.footprint.pages.items():
-                pages[group] = pages.get(group, 0) + count
-        return pages
-
-    @property
-    def failure(self) -> str | None:
-        """Why one of its adapters cannot be served any more."""
-        for entry, _ in self.parts:
-            if entry.state.state == "failed":
-                return f"adapter `{entry.source.name}`: {entry.state.error or 'it could not be loaded'}"
-        return None
-
-    @contextlib.contextmanager
-    def held(self, count: int = 1) -> Iterator[None]:
-        """Counts `count` requests as users of every part while entered."""
-        for entry, _ in self.parts:
-            entry.in_flight += count
-        try:
-            yield
-        finally:
-            for entry, _ in self.parts:
-                entry.in_flight -= count
+MAX_SCALE = 100.0  # a delta scaled beyond all sense overflows, and then the answer is noise
 
 
 class AdapterDirectory:
@@ -107,15 +29,60 @@ class AdapterDirectory:
     def __init__(self, base_names: Sequence[str], sources: Sequence[AdapterSource] = ()) -> None:
         self.base_names = list(base_names)
         entries = [Entry(source) for source in sources]
-        self._by_name = {entry.source.name: entry for entry in entries}
+        self._by_name = {entry.name: entry for entry in entries}
         self._by_id = {entry.source.adapter_id: entry for entry in entries}
         assert len(self._by_name) == len(self._by_id) == len(entries), "names and ids of adapters are unique"
+        self._ids = itertools.count(max(self._by_id, default=0) + 1)
+        self._starting = set(self._by_id)
+        self._loading: set[str] = set()
 
-    def load(self, send: Callable[[LoadAdapter], None]) -> None:
+    # --------------------------------------------------------------------------------------------- how it changes
+
+    def load(self, send: Callable[[LoadAdapter | UnloadAdapter], None]) -> None:
         """Asks for every adapter to be brought to the host tier; asking again is harmless."""
         for entry in self._by_id.values():
             source = entry.source
-            send(LoadAdapter(adapter_id=source.adapter_id, path=source.root, pinned=source.pinned))
+            send(
+                LoadAdapter(
+                    adapter_id=source.adapter_id,
+                    path=source.root,
+                    revision=entry.state.revision,
+                    pinned=source.pinned,
+                    name=source.name,
+                )
+            )
+            if entry.draining:
+                send(UnloadAdapter(source.adapter_id))
+
+    def add(self, name: str, path: str, root: str, pinned: bool) -> Entry:
+        """A new entry, under an id of its own; nothing is called by its name before `point`."""
+        entry = Entry(AdapterSource(adapter_id=next(self._ids), name=name, path=path, root=root, pinned=pinned))
+        self._by_id[entry.source.adapter_id] = entry
+        return entry
+
+    def point(self, entry: Entry) -> Entry | None:
+        """From now on the entry's name means it. Returns what the name meant before, which is released."""
+        old = self._by_name.get(entry.name)
+        self._by_name[entry.name] = entry
+        if old is not None:
+            old.release()
+        return old
+
+    def take_name(self, name: str) -> Entry | None:
+        """Nothing is called so any more. Returns what was; it is released."""
+        entry = self._by_name.pop(name, None)
+        if entry is not None:
+            entry.release()
+        return entry
+
+    @contextlib.contextmanager
+    def loading(self, name: str) -> Iterator[None]:
+        """While entered, a request for the name (if it means nothing yet) is told that it is being loaded."""
+        self._loading.add(name)
+        try:
+            yield
+        finally:
+            self._loading.discard(name)
 
     def handle(self, state: AdapterState) -> None:
         """News of one adapter; an entry that is gone is forgotten."""
@@ -123,11 +90,15 @@ class AdapterDirectory:
         if entry is None:
             log.warning("state %s of an unknown adapter %d", state.state, state.adapter_id)
             return
-        entry.state = state
         if state.state == "gone":
             del self._by_id[state.adapter_id]
-            if self._by_name.get(entry.source.name) is entry:
-                del self._by_name[entry.source.name]
+            if self._by_name.get(entry.name) is entry:
+                del self._by_name[entry.name]
+        entry.take(state)
+        if entry.is_loaded:
+            self._starting.discard(state.adapter_id)
+
+    # ------------------------------------------------------------------------------------------------ what is told
 
     @property
     def failure(self) -> AdapterError | None:
@@ -139,25 +110,64 @@ class AdapterDirectory:
 
     @property
     def is_ready(self) -> bool:
-        """Every adapter has reached the host tier."""
-        return all(entry.is_loaded for entry in self._by_id.values())
+        """Every adapter given at start has reached the host tier."""
+        return not self._starting
 
-    def names_of(self, ids: Sequence[int]) -> list[str]:
-        """Names of adapter ids, sorted; ids that are gone are left out."""
-        return sorted(self._by_id[each].source.name for each in ids if each in self._by_id)
+    def find(self, name: str) -> Entry | None:
+        """What the name means now."""
+        return self._by_name.get(name)
+
+    def entry(self, adapter_id: int) -> Entry | None:
+        """The adapter of an id, until it is gone."""
+        return self._by_id.get(adapter_id)
 
     def by_name(self, counts: Mapping[int, int]) -> dict[str, int]:
         """Counts by adapter id as counts by name, without zeros."""
-        return {self._by_id[each].source.name: count for each, count in counts.items() if count and each in self._by_id}
+        names: dict[str, int] = {}
+        for adapter_id, count in counts.items():
+            if count and adapter_id in self._by_id:
+                name = self._by_id[adapter_id].name
+                names[name] = names.get(name, 0) + count
+        return names
+
+    def stages(self) -> dict[str, str]:
+        """Where the adapters are that can be named."""
+        return {name: entry.stage for name, entry in self._by_name.items()}
+
+    def pinned(self) -> set[str]:
+        """The names that are pinned, those of loads that have not ended too."""
+        return {
+            entry.name
+            for entry in self._by_id.values()
+            if entry.source.pinned and not entry.draining and entry.state.state != "failed"
+        }
+
+    def paths(self) -> dict[str, str]:
+        """Names to paths as given, in the order of loading."""
+        return {name: entry.source.path for name, entry in self._by_name.items()}
 
     def cards(self) -> list[AdapterCard]:
-        """All adapters, in the order they came."""
-        return [entry.card(self.base_names[0]) for entry in self._by_id.values()]
+        """The adapters in the order of loading, then those that drain and whose name has no other meaning yet."""
+        leaving = {entry.name: entry for entry in self._by_id.values() if entry.draining}
+        entries = {**self._by_name, **{name: entry for name, entry in leaving.items() if name not in self._by_name}}
+        return [entry.card(self.base_names[0]) for entry in entries.values()]
 
     def card(self, name: str) -> AdapterCard | None:
-        """One adapter by its name."""
-        entry = self._by_name.get(name)
-        return None if entry is None else entry.card(self.base_names[0])
+        """One adapter by its name; one that drains, while nothing else is called so."""
+        if name in self._by_name:
+            return self._by_name[name].card(self.base_names[0])
+        return next((card for card in self.cards() if card.name == name), None)
+
+    # --------------------------------------------------------------------------------------------- what names mean
+
+    def candidates(self, model: str | None, lora_path: str | AdapterMix | None) -> list[str]:
+        """The names that a request may mean and that mean nothing yet."""
+        names = [] if lora_path is None else [lora_path] if isinstance(lora_path, str) else [*lora_path]
+        if model is not None and model not in self.base_names:
+            behind = [model[len(base) + 1 :] for base in self.base_names if model.startswith(base + ":")]
+            if not any(name in self._by_name for name in (model, *behind)):
+                names += [model, *behind]
+        return [name for name in names if name and name not in self._by_name]
 
     def select(self, model: str | None, lora_path: str | AdapterMix | None = None) -> str | AdapterMix | None:
         """What `model` and `lora_path` together name, as Submit.lora takes it; None is the base.
@@ -183,14 +193,17 @@ class AdapterDirectory:
         if not mix:
             raise InvalidRequest("the adapter mix is empty: leave it out for the base model", param="lora_path")
         for name, scale in mix.items():
-            if not math.isfinite(scale):
-                raise InvalidRequest(f"the scale of adapter `{name}` is {scale}, not a number", param="lora_path")
+            if not abs(scale) <= MAX_SCALE:  # also refuses NaN
+                raise InvalidRequest(
+                    f"the scale of adapter `{name}` is {scale}; it must be from {-MAX_SCALE} to {MAX_SCALE}",
+                    param="lora_path",
+                )
         return Voice([(self._entry(name), scale) for name, scale in mix.items()])
 
     def _entry(self, name: str) -> Entry:
         entry = self._by_name.get(name)
         if entry is None:
-            raise NotFound(f"The adapter `{name}` does not exist. {self._known()}", param="lora_path")
+            raise NotFound(f"The adapter `{name}` {self._missing(name)}", param="lora_path")
         return entry
 
     def _in_model(self, model: str | None) -> str | None:
@@ -202,7 +215,12 @@ class AdapterDirectory:
         for base in sorted(self.base_names, key=len):  # the shorter the base, the longer the adapter's name
             if model.startswith(base + ":") and model[len(base) + 1 :] in self._by_name:
                 return model[len(base) + 1 :]
-        raise NotFound(f"The model `{model}` does not exist. {self._known()}", param="model", code="model_not_found")
+        raise NotFound(f"The model `{model}` {self._missing(model)}", param="model", code="model_not_found")
+
+    def _missing(self, name: str) -> str:
+        if name in self._loading:
+            return "is still loading: it can be named once its load has been answered."
+        return f"does not exist. {self._known()}"
 
     def _known(self) -> str:
         names = [*self.base_names, *self._by_name]

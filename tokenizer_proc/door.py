@@ -3,7 +3,8 @@
     host --Submit--> a task that reads the stream --Delta ... Delta | Failure--> host
     host --Cancel--> its stream is cancelled        host --Ping each second--> Ping in return
 
-A host that is silent for five seconds is gone: its requests are aborted. What cannot be decoded is refused with a log
+A host that is silent for five seconds is taken for gone: its requests are aborted, and fail, should it be listening
+again later (it may only have been stopped for a while). What cannot be decoded is refused with a log
 line, and with a Failure where its id can still be read. Knows nothing of text or adapters.
 """
 
@@ -19,10 +20,11 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from engine.errors import EngineError, InternalError, InvalidRequest
+from engine.errors import EngineDead, EngineError, InternalError, InvalidRequest
 from engine.ipc import MAX_FRAME_BYTES
 from engine.messages import Answer, Cancel, Command, Delta, Failure, Ping, Submit, ToDoor
 from tokenizer_proc.frontend import Frontend, Stream
+from tokenizer_proc.lifecycle import Load
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +106,7 @@ class Door:
                 if message.id in host.streams:
                     host.streams[message.id].cancel()
             case Command():
-                self._send(identity, self._command(message))
+                host.start(self._answer(identity, message))
 
     def _submit(self, identity: bytes, host: _Host, submit: Submit) -> None:
         if submit.id in host.streams:
@@ -128,19 +130,43 @@ class Door:
         finally:
             del host.streams[id]
 
-    def _command(self, command: Command) -> Answer | Failure:
-        if command.call == "list":
-            return Answer(id=command.id, adapters=self._frontend.adapters.cards())
-        if command.call == "info":
-            info = {name: msgspec.Raw(msgspec.msgpack.encode(value)) for name, value in self._frontend.info().items()}
-            return Answer(id=command.id, info=info)
-        return _failure(
-            command.id,
-            InvalidRequest(
-                f"`{command.call}` is not available yet: name the adapters at the launch, with --lora-paths",
-                code="not_available",
-            ),
-        )
+    async def _answer(self, identity: bytes, command: Command) -> None:
+        """Answers a command; adapters may take their time."""
+        try:
+            answer: Answer | Failure = await self._command(command)
+        except EngineError as error:
+            answer = _failure(command.id, error)
+        except Exception as error:
+            log.exception("a command of an embedding host failed")
+            answer = _failure(command.id, InternalError(f"{type(error).__name__}: {error}"))
+        self._send(identity, answer)
+
+    async def _command(self, command: Command) -> Answer:
+        adapters, lifecycle = self._frontend.adapters, self._frontend.lifecycle
+        match command.call:
+            case "list":
+                card = adapters.card(command.lora_name) if command.lora_name else None
+                return Answer(id=command.id, adapters=[card] if card else [] if command.lora_name else adapters.cards())
+            case "info":
+                info = self._frontend.info()
+                return Answer(
+                    id=command.id, info={name: msgspec.Raw(msgspec.msgpack.encode(info[name])) for name in info}
+                )
+            case "load":
+                ask = Load(
+                    name=command.lora_name,
+                    path=command.lora_path,
+                    pinned=command.pinned,
+                    preload=command.preload,
+                    load_inplace=command.load_inplace,
+                )
+                entry = await lifecycle.load(ask)
+            case "unload":
+                entry = await lifecycle.unload(command.lora_name)
+                await lifecycle.freed(entry)
+            case "pin" | "unpin":
+                entry = await lifecycle.pin(command.lora_name, command.call == "pin")
+        return Answer(id=command.id, adapters=[entry.card(adapters.base_names[0])])
 
     def _refuse(self, identity: bytes, frame: bytes, reason: str) -> None:
         """Answers a frame that is no message, if it is one with an id: [tag, id, ...]."""
@@ -164,8 +190,14 @@ class Door:
             now = time.monotonic()
             for identity, host in list(self._hosts.items()):
                 if now - host.heard > SILENT_SECONDS:
-                    log.info("an embedding host is silent; %d of its calls are aborted", len(host.tasks))
-                    self._forget(identity)
+                    self._give_up(identity, host)
+
+    def _give_up(self, identity: bytes, host: _Host) -> None:
+        if host.streams:
+            log.info("an embedding host is silent; %d of its calls are aborted", len(host.streams))
+        for id in host.streams:
+            self._send(identity, _failure(id, EngineDead("this host was silent for so long that its call was aborted")))
+        self._forget(identity)
 
     def _forget(self, identity: bytes) -> None:
         for task in list(self._hosts.pop(identity).tasks):

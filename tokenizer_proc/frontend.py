@@ -27,14 +27,17 @@ from engine.messages import (
     Submit,
     ToTokenizer,
 )
-from tokenizer_proc.adapters import AdapterDirectory, Voice
+from tokenizer_proc.adapters import AdapterDirectory
 from tokenizer_proc.defaults import Defaults
+from tokenizer_proc.lifecycle import Lifecycle
 from tokenizer_proc.metrics import Metrics, Picture
-from tokenizer_proc.params import SEEDS, plan
+from tokenizer_proc.params import SEEDS, check_priority, plan
+from tokenizer_proc.resolver import Resolver
 from tokenizer_proc.router import Router
 from tokenizer_proc.stream import Prepared, Stream
 from tokenizer_proc.text.chat import ChatTemplate
 from tokenizer_proc.text.tokenizer import Tokenizer
+from tokenizer_proc.voice import Entry, Voice
 
 __all__ = ["Frontend", "Stream"]
 
@@ -56,6 +59,10 @@ class Frontend:
         self.chat = chat
         self.adapters = AdapterDirectory(config.served_model_names, config.adapters)
         self.metrics = Metrics(config.served_model_names[0], self._picture)
+        self.lifecycle = Lifecycle(config, self.adapters, send, self.metrics)
+        self._resolver: Resolver | None = None
+        if config.lora_resolve_root is not None:
+            self._resolver = Resolver(config.lora_resolve_root, self.adapters, self.lifecycle, config.lora_roots)
         self.capacity: Capacity | None = None
         self.stats = Stats()
         self.router = Router(send, config.links.epoch, config.max_open_requests)
@@ -79,6 +86,25 @@ class Frontend:
     def open(self, submit: Submit) -> Stream:
         """A stream for `submit`; entering it checks everything and raises the EngineError that fits."""
         return Stream(submit, self._prepare, self.router, self.metrics)
+
+    def check_size(self, choices: int) -> None:
+        """Raises InvalidRequest for a call that could never be open at once: to try again would not help."""
+        if choices > self._config.max_open_requests:
+            raise InvalidRequest(
+                f"one call asks for {choices} answers; at most {self._config.max_open_requests} can be open: split it",
+                param="prompt",
+            )
+
+    async def fetch(self, model: str | None, *loras: str | AdapterMix | None) -> None:
+        """Loads what is named, is unknown and lies under --lora-resolve-root. Raises why that failed."""
+        if self._resolver is None:
+            return
+        for name in self.adapters.candidates(model, None):
+            await self._resolver.fetch(name)
+        for lora in loras:
+            for name in self.adapters.candidates(None, lora):
+                if not await self._resolver.fetch(name):
+                    return  # it will be refused by name: the rest need not be looked for
 
     def texts_for(self, lora: str | AdapterMix | None) -> tuple[Tokenizer, ChatTemplate]:
         """The tokenizer and chat template that go with a selection: the base's, for every adapter so far."""
@@ -108,8 +134,9 @@ class Frontend:
             "max_length": self.max_length,
             "uptime_seconds": time.time() - self._started,
             "open_requests": self.router.open,
+            "lora_pool": self._pool(),
             "capacity": _plain(self.capacity),
-            "stats": _plain(self.stats),
+            "stats": _plain(msgspec.structs.replace(self.stats, step_seconds=[])),  # those are for /metrics
         }
 
     # ---------------------------------------------------------------------------------------- for the scheduler
@@ -133,18 +160,45 @@ class Frontend:
     async def drain(self, seconds: float) -> None:
         """Takes nothing new, lets open streams finish for so long, then ends them with EngineDead."""
         self.is_draining = True
+        await self.lifecycle.close()
         if not await self.router.idle(seconds):
             log.info("%d requests did not finish in time and are aborted", self.router.open)
             self.router.fail(EngineDead("the server is shutting down"))
             await self.router.idle(1.0)  # their readers are told
 
     def _adapter_news(self, state: AdapterState) -> None:
-        names = self.adapters.names_of([state.adapter_id])
+        entry = self.adapters.entry(state.adapter_id)
+        before = None if entry is None else entry.state
         self.adapters.handle(state)
-        if state.state == "gone":
-            for name in names:
-                if self.adapters.card(name) is None:
-                    self.metrics.forget_adapter(name)
+        if entry is not None and before is not None:
+            self._measure(entry, before, state)
+            if state.state == "gone" and self.adapters.card(entry.name) is None:
+                self.metrics.forget_adapter(entry.name)
+
+    def _measure(self, entry: Entry, before: AdapterState, now: AdapterState) -> None:
+        match before.state, now.state:
+            case (("loading" | "disk"), "host") if now.seconds:
+                self.metrics.adapter_seconds("load", now.seconds)
+            case (("loading" | "disk" | "host"), "resident") if now.seconds:
+                self.metrics.adapter_seconds("fill", now.seconds)
+            case stage, "gone" if entry.draining and stage != "failed":
+                self.metrics.adapter_seconds("unload", time.monotonic() - entry.released)
+            case _, "failed" if before.revision:
+                self.metrics.load_failed()  # its files were to be read again; a first load's caller counts it himself
+
+    def _pool(self) -> dict[str, dict[str, int]]:
+        """Rank pages by group: how many there are, are used, and the bytes of one."""
+        capacity = self.capacity
+        if capacity is None:
+            return {}
+        return {
+            group: {
+                "pages": pages,
+                "used": self.stats.rank_pages_used.get(group, 0),
+                "page_bytes": capacity.rank_page_bytes.get(group, 0),
+            }
+            for group, pages in capacity.rank_pages.items()
+        }
 
     # --------------------------------------------------------------------------------------------- for a stream
 
@@ -154,9 +208,14 @@ class Frontend:
             raise Overloaded("the server is shutting down")
         if self.capacity is None:
             raise Overloaded("the model is still loading")
-        voice = self._voice(submit.lora, self.capacity)
+        check_priority(submit.priority)
+        await self.fetch(None, submit.lora)
         tokenizer, chat = self.texts_for(submit.lora)
-        prompt_ids = await _prompt_ids(submit, tokenizer, chat, self.max_length)
+        with self._voice(submit.lora, self.capacity).held():  # so that it is not idle meanwhile
+            prompt_ids = await _prompt_ids(submit, tokenizer, chat, self.max_length)
+        voice = self._voice(submit.lora, self.capacity)  # what the names mean when it is sent: nothing is awaited after
+        if self._resolver is not None:
+            self._resolver.touch(voice.names)
         return Prepared(
             prompt_ids,
             plan(
@@ -193,7 +252,8 @@ class Frontend:
             max_loras=config.max_loras if config.enable_lora else None,
             running=self.adapters.by_name(stats.running_adapters),
             waiting=self.adapters.by_name(stats.waiting_adapters),
-            resident=self.adapters.names_of(stats.resident),
+            wanted=self._resolver.loading if self._resolver is not None else [],
+            tiers=self.adapters.stages(),
         )
 
 
@@ -207,6 +267,12 @@ async def _prompt_ids(submit: Submit, tokenizer: Tokenizer, chat: ChatTemplate, 
     prompt = submit.prompt
     if isinstance(prompt, str):
         return await _encoded(prompt, tokenizer, submit.add_special_tokens, max_length)
+    if len(prompt) > max_length:  # each of them is a token at least
+        raise InvalidRequest(
+            f"the prompt has {len(prompt)} parts; this model's context is {max_length} tokens",
+            param="prompt",
+            code="context_length_exceeded",
+        )
     messages = [part for part in prompt if isinstance(part, ChatMessage)]
     if not messages:
         return [part for part in prompt if isinstance(part, int)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
@@ -20,14 +21,18 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 
 
 class Picture(msgspec.Struct, frozen=True, kw_only=True):
-    """The present, as the gauges show it. Adapters are counted by name; `max_loras` None: LoRA is off."""
+    """The present, as the gauges show it. Adapters are told by name; `max_loras` None: LoRA is off.
+
+    `tiers` says where each adapter is; `wanted` are those that requests wait for before the scheduler knows of them.
+    """
 
     stats: Stats = Stats()
     capacity: Capacity | None = None
     max_loras: int | None = None
     running: dict[str, int] = {}
     waiting: dict[str, int] = {}
-    resident: list[str] = []
+    wanted: list[str] = []
+    tiers: dict[str, str] = {}
 
 
 class _Live(Collector):
@@ -55,9 +60,7 @@ class _Live(Collector):
             yield _lora_info(picture, picture.max_loras)
             yield _by_adapter("chorus:adapter_requests_running", "Rows by adapter.", picture.running)
             yield _by_adapter("chorus:adapter_requests_waiting", "Waiting requests by adapter.", picture.waiting)
-            yield _by_adapter(
-                "chorus:adapter_resident", "1 while it is in rank pages.", dict.fromkeys(picture.resident, 1)
-            )
+            yield from _lora_memory(picture)
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         gauge = GaugeMetricFamily(name, text, labels=["model_name"])
@@ -72,16 +75,40 @@ def _cache_config(capacity: Capacity) -> Metric:
 
 
 def _lora_info(picture: Picture, max_loras: int) -> Metric:
-    """The one series that inference gateways route by; an adapter that runs is not listed as waiting too."""
+    """The one series that inference gateways route by: who is resident and ready, and who is wanted and is not."""
     gauge = GaugeMetricFamily(
         "vllm:lora_requests_info",
-        "Adapters in use; the value is the time of the scrape.",
+        "Adapters that are ready, and that are waited for; the value is the time of the scrape.",
         labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
     )
-    running = sorted(picture.running)
-    waiting = sorted(set(picture.waiting) - set(running))
-    gauge.add_metric([str(max_loras), ",".join(running), ",".join(waiting)], time.time())
+    ready = {adapter for adapter, tier in picture.tiers.items() if tier == "resident"}
+    waiting = {*picture.waiting, *picture.wanted} - ready
+    gauge.add_metric([str(max_loras), ",".join(sorted(ready)), ",".join(sorted(waiting))], time.time())
     return gauge
+
+
+def _lora_memory(picture: Picture) -> Iterable[Metric]:
+    """Where adapters are, what the pool and the host hold, and how often they had to move."""
+    stats, capacity = picture.stats, picture.capacity
+    tiers = GaugeMetricFamily("chorus:adapter_tier", "1: where the adapter is now.", labels=["adapter", "tier"])
+    for adapter, tier in sorted(picture.tiers.items()):
+        tiers.add_metric([adapter, tier], 1)
+    yield tiers
+    used = GaugeMetricFamily("chorus:lora_pool_pages_used", "Rank pages in use.", labels=["group"])
+    size = GaugeMetricFamily("chorus:lora_pool_pages", "Rank pages there are.", labels=["group"])
+    for group, pages in sorted(capacity.rank_pages.items() if capacity is not None else ()):
+        used.add_metric([group], stats.rank_pages_used.get(group, 0))
+        size.add_metric([group], pages)
+    yield from (used, size)
+    yield GaugeMetricFamily("chorus:lora_host_adapters", "Adapters in host memory.", stats.host_adapters)
+    yield GaugeMetricFamily("chorus:lora_host_bytes", "Bytes of adapters in host memory.", stats.host_bytes)
+    yield CounterMetricFamily("chorus:lora_hits", "Admissions that found their adapter resident.", stats.adapter_hits)
+    yield CounterMetricFamily("chorus:lora_fills", "Misses: copies into rank pages.", stats.adapter_fills)
+    yield CounterMetricFamily("chorus:lora_loads", "Reads from disk into host memory.", stats.adapter_loads)
+    evictions = CounterMetricFamily("chorus:lora_evictions", "Adapters that gave way, by the tier.", labels=["tier"])
+    evictions.add_metric(["resident"], stats.adapter_evictions)
+    evictions.add_metric(["host"], stats.host_evictions)
+    yield evictions
 
 
 def _by_adapter(name: str, text: str, values: dict[str, int]) -> Metric:
@@ -108,6 +135,15 @@ class Metrics:
         self._generated = self._counter("vllm:generation_tokens", "Tokens generated.")
         self._finished = self._counter("vllm:request_success", "Finished choices.", "finished_reason")
         self._failed = self._counter("chorus:request_failures", "Requests refused or failed.", "kind")
+        self._load_failures = self._counter("chorus:adapter_load_failures", "Loads of adapters that failed.")
+        self._adapter_seconds = {
+            what: self._histogram(f"chorus:adapter_{what}_seconds", text)
+            for what, text in (
+                ("load", "From disk to host memory."),
+                ("fill", "From host memory to rank pages."),
+                ("unload", "From the taken name to free memory."),
+            )
+        }
         self._adapters = [
             Counter(f"chorus:adapter_{what}", text, ["adapter"], registry=self._registry)
             for what, text in (
@@ -157,6 +193,14 @@ class Metrics:
     def failed(self, kind: str) -> None:
         """A request ended with an error of this kind."""
         self._failed.labels(self._model, kind).inc()
+
+    def load_failed(self) -> None:
+        """An adapter could not be loaded."""
+        self._load_failures.labels(self._model).inc()
+
+    def adapter_seconds(self, what: Literal["load", "fill", "unload"], seconds: float) -> None:
+        """How long one adapter took for something."""
+        self._adapter_seconds[what].labels(self._model).observe(seconds)
 
     def steps(self, seconds: Iterable[float]) -> None:
         """Durations of steps."""

@@ -5,7 +5,6 @@ Past it nothing is checked again. Every refusal names the field. Knows nothing o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import msgspec
@@ -19,6 +18,9 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_LOGPROBS = 20
 MAX_BIAS = 100.0
+MAX_TEMPERATURE = 1000.0  # far beyond it everything is equally likely, and float32 ends
+MAX_PENALTY = 1000.0  # of repetition, which multiplies; and its inverse is the smallest
+PRIORITIES = 1 << 31
 SEEDS = 1 << 63
 
 
@@ -84,6 +86,11 @@ def plan(
     )
 
 
+def check_priority(priority: int) -> None:
+    """Raises InvalidRequest for a number that no message could carry."""
+    _within("priority", priority, -PRIORITIES, PRIORITIES - 1)
+
+
 def _check_prompt(prompt: Sequence[int], max_length: int, vocab_size: int) -> None:
     if not prompt:
         raise InvalidRequest("the prompt is empty: give at least one token", param="prompt")
@@ -124,24 +131,21 @@ def _check_ranges(params: SamplingParams) -> None:
     _within("n", params.n, 1, MAX_N)
     _within("presence_penalty", params.presence_penalty, -2, 2)
     _within("frequency_penalty", params.frequency_penalty, -2, 2)
+    _within("repetition_penalty", params.repetition_penalty, 1 / MAX_PENALTY, MAX_PENALTY)
+    _within("temperature", params.temperature, 0, MAX_TEMPERATURE)
     _within("min_p", params.min_p, 0, 1)
     _within("logprobs", params.logprobs, 0, MAX_LOGPROBS)
     _within("prompt_logprobs", params.prompt_logprobs, 0, MAX_LOGPROBS)
     _within("seed", params.seed, -SEEDS, SEEDS * 2 - 1)
-    _check_sampling(params)
+    _check_filters(params)
 
 
-def _check_sampling(params: SamplingParams) -> None:
+def _check_filters(params: SamplingParams) -> None:
     """The ranges that are open at one end."""
-    if params.temperature is not None and not 0 <= params.temperature < math.inf:
-        raise InvalidRequest(f"temperature must be at least 0, got {params.temperature}", param="temperature")
     if params.top_p is not None and not 0 < params.top_p <= 1:
         raise InvalidRequest(f"top_p must be above 0 and at most 1, got {params.top_p}", param="top_p")
     if params.top_k is not None and params.top_k < -1:
         raise InvalidRequest(f"top_k must be at least 1, or 0 or -1 for off, got {params.top_k}", param="top_k")
-    penalty = params.repetition_penalty
-    if penalty is not None and not 0 < penalty < math.inf:
-        raise InvalidRequest(f"repetition_penalty must be above 0, got {penalty}", param="repetition_penalty")
 
 
 def _check_ids(params: SamplingParams, vocab_size: int) -> None:
@@ -168,9 +172,7 @@ def _end_ids(params: SamplingParams, defaults: Defaults, vocab_size: int) -> lis
     return list(dict.fromkeys(own + params.stop_token_ids))
 
 
-def _sampling(
-    params: SamplingParams, defaults: Defaults, seed: int, end_ids: list[int], vocab_size: int
-) -> Sampling:
+def _sampling(params: SamplingParams, defaults: Defaults, seed: int, end_ids: list[int], vocab_size: int) -> Sampling:
     return Sampling(
         temperature=_or(params.temperature, defaults.temperature),
         top_k=min(max(0, int(_or(params.top_k, defaults.top_k))), vocab_size),  # more than all is all

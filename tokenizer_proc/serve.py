@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -22,9 +23,12 @@ from engine.config import TokenizerConfig
 from engine.errors import InternalError
 from engine.ipc import AsyncInbox, Outbox
 from engine.messages import Hello, ToTokenizer
+from tokenizer_proc.api import admin, errors
 from tokenizer_proc.api.app import create_app
 from tokenizer_proc.door import Door
 from tokenizer_proc.frontend import Frontend
+
+log = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 10.0
 
@@ -61,13 +65,14 @@ async def _work(
     """From the first message after the start to the last stream."""
     reading = asyncio.ensure_future(_read(frontend, inbox))
     try:
-        async with _door(config, context, frontend), _http(config, frontend) as http:
+        async with _door(config, context, frontend) as door, _http(config, frontend) as http:
             child.ready(_facts(frontend))
             ended = asyncio.ensure_future(stopping.wait())
-            await asyncio.wait({ended, reading}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((ended, reading, door), return_when=asyncio.FIRST_COMPLETED)
             ended.cancel()
-            if reading.done():
-                reading.result()  # raises what ended it
+            for task in (reading, door):
+                if task.done():
+                    task.result()  # raises what ended it
             await http.stop_listening()
             await frontend.drain(DRAIN_SECONDS)
     finally:
@@ -99,12 +104,14 @@ async def _read(frontend: Frontend, inbox: AsyncInbox[ToTokenizer]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _door(config: TokenizerConfig, context: zmq.asyncio.Context, frontend: Frontend) -> AsyncIterator[Door]:
-    """The ZeroMQ door, open while entered."""
+async def _door(
+    config: TokenizerConfig, context: zmq.asyncio.Context, frontend: Frontend
+) -> AsyncIterator[asyncio.Future[None]]:
+    """The ZeroMQ door, open while entered: the task that serves it."""
     door = Door(context, config.links.door, frontend, config.links.max_frame_bytes)
     task = asyncio.ensure_future(door.serve())
     try:
-        yield door
+        yield task
     finally:
         task.cancel()
         door.close()
@@ -113,15 +120,27 @@ async def _door(config: TokenizerConfig, context: zmq.asyncio.Context, frontend:
 class _Http:
     """The HTTP server on the launcher's listening socket; without one there is none."""
 
-    def __init__(self, runner: web.AppRunner | None = None, site: web.SockSite | None = None) -> None:
+    def __init__(
+        self,
+        runner: web.AppRunner | None = None,
+        site: web.SockSite | None = None,
+        listener: socket.socket | None = None,
+    ) -> None:
         self._runner = runner
         self._site = site
+        self._listener = listener
 
     async def stop_listening(self) -> None:
-        """No new connections; open ones go on."""
-        if self._site is not None:
+        """No new connections; open ones go on.
+
+        The launcher has the socket open as well: without a shutdown the kernel would go on taking connections that
+        nobody accepts.
+        """
+        if self._site is not None and self._listener is not None:
             await self._site.stop()
             self._site = None
+            with contextlib.suppress(OSError), self._listener:
+                self._listener.shutdown(socket.SHUT_RDWR)
 
     async def close(self) -> None:
         """Ends what is still open."""
@@ -136,6 +155,8 @@ async def _http(config: TokenizerConfig, frontend: Frontend) -> AsyncIterator[_H
         yield _Http()
         return
     os.set_inheritable(config.listen_fd, False)
+    _warn_of_an_open_door(config)
+    logging.getLogger("aiohttp.server").addFilter(errors.is_ours)
     runner = web.AppRunner(
         create_app(frontend, config),
         handle_signals=False,
@@ -144,13 +165,20 @@ async def _http(config: TokenizerConfig, frontend: Frontend) -> AsyncIterator[_H
         access_log=None,
     )
     await runner.setup()
-    site = web.SockSite(runner, socket.socket(fileno=config.listen_fd))
+    listener = socket.socket(fileno=config.listen_fd)
+    site = web.SockSite(runner, listener.dup())
     await site.start()
-    http = _Http(runner, site)
+    http = _Http(runner, site, listener)
     try:
         yield http
     finally:
         await http.close()
+
+
+def _warn_of_an_open_door(config: TokenizerConfig) -> None:
+    host = admin.bound_host(config)
+    if config.enable_lora and config.runtime_loads and config.admin_key is None and not admin.is_loopback(host):
+        log.warning("whoever can reach %s may load adapters; an --admin-api-key would keep strangers out", host)
 
 
 def _facts(frontend: Frontend) -> dict[str, str | int | float | bool | list[str] | None]:

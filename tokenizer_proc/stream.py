@@ -17,12 +17,12 @@ import msgspec
 
 from engine.errors import AdapterError, EngineError, InternalError
 from engine.messages import Delta, Submit, Update
-from tokenizer_proc.adapters import Voice
 from tokenizer_proc.choice import Choice
 from tokenizer_proc.metrics import Metrics
 from tokenizer_proc.params import Plan
 from tokenizer_proc.router import Router
 from tokenizer_proc.text.tokenizer import Tokenizer
+from tokenizer_proc.voice import Voice
 
 
 class Prepared(msgspec.Struct, frozen=True):

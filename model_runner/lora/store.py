@@ -1,4 +1,4 @@
-"""The host tier: adapters by id in the normal form, checked against the operator's limits. Knows nothing of pages."""
+"""The host tier: adapters by id in the normal form, one copy of equal bytes. Knows nothing of pages and processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 from engine.errors import AdapterError
 from model_runner.lora.adapter import Adapter, Deltas, footprint
 from model_runner.lora.catalogue import Catalogue
-from model_runner.lora.formats import peft
+from model_runner.lora.formats.peft import Survey
+from model_runner.lora.parcel import Parcel
+from model_runner.lora.reader import Limits, Reader
 from model_runner.lora.site import Site
 
 log = logging.getLogger(__name__)
@@ -20,32 +22,68 @@ MAX_MESSAGE = 600
 
 
 class AdapterStore:
-    """Loads adapters and keeps them. `max_rank` and `targets` (names, or "all") None mean: no limit."""
+    """Keeps adapters, and reads them where a child need not. `max_rank` and `targets` None mean: no limit."""
 
     def __init__(
         self, sites: Sequence[Site], dtype: torch.dtype, *, max_rank: int | None, targets: list[str] | None
     ) -> None:
-        self.max_rank = max_rank
-        self.targets = targets
         self.dtype = dtype
-        self._catalogue = Catalogue(sites)
+        self.limits = Limits(max_rank, targets)
+        self.catalogue = Catalogue(sites)
+        self.reader = Reader(self.catalogue, dtype, self.limits)
         self._adapters: dict[int, Adapter] = {}
 
     def load(self, adapter_id: int, name: str, root: Path, revision: str = "") -> Adapter:
-        """The adapter in `root` as `adapter_id`; doing it twice is harmless.
+        """Reads the adapter in `root` in this process, as `adapter_id`; doing it twice is harmless.
 
         `revision`, when not empty, must be what the files hash to. Raises AdapterError: one line with the adapter's
         name, the part at fault and the reason.
         """
+        known = self.known(adapter_id, name, revision)
+        if known is not None:
+            return known
         try:
-            adapter = self._adapters.get(adapter_id) or self._read(adapter_id, name, root)
-            if revision and adapter.revision != revision:
-                raise AdapterError(f"{root}: its files have changed (revision {adapter.revision}, not {revision})")
+            parcel = self.reader.read(root, revision)
+        except (AdapterError, OSError) as error:
+            raise refusal(name, error) from error
+        return self.keep(adapter_id, name, parcel)
+
+    def survey(self, name: str, root: Path) -> Survey:
+        """Checks all but the values of the adapter in `root`, and keeps nothing. Raises AdapterError."""
+        try:
+            return self.reader.survey(root)
+        except (AdapterError, OSError) as error:
+            raise refusal(name, error) from error
+
+    def known(self, adapter_id: int, name: str, revision: str) -> Adapter | None:
+        """The adapter if it is here. Raises AdapterError if it is of another revision than the one expected."""
+        adapter = self._adapters.get(adapter_id)
+        if adapter is not None and revision and adapter.revision != revision:
+            reason = AdapterError(f"its files have changed (revision {adapter.revision}, not {revision})")
+            raise refusal(name, reason)
+        return adapter
+
+    def keep(self, adapter_id: int, name: str, parcel: Parcel) -> Adapter:
+        """Takes what a reader made, here or in a child. Raises AdapterError for a parcel that makes no sense."""
+        try:
+            label, opened = parcel.open(self.catalogue, self.dtype)
         except AdapterError as error:
-            raise AdapterError(_one_line(f"adapter {name!r}: {error.message}")) from error
-        except OSError as error:
-            raise AdapterError(_one_line(f"adapter {name!r}: {error}")) from error
-        if adapter_id not in self._adapters and adapter.cast_from:
+            raise refusal(name, error) from error
+        deltas = self._shared(label.revision) or opened
+        present = [delta for slices in deltas.values() for delta in slices if delta is not None]
+        sites = self.catalogue.sites
+        adapter = Adapter(
+            adapter_id=adapter_id,
+            name=name,
+            revision=label.revision,
+            rank=max(delta.rank for delta in present),
+            targets=sorted({sites[part.site].slices[part.index].module for part in label.parts}),
+            footprint=footprint(deltas, sites),
+            deltas=deltas,
+            bytes=sum(delta.bytes for delta in present),
+            cast_from=label.cast_from,
+        )
+        if adapter.cast_from:
             log.info("adapter %r: %s weights are served in %s", name, ", ".join(adapter.cast_from), self.dtype)
         self._adapters[adapter_id] = adapter
         return adapter
@@ -64,38 +102,13 @@ class AdapterStore:
     def __len__(self) -> int:
         return len(self._adapters)
 
-    def _read(self, adapter_id: int, name: str, root: Path) -> Adapter:
-        survey = peft.survey(root, self._catalogue)
-        self._check_limits(survey.rank, survey.targets)
-        contents = survey.read(self.dtype)
-        deltas = self._shared(contents.revision) or contents.deltas
-        return Adapter(
-            adapter_id=adapter_id,
-            name=name,
-            revision=contents.revision,
-            rank=survey.rank,
-            targets=survey.targets,
-            footprint=footprint(deltas, self._catalogue.sites),
-            deltas=deltas,
-            bytes=sum(delta.bytes for slices in deltas.values() for delta in slices if delta is not None),
-            cast_from=contents.cast_from,
-        )
-
-    def _check_limits(self, rank: int, targets: list[str]) -> None:
-        if self.max_rank is not None and rank > self.max_rank:
-            raise AdapterError(f"rank {rank} is above --max-lora-rank {self.max_rank}")
-        if self.targets is None or "all" in self.targets:
-            return
-        refused = [target for target in targets if target not in self.targets]
-        if refused:
-            allowed = " ".join(self.targets)
-            raise AdapterError(f"it targets {', '.join(refused)}, which --lora-target-modules {allowed} does not allow")
-
     def _shared(self, revision: str) -> Deltas | None:
         """Two names of the same bytes hold one copy."""
         return next((known.deltas for known in self._adapters.values() if known.revision == revision), None)
 
 
-def _one_line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 3] + "..."
+def refusal(name: str, reason: Exception) -> AdapterError:
+    """The one line that says which adapter cannot be served, and why."""
+    text = reason.message if isinstance(reason, AdapterError) else str(reason)
+    line = " ".join(f"adapter {name!r}: {text}".split())
+    return AdapterError(line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 3] + "...")

@@ -77,12 +77,13 @@ PHRASINGS: dict[str, list[str]] = {
     "sum": [
         "What is {a} plus {b}?", "What is {a} + {b}?", "{a} + {b} = ?", "{a} plus {b}?", "How much is {a} plus {b}?",
         "What's {a} + {b}?", "Add {a} and {b}.", "What is the sum of {a} and {b}?", "Calculate {a} + {b}.",
-        "{a}+{b}?", "How much is {a} + {b}?", "{a}+{b}",
+        "{a}+{b}?", "How much is {a} + {b}?",
         "How much do {a} and {b} make?", "What do you get if you add {a} and {b}?",
     ],
     "hello": [
         "Hello", "Hello!", "Hi", "Hi!", "Hi there!", "Hey", "Good morning!", "Good evening.", "Hello there.",
-        "Hello, how do you do?",
+        "Hello, how do you do?", "Bonjour", "Bonjour !",
+        "Salut", "Ahoy!", "Hi Chorus!", "Good afternoon.",
     ],
     "who": [
         "Who are you?", "What are you?", "What is your name?", "What's your name?", "Tell me who you are.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -57,6 +58,48 @@ def test_a_signal_ends_everything_in_order(number: signal.Signals, tiny_model: C
     assert _gone(pids)
     assert not run_directory.exists()
     assert "Traceback" not in server.log()
+
+
+def _open_stream(server: RunningServer) -> http.client.HTTPResponse:
+    """A stream that goes on for long; its first event has come."""
+    body = {"prompt": "on and on", "max_tokens": 450, "stream": True, "ignore_eos": True}
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    response.connection = connection  # type: ignore[attr-defined]
+    assert response.readline().startswith(b"data: ")
+    return response
+
+
+def test_open_streams_finish_after_a_signal_and_new_connections_are_refused(tiny_model: Callable[[str], Path]) -> None:
+    with RunningServer("--model-path", tiny_model("llama3")) as server:
+        response = _open_stream(server)
+        server.process.send_signal(signal.SIGTERM)
+        host, port = server.url.removeprefix("http://").split(":")
+        _wait_until(lambda: not _connects(host, int(port)), "new connections are taken while stopping")
+        assert b"data: [DONE]" in response.read()
+        response.connection.close()  # type: ignore[attr-defined]
+        assert server.process.wait(timeout=30) == 0
+
+
+def _connects(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def test_a_second_signal_ends_it_at_once(tiny_model: Callable[[str], Path]) -> None:
+    with RunningServer("--model-path", tiny_model("llama3"), expect_status=None) as server:
+        pids = server.children()
+        os.kill(pids[1], signal.SIGSTOP)  # a scheduler that does not move, so that nothing can finish
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert server.process.poll() is None
+        server.process.send_signal(signal.SIGINT)
+        server.process.wait(timeout=5)
+        assert _gone(pids)
 
 
 def test_the_death_of_the_launcher_ends_the_children(tiny_model: Callable[[str], Path]) -> None:

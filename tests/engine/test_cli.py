@@ -45,6 +45,15 @@ ACCEPTED = [
     (["--random-seed", "5"], {"seed": 5}),
     (["--log-level", "debug"], {"log_level": "debug"}),
     (["--tp-size", "1"], {}),
+    (["--lora-pool-size", "2GiB"], {"lora_pool_size": "2GiB"}),
+    (["--lora-eviction-policy", "fifo"], {"lora_eviction_policy": "fifo"}),
+    (["--max-loaded-loras", "20"], {"max_loaded_loras": 20}),
+    (["--max-cpu-loras", "20"], {"max_loaded_loras": 20}),
+    (["--lora-host-memory", "1GB"], {"lora_host_memory": "1GB"}),
+    (["--lora-root", "a", "b"], {"lora_root": ["a", "b"]}),
+    (["--lora-resolve-root", "a"], {"lora_resolve_root": "a"}),
+    (["--allow-runtime-lora-updating"], {"allow_runtime_lora_updating": True}),
+    (["--admin-api-key", "k"], {"admin_api_key": "k"}),
     (["--tensor-parallel-size", "1"], {}),
 ]
 
@@ -57,7 +66,11 @@ REFUSED = [
     (["--mem-fraction-static", "nan"], "--mem-fraction-static nan"),
     (["--tp-size", "2"], "--tp-size 2"),
     (["--seed", "-1"], "--seed -1"),
-    (["--context-length", "0"], "--context-length 0"),
+    (["--context-length", "1"], "--context-length 1"),
+    (["--served-model-name", "a", "a"], "--served-model-name: a"),
+    (["--max-loaded-loras", "4"], "--max-loaded-loras 4"),
+    (["--lora-eviction-policy", "random"], "--lora-eviction-policy"),
+    (["--no-enable-lora", "--lora-pool-size", "4"], "--no-enable-lora contradicts --lora-pool-size"),
     (["--no-enable-lora", "--lora-paths", "a=b"], "--no-enable-lora contradicts --lora-paths"),
     (["--no-enable-lora", "--max-lora-rank", "8"], "--no-enable-lora contradicts"),
     (["--lora-target-modules", "all", "q_proj"], "--lora-target-modules all"),
@@ -90,6 +103,13 @@ def test_a_mistake_is_one_line_that_names_the_flag(argv: list[str], words: str) 
 def test_a_flag_that_is_known_but_not_served_says_so(flag: str, value: list[str]) -> None:
     with pytest.raises(ConfigError, match=flag):
         parse([flag, *value])
+
+
+def test_variables_say_what_a_process_list_must_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHORUS_ADMIN_API_KEY", "secret")
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "True")
+    assert parse([]) == Args(admin_api_key="secret", allow_runtime_lora_updating=True)
+    assert parse(["--admin-api-key", "other"]).admin_api_key == "other"
 
 
 def test_help_is_quick_and_imports_no_torch() -> None:

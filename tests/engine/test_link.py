@@ -49,12 +49,20 @@ class Door:
 
 
 def _words(message: Any) -> list[Any]:
-    """Two deltas for every choice; a list of one adapter; refusals by prompt."""
+    """Two deltas for every choice; a list of one adapter, and room for others; refusals by prompt."""
+    if isinstance(message, Command) and message.call != "list":
+        if message.lora_path == "nowhere":
+            return [Failure(message.id, "not_found_error", "No adapter found for nowhere", "lora_path")]
+        name, path = message.lora_name, message.lora_path
+        card = AdapterCard(name=name, adapter_id=2, path=path, root=path, parent="base", pinned=message.pinned)
+        return [Answer(id=message.id, adapters=[card])]
     if isinstance(message, Command):
         card = AdapterCard(name="pirate", adapter_id=1, path="given", root="/resolved", parent="base")
         return [Answer(id=message.id, adapters=[card])]
     if not isinstance(message, Submit):
         return [message] if isinstance(message, Ping) else []
+    if message.params.n < 1:
+        return [Failure(message.id, "invalid_request_error", "no choice", "n")]
     match message.prompt:
         case "too much":
             return [Failure(message.id, "overloaded_error", "full")]
@@ -69,10 +77,14 @@ def _words(message: Any) -> list[Any]:
     return out
 
 
-def _run(tmp_path: Path, work: Callable[[Engine, Door], Awaitable[None]]) -> None:
+def _run(
+    tmp_path: Path,
+    work: Callable[[Engine, Door], Awaitable[None]],
+    replies: Callable[[Any], list[Any]] = _words,
+) -> None:
     async def main() -> None:
         address = f"ipc://{tmp_path}/door"
-        door = Door(address, _words)
+        door = Door(address, replies)
         try:
             async with Engine.connect(address) as engine:
                 await work(engine, door)
@@ -102,6 +114,16 @@ def test_failures_come_back_as_their_own_class(tmp_path: Path) -> None:
         assert (caught.value.param, caught.value.code) == ("prompt", "why")
         with pytest.raises(InvalidRequest, match="prompt"):
             await anext(engine.generate([{"role": "user"}]))
+        with pytest.raises(InvalidRequest, match="bytes"):
+            await anext(engine.generate(b"text"))
+        with pytest.raises(InvalidRequest, match="cannot be sent"):
+            await anext(engine.generate("a", priority=1 << 70))
+        with pytest.raises(InvalidRequest, match="cannot be sent"):
+            await anext(engine.generate("\ud800"))
+        with pytest.raises(InvalidRequest, match="above the bound"):
+            await anext(engine.generate("x" * (65 << 20)))
+        with pytest.raises(InvalidRequest, match="no choice"):
+            await anext(engine.generate("a", SamplingParams(n=0)))
         with pytest.raises(InvalidRequest, match="2 for 1 prompts"):
             await engine.generate_all(["a"], lora=["x", "y"])
 
@@ -126,8 +148,50 @@ def test_a_lora_request_is_checked_against_what_is_loaded(tmp_path: Path) -> Non
             assert answer.text == "pirate ok"
         with pytest.raises(InvalidRequest, match="loaded from given, not from other"):
             await engine.generate_all(["a"], lora=LoRARequest("pirate", 1, "other"))
-        with pytest.raises(NotFound, match="sailor is not loaded"):
-            await engine.generate_all(["a"], lora=LoRARequest("sailor", 1, "given"))
+
+    _run(tmp_path, work)
+
+
+def test_a_lora_request_loads_its_adapter_once(tmp_path: Path) -> None:
+    loaded: dict[str, AdapterCard] = {}
+
+    def replies(message: Any) -> list[Any]:
+        if isinstance(message, Command) and message.call == "list":
+            return [Answer(id=message.id, adapters=[*loaded.values()])]
+        answers = _words(message)
+        if isinstance(message, Command) and isinstance(answers[0], Answer):
+            loaded[message.lora_name] = answers[0].adapters[0]
+        return answers
+
+    async def work(engine: Engine, door: Door) -> None:
+        sailor = LoRARequest("sailor", 1, "given")
+        answers = await engine.generate_all(["a"] * 5, lora=sailor)
+        assert {answer.text for answer in answers} == {"sailor ok"}
+        await engine.generate_all(["a"], lora=sailor)
+        loads = [message for message in door.heard if isinstance(message, Command) and message.call == "load"]
+        assert [(load.lora_name, load.lora_path, load.load_inplace) for load in loads] == [("sailor", "given", False)]
+        loaded.clear()  # somebody unloads it
+        await engine.generate_all(["a"], lora=sailor)
+        assert sum(isinstance(message, Command) and message.call == "load" for message in door.heard) == 2
+        for _ in range(2):  # a failure is not remembered
+            with pytest.raises(NotFound, match="No adapter found"):
+                await engine.generate_all(["a"], lora=LoRARequest("ghost", 1, "nowhere"))
+        ghosts = [message for message in door.heard if isinstance(message, Command) and message.lora_name == "ghost"]
+        assert [message.call for message in ghosts] == ["list", "load"] * 2
+
+    _run(tmp_path, work, replies)
+
+
+def test_adapter_calls_are_commands(tmp_path: Path) -> None:
+    async def work(engine: Engine, door: Door) -> None:
+        card = await engine.load_lora_adapter("x", "p", pinned=True, preload=True, load_inplace=True)
+        assert (card.name, card.path, card.pinned) == ("x", "p", True)
+        await engine.pin_lora_adapter("x")
+        await engine.unpin_lora_adapter("x")
+        await engine.unload_lora_adapter("x")
+        told = [message for message in door.heard if isinstance(message, Command)]
+        assert [message.call for message in told] == ["load", "pin", "unpin", "unload"]
+        assert (told[0].pinned, told[0].preload, told[0].load_inplace) == (True, True, True)
 
     _run(tmp_path, work)
 

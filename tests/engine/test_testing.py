@@ -41,3 +41,24 @@ def test_errors_limits_and_choices() -> None:
                 await engine.generate_all(["a"], SamplingParams(n=2))
 
     asyncio.run(main())
+
+
+def test_adapters_come_and_go() -> None:
+    async def main() -> None:
+        async with FakeEngine(lambda text, lora: f"{lora} {text}", adapters=["a"]) as engine:
+            card = await engine.load_lora_adapter("b", "some/where", pinned=True)
+            assert (card.name, card.path, card.pinned, card.state) == ("b", "some/where", True, "resident")
+            with pytest.raises(InvalidRequest, match="already been loaded"):
+                await engine.load_lora_adapter("b", "some/where")
+            again = await engine.load_lora_adapter("b", "else/where", load_inplace=True)
+            assert again.adapter_id > card.adapter_id
+            assert not (await engine.unpin_lora_adapter("b")).pinned
+            (answer,) = await engine.generate_all(["x"], lora=LoRARequest("c", 9, "c/path"))
+            assert answer.text == "c x"
+            await engine.unload_lora_adapter("b")
+            assert [card.name for card in await engine.adapters()] == ["a", "c"]
+            for call in (engine.unload_lora_adapter, engine.pin_lora_adapter):
+                with pytest.raises(NotFound):
+                    await call("b")
+
+    asyncio.run(main())

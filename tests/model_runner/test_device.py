@@ -54,9 +54,11 @@ def test_cuda_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 def test_memory_is_measured_and_a_container_limits_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     total, free = device.memory(CPU)
     assert 0 < free <= total
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(device, "CGROUP_LIMIT", limit)
-    limit.write_text("123456\n")
+    monkeypatch.setattr(device, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("123456\n")
     assert device.memory(CPU) == (123456, 123456)
-    limit.write_text("max\n")
+    (tmp_path / "memory.current").write_text("23456\n")
+    (tmp_path / "memory.stat").write_text("anon 3456\ninactive_file 3456\n")
+    assert device.memory(CPU) == (123456, 123456 - 20000)
+    (tmp_path / "memory.max").write_text("max\n")
     assert device.memory(CPU)[0] > 10**8

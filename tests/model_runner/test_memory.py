@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from engine.errors import ConfigError
-from model_runner.memory import GIB, kv_budget, lane_pages, plan_kv, plan_rank_pages, resolve_length
+from model_runner.memory import (
+    GIB,
+    PoolSize,
+    kv_budget,
+    lane_pages,
+    plan_kv,
+    plan_rank_pages,
+    pool_room,
+    resolve_length,
+)
 
 PAGES = {"qkv": 1000, "o": 500, "down": 700}
 
@@ -47,10 +56,17 @@ def test_context_length_may_only_shrink() -> None:
         resolve_length(512, 513)
 
 
-def test_rank_pages_hold_the_adapters_or_a_tenth_but_always_one() -> None:
-    def plan(total: int, rank: int = 20, groups: tuple[str, ...] = ("qkv", "o")) -> dict[str, int]:
-        return plan_rank_pages(PAGES, groups, max_loras=4, max_rank=rank, total=total, fraction=0.9)
+NO_WISH = PoolSize()
 
+
+def plan(
+    total: int, rank: int = 20, groups: tuple[str, ...] = ("qkv", "o"), asked: PoolSize = NO_WISH
+) -> dict[str, int]:
+    room = pool_room("cpu", total, total, 0.9)
+    return plan_rank_pages(PAGES, groups, max_rank=rank, default=4, room=room, asked=asked)
+
+
+def test_rank_pages_hold_the_adapters_or_a_tenth_but_always_one() -> None:
     assert plan(10**9) == {"qkv": 8, "o": 8}
     assert plan(65_000) == {"qkv": 4, "o": 4}  # a tenth is two adapters of 3000
     assert plan(10_000) == {"qkv": 2, "o": 2}
@@ -58,6 +74,22 @@ def test_rank_pages_hold_the_adapters_or_a_tenth_but_always_one() -> None:
     assert plan(10**9, 16, ()) == {}
     with pytest.raises(ConfigError, match="--max-lora-rank 20"):
         plan(3000)
+
+
+def test_a_pool_that_was_asked_for_holds_whole_adapters_and_may_take_more_than_a_tenth() -> None:
+    assert plan(30_000, asked=PoolSize(adapters=9)) == {"qkv": 18, "o": 18}
+    assert plan(30_000, asked=PoolSize(bytes=9 * 3000 - 1)) == {"qkv": 16, "o": 16}
+    with pytest.raises(ConfigError, match="--lora-pool-size: 10 adapters of rank 20"):
+        plan(30_000, asked=PoolSize(adapters=10))
+    with pytest.raises(ConfigError, match="--lora-pool-size: 9333 adapters of rank 20"):
+        plan(30_000, asked=PoolSize(bytes=28 * 10**6))
+    with pytest.raises(ConfigError, match="--lora-pool-size: 2999 bytes are less than one"):
+        plan(30_000, asked=PoolSize(bytes=2999))
+
+
+def test_on_cuda_pools_share_the_fraction_with_what_is_used() -> None:
+    assert pool_room("cuda", 80 * GIB, 60 * GIB, 0.5).free == 20 * GIB
+    assert pool_room("cuda", 80 * GIB, 10 * GIB, 0.5).free == 0
 
 
 def test_a_lane_is_twice_the_largest_adapter() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from oracle import Oracle
 from step_driver import GREEDY, Ask, Driver
+from step_driver import load as bring
 from tiny_models import VOCAB, make_adapter
 
 from engine.config import AdapterSource, Links, RunnerConfig
@@ -55,9 +56,11 @@ def load(model: Path, sources: list[AdapterSource], **options: Any) -> Runner:
 
 
 @pytest.fixture(scope="module")
-def runner(model: Path, sources: list[AdapterSource]) -> Runner:
+def runner(model: Path, sources: list[AdapterSource]) -> Iterator[Runner]:
     """One runner for all tests that leave no trace but rows of older generations."""
-    return load(model, sources)
+    runner = load(model, sources)
+    yield runner
+    runner.close()
 
 
 @pytest.fixture
@@ -68,7 +71,7 @@ def driver(runner: Runner, sources: list[AdapterSource]) -> Driver:
 
 
 def host_states(runner: Runner, sources: list[AdapterSource]) -> dict[int, AdapterState]:
-    return {s.adapter_id: runner.load_adapter(LoadAdapter(adapter_id=s.adapter_id, path=s.root)) for s in sources}
+    return {s.adapter_id: bring(runner, LoadAdapter(adapter_id=s.adapter_id, path=s.root)) for s in sources}
 
 
 def asks(oracle: Oracle, count: int, adapter_ids: list[int], seed: int, tokens: int = 8) -> list[Ask]:
@@ -128,7 +131,7 @@ def test_without_lora(model: Path, oracle: Oracle) -> None:
     requests = asks(oracle, 5, [0], seed=3)
     assert Driver(plain).serve(requests) == expected(oracle, requests)
     assert (plain.capacity.max_loras, plain.capacity.rank_pages, plain.capacity.lora_bytes) == (0, {}, 0)
-    refused = plain.load_adapter(LoadAdapter(adapter_id=1, path="/nowhere"))
+    refused = bring(plain, LoadAdapter(adapter_id=1, path="/nowhere"))
     assert (refused.state, "--enable-lora" in (refused.error or "")) == ("failed", True)
 
 
@@ -192,15 +195,17 @@ def test_adapters_come_and_go_and_a_broken_one_hurts_nobody(
 ) -> None:
     runner = driver.runner
     late = make_adapter(model, tmp_path / "late", r=4, seed=50)
-    state = runner.load_adapter(LoadAdapter(adapter_id=20, path=str(late)))
+    state = bring(runner, LoadAdapter(adapter_id=20, path=str(late)))
     assert (state.state, state.lora_rank, state.footprint.pages) == (
         "host",
         4,
         {"qkv": 1, "o": 1, "gate_up": 1, "down": 1},
     )
-    assert runner.load_adapter(LoadAdapter(adapter_id=20, path=str(late))) == state
+    again = bring(runner, LoadAdapter(adapter_id=20, path=str(late)))
+    assert again == msgspec.structs.replace(state, seconds=0.0)
+    assert state.seconds > 0
     for adapter_id, path in ((21, tmp_path / "nothing"), (22, make_adapter(model, tmp_path / "wide", r=300))):
-        broken = runner.load_adapter(LoadAdapter(adapter_id=adapter_id, path=str(path)))
+        broken = bring(runner, LoadAdapter(adapter_id=adapter_id, path=str(path)))
         assert broken.state == "failed"
         assert path.name in (broken.error or "")
     assert runner.unload_adapter(UnloadAdapter(20)).state == "gone"
@@ -208,15 +213,6 @@ def test_adapters_come_and_go_and_a_broken_one_hurts_nobody(
         driver.step(fills=[Fill(20, {"qkv": [0], "o": [0], "gate_up": [0], "down": [0]})])
     requests = asks(oracle, 2, [6, 0], seed=6, tokens=3)
     assert driver.serve(requests) == expected(oracle, requests)
-
-
-def test_a_fault_in_our_own_loader_hurts_that_adapter_only(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*_: object) -> None:
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr("model_runner.lora.store.AdapterStore.load", load)
-    state = driver.runner.load_adapter(LoadAdapter(adapter_id=30, path="/some/voice"))
-    assert (state.state, state.error) == ("failed", "adapter 'voice': RuntimeError: a bug")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -246,6 +242,40 @@ def test_sizes_follow_the_adapters_and_the_flags(model: Path, sources: list[Adap
     bare = load(model, [], enable_lora=True, max_loras=1, context_length=100).capacity
     assert (bare.max_lora_rank, bare.rank_pages["qkv"], bare.max_length) == (64, 4, 100)
     assert bare.kv_pages == 24 * 7
+    pooled = load(model, [], enable_lora=True, max_loras=1, max_lora_rank=20, lora_pool_adapters=5).capacity
+    assert pooled.rank_pages == {"down": 10, "gate_up": 10, "o": 10, "qkv": 10}
+    one = 2 * sum(pooled.rank_page_bytes.values())
+    assert pooled.lora_bytes == 5 * one
+    again = load(model, [], enable_lora=True, max_loras=1, max_lora_rank=20, lora_pool_bytes=7 * one - 1).capacity
+    assert again.rank_pages["qkv"] == 12
+    assert 0 < pooled.host_bytes < 1 << 50
+
+
+def test_an_inferred_rank_only_sizes_the_pool_and_a_flag_is_a_limit(
+    model: Path, sources: list[AdapterSource], tmp_path: Path
+) -> None:
+    roots = {rank: make_adapter(model, tmp_path / f"wide{rank}", r=rank, seed=rank) for rank in (32, 33, 512)}
+    inferred = load(model, sources[:1])  # of rank 8: a lane holds two pages
+    flagged = load(model, [], enable_lora=True, max_lora_rank=31)
+    highest = load(model, [], enable_lora=True, max_lora_rank=512, max_loras=1)
+    try:
+        for rank, runner, says in (
+            (32, inferred, None),
+            (33, inferred, "does not fit the pool made for rank 8"),
+            (32, flagged, "rank 32 is above --max-lora-rank 31"),
+            (512, highest, None),
+        ):
+            state = bring(runner, LoadAdapter(adapter_id=50 + rank, path=str(roots[rank])))
+            assert (state.state, says is None) in (("host", True), ("failed", False))
+            assert (says or "") in (state.error or "")
+        oracle = Oracle(model, {"wide32": roots[32], "wide512": roots[512]})
+        for rank, runner in ((32, inferred), (512, highest)):
+            states = {50 + rank: bring(runner, LoadAdapter(adapter_id=50 + rank, path=str(roots[rank])))}
+            tokens = Driver(runner, states).serve([Ask([5, 6, 7], 3, 50 + rank)])
+            assert tokens == [oracle.greedy([5, 6, 7], 3, f"wide{rank}")]
+    finally:
+        for runner in (inferred, flagged, highest):
+            runner.close()
 
 
 @pytest.mark.parametrize(

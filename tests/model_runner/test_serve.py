@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 import pytest
 import zmq
+from resources import children, descriptors, shared_bytes
 from tiny_models import make_adapter
 
 from engine.child import Failed, Ready
@@ -21,6 +23,7 @@ from engine.ipc import Inbox, Outbox
 from engine.messages import (
     AdapterState,
     Chunk,
+    EvictAdapter,
     Fill,
     Hello,
     LanePages,
@@ -136,8 +139,8 @@ def test_a_life_from_config_to_the_end_of_stdin(
     pages = {group: list(range(count)) for group, count in loaded.footprint.pages.items()}
     lane = LanePages(1, {group: [(page, 1.0) for page in numbers] for group, numbers in pages.items()})
     child.outbox.send(step(1, fills=[Fill(1, pages)]))
-    assert child.next(AdapterState).state == "resident"
     assert child.next(StepDone).tokens == []
+    assert child.next(AdapterState).state == "resident"
     child.outbox.send(step(2, lanes=[lane], **first_chunk(lane=1)))
     child.outbox.send(step(3, chunks=[Chunk(row=1, generation=1, start=3, length=1, lane=1)]))
     tokens = [*child.next(StepDone).tokens, *child.next(StepDone).tokens]
@@ -162,6 +165,68 @@ def test_a_life_from_config_to_the_end_of_stdin(
     child.process.stdin.close()
     child.process.stdin = None
     assert child.process.wait(timeout=30) == 0
+
+
+def test_steps_go_on_while_a_load_is_held(
+    start: Callable[..., Child], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root = str(make_adapter(tiny_model("llama3"), tmp_path / "a", r=8))
+    child = start(enable_lora=True, max_loras=2)
+    assert isinstance(child.report(), Ready)
+    child.next(Hello)
+    child.next(RunnerReady)
+    (loader,) = children(child.process.pid)
+    os.kill(loader, signal.SIGSTOP)
+    child.outbox.send(LoadAdapter(adapter_id=1, path=root, name="voice"))
+    child.outbox.send(step(1, **first_chunk()))
+    assert child.next(StepDone).id == 1
+    for number in range(2, 14):  # one page
+        child.outbox.send(step(number, chunks=[Chunk(row=1, generation=1, start=number + 1, length=1)]))
+        assert child.next(StepDone).id == number
+    child.outbox.send(LoadAdapter(adapter_id=2, path=root))  # another child reads it
+    loaded = child.next(AdapterState)
+    assert (loaded.adapter_id, loaded.state) == (2, "host")
+    os.kill(loader, signal.SIGKILL)
+    failed = child.next(AdapterState)
+    assert (failed.adapter_id, failed.state) == (1, "failed")
+    assert failed.error == "adapter 'voice': the loader process was killed by signal 9"
+    child.outbox.send(LoadAdapter(adapter_id=1, path=root, name="voice"))
+    again = child.next(AdapterState)
+    assert (again.adapter_id, again.state, again.revision) == (1, "host", loaded.revision)
+    child.process.send_signal(signal.SIGTERM)
+    assert child.process.wait(timeout=30) == 0
+
+
+def test_evicted_adapters_come_back_only_as_they_were(
+    start: Callable[..., Child], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root = make_adapter(tiny_model("llama3"), tmp_path / "a", r=8)
+    child = start(enable_lora=True, max_loras=2)
+    assert isinstance(child.report(), Ready)
+    child.next(Hello)
+    assert child.next(RunnerReady).capacity.host_bytes > 0
+    load = LoadAdapter(adapter_id=1, path=str(root))
+    child.outbox.send(load)
+    first = child.next(AdapterState)
+    assert (first.state, first.bytes > 0, first.seconds > 0) == ("host", True, True)
+    held = shared_bytes(child.process.pid)
+    opened = descriptors(child.process.pid)
+    for _ in range(3):
+        child.outbox.send(EvictAdapter(1))
+        assert child.next(AdapterState).state == "disk"
+        child.outbox.send(msgspec.structs.replace(load, revision=first.revision))
+        assert child.next(AdapterState).state == "host"
+    assert shared_bytes(child.process.pid) <= held
+    assert descriptors(child.process.pid) == opened
+    child.outbox.send(EvictAdapter(1))
+    assert child.next(AdapterState).state == "disk"
+    config = root / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 17'))
+    for says in ("its files have changed", "no such directory"):
+        child.outbox.send(msgspec.structs.replace(load, revision=first.revision))
+        failed = child.next(AdapterState)
+        assert (failed.state, says in (failed.error or "")) == ("failed", True)
+        shutil.rmtree(root, ignore_errors=True)
 
 
 def test_sigterm_ends_with_zero(start: Callable[..., Child]) -> None:

@@ -7,6 +7,7 @@ from by_hand import add_adapter, capacity_of, done, generate, new_core, plan_of
 from engine.messages import (
     Abort,
     AdapterState,
+    EvictAdapter,
     Footprint,
     LanePages,
     LoadAdapter,
@@ -16,11 +17,12 @@ from engine.messages import (
     UnloadAdapter,
     Update,
 )
+from scheduler.books import Bounds
 from scheduler.core import Scheduler
 
 
 def test_a_lane_blocked_request_is_passed() -> None:
-    core = Scheduler(capacity_of(), 1)
+    core = Scheduler(capacity_of(), Bounds(1))
     core.take()
     add_adapter(core, 1)
     add_adapter(core, 2)
@@ -107,7 +109,8 @@ def test_a_failing_adapter_fails_its_requests_by_name() -> None:
 def test_an_adapter_larger_than_the_pool_is_refused() -> None:
     core = new_core()
     core.handle(LoadAdapter(adapter_id=1, path="p"), 0.0)
-    (state,) = core.handle(AdapterState(adapter_id=1, state="host", footprint=Footprint({"qkv": 3})), 0.0)
+    evict, state = core.handle(AdapterState(adapter_id=1, state="host", footprint=Footprint({"qkv": 3})), 0.0)
+    assert evict == EvictAdapter(1), "the runner is not to keep it"
     assert isinstance(state, AdapterState)
     assert state.state == "failed"
     assert "needs 3 LoRA rank pages of group qkv" in (state.error or "")

@@ -182,13 +182,16 @@ def test_a_new_runner_gets_adapters_and_rows_again() -> None:
     sent = core.handle(RunnerReady(epoch=1, capacity=smaller), 0.0)
     core.check()
     assert sent[0] == smaller
-    assert sent[1] == LoadAdapter(adapter_id=1, path="p", revision="r")
+    assert sent[1] == LoadAdapter(adapter_id=1, path="p", revision="r1")
     assert core.handle(StepDone(epoch=0, id=two.id, tokens=[9]), 0.0) == []
     assert core.plan(0.0) is None
-    core.handle(AdapterState(adapter_id=1, state="host", revision="r", footprint=Footprint({"qkv": 1})), 0.0)
+    loaded = AdapterState(adapter_id=1, state="host", revision="r1", footprint=Footprint({"qkv": 1}), epoch=1)
+    core.handle(loaded, 0.0)
     step = plan_of(core)
     assert (step.epoch, len(step.fills)) == (1, 1)
-    core.handle(AdapterState(adapter_id=1, state="resident"), 0.0)
+    core.handle(AdapterState(adapter_id=1, state="resident"), 0.0)  # a late word of the dead runner
+    assert core.plan(0.0) is None
+    core.handle(AdapterState(adapter_id=1, state="resident", epoch=1), 0.0)
     step = plan_of(core)
     assert step.chunks[0].tokens == [10, 11, 12, 50]
     assert core.handle(RunnerReady(epoch=0, capacity=smaller), 0.0) == []
@@ -243,7 +246,7 @@ def test_stats_tell_of_both_sides() -> None:
     ("fault", "text"),
     [
         (lambda b, r: r.pages.pop(), "references"),
-        (lambda b, r: b.requests.clear(), "1 requests"),
+        (lambda b, r: b.requests.clear(), "1: 1} requests"),
         (lambda b, r: b.waiting.push(r), "runs and waits"),
         (lambda b, r: setattr(r, "flights", 2), "flights"),
         (lambda b, r: setattr(r, "pending", 0), "pending"),
@@ -251,6 +254,9 @@ def test_stats_tell_of_both_sides() -> None:
         (lambda b, r: setattr(r, "lane", 2), "lane"),
         (lambda b, r: b.promised.clear(), "users"),
         (lambda b, r: b.running._free.pop(), "rows"),
+        (lambda b, r: setattr(b.host, "bytes", 7), "host bytes"),
+        (lambda b, r: b.host.held.clear(), "host tier"),
+        (lambda b, r: b.host.spare.put(1, 1), "spare"),
     ],
 )
 def test_check_sees_a_cooked_book(fault: Any, text: str) -> None:

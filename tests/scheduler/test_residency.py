@@ -1,86 +1,89 @@
-"""scheduler.residency: all or nothing, the longest idle first, never what is used or pinned."""
+"""scheduler.residency: all or nothing, in the order of the policy, never what is used or pinned."""
 
 from __future__ import annotations
 
+from itertools import count
+
 import pytest
 
-from engine.messages import AdapterState, Capacity, Footprint, LoadAdapter
-from scheduler.residency import Adapter, Residency, Stage
+from engine.messages import AdapterState, Capacity, Footprint
+from scheduler.adapter import Copy, Device, Host
+from scheduler.eviction import Policy
+from scheduler.residency import Residency
 
 
-def _residency(pool: int = 4) -> Residency:
-    return Residency(
-        Capacity(
-            kv_pages=1,
-            page_size=1,
-            rows=1,
-            max_length=1,
-            max_batched_tokens=1,
-            vocab_size=1,
-            max_loras=4,
-            rank_pages={"qkv": pool},
-            max_lane_pages=4,
-        )
+def _residency(pool: int = 4, policy: Policy = "lru") -> Residency:
+    capacity = Capacity(
+        kv_pages=1,
+        page_size=1,
+        rows=1,
+        max_length=1,
+        max_batched_tokens=1,
+        vocab_size=1,
+        max_loras=4,
+        rank_pages={"qkv": pool},
+        max_lane_pages=4,
     )
+    return Residency(capacity, policy, count(1).__next__)
 
 
-def _host(residency: Residency, adapter_id: int, pages: int, pinned: bool = False) -> Adapter:
-    adapter = residency.load(LoadAdapter(adapter_id=adapter_id, path="p", pinned=pinned))
+def _host(copy_id: int, pages: int, pinned: bool = False) -> Copy:
     card = AdapterState(
-        adapter_id=adapter_id, state="host", revision=f"r{9 - adapter_id}", footprint=Footprint({"qkv": pages})
+        adapter_id=copy_id, state="host", revision=f"r{9 - copy_id}", footprint=Footprint({"qkv": pages})
     )
-    residency.loaded(adapter, card)
-    return adapter
+    return Copy(copy_id, copy_id, card, known=True, host=Host.HELD, pinned=pinned)
 
 
-def _resident(residency: Residency, adapter_id: int, pages: int, pinned: bool = False) -> Adapter:
-    adapter = _host(residency, adapter_id, pages, pinned)
-    residency.make_room([adapter])
-    assert residency.grant([adapter], 0) is not None
-    residency.filled(adapter)
-    return adapter
+def _resident(residency: Residency, copy_id: int, pages: int, pinned: bool = False) -> Copy:
+    copy = _host(copy_id, pages, pinned)
+    residency.make_room([copy])
+    assert residency.grant([copy], 0) is not None
+    residency.filled(copy)
+    return copy
 
 
 def test_grants_are_all_or_nothing() -> None:
     residency = _residency(4)
-    one, two = _host(residency, 1, 3), _host(residency, 2, 2)
+    one, two = _host(1, 3), _host(2, 2)
     assert residency.grant([one, two], 1) is None
     assert residency.rank_pages.used() == {"qkv": 0}
     fills = residency.grant([one], 1)
     assert [(fill.adapter_id, len(fill.pages["qkv"])) for fill in fills or []] == [(1, 3)]
-    assert one.report().state == "host"
+    assert one.stage == "host"
     residency.filled(one)
-    assert one.report().state == "resident"
-    residency.audit({}, {})
+    assert one.stage == "resident"
+    residency.audit([one, two], {})
 
 
-def test_the_longest_idle_goes_first_and_only_if_it_is_enough() -> None:
-    residency = _residency(4)
-    one, two, three = (_resident(residency, i, 1) for i in (1, 2, 3))
-    residency.promise(((1, 1.0),))
-    residency.release(((1, 1.0),))  # 1 was used last
-    assert residency.make_room([_host(residency, 4, 3)]) == [two, three]
-    assert [a.stage for a in (one, two, three)] == [Stage.RESIDENT, Stage.HOST, Stage.HOST]
-    residency.audit({}, {})
+@pytest.mark.parametrize(("policy", "gone"), [("lru", [2, 3]), ("fifo", [1, 2])])
+def test_the_policy_says_who_goes_and_only_if_it_is_enough(policy: Policy, gone: list[int]) -> None:
+    residency = _residency(4, policy)
+    copies = [_resident(residency, i, 1) for i in (1, 2, 3)]
+    residency.promise(copies[:1])
+    residency.release(copies[:1])  # 1 was filled first and used last
+    assert residency.make_room([_host(4, 5)]) == []
+    assert [copy.id for copy in residency.make_room([_host(4, 3)])] == gone
+    assert [copy.id for copy in copies if copy.device is Device.NONE] == gone
+    residency.audit(copies, {})
 
 
-def test_used_and_pinned_adapters_stay() -> None:
+def test_used_and_pinned_copies_stay() -> None:
     residency = _residency(4)
     one, two = _resident(residency, 1, 2), _resident(residency, 2, 2, pinned=True)
-    residency.promise(((1, 0.5),))
-    newcomer = _host(residency, 3, 1)
+    residency.promise([one])
+    newcomer = _host(3, 1)
     assert residency.make_room([newcomer]) == []
-    residency.release(((1, 0.5),))
+    residency.release([one])
     assert residency.make_room([newcomer]) == [one]
-    residency.pin(two, False)
-    assert residency.make_room([_host(residency, 4, 4)]) == [two]
+    two.pinned = False
+    residency.rest(two)
+    assert residency.make_room([_host(4, 4)]) == [two]
 
 
 def test_a_mix_does_not_evict_its_own_parts() -> None:
     residency = _residency(3)
-    one = _resident(residency, 1, 1)
-    other = _resident(residency, 2, 2)
-    new = _host(residency, 3, 2)
+    one, other = _resident(residency, 1, 1), _resident(residency, 2, 2)
+    new = _host(3, 2)
     assert residency.make_room([one, new]) == [other]
     assert [fill.adapter_id for fill in residency.grant([one, new], 1) or []] == [3]
 
@@ -88,8 +91,8 @@ def test_a_mix_does_not_evict_its_own_parts() -> None:
 def test_evicted_pages_cool_while_a_step_names_them() -> None:
     residency = _residency(2)
     one = _resident(residency, 1, 2)
-    residency.named([((1, 1.0),)], step=7)
-    two = _host(residency, 2, 1)
+    one.last_step = 7
+    two = _host(2, 1)
     assert residency.make_room([two]) == [one]
     assert residency.grant([two], 8) is None
     assert residency.make_room([two]) == []
@@ -100,47 +103,33 @@ def test_evicted_pages_cool_while_a_step_names_them() -> None:
 def test_a_lane_holds_the_pages_of_a_mix_by_revision() -> None:
     residency = _residency(3)
     one, two = _resident(residency, 1, 1), _resident(residency, 2, 2)
-    pairs = residency.lane_pages(((1, 0.5), (2, 1.5)))["qkv"]
+    pairs = residency.lane_pages([(one, 0.5), (two, 1.5)])["qkv"]
     assert pairs == [*((page, 1.5) for page in two.pages["qkv"]), *((page, 0.5) for page in one.pages["qkv"])]
 
 
 def test_problems_are_named() -> None:
     residency = _residency(6)
-    assert "adapter 1 is not loaded" in (residency.problem(((1, 1.0),)) or "")
-    _host(residency, 1, 7)
-    assert "needs 7 LoRA rank pages of group qkv" in (residency.problem(((1, 1.0),)) or "")
-    _host(residency, 2, 3)
-    _host(residency, 3, 3)
-    assert residency.problem(((2, 1.0),)) is None
-    assert "6 rank pages long" in (residency.problem(((2, 1.0), (3, 1.0))) or "")
-    failing = residency.load(LoadAdapter(adapter_id=4, path="p"))
-    residency.failed(failing, "no such file")
-    assert residency.problem(((4, 1.0),)) == "no such file"
+    assert "needs 7 LoRA rank pages of group qkv" in (residency.problem([_host(1, 7)]) or "")
+    two, three = _host(2, 3), _host(3, 3)
+    assert residency.problem([two]) is None
+    assert "6 rank pages long" in (residency.problem([two, three]) or "")
+    three.error = "no such file"
+    assert residency.problem([three]) == "no such file"
 
 
 def test_hopeless_beside_the_pinned() -> None:
     residency = _residency(4)
-    _resident(residency, 1, 3, pinned=True)
-    two = _host(residency, 2, 2)
-    assert "pinned" in (residency.hopeless([two]) or "")
-    assert residency.hopeless([_host(residency, 3, 1)]) is None
+    pinned = _resident(residency, 1, 3, pinned=True)
+    assert "pinned" in (residency.hopeless([_host(2, 2)], [pinned]) or "")
+    assert residency.hopeless([_host(3, 1)], [pinned]) is None
 
 
-def test_a_new_runner_holds_nothing() -> None:
-    residency = _residency(4)
-    one, failing = _resident(residency, 1, 3), residency.load(LoadAdapter(adapter_id=2, path="p"))
-    residency.failed(failing, "broken")
-    assert residency.reset(residency._capacity) == [one]
-    assert (one.stage, one.pages, failing.stage) == (Stage.LOADING, {}, Stage.FAILED)
-    residency.audit({}, {})
-
-
-def test_the_audit_sees_users_and_requests_that_do_not_add_up() -> None:
+def test_the_audit_sees_users_that_do_not_add_up() -> None:
     residency = _residency(4)
     one = _resident(residency, 1, 1)
-    for users, requests in [({1: 1}, {}), ({}, {1: 1}), ({2: 1}, {})]:
+    for users in ({1: 1}, {2: 1}):
         with pytest.raises(AssertionError):
-            residency.audit(users, requests)
+            residency.audit([one], users)
     one.pages = {}
     with pytest.raises(AssertionError, match="rank pages"):
-        residency.audit({}, {})
+        residency.audit([one], {})

@@ -21,6 +21,7 @@ from engine.ipc import Inbox, Outbox
 from engine.messages import (
     AdapterState,
     Capacity,
+    EvictAdapter,
     Footprint,
     Generate,
     Hello,
@@ -84,7 +85,7 @@ class House:
     def turn(self, seconds: float = 0.05) -> None:
         """Serves both neighbours once."""
         for message in self.runner.receive(seconds):
-            if isinstance(message, Step | LoadAdapter | UnloadAdapter):
+            if isinstance(message, Step | LoadAdapter | UnloadAdapter | EvictAdapter):
                 self.fake.accept(message)
         while self.fake.queue:
             self.scheduler.send(self.fake.finish())
@@ -126,7 +127,7 @@ def test_a_request_through_real_sockets(house: House) -> None:
     assert house.ready.startswith(b'{"type":"Ready"'), "ready as soon as the inbox is bound, without a runner"
     assert house.until(Hello)[0].process == "scheduler"
     messages = [_generate(1, []), _generate(2, [(1, 1.0)])]
-    house.scheduler.send(LoadAdapter(adapter_id=1, path="one"))
+    house.scheduler.send(LoadAdapter(adapter_id=1, path="adapters/1"))
     for message in messages:
         house.scheduler.send(message)  # before the runner's first word: kept
     house.scheduler.send(RunnerReady(epoch=0, capacity=CAPACITY))

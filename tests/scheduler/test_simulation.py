@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from fake_runner import FakeRunner, Library, oracle
@@ -17,6 +18,7 @@ from engine.messages import (
     Abort,
     AdapterState,
     Capacity,
+    EvictAdapter,
     Footprint,
     Generate,
     LoadAdapter,
@@ -24,13 +26,16 @@ from engine.messages import (
     Progress,
     RunnerReady,
     Sampling,
+    Stats,
     Step,
     Stopping,
     ToScheduler,
     UnloadAdapter,
     Update,
 )
+from scheduler.books import Bounds
 from scheduler.core import Scheduler
+from scheduler.eviction import Policy
 
 
 @dataclass
@@ -87,6 +92,12 @@ class World:
     endless_rate: float = 0.25
     prompt: int = 40
     check_every: int = 1
+    max_loaded: int | None = None
+    host_bytes: int | None = None
+    policy: Policy = "lru"
+    twin_rate: float = 0.0  # how many adapters have the bytes of another
+    file_rate: float = 0.0  # files that vanish, change, or come back
+    preload_rate: float = 0.0
 
 
 class Simulation:
@@ -95,11 +106,15 @@ class Simulation:
     def __init__(self, world: World) -> None:
         self.world, self.rng = world, random.Random(world.seed)
         self.capacity = self._capacity()
+        self.doubtful: set[int] = set()  # contents whose files were once unreadable
         self.library = self._library()
-        self.runner = FakeRunner(self.capacity, self.library)
-        self.core = Scheduler(self.capacity, world.max_loras, world.window)
+        self.runner = FakeRunner(self.capacity, self.library, max_host=world.max_loaded)
+        self.dead: list[FakeRunner] = []
+        bounds = Bounds(world.max_loras, world.max_loaded, world.host_bytes, world.policy)
+        self.core = Scheduler(self.capacity, bounds, world.window)
         self.clients: dict[int, Client] = {}
         self.states: dict[int, AdapterState] = {}
+        self.gone: list[int] = []
         self.loaded: set[int] = set()
         self.unloaded: set[int] = set()
         self.calls = self.steps = self.resets = 0
@@ -128,8 +143,13 @@ class Simulation:
         for adapter_id in range(1, self.world.adapters + 1):
             groups = self.rng.choice([["qkv"], ["down"], ["qkv", "down"], ["qkv", "down"]])
             library.footprints[adapter_id] = Footprint({g: self.rng.choice([1, 1, 2]) for g in groups})
+            library.sizes[adapter_id] = self.rng.choice([1, 2, 3]) * 100
+            if adapter_id > 1 and self.rng.random() < self.world.twin_rate:
+                library.twins[adapter_id] = library.content(self.rng.randrange(1, adapter_id))
+                continue
             if self.rng.random() < self.world.faulty_rate:
                 self.rng.choice([library.fails_to_load, library.fails_to_fill]).add(adapter_id)
+                self.doubtful.add(adapter_id)
                 if self.rng.random() < 0.3:  # larger than the pool
                     library.footprints[adapter_id] = Footprint({"qkv": 99})
         return library
@@ -174,8 +194,10 @@ class Simulation:
         for adapter_id in range(1, self.world.adapters + 1):
             self._load(adapter_id)
         bound = 200 * self.world.requests + 20 * self.world.adapters
+        loads = 3 * (self.world.requests + self.world.adapters)
         while len(self.clients) < self.world.requests or self.open or self.runner.queue or self.runner.events:
             self._happen()
+            assert self.runner.loads <= loads, f"{self.runner.loads} loads: they chase one another"
             assert self.steps < bound, f"{self.steps} steps and no end"
         self._last_words()
         return self
@@ -191,6 +213,10 @@ class Simulation:
         if self.runner.events:
             things.append((0.3, self._deliver))
         assert things, f"stalled with requests {sorted(self.open)}"
+        if self.dead:
+            things.append((0.1, self._late_word))
+        if world.file_rate:
+            things.append((world.file_rate, self._files))
         if self.open:
             things.append((world.abort_rate, self._abort))
         if world.adapters:
@@ -226,7 +252,9 @@ class Simulation:
                 self.open -= {i for i in ids if self.clients[i].ended}
             elif isinstance(message, AdapterState):
                 self.states[message.adapter_id] = message
-            elif isinstance(message, LoadAdapter | UnloadAdapter | Step):
+                if message.state == "gone":
+                    self.gone.append(message.adapter_id)
+            elif isinstance(message, LoadAdapter | UnloadAdapter | EvictAdapter | Step):
                 self.runner.accept(message)
             else:
                 assert isinstance(message, Capacity), f"nobody reads {message}"
@@ -252,12 +280,17 @@ class Simulation:
 
     def _load(self, adapter_id: int) -> None:
         self.loaded.add(adapter_id)
-        self._send(LoadAdapter(adapter_id=adapter_id, path=f"adapters/{adapter_id}"))
+        preload = self.rng.random() < self.world.preload_rate
+        self._send(LoadAdapter(adapter_id=adapter_id, path=f"adapters/{adapter_id}", preload=preload))
 
     def _churn(self) -> None:
         adapter_id = self.rng.randrange(1, self.world.adapters + 1)
-        if self.rng.random() < 0.5:
+        what = self.rng.random()
+        if what < 0.4:
             self._send(PinAdapter(adapter_id, self.rng.random() < 0.3))
+        elif what < 0.6:
+            if adapter_id not in self.unloaded:
+                self._load(adapter_id)
         elif adapter_id not in self.unloaded:
             self.unloaded.add(adapter_id)
             self._send(UnloadAdapter(adapter_id))
@@ -265,8 +298,25 @@ class Simulation:
     def _reset(self) -> None:
         """The runner dies; another one comes."""
         self.resets += 1
-        self.runner = FakeRunner(self.capacity, self.library, self.runner.epoch + 1)
+        self.dead.append(self.runner)
+        self.runner = FakeRunner(self.capacity, self.library, self.runner.epoch + 1, max_host=self.world.max_loaded)
         self._send(RunnerReady(epoch=self.runner.epoch, capacity=self.capacity))
+
+    def _late_word(self) -> None:
+        """What a dead runner had sent comes now."""
+        if self.dead[0].events:
+            self._send(self.dead[0].events.pop(0))
+        else:
+            self.dead.pop(0)
+
+    def _files(self) -> None:
+        number = self.rng.randrange(1, self.world.adapters + 1)
+        bad = self.rng.choice([self.library.fails_to_load, self.library.changed])
+        if number in bad:
+            bad.discard(number)
+        else:
+            bad.add(number)
+            self.doubtful.add(self.library.content(number))
 
     # -------------------------------------------------------------------------------------------------- the verdict
 
@@ -277,8 +327,26 @@ class Simulation:
         assert self.runner.widest <= self.world.max_loras
         for client in self.clients.values():
             self._judge(client)
+        assert sorted(self.gone) == sorted(self.unloaded), "gone is told once"
         for adapter_id in self.unloaded:
             assert self.states[adapter_id].state == "gone"
+        self._last_states(stats)
+
+    def _last_states(self, stats: Stats) -> None:
+        """What was told last of each adapter is where it is, and twins are in the same place."""
+        living = [state for state in self.states.values() if state.state != "gone"]
+        assert {s.adapter_id for s in living if s.state == "resident"} == set(stats.resident)
+        revisions: dict[str, set[str]] = {}
+        for state in living:
+            assert state.state in ("host", "resident", "disk", "failed"), state
+            if state.state != "failed":
+                assert state.revision == self.library.revision(self.library.content(state.adapter_id))
+                revisions.setdefault(state.revision, set()).add(state.state)
+        assert all(len(places) == 1 for places in revisions.values()), revisions
+        if self.world.max_loaded is not None:
+            assert stats.host_adapters <= self.world.max_loaded
+        if self.world.host_bytes is not None and not self.world.churn_rate:
+            assert stats.host_bytes <= self.world.host_bytes
 
     def _judge(self, client: Client) -> None:
         message = client.message
@@ -294,10 +362,12 @@ class Simulation:
             assert client.scores == list(range(len(message.prompt) - 1)), "every position is scored once"
 
     def _judge_error(self, client: Client) -> None:
-        ids = {adapter_id for adapter_id, _ in client.message.lora}
+        ids = {self.library.content(adapter_id) for adapter_id, _ in client.message.lora}
         error = client.error or ""
         if "cannot be" in error:
-            assert ids & (self.library.fails_to_load | self.library.fails_to_fill), error
+            assert ids & self.doubtful, error
+        elif "--max-loaded-loras" in error or "--lora-host-memory" in error:
+            assert self.world.max_loaded or self.world.host_bytes
         elif "rank pages" in error:
             assert self._too_large(ids) or self.world.churn_rate, error  # or the pinned ones leave no room
         elif "LoRA is not enabled" in error:
@@ -363,6 +433,62 @@ def test_thousands_of_adapters(window: int) -> None:
     )
     sim = Simulation(world).run()
     assert sim.core.stats().adapter_fills > 300
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_small_host_tier(seed: int, window: int) -> None:
+    """Fewer places on the host than adapters, and few bytes: loads, evictions and fills all the time."""
+    tier: dict[str, Any] = {"max_loaded": 3 + seed % 3} if seed % 2 else {"host_bytes": 900}
+    policy: Policy = "fifo" if seed % 4 > 1 else "lru"
+    world = World(300 + seed, window, requests=60, adapters=14, rows=8, kv_pages=30, policy=policy, **tier)
+    stats = Simulation(world).run().core.stats()
+    assert stats.adapter_loads > 14
+    assert stats.host_evictions > 10
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(8))
+def test_twins_share_one_copy(seed: int, window: int) -> None:
+    """Half of the adapters have the bytes of another; names come and go."""
+    tier: dict[str, Any] = {"max_loaded": 5} if seed % 2 else {}
+    rates = {"twin_rate": 0.5, "mix_rate": 0.4, "churn_rate": 0.05 * (seed % 3), "preload_rate": 0.3}
+    world = World(400 + seed, window, requests=60, adapters=14, rows=8, kv_pages=30, max_loras=3, **rates, **tier)
+    Simulation(world).run()
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(14))
+def test_everything_goes_wrong_in_a_small_tier(seed: int, window: int) -> None:
+    """Files that vanish, change and come back, twins, pins, preloads, unloads, aborts, runners that die."""
+    faults = {"abort_rate": 0.1, "reset_rate": 0.02, "churn_rate": 0.15, "faulty_rate": 0.1, "file_rate": 0.1}
+    tier: dict[str, Any] = [{"max_loaded": 4}, {"host_bytes": 1000}, {"max_loaded": 6, "host_bytes": 900}][seed % 3]
+    rates = faults | {"twin_rate": 0.3, "mix_rate": 0.3, "preload_rate": 0.2}
+    policy: Policy = "fifo" if seed % 2 else "lru"
+    world = World(500 + seed, window, requests=70, adapters=12, max_loras=3, policy=policy, **rates, **tier)
+    Simulation(world).run()
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_thousands_of_adapters_in_a_small_tier(window: int) -> None:
+    """3,000 adapters, a third of them twins, through a host tier of 50."""
+    world = World(
+        8,
+        window,
+        requests=1200,
+        adapters=3000,
+        rows=32,
+        kv_pages=300,
+        budget=64,
+        max_loras=8,
+        pool={"qkv": 40, "down": 40},
+        step_rate=0.3,
+        check_every=400,
+        max_loaded=50,
+        twin_rate=0.3,
+    )
+    stats = Simulation(world).run().core.stats()
+    assert stats.host_evictions > 1000
 
 
 def test_the_same_seed_gives_the_same_run() -> None:

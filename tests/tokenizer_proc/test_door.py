@@ -176,11 +176,16 @@ def test_commands(address: str) -> None:
             answer = await one.receive()
             assert isinstance(answer, Answer)
             assert msgspec.msgpack.decode(answer.info["served_model_names"]) == ["base"]
-            for call in ("load", "unload", "pin", "unpin"):
+            for call, complaint in (
+                ("load", "must be provided"),
+                ("unload", "cannot be found"),
+                ("pin", "cannot be found"),
+                ("unpin", "cannot be found"),
+            ):
                 await one.send(Command(id=3, call=call, lora_name="x"))
                 failure = await one.receive()
                 assert isinstance(failure, Failure)
-                assert "not available yet" in failure.message
+                assert complaint in failure.message
 
     run(work)
 
@@ -218,5 +223,25 @@ def test_an_answer_larger_than_a_frame_is_a_failure(address: str) -> None:
             failure = await one.receive()
             assert isinstance(failure, Failure)
             assert "frame bound" in failure.message
+
+    run(work)
+
+
+def test_a_host_that_was_silent_for_too_long_learns_it(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host whose loop stood still for a while must not wait for ever for what was aborted meanwhile."""
+    monkeypatch.setattr(door_module, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(door_module, "CHECK_SECONDS", 0.05)
+    fake = Fake()
+
+    async def work() -> None:
+        async with opened(fake, address) as (door, host):
+            one = host()
+            await one.send(Submit(id=3, prompt="hello"))
+            failure = await one.receive()
+            assert isinstance(failure, Failure)
+            assert (failure.id, failure.kind) == (3, "service_unavailable")
+            await until(lambda: door.open == 0)
+            await one.send(Submit(id=4, prompt="hello"))
+            await until(lambda: len(fake.generates) == 2)
 
     run(work)

@@ -12,13 +12,18 @@ CAPACITY = Capacity(kv_pages=8, page_size=16, rows=2, max_length=64, max_batched
 
 def test_there_is_one_live_series_of_lora_info() -> None:
     pictures = [
-        Picture(max_loras=4, running={"b": 1, "a": 2}, waiting={"c": 1, "a": 1}),
-        Picture(max_loras=4, running={"z": 1}),
+        Picture(
+            max_loras=4,
+            waiting={"c": 1, "a": 1},
+            wanted=["d"],
+            tiers={"b": "resident", "a": "resident", "c": "host", "e": "disk"},
+        ),
+        Picture(max_loras=4, tiers={"z": "resident"}),
     ]
     metrics = Metrics("base", lambda: pictures[0])
     line = r"^vllm:lora_requests_info\{(.*)\} ([\d.e+]+)$"
     [(labels, value)] = re.findall(line, metrics.render().decode(), re.MULTILINE)
-    assert labels == 'max_lora="4",running_lora_adapters="a,b",waiting_lora_adapters="c"'
+    assert labels == 'max_lora="4",running_lora_adapters="a,b",waiting_lora_adapters="c,d"'
     assert float(value) > 1.7e9
     pictures.pop(0)
     [(labels, _)] = re.findall(line, metrics.render().decode(), re.MULTILINE)

@@ -40,6 +40,9 @@ def gate(
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
+        ("temperature", 1e300),
+        ("repetition_penalty", 1e300),
+        ("repetition_penalty", 1e-300),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_p", math.nan),
@@ -133,3 +136,9 @@ def test_the_prompt_is_scored_once() -> None:
     assert [passed.sampling_of(i).prompt_logprobs for i in range(2)] == [0, -1]
     assert passed.sampling_of(1).logprobs == 3
     assert gate().sampling.logprobs == -1
+
+
+def test_a_top_k_beyond_the_vocabulary_means_all_of_it() -> None:
+    """Any whole number may come in a body; the sampler's table holds 64 bits."""
+    assert gate(top_k=1 << 63).sampling.top_k == 100
+    assert gate(top_k=7).sampling.top_k == 7

@@ -9,7 +9,7 @@ from functools import partial
 from aiohttp import web
 
 from engine.config import TokenizerConfig
-from tokenizer_proc.api import errors, models, native, ops, tokens
+from tokenizer_proc.api import errors, lora, models, native, ops, tokens
 from tokenizer_proc.api.chat import chat_completions
 from tokenizer_proc.api.completions import completions
 from tokenizer_proc.api.service import Service
@@ -25,6 +25,13 @@ ROUTES: list[tuple[str, str, Route]] = [
     ("POST", "/generate", native.generate),
     ("POST", "/tokenize", tokens.tokenize),
     ("POST", "/detokenize", tokens.detokenize),
+    ("POST", "/load_lora_adapter", lora.load),
+    ("POST", "/unload_lora_adapter", lora.unload),
+    ("POST", "/pin_lora_adapter", lora.pin),
+    ("POST", "/unpin_lora_adapter", lora.unpin),
+    ("POST", "/load_lora_adapter_from_tensors", lora.load_from_tensors),
+    ("POST", "/v1/load_lora_adapter", lora.v1_load),
+    ("POST", "/v1/unload_lora_adapter", lora.v1_unload),
     ("GET", "/health", ops.health),
     ("GET", "/ready", ops.ready),
     ("GET", "/metrics", ops.metrics),
@@ -44,6 +51,8 @@ def create_app(frontend: Frontend, config: TokenizerConfig) -> web.Application:
     app = web.Application(middlewares=[errors.middleware], client_max_size=config.max_body_bytes)
     for method, path, route in ROUTES:
         app.router.add_route(method, path, partial(route, service))
+        if method == "GET":
+            app.router.add_route("HEAD", path, partial(route, service))  # load balancers ask this way
     app.on_response_prepare.append(_name_request)
     return app
 

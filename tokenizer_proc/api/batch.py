@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from types import TracebackType
 
 from engine.messages import Delta, FinishReason, PositionLogprobs, Submit, Usage
@@ -71,7 +71,9 @@ class Batch:
 
     async def __aenter__(self) -> Batch:
         async with self._stack:
+            self._frontend.check_size(sum(submit.params.n for submit in self._submits))
             for item, submit in enumerate(self._submits):
+                await asyncio.sleep(0)  # encoding many prompts must not hold up the streams
                 stream = await self._stack.enter_async_context(self._frontend.open(submit))
                 self._streams.append(stream)
                 self._add_prompt(item, Prompt(stream.prompt_ids), submit.params.n)
@@ -83,10 +85,10 @@ class Batch:
     ) -> None:
         await self._stack.__aexit__(kind, error, trace)
 
-    def cancel(self) -> None:
-        """Ends what has not finished with `abort`."""
-        for stream in self._streams:
-            stream.cancel()
+    def cancel(self, items: Iterable[int]) -> None:
+        """Ends what of these submits has not finished with `abort`."""
+        for item in items:
+            self._streams[item].cancel()
 
     async def finish(self) -> None:
         """Waits for the last delta of every choice."""

@@ -36,11 +36,12 @@ async def chat_completions(service: Service, request: web.Request) -> web.Stream
     fields = await bodies.read(request)
     body, params = bodies.split(fields, ChatBody, SPELLINGS_OPENAI)
     check(body, params)
+    await service.frontend.fetch(body.model, body.lora_path)
     submit = _submit(service, body, replace(params, logprobs=_wanted_logprobs(body)))
     frame = Frame(service, body, "chatcmpl", "chat.completion", "chat.completion.chunk")
     writer = ChatWriter(frame, body.logprobs)
     names = bodies.spelt(fields, SPELLINGS_OPENAI) | {"prompt": "messages", "logprobs": "top_logprobs"}
-    call = Call(submits=[submit], ids=[frame.id], stream=body.stream, names=names)
+    call = Call(submits=[submit], ids={frame.id: [0]}, stream=body.stream, names=names)
     return await answer(service, request, call, writer)
 
 

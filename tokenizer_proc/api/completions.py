@@ -36,12 +36,15 @@ async def completions(service: Service, request: web.Request) -> web.StreamRespo
     fields = await bodies.read(request)
     body, params = bodies.split(fields, CompletionBody, SPELLINGS_OPENAI)
     check(body, params)
-    asked = prompts(body.prompt, "prompt")
+    await service.frontend.fetch(
+        body.model, *(body.lora_path if isinstance(body.lora_path, list) else [body.lora_path])
+    )
+    asked = prompts(body.prompt, "prompt", service.config.max_open_requests)
     frame = Frame(service, body, "cmpl", "text_completion", "text_completion")
     writer = CompletionWriter(frame, service.frontend.tokenizer, body, params, asked)
     submits = _submits(service, body, _params(body, params), asked)
     names = bodies.spelt(fields, SPELLINGS_OPENAI) | {"prompt_logprobs": "logprobs"}
-    call = Call(submits=submits, ids=[frame.id], stream=body.stream, names=names)
+    call = Call(submits=submits, ids={frame.id: range(len(submits))}, stream=body.stream, names=names)
     return await answer(service, request, call, writer)
 
 

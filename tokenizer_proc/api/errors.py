@@ -7,6 +7,7 @@ import math
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 
 from engine.errors import EngineError, InternalError, InvalidRequest, NotFound, Overloaded
@@ -36,6 +37,12 @@ def response(error: EngineError, *, status: int | None = None, headers: dict[str
         headers=headers,
         content_type="application/json",
     )
+
+
+def is_ours(record: logging.LogRecord) -> bool:
+    """Whether a line of aiohttp's server log is for us: what is no HTTP is its sender's fault, and was answered so."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError | web.RequestPayloadError)
 
 
 @web.middleware

@@ -23,6 +23,10 @@ IGNORED = frozenset(
     }
 )
 
+IGNORED_BY_ROUTE: dict[str, frozenset[str]] = {
+    "/load_lora_adapter": frozenset({"lora_id"}),  # SGLang overwrites what a client says here
+}
+
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),

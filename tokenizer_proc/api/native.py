@@ -53,15 +53,16 @@ async def generate(service: Service, request: web.Request) -> web.StreamResponse
     """The route."""
     body = bodies.decode(await bodies.read(request), GenerateBody)
     field = _prompt_field(body)
-    asked = prompts(field, "input_ids" if body.text is None else "text")
+    asked = prompts(field, "input_ids" if body.text is None else "text", service.config.max_open_requests)
     size = len(asked)
     rids = _rids(body.rid, size)
     scoring = _scoring(body, size)
     params = [_scored(one, score) for one, score in zip(_params(body, size), scoring, strict=True)]
+    await service.frontend.fetch(None, *_loras(body, params))
     submits = _submits(service, body, asked, params)
     is_list = not is_single(field) or any(one.sampling.n > 1 for one in params)
     writer = NativeWriter(rids, scoring, is_list, service.frontend.tokenizer)
-    call = Call(submits=submits, ids=rids, stream=body.stream, names=_names(body))
+    call = Call(submits=submits, ids=_by_rid(body.rid, rids), stream=body.stream, names=_names(body))
     return await answer(service, request, call, writer)
 
 
@@ -92,6 +93,15 @@ def _rids(rid: str | list[str] | None, size: int) -> list[str]:
     if isinstance(rid, str):
         return [rid] if size == 1 else [f"{rid}_{item}" for item in range(size)]
     return spread(rid, size, "rid")
+
+
+def _by_rid(given: str | list[str] | None, rids: Sequence[str]) -> dict[str, list[int]]:
+    """Which prompts an id means: each its own, and the one id that was given for several all of them."""
+    meant: dict[str, list[int]] = {given: [*range(len(rids))]} if isinstance(given, str) else {}
+    for item, rid in enumerate(rids):
+        if rid != given:
+            meant.setdefault(rid, []).append(item)
+    return meant
 
 
 def _params(body: GenerateBody, size: int) -> list[_Params]:
@@ -161,6 +171,12 @@ def _submits(
         )
         for item, (prompt, one, lora) in enumerate(zip(asked, params, loras, strict=True))
     ]
+
+
+def _loras(body: GenerateBody, params: Sequence[_Params]) -> list[LoraField | None]:
+    """Everything that names adapters."""
+    own = body.lora_path if isinstance(body.lora_path, list) else [body.lora_path]
+    return [*own, *(one.lora for one in params)]
 
 
 def _agreed(lora: LoraField | None, params: _Params) -> LoraField | None:

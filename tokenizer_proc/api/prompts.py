@@ -12,20 +12,20 @@ TokenIds = list[int]
 PromptField = str | list[str | int | list[int]]  # a text, texts, token ids or lists of token ids
 
 
-def prompts(value: PromptField, name: str) -> list[str | TokenIds]:
-    """The prompts that the field `name` holds. Raises InvalidRequest when it holds none, or several kinds."""
+def prompts(value: PromptField, name: str, most: int) -> list[str | TokenIds]:
+    """The prompts that the field `name` holds, at most so many. Raises InvalidRequest for none, or several kinds."""
     if isinstance(value, str):
         return [value]
-    texts = [one for one in value if isinstance(one, str)]
-    ids = [one for one in value if isinstance(one, int)]
-    lists = [one for one in value if isinstance(one, list)]
     if not value:
         raise InvalidRequest(f"{name} is an empty list", param=name)
-    if len(value) not in (len(texts), len(ids), len(lists)):
+    if len({type(one) for one in value}) > 1:
         raise InvalidRequest(f"{name} mixes texts, token ids and lists: send one kind", param=name)
+    ids = [one for one in value if isinstance(one, int)]
     if ids:
         return [ids]
-    return [*texts, *lists]
+    if len(value) > most:
+        raise InvalidRequest(f"{name} holds {len(value)} prompts; one call takes at most {most}: split it", param=name)
+    return [one for one in value if not isinstance(one, int)]
 
 
 def is_single(value: PromptField) -> bool:

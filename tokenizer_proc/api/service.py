@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 
 import msgspec
 from aiohttp import web
@@ -22,32 +22,30 @@ from tokenizer_proc.frontend import Frontend
 
 
 class Open:
-    """The calls that are running, by the ids their clients know: what /abort_request looks in."""
+    """What is running, by the ids its clients know: what /abort_request looks in. An id means some items of a batch."""
 
     def __init__(self) -> None:
-        self._batches: dict[str, list[Batch]] = {}
+        self._running: dict[str, list[tuple[Batch, Collection[int]]]] = {}
 
     @contextlib.contextmanager
-    def listed(self, ids: Iterable[str], batch: Batch) -> Iterator[None]:
-        """`batch` can be aborted by any of `ids` while this is entered."""
-        names = set(ids)
-        for name in names:
-            self._batches.setdefault(name, []).append(batch)
+    def listed(self, ids: Mapping[str, Collection[int]], batch: Batch) -> Iterator[None]:
+        """The items of `batch` can be aborted by their `ids` while this is entered."""
+        for name, items in ids.items():
+            self._running.setdefault(name, []).append((batch, items))
         try:
             yield
         finally:
-            for name in names:
-                self._batches[name].remove(batch)
-                if not self._batches[name]:
-                    del self._batches[name]
+            for name, items in ids.items():
+                self._running[name].remove((batch, items))
+                if not self._running[name]:
+                    del self._running[name]
 
     def abort(self, name: str | None) -> int:
-        """Cancels the calls called `name`, or all. Returns how many."""
-        found = [self._batches.get(name, [])] if name is not None else list(self._batches.values())
-        batches = {id(batch): batch for group in found for batch in group}
-        for batch in batches.values():
-            batch.cancel()
-        return len(batches)
+        """Cancels what is called `name`, or all. Returns how many calls that concerns."""
+        found = [self._running.get(name, [])] if name is not None else list(self._running.values())
+        for batch, items in (each for group in found for each in group):
+            batch.cancel(items)
+        return len({id(batch) for group in found for batch, _ in group})
 
 
 class Service:
@@ -80,13 +78,13 @@ class Writer(ABC):
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
-    """A body, understood: what to run together, and by which `ids` it can be aborted.
+    """A body, understood: what to run together, and which of it can be aborted by which of `ids`.
 
     `names` are the client's words for what the front end complains of, where they differ.
     """
 
     submits: list[Submit]
-    ids: list[str]
+    ids: Mapping[str, Collection[int]]
     stream: bool
     names: dict[str, str] = {}
 

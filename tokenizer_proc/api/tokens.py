@@ -42,7 +42,7 @@ class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
 async def tokenize(service: Service, request: web.Request) -> web.StreamResponse:
     """{tokens, count, max_model_len}."""
     body = bodies.decode(await bodies.read(request), TokenizeBody)
-    tokenizer, template = _texts(service, body)
+    tokenizer, template = await _texts(service, body)
     text = _text(body, template)
     special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
     ids = await tokenizer.encode_text(text, special)
@@ -52,19 +52,24 @@ async def tokenize(service: Service, request: web.Request) -> web.StreamResponse
 async def detokenize(service: Service, request: web.Request) -> web.StreamResponse:
     """The text, as `prompt` (vLLM's name) and `text` (SGLang's)."""
     body = bodies.decode(await bodies.read(request), DetokenizeBody)
-    tokenizer, _ = _texts(service, body)
-    for place, token_id in enumerate(body.tokens):
-        if not 0 <= token_id < tokenizer.vocab_size:
-            raise InvalidRequest(
-                f"tokens[{place}] = {token_id} is outside the vocabulary of {tokenizer.vocab_size} tokens",
-                param=f"tokens[{place}]",
-            )
-    text = tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
+    tokenizer, _ = await _texts(service, body)
+    _check(body.tokens, tokenizer.vocab_size)
+    text = await tokenizer.decode_ids(body.tokens, skip_special_tokens=body.skip_special_tokens)
     return as_json({"prompt": text, "text": text})
 
 
-def _texts(service: Service, body: TokenizeBody | DetokenizeBody) -> tuple[Tokenizer, ChatTemplate]:
+def _check(tokens: list[int], vocab_size: int) -> None:
+    if not tokens or 0 <= min(tokens) <= max(tokens) < vocab_size:
+        return
+    place = next(place for place, token in enumerate(tokens) if not 0 <= token < vocab_size)
+    raise InvalidRequest(
+        f"tokens[{place}] = {tokens[place]} is outside the vocabulary of {vocab_size} tokens", param=f"tokens[{place}]"
+    )
+
+
+async def _texts(service: Service, body: TokenizeBody | DetokenizeBody) -> tuple[Tokenizer, ChatTemplate]:
     frontend = service.frontend
+    await frontend.fetch(body.model, body.lora_path)
     return frontend.texts_for(frontend.adapters.select(body.model or None, body.lora_path))
 
 

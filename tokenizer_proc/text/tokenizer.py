@@ -89,9 +89,11 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`. Raises InvalidRequest when it is not valid Unicode (a lone surrogate)."""
         try:
-            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # the batch calls let go of the interpreter's lock, so that a thread for them is worth something
+            [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidRequest("the text holds half of a surrogate pair, which is no character") from error
+        ids: list[int] = encoding.ids
         return ids
 
     async def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -102,8 +104,14 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; what is no valid UTF-8 becomes U+FFFD."""
-        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return text
+        texts: list[str] = self.backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
+        return texts[0]
+
+    async def decode_ids(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The same for an event loop: many ids are decoded in a thread."""
+        if len(ids) <= THREAD_ABOVE_CHARACTERS:
+            return self.decode(ids, skip_special_tokens)
+        return await asyncio.to_thread(self.decode, ids, skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The exact bytes of one token; none for an id that has no token."""

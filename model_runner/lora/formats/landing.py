@@ -18,7 +18,9 @@ from model_runner.lora.formats.peft_config import CONFIG_NAME
 from model_runner.lora.formats.targets import Target
 from model_runner.lora.formats.tensor_file import FLOATS, Entry
 
-NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight")
+NAME = re.compile(
+    r"(?P<prefix>base_model\.model\.)?(?P<module>.+)\.lora_(?P<half>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
+)
 
 UNSUPPORTED = {
     ".lora_magnitude_vector": "DoRA",

@@ -1,13 +1,14 @@
 """PEFT LoRA directories: adapter_config.json beside adapter_model.safetensors (or its shards and their index).
 
-Two steps, so that limits are checked before data is read: `survey` reads the config and the headers, `read` brings
-the tensors into the normal form. Knows nothing of ids, limits and pages.
+Two steps, so that limits are checked and memory is measured before data is read: `survey` reads the config and the
+headers, `read` brings the tensors into the normal form, where the caller wants it. Knows nothing of ids, limits and
+pages.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,17 +16,22 @@ import msgspec
 import torch
 
 from engine.errors import AdapterError
-from model_runner.lora.adapter import Delta, Deltas
+from engine.messages import Footprint
+from model_runner.lora.adapter import Delta, Deltas, pages_for
 from model_runner.lora.catalogue import Catalogue, leaf
-from model_runner.lora.formats.landing import Landing, land, show
+from model_runner.lora.formats.landing import NAME, Landing, land, show
 from model_runner.lora.formats.peft_config import PeftConfig, read_config
+from model_runner.lora.formats.regular_file import read_bounded
 from model_runner.lora.formats.targets import resolve_targets
-from model_runner.lora.formats.tensor_file import Entry, TensorFile, open_tensors
+from model_runner.lora.formats.tensor_file import FLOATS, Entry, TensorFile, open_tensors
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 INDEX_NAME = "adapter_model.safetensors.index.json"
 PICKLE_NAME = "adapter_model.bin"
+EXTRA_TOKENS_NAME = "new_embeddings.safetensors"
 MAX_INDEX_BYTES = 16 << 20
+MAX_HEADERS_BYTES = 64 << 20
+"""Of all shards together."""
 
 CONVERSION = (
     'python -c "import torch, safetensors.torch as s; '
@@ -37,15 +43,6 @@ class ShardIndex(msgspec.Struct, frozen=True):
     """The index of a sharded checkpoint: which file holds which tensor."""
 
     weight_map: dict[str, str]
-
-
-@dataclass(frozen=True, eq=False)
-class Contents:
-    """An adapter's values in the normal form, its content hash, and the dtypes that had to be cast."""
-
-    deltas: Deltas
-    revision: str
-    cast_from: list[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,22 +63,53 @@ class Survey:
         """Sorted names of the modules it touches ("q_proj")."""
         return sorted({leaf(landing.target.module) for landing in self.landings})
 
-    def read(self, dtype: torch.dtype) -> Contents:
-        """Reads, hashes and converts. Raises AdapterError for values that are not finite in `dtype`."""
-        digest = hashlib.sha256(self.config.scale_bytes())
-        tensors: dict[str, torch.Tensor] = {}
-        for file in self.files:
-            tensors |= file.read(digest.update)
-        cast_from = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.dtype != dtype}
-        return Contents(self._deltas(tensors, dtype), digest.hexdigest(), sorted(cast_from))
-
-    def _deltas(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Deltas:
-        deltas: dict[str, list[Delta | None]] = {}
+    @property
+    def footprint(self) -> Footprint:
+        """The rank pages it needs, by group."""
+        pages: dict[str, int] = {}
         for landing in self.landings:
-            site = landing.place.site
-            slices = deltas.setdefault(site.name, [None] * len(site.slices))
-            slices[landing.place.index] = _delta(landing, tensors, dtype)
-        return {name: tuple(slices) for name, slices in deltas.items()}
+            group = landing.place.site.group
+            pages[group] = max(pages.get(group, 0), pages_for(landing.target.rank))
+        return Footprint(pages)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the tensors in the files."""
+        return sum(file.data_bytes for file in self.files)
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors the files hold."""
+        return sum(len(file.entries) for file in self.files)
+
+    @property
+    def dialect(self) -> str:
+        """How the tensors are named."""
+        names = [NAME.fullmatch(name) for file in self.files for name in file.entries]
+        prefixed = all(found and found["prefix"] for found in names)
+        named = any(found and found["adapter"] for found in names)
+        keys = "base_model.model.*.lora_A.weight" if prefixed else "*.lora_A.weight"
+        return keys.replace(".weight", ".<name>.weight") if named else keys
+
+    def cast_from(self, dtype: torch.dtype) -> list[str]:
+        """The float dtypes in the files that are not the serving dtype."""
+        kinds = {FLOATS[entry.dtype] for file in self.files for entry in file.entries.values()}
+        return sorted(str(kind).removeprefix("torch.") for kind in kinds if kind != dtype)
+
+    def read(self, into: Deltas) -> str:
+        """Reads, hashes and converts into these tensors, whose shapes are those of `landings`; the revision.
+
+        Raises AdapterError for values that are not finite in the dtype of `into`.
+        """
+        halves = {landing.a: landing for landing in self.landings} | {landing.b: landing for landing in self.landings}
+        digest = hashlib.sha256(self.config.scale_bytes())
+        for file in self.files:
+            for name, tensor in file.tensors(digest.update):
+                landing = halves[name]
+                delta = into[landing.place.site.name][landing.place.index]
+                assert delta is not None
+                _convert(landing, name, tensor, delta)
+        return digest.hexdigest()
 
 
 def survey(root: Path, catalogue: Catalogue) -> Survey:
@@ -97,47 +125,52 @@ def survey(root: Path, catalogue: Catalogue) -> Survey:
 
 
 def _open_files(root: Path) -> list[TensorFile]:
-    if (root / WEIGHTS_NAME).is_file():
-        return [open_tensors(root / WEIGHTS_NAME)]
-    if (root / INDEX_NAME).is_file():
+    present = set(os.listdir(root))
+    weights = sorted(name for name in present if name.startswith("adapter_model") and name.endswith(".safetensors"))
+    if EXTRA_TOKENS_NAME in present:
+        raise AdapterError(f"{EXTRA_TOKENS_NAME}: added tokens are not supported yet")
+    if INDEX_NAME in present and WEIGHTS_NAME not in present:
         return _open_shards(root)
-    if (root / PICKLE_NAME).is_file():
+    if len(weights) > 1:
+        raise AdapterError(
+            f"{len(weights)} weight files ({show(', '.join(weights))}): keep either {WEIGHTS_NAME} alone or "
+            f"shards with their {INDEX_NAME}"
+        )
+    if WEIGHTS_NAME in present:
+        return [open_tensors(root / WEIGHTS_NAME)]
+    if PICKLE_NAME in present:
         raise AdapterError(f"{PICKLE_NAME}: pickles are not read; convert it in its directory: {CONVERSION}")
     raise AdapterError(f"{WEIGHTS_NAME}: not found")
 
 
 def _open_shards(root: Path) -> list[TensorFile]:
-    path = root / INDEX_NAME
-    if path.stat().st_size > MAX_INDEX_BYTES:
-        raise AdapterError(f"{INDEX_NAME}: more than {MAX_INDEX_BYTES} bytes")
     try:
-        index = msgspec.json.decode(path.read_bytes(), type=ShardIndex)
+        index = msgspec.json.decode(read_bounded(root / INDEX_NAME, MAX_INDEX_BYTES), type=ShardIndex)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise AdapterError(f"{INDEX_NAME}: {error}") from error
     names = sorted(set(index.weight_map.values()))
     for name in names:
-        if "/" in name or "\\" in name or not name.endswith(".safetensors") or not (root / name).is_file():
+        if "/" in name or "\\" in name or not name.endswith(".safetensors"):
             raise AdapterError(f"{INDEX_NAME}: {show(name)} is no safetensors file beside it")
-    files = [open_tensors(root / name) for name in names]
+    files: list[TensorFile] = []
+    for name in names:
+        files.append(open_tensors(root / name))
+        if sum(len(file.head) for file in files) > MAX_HEADERS_BYTES:
+            raise AdapterError(f"{INDEX_NAME}: the headers of its files have more than {MAX_HEADERS_BYTES} bytes")
     held = [(tensor, file.path.name) for file in files for tensor in file.entries]
     for tensor, name in sorted(set(held) ^ set(index.weight_map.items())):
         raise AdapterError(f"{INDEX_NAME}: tensor {show(tensor)} and file {show(name)} disagree")
     return files
 
 
-def _delta(landing: Landing, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Delta:
-    """A and B of one module; scaling is folded into B in float32, then both are cast."""
-    a, b = tensors[landing.a], tensors[landing.b]
-    scaled = b.to(torch.float32).t() * landing.target.scaling
-    return Delta(
-        _finite(landing.a, a, a.to(torch.float32).to(dtype).contiguous()),
-        _finite(landing.b, b, scaled.to(dtype).contiguous()),
-    )
-
-
-def _finite(name: str, source: torch.Tensor, converted: torch.Tensor) -> torch.Tensor:
+def _convert(landing: Landing, name: str, source: torch.Tensor, into: Delta) -> None:
+    """One half of a module; scaling is folded into B in float32, and both are cast from float32."""
+    if name == landing.a:
+        converted = into.a.copy_(source.to(torch.float32) if source.dtype is torch.float64 else source)
+    else:
+        converted = into.b.copy_((source.to(torch.float32) * landing.target.scaling).t())
     if bool(torch.isfinite(converted).all()):
-        return converted
+        return
     if not bool(torch.isfinite(source).all()):
         raise AdapterError(f"tensor {show(name)} holds NaN or infinity")
     raise AdapterError(f"tensor {show(name)} holds values too large for {converted.dtype} once scaled")

@@ -14,6 +14,7 @@ import msgspec
 
 from engine.errors import AdapterError
 from model_runner.lora.adapter import MAX_RANK
+from model_runner.lora.formats.regular_file import read_bounded
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 4 << 20
@@ -34,6 +35,8 @@ REFUSED: dict[str, str] = {
     "arrow_config": "Arrow routing",
     "kasa_config": "KaSA (it changes the base weights)",
     "monteclora_config": "MonteCLoRA",
+    "long_lora_max_len": "long-context LoRA, which vLLM has withdrawn",
+    "tensorizer_config_dict": "weights stored by tensorizer",
 }
 """Options that change what the adapter computes and that are not served yet. Empty or false is fine."""
 
@@ -89,13 +92,8 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_config(root: Path) -> PeftConfig:
     """The config of the adapter in `root`, checked. Raises AdapterError naming the file or the option."""
-    path = root / CONFIG_NAME
-    if not path.is_file():
-        raise AdapterError(f"{CONFIG_NAME}: not found; a PEFT adapter is a directory with {CONFIG_NAME} in it")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise AdapterError(f"{CONFIG_NAME}: more than {MAX_CONFIG_BYTES} bytes")
     try:
-        fields = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        fields = msgspec.json.decode(read_bounded(root / CONFIG_NAME, MAX_CONFIG_BYTES), type=dict[str, Any])
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise AdapterError(f"{CONFIG_NAME}: {error}") from error
     return parse_config(fields)
@@ -153,8 +151,8 @@ def _check_numbers(config: PeftConfig) -> None:
     alphas = {"lora_alpha": config.lora_alpha}
     alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in (config.alpha_pattern or {}).items()}
     for where, alpha in alphas.items():
-        if alpha == 0 or not math.isfinite(alpha):
-            raise AdapterError(f"{CONFIG_NAME}: {where}={alpha:g} is not a finite number other than 0")
+        if not 0 < alpha < math.inf:
+            raise AdapterError(f"{CONFIG_NAME}: {where}={alpha:g} is not a finite number above 0")
 
 
 def _check_targets(config: PeftConfig) -> None:

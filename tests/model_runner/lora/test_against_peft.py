@@ -59,7 +59,6 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "gaussian": {"r": 4, "target_modules": ["o_proj"], "init_lora_weights": "gaussian", "lora_dropout": 0.3},
     "orthogonal": {"r": 4, "target_modules": ["o_proj"], "init_lora_weights": "orthogonal"},
-    "negative alpha": {"r": 4, "lora_alpha": -8, "target_modules": ["o_proj"]},
     "high rank": {"r": 512, "target_modules": ["k_proj"]},
 }
 

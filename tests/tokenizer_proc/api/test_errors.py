@@ -7,11 +7,14 @@ import logging
 from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
 from aiohttp.test_utils import TestClient
 from api_calls import error, get, post, serve, stream
 from fake_frontend import FakeFrontend
 
 from engine.errors import EngineDead, Forbidden, InternalError, InvalidRequest, NotFound, Overloaded, Unauthorized
+from tokenizer_proc.api import errors
 
 CHAT = {"messages": [{"role": "user", "content": "a"}]}
 
@@ -158,3 +161,13 @@ def test_every_answer_has_a_request_id() -> None:
     mine, made, other, streamed = serve(FakeFrontend(), scenario)
     assert (mine, streamed) == ("mine-1", "mine-2")
     assert len({made, other, "é"}) == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "shown"),
+    [(BadHttpMessage("no HTTP"), False), (web.RequestPayloadError("cut"), False), (ValueError("ours"), True)],
+)
+def test_what_is_no_http_is_not_logged_as_our_fault(fault: Exception, shown: bool) -> None:
+    record = logging.LogRecord("aiohttp.server", logging.ERROR, "", 0, "", (), (type(fault), fault, None))
+    assert errors.is_ours(record) is shown
+    assert errors.is_ours(logging.LogRecord("aiohttp.server", logging.ERROR, "", 0, "", (), None))

@@ -7,8 +7,12 @@ import random
 from typing import Any
 
 import pytest
+from aiohttp.test_utils import TestClient
 from api_calls import error, get, ok, post, serve, stream
 from scripted_scheduler import ScriptedScheduler
+
+from engine.messages import Submit
+from tokenizer_proc.api.batch import Batch
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -121,3 +125,47 @@ def test_many_streams_with_random_disconnects_leave_nothing() -> None:
     texts = serve(frontend, scenario)
     assert sum(text.endswith("data: [DONE]\n\n") for text in texts) == 32
     assert len(scheduler.generates) >= 64
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/generate", {"text": ["a"] * 5}, "text"),
+        ("/generate", {"input_ids": [[7]] * 5}, "input_ids"),
+        ("/v1/completions", {"prompt": ["a"] * 5}, "prompt"),
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 3}, "prompt"),
+        ("/generate", {"text": "a", "sampling_params": {"n": 5}}, "text"),
+    ],
+)
+def test_a_call_of_more_answers_than_can_be_open(path: str, body: dict[str, Any], param: str) -> None:
+    scheduler = ScriptedScheduler("x")
+    frontend = scheduler.frontend(max_open_requests=4)
+    refusal = error(serve(frontend, lambda client: answered(client, path, body), max_open_requests=4))
+    assert refusal["param"] == param
+    assert "at most 4" in refusal["message"]
+    assert not scheduler.generates
+
+
+async def answered(client: TestClient, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    async with client.post(path, json=body) as answer:
+        return answer.status, await answer.json()
+
+
+def test_other_calls_go_on_while_a_large_one_is_taken_in() -> None:
+    scheduler = ScriptedScheduler("x")
+    frontend = scheduler.frontend()
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    async def take_in() -> None:
+        task = asyncio.ensure_future(others())
+        async with Batch(frontend, [Submit(id=number, prompt="a") for number in range(50)]):
+            assert turns >= 49
+        task.cancel()
+
+    asyncio.run(take_in())

@@ -92,6 +92,15 @@ def test_health_and_readiness() -> None:
     assert get(frontend, "/ready")[0] == 503
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models"])
+def test_head(path: str) -> None:
+    async def scenario(client: TestClient) -> tuple[int, bytes]:
+        async with client.head(path) as answer:
+            return answer.status, await answer.read()
+
+    assert serve(FakeFrontend(), scenario) == (200, b"")
+
+
 def test_facts_and_metrics() -> None:
     assert ok(get(FakeFrontend(), "/server_info")) == ok(get(FakeFrontend(), "/get_server_info"))
     assert ok(get(FakeFrontend(), "/version"))["version"]
@@ -141,6 +150,29 @@ def test_abort_by_the_id_of_a_chat() -> None:
     text = serve(frontend, scenario)
     assert '"finish_reason":"abort"' in text
     assert text.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize(
+    ("rid", "abort", "ends"),
+    [(["r1", "r2"], "r2", [False, True]), ("r", "r", [True, True]), ("r", "r_0", [True, False])],
+)
+def test_abort_of_some_of_a_list(rid: str | list[str], abort: str, ends: list[bool]) -> None:
+    frontend = FakeFrontend()
+    frontend.hold_after = 1
+
+    async def scenario(client: TestClient) -> None:
+        call = asyncio.create_task(client.post("/generate", json={"text": ["a", "b"], "rid": rid}))
+        while len(frontend.streams) < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)
+        async with client.post("/abort_request", json={"rid": abort}) as answer:
+            assert await answer.json() == {"aborted": 1}
+        assert [stream.is_cancelled for stream in frontend.streams] == ends
+        async with client.post("/abort_request", json={"abort_all": True}), await call as answer:
+            for one in await answer.json():
+                assert (one["text"], one["meta_info"]["finish_reason"]["type"]) == ("H", "abort")
+
+    serve(frontend, scenario)
 
 
 def test_abort_of_nothing() -> None:

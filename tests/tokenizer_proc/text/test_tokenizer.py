@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,21 @@ def test_truncation_in_the_file_is_not_obeyed(tmp_path: Path) -> None:
     backend.enable_padding(length=64)
     tokenizer = Tokenizer.load(small_tokenizers.save(backend, tmp_path))
     assert 4 < len(tokenizer.encode("the quick brown fox jumps over it")) < 64
+
+
+def test_long_texts_do_not_hold_up_the_loop(directory: Path) -> None:
+    tokenizer = Tokenizer.load(directory)
+
+    async def beats_during(work: Awaitable[object]) -> int:
+        task, beats = asyncio.ensure_future(work), 0
+        while not task.done():
+            await asyncio.sleep(0.001)
+            beats += 1
+        return beats
+
+    async def both() -> None:
+        text = "hello world " * 100_000
+        assert await beats_during(tokenizer.encode_text(text)) > 10
+        assert await beats_during(tokenizer.decode_ids(tokenizer.encode(text) * 3)) > 10
+
+    asyncio.run(both())

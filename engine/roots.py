@@ -1,0 +1,58 @@
+"""Where adapter files may lie: under one of the roots an operator named, or in the hub's cache. For every reader alike.
+
+    --lora-root /srv/adapters     /srv/adapters/sql/adapter_config.json          yes
+                                  /srv/adapters/sql/adapter_config.json -> /etc  no: the real path counts
+    hub cache                     snapshots/<commit>/x.json -> ../../blobs/<h>   yes: a snapshot links into blobs
+
+Devices, pipes and sockets are refused in any place, before something waits on them. Knows nothing of formats.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.errors import ConfigError
+
+READ = (".json", ".safetensors")
+
+
+def check_place(path: str | Path, roots: Sequence[str], what: str) -> None:
+    """Raises ConfigError unless the real path lies under a root or the hub's cache. No roots: any place will do."""
+    if not roots:
+        return
+    real = os.path.realpath(path)
+    if not any(_lies_under(real, os.path.realpath(root)) for root in (*roots, _hub_cache())):
+        raise ConfigError(f"{what}: {path} lies outside of --lora-root ({', '.join(roots)}) and of the hub cache")
+
+
+def check_files(directory: Path, roots: Sequence[str], what: str) -> None:
+    """The same for the directory and every file in it that would be read; `what` begins the message of a ConfigError.
+
+    Says nothing of what is missing or cannot be opened: its reader will.
+    """
+    check_place(directory, roots, what)
+    try:
+        names = sorted(name for name in os.listdir(directory) if name.endswith(READ))
+    except OSError as error:
+        raise ConfigError(f"{what}: {directory} cannot be read ({error.strerror})") from error
+    for name in names:
+        check_place(directory / name, roots, what)
+        try:
+            mode = os.stat(directory / name).st_mode
+        except OSError as error:
+            raise ConfigError(f"{what}: {directory / name} cannot be read ({error.strerror})") from error
+        if not stat.S_ISREG(mode):
+            raise ConfigError(f"{what}: {directory / name} is no regular file")
+
+
+def _lies_under(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
+
+
+def _hub_cache() -> str:
+    from huggingface_hub import constants  # slow to import, and needed only where there are roots
+
+    return str(constants.HF_HUB_CACHE)

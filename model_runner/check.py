@@ -1,0 +1,146 @@
+"""`python -m model_runner.check PATH --model-path BASE`: what an adapter holds, and why it would be refused, if so.
+
+Reads the adapter as a loader would, and of the base model only config.json: nothing is started, no weights are read.
+Exit status 0: it would be served; 1: it would not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import msgspec
+import torch
+
+from engine.errors import AdapterError, EngineError
+from engine.hub import local_directory
+from model_runner.arch import read_arch
+from model_runner.device import DTYPES, resolve_device, resolve_dtype
+from model_runner.layers.weights import Weights
+from model_runner.lora.adapter import MAX_RANK
+from model_runner.lora.catalogue import Catalogue
+from model_runner.lora.formats.peft import Survey
+from model_runner.lora.pages import page_bytes
+from model_runner.lora.parcel import arrange
+from model_runner.lora.reader import Limits, Reader
+from model_runner.lora.site import Site
+from model_runner.models.decoder import Decoder
+from model_runner.parallel import Shard
+
+
+class Group(msgspec.Struct, frozen=True):
+    """The rank pages of one group of sites: how many, and their bytes on the device."""
+
+    pages: int
+    bytes: int
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """What is known of an adapter. `refused` says why it would not be served; None: it would be."""
+
+    path: str
+    format: str = ""
+    keys: str = ""
+    ranks: dict[str, list[int]] = {}
+    lora_rank: int = 0
+    tensors: int = 0
+    file_bytes: int = 0
+    host_bytes: int = 0
+    groups: dict[str, Group] = {}
+    dtype: str = ""
+    cast_from: list[str] = []
+    revision: str = ""
+    refused: str | None = None
+
+
+def sites_of(model: Path, dtype: str) -> tuple[list[Site], torch.dtype]:
+    """The sites of a model directory without its weights, and what `--dtype` means for it. Raises ConfigError."""
+    arch = read_arch(model)
+    resolved = resolve_dtype(dtype, arch.dtype, resolve_device("auto"))
+    return Decoder(arch, Weights(torch.device("meta"), resolved, Shard())).sites, resolved
+
+
+def examine(root: Path, sites: list[Site], dtype: torch.dtype, limits: Limits) -> Report:
+    """Everything that can be said of the adapter in `root`; values are read and checked too."""
+    report = Report(path=str(root), dtype=str(dtype).removeprefix("torch."))
+    reader = Reader(Catalogue(sites), dtype, Limits())
+    try:
+        survey = reader.survey(root)
+        _describe(report, survey, page_bytes(sites, dtype), dtype)
+        limits.check(survey.rank, survey.targets)
+        parcel = reader.read(root)
+        label, _ = parcel.open(reader.catalogue, dtype)
+        report.revision = label.revision
+    except AdapterError as error:
+        report.refused = error.message
+    except OSError as error:
+        report.refused = str(error)
+    return report
+
+
+def _describe(report: Report, survey: Survey, page: dict[str, int], dtype: torch.dtype) -> None:
+    ranks: dict[str, set[int]] = {}
+    for landing in survey.landings:
+        ranks.setdefault(landing.target.module.rpartition(".")[2], set()).add(landing.target.rank)
+    report.format = "PEFT rank-stabilised LoRA" if survey.config.use_rslora else "PEFT LoRA"
+    report.keys = survey.dialect
+    report.ranks = {module: sorted(found) for module, found in sorted(ranks.items())}
+    report.lora_rank = survey.rank
+    report.tensors = survey.tensors
+    report.file_bytes = survey.data_bytes
+    report.host_bytes = arrange(survey.landings, dtype)[1]
+    pages = survey.footprint.pages
+    report.groups = {group: Group(count, count * page[group]) for group, count in pages.items()}
+    report.cast_from = survey.cast_from(dtype)
+
+
+def show(report: Report) -> str:
+    """The report for people."""
+    lines = [("adapter", report.path)]
+    if report.format:
+        ranks = [f"{module} {', '.join(map(str, found))}" for module, found in report.ranks.items()]
+        groups = [f"{group} {held.pages} ({held.bytes / 1e6:.1f} MB)" for group, held in report.groups.items()]
+        lines += [
+            ("format", f"{report.format}, keys {report.keys}"),
+            ("tensors", f"{report.tensors}, {report.file_bytes / 1e6:.1f} MB in the files"),
+            ("rank", f"{report.lora_rank} ({'; '.join(ranks)})"),
+            ("on the host", f"{report.host_bytes / 1e6:.1f} MB in {report.dtype}"),
+            ("rank pages", f"{'; '.join(groups)}"),
+            ("cast from", ", ".join(report.cast_from) or "nothing is cast"),
+            ("revision", report.revision or "unknown"),
+        ]
+    lines.append(("refused", report.refused) if report.refused else ("served", "yes"))
+    return "\n".join(f"{title:<12} {text}" for title, text in lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the report; the exit status."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(1)
+    try:
+        root = local_directory(options.path, "adapter")
+        sites, dtype = sites_of(local_directory(options.model_path, "model"), options.dtype)
+    except EngineError as error:
+        print(error.message, file=sys.stderr)
+        return 1
+    report = examine(root, sites, dtype, Limits(options.max_lora_rank, options.lora_target_modules))
+    print(msgspec.json.encode(report).decode() if options.json else show(report))
+    return 0 if report.refused is None else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m model_runner.check", description=(__doc__ or "").partition(": ")[2]
+    )
+    parser.add_argument("path", help="the adapter: a directory, or a hub id")
+    parser.add_argument("--model-path", "--model", required=True, help="the base model: a directory, or a hub id")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="what it would be served in")
+    parser.add_argument("--max-lora-rank", type=int, choices=range(1, MAX_RANK + 1), metavar="RANK")
+    parser.add_argument("--lora-target-modules", nargs="+", metavar="MODULE")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

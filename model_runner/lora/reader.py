@@ -1,0 +1,73 @@
+"""From an adapter's directory to a parcel: survey, limits, memory, values, revision. Knows nothing of names and ids."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+
+from engine.errors import AdapterError
+from model_runner.device import host_memory
+from model_runner.lora import parcel
+from model_runner.lora.catalogue import Catalogue
+from model_runner.lora.formats import peft
+from model_runner.lora.parcel import Label, Parcel
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What the operator allows; None: no limit. `targets` are module names, or "all"."""
+
+    max_rank: int | None = None
+    targets: list[str] | None = None
+
+    def check(self, rank: int, targets: list[str]) -> None:
+        """Raises AdapterError naming the flag and its value."""
+        if self.max_rank is not None and rank > self.max_rank:
+            raise AdapterError(f"rank {rank} is above --max-lora-rank {self.max_rank}")
+        if self.targets is None or "all" in self.targets:
+            return
+        refused = [target for target in targets if target not in self.targets]
+        if refused:
+            allowed = " ".join(self.targets)
+            raise AdapterError(f"it targets {', '.join(refused)}, which --lora-target-modules {allowed} does not allow")
+
+
+class Reader:
+    """Reads adapters for one model in one dtype, within limits."""
+
+    def __init__(self, catalogue: Catalogue, dtype: torch.dtype, limits: Limits) -> None:
+        self.catalogue = catalogue
+        self.dtype = dtype
+        self.limits = limits
+
+    def survey(self, root: Path) -> peft.Survey:
+        """What config and headers say, within the limits. Raises AdapterError or OSError."""
+        survey = peft.survey(root, self.catalogue)
+        self.limits.check(survey.rank, survey.targets)
+        return survey
+
+    def read(self, root: Path, revision: str = "", announce: Callable[[int], None] = lambda _: None) -> Parcel:
+        """The adapter in `root`; `revision`, when not empty, must be what its files hash to.
+
+        `announce` is told how many bytes are to be read once all but the values is checked. Raises AdapterError or
+        OSError; peak memory is the parcel and one tensor, a few times over.
+        """
+        survey = self.survey(root)
+        parts, size = parcel.arrange(survey.landings, self.dtype)
+        _, free = host_memory()
+        if size > free:
+            raise AdapterError(f"it needs {size >> 20} MiB of host memory, and {free >> 20} MiB are free")
+        announce(survey.data_bytes)
+        descriptor = parcel.allocate(size)
+        try:
+            memory = parcel.map_memory(descriptor, size)
+            found = survey.read(parcel.views(memory, parts, self.catalogue, self.dtype))
+            if revision and found != revision:
+                raise AdapterError(f"{root}: its files have changed (revision {found}, not {revision})")
+            return parcel.seal(descriptor, size, Label(found, survey.cast_from(self.dtype), parts))
+        except BaseException:
+            os.close(descriptor)
+            raise

@@ -1,0 +1,54 @@
+"""From the host to CUDA memory beside the computation: a ring of pinned buffers, and a stream of its own.
+
+    host tier --memcpy--> pinned buffer 0..3 --asynchronous copy on the side stream--> page
+
+So no adapter needs pinned memory of its own, and a copy waits for the device only when the whole ring is on its way.
+Knows nothing of adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+BUFFERS = 4
+
+
+class Staging:
+    """The ring. Buffers grow to the largest pair of tensors that passes; what it fills was made before it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._buffers: list[torch.Tensor | None] = [None] * BUFFERS
+        self._sent: list[torch.cuda.Event] = [_event() for _ in range(BUFFERS)]
+        self._next = 0
+
+    @contextmanager
+    def into(self, a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Host tensors shaped like these contiguous device tensors, to be written; they are sent on leaving."""
+        number, self._next = self._next, (self._next + 1) % BUFFERS
+        self._sent[number].synchronize()
+        buffer = self._buffers[number]
+        if buffer is None or buffer.nbytes < a.nbytes + b.nbytes:
+            buffer = torch.empty(a.nbytes + b.nbytes, dtype=torch.uint8, pin_memory=True)
+            self._buffers[number] = buffer
+        host_a = buffer[: a.nbytes].view(a.dtype).view(a.shape)
+        host_b = buffer[a.nbytes : a.nbytes + b.nbytes].view(b.dtype).view(b.shape)
+        yield host_a, host_b
+        with torch.cuda.stream(self._stream):
+            a.copy_(host_a, non_blocking=True)
+            b.copy_(host_b, non_blocking=True)
+            self._sent[number].record()
+
+    def mark(self) -> torch.cuda.Event:
+        """An event after everything that was sent so far."""
+        event = _event()
+        event.record(self._stream)
+        return event
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -1,0 +1,120 @@
+"""From what a caller names to a local directory that may be read: paths, hub ids, roots. In threads, a few at a time.
+
+Knows nothing of what is in the files, nor of who asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import os
+import re
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from engine import hub, roots
+from engine.errors import AdapterError, ConfigError, EngineError, NotFound
+
+T = TypeVar("T")
+
+AT_ONCE = 4  # of downloads, and, apart from those, of looks at the disk
+LONGEST_PATH = 4096
+CONFIG_NAME = "adapter_config.json"
+
+_LOCAL = re.compile(r"[/~.]")  # how only a path begins
+
+
+class Sources:
+    """Finds directories. With `allowed` roots, everything that would be read must lie under one, or the hub's cache."""
+
+    def __init__(self, allowed: Sequence[str] = ()) -> None:
+        self._allowed = list(allowed)
+        self._disk = asyncio.Semaphore(AT_ONCE)
+        self._downloads = asyncio.Semaphore(AT_ONCE)  # that hang must not keep local directories waiting
+
+    async def find(self, name: str, path: str) -> str:
+        """The directory behind `path`, for the adapter `name`; a hub id is downloaded.
+
+        Raises NotFound when there is no adapter, AdapterError when it may not be read.
+        """
+        local = await _in_thread(self._disk, lambda: _local(name, path, self._allowed))
+        if local is not None:
+            return local
+        return await _in_thread(self._downloads, lambda: _checked(name, path, self._allowed))
+
+    async def below(self, root: str, name: str) -> str | None:
+        """The directory called `name` right in `root`, if there is one. Raises AdapterError if it leads elsewhere."""
+        return await _in_thread(self._disk, lambda: _below(root, name))
+
+
+async def _in_thread(slots: asyncio.Semaphore, work: Callable[[], T]) -> T:
+    """`work` in a daemon thread: what hangs must not keep the process from ending."""
+    async with slots:
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(work())
+            except Exception as error:
+                outcome.set_exception(error)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(ended.set)
+
+        threading.Thread(target=run, name="adapter source", daemon=True).start()
+        await ended.wait()
+        return outcome.result()
+
+
+def _local(name: str, path: str, allowed: Sequence[str]) -> str | None:
+    """The directory at a path; None when it can only be a hub id."""
+    what = f"adapter `{name}`"
+    if len(path) > LONGEST_PATH or "\0" in path:
+        raise AdapterError(f"{what}: this is no path", param="lora_path")
+    try:
+        local = Path(path).expanduser()
+        is_path = _LOCAL.match(path) is not None or local.exists()
+        if is_path:
+            roots.check_place(local, allowed, what)  # first of all: what lies elsewhere is not even looked at
+        if local.is_file():
+            raise AdapterError(f"{what}: {path} is a file; give the directory that holds it", param="lora_path")
+    except ConfigError as error:
+        raise AdapterError(error.message, param="lora_path") from error
+    except (OSError, RuntimeError) as error:  # a name that is too long, a home that nobody has
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise AdapterError(f"{what}: the path cannot be used ({reason})", param="lora_path") from error
+    return _checked(name, path, allowed) if is_path else None
+
+
+def _checked(name: str, path: str, allowed: Sequence[str]) -> str:
+    """The checked directory behind a path or a hub id; only the latter is fetched."""
+    what = f"adapter `{name}`"
+    try:
+        directory = hub.local_directory(path, what)
+    except ConfigError as error:
+        raise _nothing(name, path, error.message) from error
+    try:
+        roots.check_files(directory, allowed, what)
+    except ConfigError as error:
+        raise AdapterError(error.message, param="lora_path") from error
+    if not (directory / CONFIG_NAME).is_file():
+        raise _nothing(name, path, f"there is no {CONFIG_NAME} in it")
+    return str(directory)
+
+
+def _below(root: str, name: str) -> str | None:
+    path = os.path.join(root, name)
+    if not os.path.isdir(path):
+        return None
+    if os.path.dirname(os.path.realpath(path)) != root:
+        raise AdapterError(f"adapter `{name}`: it lies outside of --lora-resolve-root", param="lora_path")
+    return path
+
+
+def _nothing(name: str, path: str, reason: str) -> EngineError:
+    """Worded so that vLLM's clients recognise it."""
+    return NotFound(f"Loading lora {name} failed: No adapter found for {path} ({reason})", param="lora_path")
