@@ -14,12 +14,24 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import zmq
+from msgspec.structs import replace
 
 from engine.child import Child, Facts
 from engine.config import RunnerConfig
 from engine.errors import EngineError
 from engine.ipc import Inbox, Outbox
-from engine.messages import EvictAdapter, Hello, LoadAdapter, Ping, Reset, RunnerReady, Step, ToRunner, UnloadAdapter
+from engine.messages import (
+    AdapterState,
+    EvictAdapter,
+    Hello,
+    LoadAdapter,
+    Ping,
+    Reset,
+    RunnerReady,
+    Step,
+    ToRunner,
+    UnloadAdapter,
+)
 from model_runner.device import set_threads
 from model_runner.runner import Runner
 
@@ -111,9 +123,9 @@ class Server:
             case LoadAdapter():
                 self._load(message)
             case UnloadAdapter():
-                self._scheduler.send(self._runner.unload_adapter(message))
+                self._tell(self._runner.unload_adapter(message))
             case EvictAdapter():
-                self._scheduler.send(self._runner.evict_adapter(message))
+                self._tell(self._runner.evict_adapter(message))
             case Reset():
                 self._runner.reset()
                 self._scheduler.send(RunnerReady(epoch=self._config.links.epoch, capacity=self._runner.capacity))
@@ -139,11 +151,14 @@ class Server:
     def _load(self, message: LoadAdapter) -> None:
         state = self._runner.load_adapter(message)
         if state is not None:
-            self._scheduler.send(state)
+            self._tell(state)
 
     def _advance(self) -> None:
         for state in self._runner.advance():
-            self._scheduler.send(state)
+            self._tell(state)
+
+    def _tell(self, state: AdapterState) -> None:
+        self._scheduler.send(replace(state, epoch=self._config.links.epoch))
 
     def _meet(self, hello: Hello) -> None:
         """A scheduler whose inbox is elsewhere is a new one: it is answered there from now on."""

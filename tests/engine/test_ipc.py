@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from socket import socketpair
 
 import msgspec
 import pytest
@@ -86,8 +88,8 @@ def test_an_oversized_frame_from_a_stranger_ends_only_its_connection(context: zm
     outbox = Outbox(context, address)
     outbox.send(Ping())
     assert _drain(inbox, 1) == [Ping()]
-    for socket in (raw, outbox, inbox):
-        socket.close()
+    for end in (raw, outbox, inbox):
+        end.close()
 
 
 def test_receive_waits_no_longer_than_asked(context: zmq.Context, tmp_path: Path) -> None:
@@ -112,3 +114,23 @@ def test_the_async_inbox_takes_the_same_messages(context: zmq.Context, tmp_path:
         return [got]
 
     assert asyncio.run(receive()) == [Ping(3)]
+
+
+def test_an_inbox_wakes_for_what_it_watches(context: zmq.Context, tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/inbox"
+    inbox: Inbox = Inbox(context, address, ToRunner)
+    ours, theirs = socketpair()
+    inbox.watch(ours.fileno())
+    assert list(inbox.receive(0.0)) == []
+    theirs.send(b"x")
+    began = time.monotonic()
+    assert list(inbox.receive(30.0)) == []
+    assert time.monotonic() - began < 10
+    outbox = Outbox(context, address)
+    outbox.send(Ping(4))
+    ours.recv(1)
+    assert _drain(inbox, 1) == [Ping(4)]
+    for end in (ours, theirs):
+        end.close()
+    outbox.close()
+    inbox.close()

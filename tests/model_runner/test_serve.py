@@ -132,7 +132,7 @@ def test_a_life_from_config_to_the_end_of_stdin(
 
     child.outbox.send(LoadAdapter(adapter_id=1, path=root))
     loaded = child.next(AdapterState)
-    assert (loaded.state, loaded.lora_rank) == ("host", 8)
+    assert (loaded.state, loaded.lora_rank, loaded.epoch) == ("host", 8, 3)
     child.outbox.send(LoadAdapter(adapter_id=2, path=str(tmp_path / "none")))
     assert child.next(AdapterState).state == "failed"
 
@@ -153,7 +153,8 @@ def test_a_life_from_config_to_the_end_of_stdin(
     child.outbox.send(step(1, **first_chunk()))
     assert child.next(StepDone).tokens == oracle.greedy([5, 6, 7], 1)
     child.outbox.send(UnloadAdapter(1))
-    assert child.next(AdapterState).state == "gone"
+    gone = child.next(AdapterState)
+    assert (gone.state, gone.epoch) == ("gone", 3)
 
     elsewhere: Inbox[Any] = Inbox(child._context, f"ipc://{tmp_path}/s.1", ToScheduler)
     child.outbox.send(Hello("scheduler", 1, f"ipc://{tmp_path}/s.1"))
