@@ -69,7 +69,7 @@ class Bench:
     async def run(self, url: str, adapters: int, concurrency: int, seed: int, label: str) -> Run:
         """One closed loop over the first `adapters`."""
         async with open_session(None, 600) as session:
-            asks = self.plan(adapters, self.requests).asks(seed)
+            asks = self.plan(adapters, max(self.requests, adapters)).asks(seed)
             return await closed_loop(Server(session, url), asks, concurrency, label)
 
     def rate(self, runs: Sequence[Run]) -> float:
@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     top.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     top.add_argument("--shape", choices=list(SHAPES), default="0.5b")
     top.add_argument("--rounds", type=int, default=3)
-    top.add_argument("--requests", type=int, default=128, help="in each round")
+    top.add_argument("--requests", type=int, default=128, help="in each round, and at least one an adapter")
     top.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     args = top.parse_args(argv)
     bench = Bench(args.shape, args.rounds, args.requests)

@@ -13,6 +13,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from broken_adapters import BROKEN
 from oracle import Oracle
 from running import RunningServer
 from tiny_models import VOCAB, make_adapter
@@ -182,25 +183,12 @@ def test_one_name_re_pointed_a_hundred_times_under_traffic(server: RunningServer
     wait_free(server)
 
 
-def _broken(directory: Path, whole: Path) -> dict[str, Path]:
-    """A few kinds of adapters that cannot be served (the runner's tests have them all)."""
-    kinds = {kind: directory / kind for kind in ("cut", "type", "pickle", "alpha", "empty")}
-    for path in kinds.values():
-        shutil.copytree(whole, path)
-    weights = kinds["cut"] / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    for kind, change in (("type", {"peft_type": "IA3"}), ("alpha", {"lora_alpha": 0})):
-        path = kinds[kind] / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    (kinds["pickle"] / "adapter_model.safetensors").rename(kinds["pickle"] / "adapter_model.bin")
-    (kinds["empty"] / "adapter_model.safetensors").unlink()
-    return kinds
-
-
 def test_broken_adapters_hurt_nobody_else(server: RunningServer, world: World, tmp_path: Path) -> None:
     prompt = world.prompts[1]
     load(server, "good", world.paths["one"])
-    for kind, path in _broken(tmp_path, world.paths["one"]).items():
+    for number, (kind, spoil) in enumerate(BROKEN.items()):
+        path = shutil.copytree(world.paths["one"], tmp_path / str(number))
+        spoil(path)
         body = {"lora_name": kind, "lora_path": str(path)}
         status, answer = server.post("/v1/load_lora_adapter", body)
         assert (status, set(answer)) == (400, {"error"}), (kind, answer)

@@ -6,16 +6,15 @@ import json
 import os
 import shutil
 import signal
-import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from broken_adapters import BROKEN
 from lora_sites import plain_tensors, random_sites, write_adapter
 from resources import children, descriptors, private_bytes, shared_bytes
-from safetensors.torch import load_file, save_file
 
 from engine.messages import LoadAdapter
 from model_runner.load.loaders import Loaders, Outcome, Patience
@@ -138,59 +137,6 @@ def test_a_refusal_says_why_and_costs_no_child(case: str, shared: Loaders, tmp_p
     pids = shared.pids
     assert says in refused(shared, load)
     assert shared.pids == pids
-
-
-WEIGHTS = "adapter_model.safetensors"
-Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-
-
-def edit(root: Path, **fields: object) -> None:
-    path = root / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def swap(root: Path, name: str, tensor: torch.Tensor | None, old: str = Q_A) -> None:
-    """Replaces one tensor, or takes it away."""
-    tensors = load_file(root / WEIGHTS)
-    del tensors[old]
-    save_file(tensors | ({} if tensor is None else {name: tensor}), root / WEIGHTS)
-
-
-def claim(root: Path, length: int, sparse: int = 0) -> None:
-    """A header that claims so many bytes, in a file that has them (but not on the disk) or not."""
-    with (root / WEIGHTS).open("r+b") as file:
-        file.write(struct.pack("<Q", length))
-        file.truncate(max(sparse, 100))
-
-
-BROKEN: dict[str, Callable[[Path], object]] = {
-    "cut": lambda root: os.truncate(root / WEIGHTS, 5000),
-    "empty": lambda root: os.truncate(root / WEIGHTS, 0),
-    "lying header": lambda root: claim(root, 1 << 60),
-    "absurd size": lambda root: claim(root, 1 << 40, sparse=1 << 41),
-    "absurd shape": lambda root: swap(root, Q_A, torch.zeros(8, 1 << 20)),
-    "rank that does not match": lambda root: edit(root, r=7),
-    "absurd rank": lambda root: edit(root, r=10**12),
-    "unknown layer": lambda root: swap(root, Q_A.replace("layers.0", "layers.77"), torch.zeros(8, 256)),
-    "unknown module": lambda root: edit(root, target_modules=["wq"]),
-    "missing half": lambda root: swap(root, Q_A, None),
-    "nan": lambda root: swap(root, Q_A, torch.full((8, 256), float("nan"))),
-    "integers": lambda root: swap(root, Q_A, torch.zeros(8, 256, dtype=torch.int8)),
-    "float8": lambda root: swap(root, Q_A, torch.zeros(8, 256).to(torch.float8_e4m3fn)),
-    "pickle": lambda root: (root / WEIGHTS).rename(root / "adapter_model.bin"),
-    "pickle called safetensors": lambda root: (root / WEIGHTS).write_bytes(b"\x80\x04}." * 1000),
-    "wrong type": lambda root: edit(root, peft_type="LOHA"),
-    "alpha 0": lambda root: edit(root, lora_alpha=0),
-    "negative alpha": lambda root: edit(root, lora_alpha=-1),
-    "two weight files": lambda root: (root / "adapter_model-2.safetensors").write_bytes(b""),
-    "withdrawn fields": lambda root: edit(root, long_lora_max_len=4096, tensorizer_config_dict={"a": 1}),
-    "pipe": lambda root: ((root / WEIGHTS).unlink(), os.mkfifo(root / WEIGHTS)),
-    "device": lambda root: ((root / WEIGHTS).unlink(), (root / WEIGHTS).symlink_to("/dev/zero")),
-    "huge config": lambda root: os.truncate(root / "adapter_config.json", 1 << 34),
-    "deep config": lambda root: (root / "adapter_config.json").write_text("[" * 1_000_000),
-    "loop of links": lambda root: ((root / WEIGHTS).unlink(), (root / WEIGHTS).symlink_to(WEIGHTS)),
-    "index of itself": lambda root: (root / WEIGHTS).rename(root / (WEIGHTS + ".index.json")),
-}
 
 
 def test_every_kind_of_broken_adapter_is_one_line_and_costs_no_child(shared: Loaders, tmp_path: Path) -> None:
