@@ -9,6 +9,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracle import Oracle
 from step_driver import GREEDY, Ask, Driver
 from step_driver import load as bring
@@ -151,6 +153,37 @@ def test_seeded_draws_do_not_depend_on_the_batch(driver: Driver) -> None:
     together = driver.serve([ask(index) for index in range(8)])
     for index in range(8):
         assert driver.serve([ask(index)], longest_chunk=100) == [together[index]]
+
+
+@pytest.fixture(scope="module")
+def alone(runner: Runner, sources: list[AdapterSource], oracle: Oracle) -> list[tuple[Ask, list[int]]]:
+    """Twelve requests, greedy ones beyond doubt and seeded ones, with the tokens each has by itself."""
+    runner.reset()
+    driver = Driver(runner, host_states(runner, sources))
+    greedy = asks(oracle, 7, [0, 1, 2, 3, 4, 5, 6], seed=21, tokens=6)
+    seeded = [
+        Ask(ask.prompt, ask.count, ask.adapter_id, Sampling(temperature=0.9, top_p=0.95, seed=number))
+        for number, ask in enumerate(asks(oracle, 5, [6, 0, 4, 2, 1], seed=22, tokens=6))
+    ]
+    return [(ask, driver.serve([_fresh(ask)])[0]) for ask in [*greedy, *seeded]]
+
+
+def _fresh(ask: Ask) -> Ask:
+    """The same request, not begun."""
+    return Ask(ask.prompt, ask.count, ask.adapter_id, ask.sampling)
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_any_company_and_any_chunks_give_the_tokens_of_the_request_alone(
+    data: st.DataObject, runner: Runner, sources: list[AdapterSource], alone: list[tuple[Ask, list[int]]]
+) -> None:
+    company = data.draw(st.lists(st.sampled_from(range(len(alone))), min_size=1, max_size=20))
+    chunk = data.draw(st.integers(1, 45))
+    runner.reset()
+    driver = Driver(runner, host_states(runner, sources), seed=data.draw(st.integers(0, 99)))
+    tokens = driver.serve([_fresh(alone[number][0]) for number in company], longest_chunk=chunk)
+    assert tokens == [alone[number][1] for number in company]
 
 
 def test_logprobs_and_prompt_logprobs_equal_the_oracle(

@@ -287,7 +287,6 @@ def test_a_model_of_the_same_narrow_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("step", STEPS)
 def test_steps_on_a_gpu(step: str) -> None:
     device, chunks = torch.device("cuda"), STEPS[step]
