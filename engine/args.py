@@ -30,15 +30,21 @@ class Args(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     port: int | None = 30000
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Dtype = "auto"
+    attention_backend: Literal["auto", "torch", "triton"] = "auto"
     enable_lora: bool | None = None
     lora_paths: list[str] = []
     max_loras_per_batch: int = 8
     max_lora_rank: int | None = None
     lora_target_modules: list[str] | None = None
-    lora_backend: Literal["auto", "torch"] = "auto"
+    lora_backend: Literal["auto", "torch", "triton", "csgmv"] = "auto"
+    max_lora_chunk_size: int = 16
     lora_dtype: Dtype = "auto"
+    enable_lora_bias: bool = True
     lora_pool_size: str | None = None
     lora_eviction_policy: Literal["lru", "fifo"] = "lru"
+    lora_max_wait: float = 5.0
+    schedule_policy: Literal["fcfs", "priority", "fair"] = "fcfs"
+    tenant_weights: list[str] = []
     max_loaded_loras: int | None = None
     lora_host_memory: str | None = None
     lora_root: list[str] = []
@@ -46,9 +52,16 @@ class Args(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     allow_runtime_lora_updating: bool = False
     admin_api_key: str | None = None
     max_num_batched_tokens: int | None = None
+    max_prefill_tokens: int | None = None
     max_running_requests: int | None = None
     mem_fraction_static: float = 0.9
     context_length: int | None = None
+    page_size: int = 16
+    max_total_tokens: int | None = None
+    disable_radix_cache: bool = False
+    cuda_graph_max_bs: int | None = None
+    disable_cuda_graph: bool = False
+    disable_overlap_schedule: bool = False
     served_model_name: list[str] = []
     chat_template: str | None = None
     seed: int | None = None
@@ -67,14 +80,21 @@ def _check_ranges(args: Args) -> None:
         ("--max-lora-rank", args.max_lora_rank, 1, 512),
         ("--max-loaded-loras", args.max_loaded_loras, 1, 1 << 20),
         ("--max-num-batched-tokens", args.max_num_batched_tokens, 1, 1 << 20),
+        ("--max-prefill-tokens", args.max_prefill_tokens, 1, 1 << 20),
+        ("--lora-max-wait", args.lora_max_wait, 0.05, 86400),
         ("--max-running-requests", args.max_running_requests, 1, 1 << 16),
+        ("--cuda-graph-max-bs", args.cuda_graph_max_bs, 1, 1 << 16),
         ("--context-length", args.context_length, 2, 1 << 30),
+        ("--page-size", args.page_size, 1, 256),
+        ("--max-total-tokens", args.max_total_tokens, 1, 1 << 40),
         ("--seed", args.seed, 0, (1 << 63) - 1),
         ("--tp-size", args.tp_size, 1, 1 << 10),
     ]
     for flag, value, low, high in bounds:
         if value is not None and not low <= value <= high:
             raise ConfigError(f"{flag} {value}: must be from {low} to {high}")
+    if args.max_lora_chunk_size not in (16, 32, 64, 128):
+        raise ConfigError(f"--max-lora-chunk-size {args.max_lora_chunk_size}: must be 16, 32, 64 or 128")
     if not 0.0 < args.mem_fraction_static <= 1.0:
         raise ConfigError(f"--mem-fraction-static {args.mem_fraction_static}: must be above 0 and at most 1")
     if args.tp_size > 1:
@@ -99,9 +119,15 @@ def _check_contradictions(args: Args) -> None:
             f"--max-loaded-loras {args.max_loaded_loras} is below --max-loras-per-batch {args.max_loras_per_batch}: "
             "a step's adapters must fit the host tier"
         )
+    if args.disable_cuda_graph and args.cuda_graph_max_bs is not None:
+        raise ConfigError("--disable-cuda-graph contradicts --cuda-graph-max-bs: drop one of them")
+    if args.tenant_weights and args.schedule_policy != "fair":
+        raise ConfigError("--tenant-weights: weighs nothing without --schedule-policy fair; add it")
     targets = args.lora_target_modules or []
-    if "all" in targets and len(targets) > 1:
-        raise ConfigError("--lora-target-modules all: must stand alone, it already means every module")
+    if "all" in targets and not {"all", "embed_tokens", "lm_head"}.issuperset(targets):
+        raise ConfigError(
+            "--lora-target-modules all: already means every linear; only embed_tokens and lm_head go beside it"
+        )
     for name in args.served_model_name:
         if not name:
             raise ConfigError("--served-model-name: a name must not be empty")

@@ -21,7 +21,7 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
             "model",
             f"{facts['model']} ({facts.get('family')}, {_bytes(facts.get('weight_bytes'))}) in {facts.get('dtype')}",
         ),
-        ("device", f"{facts.get('device')}, {facts.get('attention_backend')} attention"),
+        ("device", f"{facts.get('device')}, {facts.get('attention_backend')} attention{_graphs(facts)}"),
         (
             "KV cache",
             f"{facts.get('kv_tokens')} tokens ({_bytes(facts.get('kv_bytes'))}), {facts.get('rows')} requests at once",
@@ -30,6 +30,11 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
         ("adapters", _fold(facts.get("adapters"))),
         ("embed", f'Engine.connect("{facts["door"]}")'),
     ]
+
+
+def _graphs(facts: Facts) -> str:
+    rows = facts.get("graph_rows")
+    return f", CUDA graphs of up to {rows} rows" if rows else ""
 
 
 def _lora(facts: Facts) -> str:

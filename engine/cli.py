@@ -15,25 +15,11 @@ from engine.args import Args
 from engine.errors import ConfigError
 
 LATER = {
-    "--lora-max-wait": "requests are served first come first served",
-    "--schedule-policy": "requests are served first come first served",
-    "--page-size": "it is 16",
-    "--block-size": "it is 16",
-    "--max-total-tokens": "it follows from --mem-fraction-static",
-    "--disable-radix-cache": "prefixes are not reused yet",
-    "--no-enable-prefix-caching": "prefixes are not reused yet",
-    "--enable-prefix-caching": "prefixes are not reused yet",
     "--tokenizer-path": "the model's own tokenizer is used",
     "--tokenizer": "the model's own tokenizer is used",
     "--revision": "write org/name@revision instead",
-    "--attention-backend": "it is torch",
-    "--max-lora-chunk-size": "there is no csgmv backend yet",
-    "--enable-lora-bias": "adapters with biases are refused",
     "--lora-extra-vocab-size": "adapters with added tokens are refused",
     "--fully-sharded-loras": "tensor parallelism is not available yet",
-    "--cuda-graph-max-bs": "the model runs eagerly",
-    "--disable-cuda-graph": "the model runs eagerly",
-    "--enforce-eager": "the model runs eagerly",
     "--api-key": "bind to a loopback address",
     "--cpu-threads": "all cores up to 4 are used",
 }
@@ -42,6 +28,14 @@ NEVER = {
     "--quantization": "quantized bases are not served yet",
 }
 _DTYPES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
+
+
+_NOT_SERVED = {
+    "flashinfer": "its kernels are not served",
+    "varlen": "torch's varlen_attn reads pages only with flash-attention 3 or 4 installed beside it",
+    "fa3": "flash-attention is not served",
+    "flash_attn": "flash-attention is not served",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,6 +51,27 @@ class _Refuse(argparse.Action):
         if flag in NEVER:
             raise ConfigError(f"{flag} is refused: {NEVER[flag]}")
         raise ConfigError(f"{flag} is not available yet: {LATER[flag]}")
+
+
+_POLICIES = {
+    "lpm": "prefixes are shared whatever the order",
+    "dfs-weight": "prefixes are shared whatever the order",
+    "lof": "long answers do not go first",
+    "random": "the order is never left to chance",
+}
+
+
+def _policy(text: str) -> str:
+    if text in _POLICIES:
+        raise argparse.ArgumentTypeError(f"{text}: {_POLICIES[text]}; fcfs, priority and fair are there")
+    return text
+
+
+def _attention(text: str) -> str:
+    name = text.lower()
+    if name in _NOT_SERVED:
+        raise argparse.ArgumentTypeError(f"{text}: {_NOT_SERVED[name]}; auto, torch and triton are there")
+    return name
 
 
 def _dtype(text: str) -> str:
@@ -119,6 +134,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--model-path", "--model", dest="model_path", metavar="MODEL", help="directory or hub id, org/name[@revision]")
     add("--device", choices=["auto", "cpu", "cuda"], help="(auto: cuda where there is one)")
     add("--dtype", type=_dtype, choices=["auto", "bfloat16", "float16", "float32"], help="(auto: the checkpoint's)")
+    add("--attention-backend", type=_attention, choices=["auto", "torch", "triton"], help="(auto: triton on CUDA)")
     add("--context-length", "--max-model-len", type=int, metavar="N", help="longest prompt and answer (the model's)")
     add(
         "--max-num-batched-tokens",
@@ -127,6 +143,12 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens in one step (512 on a CPU, 8192 on CUDA)",
     )
+    add(
+        "--max-prefill-tokens",
+        type=int,
+        metavar="N",
+        help="prompt tokens in a step while somebody decodes (a quarter of --max-num-batched-tokens, at least 64)",
+    )
     add("--max-running-requests", "--max-num-seqs", type=int, metavar="N", help="requests in one step (from memory)")
     add(
         "--mem-fraction-static",
@@ -134,6 +156,34 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="F",
         help="share of the device's memory to use (0.9)",
+    )
+    add("--max-total-tokens", type=int, metavar="N", help="tokens in the KV cache, at most (from memory)")
+    add("--page-size", "--block-size", type=int, metavar="N", help="tokens in a page of the KV cache, 1 to 256 (16)")
+    prefixes = group.add_mutually_exclusive_group()
+    prefixes.add_argument(
+        "--disable-radix-cache",
+        "--no-enable-prefix-caching",
+        action="store_true",
+        help="compute every prompt from its first token; what requests have in common is not shared",
+    )
+    prefixes.add_argument("--enable-prefix-caching", dest="disable_radix_cache", action="store_false", help="(on)")
+    add(
+        "--cuda-graph-max-bs",
+        type=int,
+        metavar="N",
+        help="rows that decode steps are captured for (256, or all rows); nothing on a CPU",
+    )
+    add(
+        "--disable-cuda-graph",
+        "--enforce-eager",
+        action="store_true",
+        help="launch every kernel by itself; nothing changes on a CPU",
+    )
+    add(
+        "--disable-overlap-schedule",
+        "--no-async-scheduling",
+        action="store_true",
+        help="one step in flight instead of two: the next is planned when the last one's tokens are known",
     )
     add("--tp-size", "--tensor-parallel-size", type=int, metavar="N", help="GPUs; only 1 for now (1)")
 
@@ -164,14 +214,45 @@ def _add_lora_flags(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE",
         help="modules adapters may touch, or `all` (the given adapters', else all)",
     )
-    add("--lora-backend", choices=["auto", "torch"], help="(auto: torch)")
+    add(
+        "--lora-backend",
+        choices=["auto", "torch", "triton", "csgmv"],
+        help="how adapters are computed (auto: csgmv on CUDA, torch on a CPU)",
+    )
+    add(
+        "--max-lora-chunk-size",
+        type=int,
+        metavar="N",
+        help="csgmv: tokens of one adapter that are computed together, 16 to 128, a power of two (16)",
+    )
     add("--lora-dtype", type=_dtype, choices=["auto", "bfloat16", "float16", "float32"], help="(auto: the model's)")
+    add("--enable-lora-bias", action=argparse.BooleanOptionalAction, help="serve adapters with biases (on)")
     add(
         "--lora-pool-size",
         metavar="SIZE",
         help="adapters of the largest rank on the device, or bytes: 2GiB (by memory)",
     )
     add("--lora-eviction-policy", choices=["lru", "fifo"], help="which idle adapter gives way first (lru)")
+    add(
+        "--lora-max-wait",
+        type=float,
+        metavar="SECONDS",
+        help="how long a request may be passed because of its adapter (5)",
+    )
+    add(
+        "--schedule-policy",
+        "--scheduling-policy",
+        type=_policy,
+        choices=["fcfs", "priority", "fair"],
+        help="who goes first: by arrival, by the requests' `priority`, or who used less (fcfs)",
+    )
+    add(
+        "--tenant-weights",
+        nargs="+",
+        action="extend",
+        metavar="TENANT=W",
+        help="fair: shares of tenants, 1 for all others; without a tenant a request counts for its adapter",
+    )
     add("--max-loaded-loras", "--max-cpu-loras", type=int, metavar="N", help="adapters in host memory (no limit)")
     add("--lora-host-memory", metavar="SIZE", help="host memory for adapters, 8GiB (half of what is free)")
 

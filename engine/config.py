@@ -12,6 +12,7 @@ import msgspec
 
 from engine.args import Args, Dtype, LogLevel, served_names
 from engine.errors import ConfigError
+from engine.shares import parse_weights
 from engine.size import has_unit, parse_bytes
 
 
@@ -44,7 +45,7 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The tokenizer/API process. `listen_fd` is the launcher's listening socket, None = no HTTP (embedded).
 
     `runtime_loads`: adapters may be loaded over HTTP without `admin_key`. With `lora_roots` the real path of every
-    adapter file must lie under one of them or the hub cache.
+    adapter file must lie under one of them or the hub cache. `priorities`: requests may have one other than 0.
     """
 
     links: Links
@@ -59,6 +60,7 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     log_level: LogLevel = "info"
     max_pinned: int = 0
+    priorities: bool = False
     runtime_loads: bool = False
     admin_key: str | None = None
     lora_roots: list[str] = []
@@ -69,17 +71,25 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The scheduler process. `window` is how many steps may be in flight.
+    """The scheduler process. `window` is how many steps may be in flight; `prefix_cache`: prefixes are computed once.
 
+    `lora_max_wait`: for how many seconds a request may be passed because of its adapter. `max_prefill_tokens`: in a
+    step in which somebody decodes, None: a quarter of the runner's `max_batched_tokens`. `tenant_weights`: shares under
+    the policy fair, 1 for who is not named.
     `max_loaded_loras` and `lora_host_bytes` bound the host tier (None: no count, and what the runner's capacity says).
     """
 
     links: Links
     max_loras: int = 0
-    window: int = 1
+    window: int = 2
     max_loaded_loras: int | None = None
     lora_host_bytes: int | None = None
     eviction_policy: Literal["lru", "fifo"] = "lru"
+    lora_max_wait: float = 5.0
+    schedule_policy: Literal["fcfs", "priority", "fair"] = "fcfs"
+    tenant_weights: dict[str, float] = {}
+    max_prefill_tokens: int | None = None
+    prefix_cache: bool = True
     adapters: list[AdapterSource] = []
     log_level: LogLevel = "info"
 
@@ -89,8 +99,9 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     `max_lora_rank` and `lora_targets` None mean: inferred from `adapters` (without any: 64 and all sites).
     The pool holds `lora_pool_adapters` of the largest rank, or `lora_pool_bytes`; both None: by memory.
+    Decode steps of up to `cuda_graph_max_rows` rows (None: 256) are captured on CUDA, unless `cuda_graphs` is off.
     `device` auto means: cuda where there is one. `max_batched_tokens` None means: 512 on a CPU, 8192 on CUDA.
-    `max_running_requests` and `context_length` None mean: from memory, and the model's.
+    `max_running_requests` and `max_total_tokens` None mean: from memory; `context_length` None: the model's.
     """
 
     links: Links
@@ -102,18 +113,23 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention_backend: str = "auto"
     enable_lora: bool = False
     lora_backend: str = "auto"
+    max_lora_chunk_size: int = 16
     lora_dtype: Dtype = "auto"
     max_loras: int = 8
     max_lora_rank: int | None = None
     lora_pool_adapters: int | None = None
     lora_pool_bytes: int | None = None
     lora_targets: list[str] | None = None
+    lora_biases: bool = True
     adapters: list[AdapterSource] = []
     max_batched_tokens: int | None = None
     max_running_requests: int | None = None
     mem_fraction: float = 0.9
     context_length: int | None = None
     page_size: int = 16
+    max_total_tokens: int | None = None
+    cuda_graphs: bool = True
+    cuda_graph_max_rows: int | None = None
     seed: int = 0
     log_level: LogLevel = "info"
 
@@ -144,6 +160,7 @@ def sections(
         listen_fd=listen_fd,
         seed=args.seed,
         max_pinned=max(0, max_loras - 1),
+        priorities=args.schedule_policy == "priority",
         runtime_loads=args.allow_runtime_lora_updating or _is_loopback(args),
         admin_key=args.admin_api_key,
         lora_roots=[str(Path(root).expanduser().resolve()) for root in args.lora_root],
@@ -152,9 +169,15 @@ def sections(
         **shared,
     )
     scheduler = SchedulerConfig(
+        window=1 if args.disable_overlap_schedule else 2,
         max_loaded_loras=args.max_loaded_loras,
         lora_host_bytes=parse_bytes(args.lora_host_memory, "--lora-host-memory") if args.lora_host_memory else None,
         eviction_policy=args.lora_eviction_policy,
+        lora_max_wait=args.lora_max_wait,
+        schedule_policy=args.schedule_policy,
+        tenant_weights=parse_weights(args.tenant_weights, "--tenant-weights"),
+        max_prefill_tokens=args.max_prefill_tokens,
+        prefix_cache=not args.disable_radix_cache,
         **shared,
     )
     pool_adapters, pool_bytes = _pool(args.lora_pool_size)
@@ -162,18 +185,25 @@ def sections(
         model_path=str(model),
         device=args.device,
         dtype=args.dtype,
+        attention_backend=args.attention_backend,
         tp_size=args.tp_size,
         enable_lora=enable_lora,
         lora_backend=args.lora_backend,
+        max_lora_chunk_size=args.max_lora_chunk_size,
         lora_dtype=args.lora_dtype,
         max_lora_rank=args.max_lora_rank,
         lora_targets=args.lora_target_modules,
+        lora_biases=args.enable_lora_bias,
         lora_pool_adapters=pool_adapters,
         lora_pool_bytes=pool_bytes,
         max_batched_tokens=args.max_num_batched_tokens,
         max_running_requests=args.max_running_requests,
         mem_fraction=args.mem_fraction_static,
         context_length=args.context_length,
+        cuda_graphs=not args.disable_cuda_graph,
+        cuda_graph_max_rows=args.cuda_graph_max_bs,
+        page_size=args.page_size,
+        max_total_tokens=args.max_total_tokens,
         seed=args.seed or 0,
         **shared,
     )

@@ -391,6 +391,9 @@ class Capacity(Message, frozen=True, kw_only=True):
     host_bytes: int = 0
 
 
+WaitReason = Literal["load", "fill", "rank_pages", "lanes", "rows", "pages"]
+
+
 class Stats(Message, frozen=True, kw_only=True):
     """scheduler -> tokenizer_proc, each second while anything changes: a picture of the scheduler, and sums."""
 
@@ -415,16 +418,26 @@ class Stats(Message, frozen=True, kw_only=True):
     host_evictions: int = 0
     audits: int = 0
     step_seconds: list[float] = []
+    waiting_reasons: dict[WaitReason, int] = {}
+    lane_preemptions: int = 0
+    cached_tokens: int = 0
+    kv_pages_cached: int = 0
+    kv_evictions: int = 0
 
 
 # ------------------------------------------------------------------------------------------------ scheduler <-> ranks
 
 
 class Fill(Part, frozen=True):
-    """Copy an adapter from the host tier into these rank pages, by group. Answered by AdapterState resident."""
+    """Copy an adapter from the host tier into these rank pages, by group. Answered by AdapterState resident.
+
+    `now`: all of it before the forward of this very step, whose lanes may name the pages already, while earlier steps
+    may still read them. Else beside the steps, in slices, and no lane names the pages before the answer.
+    """
 
     adapter_id: int
     pages: dict[str, list[int]]
+    now: bool = False
 
 
 class LanePages(Part, frozen=True):

@@ -6,6 +6,7 @@ Adapter 2 (equal bytes) -------------+
 
 host     DISK --LoadAdapter--> LOADING --"host"--> HELD --EvictAdapter--> EVICTING --"disk"--> DISK
 device   NONE --Fill--> FILLING --"resident"--> RESIDENT --evicted--> NONE         a fill reads the host copy: HELD
+         NONE --Fill(now)-------------------> RESIDENT
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Copy:
     `requests` live requests that name it; `last_step` is the last step to name its pages. `last_used`, `held_since` and
     `filled_since` are the ticks that eviction goes by. `wish`: it is to become resident unasked, in this place of the
     queue. `error`: it cannot be served, until it is loaded again. `sent`: the runner has heard of it. `leaving`: the
-    runner is to free it. `tried`: the paths of the load under way.
+    runner is to free it. `tried`: the paths of the load under way. `fills`: those that the runner has not
+    answered; they read the host copy. One at once makes it resident when it is planned, see scheduler.filling.
     """
 
     id: int
@@ -69,7 +71,13 @@ class Copy:
     error: str | None = None
     sent: bool = False
     leaving: bool = False
+    fills: int = 0
     tried: list[str] = field(default_factory=list)
+
+    @property
+    def identity(self) -> str:
+        """What its KV pages are known by: its bytes, whatever its names."""
+        return self.card.revision or f"copy {self.id}"
 
     @property
     def need(self) -> Mapping[str, int]:

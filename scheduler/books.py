@@ -7,18 +7,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
 
-from engine.messages import AdapterState, Capacity, EvictAdapter, LoadAdapter, UnloadAdapter, Update
+from engine.messages import AdapterState, Capacity, EvictAdapter, Generate, LoadAdapter, UnloadAdapter, Update
 from scheduler.adapter import Copy, Device, Host
 from scheduler.directory import Directory
 from scheduler.eviction import Policy
+from scheduler.fair import ordering
 from scheduler.host_tier import HostTier
-from scheduler.kv.pages import Pages
+from scheduler.kv.cache import KvCache
+from scheduler.kv.radix import Owner
 from scheduler.lanes import Lanes
+from scheduler.order import SchedulePolicy
+from scheduler.overtaking import Overtaking
 from scheduler.request import BASE, LaneKey, Order, Request
 from scheduler.residency import Residency
 from scheduler.running import Running
 from scheduler.stats import Counters
 from scheduler.waiting import Place, Waiting
+
+MIN_PREFILL_TOKENS = 64  # fewer would read all weights for next to nothing
 
 
 @dataclass(slots=True)
@@ -31,59 +37,117 @@ class Flight:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What the flags say: lanes, the host tier (None: no count; bytes as the runner's capacity says), the policy."""
+    """What the flags say: lanes, the host tier (None: no count; bytes as the runner's capacity says), the policy.
+
+    `lora_max_wait`: seconds that a request may be passed by others because of its adapter. `max_prefill_tokens`: in a
+    step in which somebody decodes; None: a quarter of the runner's `max_batched_tokens`, at least MIN_PREFILL_TOKENS.
+    """
 
     max_loras: int = 0
     max_loaded_loras: int | None = None
     lora_host_bytes: int | None = None
     eviction_policy: Policy = "lru"
+    lora_max_wait: float = 5.0
+    max_prefill_tokens: int | None = None
+    prefix_cache: bool = True
+    schedule_policy: SchedulePolicy = "fcfs"
+    tenant_weights: dict[str, float] = field(default_factory=dict)
 
 
 class Books:
     """Requests, rows, pages, lanes, adapters, and what is to be told to others.
 
-    `promised` are the keys that use their copies: they hold a lane, or were granted pages and wait for one.
-    `wishes` are copies on the host that are to become resident though nobody waits for them. `stirred`: something
-    happened since loads and evictions were last thought about.
+    `now` is the time of the call under way. `draining` are keys whose lane takes nobody any more. `wishes` are copies
+    on the host that are to become resident though nobody waits for them, `unasked` those that may while there is room.
+    `stirred`: something happened since loads and evictions were last thought about.
     """
 
     def __init__(self, capacity: Capacity, bounds: Bounds) -> None:
         self.bounds = bounds
+        self.now = 0.0
+        self.ordering = ordering(bounds.schedule_policy, bounds.tenant_weights)
+        self.overtaking = Overtaking()
         self.requests: dict[int, Request] = {}
         self.waiting = Waiting()
         self.tick = count(1).__next__
         self._arrivals = count()
+        self.last_place: Order = (-(1 << 62), 0)  # of those who came so far
         self.directory = Directory()
         self.host = HostTier(bounds.max_loaded_loras, self._host_bytes(capacity), bounds.eviction_policy, self.tick)
-        self.residency = Residency(capacity, bounds.eviction_policy, self.tick)
+        self.residency = Residency(capacity, bounds.eviction_policy, self.tick, self.awaited)
         self.counters = Counters()
         self.updates: list[Update] = []
         self.news: list[Capacity | AdapterState | LoadAdapter | UnloadAdapter | EvictAdapter] = []
         self.wishes: dict[int, None] = {}
+        self.unasked: dict[int, None] = {}
         self.stirred = False
         self.running = Running(0)
+        self.kv = KvCache(0, capacity.page_size, bounds.prefix_cache)
         self.open(capacity)
 
     def open(self, capacity: Capacity) -> None:
         """Empty tables for a (new) runner. Who was running must have been taken out before."""
         assert not self.running.ordered
         self.capacity = capacity
-        self.pages = Pages(capacity.kv_pages)
+        self.kv.reset(capacity.kv_pages, capacity.page_size)
         self.running = Running(capacity.rows, self.running.generations)
         self.lanes = Lanes(min(self.bounds.max_loras, capacity.max_loras))
-        self.promised: dict[LaneKey, None] = {}
+        self.draining: dict[LaneKey, None] = {}
         self.flights: list[Flight] = []
         self.residency.reset(capacity)
         self.host.reset(self._host_bytes(capacity))
         self.wishes.clear()
+        self.unasked.clear()
+
+    @property
+    def max_prefill_tokens(self) -> int:
+        """The most prefill tokens of a step in which somebody decodes."""
+        bound = self.bounds.max_prefill_tokens
+        return max(MIN_PREFILL_TOKENS, self.capacity.max_batched_tokens // 4) if bound is None else bound
 
     def next_order(self) -> Order:
         """The next place in the queue, of the usual priority."""
-        return 0, next(self._arrivals)
+        return self.ordering.unasked(next(self._arrivals))
+
+    def place(self, message: Generate) -> Order:
+        """The place of a request that comes now."""
+        order = self.ordering.place(message, next(self._arrivals))
+        self.last_place = max(self.last_place, order)
+        return order
+
+    def awaited(self, copy: Copy) -> Order | None:
+        """The place of the first who waits for it, if anyone does."""
+        first = self.waiting.first_of(copy.id)
+        if first is None or copy.wish is None:
+            return first or copy.wish
+        return min(first, copy.wish)
+
+    def offer(self, copy: Copy) -> None:
+        """The copy came to the host tier: it is to be filled though nobody waits for it, if only when there is room."""
+        (self.unasked if copy.wish is None else self.wishes)[copy.id] = None
+
+    def first_wish(self) -> Copy | None:
+        """The first of the wishes that can be filled."""
+        while self.wishes:
+            copy = self.directory.copies.get(next(iter(self.wishes)))
+            if copy is not None and copy.wish is not None and copy.can_fill:
+                return copy
+            del self.wishes[next(iter(self.wishes))]
+        return None
 
     def copies(self, key: LaneKey) -> list[Copy]:
         """The copies of a key."""
         return self.directory.of(key)
+
+    def owner(self, key: LaneKey) -> Owner:
+        """Whose KV pages a request of this key computes: by revision, which is known of whoever was loaded."""
+        copies = self.directory.copies
+        return tuple(sorted((copies[copy_id].identity, scale) for copy_id, scale in key))
+
+    def disown(self, copy: Copy) -> None:
+        """Nobody else is to share the copy, and no KV page of its revision is found any more."""
+        if self.directory.disown(copy):
+            self.kv.drop(copy.identity)
 
     def lane_pages(self, key: LaneKey) -> dict[str, list[tuple[int, float]]]:
         """What the lane of a key holds, all of which is resident."""
@@ -110,20 +174,23 @@ class Books:
         bound = self.bounds.lora_host_bytes
         return capacity.host_bytes if bound is None else bound
 
-    def audit(self) -> None:
-        """Raises AssertionError when a page, row, lane, rank page, reference or queue entry is unaccounted for."""
+    def audit(self, kv_pages: int | None = None) -> None:
+        """Raises AssertionError when a page, row, lane, rank page, reference or queue entry is unaccounted for.
+
+        Of more than `kv_pages` KV pages only the sums and as many in turn are proved.
+        """
         self.running.audit()
         self.waiting.audit()
         running = self.running.ordered
-        self.pages.audit(page for request in running for page in request.pages)
+        self.kv.audit(running, kv_pages)
         self.lanes.audit((request.key, request.lane) for request in running)
-        users = Counter(copy_id for key in self.promised for copy_id, _ in key)
+        users = Counter(copy_id for key in self.lanes.active() for copy_id, _ in key)
         names = Counter(adapter_id for request in self.requests.values() for adapter_id in request.names)
         wanted = Counter(copy_id for request in self.requests.values() for copy_id, _ in request.key)
         self.directory.audit(names, wanted)
         self.residency.audit(self.directory.copies.values(), users)
         self.host.audit(self.directory.copies.values())
-        assert set(self.lanes.active()) <= set(self.promised), "a lane is not promised its adapters"
+        assert set(self.draining) <= set(self.lanes.active()), "a lane is draining that is free"
         self._audit_requests()
         self._audit_flights()
         self._audit_places()
@@ -155,13 +222,14 @@ class Books:
     def _audit_places(self) -> None:
         for key in self.waiting.all_keys():
             place, copies = self.waiting.place_of(key), self.directory.of(key)
-            if place is Place.ACTIVE:
+            if place in (Place.ACTIVE, Place.DRAINING):
                 assert key == BASE or key in self.lanes, f"key {key} is active without a lane"
+                assert (key in self.draining) == (place is Place.DRAINING), f"key {key} drains and does not"
             elif place is Place.READY:
-                assert key in self.promised, f"key {key} is ready without a promise"
+                assert key not in self.lanes, f"key {key} waits for the lane that it has"
                 assert all(c.device is Device.RESIDENT for c in copies), f"key {key} is ready and not resident"
             elif place is Place.COLD:
-                assert key not in self.promised, f"key {key} is cold and promised"
+                assert any(c.device is Device.NONE for c in copies), f"key {key} is cold and has pages"
                 assert all(c.on_device or c.host is Host.HELD for c in copies), f"key {key} is cold and not on the host"
             elif place is Place.DISK:
                 assert any(c.to_load for c in copies), f"key {key} waits for a load that nobody needs"
@@ -169,5 +237,3 @@ class Books:
                 assert all(not c.to_load for c in copies), f"key {key} waits for a load that nobody starts"
                 busy = [c for c in copies if c.device is not Device.RESIDENT and not c.can_fill]
                 assert busy, f"key {key} waits for nothing"
-        for key in self.promised:
-            assert key in self.lanes or key in self.waiting, f"key {key} is promised for nobody"

@@ -40,15 +40,19 @@ from engine.messages import (
     ToScheduler,
     UnloadAdapter,
     Update,
+    WaitReason,
 )
+from scheduler import reasons
 from scheduler.adapter import Device
 from scheduler.admission import Admission
 from scheduler.books import Books, Bounds
 from scheduler.custody import Custody
+from scheduler.filling import Filling
 from scheduler.loading import Loading
 from scheduler.planner import Planner
 from scheduler.request import Request
 from scheduler.stopping import finish_of
+from scheduler.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +67,11 @@ class Scheduler:
         assert window >= 1
         self._books = Books(capacity, bounds)
         self._admission = Admission(self._books)
+        self._filling = Filling(self._books, self._admission)
+        self._turns = Turns(self._books, self._admission, self._filling)
         self._loading = Loading(self._books, self._admission)
-        self._custody = Custody(self._books, self._admission, self._loading)
-        self._planner = Planner(self._books, self._admission)
+        self._custody = Custody(self._books, self._admission, self._loading, self._filling)
+        self._planner = Planner(self._books, self._admission, self._filling, self._turns)
         self._window = window
         self._runner_epoch = epoch
         self._client_epoch = 0
@@ -76,6 +82,7 @@ class Scheduler:
 
     def handle(self, message: ToScheduler, now: float) -> list[Upstream | Downstream]:
         """Takes one message in. Returns what is to be sent; the types say where to."""
+        self._books.now = now
         match message:
             case StepDone():
                 return self.apply(message, now)
@@ -105,6 +112,7 @@ class Scheduler:
     def plan(self, now: float) -> Step | None:
         """The next step, if the window has room and there is something to do. Call take() after it."""
         books = self._books
+        books.now = now
         if len(books.flights) >= self._window:
             return None
         step = self._planner.plan(self._runner_epoch, self._last_step + 1)
@@ -130,7 +138,8 @@ class Scheduler:
             if samples:
                 request.pending -= 1
                 self._append(request, next(tokens), done.logprobs.get(index))
-        books.residency.rank_pages.step_done(done.id)
+        books.residency.step_done(done.id)
+        self._filling.step_took(done.seconds)
         books.counters.steps += 1
         books.counters.step_seconds.append(done.seconds)
         self._loading.fetch()
@@ -148,15 +157,20 @@ class Scheduler:
         books.updates, books.news = [], []
         return out
 
-    def check(self) -> None:
-        """Proves the books; AssertionError names what is unaccounted for."""
+    def check(self, kv_pages: int | None = None) -> None:
+        """Proves the books; AssertionError names what is unaccounted for. See Books.audit."""
         self._books.counters.audits += 1
-        self._books.audit()
+        self._books.audit(kv_pages)
 
     @property
     def idle(self) -> bool:
         """Whether no step is in flight."""
         return not self._books.flights
+
+    def why(self, request_id: int) -> WaitReason | None:
+        """Why a request waits; None if it does not."""
+        request = self._books.requests.get(request_id)
+        return None if request is None else reasons.why(self._books, request)
 
     def stats(self) -> Stats:
         """A picture, and the sums."""
@@ -167,8 +181,8 @@ class Scheduler:
         return Stats(
             running=len(books.running),
             waiting=len(books.waiting),
-            kv_pages_used=books.pages.used,
-            kv_pages=books.pages.count,
+            kv_pages_used=books.kv.used,
+            kv_pages=books.kv.pages.count,
             rank_pages_used=books.residency.rank_pages.used(),
             resident=[a.id for a in adapters if a.copy.device is Device.RESIDENT],
             running_adapters=dict(running),
@@ -186,6 +200,11 @@ class Scheduler:
             host_evictions=counters.host_evictions,
             audits=counters.audits,
             step_seconds=counters.take_step_seconds(),
+            cached_tokens=counters.cached_tokens,
+            kv_pages_cached=len(books.kv.tree),
+            kv_evictions=books.kv.evictions,
+            waiting_reasons=reasons.counts(books),
+            lane_preemptions=counters.lane_preemptions,
         )
 
     # ---------------------------------------------------------------------------------------------------- requests
@@ -210,6 +229,8 @@ class Scheduler:
         books = self._books
         index = request.generated
         request.tokens.append(token)
+        if request.row >= 0:
+            books.kv.learnt(request)
         books.counters.generation_tokens += 1
         ending = finish_of(request)
         books.updates.append(
@@ -217,6 +238,7 @@ class Scheduler:
                 request_id=request.id,
                 index=index,
                 tokens=[token],
+                cached_tokens=request.take_cached(),
                 finish=ending[0] if ending else None,
                 matched=ending[1] if ending else None,
                 logprobs=[logprobs] if logprobs is not None else None,

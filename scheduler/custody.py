@@ -14,6 +14,7 @@ from engine.messages import AdapterState, LoadAdapter, PinAdapter, UnloadAdapter
 from scheduler.adapter import Adapter, Copy, Device, Host
 from scheduler.admission import Admission
 from scheduler.books import Books
+from scheduler.filling import Filling
 from scheduler.loading import Loading
 
 log = logging.getLogger(__name__)
@@ -22,9 +23,10 @@ log = logging.getLogger(__name__)
 class Custody:
     """Adapters from their first load until they are gone, over the books."""
 
-    def __init__(self, books: Books, admission: Admission, loading: Loading) -> None:
+    def __init__(self, books: Books, admission: Admission, loading: Loading, filling: Filling) -> None:
         self._books = books
         self._admission = admission
+        self._filling = filling
         self._loading = loading
 
     # ------------------------------------------------------------------------------------------------ what is asked
@@ -50,7 +52,7 @@ class Custody:
         if message.preload and not copy.on_device and copy.wish is None:
             copy.wish = books.next_order()
             if copy.can_fill:
-                self._admission.offer(copy)
+                books.offer(copy)
         if copy.device is Device.NONE and copy.host in (Host.DISK, Host.EVICTING):
             self._loading.ask(copy)
         books.rest(copy)
@@ -63,7 +65,7 @@ class Custody:
         elif not adapter.draining:
             adapter.draining = True
             self._books.news.append(adapter.report())
-            self._admission.unload_if_drained(adapter)
+            self._admission.unloading.unload_if_drained(adapter)
 
     def pin(self, message: PinAdapter) -> None:
         """Never evict it, or evict it again like any other. One that is on disk is read."""
@@ -92,9 +94,8 @@ class Custody:
             self._loaded(copy, message)
         elif message.state == "disk" and copy.host is Host.EVICTING:
             self._evicted(copy)
-        elif message.state == "resident" and copy.device is Device.FILLING:
-            self._books.residency.filled(copy)
-            self._came(copy, message.seconds)
+        elif message.state == "resident" and copy.fills:
+            self._filled(copy, message.seconds)
         else:
             log.debug("adapter %d is %s, and so says the runner: %s", copy.id, copy.stage, message.state)
 
@@ -108,14 +109,14 @@ class Custody:
             if copy.on_host or copy.on_device:
                 former.append(copy)
             copy.host, copy.device, copy.pages, copy.users, copy.last_step = Host.DISK, Device.NONE, {}, 0, 0
-            copy.sent = False
+            copy.sent, copy.fills = False, 0
             if copy.leaving:
-                self._admission.forget(copy)
+                self._admission.unloading.forget(copy)
             elif copy.error is None and (not copy.known or copy.pinned or copy.wish is not None):
                 self._loading.ask(copy)
         self._loading.recall(former)
         for adapter in list(books.directory.adapters.values()):
-            self._admission.unload_if_drained(adapter)
+            self._admission.unloading.unload_if_drained(adapter)
 
     # ----------------------------------------------------------------------------------------------------- private
 
@@ -149,7 +150,7 @@ class Custody:
         if problem is not None:
             self._admission.fail(copy, problem)
             return
-        self._admission.offer(copy)
+        books.offer(copy)
         self._came(copy, card.seconds)
 
     def _merge(self, copy: Copy, into: Copy, seconds: float) -> None:
@@ -184,18 +185,29 @@ class Custody:
         if adopts:
             self._admission.settle_copy(into)
         if into.can_fill:
-            self._admission.offer(into)
+            books.offer(into)
         elif into.wish is not None and not into.on_device:
             self._loading.ask(into)
-        for adapter in list(into.names.values()):
-            self._admission.unload_if_drained(adapter)
+        self._admission.unloading.unload_drained(into)
 
     def _came(self, copy: Copy, seconds: float) -> None:
         self._books.rest(copy)
         self._books.tell(copy, seconds)
         self._admission.settle_copy(copy)
-        for adapter in list(copy.names.values()):
-            self._admission.unload_if_drained(adapter)
+        self._admission.unloading.unload_drained(copy)
+
+    def _filled(self, copy: Copy, seconds: float) -> None:
+        """The oldest of its fills that were not answered is done: a background fill is the last of them."""
+        copy.fills -= 1
+        if copy.fills or copy.device is not Device.FILLING:
+            self._filling.fill_took(copy, seconds)
+        else:
+            self._books.residency.filled(copy)
+        self._books.rest(copy)
+        if copy.device is Device.RESIDENT:
+            self._came(copy, seconds)
+        else:  # it lost its pages again meanwhile, and that was told
+            self._admission.unloading.unload_drained(copy)
 
     def _evicted(self, copy: Copy) -> None:
         self._books.host.lose(copy)
@@ -209,6 +221,7 @@ class Custody:
         if copy.leaving or copy.error is not None:
             return
         loading = copy.host is Host.LOADING
+        copy.fills = 0  # its answers come in order: this one is the last
         if loading and self._loading.try_other(copy):
             return
         self._books.host.lose(copy)
@@ -219,4 +232,4 @@ class Custody:
             self._books.host.lose(copy)
             self._admission.fail(copy, f"adapter {copy.id} is gone from the runner")
         if copy.id in self._books.directory.copies:
-            self._admission.forget(copy)
+            self._admission.unloading.forget(copy)

@@ -61,10 +61,12 @@ class Directory:
         revision = copy.card.revision
         return self._by_revision.setdefault(revision, copy) if revision else copy
 
-    def disown(self, copy: Copy) -> None:
-        """Nobody else is to share it: it goes, or cannot be served."""
-        if self._by_revision.get(copy.card.revision) is copy:
-            del self._by_revision[copy.card.revision]
+    def disown(self, copy: Copy) -> bool:
+        """Nobody else is to share it: it goes, or cannot be served. True if it was its revision's until now."""
+        if self._by_revision.get(copy.card.revision) is not copy:
+            return False
+        del self._by_revision[copy.card.revision]
+        return True
 
     def merge(self, copy: Copy, into: Copy) -> list[Adapter]:
         """All names of `copy` stand for `into` from now on, and `copy` is no more. Returns those names."""

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from typing import Literal
+from typing import Generic, Literal, TypeVar
+
+from scheduler.request import Order
 
 Policy = Literal["lru", "fifo"]
 
 
-class EvictionOrder:
-    """Copy ids by their stamp, the smallest first: the time of the last use (lru), or of coming here (fifo)."""
+Stamp = TypeVar("Stamp", int, Order)
+
+
+class EvictionOrder(Generic[Stamp]):
+    """Copy ids by their stamp, the smallest first: the time of the last use (lru), or of coming here (fifo).
+
+    Or, where somebody waits for them, his place in the queue.
+    """
 
     def __init__(self) -> None:
-        self._sorted: list[tuple[int, int]] = []
-        self._stamps: dict[int, int] = {}
+        self._sorted: list[tuple[Stamp, int]] = []
+        self._stamps: dict[int, Stamp] = {}
 
     def __contains__(self, copy_id: int) -> bool:
         return copy_id in self._stamps
@@ -25,7 +33,18 @@ class EvictionOrder:
     def __len__(self) -> int:
         return len(self._sorted)
 
-    def put(self, copy_id: int, stamp: int) -> None:
+    def above(self, stamp: Stamp) -> Iterator[int]:
+        """Those with a larger stamp, the largest first."""
+        for found, copy_id in reversed(self._sorted):
+            if not found > stamp:
+                return
+            yield copy_id
+
+    def stamp(self, copy_id: int) -> Stamp | None:
+        """The stamp of a copy, if it is there."""
+        return self._stamps.get(copy_id)
+
+    def put(self, copy_id: int, stamp: Stamp) -> None:
         """Enters it, or moves it."""
         if self._stamps.get(copy_id) == stamp:
             return

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from scheduler.adapter import Copy, Device, Host
+from scheduler.adapter import Copy, Host
 from scheduler.eviction import EvictionOrder, Policy
 
 
@@ -55,7 +55,7 @@ class HostTier:
     def evict(self, copy: Copy) -> None:
         """The runner is told to forget it."""
         assert copy.host is Host.HELD
-        assert copy.device is not Device.FILLING
+        assert not copy.fills
         copy.host = Host.EVICTING
         self.evicting += 1
         self._leaving_bytes += copy.card.bytes
@@ -93,7 +93,7 @@ class HostTier:
     @staticmethod
     def evictable(copy: Copy) -> bool:
         """Whether the runner may be told to forget it."""
-        return copy.host is Host.HELD and copy.device is not Device.FILLING and not copy.pinned and not copy.leaving
+        return copy.host is Host.HELD and not copy.fills and not copy.pinned and not copy.leaving
 
     # ------------------------------------------------------------------------------------------------------ bounds
 

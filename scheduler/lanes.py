@@ -16,6 +16,7 @@ from scheduler.request import BASE, LaneKey
 @dataclass(slots=True)
 class _Lane:
     number: int
+    since: float
     rows: int = 0
 
 
@@ -44,14 +45,18 @@ class Lanes:
         lane = self._lanes.get(key)
         return lane.rows if lane else 0
 
-    def acquire(self, key: LaneKey) -> tuple[int, bool]:
+    def since(self, key: LaneKey) -> float:
+        """When a key that holds a lane got it."""
+        return self._lanes[key].since
+
+    def acquire(self, key: LaneKey, now: float = 0.0) -> tuple[int, bool]:
         """(number, whether it is newly given) for one more row of the key; there must be a free one if it is new."""
         if key == BASE:
             return 0, False
         lane = self._lanes.get(key)
         new = lane is None
         if lane is None:
-            lane = self._lanes[key] = _Lane(self._free.pop())
+            lane = self._lanes[key] = _Lane(self._free.pop(), now)
         lane.rows += 1
         return lane.number, new
 

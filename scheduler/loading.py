@@ -92,6 +92,8 @@ class Loading:
             (copy, order), key = errand, BASE
         if self._make_room(copy, order):
             self._start(copy)
+            if wanted is not None and key in self._books.waiting:
+                self._books.ordering.moved(self._books.waiting.head(key), copy.card.bytes)
             return True
         books = self._books
         copies = books.copies(key) or [copy]
@@ -193,16 +195,9 @@ class Loading:
         yield from [host.held[copy_id] for copy_id in host.spare]
         busy = [c for c in host.held.values() if host.evictable(c) and c.id not in host.spare]
         yield from (copy for copy in busy if copy.device is Device.RESIDENT)
-        waited = [(self._awaited(copy), copy.id) for copy in busy if copy.device is Device.NONE]
-        for place, copy_id in sorted(waited, reverse=True):
-            if place > order:
-                yield host.held[copy_id]
-
-    def _awaited(self, copy: Copy) -> Order:
-        """The place of the first who waits for it."""
-        waiting = self._books.waiting
-        places = [waiting.head(key).order for key in waiting.keys_of(copy.id)]
-        return min([*places, copy.wish] if copy.wish is not None else places)
+        waited = ((self._books.awaited(copy), copy.id) for copy in busy if copy.device is Device.NONE)
+        for _, copy_id in sorted(((p, i) for p, i in waited if p is not None and p > order), reverse=True):
+            yield host.held[copy_id]
 
     def _evict(self, copy: Copy) -> None:
         books = self._books

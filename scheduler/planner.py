@@ -2,6 +2,7 @@
 
     budget  |<- decodes: 1 token a row ->|<- chunks of rows in prefill ->|<- chunks of rows just admitted ->|
             0                                                                         max_batched_tokens
+                                         |<---- max_prefill_tokens at most, if there are decodes ---->|
 
 Positions advance here, when a chunk is planned; tokens arrive later, so with several steps in flight a row is planned
 on tokens nobody on this side has seen. A row whose limit is reached by samples in flight is not planned further.
@@ -11,11 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.messages import Chunk, Fill, LanePages, NewRow, Step
+from engine.messages import Chunk, LanePages, NewRow, Step
 from scheduler.admission import Admission
 from scheduler.books import Books, Flight
+from scheduler.filling import Filling
 from scheduler.preemption import choose_victim
 from scheduler.request import Request
+from scheduler.turns import Turns
 
 
 @dataclass(slots=True)
@@ -24,7 +27,6 @@ class _Draft:
 
     flight: Flight
     budget: int
-    fills: list[Fill]
     lanes: list[LanePages] = field(default_factory=list)
     new_rows: list[NewRow] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
@@ -42,19 +44,28 @@ class _Draft:
 class Planner:
     """Makes steps out of the books."""
 
-    def __init__(self, books: Books, admission: Admission) -> None:
+    def __init__(self, books: Books, admission: Admission, filling: Filling, turns: Turns) -> None:
         self._books = books
         self._admission = admission
+        self._filling = filling
+        self._turns = turns
 
     def plan(self, epoch: int, step: int) -> Step | None:
         """Step number `step`, entered among the flights; None when there is nothing to do now."""
         books = self._books
-        fills = self._admission.grant(step)
-        draft = _Draft(Flight(step), books.capacity.max_batched_tokens, fills)
-        for request in self._decode(draft):
+        books.kv.begin(step)
+        self._turns.begin()
+        draft = _Draft(Flight(step), books.capacity.max_batched_tokens)
+        prefills = self._decode(draft)
+        if draft.chunks:
+            draft.budget = min(draft.budget, books.max_prefill_tokens)
+        self._filling.begin(step, busy=bool(draft.chunks))
+        for request in prefills:
             if draft.budget > 0:
                 self._prefill(draft, request, [])
         self._admit(draft)
+        self._filling.look_ahead()
+        fills = self._filling.take()
         if not draft.chunks and not fills:
             return None
         books.name(books.lanes.active(), step)
@@ -92,15 +103,12 @@ class Planner:
     def _grow(self, request: Request, index: int) -> list[int]:
         """A page for running[index], taken from rows not yet planned if need be; none if it had to give way itself."""
         books = self._books
-        while not books.pages.free:
-            victim = choose_victim(books.running.ordered[index:])
-            books.counters.preemptions += 1
+        while not books.kv.free:
+            victim = choose_victim(books.running.ordered[index:], books.running.ordered[0])
             self._admission.preempt(victim)
             if victim is request:
                 return []
-        pages = books.pages.grant(1)
-        request.pages += pages
-        return pages
+        return books.kv.grow(request)
 
     def _prefill(self, draft: _Draft, request: Request, pages: list[int]) -> None:
         """The next chunk of known tokens; the last one samples. `pages` go along (all of them with the first chunk).
@@ -131,11 +139,12 @@ class Planner:
         )
         request.decoding = samples
         draft.add(request, chunk, scored=(end - start - samples) if scores else 0)
+        self._books.kv.computed(request)
 
     def _admit(self, draft: _Draft) -> None:
         """Lets requests in while there is budget for their first chunk."""
         books = self._books
-        while draft.budget > 0 and (request := self._admission.next()) is not None:
+        while draft.budget > 0 and (request := self._turns.next()) is not None:
             if self._admission.admit(request):
                 draft.lanes.append(LanePages(request.lane, books.lane_pages(request.key)))
             draft.new_rows.append(
@@ -148,3 +157,4 @@ class Planner:
                 )
             )
             self._prefill(draft, request, list(request.pages))
+        self._turns.end()

@@ -1,9 +1,14 @@
 """The rank pages of every group: free, held, or cooling. Knows nothing of adapters.
 
     free --grant--> held --release--> cooling --StepDone of the last step that named them--> free
+                     ^------------- grant(early) -'
 
-Fills run beside the steps (on a side stream), so unlike a KV page a rank page must not be granted again while a step
-in flight may still read it.
+Background fills run beside the steps (on a side stream), so unlike a KV page a rank page must not be granted to one
+while a step in flight may still read it. A fill at once is a part of its step, and steps are executed in order: like
+a KV page, a cooling page may be granted to it `early`, as whoever named the page was planned before.
+
+    step n      lane 3 reads page 7; its adapter's last request ends
+    step n+1    fill at once: page 7 <- another adapter; lane 3 names page 7; forward
 """
 
 from __future__ import annotations
@@ -22,18 +27,26 @@ class RankPages:
         self._cooling: list[tuple[int, GroupPages]] = []
         self._done = 0
 
-    def lacking(self, need: Mapping[str, int], with_cooling: bool = False) -> dict[str, int]:
-        """By group, how many pages are missing for `need` (groups that have enough are left out)."""
+    def available(self, with_cooling: bool = True) -> dict[str, int]:
+        """By group, how many pages are free, or cool."""
         have = {group: len(free) for group, free in self._free.items()}
         if with_cooling:
             for _, pages in self._cooling:
                 for group, numbers in pages.items():
                     have[group] += len(numbers)
+        return have
+
+    def lacking(self, need: Mapping[str, int], with_cooling: bool = False) -> dict[str, int]:
+        """By group, how many pages are missing for `need` (groups that have enough are left out)."""
+        have = self.available(with_cooling)
         return {group: count - have.get(group, 0) for group, count in need.items() if count > have.get(group, 0)}
 
-    def grant(self, need: Mapping[str, int]) -> GroupPages:
-        """All of `need`, which must be there."""
-        assert not self.lacking(need), f"rank pages {dict(need)} asked, lacking {self.lacking(need)}"
+    def grant(self, need: Mapping[str, int], early: bool = False) -> GroupPages:
+        """All of `need`, which must be there; `early`: cooling pages will do where no others are free."""
+        lacking = self.lacking(need)
+        assert early or not lacking, f"rank pages {dict(need)} asked, lacking {lacking}"
+        for group, count in lacking.items():
+            self._warm(group, count)
         return {group: [self._free[group].pop() for _ in range(count)] for group, count in need.items() if count}
 
     def release(self, pages: GroupPages, last_step: int) -> None:
@@ -43,14 +56,15 @@ class RankPages:
         elif pages:
             self._cooling.append((last_step, pages))
 
-    def step_done(self, step: int) -> None:
-        """Steps up to `step` are done."""
+    def step_done(self, step: int) -> bool:
+        """Steps up to `step` are done; whether that freed any page."""
         self._done = step
-        if self._cooling:
-            for last_step, pages in self._cooling:
-                if last_step <= step:
-                    self._return(pages)
-            self._cooling = [entry for entry in self._cooling if entry[0] > step]
+        before = len(self._cooling)
+        for last_step, pages in self._cooling:
+            if last_step <= step:
+                self._return(pages)
+        self._cooling = [entry for entry in self._cooling if entry[0] > step]
+        return len(self._cooling) < before
 
     def used(self) -> dict[str, int]:
         """How many pages are not free, by group."""
@@ -64,6 +78,16 @@ class RankPages:
                 seen[group] += numbers
         for group, count in self.counts.items():
             assert sorted(seen[group]) == list(range(count)), f"rank pages of {group}: {sorted(seen[group])}"
+
+    def _warm(self, group: str, count: int) -> None:
+        """Frees so many of a group's cooling pages before their time."""
+        for _, pages in self._cooling:
+            taken = pages.get(group, [])[:count]
+            if taken:
+                pages[group] = pages[group][count:]
+                self._free[group] += taken
+                count -= len(taken)
+        assert not count, f"rank pages of {group}: {count} are neither free nor cooling"
 
     def _return(self, pages: GroupPages) -> None:
         for group, numbers in pages.items():

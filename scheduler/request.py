@@ -12,12 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engine.messages import Generate, LogprobIds, Sampling, Stopping
+from scheduler.kv.radix import Node
 
 LaneKey = tuple[tuple[int, float], ...]
 """What a lane is for: (copy id, scale) pairs sorted by id; () is the base model, which takes no lane."""
 
-Order = tuple[int, int]
-"""(priority, arrival): smaller goes first; no two requests share one."""
+Order = tuple[float, ...]
+"""A place in the queue: smaller goes first; no two requests share one. See scheduler.order."""
 
 BASE: LaneKey = ()
 
@@ -38,6 +39,9 @@ class Request:
     turn out to be one. `limit` is the length (prompt and generated) at which it ends. `flights` counts the steps in
     flight that name it,
     `pending` those of them that sample. `decoding`: the runner's row holds its own last sample as the next input.
+    `queued_at` is when it last came to the queue, `asked` the step for which it first asked for rank pages.
+    `prefix` is the last node of its path in the prefix tree: held while it runs, else where it was found last.
+    `cached` is how many prompt tokens were found there when it first ran, until that was told.
     `scored` counts prompt positions whose log-probability was asked for, `prompt_scores` holds those that came.
     """
 
@@ -49,12 +53,17 @@ class Request:
     sampling: Sampling
     stopping: Stopping
     salt: str = ""
+    priority: int = 0
+    queued_at: float = 0.0
+    asked: int = 0
     lora: list[tuple[int, float]] = field(default_factory=list)
     limit: int = 0
     row: int = -1
     generation: int = 0
     lane: int = 0
     pages: list[int] = field(default_factory=list)
+    prefix: Node | None = None
+    cached: int = 0
     computed: int = 0
     pending: int = 0
     flights: int = 0
@@ -94,26 +103,33 @@ class Request:
         self.scores_sent = True
         return self.prompt_scores
 
+    def take_cached(self) -> int:
+        """How many prompt tokens did not have to be computed for it, once."""
+        cached, self.cached = self.cached, 0
+        return cached
+
     def rewind(self) -> None:
         """Everything is to be computed again, in another row; the tokens stay."""
         self.row, self.lane, self.computed, self.decoding = -1, 0, 0, False
 
     def lose_flights(self) -> None:
-        """The steps in flight will never answer: what they were to bring is asked for again."""
+        """The steps in flight will never answer: what they were to bring is asked for again. Their KV is lost."""
+        self.prefix = None
         self.flights = self.pending = 0
         self.scored = len(self.prompt_scores)
 
 
-def from_message(message: Generate, key: LaneKey, arrival: int) -> Request:
+def from_message(message: Generate, key: LaneKey, order: Order) -> Request:
     """A request with nothing computed."""
     return Request(
         id=message.request_id,
         lora=message.lora,
         key=key,
-        order=(message.priority, arrival),
+        order=order,
         prompt_length=len(message.prompt),
         tokens=[*message.prompt, *message.generated],
         sampling=message.sampling,
         stopping=message.stopping,
         salt=message.salt,
+        priority=message.priority,
     )

@@ -1,10 +1,11 @@
 """The loop around the core: the only place here with sockets and a clock. Decides nothing.
 
-inbox --> handle --> plan while the window has room --> outboxes        it blocks only when nothing can be planned
+inbox --> handle --> plan while the window has room --> outboxes        it blocks when nothing can or may be planned
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from typing import Any
@@ -15,15 +16,27 @@ import zmq
 from engine.child import Child
 from engine.config import SchedulerConfig
 from engine.ipc import Inbox, Outbox
-from engine.messages import EvictAdapter, Hello, LoadAdapter, Reset, RunnerReady, Step, ToScheduler, UnloadAdapter
+from engine.messages import (
+    EvictAdapter,
+    Hello,
+    LoadAdapter,
+    Reset,
+    RunnerReady,
+    Step,
+    StepDone,
+    ToScheduler,
+    UnloadAdapter,
+)
 from scheduler.books import Bounds
 from scheduler.core import Scheduler
+from scheduler.pace import Pace
 
 log = logging.getLogger(__name__)
 
 STATS_SECONDS = 1.0
 IDLE_AUDIT_SECONDS = 1.0  # an audit takes milliseconds when pools are large: not between any two requests
 BUSY_AUDIT_SECONDS = 60.0
+AUDIT_PAGES = 8192  # KV pages that one audit looks at: a few milliseconds
 
 
 class Post:
@@ -66,9 +79,21 @@ class Loop:
 
     def __init__(self, config: SchedulerConfig, inbox: Inbox[ToScheduler], post: Post) -> None:
         self._config, self._inbox, self._post = config, inbox, post
-        self._bounds = Bounds(config.max_loras, config.max_loaded_loras, config.lora_host_bytes, config.eviction_policy)
+        self._bounds = Bounds(
+            config.max_loras,
+            config.max_loaded_loras,
+            config.lora_host_bytes,
+            config.eviction_policy,
+            config.lora_max_wait,
+            config.max_prefill_tokens,
+            prefix_cache=config.prefix_cache,
+            schedule_policy=config.schedule_policy,
+            tenant_weights=config.tenant_weights,
+        )
         self._core: Scheduler | None = None
+        self._pace = Pace(config.window, holds=False)
         self._early: list[ToScheduler] = []  # what came before the runner's first word
+        self._plan_at = float("inf")  # when a plan is due that waits for no message
         self._stats_at = self._audited = float("-inf")
         self._unproved = self._untold = False  # something happened since the last audit, since the last Stats
 
@@ -84,6 +109,10 @@ class Loop:
             self._look(self._core, time.monotonic())
 
     def _take(self, message: ToScheduler, now: float) -> None:
+        if isinstance(message, RunnerReady):
+            self._pace = Pace(self._config.window, holds=message.capacity.device == "cpu")
+        elif isinstance(message, StepDone):
+            self._pace.done(message, now)
         if self._core is not None:
             self._send(self._core.handle(message, now))
         elif isinstance(message, RunnerReady):
@@ -96,28 +125,38 @@ class Loop:
             self._early.append(message)
 
     def _plan(self, core: Scheduler) -> None:
-        while (step := core.plan(time.monotonic())) is not None:
+        self._plan_at = float("inf")
+        while True:
+            now, due = time.monotonic(), self._pace.due
+            if now < due and not core.idle:
+                self._plan_at = due
+                break
+            step = core.plan(now)
+            if step is None:
+                break
+            self._pace.sent(step, now)
             self._post.send(step)
         self._send(core.take())
 
     def _look(self, core: Scheduler, now: float) -> None:
         """Proves the books when idle (and now and then under load), and tells of what changed each second."""
         if self._unproved and now >= self._audit_at(core):
-            core.check()
+            core.check(AUDIT_PAGES)
             self._unproved, self._untold, self._audited = False, True, now
         if self._untold and now >= self._stats_at:
             self._post.send(core.stats())
             self._untold, self._stats_at = False, now + STATS_SECONDS
 
     def _patience(self) -> float | None:
-        """Seconds until Stats or an audit are due, or for ever when nothing happened since the last of both."""
-        if self._core is None or not (self._untold or self._unproved):
+        """Seconds until Stats, an audit or a plan are due, or for ever when only a message can change anything."""
+        if self._core is None:
             return None
         due = min(
             self._stats_at if self._untold else float("inf"),
             self._audit_at(self._core) if self._unproved else float("inf"),
+            self._plan_at,
         )
-        return max(0.001, due - time.monotonic())
+        return None if due == float("inf") else max(0.001, due - time.monotonic())
 
     def _audit_at(self, core: Scheduler) -> float:
         return self._audited + (IDLE_AUDIT_SECONDS if core.idle else BUSY_AUDIT_SECONDS)
@@ -129,6 +168,7 @@ class Loop:
 
 def serve(config: SchedulerConfig, child: Child) -> None:
     """Runs until the process is told to end. A failed audit ends it, loudly."""
+    gc.disable()  # nothing here is in cycles, and a collection walks every token that waits: it would hold up a step
     context: zmq.Context[Any] = zmq.Context()
     inbox: Inbox[ToScheduler] = Inbox(context, config.links.scheduler, ToScheduler, config.links.max_frame_bytes)
     post = Post(context, config)

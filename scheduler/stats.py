@@ -12,6 +12,7 @@ class Counters:
 
     steps: int = 0
     preemptions: int = 0
+    lane_preemptions: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
     adapter_hits: int = 0
@@ -20,6 +21,7 @@ class Counters:
     adapter_loads: int = 0
     host_evictions: int = 0
     audits: int = 0
+    cached_tokens: int = 0
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
 
     def take_step_seconds(self) -> list[float]:

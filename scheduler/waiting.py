@@ -5,6 +5,7 @@
     READY      a lane as well                           while a lane is free
     COLD       rank pages: the head is served first     when filling
     DISK       an adapter that is to be read               when loading
+    DRAINING   their lane to be free: it takes nobody    when somebody waited long
     BLOCKED    an adapter that loads or is being filled    never
 
 Knows nothing of adapters' states: who waits where is the caller's word.
@@ -16,6 +17,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from heapq import merge
 
 from scheduler.request import LaneKey, Order, Request
 
@@ -24,6 +26,7 @@ class Place(Enum):
     """What a key's requests wait for."""
 
     ACTIVE = "active"
+    DRAINING = "draining"
     READY = "ready"
     COLD = "cold"
     DISK = "disk"
@@ -33,6 +36,7 @@ class Place(Enum):
 @dataclass(slots=True)
 class _Queue:
     place: Place
+    since: float = 0.0
     entries: list[tuple[Order, Request]] = field(default_factory=list)
 
 
@@ -82,10 +86,12 @@ class Waiting:
         else:
             self._forget(key)
 
-    def put(self, key: LaneKey, place: Place) -> None:
-        """Says what a key that has requests waits for."""
+    def put(self, key: LaneKey, place: Place, now: float = 0.0) -> None:
+        """Says what a key that has requests waits for. Its `since` is when it last stopped waiting for its bytes."""
         queue = self._queues[key]
         if queue.place is not place:
+            if queue.place in (Place.BLOCKED, Place.DISK):
+                queue.since = now
             self._unlist(key, queue)
             queue.place = place
             self._list(key, queue)
@@ -94,6 +100,26 @@ class Waiting:
         """The request that goes first among all keys of a place."""
         heads = self._heads[place]
         return self._queues[heads[0][1]].entries[0][1] if heads else None
+
+    def heads(self, *places: Place) -> Iterator[Request]:
+        """The heads of all keys of some places, in order."""
+        for _, key in merge(*(self._heads[place] for place in places)):
+            yield self._queues[key].entries[0][1]
+
+    def since(self, key: LaneKey) -> float:
+        """Since when a key waits for no more than a lane or rank pages."""
+        return self._queues[key].since
+
+    def first_of(self, adapter_id: int) -> Order | None:
+        """The place of the first request whose key names a copy."""
+        keys = self._keys_of.get(adapter_id)
+        if keys is None:
+            return None
+        return min([self._queues[key].entries[0][0] for key in keys])
+
+    def count(self, key: LaneKey) -> int:
+        """How many requests of a key wait."""
+        return len(self._queues[key].entries)
 
     def head(self, key: LaneKey) -> Request:
         """The first request of a key that has any."""

@@ -208,7 +208,7 @@ class Frontend:
             raise Overloaded("the server is shutting down")
         if self.capacity is None:
             raise Overloaded("the model is still loading")
-        check_priority(submit.priority)
+        check_priority(submit.priority, self._config.priorities)
         await self.fetch(None, submit.lora)
         tokenizer, chat = self.texts_for(submit.lora)
         with self._voice(submit.lora, self.capacity).held():  # so that it is not idle meanwhile

@@ -7,15 +7,15 @@ Knows nothing of requests: it is told moments and counts.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, get_args
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine.messages import Capacity, Stats
+from engine.messages import Capacity, Stats, WaitReason
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -48,12 +48,13 @@ class _Live(Collector):
         used = stats.kv_pages_used / stats.kv_pages if stats.kv_pages else 0.0
         yield self._gauge("vllm:num_requests_running", "Requests that hold a row.", stats.running)
         yield self._gauge("vllm:num_requests_waiting", "Requests that wait for a row.", stats.waiting)
+        yield _waiting_for(stats.waiting_reasons)
         yield self._gauge("vllm:kv_cache_usage_perc", "KV pages in use, from 0 to 1.", used)
-        preemptions = CounterMetricFamily(
-            "vllm:num_preemptions", "Rows given up and recomputed later.", labels=["model_name"]
-        )
-        preemptions.add_metric([self._model], stats.preemptions)
-        yield preemptions
+        yield self._sum("vllm:num_preemptions", "Rows given up and recomputed later.", stats.preemptions)
+        yield self._sum("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix tree.", stats.prompt_tokens)
+        yield self._sum("vllm:prefix_cache_hits", "Prompt tokens found there, not computed.", stats.cached_tokens)
+        yield self._gauge("chorus:kv_pages_cached", "KV pages in the prefix tree.", stats.kv_pages_cached)
+        yield self._sum("chorus:kv_evictions", "KV pages that left the prefix tree for others.", stats.kv_evictions)
         if picture.capacity is not None:
             yield _cache_config(picture.capacity)
         if picture.max_loras is not None:
@@ -66,6 +67,18 @@ class _Live(Collector):
         gauge = GaugeMetricFamily(name, text, labels=["model_name"])
         gauge.add_metric([self._model], value)
         return gauge
+
+    def _sum(self, name: str, text: str, value: float) -> Metric:
+        counter = CounterMetricFamily(name, text, labels=["model_name"])
+        counter.add_metric([self._model], value)
+        return counter
+
+
+def _waiting_for(reasons: Mapping[WaitReason, int]) -> Metric:
+    gauge = GaugeMetricFamily("chorus:requests_waiting_for", "Waiting requests by what they lack.", labels=["reason"])
+    for reason in get_args(WaitReason):
+        gauge.add_metric([reason], reasons.get(reason, 0))
+    return gauge
 
 
 def _cache_config(capacity: Capacity) -> Metric:
@@ -109,6 +122,7 @@ def _lora_memory(picture: Picture) -> Iterable[Metric]:
     evictions.add_metric(["resident"], stats.adapter_evictions)
     evictions.add_metric(["host"], stats.host_evictions)
     yield evictions
+    yield CounterMetricFamily("chorus:lane_preemptions", "Rows whose lane went to others.", stats.lane_preemptions)
 
 
 def _by_adapter(name: str, text: str, values: dict[str, int]) -> Metric:

@@ -86,9 +86,14 @@ def plan(
     )
 
 
-def check_priority(priority: int) -> None:
-    """Raises InvalidRequest for a number that no message could carry."""
+def check_priority(priority: int, has_meaning: bool) -> None:
+    """Raises InvalidRequest for a number that no message could carry, or one that would change nothing."""
     _within("priority", priority, -PRIORITIES, PRIORITIES - 1)
+    if priority and not has_meaning:
+        raise InvalidRequest(
+            "requests have priorities only with --schedule-policy priority: leave `priority` out, or at 0",
+            param="priority",
+        )
 
 
 def _check_prompt(prompt: Sequence[int], max_length: int, vocab_size: int) -> None:

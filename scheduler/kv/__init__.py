@@ -1,1 +1,1 @@
-"""KV pages: who holds which. Nothing here knows what is in them."""
+"""KV pages: who refers to them (pages), which tokens they hold (radix), and what a request is given (cache)."""

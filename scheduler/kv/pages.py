@@ -51,6 +51,11 @@ class Pages:
             if left == 0:
                 self._free.append(page)
 
+    def audit_sums(self, held: int) -> None:
+        """Proves that there are as many references as `held`, and that every page has one or is free."""
+        assert sum(self._references) == held, f"{sum(self._references)} references, and {held} holders"
+        assert self._references.count(0) - 1 == len(self._free), "a page is neither free nor held"
+
     def audit(self, held: Iterable[int]) -> None:
         """Proves that `held`, every reference anywhere, and the free list account for every page."""
         expected = [0] * (self.count + 1)

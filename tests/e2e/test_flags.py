@@ -31,6 +31,7 @@ def test_a_launch_with_every_flag(tiny_model: Callable[[str], Path], adapter: Pa
     flags += ["--enable-lora", "--lora-paths", f"a={adapter}", pinned, "--lora-modules", named, adapter]
     flags += ["--max-loras", 3, "--max-lora-rank", 20, "--lora-target-modules", "q_proj", "v_proj", "o_proj"]
     flags += ["--lora-backend", "torch", "--lora-dtype", "float32", "--chunked-prefill-size", 40]
+    flags += ["--no-enable-prefix-caching", "--block-size", 8, "--max-total-tokens", 2000]
     flags += ["--max-num-seqs", 5, "--gpu-memory-utilization", 0.3, "--max-model-len", 200, "--seed", 9]
     flags += ["--served-model-name", "one", "two", "--chat-template", template, "--log-level", "debug", "--tp-size", 1]
     with RunningServer(*flags) as server:
@@ -44,6 +45,7 @@ def test_a_launch_with_every_flag(tiny_model: Callable[[str], Path], adapter: Pa
         assert capacity["max_batched_tokens"] == 40
         assert capacity["rows"] == 5
         assert capacity["max_length"] == 200
+        assert (capacity["page_size"], capacity["kv_pages"]) == (8, 250)
         assert "bfloat16" in server.announcement
         assert " D " in server.log()  # debug lines
 
@@ -57,7 +59,10 @@ def test_a_launch_with_every_flag(tiny_model: Callable[[str], Path], adapter: Pa
         ids = server.post("/tokenize", {"messages": [{"role": "user", "content": "so"}]})[1]["tokens"]
         assert server.post("/detokenize", {"tokens": ids})[1]["prompt"].endswith("so indeed")
         long = {"input_ids": [9] * 150, "lora_path": "a", "sampling_params": {"max_new_tokens": 3}}
-        assert server.post("/generate", long)[0] == 200  # a prompt longer than a step
+        for _ in range(2):
+            status, answer = server.post("/generate", long)
+            assert status == 200  # a prompt longer than a step
+            assert answer["meta_info"]["cached_tokens"] == 0
         status, answer = server.post("/generate", {"input_ids": [9] * 201})
         assert status == 400
         assert "200" in answer["error"]["message"]

@@ -78,3 +78,12 @@ def test_a_key_is_not_shown() -> None:
     resolved = _sections(admin_api_key="secret")
     assert resolved.tokenizer.admin_key == "secret"
     assert "secret" not in str(resolved.tokenizer.server_info)
+
+
+def test_the_policy_reaches_the_scheduler_and_the_door() -> None:
+    fair = _sections(schedule_policy="fair", tenant_weights=["a=2"])
+    assert (fair.scheduler.schedule_policy, fair.scheduler.tenant_weights) == ("fair", {"a": 2.0})
+    assert not fair.tokenizer.priorities
+    assert _sections(schedule_policy="priority").tokenizer.priorities
+    with pytest.raises(ConfigError, match="--tenant-weights a=0"):
+        _sections(schedule_policy="fair", tenant_weights=["a=0"])

@@ -49,9 +49,10 @@ def test_a_request_waits_for_its_adapter_while_others_go_on() -> None:
     assert core.plan(0.0) is None
     core.handle(generate(2), 0.0)
     done(core, plan_of(core))
-    core.handle(AdapterState(adapter_id=1, state="host", footprint=Footprint({"qkv": 2})), 0.0)
+    large = AdapterState(adapter_id=1, state="host", footprint=Footprint({"qkv": 2}), bytes=100_000_000)
+    core.handle(large, 0.0)
     step = plan_of(core)
-    assert (len(step.fills), [chunk.lane for chunk in step.chunks]) == (1, [0])
+    assert ([fill.now for fill in step.fills], [chunk.lane for chunk in step.chunks]) == ([False], [0])
     done(core, step)
     step = plan_of(core)
     assert [chunk.lane for chunk in step.chunks] == [0]

@@ -21,6 +21,7 @@ from engine.messages import (
     StepDone,
     Update,
 )
+from scheduler.books import Bounds
 
 
 def test_prefill_then_decode_then_length() -> None:
@@ -71,6 +72,23 @@ def test_long_prompts_go_in_chunks_and_decodes_go_first() -> None:
     step = plan_of(core)
     assert [(c.row, c.start, c.length, c.samples) for c in step.chunks] == [(0, 4, 1, True), (1, 7, 5, True)]
     assert len(step.chunks[0].pages) == 1
+
+
+@pytest.mark.parametrize(("flag", "bound"), [(None, 128), (32, 32)])
+def test_a_long_prompt_does_not_hold_up_who_decodes(flag: int | None, bound: int) -> None:
+    sizes = {"max_batched_tokens": 512, "max_length": 2000, "kv_pages": 1000}
+    core = new_core(bounds=Bounds(2, max_prefill_tokens=flag), **sizes)
+    core.handle(generate(1, prompt=600, max_tokens=4), 0.0)
+    step = plan_of(core)
+    assert [chunk.length for chunk in step.chunks] == [512], "nobody decodes"
+    done(core, step)
+    done(core, plan_of(core))
+    core.handle(generate(2, prompt=1500), 0.0)
+    for _ in range(3):
+        step = plan_of(core)
+        assert [chunk.length for chunk in step.chunks] == [1, bound]
+        done(core, step)
+    assert [chunk.length for chunk in plan_of(core).chunks] == [512]
 
 
 def test_prompt_logprobs_are_scored_in_chunks_and_sent_once() -> None:
@@ -149,10 +167,10 @@ def test_the_least_urgent_gives_way_and_comes_back_with_its_tokens() -> None:
         done(core, seen[-1])
         seen.append(plan_of(core))
     (back,) = seen[-1].chunks
-    assert back.tokens == [10, 11, 12, 13, *[50] * (back.length - 4)]
+    assert (back.start, back.tokens) == (4, [50] * back.length), "its first page was kept"
     assert (seen[-1].new_rows[0].generation, back.samples) == (2, True)
     (update,) = done(core, seen[-1])
-    assert (update.request_id, update.index) == (2, back.length - 4)
+    assert (update.request_id, update.index) == (2, back.length)
 
 
 def test_a_memory_blocked_head_is_not_passed() -> None:
@@ -187,12 +205,9 @@ def test_a_new_runner_gets_adapters_and_rows_again() -> None:
     assert core.plan(0.0) is None
     loaded = AdapterState(adapter_id=1, state="host", revision="r1", footprint=Footprint({"qkv": 1}), epoch=1)
     core.handle(loaded, 0.0)
+    assert core.handle(AdapterState(adapter_id=1, state="resident"), 0.0) == [], "a late word of the dead runner"
     step = plan_of(core)
-    assert (step.epoch, len(step.fills)) == (1, 1)
-    core.handle(AdapterState(adapter_id=1, state="resident"), 0.0)  # a late word of the dead runner
-    assert core.plan(0.0) is None
-    core.handle(AdapterState(adapter_id=1, state="resident", epoch=1), 0.0)
-    step = plan_of(core)
+    assert (step.epoch, [fill.now for fill in step.fills]) == (1, [True])
     assert step.chunks[0].tokens == [10, 11, 12, 50]
     assert core.handle(RunnerReady(epoch=0, capacity=smaller), 0.0) == []
 
@@ -252,7 +267,7 @@ def test_stats_tell_of_both_sides() -> None:
         (lambda b, r: setattr(r, "pending", 0), "pending"),
         (lambda b, r: setattr(r, "computed", 30), "room"),
         (lambda b, r: setattr(r, "lane", 2), "lane"),
-        (lambda b, r: b.promised.clear(), "users"),
+        (lambda b, r: setattr(b.directory.copies[1], "users", 0), "users"),
         (lambda b, r: b.running._free.pop(), "rows"),
         (lambda b, r: setattr(b.host, "bytes", 7), "host bytes"),
         (lambda b, r: b.host.held.clear(), "host tier"),

@@ -33,7 +33,7 @@ def _generate(**sampling: float) -> Generate:
 
 
 def test_replayed_tokens_count_as_generated() -> None:
-    request = from_message(_generate(), BASE, 7)
+    request = from_message(_generate(), BASE, (2, 7))
     assert (request.tokens, request.generated, request.order) == ([1, 2, 3, 4], 1, (2, 7))
 
 

@@ -9,10 +9,17 @@ import pytest
 from engine.messages import AdapterState, Capacity, Footprint
 from scheduler.adapter import Copy, Device, Host
 from scheduler.eviction import Policy
+from scheduler.request import Order
 from scheduler.residency import Residency
 
+ANYONE: Order = (0, 99)
 
-def _residency(pool: int = 4, policy: Policy = "lru") -> Residency:
+
+def _room(residency: Residency, copies: list[Copy], order: Order = ANYONE) -> list[Copy]:
+    return residency.make_room(copies, order)
+
+
+def _residency(pool: int = 4, policy: Policy = "lru", places: dict[int, Order] | None = None) -> Residency:
     capacity = Capacity(
         kv_pages=1,
         page_size=1,
@@ -24,7 +31,7 @@ def _residency(pool: int = 4, policy: Policy = "lru") -> Residency:
         rank_pages={"qkv": pool},
         max_lane_pages=4,
     )
-    return Residency(capacity, policy, count(1).__next__)
+    return Residency(capacity, policy, count(1).__next__, lambda copy: (places or {}).get(copy.id))
 
 
 def _host(copy_id: int, pages: int, pinned: bool = False) -> Copy:
@@ -36,7 +43,7 @@ def _host(copy_id: int, pages: int, pinned: bool = False) -> Copy:
 
 def _resident(residency: Residency, copy_id: int, pages: int, pinned: bool = False) -> Copy:
     copy = _host(copy_id, pages, pinned)
-    residency.make_room([copy])
+    _room(residency, [copy])
     assert residency.grant([copy], 0) is not None
     residency.filled(copy)
     return copy
@@ -59,10 +66,10 @@ def test_grants_are_all_or_nothing() -> None:
 def test_the_policy_says_who_goes_and_only_if_it_is_enough(policy: Policy, gone: list[int]) -> None:
     residency = _residency(4, policy)
     copies = [_resident(residency, i, 1) for i in (1, 2, 3)]
-    residency.promise(copies[:1])
-    residency.release(copies[:1])  # 1 was filled first and used last
-    assert residency.make_room([_host(4, 5)]) == []
-    assert [copy.id for copy in residency.make_room([_host(4, 3)])] == gone
+    residency.use(copies[:1])
+    residency.leave(copies[:1])  # 1 was filled first and used last
+    assert _room(residency, [_host(4, 5)]) == []
+    assert [copy.id for copy in _room(residency, [_host(4, 3)])] == gone
     assert [copy.id for copy in copies if copy.device is Device.NONE] == gone
     residency.audit(copies, {})
 
@@ -70,21 +77,31 @@ def test_the_policy_says_who_goes_and_only_if_it_is_enough(policy: Policy, gone:
 def test_used_and_pinned_copies_stay() -> None:
     residency = _residency(4)
     one, two = _resident(residency, 1, 2), _resident(residency, 2, 2, pinned=True)
-    residency.promise([one])
+    residency.use([one])
     newcomer = _host(3, 1)
-    assert residency.make_room([newcomer]) == []
-    residency.release([one])
-    assert residency.make_room([newcomer]) == [one]
+    assert _room(residency, [newcomer]) == []
+    residency.leave([one])
+    assert _room(residency, [newcomer]) == [one]
     two.pinned = False
     residency.rest(two)
-    assert residency.make_room([_host(4, 4)]) == [two]
+    assert _room(residency, [_host(4, 4)]) == [two]
+
+
+def test_spare_copies_go_first_and_then_those_that_only_later_ones_wait_for() -> None:
+    residency = _residency(4, places={1: (0, 3), 2: (0, 8), 3: (0, 9)})
+    copies = [_resident(residency, number, 1) for number in (1, 2, 3, 4)]
+    assert _room(residency, [_host(5, 4)], (0, 5)) == [], "1 is awaited by somebody before"
+    assert [copy.id for copy in _room(residency, [_host(5, 2)], (0, 5))] == [4, 3]
+    assert [copy.id for copy in _room(residency, [_host(5, 3)], (0, 5))] == [2]
+    assert _room(residency, [_host(5, 4)], (0, 3)) == [], "nor does it go for the very one"
+    residency.audit(copies, {})
 
 
 def test_a_mix_does_not_evict_its_own_parts() -> None:
     residency = _residency(3)
     one, other = _resident(residency, 1, 1), _resident(residency, 2, 2)
     new = _host(3, 2)
-    assert residency.make_room([one, new]) == [other]
+    assert _room(residency, [one, new]) == [other]
     assert [fill.adapter_id for fill in residency.grant([one, new], 1) or []] == [3]
 
 
@@ -93,10 +110,10 @@ def test_evicted_pages_cool_while_a_step_names_them() -> None:
     one = _resident(residency, 1, 2)
     one.last_step = 7
     two = _host(2, 1)
-    assert residency.make_room([two]) == [one]
+    assert _room(residency, [two]) == [one]
     assert residency.grant([two], 8) is None
-    assert residency.make_room([two]) == []
-    residency.rank_pages.step_done(7)
+    assert _room(residency, [two]) == []
+    residency.step_done(7)
     assert residency.grant([two], 8) is not None
 
 

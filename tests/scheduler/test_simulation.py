@@ -7,12 +7,14 @@ once, with the tokens it would have had alone.
 
 from __future__ import annotations
 
+import gc
 import random
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from fake_runner import FakeRunner, Library, oracle
+from fake_runner import tenant as tenant_of
 
 from engine.messages import (
     Abort,
@@ -98,6 +100,10 @@ class World:
     twin_rate: float = 0.0  # how many adapters have the bytes of another
     file_rate: float = 0.0  # files that vanish, change, or come back
     preload_rate: float = 0.0
+    max_wait: float = 50.0  # in calls
+    share_rate: float = 0.0  # how many prompts begin like another, or go on where one ended
+    tenants: int = 1
+    prefix_cache: bool = True
 
 
 class Simulation:
@@ -110,7 +116,14 @@ class Simulation:
         self.library = self._library()
         self.runner = FakeRunner(self.capacity, self.library, max_host=world.max_loaded)
         self.dead: list[FakeRunner] = []
-        bounds = Bounds(world.max_loras, world.max_loaded, world.host_bytes, world.policy)
+        bounds = Bounds(
+            world.max_loras,
+            world.max_loaded,
+            world.host_bytes,
+            world.policy,
+            lora_max_wait=world.max_wait,
+            prefix_cache=world.prefix_cache,
+        )
         self.core = Scheduler(self.capacity, bounds, world.window)
         self.clients: dict[int, Client] = {}
         self.states: dict[int, AdapterState] = {}
@@ -160,8 +173,10 @@ class Simulation:
         minimum = rng.choice([0, 0, 3])
         endless = rng.random() < self.world.endless_rate
         penalty = rng.choice([1.0, 1.0, 1.2])
+        like = self._like()
+        tenant = tenant_of(like.message.sampling) if like and rng.random() < 0.7 else rng.randrange(self.world.tenants)
         sampling = Sampling(
-            seed=rng.randrange(1000),
+            seed=tenant * 1000 + rng.randrange(1000),
             min_tokens=minimum,
             end_ids=ends,
             repetition_penalty=penalty,
@@ -171,16 +186,35 @@ class Simulation:
         return Generate(
             epoch=0,
             request_id=request_id,
-            prompt=[rng.randrange(97) for _ in range(rng.choice([1, 2, 7, rng.randrange(1, self.world.prompt)]))],
+            prompt=self._prompt(like),
             generated=[rng.randrange(97) for _ in range(rng.choice([0, 0, 0, 2]))],
-            lora=self._selection(),
+            lora=self._selection(like),
             sampling=sampling,
             stopping=Stopping(1000 if endless else rng.choice([1, 5, 12]), minimum, ends),
             priority=rng.choice([0, 0, 1]),
+            salt=f"tenant {tenant}",
         )
 
-    def _selection(self) -> list[tuple[int, float]]:
+    def _like(self) -> Client | None:
+        """One of the last requests, if the next is to resemble it."""
+        if not self.world.share_rate or not self.clients or self.rng.random() > self.world.share_rate:
+            return None
+        return self.clients[len(self.clients) - self.rng.randrange(min(8, len(self.clients)))]
+
+    def _prompt(self, like: Client | None) -> list[int]:
+        """Random tokens; or what `like` was asked and answered, up to some point, and a little more."""
+        rng, longest = self.rng, self.world.prompt
+        length = rng.choice([1, 2, 7, rng.randrange(1, longest)])
+        if like is None:
+            return [rng.randrange(97) for _ in range(length)]
+        known = like.message.prompt + like.tokens
+        tail = [rng.randrange(97) for _ in range(rng.choice([0, 1, 3]))]
+        return [*known[: rng.choice([length, len(known), len(known)])], *tail][:longest]
+
+    def _selection(self, like: Client | None) -> list[tuple[int, float]]:
         ids = sorted(self.loaded - self.unloaded)
+        if like and {i for i, _ in like.message.lora} <= set(ids) and self.rng.random() < 0.7:
+            return like.message.lora
         kind = self.rng.random()
         if not ids or kind < 0.25:
             return []
@@ -407,12 +441,43 @@ def test_many_adapters_few_lanes(seed: int, window: int) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(6))
+def test_lanes_make_way(seed: int, window: int) -> None:
+    """A bound of a few steps: lanes drain and are taken all the time, and nothing that a request said is lost."""
+    rates = {"mix_rate": 0.2, "preload_rate": 0.2, "abort_rate": 0.05, "endless_rate": 0.6}
+    world = World(700 + seed, window, requests=50, adapters=10, rows=8, kv_pages=60, max_wait=8.0, **rates)
+    assert Simulation(world).run().core.stats().lane_preemptions > 3
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(12))
 def test_everything_goes_wrong(seed: int, window: int) -> None:
     """Aborts, unloads, pins, adapters that fail, runners that die."""
     faults = {"abort_rate": 0.2, "reset_rate": 0.02, "churn_rate": 0.1, "faulty_rate": 0.3, "mix_rate": 0.3}
-    world = World(200 + seed, window, requests=60, adapters=8, max_loras=3, step_rate=0.7, **faults)
+    waits = 20.0 if seed % 2 else 1e6
+    world = World(200 + seed, window, requests=60, adapters=8, max_loras=3, step_rate=0.7, max_wait=waits, **faults)
     Simulation(world).run()
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(10))
+def test_prompts_that_begin_alike(seed: int, window: int) -> None:
+    """Conversations that go on, for two tenants and several adapters, some of equal bytes; in many pages or too few."""
+    faults = {"abort_rate": 0.1, "reset_rate": 0.01, "churn_rate": 0.1, "twin_rate": 0.4} if seed % 2 else {}
+    pages = 200 if seed % 4 < 2 else 24
+    alike = {"share_rate": 0.8, "tenants": 2, **faults}
+    world = World(600 + seed, window, adapters=4, kv_pages=pages, rows=8, budget=16, **alike)
+    stats = Simulation(world).run().core.stats()
+    assert stats.cached_tokens > 0
+    assert pages > 24 or stats.kv_evictions > 0
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_nothing_is_shared_without_the_cache(window: int) -> None:
+    """And no page outlives its request."""
+    sim = Simulation(World(650, window, adapters=2, rows=8, share_rate=0.8, prefix_cache=False)).run()
+    stats = sim.core.stats()
+    assert (sim.runner.tokens_shared, stats.cached_tokens, stats.kv_pages_cached) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("window", [1, 2])
@@ -489,6 +554,24 @@ def test_thousands_of_adapters_in_a_small_tier(window: int) -> None:
     )
     stats = Simulation(world).run().core.stats()
     assert stats.host_evictions > 1000
+
+
+def test_nothing_is_left_in_cycles() -> None:
+    """The process runs without the collector of cycles."""
+    rates = {"abort_rate": 0.1, "churn_rate": 0.2, "twin_rate": 0.4, "reset_rate": 0.02, "share_rate": 0.5}
+    gc.collect()
+    gc.disable()
+    try:
+        sim = Simulation(World(9, 2, requests=100, **rates)).run()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        left = {type(thing).__name__ for thing in gc.garbage if type(thing).__module__.startswith("scheduler")}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert sim.resets > 0
+    assert not left
 
 
 def test_the_same_seed_gives_the_same_run() -> None:

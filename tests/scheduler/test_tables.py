@@ -13,7 +13,7 @@ from scheduler.running import Running
 
 
 def _request(arrival: int, priority: int = 0) -> Request:
-    return Request(arrival, BASE, (priority, arrival), 1, [1], Sampling(), Stopping(1))
+    return Request(arrival, BASE, (priority, arrival), 1, [1], Sampling(), Stopping(1), priority=priority)
 
 
 def test_a_row_gets_a_new_generation_at_every_reuse() -> None:
@@ -38,10 +38,15 @@ def test_the_running_set_is_in_order_and_audited() -> None:
         running.audit()
 
 
-def test_the_victim_is_the_least_urgent_then_the_latest() -> None:
-    one, two, three = _request(1, priority=1), _request(2), _request(3)
-    assert choose_victim([two, one, three]) is one
-    assert choose_victim([two, three]) is three
+def test_the_victim_is_the_least_urgent_then_the_cheapest_then_the_latest() -> None:
+    one, two, three, four = _request(1, priority=1), _request(2), _request(3), _request(4)
+    one.computed, two.computed, three.computed, four.computed = 900, 5, 20, 20
+    assert choose_victim([two, three, four, one], first=two) is one
+    assert choose_victim([two, three, four], first=two) is four, "the first in order is cheaper, and stays"
+    four.computed = 21
+    assert choose_victim([two, three, four], first=two) is three
+    assert choose_victim([two, three, four], first=_request(0)) is two
+    assert choose_victim([two], first=two) is two
 
 
 def test_lanes_are_shared_by_key_and_freed_with_the_last_row() -> None:

@@ -29,6 +29,23 @@ def test_a_priority_that_no_message_carries(priority: int) -> None:
     assert refused(Fake(), Submit(id=1, prompt="hello", priority=priority)).param == "priority"
 
 
+def test_a_priority_that_would_change_nothing() -> None:
+    error = refused(Fake(), Submit(id=1, prompt="hello", priority=-1))
+    assert error.param == "priority"
+    assert "--schedule-policy priority" in error.message
+
+
+def test_a_priority_and_a_tenant_reach_the_scheduler() -> None:
+    fake = Fake(priorities=True)
+
+    async def work() -> None:
+        async with fake.front.open(Submit(id=1, prompt="hello", priority=-3, tenant="alice")):
+            pass
+
+    asyncio.run(work())
+    assert [(message.priority, message.salt) for message in fake.generates] == [(-3, "alice")]
+
+
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e300, -101.0])
 def test_a_scale_beyond_all_sense(scale: float) -> None:
     assert refused(Fake("sql"), Submit(id=1, prompt="hello", lora={"sql": scale})).param == "lora_path"

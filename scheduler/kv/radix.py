@@ -1,0 +1,267 @@
+"""The prefix tree: which full KV pages hold which tokens, for whom. Knows nothing of requests or of free pages.
+
+    stem (owner, salt) --tokens of page 0--> node --tokens of page 1--> node ...        every node is one page
+                                                 \\--other tokens--> node
+
+A page is reached by its owner, its tenant's salt and all tokens before and in it, so it holds the keys and values of
+exactly those. An owner is the model that computed it: revisions with scales, () for the base.
+
+Whoever uses a path holds its last node, and with it every node above. What nobody holds is idle, in the order of its
+last use and a child always before its parent: the first of the idle ones is a leaf, and the first to go.
+
+    holds    held by a row: 1        idle:   n4, n3 (its parent), n2       a row ends: its path enters from the end up
+             held by a child: 1              ^ goes first                  a row takes n3: n3 leaves, n4 stays
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+Owner = tuple[tuple[str, float], ...]
+"""(revision, scale) pairs, sorted; () is the base model."""
+
+
+KEYS_AT_ONCE = 32
+
+
+def page_keys(tokens: Sequence[int], size: int, begin: int, end: int) -> Iterator[bytes]:
+    """What the pages number `begin` to `end` - 1 of these tokens are found by, `size` tokens in each."""
+    width = array("I").itemsize * size
+    for first in range(begin, end, KEYS_AT_ONCE):
+        data = array("I", tokens[first * size : min(end, first + KEYS_AT_ONCE) * size]).tobytes()
+        for at in range(0, len(data), width):
+            yield data[at : at + width]
+
+
+@dataclass(slots=True, eq=False)
+class Stem:
+    """Where the pages of one owner and tenant begin. `dropped`: nobody finds it, and what is released there goes."""
+
+    owner: Owner
+    salt: str
+    dropped: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One page, the `depth`-th of its path (the top of a stem has none: page 0, depth 0).
+
+    `step` is the one that writes it, 0 if that was before. `holds` counts its holders and its held children.
+    """
+
+    stem: Stem
+    parent: Node | None
+    key: bytes = b""
+    page: int = 0
+    depth: int = 0
+    step: int = 0
+    children: dict[bytes, Node] = field(default_factory=dict)
+    holds: int = 0
+    alive: bool = True
+
+    def path(self) -> list[Node]:
+        """Its pages' nodes from the top down, itself the last."""
+        nodes = []
+        node = self
+        while node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        nodes.reverse()
+        return nodes
+
+
+class PrefixTree:
+    """All stems, and who goes first."""
+
+    def __init__(self) -> None:
+        self._tops: dict[tuple[Owner, str], Node] = {}
+        self._dropped: dict[Node, None] = {}  # tops that are held still
+        self._idle: OrderedDict[Node, None] = OrderedDict()
+        self._count = 0
+        self._unproved: list[Node] = []  # where the next partial audit goes on
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def idle(self) -> int:
+        """How many pages nobody holds: all of them could go."""
+        return len(self._idle)
+
+    def find(self, owner: Owner, salt: str) -> Node | None:
+        """The top of a stem that has pages or holders."""
+        return self._tops.get((owner, salt))
+
+    def top(self, owner: Owner, salt: str) -> Node:
+        """The top of a stem, a new one if need be; it stays while it has pages or is held."""
+        node = self._tops.get((owner, salt))
+        if node is None:
+            node = self._tops[owner, salt] = Node(Stem(owner, salt), None)
+        return node
+
+    def grow(self, parent: Node, key: bytes, page: int, step: int = 0) -> Node:
+        """A new page under `parent`, whose caller's hold goes over to it."""
+        assert parent.holds, "a page grows under a node that nobody holds"
+        assert key not in parent.children, "the page is there already"
+        node = Node(parent.stem, parent, key, page, parent.depth + 1, step, holds=1)
+        parent.children[key] = node  # a holder of `parent` less, a held child more
+        self._count += 1
+        return node
+
+    def hold(self, node: Node) -> None:
+        """One holder more: it and all above it stay."""
+        assert node.alive, "a node that is gone cannot be held"
+        above: Node | None = node
+        while above is not None:
+            above.holds += 1
+            if above.holds > 1:
+                return
+            self._idle.pop(above, None)
+            above = above.parent
+
+    def release(self, node: Node) -> list[int]:
+        """One holder less. What nobody holds becomes idle; the pages of a dropped stem are returned instead."""
+        gone: list[int] = []
+        below: Node | None = node
+        while below is not None:
+            below.holds -= 1
+            assert below.holds >= 0, "a node is released once too often"
+            if below.holds:
+                break
+            parent = below.parent
+            if parent is None:
+                self._close(below)
+            elif below.stem.dropped:
+                gone.append(self._remove(below))
+            else:
+                self._idle[below] = None
+            below = parent
+        return gone
+
+    def evict(self) -> int:
+        """Takes out the page that was unused for longest; there must be an idle one."""
+        node, _ = self._idle.popitem(last=False)
+        assert not node.children, "a page goes before those that follow it"
+        return self._remove(node)
+
+    def drop(self, revision: str) -> list[int]:
+        """No page that this revision had a part in is found again. Returns the idle ones; the held follow."""
+        gone: list[int] = []
+        for name in [name for name in self._tops if any(part == revision for part, _ in name[0])]:
+            top = self._tops.pop(name)
+            top.stem.dropped = True
+            self._dropped[top] = None
+            gone += self._prune(top)
+        return gone
+
+    def clear(self) -> None:
+        """Every node is gone, and none refers to another: thousands would wait for the collector of cycles."""
+        for node in self._nodes():
+            node.alive, node.parent = False, None
+            node.children.clear()
+        self._tops.clear()
+        self._dropped.clear()
+        self._idle.clear()
+        self._unproved.clear()
+        self._count = 0
+
+    def pages(self) -> Iterator[int]:
+        """Every page that is in the tree."""
+        return (node.page for node in self._nodes() if node.page)
+
+    def audit(self, holders: Mapping[Node, int], at_most: int | None = None) -> None:
+        """Proves counts, holds and the order of the idle ones; `holders` says who has how many.
+
+        With more than `at_most` pages, only the nodes that are next in turn, each by itself.
+        """
+        if at_most is None or self._count <= at_most:
+            self._audit_all(holders)
+        else:
+            self._audit_some(holders, at_most)
+
+    # ----------------------------------------------------------------------------------------------------- private
+
+    def _audit_some(self, holders: Mapping[Node, int], count: int) -> None:
+        if not self._unproved:
+            self._unproved = [*self._tops.values(), *self._dropped]
+        while self._unproved and count:
+            node, count = self._unproved.pop(), count - 1
+            if node.alive:
+                self._audit_node(node, holders.get(node, 0))
+                self._unproved += node.children.values()
+
+    def _audit_all(self, holders: Mapping[Node, int]) -> None:
+        nodes = self._nodes()
+        assert self._count == sum(node.page > 0 for node in nodes), "the count is off"
+        assert holders.keys() <= set(nodes), "a node is held that is not in the tree"
+        for (owner, salt), top in self._tops.items():
+            assert (top.stem.owner, top.stem.salt, top.stem.dropped) == (owner, salt, False), "a stem has another name"
+        for node in nodes:
+            self._audit_node(node, holders.get(node, 0))
+        place = {node: index for index, node in enumerate(self._idle)}
+        idle = {node for node in nodes if node.page and not node.holds}
+        assert place.keys() == idle, "others are idle than are listed"
+        for node, index in place.items():
+            assert node.parent not in idle or place[node.parent] > index, f"page {node.page} goes after its parent"
+
+    # ----------------------------------------------------------------------------------------------------- private
+
+    def _remove(self, node: Node) -> int:
+        parent = node.parent
+        assert parent is not None
+        del parent.children[node.key]
+        node.alive = False
+        self._count -= 1
+        if parent.parent is None:
+            self._close(parent)
+        return node.page
+
+    def _close(self, top: Node) -> None:
+        """A stem without pages and holders is forgotten."""
+        if top.children or top.holds:
+            return
+        top.alive = False
+        if top.stem.dropped:
+            del self._dropped[top]
+        else:
+            del self._tops[top.stem.owner, top.stem.salt]
+
+    def _prune(self, top: Node) -> list[int]:
+        """Takes out what nobody holds, leaves first."""
+        idle = [node for node in _below(top) if not node.holds]
+        for node in idle:
+            del self._idle[node]
+        gone = [self._remove(node) for node in reversed(idle)]
+        if not idle:
+            self._close(top)
+        return gone
+
+    def _nodes(self) -> list[Node]:
+        """All nodes, the tops too."""
+        return [node for top in (*self._tops.values(), *self._dropped) for node in (top, *_below(top))]
+
+    def _audit_node(self, node: Node, holders: int) -> None:
+        held = 0
+        for child in node.children.values():
+            held += child.holds > 0
+        assert node.alive, f"page {node.page} is gone and in the tree"
+        assert node.holds == holders + held, f"page {node.page} counts {node.holds} holds, not {holders} + {held}"
+        if node.parent is None:
+            assert (node.page, node.depth) == (0, 0), "a top has a page"
+            assert node.children or node.holds, f"the stem of {node.stem.owner} is empty"
+        else:
+            assert node.page > 0, "a node has no page"
+            assert node.parent.children[node.key] is node, f"page {node.page} is not its parent's child"
+            assert node.stem is node.parent.stem, f"page {node.page} is of another stem"
+            assert node.depth == node.parent.depth + 1, f"page {node.page} is at depth {node.depth}"
+
+
+def _below(node: Node) -> list[Node]:
+    """All nodes below, parents before children."""
+    found = list(node.children.values())
+    for each in found:
+        found += each.children.values()
+    return found

@@ -1,0 +1,190 @@
+"""A runner that computes nothing and takes its time: messages in, their answers at a later time. Virtual seconds.
+
+    steps   one after the other:      |gap/2|==== step 7 ====|fills|==== step 8 ====| ...        StepDone gap/2 after
+    fills   at once, before the step's forward; or between steps, a share of each one's time, and freely when idle;
+            or beside them, in their own order
+    loads   `loaders` at a time, in order
+
+Knows costs; not who waits for what.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from zlib import crc32
+
+from engine.messages import (
+    AdapterState,
+    EvictAdapter,
+    Fill,
+    Footprint,
+    LoadAdapter,
+    Step,
+    StepDone,
+    UnloadAdapter,
+)
+from scheduler.simulate.profile import Profile
+
+NEVER = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """An adapter on disk."""
+
+    rank: int
+    bytes: int
+    footprint: Footprint
+    revision: str
+
+
+def weigh(profile: Profile, name: str) -> Weights:
+    """The adapter of that name: its rank is one of the profile's, whatever its popularity."""
+    stamp = crc32(name.encode())
+    rank = profile.lora_ranks[stamp % len(profile.lora_ranks)]
+    return Weights(rank, profile.adapter_bytes(rank), profile.footprint(rank), f"{stamp:08x}-{name}")
+
+
+class Machine:
+    """One runner; `weights` are the adapters by id. While `instant`, loads and fills take no time."""
+
+    def __init__(self, profile: Profile, weights: Mapping[int, Weights]) -> None:
+        self._profile, self._weights = profile, weights
+        self.instant = False
+        self.busy = 0.0  # seconds in steps
+        self.rows = self.lanes = 0  # decoding rows, and lanes, of all steps
+        self.fill_seconds = self.load_seconds = 0.0
+        self._events: list[tuple[float, int, StepDone | AdapterState]] = []
+        self._number = 0
+        self._free_at = 0.0
+        self._fills: deque[list[float]] = deque()  # [adapter id, seconds left]: those between steps
+        self._copies_free_at = 0.0
+        self._loaders = [0.0] * profile.loaders
+        self._lane_bytes: dict[int, int] = {}
+
+    @property
+    def next_event(self) -> float:
+        """When the next answer comes."""
+        soonest = self._events[0][0] if self._events else NEVER
+        return min(soonest, self._free_at + self._fills[0][1]) if self._fills else soonest
+
+    def pop(self) -> tuple[float, StepDone | AdapterState]:
+        """The next answer and its time."""
+        if self._fills and (not self._events or self._free_at + self._fills[0][1] < self._events[0][0]):
+            adapter_id, seconds = self._fills.popleft()
+            self._free_at += seconds
+            return self._free_at, self._state(int(adapter_id), "resident")
+        when, _, message = heapq.heappop(self._events)
+        return when, message
+
+    def accept(self, message: Step | LoadAdapter | UnloadAdapter | EvictAdapter, now: float) -> None:
+        """Takes what the scheduler sends at `now`."""
+        match message:
+            case Step():
+                self._step(message, now)
+            case LoadAdapter():
+                self._load(message.adapter_id, now)
+            case EvictAdapter():
+                self._answer(now, self._state(message.adapter_id, "disk"))
+            case UnloadAdapter():
+                self._answer(now, AdapterState(adapter_id=message.adapter_id, state="gone"))
+
+    # ------------------------------------------------------------------------------------------------------- steps
+
+    def _step(self, step: Step, now: float) -> None:
+        half = 0.0 if self.instant else self._profile.gap / 2
+        begin = max(now + half, self._free_at)
+        if self._fills:
+            self._fill_for(begin - self._free_at)
+        first = sum([self._fill(fill, begin) for fill in step.fills])
+        for lane in step.lanes:
+            sizes = self._profile.unit_bytes
+            self._lane_bytes[lane.lane] = sum(16 * sizes[group] * len(pages) for group, pages in lane.pages.items())
+        seconds, samples = self._seconds(step)
+        seconds += first
+        self.busy += seconds
+        end = begin + seconds
+        self._answer(end + half, StepDone(epoch=step.epoch, id=step.id, tokens=[0] * samples, seconds=seconds))
+        self._free_at = end
+        if self._fills:
+            self._fill_for(self._profile.fill_share * seconds)
+
+    def _seconds(self, step: Step) -> tuple[float, int]:
+        """(how long it takes, how many tokens it samples)."""
+        if not step.chunks:
+            return 0.0, 0
+        rows = tokens = context = samples = 0
+        lanes = set()
+        for chunk in step.chunks:
+            length = chunk.length
+            context += chunk.start + length
+            samples += chunk.samples
+            if chunk.tokens:
+                tokens += length
+            else:
+                rows += 1
+            if chunk.lane:
+                lanes.add(chunk.lane)
+        cost = self._profile.step
+        seconds = cost.base + cost.decode_row * rows + cost.prefill_token * tokens + cost.context_token * context
+        self.rows += rows
+        self.lanes += len(lanes)
+        if lanes:
+            size = sum([self._lane_bytes[lane] for lane in lanes])
+            seconds += cost.lane * len(lanes) + cost.lane_byte * size
+        return seconds, samples
+
+    # ---------------------------------------------------------------------------------------------------- adapters
+
+    def _fill(self, fill: Fill, begin: float) -> float:
+        """A fill of a step that begins then. Returns how long the step waits for it."""
+        seconds = 0.0 if self.instant else self._profile.fill.of(self._weights[fill.adapter_id].bytes)
+        self.fill_seconds += seconds
+        if fill.now:
+            self._answer(begin + seconds, self._state(fill.adapter_id, "resident", seconds))
+            return seconds
+        if self._profile.fill_share and not self.instant:
+            self._fills.append([fill.adapter_id, seconds])
+        else:
+            self._copies_free_at = max(begin, self._copies_free_at) + seconds
+            self._answer(self._copies_free_at, self._state(fill.adapter_id, "resident", seconds))
+        return 0.0
+
+    def _fill_for(self, seconds: float) -> None:
+        """Goes on with the fills from the time the machine is free at, for so long at most."""
+        while self._fills and seconds > 0:
+            adapter_id, left = self._fills[0]
+            spent = min(left, seconds)
+            self._free_at += spent
+            seconds -= spent
+            if spent < left:
+                self._fills[0][1] = left - spent
+            else:
+                self._fills.popleft()
+                self._answer(self._free_at, self._state(int(adapter_id), "resident"))
+
+    def _load(self, adapter_id: int, now: float) -> None:
+        seconds = 0.0 if self.instant else self._profile.load.of(self._weights[adapter_id].bytes)
+        self.load_seconds += seconds
+        end = max(now, heapq.heappop(self._loaders)) + seconds
+        heapq.heappush(self._loaders, end)
+        self._answer(end, self._state(adapter_id, "host", seconds))
+
+    def _state(self, adapter_id: int, state: str, seconds: float = 0.0) -> AdapterState:
+        weights = self._weights[adapter_id]
+        return AdapterState(
+            adapter_id=adapter_id,
+            state=state,  # type: ignore[arg-type]
+            revision=weights.revision,
+            footprint=weights.footprint,
+            bytes=weights.bytes,
+            lora_rank=weights.rank,
+            seconds=seconds,
+        )
+
+    def _answer(self, when: float, message: StepDone | AdapterState) -> None:
+        self._number += 1
+        heapq.heappush(self._events, (when, self._number, message))

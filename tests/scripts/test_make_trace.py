@@ -1,0 +1,26 @@
+"""The trace writer: what it says is what it wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import make_trace
+import pytest
+
+from scheduler.simulate.trace import read
+
+
+def test_it_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "t.jsonl"
+    flags = ["--adapters", "9", "--requests", "200", "--prompt", "5:7", "--output", "3", "--tenants", "2"]
+    assert make_trace.main(["zipf", *flags, "-o", str(out)]) == 0
+    asks = read(out)
+    assert "200 requests" in capsys.readouterr().out
+    assert {ask.output for ask in asks} == {3}
+    assert {ask.prompt for ask in asks} == {5, 6, 7}
+    assert {ask.tenant for ask in asks} == {"t0", "t1"}
+
+
+def test_a_range_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        make_trace.main(["zipf", "--prompt", "9:3", "-o", str(tmp_path / "t.jsonl")])
