@@ -1,4 +1,8 @@
-"""What every test stands on: one torch thread, no network, a fixed hypothesis profile, tiny models built once."""
+"""What every test stands on: one torch thread, no network, a fixed hypothesis profile, tiny models built once.
+
+Without a GPU, triton's kernels run in its interpreter, here and in every process a test starts; compiling them ahead
+of time is done by a child of its own (tests/fixtures/ahead_of_time.py).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which torch alone does not do
 torch.set_num_threads(1)
 settings.register_profile(
     "chorus",

@@ -17,6 +17,7 @@ from model_runner.layout import Layout
 
 BACKENDS = {
     "torch": "model_runner.attention.torch_backend:TorchAttention",
+    "triton": "model_runner.attention.triton_backend:TritonAttention",
 }
 
 
@@ -25,7 +26,14 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def plan(self, layout: Layout, into: Any | None = None) -> Any:
-        """The step's metadata, from host arrays, shared by all layers."""
+        """The step's metadata, from host arrays, shared by all layers.
+
+        `into`: what `static` returned, for a layout of as many chunks of length 1; filled in place and returned.
+        """
+
+    def static(self, tokens: int) -> Any:
+        """Metadata whose buffers never move, for decode steps of exactly `tokens` chunks of length 1 (CUDA graphs)."""
+        raise NotImplementedError(f"{type(self).__name__} has no static buffers")
 
     @abstractmethod
     def attend(
@@ -39,11 +47,41 @@ class AttentionBackend(ABC):
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """Stores k and v at the step's slots, then attends: [T, N, D].
 
         A token at position p of its row sees the row's positions max(0, p - window + 1)..p (window None: 0..p).
+        With a softcap (Gemma 2) a scaled score s becomes softcap * tanh(s / softcap).
         """
+
+    def slots(self, meta: Any) -> torch.Tensor | None:
+        """[T] int32: where the step's K and V go, for a kernel that puts them there before `attend_stored`.
+
+        None: this backend wants them handed to `attend`.
+        """
+        return None
+
+    def attend_stored(
+        self,
+        q_TND: torch.Tensor,
+        k_cache_PSKD: torch.Tensor,
+        v_cache_PSKD: torch.Tensor,
+        meta: Any,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """`attend` where the step's K and V are at their slots already. Only of backends that tell the slots."""
+        raise NotImplementedError
+
+
+def resolve(name: str, device: torch.device) -> str:
+    """What `auto` means on this device."""
+    if name != "auto":
+        return name
+    return "triton" if device.type == "cuda" else "torch"
 
 
 def create(name: str, device: torch.device) -> AttentionBackend:
@@ -51,5 +89,8 @@ def create(name: str, device: torch.device) -> AttentionBackend:
     if name not in BACKENDS:
         raise ConfigError(f"--attention-backend {name}: not one of {', '.join(sorted(BACKENDS))}")
     module, _, attribute = BACKENDS[name].partition(":")
-    backend: AttentionBackend = getattr(importlib.import_module(module), attribute)(device)
+    try:
+        backend: AttentionBackend = getattr(importlib.import_module(module), attribute)(device)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--attention-backend {name}: {error.name} is not installed here") from error
     return backend

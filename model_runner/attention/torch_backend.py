@@ -88,6 +88,7 @@ class TorchAttention(AttentionBackend):
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         k_cache, v_cache = k_cache_PSKD.flatten(0, 1), v_cache_PSKD.flatten(0, 1)
         k_cache.index_copy_(0, meta.slots_T, k_TKD)
@@ -99,14 +100,14 @@ class TorchAttention(AttentionBackend):
         for decode in plan.decodes:
             k = self._gather("k", k_cache, decode.slots_CL)
             v = self._gather("v", v_cache, decode.slots_CL)
-            out_TND[decode.tokens_C] = _decode(q_TND[decode.tokens_C], k, v, decode.seen_C11L, scale)
+            out_TND[decode.tokens_C] = _decode(q_TND[decode.tokens_C], k, v, decode.seen_C11L, scale, softcap)
         for prefill in plan.prefills:
             here = slice(prefill.begin, prefill.end)
             if prefill.slots_L is None:
                 k, v = k_TKD[here], v_TKD[here]
             else:
                 k, v = k_cache[prefill.slots_L], v_cache[prefill.slots_L]
-            out_TND[here] = _prefill(q_TND[here], k, v, prefill.seen_nL, scale)
+            out_TND[here] = _prefill(q_TND[here], k, v, prefill.seen_nL, scale, softcap)
         return out_TND
 
     def _plan(self, layout: Layout, window: int | None) -> _Plan:
@@ -180,21 +181,45 @@ def _slots(layout: Layout, rows: Any, positions: NDArray[np.int64]) -> NDArray[n
 
 
 def _decode(
-    q_CND: torch.Tensor, k_CKLD: torch.Tensor, v_CKLD: torch.Tensor, seen_C11L: torch.Tensor, scale: float
+    q_CND: torch.Tensor,
+    k_CKLD: torch.Tensor,
+    v_CKLD: torch.Tensor,
+    seen_C11L: torch.Tensor,
+    scale: float,
+    softcap: float | None,
 ) -> torch.Tensor:
     """[C, N, D]. The G query heads of a key/value head stand where a prefill has its tokens, so K is not repeated."""
     chunks, heads, _, size = k_CKLD.shape
     q_CKGD = q_CND.reshape(chunks, heads, -1, size)
     seen = seen_C11L.expand(-1, 1, q_CKGD.shape[2], -1)
+    if softcap is not None:
+        return _softcapped(q_CKGD, k_CKLD, v_CKLD, seen, scale, softcap).flatten(1, 2)
     return scaled_dot_product_attention(q_CKGD, k_CKLD, v_CKLD, attn_mask=seen, scale=scale).flatten(1, 2)
 
 
 def _prefill(
-    q_nND: torch.Tensor, k_LKD: torch.Tensor, v_LKD: torch.Tensor, seen_nL: torch.Tensor | None, scale: float
+    q_nND: torch.Tensor,
+    k_LKD: torch.Tensor,
+    v_LKD: torch.Tensor,
+    seen_nL: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
 ) -> torch.Tensor:
     """[n, N, D], with K as the batch, G as the heads, and each key/value head seen G times without a copy."""
     _, heads, size = k_LKD.shape
     q_KGnD = q_nND.reshape(len(q_nND), heads, -1, size).permute(1, 2, 0, 3)
     k, v = (x.transpose(0, 1)[:, None].expand(-1, q_KGnD.shape[1], -1, -1) for x in (k_LKD, v_LKD))
-    out = scaled_dot_product_attention(q_KGnD, k, v, attn_mask=seen_nL, is_causal=seen_nL is None, scale=scale)
+    if softcap is not None:
+        causal = torch.ones(len(q_nND), len(k_LKD), dtype=torch.bool, device=q_nND.device).tril()
+        out = _softcapped(q_KGnD, k, v, causal if seen_nL is None else seen_nL, scale, softcap)
+    else:
+        out = scaled_dot_product_attention(q_KGnD, k, v, attn_mask=seen_nL, is_causal=seen_nL is None, scale=scale)
     return out.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _softcapped(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float, softcap: float
+) -> torch.Tensor:
+    """What scaled_dot_product_attention cannot do: a score s becomes softcap * tanh(s / softcap) before the mask."""
+    scores = softcap * torch.tanh((q @ k.transpose(-1, -2)).float() * (scale / softcap))
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v

@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from model_runner.layout import Layout
-from model_runner.lora.base import LoraBackend
+from model_runner.lora.base import DEFAULTS, LoraBackend, Options
 from model_runner.lora.pages import RankPages
-from model_runner.lora.site import Site, Slice
+from model_runner.lora.site import Site, Slice, vectors_of
 
 TOGETHER = (4, 16, 64)
 """Lanes with at most so many tokens in a step share reads; above the last, a lane is a read of its own."""
@@ -74,10 +74,10 @@ class LaneTokens:
 
 
 class TorchLora(LoraBackend):
-    """Base linear by torch, then each read's delta on its rows. Rows of lane 0 are never touched."""
+    """Base linear by torch, then each read's vectors and delta on its rows. Rows of lane 0 are never touched."""
 
-    def __init__(self, pages: RankPages) -> None:
-        super().__init__(pages)
+    def __init__(self, pages: RankPages, options: Options = DEFAULTS) -> None:
+        super().__init__(pages, options)
         self._version = pages.version
         self._touched: dict[tuple[str, tuple[int, ...]], list[tuple[int, Slice]]] = {}
 
@@ -96,8 +96,20 @@ class TorchLora(LoraBackend):
     def linear(self, x_TI: torch.Tensor, site: Site, meta: Meta | None) -> torch.Tensor:
         """[T, I] -> [T, O]."""
         y_TO = functional.linear(x_TI, site.weight, site.bias)
-        for read in (meta or {}).get(site.group, ()):
-            self._add(y_TO, x_TI, site, read)
+        return y_TO if meta is None else self._adapt(y_TO, x_TI, site, meta)
+
+    def embed(self, tokens_T: torch.Tensor, site: Site, meta: Meta | None) -> torch.Tensor:
+        """[T] -> [T, O]."""
+        y_TO = functional.embedding(tokens_T, site.weight)
+        return y_TO if meta is None else self._adapt(y_TO, tokens_T, site, meta)
+
+    def _adapt(self, y_TO: torch.Tensor, x: torch.Tensor, site: Site, meta: Meta) -> torch.Tensor:
+        """Gains and biases before the deltas: a gain is of the base alone."""
+        for read in meta.get(vectors_of(site.group), ()):
+            if self.pages.vectors[site.name].held_V[list(read.numbers)].any():
+                self._add_vectors(y_TO, site, read)
+        for read in meta.get(site.group, ()):
+            self._add(y_TO, x, site, read)
         return y_TO
 
     def _plan_group(self, group: str, rows: dict[int, NDArray[np.int64]]) -> list[Read]:
@@ -109,20 +121,35 @@ class TorchLora(LoraBackend):
                 shared.setdefault((bound, len(pairs)), []).append(LaneTokens(rows_n, pairs))
         return [_read(tokens, self.pages.device) for tokens in shared.values()]
 
-    def _add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, site: Site, read: Read) -> None:
+    def _add_vectors(self, y_TO: torch.Tensor, site: Site, read: Read) -> None:
+        """Adds gain_less_one * (y - b) + bias to the read's rows of y, in float32, in place."""
+        pool = self.pages.vectors[site.name]
+        y_nO = _take(y_TO, read.rows_n)
+        y_LmO = y_nO.float().view(read.lanes, -1, site.out_features)
+        gain_L1O, bias_L1O = (
+            _weighted(_take(vectors_VO, read.pages), read) for vectors_VO in (pool.gain_VO, pool.bias_VO)
+        )
+        bare_LmO = y_LmO if site.bias is None else y_LmO - site.bias.float()
+        y_nO.copy_((y_LmO + (gain_L1O * bare_LmO + bias_L1O)).view_as(y_nO))
+        _put(y_TO, y_nO, read)
+
+    def _add(self, y_TO: torch.Tensor, x: torch.Tensor, site: Site, read: Read) -> None:
         """Adds the read's delta to its rows of y, slice by slice, in place."""
         touched = self._slices(site, read)
         if not touched:
             return
         pool = self.pages.pools[site.name]
-        h_LmkSR = _shrink(_take(x_TI, read.rows_n), _take(pool.a_PSRI, read.pages), read)
+        x_n = _take(x, read.rows_n)
+        if site.embeds:
+            h_LmkSR = _look_up(x_n, pool.a_PSRI, read)
+        else:
+            h_LmkSR = _shrink(x_n, _take(pool.a_PSRI, read.pages), read)
         b_LQO = _take(pool.b_PRO, read.pages).view(read.lanes, -1, site.out_features)
         y_nO = _take(y_TO, read.rows_n)
         y_LmO = y_nO.view(read.lanes, -1, site.out_features)
         for index, piece in touched:
             _expand(y_LmO[:, :, piece.start : piece.stop], h_LmkSR[..., index, :], b_LQO[..., piece.start : piece.stop])
-        if read.real_rows is not None:
-            y_TO.index_copy_(0, read.real_rows, y_nO if read.real is None else y_nO.index_select(0, read.real))
+        _put(y_TO, y_nO, read)
 
     def _slices(self, site: Site, read: Read) -> list[tuple[int, Slice]]:
         """The slices of the site in which any of the read's pages holds something."""
@@ -163,6 +190,27 @@ def _shrink(x_nI: torch.Tensor, a_PSRI: torch.Tensor, read: Read) -> torch.Tenso
     h_LmQ = torch.bmm(x_LmI, a_LQI.transpose(1, 2))
     h_LmkSR = h_LmQ.view(read.lanes, x_LmI.shape[1], -1, slices, units)
     return h_LmkSR if read.scales is None else (h_LmkSR * read.scales).to(a_PSRI.dtype)
+
+
+def _look_up(tokens_n: torch.Tensor, a_PSVR: torch.Tensor, read: Read) -> torch.Tensor:
+    """[L, m, k, 1, R]: what `_shrink` would make of one-hot tokens."""
+    pages_L1k = torch.tensor(read.numbers, device=a_PSVR.device).view(read.lanes, 1, -1)
+    h_LmkSR = a_PSVR[pages_L1k, :, tokens_n.view(read.lanes, -1, 1)]
+    return h_LmkSR if read.scales is None else (h_LmkSR * read.scales).to(a_PSVR.dtype)
+
+
+def _weighted(vectors_QO: torch.Tensor, read: Read) -> torch.Tensor:
+    """[L, 1, O]: the sum of each lane's own vectors, scaled."""
+    vectors_LkO = vectors_QO.view(read.lanes, -1, vectors_QO.shape[1])
+    if read.scales is not None:
+        vectors_LkO = vectors_LkO * read.scales.view(read.lanes, -1, 1)
+    return vectors_LkO.sum(1, keepdim=True)
+
+
+def _put(y_TO: torch.Tensor, y_nO: torch.Tensor, read: Read) -> None:
+    """The rows of a read back into y, each once; a run was changed in place."""
+    if read.real_rows is not None:
+        y_TO.index_copy_(0, read.real_rows, y_nO if read.real is None else y_nO.index_select(0, read.real))
 
 
 def _expand(y_LmW: torch.Tensor, h_LmkR: torch.Tensor, b_LQW: torch.Tensor) -> None:

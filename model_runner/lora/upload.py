@@ -1,0 +1,46 @@
+"""A step's tables from the host to the device: one asynchronous copy each, from a ring of pinned buffers.
+
+A buffer is written again only after its copy has left it, which with as many buffers as these never waits in practice.
+Without CUDA the copy is done at once. Knows nothing of what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+BUFFERS = 4
+
+
+class Upload:
+    """The ring. `send` copies on the current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pinned = device.type == "cuda"
+        self._buffers = [torch.empty(0, dtype=torch.int32)] * BUFFERS
+        self._sent: list[torch.cuda.Event | None] = [None] * BUFFERS
+        self._next = 0
+
+    def buffer(self, numbers: int) -> NDArray[np.int32]:
+        """Room for so many int32 on the host, unwritten; `send` sends what the last one holds."""
+        self._next = (self._next + 1) % BUFFERS
+        event = self._sent[self._next]
+        if event is not None:
+            event.synchronize()
+        if self._buffers[self._next].numel() < numbers:
+            room = 1 << max(10, (numbers - 1).bit_length())
+            self._buffers[self._next] = torch.empty(room, dtype=torch.int32, pin_memory=self._pinned)
+        return self._buffers[self._next][:numbers].numpy()
+
+    def send(self, numbers: int, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The first so many int32 of the last buffer, on the device; at the beginning of `into` where it is given."""
+        source = self._buffers[self._next][:numbers]
+        target = torch.empty(numbers, dtype=torch.int32, device=self._device) if into is None else into
+        target[:numbers].copy_(source, non_blocking=True)
+        if self._pinned:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self._sent[self._next] = event
+        return target

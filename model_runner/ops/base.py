@@ -1,0 +1,82 @@
+"""The seam of small operations: what layers do between matmuls, one call each, and a lazy table of backends.
+
+`kind` of a norm: plain = weight * cast(x / rms), wide = cast(weight * x / rms), gemma = cast((1 + weight) * x / rms).
+
+Legend: T tokens, H hidden size, I inner size, N query heads, K key/value heads, J = N + 2 K, D head size, E elements
+of a head that are turned, P pages, S page size.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple
+
+import torch
+
+BACKENDS = {
+    "torch": "model_runner.ops.torch_ops:TorchOps",
+    "triton": "model_runner.ops.triton_ops:TritonOps",
+}
+
+NormKind = Literal["plain", "wide", "gemma"]
+
+
+class HeadNorms(NamedTuple):
+    """The norms of q and k over each head: weights [D]."""
+
+    q_weight_D: torch.Tensor
+    k_weight_D: torch.Tensor
+    eps: float
+    kind: NormKind = "plain"
+
+
+class Ops(ABC):
+    """Stateless: tensors in, fresh tensors out (and the caches, where a call says so)."""
+
+    @abstractmethod
+    def norm(self, x: torch.Tensor, weight_H: torch.Tensor, eps: float, kind: NormKind = "plain") -> torch.Tensor:
+        """RMSNorm over the last dimension of [T, H] or [T, N, H]."""
+
+    @abstractmethod
+    def add_norm(
+        self,
+        x_TH: torch.Tensor,
+        residual_TH: torch.Tensor,
+        weight_H: torch.Tensor,
+        eps: float,
+        kind: NormKind = "plain",
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the norm of residual + x, residual + x)."""
+
+    @abstractmethod
+    def silu_mul(self, gate_up_TJ: torch.Tensor) -> torch.Tensor:
+        """[T, I] from [T, 2 I]: silu(gate) * up."""
+
+    @abstractmethod
+    def gelu_tanh_mul(self, gate_up_TJ: torch.Tensor) -> torch.Tensor:
+        """[T, I] from [T, 2 I]: gelu(gate) * up, gelu in its tanh form."""
+
+    @abstractmethod
+    def rope(self, x_TND: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor) -> torch.Tensor:
+        """[T, N, D]: element i < E/2 of each head turned with i + E/2; cos and sin are [T, 1, E/2]."""
+
+    @abstractmethod
+    def rope_and_store(
+        self,
+        qkv_TJD: torch.Tensor,
+        cos_T1E: torch.Tensor,
+        sin_T1E: torch.Tensor,
+        k_cache_PSKD: torch.Tensor,
+        v_cache_PSKD: torch.Tensor,
+        slots_T: torch.Tensor,
+        norms: HeadNorms | None = None,
+    ) -> torch.Tensor:
+        """q [T, N, D], normed and turned; k (normed and turned) and v go to their slots of the caches."""
+
+
+def create(device: torch.device) -> Ops:
+    """Kernels on CUDA, torch elsewhere."""
+    module, _, attribute = BACKENDS["triton" if device.type == "cuda" else "torch"].partition(":")
+    ops: Ops = getattr(importlib.import_module(module), attribute)()
+    return ops

@@ -1,0 +1,57 @@
+"""The whole runner on the triton attention backend: the oracle's tokens, with a sliding window and grouped heads."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import Oracle
+from step_driver import Ask, Driver
+from tiny_models import VOCAB
+
+from engine.config import Links, RunnerConfig
+from engine.errors import ConfigError
+from model_runner.attention import triton_backend
+from model_runner.runner import Runner
+
+LINKS = Links(tokenizer="", scheduler="", runner="", door="")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load(path: Path, device: str = DEVICE) -> Runner:
+    config = RunnerConfig(
+        links=LINKS,
+        model_path=str(path),
+        device=device,  # type: ignore[arg-type]
+        dtype="float32",
+        attention_backend="triton",
+        max_running_requests=4,
+    )
+    return Runner.load(config)
+
+
+def test_tokens_equal_the_oracles(tiny_model: Callable[[str], Path]) -> None:
+    path = tiny_model("mistral")  # a window of 16, two query heads to a key/value head, heads of 24
+    oracle, draw, asks = Oracle(path), random.Random(5), list[Ask]()
+    for length in (40, 3, 21):
+        prompt = [draw.randrange(VOCAB) for _ in range(length)]
+        while not oracle.clear(prompt, 6):
+            prompt = [draw.randrange(VOCAB) for _ in range(length)]
+        asks.append(Ask(prompt, 6))
+    runner = load(path)
+    try:
+        assert runner.capacity.attention_backend == "triton"
+        assert Driver(runner).serve(asks, longest_chunk=20) == [oracle.greedy(ask.prompt, 6) for ask in asks]
+    finally:
+        runner.close()
+
+
+def test_a_cpu_without_the_interpreter_is_one_line(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_backend, "interpreting", lambda: False)
+    with pytest.raises(ConfigError, match="--attention-backend triton: needs a CUDA device"):
+        load(tiny_model("mistral"), "cpu")
