@@ -44,7 +44,9 @@ def load_checkpoint(
 
     `harmless` are names that may be in the files without being used. Raises ConfigError naming the file and tensor.
     """
-    wanted = {placement.name: placement for placement in placements}
+    wanted: dict[str, list[Placement]] = {}
+    for placement in placements:
+        wanted.setdefault(placement.name, []).append(placement)
     files = checkpoint_files(directory)
     missing = set(wanted)
     sizes = [file.stat().st_size for file in files]
@@ -91,7 +93,7 @@ def _indexed_files(directory: Path) -> list[Path]:
 
 
 def _load_file(
-    file: Path, wanted: dict[str, Placement], missing: set[str], harmless: frozenset[str], bar: Any
+    file: Path, wanted: dict[str, list[Placement]], missing: set[str], harmless: frozenset[str], bar: Any
 ) -> set[str]:
     """Copies what is wanted of one file; the names it copied."""
     done: set[str] = set()
@@ -101,7 +103,8 @@ def _load_file(
                 if name in wanted:
                     if name not in missing or name in done:
                         raise ConfigError(f"{file}: tensor {name} is in the checkpoint twice")
-                    _copy(file, tensors.get_slice(name), wanted[name], bar)
+                    for placement in wanted[name]:
+                        _copy(file, tensors.get_slice(name), placement, bar)
                     done.add(name)
                 elif name not in harmless and not name.endswith(HARMLESS_SUFFIXES):
                     raise ConfigError(f"{file}: tensor {name} is not part of the model that config.json describes")

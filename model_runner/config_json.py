@@ -1,11 +1,12 @@
 """A model's config.json as typed answers: every field that is read is checked, and a wrong one is named.
 
-Knows nothing of architectures. JSON null counts as absent.
+Knows nothing of architectures. JSON null counts as absent, but for `nullable`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ MAX_CONFIG_BYTES = 16 << 20
 
 
 class ConfigJson:
-    """One JSON object (the file, or an object inside it) and where it stands, for messages."""
+    """One JSON object (the file, or one inside it) and where it stands, for messages. `seen` are the keys read."""
 
     def __init__(self, where: str, fields: Mapping[str, Any]) -> None:
         self.where = where
         self.fields = fields
+        self.seen: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
         return key in self.fields
@@ -39,9 +41,16 @@ class ConfigJson:
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number > 0; absent without a default is an error."""
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        if not _finite(value) or value <= 0:
             raise self.wrong(key, "must be a positive number")
         return float(value)
+
+    def nullable(self, key: str, default: float | None) -> float | None:
+        """A finite number > 0; null means none, absent means the default."""
+        if key in self.fields and self.fields[key] is None:
+            self.seen.add(key)
+            return None
+        return None if key not in self.fields and default is None else self.number(key, default)
 
     def flag(self, key: str, default: bool) -> bool:
         """true or false."""
@@ -64,6 +73,20 @@ class ConfigJson:
             raise self.wrong(key, "must be a list of strings")
         return value
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of finite numbers; absent is an error."""
+        value = self._get(key, None)
+        if not isinstance(value, list) or not all(_finite(item) for item in value):
+            raise self.wrong(key, "must be a list of numbers")
+        return tuple(float(item) for item in value)
+
+    def integers(self, key: str) -> list[int]:
+        """A list of whole numbers; absent is empty."""
+        value = self._get(key, [])
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            raise self.wrong(key, "must be a list of whole numbers")
+        return value
+
     def inner(self, key: str) -> ConfigJson:
         """An object inside this one; absent is empty."""
         value = self._get(key, {})
@@ -72,12 +95,17 @@ class ConfigJson:
         return ConfigJson(f"{self.where}: {key}", value)
 
     def _get(self, key: str, default: Any) -> Any:
+        self.seen.add(key)
         value = self.fields.get(key)
         if value is None:
             value = default
         if value is None:
             raise ConfigError(f"{self.where}: {key} is missing")
         return value
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def read_config_json(directory: Path) -> ConfigJson:

@@ -11,7 +11,7 @@ from model_runner.arch import Arch
 from model_runner.attention.base import AttentionBackend
 from model_runner.batch import Batch
 from model_runner.layers.linear import column_linear, row_linear
-from model_runner.layers.norm import RMSNorm
+from model_runner.layers.norm import RMSNorm, read_norm
 from model_runner.layers.rotary import Rotation
 from model_runner.layers.weights import Weights
 
@@ -24,34 +24,51 @@ class Attention:
         self.heads = weights.shard.share(arch.num_heads, "attention heads")
         self.kv_heads = weights.shard.share(arch.num_kv_heads, "key/value heads")
         self.head_dim = size
-        self.scale = size**-0.5
+        self.scale = arch.scale
+        self.cap = arch.attention_cap
         self.window = arch.windows[layer]
         outs = {"q_proj": arch.num_heads * size, "k_proj": arch.num_kv_heads * size, "v_proj": arch.num_kv_heads * size}
         self.qkv = column_linear(
-            weights, f"layers.{layer}.qkv", path, layer, "qkv", outs, arch.hidden_size, bias=arch.qkv_bias
+            weights,
+            f"layers.{layer}.qkv",
+            path,
+            layer,
+            "qkv",
+            outs,
+            arch.hidden_size,
+            bias=arch.qkv_bias,
+            fused="qkv_proj" if arch.fused else None,
         )
         self.o = row_linear(
             weights, f"layers.{layer}.o", path, layer, "o", "o_proj", outs["q_proj"], arch.hidden_size, bias=arch.o_bias
         )
-        self.norms: tuple[RMSNorm, RMSNorm] | None = None
-        if arch.qk_norm:
-            q_weight, k_weight = (weights.tensor(f"{path}.{which}_norm.weight", size) for which in "qk")
-            self.norms = RMSNorm(q_weight, arch.norm_eps), RMSNorm(k_weight, arch.norm_eps)
+        self.norms = self.read_norms(arch, weights, path) if arch.qk_norm else None
+
+    def read_norms(self, arch: Arch, weights: Weights, path: str) -> tuple[RMSNorm, RMSNorm]:
+        """The norms of q and k, over each head."""
+        q_norm, k_norm = (read_norm(arch, weights, f"{path}.{which}_norm", arch.head_dim) for which in "qk")
+        return q_norm, k_norm
 
     def attach(self, backend: AttentionBackend, cache: tuple[torch.Tensor, torch.Tensor]) -> None:
         """From now on `backend` attends over this layer's K and V."""
         self.backend = backend
         self.cache = cache
 
-    def __call__(self, x_TH: torch.Tensor, rotate: Rotation, batch: Batch) -> torch.Tensor:
-        """[T, H] -> [T, H]."""
+    def __call__(self, x_TH: torch.Tensor, rotate: Rotation | None, batch: Batch) -> torch.Tensor:
+        """[T, H] -> [T, H]; without a rotation positions do not show."""
         turned = self.heads + self.kv_heads
         qkv = self.qkv(x_TH, batch).reshape(len(x_TH), turned + self.kv_heads, self.head_dim)
         qk, v = qkv[:, :turned], qkv[:, turned:]
         if self.norms is not None:
-            q_norm, k_norm = self.norms
-            qk = torch.cat((q_norm(qk[:, : self.heads]), k_norm(qk[:, self.heads :])), dim=1)
-        qk = rotate(qk)
+            qk = self.norm(qk, *self.norms)
+        if rotate is not None:
+            qk = rotate(qk)
         q, k = qk[:, : self.heads], qk[:, self.heads :]
-        mixed = self.backend.attend(q, k, v, *self.cache, batch.attention, scale=self.scale, window=self.window)
+        mixed = self.backend.attend(
+            q, k, v, *self.cache, batch.attention, scale=self.scale, window=self.window, softcap=self.cap
+        )
         return self.o(mixed.flatten(1), batch)
+
+    def norm(self, qk_TND: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm) -> torch.Tensor:
+        """q and k, one after the other, each head normed."""
+        return torch.cat((q_norm(qk_TND[:, : self.heads]), k_norm(qk_TND[:, self.heads :])), dim=1)

@@ -44,20 +44,39 @@ class RowLinear(Linear):
 
 
 def column_linear(
-    weights: Weights, name: str, path: str, layer: int, group: str, outs: dict[str, int], inputs: int, *, bias: bool
+    weights: Weights,
+    name: str,
+    path: str,
+    layer: int,
+    group: str,
+    outs: dict[str, int],
+    inputs: int,
+    *,
+    bias: bool,
+    fused: str | None = None,
 ) -> Linear:
-    """The modules of `outs` (checkpoint name -> out features over all ranks) side by side in one weight."""
+    """The modules of `outs` (checkpoint name -> out features over all ranks) side by side in one weight.
+
+    `fused`: the checkpoint holds them so under this one name. Then the site has one slice, for so has an adapter: one
+    A for all of it.
+    """
     slices: list[Slice] = []
     for module, out in outs.items():
         start = slices[-1].stop if slices else 0
         slices.append(Slice(module, start, start + weights.shard.share(out, f"{module} outputs")))
-    weight = weights.empty(slices[-1].stop, inputs)
-    offset = weights.empty(slices[-1].stop) if bias else None
-    for part, whole in zip(slices, outs.values(), strict=True):
-        weights.place(f"{path}.{part.module}.weight", weight[part.start : part.stop], whole=whole)
-        if offset is not None:
-            weights.place(f"{path}.{part.module}.bias", offset[part.start : part.stop], whole=whole)
-    return Linear(Site(name, path, layer, group, tuple(slices), weight, offset))
+    width = slices[-1].stop
+    tensors = {"weight": weights.empty(width, inputs)} | ({"bias": weights.empty(width)} if bias else {})
+    for kind, tensor in tensors.items():
+        begin = 0
+        for part, whole in zip(slices, outs.values(), strict=True):
+            into = tensor[part.start : part.stop]
+            if fused is None:
+                weights.place(f"{path}.{part.module}.{kind}", into, whole=whole)
+            else:
+                weights.place_part(f"{path}.{fused}.{kind}", into, begin, whole, sum(outs.values()))
+            begin += whole
+    cut = tuple(slices) if fused is None else (Slice(fused, 0, width),)
+    return Linear(Site(name, path, layer, group, cut, tensors["weight"], tensors.get("bias")))
 
 
 def row_linear(

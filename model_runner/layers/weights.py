@@ -36,6 +36,13 @@ class Weights:
             cut[dim] = self.shard.span(whole, f"size of {name}")
         self.placements.append(Placement(name, into, tuple(shape), tuple(cut)))
 
+    def place_part(self, name: str, into: torch.Tensor, start: int, part: int, whole: int) -> None:
+        """Of tensor `name`, `whole` rows long in the file, the `part` rows from `start` on, cut by rank."""
+        span = self.shard.span(part, f"size of a part of {name}")
+        rest = into.shape[1:]
+        cut = (slice(start + span.start, start + span.stop), *(slice(None) for _ in rest))
+        self.placements.append(Placement(name, into, (whole, *rest), cut))
+
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
         """A whole tensor under its own name."""
         tensor = self.empty(*shape)

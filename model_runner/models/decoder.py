@@ -1,4 +1,5 @@
-"""The decoder: every family's model, read from an Arch. Attention and LoRA are attached from outside.
+"""The decoder: most families' model, read from an Arch, and what the others are made of. Attention and LoRA are
+attached from outside.
 
     x = embed(tokens)
     each layer:  x = x + attention(norm(x));  x = x + mlp(norm(x))
@@ -10,7 +11,8 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -19,10 +21,10 @@ from model_runner.attention.base import AttentionBackend
 from model_runner.batch import Batch
 from model_runner.kv_pool import KvPool
 from model_runner.layers.attention import Attention
-from model_runner.layers.embedding import Embedding, Head
+from model_runner.layers.embedding import Embedding, Head, Lanes
 from model_runner.layers.linear import Linear
-from model_runner.layers.mlp import MLP
-from model_runner.layers.norm import RMSNorm
+from model_runner.layers.mlp import MLP, FeedForward
+from model_runner.layers.norm import RMSNorm, read_norm
 from model_runner.layers.rotary import Rotary, Rotation
 from model_runner.layers.weights import Weights
 from model_runner.lora.base import LoraBackend
@@ -32,50 +34,72 @@ from model_runner.lora.site import Site
 class Layer:
     """Attention and MLP, each behind its norm and beside its residual."""
 
-    def __init__(self, arch: Arch, index: int, weights: Weights) -> None:
-        def norm(name: str) -> RMSNorm:
-            return RMSNorm(weights.tensor(f"model.layers.{index}.{name}.weight", arch.hidden_size), arch.norm_eps)
+    attention_type: type[Attention] = Attention
 
+    def __init__(self, arch: Arch, index: int, weights: Weights) -> None:
+        self.attention = self.attention_type(arch, index, weights)
+        self.mlp = self.feed_forward(arch, index, weights)
+        self.read_norms(lambda name: read_norm(arch, weights, f"model.layers.{index}.{name}", arch.hidden_size))
+
+    def feed_forward(self, arch: Arch, index: int, weights: Weights) -> FeedForward:
+        """What stands after attention."""
+        return MLP(arch, index, weights)
+
+    def read_norms(self, norm: Callable[[str], RMSNorm]) -> None:
+        """Its norms by their names in the checkpoint."""
         self.attention_norm = norm("input_layernorm")
-        self.attention = Attention(arch, index, weights)
         self.mlp_norm = norm("post_attention_layernorm")
-        self.mlp = MLP(arch, index, weights)
 
     def linears(self) -> Iterator[Linear]:
-        """Its four sites."""
-        yield from (self.attention.qkv, self.attention.o, self.mlp.gate_up, self.mlp.down)
+        """Its sites: qkv, o, and those of the MLP."""
+        yield from (self.attention.qkv, self.attention.o, *self.mlp.linears())
 
-    def __call__(self, x_TH: torch.Tensor, rotate: Rotation, batch: Batch) -> torch.Tensor:
+    def __call__(self, x_TH: torch.Tensor, rotate: Rotation | None, batch: Batch) -> torch.Tensor:
         """[T, H] -> [T, H]."""
         x_TH = x_TH + self.attention(self.attention_norm(x_TH), rotate, batch)
         return x_TH + self.mlp(self.mlp_norm(x_TH), batch)
 
 
 class Decoder:
-    """A model with uninitialised weights; `weights.placements` says what a checkpoint must put where."""
+    """A model with uninitialised weights; `weights.placements` says what a checkpoint must put where.
+
+    A family whose forward differs has a subclass, with layers of its own (`layer_type`) or with something to do to
+    embeddings and logits (`enter`, `leave`).
+    """
+
+    layer_type: type[Layer] = Layer
 
     def __init__(self, arch: Arch, weights: Weights) -> None:
         self.arch = arch
         self.weights = weights
         table = weights.tensor("model.embed_tokens.weight", arch.vocab_size, arch.hidden_size)
         self.embed = Embedding(table)
-        self.layers = [Layer(arch, index, weights) for index in range(arch.num_layers)]
-        self.norm = RMSNorm(weights.tensor("model.norm.weight", arch.hidden_size), arch.norm_eps)
+        self.layers = [self.layer_type(arch, index, weights) for index in range(arch.num_layers)]
+        self.norm = read_norm(arch, weights, "model.norm", arch.hidden_size)
         self.head = Head(table if arch.tie_embeddings else weights.tensor("lm_head.weight", *table.shape))
-        self.rotary = Rotary(arch.rope, arch.head_dim, weights.device, weights.dtype)
+        ropes = list(dict.fromkeys(rope for rope in arch.ropes if rope is not None))
+        self.rotaries = [Rotary(rope, arch.head_dim, weights.device, weights.dtype) for rope in ropes]
+        self.turns = [None if rope is None else ropes.index(rope) for rope in arch.ropes]
 
     @property
     def sites(self) -> list[Site]:
         """What LoRA may touch, in the order of the forward."""
-        return [linear.site for layer in self.layers for linear in layer.linears()]
+        linears = [linear.site for layer in self.layers for linear in layer.linears()]
+        return [self.embed.site, *linears, self.head.site]
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights on this rank."""
         return self.weights.bytes
 
+    @property
+    def recordable(self) -> bool:
+        """Whether its decode steps can be recorded as CUDA graphs: nothing in them waits for the device."""
+        return True
+
     def attach(self, attention: AttentionBackend, pool: KvPool, lora: LoraBackend | None = None) -> None:
         """Gives every layer its backend, its cache and, where there is one, LoRA."""
+        self.embed.lora = self.head.lora = lora
         for index, layer in enumerate(self.layers):
             layer.attention.attach(attention, pool.layer(index))
             for linear in layer.linears():
@@ -83,12 +107,23 @@ class Decoder:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """[T, H]: the normed hidden state of every token of the step; K and V are stored on the way."""
-        rotate = self.rotary(batch.positions_T)
-        x_TH = self.embed(batch.tokens_T)
-        for layer in self.layers:
-            x_TH = layer(x_TH, rotate, batch)
+        rotations = [rotary(batch.positions_T) for rotary in self.rotaries]
+        x_TH = self.enter(self.embed(batch.tokens_T, batch.lora, batch.lanes_T))
+        for layer, turn in zip(self.layers, self.turns, strict=True):
+            x_TH = layer(x_TH, None if turn is None else rotations[turn], batch)
         return self.norm(x_TH)
 
-    def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
-        """[S, V] float32 for the rows of `forward`'s answer that are asked for."""
-        return self.head(hidden_SH)
+    def enter(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """Embeddings as the first layer takes them."""
+        return x_TH
+
+    def logits(self, hidden_SH: torch.Tensor, lora: Any = None, lanes_S: Lanes | None = None) -> torch.Tensor:
+        """[S, V] float32 for the rows of `forward`'s answer that are asked for.
+
+        `lora` is planned for these rows; `lanes_S` are theirs, where one of them brings a head of its own.
+        """
+        return self.leave(self.head(hidden_SH, lora, lanes_S))
+
+    def leave(self, logits_SV: torch.Tensor) -> torch.Tensor:
+        """The head's answers as the sampler takes them."""
+        return logits_SV

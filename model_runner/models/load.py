@@ -1,7 +1,8 @@
-"""A model directory becomes a Decoder. Knows nothing of what runs on it."""
+"""A model directory becomes a Decoder, of the class its Arch names. Knows nothing of what runs on it."""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import torch
@@ -11,6 +12,13 @@ from model_runner.checkpoint import load_checkpoint
 from model_runner.layers.weights import Weights
 from model_runner.models.decoder import Decoder
 from model_runner.parallel import Shard
+
+
+def build_decoder(arch: Arch, weights: Weights) -> Decoder:
+    """The decoder of `arch`, its weights not yet read."""
+    module, _, name = arch.model.partition(":")
+    decoder: Decoder = getattr(importlib.import_module(module), name)(arch, weights)
+    return decoder
 
 
 def load_model(
@@ -23,7 +31,7 @@ def load_model(
     progress: bool = False,
 ) -> Decoder:
     """The decoder of `arch` with the directory's weights, cast to `dtype`. Raises ConfigError naming what is wrong."""
-    decoder = Decoder(arch, Weights(device, dtype, shard or Shard()))
+    decoder = build_decoder(arch, Weights(device, dtype, shard or Shard()))
     harmless = ["lm_head.weight"] if arch.tie_embeddings else []
     load_checkpoint(path, decoder.weights.placements, harmless, progress=progress)
     return decoder

@@ -16,7 +16,7 @@ from tiny_models import VOCAB, build, make_adapter
 
 pytestmark = pytest.mark.e2e
 
-FAMILIES = ["llama2", "llama3", "mistral", "qwen2", "qwen3"]
+FAMILIES = ["llama2", "llama3", "mistral", "qwen2", "qwen3", "gemma2", "phi3"]
 NEW_TOKENS = 16
 ADAPTERS: list[dict[str, Any]] = [
     {"r": 4, "targets": ["q_proj", "v_proj"]},
@@ -26,6 +26,13 @@ ADAPTERS: list[dict[str, Any]] = [
     {"r": 3, "targets": ["k_proj", "down_proj"], "alpha": 7, "layers_to_transform": [0, 2]},
     {"r": 8, "targets": r".*\.(o_proj|gate_proj)", "rank_pattern": {"o_proj": 33}, "alpha_pattern": {"o_proj": 66}},
 ]
+FUSED_ADAPTERS: list[dict[str, Any]] = [
+    {"r": 4, "targets": ["qkv_proj"]},
+    {"r": 16, "targets": "all-linear"},
+    {"r": 24, "targets": ["gate_up_proj", "down_proj"], "rslora": True},
+    {"r": 8, "targets": r".*\.(o_proj|qkv_proj)", "rank_pattern": {"o_proj": 33}},
+]
+"""For a model whose checkpoint holds q, k and v as one tensor, and gate and up."""
 
 
 class World:
@@ -35,7 +42,7 @@ class World:
         self.model = build(family, directory / "model", seed=7)
         self.adapters = {
             f"a{number}": make_adapter(self.model, directory / f"a{number}", seed=number, **options)
-            for number, options in enumerate(ADAPTERS)
+            for number, options in enumerate(FUSED_ADAPTERS if family == "phi3" else ADAPTERS)
         }
         self.oracle = Oracle(self.model, self.adapters)
         self.jobs = list(self._draw())

@@ -54,28 +54,55 @@ def test_every_tensor_arrives_where_its_name_says(tiny_model: TinyModel) -> None
 def test_fused_sites_hold_their_slices_side_by_side(tiny_model: TinyModel) -> None:
     path = tiny_model("llama3")
     tensors, decoder = load_file(path / SINGLE), load(path)
-    assert [site.name for site in decoder.sites[:4]] == [
+    inside = [site for site in decoder.sites if site.layer >= 0]
+    assert [site.name for site in inside[:4]] == [
         "layers.0.qkv",
         "layers.0.o",
         "layers.0.gate_up",
         "layers.0.down",
     ]
-    for site in decoder.sites:
+    for site in inside:
         for part in site.slices:
             expected = tensors[f"{site.path}.{part.module}.weight"]
             assert torch.equal(site.weight[part.start : part.stop], expected)
-    assert [part.width for part in decoder.sites[0].slices] == [64, 32, 32]
+    assert [part.width for part in inside[0].slices] == [64, 32, 32]
     assert decoder.weight_bytes == sum(tensor.numel() * 4 for tensor in tensors.values())
 
 
-def test_sharded_equals_whole(tmp_path: Path) -> None:
-    whole = build("qwen3", tmp_path / "whole")
-    parts = build("qwen3", tmp_path / "parts", max_shard_size="100KB")
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "mixtral"])
+def test_sharded_equals_whole(family: str, tmp_path: Path) -> None:
+    whole = build(family, tmp_path / "whole")
+    parts = build(family, tmp_path / "parts", max_shard_size="100KB")
     assert (parts / INDEX).is_file()
     assert len(list(parts.glob("*.safetensors"))) > 2
-    ours, expected = weights(load(parts)), weights(load(whole))
-    assert ours.keys() == expected.keys()
-    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    for ours, expected in zip(load(parts).weights.placements, load(whole).weights.placements, strict=True):
+        assert ours.name == expected.name
+        assert torch.equal(ours.into, expected.into)
+
+
+def test_a_fused_tensor_is_cut_into_its_parts(tiny_model: TinyModel) -> None:
+    path = tiny_model("phi3")
+    tensors, decoder = load_file(path / SINGLE), load(path)
+    for site in decoder.sites:
+        if site.group in ("qkv", "gate_up"):
+            assert [piece.module for piece in site.slices] == [f"{site.group}_proj"]
+            assert torch.equal(site.weight, tensors[f"{site.path}.{site.group}_proj.weight"])
+
+
+def test_a_fused_tensor_of_another_shape_is_named(tiny_model: TinyModel, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model("phi3"), tmp_path / "m")
+    name = "model.layers.1.self_attn.qkv_proj.weight"
+    spoil(tmp_path / "m", lambda tensors: tensors.update({name: tensors[name][:-1].contiguous()}))
+    with pytest.raises(ConfigError, match=rf"{name} has shape \[127, 64\].*\[128, 64\]"):
+        load(tmp_path / "m")
+
+
+def test_a_missing_expert_is_named(tiny_model: TinyModel, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model("mixtral"), tmp_path / "m")
+    name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    spoil(tmp_path / "m", lambda tensors: tensors.pop(name))
+    with pytest.raises(ConfigError, match=f"no tensor {name}"):
+        load(tmp_path / "m")
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])

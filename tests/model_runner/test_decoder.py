@@ -17,9 +17,10 @@ from model_runner.kv_pool import KvPool, page_bytes
 from model_runner.layers.weights import Weights
 from model_runner.layout import Layout
 from model_runner.lora.base import LoraBackend
+from model_runner.lora.pages import RankPages
 from model_runner.lora.site import Site
 from model_runner.models.decoder import Decoder
-from model_runner.models.load import load_model
+from model_runner.models.load import build_decoder, load_model
 from model_runner.parallel import Shard
 
 CPU = torch.device("cpu")
@@ -30,6 +31,7 @@ class Recorder(LoraBackend):
     """The base linear, and a note of who asked with what."""
 
     def __init__(self) -> None:
+        super().__init__(RankPages([], {}, 0, torch.float32, CPU))
         self.calls: list[tuple[str, Any]] = []
 
     def plan(self, layout: Layout, into: Any | None = None) -> Any:
@@ -39,19 +41,36 @@ class Recorder(LoraBackend):
         self.calls.append((site.name, meta))
         return torch.nn.functional.linear(x_TI, site.weight, site.bias)
 
+    def embed(self, tokens_T: torch.Tensor, site: Site, meta: Any) -> torch.Tensor:
+        self.calls.append((site.name, meta))
+        return site.weight[tokens_T]
+
 
 def load(path: Path) -> Decoder:
     return load_model(path, read_arch(path), device=CPU, dtype=torch.float32)
 
 
-def test_every_site_goes_through_the_lora_backend_once(tiny_model: TinyModel) -> None:
-    decoder, lora = load(tiny_model("llama-bias")), Recorder()
+@pytest.mark.parametrize(
+    ("family", "sites"),
+    [
+        ("llama-bias", 14),
+        ("gemma2", 14),
+        ("phi3", 14),
+        ("granite", 14),
+        ("olmo2", 14),
+        ("mixtral", 35),
+        ("qwen3-moe", 36),
+    ],
+)
+def test_every_site_goes_through_the_lora_backend_once(family: str, sites: int, tiny_model: TinyModel) -> None:
+    decoder, lora = load(tiny_model(family)), Recorder()
     plain = Driver(decoder).step([(Row([5, 6, 7]), 3)])
     ours = Driver(decoder, lora=lora).step([(Row([5, 6, 7]), 3)])
     assert torch.equal(ours, plain)
-    assert lora.calls == [(site.name, "a plan of 3") for site in decoder.sites]
-    assert len({site.name for site in decoder.sites}) == 12
-    assert {site.group for site in decoder.sites} == {"qkv", "o", "gate_up", "down"}
+    asked = [site for site in decoder.sites if site.group != "experts"]  # these are computed together
+    assert lora.calls == [(site.name, "a plan of 3") for site in asked]
+    assert len({site.name for site in decoder.sites}) == sites
+    assert {site.group for site in asked} <= {"embed", "qkv", "o", "gate_up", "down", "head", "router"}
 
 
 def test_row_parallel_linears_reduce_what_lora_returned(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +91,9 @@ def test_two_ranks_hold_the_halves_of_every_site(tiny_model: TinyModel) -> None:
     whole, arch = load(path), read_arch(path)
     ranks = [load_model(path, arch, device=CPU, dtype=torch.float32, shard=Shard(rank, 2)) for rank in range(2)]
     for site, *halves in zip(whole.sites, *(decoder.sites for decoder in ranks), strict=True):
+        if site.group in ("embed", "head"):
+            assert all(torch.equal(half.weight, site.weight) for half in halves)
+            continue
         if site.group in ("o", "down"):
             assert torch.equal(torch.cat([half.weight for half in halves], dim=1), site.weight)
             continue
@@ -80,13 +102,30 @@ def test_two_ranks_hold_the_halves_of_every_site(tiny_model: TinyModel) -> None:
             assert torch.equal(torch.cat(ours), site.weight[part.start : part.stop])
 
 
+def test_two_ranks_hold_the_halves_of_every_part_of_a_fused_tensor(tiny_model: TinyModel) -> None:
+    path = tiny_model("phi3")
+    whole, arch = load(path), read_arch(path)
+    ranks = [load_model(path, arch, device=CPU, dtype=torch.float32, shard=Shard(rank, 2)) for rank in range(2)]
+    qkv, gate_up = whole.layers[1].attention.qkv.site.weight, next(whole.layers[1].mlp.linears()).site.weight
+    for site, parts in ((qkv, (64, 32, 32)), (gate_up, (96, 96))):
+        index = next(i for i, other in enumerate(whole.sites) if other.weight is site)
+        halves = [decoder.sites[index].weight.split([part // 2 for part in parts]) for decoder in ranks]
+        joined = [torch.cat([half[i] for half in halves]) for i in range(len(parts))]
+        assert torch.equal(torch.cat(joined), site)
+
+
+def test_olmo2_norms_all_heads_at_once_and_so_on_one_rank(tiny_model: TinyModel) -> None:
+    with pytest.raises(ConfigError, match="--tp-size 2: an OLMo 2"):
+        build_decoder(read_arch(tiny_model("olmo2")), Weights(CPU, torch.float32, Shard(0, 2)))
+
+
 def test_a_bias_after_the_reduce_is_added_by_one_rank(tiny_model: TinyModel) -> None:
     path = tiny_model("llama-bias")
     arch = read_arch(path)
     with pytest.raises(ConfigError, match="does not divide"):
         Decoder(arch, Weights(CPU, torch.float32, Shard(0, 2)))  # one key/value head
     wide = dataclasses.replace(arch, num_kv_heads=4)
-    biases = [Decoder(wide, Weights(CPU, torch.float32, Shard(rank, 2))).sites[1].bias for rank in range(2)]
+    biases = [Decoder(wide, Weights(CPU, torch.float32, Shard(rank, 2))).sites[2].bias for rank in range(2)]
     assert biases[0] is not None
     assert biases[1] is None
 

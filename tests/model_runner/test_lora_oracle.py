@@ -1,4 +1,4 @@
-"""Whole models with adapters against transformers + PEFT: base and seven adapters, alone and in one batch."""
+"""Whole models with adapters against transformers + PEFT: base and adapters, alone and in one batch."""
 
 from __future__ import annotations
 
@@ -11,15 +11,10 @@ import pytest
 import torch
 from drive import Driver
 from oracle import Oracle
+from resident import attach_adapters
 from tiny_models import VOCAB, make_adapter
 
-from engine.messages import LanePages
 from model_runner.arch import read_arch
-from model_runner.lora.adapter import Adapter
-from model_runner.lora.base import create
-from model_runner.lora.pages import RankPages
-from model_runner.lora.store import AdapterStore
-from model_runner.models.decoder import Decoder
 from model_runner.models.load import load_model
 
 N = 8
@@ -36,33 +31,46 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def attach_adapters(decoder: Decoder, adapters: dict[str, Path]) -> Any:
-    """A LoRA backend with adapter i in lane i + 1; pages lie scattered, the last adapter's first."""
-    store = AdapterStore(decoder.sites, torch.float32, max_rank=None, targets=None)
-    loaded = [store.load(i, name, path) for i, (name, path) in enumerate(adapters.items(), start=1)]
-    counts: dict[str, int] = {}
-    granted: list[tuple[Adapter, dict[str, list[int]]]] = []
-    for adapter in reversed(loaded):
-        pages: dict[str, list[int]] = {}
-        for group, count in adapter.footprint.pages.items():
-            start = counts.get(group, 0)
-            pages[group] = list(range(start, start + count))[::-1]
-            counts[group] = start + count
-        granted.append((adapter, pages))
-    rank_pages = RankPages(decoder.sites, counts, len(loaded), torch.float32, torch.device("cpu"))
-    for adapter, pages in granted:
-        rank_pages.fill(adapter, pages)
-        lane = {group: [(page, 1.0) for page in numbers] for group, numbers in pages.items()}
-        rank_pages.set_lane(LanePages(adapter.adapter_id, lane))
-    return create("torch", rank_pages)
+FUSED_ADAPTERS: dict[str, dict[str, Any]] = {
+    "everything": {"r": 8, "alpha": 16, "targets": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]},
+    "all linear": {"r": 3, "alpha": 5, "targets": "all-linear"},
+    "one": {"r": 1, "alpha": 2, "targets": ["qkv_proj"]},
+    "two pages": {"r": 20, "alpha": 30, "targets": ["gate_up_proj", "down_proj"]},
+    "patterns": {"r": 4, "alpha": 8, "targets": ["qkv_proj", "o_proj"], "rank_pattern": {"qkv_proj": 17}},
+    "last layer": {"r": 6, "alpha": 12, "targets": ["qkv_proj"], "layers_to_transform": [2]},
+}
+"""Of a model whose checkpoint is fused: one A for q, k and v."""
+
+ATTENTION_ADAPTERS: dict[str, dict[str, Any]] = {
+    "attention": {"r": 8, "alpha": 16, "targets": ATTENTION},
+    "one": {"r": 1, "alpha": 2, "targets": ["q_proj", "v_proj"]},
+    "two pages": {"r": 20, "alpha": 30, "targets": ["k_proj", "o_proj"]},
+    "last layer": {"r": 6, "alpha": 12, "targets": ATTENTION, "layers_to_transform": [2]},
+}
+"""Of a model with experts, which no adapter touches."""
+
+SETS = {"phi3": FUSED_ADAPTERS, "mixtral": ATTENTION_ADAPTERS, "qwen3-moe": ATTENTION_ADAPTERS}
+MODELS = (
+    "llama2",
+    "llama3",
+    "llama-bias",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "granite",
+    "smollm3",
+    "olmo2",
+)
 
 
-@pytest.mark.parametrize("family", ["llama2", "llama3", "llama-bias", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", [*MODELS, *SETS])
 def test_mixed_batch_equals_peft(family: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     path = tiny_model(family)
     adapters = {
         name: make_adapter(path, tmp_path / name, seed=seed, **options)
-        for seed, (name, options) in enumerate(ADAPTERS.items())
+        for seed, (name, options) in enumerate(SETS.get(family, ADAPTERS).items())
     }
     oracle = Oracle(path, adapters)
     draw, names = random.Random(11), [None, *adapters]
@@ -73,7 +81,7 @@ def test_mixed_batch_equals_peft(family: str, tiny_model: Callable[[str], Path],
         if oracle.clear(prompt, N, names[lane]):
             asks.append((prompt, lane))
     expected = [oracle.greedy(prompt, N, names[lane]) for prompt, lane in asks]
-    for prompt, lane in asks[1:8]:
+    for prompt, lane in asks[1 : len(names)]:
         moved = oracle.logits(prompt, names[lane]) - oracle.logits(prompt)
         assert moved.abs().max() > 0.1, "an adapter without effect"
 

@@ -12,7 +12,7 @@ import torch
 from engine.errors import ConfigError
 from model_runner.arch import read_arch
 from model_runner.layers.rotary import Rotary
-from model_runner.rope import inverse_frequencies
+from model_runner.rope import Rope, inverse_frequencies
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -67,14 +67,55 @@ def test_frequencies_equal_transformers(variant: str, tmp_path: Path) -> None:
 
     arch = read_arch(write(tmp_path, **VARIANTS[variant]))
     theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
-    torch.testing.assert_close(inverse_frequencies(arch.rope, arch.head_dim), theirs.inv_freq, atol=0, rtol=1e-6)
-    assert arch.rope.attention == pytest.approx(theirs.attention_scaling)
+    rope = arch.ropes[0]
+    assert rope is not None
+    torch.testing.assert_close(inverse_frequencies(rope, arch.head_dim), theirs.inv_freq, atol=0, rtol=1e-6)
+    assert rope.attention == pytest.approx(theirs.attention_scaling)
 
     positions = torch.tensor([0, 1, 17, 4000])
     cos, sin = theirs(torch.zeros(1), positions[None])
-    ours = Rotary(arch.rope, arch.head_dim, torch.device("cpu"), torch.float32)(positions)
+    ours = Rotary(rope, arch.head_dim, torch.device("cpu"), torch.float32)(positions)
     torch.testing.assert_close(ours.cos[:, 0], cos[0, :, : arch.head_dim // 2], atol=1e-3, rtol=0)
     torch.testing.assert_close(ours.sin[:, 0], sin[0, :, : arch.head_dim // 2], atol=1e-3, rtol=0)
+
+
+SHORT, LONG = [1.0 + i / 9 for i in range(12)], [1.0 + i for i in range(12)]
+LONGROPE = {"short_factor": SHORT, "long_factor": LONG}
+PHI_VARIANTS: dict[str, dict[str, Any]] = {
+    "su": {"rope_scaling": {"type": "su", **LONGROPE, "original_max_position_embeddings": 512}},
+    "yarn, as its first files say": {"rope_scaling": {"type": "yarn", **LONGROPE}},
+    "longrope": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "longrope", **LONGROPE, "attention_factor": 1.25}},
+    "new": {"rope_parameters": {"rope_type": "longrope", **LONGROPE, "factor": 8.0, "partial_rotary_factor": 0.75}},
+    "as long as it was": {"original_max_position_embeddings": 4096, "rope_scaling": {"type": "longrope", **LONGROPE}},
+    "partial alone": {},
+}
+
+
+@pytest.mark.parametrize("length", [512, 513])
+@pytest.mark.parametrize("variant", PHI_VARIANTS)
+def test_longrope_by_the_length_that_is_served(variant: str, length: int, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+    fields = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "partial_rotary_factor": 0.75}
+    fields |= {"original_max_position_embeddings": 512, "head_dim": 32}
+    arch = read_arch(write(tmp_path, **fields | PHI_VARIANTS[variant])).serving(length)
+    theirs = Phi3RotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
+    cos, sin = theirs(torch.zeros(1), torch.tensor([[0, 1, 17, length - 1]]))
+    rope = arch.ropes[0]
+    assert rope is not None
+    torch.testing.assert_close(inverse_frequencies(rope, 32), theirs.inv_freq, atol=0, rtol=1e-6)
+    ours = Rotary(rope, 32, torch.device("cpu"), torch.float32)(torch.tensor([0, 1, 17, length - 1]))
+    torch.testing.assert_close(ours.cos[:, 0], cos[0, :, :12], atol=1e-3, rtol=0)
+    torch.testing.assert_close(ours.sin[:, 0], sin[0, :, :12], atol=1e-3, rtol=0)
+
+
+def test_only_the_first_dimensions_of_a_head_are_turned() -> None:
+    rotate = Rotary(Rope(share=0.5), 8, torch.device("cpu"), torch.float32)(torch.tensor([3, 5]))
+    heads = torch.arange(48.0).view(2, 3, 8)
+    turned = rotate(heads)
+    assert torch.equal(turned[..., 4:], heads[..., 4:])
+    assert not torch.equal(turned[..., :4], heads[..., :4])
 
 
 def test_yarn_reaches_beyond_a_config_left_as_it_was(tmp_path: Path) -> None:
@@ -87,7 +128,13 @@ def test_yarn_reaches_beyond_a_config_left_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "short_factor is missing"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0]}}, "long_factor"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [0]}}, "long_factor"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "short_factor has 1 num"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": "all"}}, "list of numbers"),
+        ({"rope_scaling": {"type": "axial"}}, "axial"),
+        ({"rope_scaling": {"type": "default", "mrope_section": [8, 4, 4]}}, "mrope_section"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
         ({"rope_scaling": {"type": "linear", "factor": "two"}}, "factor"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor"),

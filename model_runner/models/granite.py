@@ -1,0 +1,38 @@
+"""Granite: a Llama with multipliers on embeddings, on what each layer adds, and on logits.
+
+Legend: T tokens of the step, S rows that need logits, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from model_runner.arch import Arch
+from model_runner.batch import Batch
+from model_runner.layers.rotary import Rotation
+from model_runner.layers.weights import Weights
+from model_runner.models.decoder import Decoder, Layer
+
+
+class GraniteLayer(Layer):
+    """Attention and MLP, each scaled before it is added."""
+
+    def __init__(self, arch: Arch, index: int, weights: Weights) -> None:
+        super().__init__(arch, index, weights)
+        self.scale = arch.residual_scale
+
+    def __call__(self, x_TH: torch.Tensor, rotate: Rotation | None, batch: Batch) -> torch.Tensor:
+        x_TH = x_TH + self.attention(self.attention_norm(x_TH), rotate, batch) * self.scale
+        return x_TH + self.mlp(self.mlp_norm(x_TH), batch) * self.scale
+
+
+class Granite(Decoder):
+    """The decoder with such layers."""
+
+    layer_type = GraniteLayer
+
+    def enter(self, x_TH: torch.Tensor) -> torch.Tensor:
+        return x_TH * self.arch.embed_scale
+
+    def leave(self, logits_SV: torch.Tensor) -> torch.Tensor:
+        return logits_SV * self.arch.logit_scale
