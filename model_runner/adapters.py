@@ -20,6 +20,7 @@ from model_runner.lora.adapter import Adapter
 from model_runner.lora.base import LoraBackend
 from model_runner.lora.fills import Fills
 from model_runner.lora.pages import RankPages
+from model_runner.lora.site import EMBED, HEAD, whole_of
 from model_runner.lora.store import AdapterStore, refusal
 
 log = logging.getLogger(__name__)
@@ -65,11 +66,17 @@ class Adapters:
         return _state(adapter, "disk")
 
     def fill(self, fill: Fill) -> None:
-        """Begins to copy an adapter of the host tier into its pages. Raises InternalError when it is not there."""
+        """Copies an adapter of the host tier into its pages at once, or begins to.
+
+        Raises InternalError when it is not there.
+        """
         adapter = self.store.get(fill.adapter_id)
         if adapter is None:
             raise InternalError(f"a fill of adapter {fill.adapter_id}, which is not in the host tier")
-        self.fills.add(adapter, fill.pages)
+        if fill.now:
+            self.fills.at_once(adapter, fill.pages)
+        else:
+            self.fills.add(adapter, fill.pages)
 
     def point(self, lane: LanePages) -> None:
         """The lane has these pages from now on."""
@@ -102,9 +109,12 @@ class Adapters:
 
     def check_fits(self, name: str, rank: int, targets: list[str], footprint: Footprint) -> None:
         """Raises AdapterError for an adapter that the pools or a lane can never hold."""
-        if footprint.vectors or footprint.matrices:
-            raise AdapterError(f"adapter {name!r}: gains, biases and whole matrices are not served yet")
         for group, count in footprint.pages.items():
+            if group in (whole_of(EMBED), whole_of(HEAD)) and not self.pages.pages.get(group):
+                raise AdapterError(
+                    f"adapter {name!r} brings a whole embedding or head (modules_to_save), and there is no room for one:"
+                    " launch with such an adapter in --lora-paths"
+                )
             if count > min(self.pages.pages.get(group, 0), memory.lane_pages(self.max_rank)):
                 raise AdapterError(
                     f"adapter {name!r} (rank {rank}, {', '.join(targets)}) does not fit the"

@@ -8,6 +8,7 @@ Knows nothing of steps.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,24 +25,30 @@ from model_runner.attention import base as attention
 from model_runner.attention.base import AttentionBackend
 from model_runner.device import DTYPES, host_memory, resolve_device, resolve_dtype
 from model_runner.device import memory as device_memory
+from model_runner.graphs import Graphs
 from model_runner.kv_pool import KvPool
 from model_runner.load.loaders import Loaders
 from model_runner.load.messages import LoaderConfig, SiteShape
 from model_runner.lora import base as lora_backends
 from model_runner.lora.adapter import Adapter
+from model_runner.lora.base import LoraBackend
 from model_runner.lora.fills import Fills
 from model_runner.lora.formats.peft import Survey
 from model_runner.lora.pages import RankPages, page_bytes
 from model_runner.lora.reader import Limits
-from model_runner.lora.site import Site
+from model_runner.lora.site import EMBED, EXPERTS, HEAD, Site
 from model_runner.lora.store import AdapterStore
 from model_runner.models.decoder import Decoder
 from model_runner.models.load import load_model
 from model_runner.parallel import Shard
+from model_runner.recorder import recorder_for
 from model_runner.rows import RowTable
 from model_runner.sampler.sampler import Sampler
 
+log = logging.getLogger(__name__)
+
 DEFAULT_LORA_RANK = 64
+LARGE = (EMBED, HEAD, EXPERTS)  # groups whose pages are made only where a start-up adapter or the flag names them
 MANY_ADAPTERS = 16  # at start: from here on a bar shows how far it is
 BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
 
@@ -59,6 +66,7 @@ class Parts:
     rows: RowTable
     sampler: Sampler
     capacity: Capacity
+    graphs: Graphs | None = None
 
 
 def assemble(config: RunnerConfig, *, progress: bool) -> Parts:
@@ -67,16 +75,44 @@ def assemble(config: RunnerConfig, *, progress: bool) -> Parts:
     device, arch = resolve_device(config.device), read_arch(path)
     dtype = resolve_dtype(config.dtype, arch.dtype, device)
     length = memory.resolve_length(arch.max_length, config.context_length)
+    arch = arch.serving(length)
     decoder = load_model(path, arch, device=device, dtype=dtype, shard=shard, progress=progress)
     lora = _lora(config, decoder.sites, dtype, device, progress=progress) if config.enable_lora else None
     kv = _plan_kv(config, arch, kv_pool.page_bytes(arch, config.page_size, dtype, shard), length, dtype, device)
     pool = KvPool(arch, kv.pages, config.page_size, dtype, device, shard)
-    backend = attention.create("torch" if config.attention_backend == "auto" else config.attention_backend, device)
+    backend = attention.create(attention.resolve(config.attention_backend, device), device)
     decoder.attach(backend, pool, lora.backend if lora else None)
     rows = RowTable(kv.rows, -(-kv.max_length // config.page_size), config.page_size, device)
     sampler = Sampler(kv.rows, arch.vocab_size, device)
     capacity = _capacity(config, arch, device, dtype, decoder, pool, kv, lora)
-    return Parts(device, dtype, decoder, backend, pool, lora, rows, sampler, capacity)
+    graphs = _graphs(config, decoder, backend, lora, rows, device)
+    return Parts(device, dtype, decoder, backend, pool, lora, rows, sampler, capacity, graphs)
+
+
+def _graphs(
+    config: RunnerConfig,
+    decoder: Decoder,
+    backend: AttentionBackend,
+    lora: Adapters | None,
+    rows: RowTable,
+    device: torch.device,
+) -> Graphs | None:
+    """The steps to be recorded; None where it is not wanted, or nothing here can be recorded."""
+    recorder = recorder_for(device) if config.cuda_graphs else None
+    if recorder is None:
+        return None
+    if not decoder.recordable:
+        log.warning("without CUDA graphs: here this model's experts wait for the device (bfloat16 on Hopper does not)")
+        return None
+    seams: list[AttentionBackend | LoraBackend] = [backend, lora.backend] if lora else [backend]
+    for seam in seams:
+        try:
+            seam.static(1)
+        except NotImplementedError as reason:
+            log.warning("without CUDA graphs: %s", reason)
+            return None
+    sizes = memory.graph_sizes(rows.scratch, config.cuda_graph_max_rows)
+    return Graphs(decoder, backend, lora.backend if lora else None, rows, sizes, recorder)
 
 
 def _batched_tokens(config: RunnerConfig, device: torch.device) -> int:
@@ -91,10 +127,14 @@ def _plan_kv(
         _batched_tokens(config, device),
         config.max_running_requests or memory.MAX_ROWS,
         arch.hidden_size,
-        arch.intermediate_size,
+        arch.widest,
         arch.vocab_size,
         dtype.itemsize,
     )
+    if config.cuda_graphs:
+        sizes = memory.graph_sizes(config.max_running_requests or memory.MAX_ROWS, config.cuda_graph_max_rows)
+        kinds = 2 if config.enable_lora else 1
+        margin += memory.graph_bytes(sizes, kinds, arch.hidden_size, arch.widest, dtype.itemsize)
     return memory.plan_kv(
         memory.kv_budget(device.type, total, free, config.mem_fraction, margin),
         page_size_bytes,
@@ -102,6 +142,7 @@ def _plan_kv(
         length=length,
         asked_length=config.context_length,
         asked_rows=config.max_running_requests,
+        asked_tokens=config.max_total_tokens,
     )
 
 
@@ -110,23 +151,32 @@ def _lora(
 ) -> Adapters:
     """Loads the start-up adapters, then sizes the pools by the flags or, without them, by what was loaded."""
     modules = list(dict.fromkeys(piece.module for site in sites for piece in site.slices))
+    linears = [piece.module for site in sites if site.group not in LARGE for piece in site.slices]
     _check_targets(config.lora_targets, modules)
     lora_dtype = dtype if config.lora_dtype == "auto" else DTYPES[config.lora_dtype]
-    store = AdapterStore(sites, lora_dtype, max_rank=config.max_lora_rank, targets=config.lora_targets)
+    store = AdapterStore(
+        sites, lora_dtype, max_rank=config.max_lora_rank, targets=config.lora_targets, biases=config.lora_biases
+    )
     given = _load_given(config.adapters, store, progress=progress)
-    max_rank = config.max_lora_rank or max((one.rank for one in given), default=DEFAULT_LORA_RANK)
-    targets = _targets(config.lora_targets, {target for one in given for target in one.targets}, modules)
-    groups = {site.group for site in sites if any(piece.module in targets for piece in site.slices)}
+    inferred = max((max(1, one.rank) for one in given), default=DEFAULT_LORA_RANK)
+    max_rank = config.max_lora_rank or inferred
+    targets = _targets(config.lora_targets, {target for one in given for target in one.targets}, modules, linears)
+    groups = _groups(sites, targets, set(config.lora_targets or ()), given)
+    sizes = page_bytes(sites, lora_dtype)
+    room = memory.pool_room(device.type, *device_memory(device), config.mem_fraction)
+    wholes, room = memory.plan_matrices(sizes, [one.footprint for one in given], config.max_loras, room)
     pages = memory.plan_rank_pages(
-        page_bytes(sites, lora_dtype),
+        sizes,
         groups,
         max_rank=max_rank,
         default=config.max_loras,
-        room=memory.pool_room(device.type, *device_memory(device), config.mem_fraction),
+        room=room,
         asked=memory.PoolSize(config.lora_pool_adapters, config.lora_pool_bytes),
     )
+    pages |= wholes
     rank_pages = RankPages(sites, pages, config.max_loras, lora_dtype, device)
-    backend = lora_backends.create("torch" if config.lora_backend == "auto" else config.lora_backend, rank_pages)
+    options = lora_backends.Options(config.max_lora_chunk_size, memory.lane_pages(max_rank))
+    backend = lora_backends.create(lora_backends.resolve(config.lora_backend, device), rank_pages, options)
     names = {source.adapter_id: source.name for source in config.adapters}
     loaders = Loaders(_loader_config(config, sites, lora_dtype, store.limits))
     lora = Adapters(store, loaders, rank_pages, Fills(rank_pages), backend, max_rank, targets, names)
@@ -151,7 +201,8 @@ def _load_given(sources: list[AdapterSource], store: AdapterStore, *, progress: 
 
 def _loader_config(config: RunnerConfig, sites: list[Site], dtype: torch.dtype, limits: Limits) -> LoaderConfig:
     (name,) = (name for name, known in DTYPES.items() if known is dtype)
-    return LoaderConfig([SiteShape.of(site) for site in sites], name, limits, log_level=config.log_level)
+    shapes = [SiteShape.of(site) for site in sites]
+    return LoaderConfig(shapes, name, limits, model=config.model_path, log_level=config.log_level)
 
 
 def _check_targets(given: list[str] | None, modules: list[str]) -> None:
@@ -162,10 +213,29 @@ def _check_targets(given: list[str] | None, modules: list[str]) -> None:
         )
 
 
-def _targets(given: list[str] | None, found: set[str], modules: list[str]) -> list[str]:
-    """The modules adapters may touch, in the model's order."""
-    wanted = found if given is None else set(given)
-    return modules if not wanted or "all" in wanted else [module for module in modules if module in wanted]
+def _targets(given: list[str] | None, found: set[str], modules: list[str], linears: list[str]) -> list[str]:
+    """The modules adapters may touch, in the model's order.
+
+    "all" are the linears of the layers: pages of the embedding, the head and experts are large, so that they are made
+    only where a start-up adapter or the flag names these modules.
+    """
+    wanted = found | set(given or ())
+    if given is None and not found or "all" in wanted:
+        wanted |= set(linears)
+    return [module for module in modules if module in wanted]
+
+
+def _groups(sites: list[Site], targets: list[str], named: set[str], given: list[Adapter | Survey]) -> set[str]:
+    """The groups of these targets, the large ones only where their rank pages are meant.
+
+    Experts may be called as the linears of other layers are, and an adapter may bring a whole embedding or head.
+    """
+    groups = {site.group for site in sites if any(piece.module in targets for piece in site.slices)}
+    for large in LARGE:
+        modules = {piece.module for site in sites if site.group == large for piece in site.slices}
+        if not modules & named and not any(large in one.footprint.pages for one in given):
+            groups.discard(large)
+    return groups
 
 
 def _capacity(
@@ -191,8 +261,8 @@ def _capacity(
         max_lane_pages=memory.lane_pages(lora.max_rank) if lora else 0,
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
-        attention_backend="torch" if config.attention_backend == "auto" else config.attention_backend,
-        lora_backend="torch" if config.lora_backend == "auto" else config.lora_backend,
+        attention_backend=attention.resolve(config.attention_backend, device),
+        lora_backend=lora_backends.resolve(config.lora_backend, device),
         lora_targets=lora.targets if lora else [],
         weight_bytes=decoder.weight_bytes,
         kv_bytes=pool.bytes,

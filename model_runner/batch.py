@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -19,9 +21,12 @@ class Batch:
     positions_T  [T] int64, each token's position in its row
     attention    what AttentionBackend.plan returned
     lora         what LoraBackend.plan returned, None for a step of the base alone
+    lanes_T      [T] on the host, each token's lane, where one touches experts or brings a whole embedding: these are
+                 computed by lane; else None
     """
 
     tokens_T: torch.Tensor
     positions_T: torch.Tensor
     attention: Any
     lora: Any = None
+    lanes_T: NDArray[np.int32] | None = None

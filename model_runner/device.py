@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from engine.errors import ConfigError
 
@@ -57,6 +59,47 @@ def set_threads() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(cores if cores <= 4 else cores - 1)
+
+
+def upload(values: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """The array on the device; never waits for it. On a CPU the tensor and the array are one.
+
+    On CUDA by way of pinned memory from torch's host allocator, which gives a block out again only when the copy that
+    used it has run: a ring as long as what is in flight.
+    """
+    host = torch.from_numpy(values)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def send(values: NDArray[Any], into: torch.Tensor) -> None:
+    """The array into a tensor of its shape on the device, without waiting, as `upload` does."""
+    host = torch.from_numpy(values)
+    into.copy_(host.pin_memory() if into.is_cuda else host, non_blocking=True)
+
+
+def download(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on its way to the host; on CUDA it may be read once the stream has come so far (see `Arrival`)."""
+    return tensor.to("cpu", non_blocking=True)
+
+
+class Arrival:
+    """A point in the device's work that the host can ask about or wait for; on a CPU it is there at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: Any = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    @property
+    def there(self) -> bool:
+        """Whether everything before it is done."""
+        return self._event is None or bool(self._event.query())
+
+    def wait(self) -> None:
+        """Returns when everything before it is done."""
+        if self._event is not None:
+            self._event.synchronize()
 
 
 def memory(device: torch.device) -> tuple[int, int]:

@@ -18,13 +18,15 @@ from engine.messages import Chunk, NewRow
 class RowTable:
     """All rows of a runner, as arrays indexed by row. A row that disagrees with the scheduler raises InternalError.
 
-    tables      [rows, max_pages] int32: KV page numbers, 0 past a row's page count
+    tables      [rows + 1, max_pages] int32: KV page numbers, 0 past a row's page count
     last_R      [rows] int64 on the device: the last sampled token of each row
+    scratch     the number of the last line of `tables`, which stays zero: padded steps point there
     """
 
     def __init__(self, rows: int, max_pages: int, page_size: int, device: torch.device) -> None:
         self.page_size = page_size
-        self.tables: NDArray[np.int32] = np.zeros((rows, max_pages), np.int32)
+        self.scratch = rows
+        self.tables: NDArray[np.int32] = np.zeros((rows + 1, max_pages), np.int32)
         self.page_counts: NDArray[np.int32] = np.zeros(rows, np.int32)
         self.generations: NDArray[np.int64] = np.full(rows, -1, np.int64)
         self.prompt_lengths: NDArray[np.int32] = np.zeros(rows, np.int32)

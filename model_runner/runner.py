@@ -1,6 +1,7 @@
 """The runner: obeys steps. Fills, lanes, new rows, one forward over the chunks, one token for each that samples.
 
-`launch` puts a step on the device without waiting for it, `finish` waits and makes the answer. A step that
+`launch` puts a step on the device without waiting for it, and what is to be read of it on its way to the host;
+`finish` waits for that alone and makes the answer, so a step that was launched behind it delays nothing. A step that
 disagrees with what the rows hold raises InternalError: the scheduler and this process no longer agree, and only a
 restart mends that. Knows nothing of sockets, requests or text. Legend: C chunks, T tokens of the step, V vocabulary.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,22 +31,30 @@ from engine.messages import (
 )
 from model_runner.assembly import Parts, assemble
 from model_runner.batch import Batch
+from model_runner.device import Arrival, upload
+from model_runner.device import memory as device_memory
 from model_runner.layout import Layout
+from model_runner.lora.pages import RankPages
+from model_runner.lora.site import EMBED, EXPERTS, HEAD, whole_of
 from model_runner.sampler import logprobs
 from model_runner.sampler.logprobs import Logprobs
 from model_runner.sampler.sampler import Sampled
 
 SCORED_ELEMENTS = 1 << 25  # logits of a prompt that are held at once; 128 MiB in float32
 FILL_SHARE = 0.1  # of a step's time may be spent on fills after it
+FILL_SHARE_ALONE = 1.0  # the same after a step in which nobody decodes: nobody waits for his next token
 
 
 @dataclass(frozen=True)
 class Flight:
-    """A step on the device. `sampling` are the indices of the chunks that sample, `scores` by chunk index."""
+    """A step on the device. `sampling` are the indices of the chunks that sample, `scores` by chunk index; both are
+    on the host from `arrival` on.
+    """
 
     epoch: int
     id: int
     began: float
+    arrival: Arrival
     sampling: list[int] = field(default_factory=list)
     sampled: Sampled | None = None
     scores: dict[int, list[Logprobs]] = field(default_factory=dict)
@@ -56,18 +66,43 @@ class Runner:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._step_seconds = 0.0
+        self._step_seconds = self._ended = 0.0
+        self._graph_bytes = 0
+        self._decoding = False
 
     @classmethod
     def load(cls, config: RunnerConfig, *, progress: bool = False) -> Runner:
         """Loads model and start-up adapters and sizes everything. Raises ConfigError or AdapterError."""
         with torch.inference_mode():
-            return cls(assemble(config, progress=progress))
+            parts = assemble(config, progress=progress)
+            runner = cls(parts)
+            if parts.graphs is not None:
+                before = device_memory(parts.device)[1]
+                parts.graphs.record(progress=progress)
+                runner._graph_bytes = max(0, before - device_memory(parts.device)[1])
+            return runner
 
     @property
     def capacity(self) -> Capacity:
         """What this runner can hold."""
         return self._parts.capacity
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the device by what holds them; `rest` is what the computation has taken so far."""
+        total, free = device_memory(self._parts.device)
+        c = self.capacity
+        known = {"weights": c.weight_bytes, "KV": c.kv_bytes, "rank pages": c.lora_bytes, "graphs": self._graph_bytes}
+        return {**known, "rest": max(0, total - free - sum(known.values())), "free": free}
+
+    @property
+    def rank_pages(self) -> RankPages | None:
+        """The pools and lanes; None without LoRA."""
+        return None if self._parts.lora is None else self._parts.lora.pages
+
+    @property
+    def graph_sizes(self) -> list[int]:
+        """The numbers of rows that decode steps are padded to; none where every step is launched bit by bit."""
+        return [] if self._parts.graphs is None else self._parts.graphs.sizes
 
     @property
     def family(self) -> str:
@@ -81,20 +116,25 @@ class Runner:
     def launch(self, step: Step) -> Flight:
         """Puts the step on the device, behind the ones before it."""
         began = time.perf_counter()
+        self._decoding = any(not chunk.tokens for chunk in step.chunks)
         with torch.inference_mode():
             if step.fills or step.lanes:
                 self._adapters(step)
             for new in step.new_rows:
                 self._parts.rows.begin(new)
                 self._parts.sampler.begin(new)
-            return self._forward(step, began) if step.chunks else Flight(step.epoch, step.id, began)
+            if not step.chunks:
+                return Flight(step.epoch, step.id, began, Arrival(self._parts.device))
+            return self._forward(step, began)
 
     def finish(self, flight: Flight) -> StepDone:
-        """Waits for the step's tokens."""
+        """Waits for the step's tokens. Its seconds run from its launch, or from the end of the step before it."""
+        flight.arrival.wait()
         sampled = flight.sampled
         reported = sampled.messages() if sampled else {}
         tokens = sampled.tokens_S.tolist() if sampled else []
-        self._step_seconds = time.perf_counter() - flight.began
+        now = time.perf_counter()
+        self._step_seconds, self._ended = now - max(flight.began, self._ended), now
         return StepDone(
             epoch=flight.epoch,
             id=flight.id,
@@ -128,11 +168,14 @@ class Runner:
         return self._parts.lora.evict(message.adapter_id)
 
     def advance(self) -> list[AdapterState]:
-        """Goes on with fills and loads, for a tenth of the last step at most; what has ended. Never waits."""
+        """Goes on with fills and loads, for a tenth of the last step (or as long, if nobody decoded in it); what has
+        ended. Never waits.
+        """
         if self._parts.lora is None:
             return []
+        share = FILL_SHARE if self._decoding else FILL_SHARE_ALONE
         with torch.inference_mode():
-            return self._parts.lora.advance(FILL_SHARE * self._step_seconds)
+            return self._parts.lora.advance(share * self._step_seconds)
 
     @property
     def wait(self) -> float | None:
@@ -176,37 +219,40 @@ class Runner:
             parts.rows.place(chunk)
         layout = _layout(chunks, parts.rows.tables, parts.rows.page_size)
         offsets = layout.offsets()
-        batch = Batch(
-            tokens_T=self._tokens(chunks, offsets),
-            positions_T=self._upload(layout.positions().astype(np.int64)),
-            attention=parts.attention.plan(layout),
-            lora=parts.lora.backend.plan(layout) if parts.lora and layout.lanes_C.any() else None,
-        )
-        hidden_TH = parts.decoder.forward(batch)
+        hidden_TH = self._hidden(layout, _inputs(chunks, layout))
         scores, widths = self._score(chunks, offsets, hidden_TH)
         sampling = [index for index, chunk in enumerate(chunks) if chunk.samples]
         sampled = self._sample([chunks[index] for index in sampling], offsets[1:][sampling] - 1, hidden_TH)
-        return Flight(step.epoch, step.id, began, sampling, sampled, scores, widths)
+        sampled = sampled.on_host() if sampled else None
+        scores = {index: [part.on_host() for part in found] for index, found in scores.items()}
+        return Flight(step.epoch, step.id, began, Arrival(parts.device), sampling, sampled, scores, widths)
 
     def _upload(self, values: NDArray[np.int64]) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._parts.device)
+        return upload(values, self._parts.device)
 
-    def _tokens(self, chunks: list[Chunk], offsets: NDArray[np.int32]) -> torch.Tensor:
-        """[T] int64: the tokens that came with the chunks, and the rows' own last samples where none came."""
-        tokens = np.zeros(int(offsets[-1]), np.int64)
-        places, rows = [], []
-        for chunk, begin in zip(chunks, offsets.tolist(), strict=False):  # the last offset is T
-            _check_tokens(chunk)
-            if chunk.tokens:
-                tokens[begin : begin + chunk.length] = chunk.tokens[: chunk.length]
-            else:
-                places.append(begin)
-                rows.append(chunk.row)
-        tokens_T = self._upload(tokens)
-        if rows:
-            own_C = self._parts.rows.last_R[self._upload(np.array(rows, np.int64))]
-            tokens_T[self._upload(np.array(places, np.int64))] = own_C
-        return tokens_T
+    def _hidden(self, layout: Layout, inputs_3T: NDArray[np.int64]) -> torch.Tensor:
+        """[T, H]: a recorded step's answer where there is one for it, else the forward, launched bit by bit."""
+        parts = self._parts
+        lanes_T = self._lanes(layout, EXPERTS, whole_of(EMBED))
+        if parts.graphs is not None and lanes_T is None and parts.graphs.takes(layout):
+            return parts.graphs.forward(layout, inputs_3T)
+        rows_T, given_T, positions_T = self._upload(inputs_3T)
+        batch = Batch(
+            tokens_T=torch.where(given_T < 0, parts.rows.last_R[rows_T], given_T),
+            positions_T=positions_T,
+            attention=parts.attention.plan(layout),
+            lora=parts.lora.backend.plan(layout) if parts.lora and layout.lanes_C.any() else None,
+            lanes_T=lanes_T,
+        )
+        return parts.decoder.forward(batch)
+
+    def _lanes(self, layout: Layout, *groups: str) -> NDArray[np.int32] | None:
+        """Each token's lane, where one touches such a group; None elsewhere, so that nobody else pays for it."""
+        lora = self._parts.lora
+        made = [group for group in groups if lora is not None and group in lora.pages.pages]
+        if lora is None or not any(lora.pages.touch(set(layout.lanes_C), group) for group in made):
+            return None
+        return np.repeat(layout.lanes_C, layout.lengths_C)
 
     def _sample(self, chunks: list[Chunk], last: NDArray[np.int32], hidden_TH: torch.Tensor) -> Sampled | None:
         """One token for each of these chunks, from the hidden state of its last token; kept as the row's own."""
@@ -214,7 +260,8 @@ class Runner:
             return None
         rows = np.array([chunk.row for chunk in chunks], np.int64)
         positions = np.array([chunk.start + chunk.length for chunk in chunks], np.int64)
-        logits_SV = self._parts.decoder.logits(hidden_TH[self._upload(last.astype(np.int64))])
+        hidden_SH = hidden_TH[self._upload(last.astype(np.int64))]
+        logits_SV = self._parts.decoder.logits(hidden_SH, *self._head_lora([(chunk.lane, 1) for chunk in chunks]))
         sampled = self._parts.sampler.sample(logits_SV, rows, positions)
         self._parts.rows.last_R[self._upload(rows)] = sampled.tokens_S
         return sampled
@@ -231,20 +278,48 @@ class Runner:
             widths[index] = max(0, int(self._parts.sampler.table.prompt_logprobs[chunk.row]))
             targets_n = self._upload(np.array(chunk.tokens[1:], np.int64))
             hidden_nH = hidden_TH[int(offsets[index]) :][: len(targets_n)]
-            scores[index] = self._score_chunk(hidden_nH, targets_n, widths[index])
+            scores[index] = self._score_chunk(hidden_nH, targets_n, widths[index], chunk.lane)
         return scores, widths
 
-    def _score_chunk(self, hidden_nH: torch.Tensor, targets_n: torch.Tensor, top: int) -> list[Logprobs]:
+    def _score_chunk(self, hidden_nH: torch.Tensor, targets_n: torch.Tensor, top: int, lane: int) -> list[Logprobs]:
         """The chunk's positions a slice at a time, so that their logits are bounded however long the prompt is."""
         size = max(1, SCORED_ELEMENTS // self.capacity.vocab_size)
-        parts = [slice(begin, begin + size) for begin in range(0, len(targets_n), size)]
-        return [logprobs.gather(self._parts.decoder.logits(hidden_nH[p]), targets_n[p], top) for p in parts]
+        found = []
+        for begin in range(0, len(targets_n), size):
+            targets = targets_n[begin : begin + size]
+            lora = self._head_lora([(lane, len(targets))])
+            logits = self._parts.decoder.logits(hidden_nH[begin : begin + size], *lora)
+            found.append(logprobs.gather(logits, targets, top))
+        return found
+
+    def _head_lora(self, runs: list[tuple[int, int]]) -> tuple[Any, NDArray[np.int32] | None]:
+        """For rows of the head, as runs of (lane, rows): the backend's plan where a lane touches the head, and their
+        lanes where one brings a head of its own.
+        """
+        lora = self._parts.lora
+        if lora is None:
+            return None, None
+        lanes_C, lengths_C = np.array(runs, np.int32).T.copy()
+        nothing_C = np.zeros_like(lanes_C)
+        layout = Layout(nothing_C, nothing_C, lengths_C, lanes_C, np.zeros((1, 1), np.int32), 1)
+        touched = lora.pages.touch({lane for lane, _ in runs}, HEAD)
+        return lora.backend.plan(layout) if touched else None, self._lanes(layout, whole_of(HEAD))
 
 
 def _layout(chunks: list[Chunk], tables: NDArray[np.int32], page_size: int) -> Layout:
     columns = np.array([(c.row, c.start, c.length, c.lane) for c in chunks], np.int32).T
     rows_C, starts_C, lengths_C, lanes_C = columns.copy()
     return Layout(rows_C, starts_C, lengths_C, lanes_C, tables, page_size)
+
+
+def _inputs(chunks: list[Chunk], layout: Layout) -> NDArray[np.int64]:
+    """[3, T]: each token's row, the token that came with its chunk or -1 (the row's own last sample), its position."""
+    given_T: list[int] = []
+    for chunk in chunks:
+        _check_tokens(chunk)
+        given_T += chunk.tokens[: chunk.length] or [-1]
+    rows_T = np.repeat(layout.rows_C, layout.lengths_C)
+    return np.stack([rows_T, np.array(given_T, np.int64), layout.positions()], dtype=np.int64, casting="unsafe")
 
 
 def _check_tokens(chunk: Chunk) -> None:

@@ -1,5 +1,10 @@
 """The runner process: model up, then messages in order until the parent is gone.
 
+A step is launched as soon as it comes and answered as soon as it has ended, whatever was launched behind it:
+
+    GPU     launch n | launch n+1 | ... n ends: answer n | launch n+2 | ... n+1 ends: answer n+1
+    CPU     launching computes: n | answer n | n+1, which lies in the inbox | answer n+1
+
 A fault in a step ends the process: its state can no longer be trusted, and whoever sent the step can rebuild it. An
 adapter that cannot be loaded hurts that adapter only.
 """
@@ -10,6 +15,7 @@ import logging
 import signal
 import sys
 import time
+from collections import deque
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -32,10 +38,15 @@ from engine.messages import (
     ToRunner,
     UnloadAdapter,
 )
+from model_runner import memory
+from model_runner.compilations import Compilations
 from model_runner.device import set_threads
-from model_runner.runner import Runner
+from model_runner.runner import Flight, Runner
+from model_runner.warmup import warm_up
 
 log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.00005  # between two looks at the inbox and the device while a step runs on it
 
 
 def serve(child: Child, config: RunnerConfig) -> None:
@@ -47,7 +58,11 @@ def serve(child: Child, config: RunnerConfig) -> None:
     try:
         began = time.perf_counter()
         set_threads()
+        compilations = Compilations().install()
         runner = Runner.load(config, progress=True)
+        if runner.capacity.device == "cuda":
+            warm_up(runner, progress=True)
+            log.info("device memory: %s", memory.shares(runner.memory()))
         server = Server(runner, inbox, context, config)
         server.announce()
     except Exception as error:
@@ -56,6 +71,7 @@ def serve(child: Child, config: RunnerConfig) -> None:
         child.failed(error)
         sys.exit(1)
     runner.start_loader()
+    compilations.serving = True
     child.ready(facts(runner, time.perf_counter() - began))
     server.loop()
 
@@ -85,6 +101,7 @@ def facts(runner: Runner, seconds: float) -> Facts:
         "lora_targets": c.lora_targets,
         "lora_bytes": c.lora_bytes,
         "rank_pages": [f"{group} {count}" for group, count in c.rank_pages.items()],
+        "graph_rows": runner.graph_sizes[-1] if runner.graph_sizes else 0,
         "load_seconds": round(seconds, 3),
     }
 
@@ -98,6 +115,7 @@ class Server:
         self._context = context
         self._config = config
         self._scheduler = self._connect(config.links.scheduler)
+        self._flights: deque[Flight] = deque()
 
     def announce(self) -> None:
         """Tells the scheduler who this is and what it can hold."""
@@ -110,16 +128,20 @@ class Server:
         if self._runner.descriptor is not None:
             self._inbox.watch(self._runner.descriptor)
         while True:
-            for message in self._inbox.receive(self._runner.wait):
+            for message in self._inbox.receive(0.0 if self._flights else self._runner.wait):
                 self.handle(message)
+                self._answer()
                 self._advance()
+            self._answer()
             self._advance()
+            if self._flights:
+                time.sleep(LOOK_SECONDS)
 
     def handle(self, message: ToRunner) -> None:
         """Does one message and answers it."""
         match message:
             case Step():
-                self._step(message)
+                self._launch(message)
             case LoadAdapter():
                 self._load(message)
             case UnloadAdapter():
@@ -127,6 +149,7 @@ class Server:
             case EvictAdapter():
                 self._tell(self._runner.evict_adapter(message))
             case Reset():
+                self._drop_flights()
                 self._runner.reset()
                 self._scheduler.send(RunnerReady(epoch=self._config.links.epoch, capacity=self._runner.capacity))
             case Ping():
@@ -137,16 +160,31 @@ class Server:
     def _connect(self, address: str) -> Outbox:
         return Outbox(self._context, address, self._config.links.max_frame_bytes)
 
-    def _step(self, step: Step) -> None:
+    def _launch(self, step: Step) -> None:
         if step.epoch != self._config.links.epoch:
             log.warning("step %d is for epoch %d: dropped", step.id, step.epoch)
             return
         try:
-            done = self._runner.execute(step)
+            self._flights.append(self._runner.launch(step))
         except Exception:
             log.exception("step %d of %d chunks failed: the runner ends", step.id, len(step.chunks))
             raise
-        self._scheduler.send(done)
+
+    def _answer(self) -> None:
+        """Answers the steps that have ended; never waits."""
+        while self._flights and self._flights[0].arrival.there:
+            flight = self._flights.popleft()
+            try:
+                done = self._runner.finish(flight)
+            except Exception:
+                log.exception("step %d failed on the device: the runner ends", flight.id)
+                raise
+            self._scheduler.send(done)
+
+    def _drop_flights(self) -> None:
+        """Waits for what runs; nobody asks for it any more."""
+        while self._flights:
+            self._runner.finish(self._flights.popleft())
 
     def _load(self, message: LoadAdapter) -> None:
         state = self._runner.load_adapter(message)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model_runner.device import upload
 from model_runner.sampler.table import Ints, ParameterTable
 
 
@@ -29,11 +30,11 @@ def forbidden(table: ParameterTable, rows: Ints, positions: Ints) -> Ints | None
 
 def add(logits_SV: torch.Tensor, entries: tuple[Ints, NDArray[np.float32]]) -> None:
     """Adds biases in place."""
-    where, values = (torch.from_numpy(part).to(logits_SV.device) for part in entries)
+    where, values = (upload(part, logits_SV.device) for part in entries)
     logits_SV.index_put_((where[0], where[1]), values, accumulate=True)
 
 
 def forbid(logits_SV: torch.Tensor, entries: Ints) -> None:
     """Sets the entries to -inf in place."""
-    where = torch.from_numpy(entries).to(logits_SV.device)
-    logits_SV.index_put_((where[0], where[1]), logits_SV.new_tensor(float("-inf")))
+    where = upload(entries, logits_SV.device)
+    logits_SV.index_put_((where[0], where[1]), logits_SV.new_full((), float("-inf")))

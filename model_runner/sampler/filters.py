@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model_runner.device import upload
+
 CANDIDATES = (256, 4096)
 """How many candidates are tried on a CPU before a row is sorted whole."""
 
@@ -31,14 +33,14 @@ def keep(
     if (limits < vocab).any() or (top_p < 1.0).any():
         kept_SV = _keep_best(logits_SV, limits, top_p)
     if (min_p > 0.0).any():
-        floor_S1 = torch.from_numpy(np.log(np.maximum(min_p, 1e-300)))[:, None].to(logits_SV.device)
+        floor_S1 = upload(np.log(np.maximum(min_p, 1e-300)), logits_SV.device)[:, None]
         kept_SV = kept_SV & (logits_SV - logits_SV.amax(-1, keepdim=True) >= floor_S1)
     return kept_SV
 
 
 def _keep_best(logits_SV: torch.Tensor, limits: NDArray[np.int64], top_p: NDArray[np.float64]) -> torch.Tensor:
-    limits_S1 = torch.from_numpy(limits)[:, None].to(logits_SV.device)
-    top_p_S1 = torch.from_numpy(top_p)[:, None].to(logits_SV.device)
+    limits_S1 = upload(limits, logits_SV.device)[:, None]
+    top_p_S1 = upload(top_p, logits_SV.device)[:, None]
     vocab = logits_SV.shape[1]
     widest = max(1, int(limits[(limits < vocab) | (top_p < 1.0)].max()))
     tries = CANDIDATES if logits_SV.device.type == "cpu" else ()  # elsewhere, asking whether it was enough would wait

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.messages import LogprobIds
+from model_runner.device import download
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,13 @@ class Logprobs:
     top_ids_SK: torch.Tensor
     top_SK: torch.Tensor
 
+    def on_host(self) -> Logprobs:
+        """The same on its way to the host."""
+        parts = (self.tokens_S, self.chosen_S, self.top_ids_SK, self.top_SK)
+        return Logprobs(*(download(part) for part in parts))
+
     def messages(self, widths: list[int]) -> list[LogprobIds]:
-        """One message a position, with the first `widths[i]` alternatives; waits for the device."""
+        """One message a position, with the first `widths[i]` alternatives; waits for what is still on a device."""
         tokens, chosen = self.tokens_S.tolist(), self.chosen_S.tolist()
         ids, values = self.top_ids_SK.tolist(), self.top_SK.tolist()
         return [

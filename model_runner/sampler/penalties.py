@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model_runner.device import upload
+
 IN_PROMPT = 1 << 30
 
 
@@ -38,7 +40,7 @@ class Penalties:
             self._slots[row] = self._free.pop() if self._free else self._grow()
         slot = self._slots[row]
         seen_V = self._seen_QV[slot].zero_()
-        tokens = torch.from_numpy(np.asarray(history, dtype=np.int64)).to(self._device)
+        tokens = upload(np.array(history, dtype=np.int64), self._device)
         generated = tokens[prompt_length:]
         seen_V.scatter_add_(0, generated, torch.ones_like(generated, dtype=torch.int32))
         seen_V[tokens[:prompt_length]] |= IN_PROMPT
@@ -55,7 +57,7 @@ class Penalties:
 
     def slots(self, rows: Sequence[int]) -> torch.Tensor:
         """[S] int64 on the device: where the counts of these rows are."""
-        return torch.tensor([self._slots[row] for row in rows], dtype=torch.int64).to(self._device)
+        return upload(np.array([self._slots[row] for row in rows], dtype=np.int64), self._device)
 
     def apply(self, logits_SV: torch.Tensor, slots_S: torch.Tensor, strengths: NDArray[np.float32]) -> torch.Tensor:
         """[S, V]: penalised logits. `strengths` is [S, 3]: repetition, presence, frequency.
@@ -63,7 +65,7 @@ class Penalties:
         Repetition divides what is positive and multiplies what is not (Keskar et al. 2019, as everyone does it), for
         tokens of prompt and output; presence is subtracted once, frequency per occurrence, for tokens of the output.
         """
-        strengths_S3 = torch.from_numpy(strengths).to(self._device)
+        strengths_S3 = upload(strengths, self._device)
         repetition_S1, presence_S1, frequency_S1 = (strengths_S3[:, i : i + 1] for i in range(3))
         seen_SV = self._seen_QV[slots_S]
         counts_SV = seen_SV & (IN_PROMPT - 1)

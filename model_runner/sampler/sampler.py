@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from engine.messages import LogprobIds, NewRow
+from model_runner.device import download, upload
 from model_runner.sampler import edits, filters, logprobs
 from model_runner.sampler.draws import inverse_cdf, uniforms
 from model_runner.sampler.penalties import Penalties
@@ -32,8 +33,13 @@ class Sampled:
     reported: list[int]
     widths: list[int]
 
+    def on_host(self) -> Sampled:
+        """The same on its way to the host."""
+        found = None if self.logprobs is None else self.logprobs.on_host()
+        return Sampled(download(self.tokens_S), found, self.reported, self.widths)
+
     def messages(self) -> dict[int, LogprobIds]:
-        """Log-probabilities by index into the step's sampling rows; waits for the device."""
+        """Log-probabilities by index into the step's sampling rows; waits for what is still on a device."""
         if self.logprobs is None:
             return {}
         return dict(zip(self.reported, self.logprobs.messages(self.widths), strict=True))
@@ -80,7 +86,7 @@ class Sampler:
         return self._report(logits_SV, tokens_S, rows)
 
     def _upload(self, values: Ints) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device)
+        return upload(values, self._device)
 
     def _edit(self, logits_SV: torch.Tensor, rows: Ints, positions: Ints) -> torch.Tensor:
         """Logit biases and min_tokens, on a copy where there are any."""
@@ -111,7 +117,7 @@ class Sampler:
 
     def _draw(self, logits_SV: torch.Tensor, rows: Ints, positions: Ints, narrow: bool) -> torch.Tensor:
         table = self.table
-        logits_SV = logits_SV / torch.from_numpy(table.temperature[rows]).to(self._device)[:, None]
+        logits_SV = logits_SV / upload(table.temperature[rows], self._device)[:, None]
         if narrow:
             kept_SV = filters.keep(logits_SV, table.top_k[rows], table.top_p[rows], table.min_p[rows])
             logits_SV = logits_SV.masked_fill(~kept_SV, float("-inf"))

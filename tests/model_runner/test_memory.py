@@ -49,6 +49,17 @@ def test_a_length_nobody_asked_for_gives_way_and_an_asked_one_is_refused() -> No
         plan_kv(999, 1000, 16, length=10, asked_length=None, asked_rows=None)
 
 
+def test_asked_tokens_are_a_bound_and_may_be_more_than_all_rows_fill() -> None:
+    few = plan_kv(10**9, 1000, 16, length=100, asked_length=None, asked_rows=3, asked_tokens=70)
+    assert (few.pages, few.max_length) == (4, 64)
+    assert plan_kv(10**9, 1000, 16, length=100, asked_length=None, asked_rows=3, asked_tokens=1600).pages == 100
+    assert plan_kv(10_000, 1000, 16, length=100, asked_length=None, asked_rows=3, asked_tokens=1600).pages == 10
+    with pytest.raises(ConfigError, match=r"--context-length 100.* 64 tokens.*--max-total-tokens"):
+        plan_kv(10**9, 1000, 16, length=100, asked_length=100, asked_rows=3, asked_tokens=70)
+    with pytest.raises(ConfigError, match=r"--max-total-tokens 15.* 16"):
+        plan_kv(10**9, 1000, 16, length=100, asked_length=None, asked_rows=3, asked_tokens=15)
+
+
 def test_context_length_may_only_shrink() -> None:
     assert resolve_length(512, None) == 512
     assert resolve_length(512, 100) == 100
