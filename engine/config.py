@@ -30,7 +30,7 @@ class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Links(msgspec.Struct, frozen=True, kw_only=True):
-    """Where this process's inbox is bound and where its neighbours' are; `epoch` is its incarnation."""
+    """Where this process's inbox is bound and where its neighbours' are now; `epoch` is its incarnation, from 0."""
 
     epoch: int = 0
     tokenizer: str
@@ -44,7 +44,7 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The tokenizer/API process. `listen_fd` is the launcher's listening socket, None = no HTTP (embedded).
 
     `runtime_loads`: adapters may be loaded over HTTP without `admin_key`. With `lora_roots` the real path of every
-    adapter file must lie under one of them or the hub cache.
+    adapter file must lie under one of them or the hub cache. `journal` is where it writes what adapters become.
     """
 
     links: Links
@@ -63,6 +63,7 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     admin_key: str | None = None
     lora_roots: list[str] = []
     lora_resolve_root: str | None = None
+    journal: str | None = None
     max_open_requests: int = 4096
     max_body_bytes: int = 32 << 20
     server_info: dict[str, str | int | float | bool | None] = {}
@@ -90,7 +91,8 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     `max_lora_rank` and `lora_targets` None mean: inferred from `adapters` (without any: 64 and all sites).
     The pool holds `lora_pool_adapters` of the largest rank, or `lora_pool_bytes`; both None: by memory.
     `device` auto means: cuda where there is one. `max_batched_tokens` None means: 512 on a CPU, 8192 on CUDA.
-    `max_running_requests` and `context_length` None mean: from memory, and the model's.
+    `max_running_requests` and `context_length` None mean: from memory, and the model's. `after_fault`: the incarnation
+    before ended by itself, perhaps because of what it was asked to do.
     """
 
     links: Links
@@ -115,6 +117,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     context_length: int | None = None
     page_size: int = 16
     seed: int = 0
+    after_fault: bool = False
     log_level: LogLevel = "info"
 
 
@@ -127,7 +130,7 @@ class Sections(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def sections(
-    args: Args, *, links: Links, model: Path, adapters: list[AdapterSource], listen_fd: int | None
+    args: Args, *, links: Links, journal: Path, model: Path, adapters: list[AdapterSource], listen_fd: int | None
 ) -> Sections:
     """Every process's section, from the flags and what was resolved: directories, addresses, the listening socket."""
     enable_lora = bool(adapters) if args.enable_lora is None else args.enable_lora
@@ -148,6 +151,7 @@ def sections(
         admin_key=args.admin_api_key,
         lora_roots=[str(Path(root).expanduser().resolve()) for root in args.lora_root],
         lora_resolve_root=args.lora_resolve_root,
+        journal=str(journal),
         server_info=_server_info(args),
         **shared,
     )

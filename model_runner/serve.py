@@ -32,10 +32,13 @@ from engine.messages import (
     ToRunner,
     UnloadAdapter,
 )
+from engine.pulse import Pulse
 from model_runner.device import set_threads
 from model_runner.runner import Runner
 
 log = logging.getLogger(__name__)
+
+SCHEDULERS = 1 << 20  # an epoch for each pair of incarnations: ours, and the scheduler's that we serve
 
 
 def serve(child: Child, config: RunnerConfig) -> None:
@@ -57,6 +60,7 @@ def serve(child: Child, config: RunnerConfig) -> None:
         sys.exit(1)
     runner.start_loader()
     child.ready(facts(runner, time.perf_counter() - began))
+    child.keep_pulse(server.pulse)
     server.loop()
 
 
@@ -90,20 +94,27 @@ def facts(runner: Runner, seconds: float) -> Facts:
 
 
 class Server:
-    """A loaded runner behind its inbox, and the scheduler it answers."""
+    """A loaded runner behind its inbox, and the scheduler it answers.
+
+    Its epoch changes with each scheduler that it is reset for: steps that a dead one left behind are of no epoch that
+    counts, wherever in the inbox they stand.
+    """
 
     def __init__(self, runner: Runner, inbox: Inbox[Any], context: zmq.Context[Any], config: RunnerConfig) -> None:
         self._runner = runner
         self._inbox = inbox
         self._context = context
         self._config = config
+        self._epoch = config.links.epoch * SCHEDULERS
+        self.pulse = Pulse()
         self._scheduler = self._connect(config.links.scheduler)
 
     def announce(self) -> None:
         """Tells the scheduler who this is and what it can hold."""
         links = self._config.links
         self._scheduler.send(Hello("runner", links.epoch, links.runner, self._config.rank))
-        self._scheduler.send(RunnerReady(epoch=links.epoch, capacity=self._runner.capacity))
+        after_fault = self._config.after_fault
+        self._scheduler.send(RunnerReady(epoch=self._epoch, capacity=self._runner.capacity, after_fault=after_fault))
 
     def loop(self) -> NoReturn:
         """Handles messages in order, and goes on with fills and loads after each and while idle, for ever."""
@@ -111,8 +122,9 @@ class Server:
             self._inbox.watch(self._runner.descriptor)
         while True:
             for message in self._inbox.receive(self._runner.wait):
-                self.handle(message)
-                self._advance()
+                with self.pulse.working():
+                    self.handle(message)
+                    self._advance()
             self._advance()
 
     def handle(self, message: ToRunner) -> None:
@@ -127,10 +139,9 @@ class Server:
             case EvictAdapter():
                 self._tell(self._runner.evict_adapter(message))
             case Reset():
-                self._runner.reset()
-                self._scheduler.send(RunnerReady(epoch=self._config.links.epoch, capacity=self._runner.capacity))
+                self._reset(message)
             case Ping():
-                self._scheduler.send(Ping(self._config.links.epoch))
+                self._scheduler.send(Ping(self._epoch))
             case Hello():
                 self._meet(message)
 
@@ -138,7 +149,7 @@ class Server:
         return Outbox(self._context, address, self._config.links.max_frame_bytes)
 
     def _step(self, step: Step) -> None:
-        if step.epoch != self._config.links.epoch:
+        if step.epoch != self._epoch:
             log.warning("step %d is for epoch %d: dropped", step.id, step.epoch)
             return
         try:
@@ -158,7 +169,13 @@ class Server:
             self._tell(state)
 
     def _tell(self, state: AdapterState) -> None:
-        self._scheduler.send(replace(state, epoch=self._config.links.epoch))
+        self._scheduler.send(replace(state, epoch=self._epoch))
+
+    def _reset(self, message: Reset) -> None:
+        """Another scheduler: nothing of the one before counts."""
+        self._epoch = self._config.links.epoch * SCHEDULERS + message.epoch
+        self._runner.reset()
+        self._scheduler.send(RunnerReady(epoch=self._epoch, capacity=self._runner.capacity))
 
     def _meet(self, hello: Hello) -> None:
         """A scheduler whose inbox is elsewhere is a new one: it is answered there from now on."""

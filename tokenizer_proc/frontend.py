@@ -26,6 +26,7 @@ from engine.messages import (
     Stats,
     Submit,
     ToTokenizer,
+    UnloadAdapter,
 )
 from tokenizer_proc.adapters import AdapterDirectory
 from tokenizer_proc.defaults import Defaults
@@ -57,7 +58,7 @@ class Frontend:
     ) -> None:
         self.tokenizer = tokenizer
         self.chat = chat
-        self.adapters = AdapterDirectory(config.served_model_names, config.adapters)
+        self.adapters = AdapterDirectory(config.served_model_names, config.adapters, config.links.epoch)
         self.metrics = Metrics(config.served_model_names[0], self._picture)
         self.lifecycle = Lifecycle(config, self.adapters, send, self.metrics)
         self._resolver: Resolver | None = None
@@ -154,8 +155,18 @@ class Frontend:
             case Capacity():
                 self.capacity = message
                 self.adapters.load(self._send)
+                self.adapters.unload(self._send)
             case Hello() | Ping():
-                pass  # a new scheduler incarnation tells its Capacity again
+                pass
+
+    def recover(self, scheduler: int) -> None:
+        """Another scheduler listens: it is told of the adapters, of every open request, and of what drains.
+
+        In this order, so that a request finds its adapter, also one that nobody else may name any more.
+        """
+        self.adapters.load(self._send)
+        self.router.resubmit(scheduler)
+        self.adapters.unload(self._send)
 
     async def drain(self, seconds: float) -> None:
         """Takes nothing new, lets open streams finish for so long, then ends them with EngineDead."""
@@ -169,6 +180,9 @@ class Frontend:
     def _adapter_news(self, state: AdapterState) -> None:
         entry = self.adapters.entry(state.adapter_id)
         before = None if entry is None else entry.state
+        if entry is None and state.state != "gone":  # a load that our predecessor began and did not live to see
+            self._send(UnloadAdapter(state.adapter_id))
+            return
         self.adapters.handle(state)
         if entry is not None and before is not None:
             self._measure(entry, before, state)

@@ -119,6 +119,7 @@ class Stream:
             )
             running.request_id = self._router.start(
                 functools.partial(self._receive, running),
+                running.choice.generated,
                 prompt=self.prompt_ids,
                 lora=self._voice.lora,
                 sampling=sampling,

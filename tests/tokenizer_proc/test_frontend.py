@@ -189,7 +189,7 @@ def test_news_for_an_older_incarnation_are_dropped() -> None:
             [generate] = fake.generates
             assert generate.epoch == 3
             assert generate.request_id > Fake(links=LINKS).front.router.start(
-                print, prompt=[1], lora=[], sampling=generate.sampling, stopping=generate.stopping
+                print, [], prompt=[1], lora=[], sampling=generate.sampling, stopping=generate.stopping
             )
             update = Update(request_id=generate.request_id, index=0, tokens=[300], finish="length")
             fake.front.handle(Progress(2, [update]))
