@@ -44,6 +44,8 @@ class Args(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     lora_root: list[str] = []
     lora_resolve_root: str | None = None
     allow_runtime_lora_updating: bool = False
+    api_key: list[str] = []
+    api_key_file: str | None = None
     admin_api_key: str | None = None
     max_num_batched_tokens: int | None = None
     max_running_requests: int | None = None

@@ -34,7 +34,6 @@ LATER = {
     "--cuda-graph-max-bs": "the model runs eagerly",
     "--disable-cuda-graph": "the model runs eagerly",
     "--enforce-eager": "the model runs eagerly",
-    "--api-key": "bind to a loopback address",
     "--cpu-threads": "all cores up to 4 are used",
 }
 NEVER = {
@@ -106,6 +105,13 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--host", help="address to bind (127.0.0.1)")
     add("--port", type=int, help="port to bind, 0 = any free one (30000)")
+    add(
+        "--api-key",
+        nargs="+",
+        metavar="KEY",
+        help="bearer keys for all but /health, /ready and /metrics; or CHORUS_API_KEY, which no process list shows",
+    )
+    add("--api-key-file", metavar="FILE", help="keys with rules, a JSON object a line: key, tenant, adapters, rates")
     add("--served-model-name", nargs="+", metavar="NAME", help="names of the base model (the model path)")
     add("--chat-template", metavar="FILE", help="a jinja file, or the template itself (the model's)")
     add("--seed", "--random-seed", type=int, help="makes requests without a seed of their own repeatable")

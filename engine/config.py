@@ -12,6 +12,7 @@ import msgspec
 
 from engine.args import Args, Dtype, LogLevel, served_names
 from engine.errors import ConfigError
+from engine.keys import ApiKey, read_keys
 from engine.size import has_unit, parse_bytes
 
 
@@ -60,6 +61,7 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_level: LogLevel = "info"
     max_pinned: int = 0
     runtime_loads: bool = False
+    api_keys: list[ApiKey] = []
     admin_key: str | None = None
     lora_roots: list[str] = []
     lora_resolve_root: str | None = None
@@ -148,6 +150,7 @@ def sections(
         seed=args.seed,
         max_pinned=max(0, max_loras - 1),
         runtime_loads=args.allow_runtime_lora_updating or _is_loopback(args),
+        api_keys=read_keys(args.api_key, args.api_key_file),
         admin_key=args.admin_api_key,
         lora_roots=[str(Path(root).expanduser().resolve()) for root in args.lora_root],
         lora_resolve_root=args.lora_resolve_root,
@@ -207,5 +210,5 @@ def _pool(size: str | None) -> tuple[int | None, int | None]:
 
 
 def _server_info(args: Args) -> dict[str, str | int | float | bool | None]:
-    shown = {**msgspec.to_builtins(args), "admin_api_key": None}
+    shown = {**msgspec.to_builtins(args), "api_key": None, "admin_api_key": None}
     return {name: value if not isinstance(value, list) else ", ".join(value) for name, value in shown.items()}

@@ -7,6 +7,7 @@
      +- Unauthorized     401    a key is missing or wrong
      +- Forbidden        403    allowed to others, or only after the operator opened it
      +- NotFound         404    no such model, adapter or request
+     +- RateLimited      429    this caller has used up its rate; try again after `retry_after` seconds
      +- Overloaded       503    a bound is reached; try again after `retry_after` seconds
      +- EngineDead       503    the engine behind this client is gone
      +- InternalError    500    our fault
@@ -79,6 +80,17 @@ class Overloaded(EngineError):
 
     def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
         super().__init__(message, code="overloaded")
+        self.retry_after = retry_after
+
+
+class RateLimited(EngineError):
+    """This caller's rate is used up. `retry_after` is in seconds."""
+
+    status = 429
+    kind = "rate_limit_error"
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(message, code="rate_limit_exceeded")
         self.retry_after = retry_after
 
 
