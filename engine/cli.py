@@ -112,6 +112,9 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
         help="bearer keys for all but /health, /ready and /metrics; or CHORUS_API_KEY, which no process list shows",
     )
     add("--api-key-file", metavar="FILE", help="keys with rules, a JSON object a line: key, tenant, adapters, rates")
+    add("--max-open-requests", type=int, metavar="N", help="answers in the making; more are a 503 at once (4096)")
+    add("--max-queued-tokens", type=int, metavar="N", help="prompt tokens of open requests; more are a 503 (no bound)")
+    add("--request-timeout", type=float, metavar="S", help="seconds a request may take; then it is a 504 (no bound)")
     add("--served-model-name", nargs="+", metavar="NAME", help="names of the base model (the model path)")
     add("--chat-template", metavar="FILE", help="a jinja file, or the template itself (the model's)")
     add("--seed", "--random-seed", type=int, help="makes requests without a seed of their own repeatable")

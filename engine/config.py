@@ -67,6 +67,8 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     lora_resolve_root: str | None = None
     journal: str | None = None
     max_open_requests: int = 4096
+    max_queued_tokens: int | None = None
+    request_timeout: float | None = None
     max_body_bytes: int = 32 << 20
     server_info: dict[str, str | int | float | bool | None] = {}
 
@@ -150,6 +152,9 @@ def sections(
         seed=args.seed,
         max_pinned=max(0, max_loras - 1),
         runtime_loads=args.allow_runtime_lora_updating or _is_loopback(args),
+        max_open_requests=args.max_open_requests,
+        max_queued_tokens=args.max_queued_tokens,
+        request_timeout=args.request_timeout,
         api_keys=read_keys(args.api_key, args.api_key_file),
         admin_key=args.admin_api_key,
         lora_roots=[str(Path(root).expanduser().resolve()) for root in args.lora_root],

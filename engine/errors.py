@@ -10,6 +10,7 @@
      +- RateLimited      429    this caller has used up its rate; try again after `retry_after` seconds
      +- Overloaded       503    a bound is reached; try again after `retry_after` seconds
      +- EngineDead       503    the engine behind this client is gone
+     +- TimedOut         504    the request took longer than the operator allows
      +- InternalError    500    our fault
 
 The classes know nothing of HTTP but their status number; the doors turn them into bodies.
@@ -101,6 +102,13 @@ class EngineDead(EngineError):
     kind = "service_unavailable"
 
 
+class TimedOut(EngineError):
+    """The request took longer than the operator allows."""
+
+    status = 504
+    kind = "timeout_error"
+
+
 class InternalError(EngineError):
     """Our fault."""
 
@@ -109,7 +117,8 @@ class InternalError(EngineError):
 
 
 _BY_KIND: dict[str, type[EngineError]] = {
-    cls.kind: cls for cls in (ConfigError, InvalidRequest, Unauthorized, Forbidden, NotFound, EngineDead, InternalError)
+    cls.kind: cls
+    for cls in (ConfigError, InvalidRequest, Unauthorized, Forbidden, NotFound, EngineDead, TimedOut, InternalError)
 }
 
 

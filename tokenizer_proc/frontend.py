@@ -66,7 +66,7 @@ class Frontend:
             self._resolver = Resolver(config.lora_resolve_root, self.adapters, self.lifecycle, config.lora_roots)
         self.capacity: Capacity | None = None
         self.stats = Stats()
-        self.router = Router(send, config.links.epoch, config.max_open_requests)
+        self.router = Router(send, config.links.epoch, config.max_open_requests, config.max_queued_tokens)
         self.epoch = config.links.epoch
         self.is_draining = False
         self._config = config
@@ -86,7 +86,7 @@ class Frontend:
 
     def open(self, submit: Submit) -> Stream:
         """A stream for `submit`; entering it checks everything and raises the EngineError that fits."""
-        return Stream(submit, self._prepare, self.router, self.metrics)
+        return Stream(submit, self._prepare, self.router, self.metrics, self._config.request_timeout)
 
     def check_size(self, choices: int) -> None:
         """Raises InvalidRequest for a call that could never be open at once: to try again would not help."""

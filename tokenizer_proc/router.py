@@ -40,14 +40,21 @@ class _Open(NamedTuple):
 class Router:
     """The open requests of this incarnation (`epoch`)."""
 
-    def __init__(self, send: Callable[[msgspec.Struct], None], epoch: int = 0, max_open: int = 4096) -> None:
+    def __init__(
+        self,
+        send: Callable[[msgspec.Struct], None],
+        epoch: int = 0,
+        max_open: int = 4096,
+        max_tokens: int | None = None,
+    ) -> None:
         self._send = send
         self._epoch = epoch
         self._max_open = max_open
         self._ids = itertools.count(epoch * _IDS_BY_EPOCH + 1)
         self._requests: dict[int, _Open] = {}
         self._scheduler = 0
-        self._reserved = 0
+        self._max_tokens = max_tokens
+        self._reserved = self._tokens = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -69,6 +76,19 @@ class Router:
             self._reserved -= count
             if not self._reserved:
                 self._idle.set()
+
+    @contextlib.contextmanager
+    def queued(self, tokens: int) -> Iterator[None]:
+        """Room for a prompt of so many tokens while entered. Raises Overloaded when there is none beside the others."""
+        if self._max_tokens is not None and self._tokens and self._tokens + tokens > self._max_tokens:
+            raise Overloaded(
+                f"{self._tokens} prompt tokens are open already and {self._max_tokens} is the bound: try again soon"
+            )
+        self._tokens += tokens
+        try:
+            yield
+        finally:
+            self._tokens -= tokens
 
     async def idle(self, seconds: float) -> bool:
         """Waits up to so many seconds until nothing is reserved; whether that came true."""
