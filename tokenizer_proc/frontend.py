@@ -44,6 +44,8 @@ __all__ = ["Frontend", "Stream"]
 
 log = logging.getLogger(__name__)
 
+STUCK_SECONDS = 30.0
+
 
 class Frontend:
     """One engine as the doors see it. `send` puts a message into the scheduler's inbox."""
@@ -74,6 +76,7 @@ class Frontend:
         self._send = send
         self._seeds = random.Random(config.seed)
         self._started = time.time()
+        self._heard = time.monotonic()
 
     @classmethod
     def load(cls, config: TokenizerConfig, send: Callable[[msgspec.Struct], None]) -> Frontend:
@@ -118,6 +121,11 @@ class Frontend:
         return self.capacity is not None and self.adapters.is_ready and not self.is_draining
 
     @property
+    def is_stuck(self) -> bool:
+        """Requests are open, and for long there was no news of any: a step hangs, or is endless."""
+        return self.router.open > 0 and time.monotonic() - max(self._heard, self.router.began) > STUCK_SECONDS
+
+    @property
     def max_length(self) -> int:
         """Tokens one request may have, prompt and answer; 0 before capacity is known."""
         capacity = self.capacity
@@ -144,6 +152,7 @@ class Frontend:
 
     def handle(self, message: ToTokenizer) -> None:
         """Takes in one message of the scheduler."""
+        self._heard = time.monotonic()
         match message:
             case Progress():
                 self.router.handle(message)

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -53,6 +54,8 @@ class Router:
         self._ids = itertools.count(epoch * _IDS_BY_EPOCH + 1)
         self._requests: dict[int, _Open] = {}
         self._scheduler = 0
+        self.began = 0.0
+        """When the first of the requests that are open began (monotonic seconds)."""
         self._max_tokens = max_tokens
         self._reserved = self._tokens = 0
         self._idle = asyncio.Event()
@@ -121,6 +124,8 @@ class Router:
             salt=salt,
         )
         self._send(message)
+        if not self._requests:
+            self.began = time.monotonic()
         self._requests[request_id] = _Open(message, receiver, tokens)
         return request_id
 

@@ -31,6 +31,7 @@ from engine.messages import (
     Submit,
     Update,
 )
+from tokenizer_proc import frontend
 from tokenizer_proc.frontend import Stream
 
 
@@ -490,5 +491,22 @@ def test_another_scheduler_is_told_of_everything_that_is_open() -> None:
             fake.front.handle(Progress(0, [news], 1))
             deltas = await rest(stream)
             assert [token for delta in deltas for token in delta.token_ids] == [*told, END]
+
+    run(work)
+
+
+def test_open_requests_without_news_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake()
+    monkeypatch.setattr(frontend, "STUCK_SECONDS", 0.05)
+
+    async def work() -> None:
+        await asyncio.sleep(0.1)
+        assert not fake.front.is_stuck  # nobody waits
+        async with fake.front.open(submit("hello")):
+            assert not fake.front.is_stuck  # it came just now
+            await asyncio.sleep(0.1)
+            assert fake.front.is_stuck
+            fake.front.handle(Stats())
+            assert not fake.front.is_stuck
 
     run(work)
