@@ -50,6 +50,11 @@ class Args(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     lora_root: list[str] = []
     lora_resolve_root: str | None = None
     allow_runtime_lora_updating: bool = False
+    max_open_requests: int = 4096
+    max_queued_tokens: int | None = None
+    request_timeout: float | None = None
+    api_key: list[str] = []
+    api_key_file: str | None = None
     admin_api_key: str | None = None
     max_num_batched_tokens: int | None = None
     max_prefill_tokens: int | None = None
@@ -87,6 +92,9 @@ def _check_ranges(args: Args) -> None:
         ("--context-length", args.context_length, 2, 1 << 30),
         ("--page-size", args.page_size, 1, 256),
         ("--max-total-tokens", args.max_total_tokens, 1, 1 << 40),
+        ("--max-open-requests", args.max_open_requests, 1, 1 << 20),
+        ("--max-queued-tokens", args.max_queued_tokens, 1, 1 << 40),
+        ("--request-timeout", args.request_timeout, 0.001, 1e9),
         ("--seed", args.seed, 0, (1 << 63) - 1),
         ("--tp-size", args.tp_size, 1, 1 << 10),
     ]

@@ -3,6 +3,7 @@
     parent                                child
       | -- config, one JSON line on stdin -->|   stdin then stays open: its end means the parent is gone
       |<-- Ready or Failed, one JSON line ---|   on the real stdout, which stray prints can no longer reach
+      |<-- Alive, each second ---------------|   the same way, once it serves
       |<-- logs on stderr -------------------|
 
 Knows nothing of what the process does.
@@ -10,6 +11,7 @@ Knows nothing of what the process does.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -21,6 +23,9 @@ from typing import BinaryIO, TypeVar
 import msgspec
 
 from engine.errors import ConfigError, EngineError
+from engine.pulse import Pulse
+
+PULSE_SECONDS = 1.0
 
 C = TypeVar("C", bound=msgspec.Struct)
 
@@ -39,6 +44,12 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
     message: str
     kind: str = "server_error"
+
+
+class Alive(msgspec.Struct, frozen=True, tag=True):
+    """The child's pulse. `busy`: for how many seconds it has been at its present piece of work."""
+
+    busy: float = 0.0
 
 
 class Child:
@@ -74,7 +85,17 @@ class Child:
         else:
             self._send(Failed(f"{type(error).__name__}: {error}"))
 
-    def _send(self, report: Ready | Failed) -> None:
+    def keep_pulse(self, pulse: Pulse) -> None:
+        """From now on the parent hears each second that this process lives and how long its work takes; after ready."""
+        threading.Thread(target=self._beat, args=(pulse,), name="pulse", daemon=True).start()
+
+    def _beat(self, pulse: Pulse) -> None:
+        with contextlib.suppress(OSError):  # nobody listens any more
+            while True:
+                self._send(Alive(pulse.busy))
+                time.sleep(PULSE_SECONDS)
+
+    def _send(self, report: Ready | Failed | Alive) -> None:
         self._report.write(msgspec.json.encode(report) + b"\n")
         self._report.flush()
 

@@ -20,7 +20,6 @@ LATER = {
     "--revision": "write org/name@revision instead",
     "--lora-extra-vocab-size": "adapters with added tokens are refused",
     "--fully-sharded-loras": "tensor parallelism is not available yet",
-    "--api-key": "bind to a loopback address",
     "--cpu-threads": "all cores up to 4 are used",
 }
 NEVER = {
@@ -121,6 +120,16 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--host", help="address to bind (127.0.0.1)")
     add("--port", type=int, help="port to bind, 0 = any free one (30000)")
+    add(
+        "--api-key",
+        nargs="+",
+        metavar="KEY",
+        help="bearer keys for all but /health, /ready and /metrics; or CHORUS_API_KEY, which no process list shows",
+    )
+    add("--api-key-file", metavar="FILE", help="keys with rules, a JSON object a line: key, tenant, adapters, rates")
+    add("--max-open-requests", type=int, metavar="N", help="answers in the making; more are a 503 at once (4096)")
+    add("--max-queued-tokens", type=int, metavar="N", help="prompt tokens of open requests; more are a 503 (no bound)")
+    add("--request-timeout", type=float, metavar="S", help="seconds a request may take; then it is a 504 (no bound)")
     add("--served-model-name", nargs="+", metavar="NAME", help="names of the base model (the model path)")
     add("--chat-template", metavar="FILE", help="a jinja file, or the template itself (the model's)")
     add("--seed", "--random-seed", type=int, help="makes requests without a seed of their own repeatable")

@@ -23,7 +23,7 @@ from engine.errors import ConfigError, EngineDead, InvalidRequest
 from engine.link import Link
 from engine.lora_request import LoRARequest
 from engine.messages import AdapterMix, Answer, ChatMessage, Command, Delta, SamplingParams, Submit
-from engine.supervisor import Process, Spec
+from engine.process import Process, Spec
 
 Prompt = str | Sequence[int] | Sequence[ChatMessage] | Sequence[Mapping[str, str]]
 Lora = str | Mapping[str, float] | LoRARequest | None

@@ -12,6 +12,7 @@ import msgspec
 
 from engine.args import Args, Dtype, LogLevel, served_names
 from engine.errors import ConfigError
+from engine.keys import ApiKey, read_keys
 from engine.shares import parse_weights
 from engine.size import has_unit, parse_bytes
 
@@ -31,7 +32,7 @@ class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Links(msgspec.Struct, frozen=True, kw_only=True):
-    """Where this process's inbox is bound and where its neighbours' are; `epoch` is its incarnation."""
+    """Where this process's inbox is bound and where its neighbours' are now; `epoch` is its incarnation, from 0."""
 
     epoch: int = 0
     tokenizer: str
@@ -46,6 +47,7 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     `runtime_loads`: adapters may be loaded over HTTP without `admin_key`. With `lora_roots` the real path of every
     adapter file must lie under one of them or the hub cache. `priorities`: requests may have one other than 0.
+    `journal` is where it writes what adapters become.
     """
 
     links: Links
@@ -62,10 +64,14 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_pinned: int = 0
     priorities: bool = False
     runtime_loads: bool = False
+    api_keys: list[ApiKey] = []
     admin_key: str | None = None
     lora_roots: list[str] = []
     lora_resolve_root: str | None = None
+    journal: str | None = None
     max_open_requests: int = 4096
+    max_queued_tokens: int | None = None
+    request_timeout: float | None = None
     max_body_bytes: int = 32 << 20
     server_info: dict[str, str | int | float | bool | None] = {}
 
@@ -102,6 +108,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     Decode steps of up to `cuda_graph_max_rows` rows (None: 256) are captured on CUDA, unless `cuda_graphs` is off.
     `device` auto means: cuda where there is one. `max_batched_tokens` None means: 512 on a CPU, 8192 on CUDA.
     `max_running_requests` and `max_total_tokens` None mean: from memory; `context_length` None: the model's.
+    `after_fault`: the incarnation before ended by itself, perhaps because of what it was asked to do.
     """
 
     links: Links
@@ -131,6 +138,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     cuda_graphs: bool = True
     cuda_graph_max_rows: int | None = None
     seed: int = 0
+    after_fault: bool = False
     log_level: LogLevel = "info"
 
 
@@ -143,7 +151,7 @@ class Sections(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def sections(
-    args: Args, *, links: Links, model: Path, adapters: list[AdapterSource], listen_fd: int | None
+    args: Args, *, links: Links, journal: Path, model: Path, adapters: list[AdapterSource], listen_fd: int | None
 ) -> Sections:
     """Every process's section, from the flags and what was resolved: directories, addresses, the listening socket."""
     enable_lora = bool(adapters) if args.enable_lora is None else args.enable_lora
@@ -162,9 +170,14 @@ def sections(
         max_pinned=max(0, max_loras - 1),
         priorities=args.schedule_policy == "priority",
         runtime_loads=args.allow_runtime_lora_updating or _is_loopback(args),
+        max_open_requests=args.max_open_requests,
+        max_queued_tokens=args.max_queued_tokens,
+        request_timeout=args.request_timeout,
+        api_keys=read_keys(args.api_key, args.api_key_file),
         admin_key=args.admin_api_key,
         lora_roots=[str(Path(root).expanduser().resolve()) for root in args.lora_root],
         lora_resolve_root=args.lora_resolve_root,
+        journal=str(journal),
         server_info=_server_info(args),
         **shared,
     )
@@ -233,5 +246,5 @@ def _pool(size: str | None) -> tuple[int | None, int | None]:
 
 
 def _server_info(args: Args) -> dict[str, str | int | float | bool | None]:
-    shown = {**msgspec.to_builtins(args), "admin_api_key": None}
+    shown = {**msgspec.to_builtins(args), "api_key": None, "admin_api_key": None}
     return {name: value if not isinstance(value, list) else ", ".join(value) for name, value in shown.items()}

@@ -7,8 +7,10 @@
      +- Unauthorized     401    a key is missing or wrong
      +- Forbidden        403    allowed to others, or only after the operator opened it
      +- NotFound         404    no such model, adapter or request
+     +- RateLimited      429    this caller has used up its rate; try again after `retry_after` seconds
      +- Overloaded       503    a bound is reached; try again after `retry_after` seconds
      +- EngineDead       503    the engine behind this client is gone
+     +- TimedOut         504    the request took longer than the operator allows
      +- InternalError    500    our fault
 
 The classes know nothing of HTTP but their status number; the doors turn them into bodies.
@@ -82,11 +84,29 @@ class Overloaded(EngineError):
         self.retry_after = retry_after
 
 
+class RateLimited(EngineError):
+    """This caller's rate is used up. `retry_after` is in seconds."""
+
+    status = 429
+    kind = "rate_limit_error"
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(message, code="rate_limit_exceeded")
+        self.retry_after = retry_after
+
+
 class EngineDead(EngineError):
     """The engine behind this client is gone."""
 
     status = 503
     kind = "service_unavailable"
+
+
+class TimedOut(EngineError):
+    """The request took longer than the operator allows."""
+
+    status = 504
+    kind = "timeout_error"
 
 
 class InternalError(EngineError):
@@ -97,7 +117,8 @@ class InternalError(EngineError):
 
 
 _BY_KIND: dict[str, type[EngineError]] = {
-    cls.kind: cls for cls in (ConfigError, InvalidRequest, Unauthorized, Forbidden, NotFound, EngineDead, InternalError)
+    cls.kind: cls
+    for cls in (ConfigError, InvalidRequest, Unauthorized, Forbidden, NotFound, EngineDead, TimedOut, InternalError)
 }
 
 

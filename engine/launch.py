@@ -1,4 +1,4 @@
-"""`python -m engine.launch [MODEL]`: starts the three processes, says when they serve, and ends them in order.
+"""`python -m engine.launch [MODEL]`: starts the three processes, keeps them alive, and ends them in order.
 
     launch          holds the listening socket and the run directory
       +- model_runner      weights, adapters, tensors
@@ -29,11 +29,12 @@ from engine.args import DEMO, Args, served_names
 from engine.banner import banner
 from engine.child import Child, Facts
 from engine.cli import parse
-from engine.config import AdapterSource, Links, Sections, sections
+from engine.config import AdapterSource, Sections, sections
 from engine.errors import ConfigError, EngineDead, EngineError
+from engine.incarnations import Addresses, Incarnations
 from engine.lora_paths import AdapterSpec, adapter_specs
 from engine.roots import check_files
-from engine.supervisor import Spec, Supervisor
+from engine.supervisor import Supervisor
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -72,25 +73,27 @@ def _run(args: Args, announce: Callable[[Facts], None]) -> None:
     """One launch, from flags to an orderly end. Raises EngineError when it cannot serve, or a process dies."""
     logs.setup("launch", args.log_level)
     with _run_directory() as directory, _listening(args) as listener:
-        resolved = _resolve(args, directory, listener)
+        addresses = Addresses(directory)
+        resolved = _resolve(args, addresses, listener)
         facts: Facts = {
             "model": served_names(args)[0],
             "door": resolved.tokenizer.links.door,
             "url": _url(args, listener),
         }
         facts["adapters"] = [adapter.name for adapter in resolved.tokenizer.adapters]
-        asyncio.run(_serve(resolved, lambda runner: announce({**runner, **facts})))
+        incarnations = Incarnations(resolved, addresses)
+        asyncio.run(_serve(incarnations, lambda runner: announce({**runner, **facts})))
 
 
-async def _serve(resolved: Sections, announce: Callable[[Facts], None]) -> None:
+async def _serve(incarnations: Incarnations, announce: Callable[[Facts], None]) -> None:
     stop = asyncio.Event()
-    async with Supervisor(_specs(resolved)) as supervisor:
+    async with Supervisor(incarnations.makers) as supervisor:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, _on_signal, stop, supervisor)
         reports = await _unless(stop, supervisor.ready())
         if reports is not None:
             announce(reports["model_runner"].facts)
-            death = await _unless(stop, supervisor.first_death())
+            death = await _unless(stop, supervisor.hopeless())
             if death is not None:
                 await supervisor.stop(DEAD_GRACE_SECONDS)  # nobody can finish anything any more
                 raise EngineDead(f"{death}; its log is above")
@@ -148,25 +151,14 @@ def _url(args: Args, listener: socket.socket | None) -> str | None:
     return f"http://{host}:{listener.getsockname()[1]}"
 
 
-def _links(directory: Path) -> Links:
-    def address(name: str) -> str:
-        return f"ipc://{directory}/{name}.0"
-
-    return Links(
-        tokenizer=address("tokenizer"),
-        scheduler=address("scheduler"),
-        runner=address("runner"),
-        door=address("door"),
-    )
-
-
-def _resolve(args: Args, directory: Path, listener: socket.socket | None) -> Sections:
+def _resolve(args: Args, addresses: Addresses, listener: socket.socket | None) -> Sections:
     """From names to directories and sections: the part that may use the network."""
     specs = adapter_specs(args)
     model = DEMO / "model" if args.model_path is None else hub.local_directory(args.model_path, "--model-path")
     return sections(
         args,
-        links=_links(directory),
+        links=addresses.links(),
+        journal=addresses.journal,
         model=model,
         adapters=[_source(number, spec, args) for number, spec in enumerate(specs, start=1)],
         listen_fd=listener.fileno() if listener else None,
@@ -182,25 +174,6 @@ def _source(number: int, spec: AdapterSpec, args: Args) -> AdapterSource:
     return AdapterSource(
         adapter_id=number, name=spec.name, path=spec.path, root=str(root), pinned=spec.pinned, base=spec.base
     )
-
-
-def _specs(resolved: Sections) -> list[Spec]:
-    listen_fd = resolved.tokenizer.listen_fd
-    return [
-        Spec("model_runner", "model_runner", resolved.runner, environment=_openmp()),
-        Spec("scheduler", "scheduler", resolved.scheduler),
-        Spec("tokenizer", "tokenizer_proc", resolved.tokenizer, descriptors=[] if listen_fd is None else [listen_fd]),
-    ]
-
-
-def _openmp() -> dict[str, str]:
-    """The runner's threads sleep while they wait for one another, unless the environment says how they should wait.
-
-    Spinning threads fight the other two processes for the cores: with two cores and some other load, a decode step of
-    a 0.5B shape took 159 ms spinning and 69 ms sleeping.
-    """
-    said = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ)
-    return {} if said else {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
       | -- Submit 7, Submit 8, Cancel 7 ---->|
       |<-- Delta 8, Delta 7, Failure 7 ------|   each to the queue of its call
       | -- Ping, each second --------------->|   five silent seconds abort the host's requests
-      |<-- Ping, in return ------------------|   ten silent seconds: the engine is taken for dead
+      |<-- Ping, in return ------------------|   ten silent seconds: the engine is taken for dead; a Ping of a later
+      |                                      |   incarnation: the calls that the former one had are lost
 
 Knows nothing of processes or prompts.
 """
@@ -64,6 +65,7 @@ class Link:
             self._socket.setsockopt(option, 0)
         self._socket.connect(address)
         self._heard = asyncio.get_running_loop().time()
+        self._epoch: int | None = None
         self._dead: EngineDead | None = None
         self._tasks = [asyncio.ensure_future(self._receive()), asyncio.ensure_future(self._ping())]
 
@@ -111,8 +113,18 @@ class Link:
             message = self._decoder.decode(await self._socket.recv())
             self._heard = asyncio.get_running_loop().time()
             self._dead = None
-            if not isinstance(message, Ping) and message.id in self._calls:  # else: a call that was left
+            if isinstance(message, Ping):
+                self._meet(message.epoch)
+            elif message.id in self._calls:  # else: a call that was left
                 self._calls[message.id].put(message)
+
+    def _meet(self, epoch: int) -> None:
+        """Who answers now. Another one than before does not know the calls that are open."""
+        if self._epoch is not None and epoch != self._epoch:
+            lost = EngineDead("the engine's front end was restarted and this call was lost: send it again")
+            for call in self._calls.values():
+                call.put(lost)
+        self._epoch = epoch
 
     async def _ping(self) -> None:
         while True:

@@ -325,10 +325,15 @@ class Update(Part, frozen=True, kw_only=True):
 
 
 class Progress(Message, frozen=True):
-    """scheduler -> tokenizer_proc: one step's news, a list for all requests of the batch."""
+    """scheduler -> tokenizer_proc: one step's news, a list for all requests of the batch.
+
+    `epoch` is the tokenizer process's, `scheduler` the sender's own: a dead one's last words are dropped, for another
+    has taken its requests over.
+    """
 
     epoch: int
     updates: list[Update]
+    scheduler: int = 0
 
 
 class Footprint(Part, frozen=True):
@@ -510,10 +515,14 @@ class StepDone(Message, frozen=True, kw_only=True):
 
 
 class RunnerReady(Message, frozen=True, kw_only=True):
-    """rank 0 -> scheduler: the model is loaded; this is what it can hold."""
+    """rank 0 -> scheduler: the model is loaded; this is what it can hold.
+
+    `after_fault`: the runner before ended by itself, so that what it was doing may be to blame.
+    """
 
     epoch: int
     capacity: Capacity
+    after_fault: bool = False
 
 
 class Reset(Message, frozen=True):

@@ -1,147 +1,83 @@
-"""The parent's side of a process: start it by name, read its one report, notice its death, end it in order.
+"""Processes that work together, kept alive: each has a place, and when its process ends the next one takes it.
 
-    Spec (what to run) --start--> Process (one incarnation) --report--> Ready | Failed
-                                     '--> exit
+    place  incarnation 0 --dies--> pause --> incarnation 1 --dies--> longer pause --> ...
+                                                               too often in a row --> hopeless
 
-Knows nothing of what the processes do, nor of the flags.
+Knows nothing of what the processes do: how they find one another again is their own affair.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import functools
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import logging
+import time
+from collections.abc import Callable, Sequence
 
-import msgspec
+from engine.child import Ready
+from engine.errors import EngineDead, EngineError
+from engine.process import Process, Spec
 
-from engine.child import Failed, Ready
-from engine.errors import EngineDead, revive
+log = logging.getLogger(__name__)
 
-_REPORT: msgspec.json.Decoder[Ready | Failed] = msgspec.json.Decoder(Ready | Failed)
-_ROOT = Path(__file__).resolve().parent.parent
-_LIMIT = 1 << 20  # bytes of a report line
+SERVED_SECONDS = 10.0  # who served for so long did not die in a row
+MOST_DEATHS = 16
+MOST_FAILED_STARTS = 3
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
 
-
-@dataclass(frozen=True)
-class Spec:
-    """What to run: `python -P -m module arguments`, with its config and the descriptors it inherits."""
-
-    name: str
-    module: str
-    config: msgspec.Struct
-    arguments: Sequence[str] = ()
-    descriptors: Sequence[int] = ()
-    environment: dict[str, str] = field(default_factory=dict)
+Maker = Callable[[int, bool], Spec]
+"""What the n-th incarnation of a process runs (the first is number 0), and whether the one before ended by itself."""
 
 
-@functools.cache
-def _python_path() -> str | None:
-    """None where an isolated interpreter finds this very package, else the directory that holds it."""
-    probe = "import importlib.util as u; s = u.find_spec('engine'); print(s.origin if s else '')"
-    found = subprocess.run([sys.executable, "-P", "-c", probe], capture_output=True, text=True, check=False, cwd="/")
-    return None if found.stdout.strip() == str(_ROOT / "engine" / "__init__.py") else str(_ROOT)
+class _Place:
+    """One process of the group: who holds the place now, and how often it changed hands without rest."""
 
+    def __init__(self, make: Maker) -> None:
+        self.make = make
+        self.incarnation = 0
+        self.process: Process | None = None
+        self.deaths = 0
+        self.failed_starts = 0
+        self._since = time.monotonic()
 
-def _environment(extra: dict[str, str]) -> dict[str, str]:
-    env = {**os.environ, "PYTHONSAFEPATH": "1", **extra}
-    root = _python_path()
-    if root is not None:
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
-    return env
+    async def start(self, after_fault: bool = False) -> Process:
+        """The next incarnation begins."""
+        self.process = await Process.start(self.make(self.incarnation, after_fault))
+        self.incarnation += 1
+        return self.process
 
+    def is_ready(self) -> None:
+        """Its process serves from now on."""
+        self.failed_starts, self._since = 0, time.monotonic()
 
-class Process:
-    """One incarnation of a child. Whoever starts it stops it."""
-
-    def __init__(self, spec: Spec, process: asyncio.subprocess.Process) -> None:
-        self.spec = spec
-        self._process = process
-
-    @classmethod
-    async def start(cls, spec: Spec) -> Process:
-        """Starts the child and hands it its config; its standard error is ours."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",
-            "-m",
-            spec.module,
-            *spec.arguments,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            pass_fds=tuple(spec.descriptors),
-            env=_environment(spec.environment),
-            limit=_LIMIT,
-        )
-        assert process.stdin is not None
-        with contextlib.suppress(ConnectionError):  # it died already: report() says so
-            process.stdin.write(msgspec.json.encode(spec.config) + b"\n")
-            await process.stdin.drain()
-        return cls(spec, process)
+    def has_died(self) -> bool:
+        """Counts a death; whether that was one too many."""
+        if time.monotonic() - self._since > SERVED_SECONDS:
+            self.deaths = 0
+        self.deaths += 1
+        return self.deaths > MOST_DEATHS or self.failed_starts >= MOST_FAILED_STARTS
 
     @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
-
-    async def report(self) -> Ready:
-        """Its first line. Raises the error it failed with, or EngineDead when it died without a word."""
-        assert self._process.stdout is not None
-        line = await self._process.stdout.readline()
-        if not line:
-            code = await self._process.wait()
-            raise EngineDead(f"the {self.spec.name} process {_ended(code)} while starting; its log is above")
-        report = _REPORT.decode(line)
-        if isinstance(report, Failed):
-            raise revive(report.kind, report.message, None, None)
-        return report
-
-    async def exit(self) -> str:
-        """Waits for its end; says how it ended."""
-        return _ended(await self._process.wait())
-
-    async def stop(self, timeout: float) -> None:
-        """Asks it to end (SIGTERM); after `timeout` seconds it is killed."""
-        if self._process.returncode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
-        try:
-            await asyncio.wait_for(self._process.wait(), timeout)
-        except TimeoutError:
-            self.kill()
-            await self._process.wait()
-
-    def kill(self) -> None:
-        """Ends it at once."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-
-
-def _ended(code: int) -> str:
-    return f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+    def pause(self) -> float:
+        """Seconds before the next incarnation."""
+        return min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** (self.deaths - 1))
 
 
 class Supervisor:
-    """A group of processes that live and die together. `async with` starts them; leaving ends them, last one first.
+    """A group of processes. `async with` starts them; leaving ends them, last one first.
 
-    In the order given, a later process may depend on an earlier one: so the last is the first to stop.
+    In the order given, a later process may depend on an earlier one: so the last is the first to stop. `busy` is for
+    how many seconds one may be at a single piece of work.
     """
 
-    def __init__(self, specs: Sequence[Spec], grace: float = 15.0) -> None:
-        self._specs = specs
+    def __init__(self, makers: Sequence[Maker], grace: float = 15.0, busy: float = 120.0) -> None:
+        self._places = [_Place(make) for make in makers]
         self._grace = grace
-        self._processes: list[Process] = []
+        self._busy = busy
 
     async def __aenter__(self) -> Supervisor:
         try:
-            for spec in self._specs:
-                self._processes.append(await Process.start(spec))
+            for place in self._places:
+                await place.start()
         except BaseException:
             await self.stop(self._grace)
             raise
@@ -151,8 +87,8 @@ class Supervisor:
         await self.stop(self._grace)
 
     async def ready(self) -> dict[str, Ready]:
-        """Everyone's report, by name. Raises the error of one that failed."""
-        waiting = {asyncio.ensure_future(process.report()): process.spec.name for process in self._processes}
+        """Everyone's report, by name. Raises the error of one that failed: a first start is not tried again."""
+        waiting = {asyncio.ensure_future(each.report()): each.spec.name for each in self._processes()}
         try:
             _, pending = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
             if pending:  # one failed; another's failure may be the reason, and is then about to arrive
@@ -164,25 +100,55 @@ class Supervisor:
         failed = sorted(filter(None, errors), key=lambda error: isinstance(error, EngineDead))
         if failed:
             raise failed[0]
+        for place in self._places:
+            place.is_ready()
         return {name: task.result() for task, name in waiting.items()}
 
-    async def first_death(self) -> str:
-        """Waits until one of them ends; says which and how."""
-        waiting = {asyncio.ensure_future(process.exit()): process.spec.name for process in self._processes}
+    async def hopeless(self) -> str:
+        """Restarts whoever dies, until one of them dies too often; says which and how."""
+        keepers = [asyncio.ensure_future(self._keep(place)) for place in self._places]
         try:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(keepers, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in waiting:
-                task.cancel()
-        return ", ".join(f"the {waiting[task]} process {task.result()}" for task in done)
+            for keeper in keepers:
+                keeper.cancel()
+            await asyncio.wait(keepers)
+        return ", ".join(keeper.result() for keeper in done)
 
     async def stop(self, grace: float) -> None:
         """Ends all, in order, the last one first; each has `grace` seconds."""
-        while self._processes:
-            await self._processes[-1].stop(grace)
-            self._processes.pop()
+        for place in reversed(self._places):
+            if place.process is not None:
+                await place.process.stop(grace)
 
     def kill(self) -> None:
         """Ends all at once."""
-        for process in self._processes:
+        for process in self._processes():
             process.kill()
+
+    def pids(self) -> list[int]:
+        """The process ids of those that hold the places now."""
+        return [process.pid for process in self._processes()]
+
+    def _processes(self) -> list[Process]:
+        return [place.process for place in self._places if place.process is not None]
+
+    async def _keep(self, place: _Place) -> str:
+        process = place.process
+        assert process is not None, "the group was started"
+        while True:
+            end = await process.end(self._busy)
+            how = f"the {process.spec.name} process {end.words}"
+            if place.has_died():
+                return f"{how}, and that too often in a row"
+            log.warning("%s; the next one starts", how)
+            await asyncio.sleep(place.pause)
+            process = await place.start(end.own_fault)
+            try:
+                await process.report()
+                place.is_ready()
+                log.warning("the %s process serves again", process.spec.name)
+            except EngineError as error:
+                place.failed_starts += 1
+                log.error("%s", error.message)
+                await process.stop(self._grace)

@@ -38,6 +38,7 @@ from engine.messages import (
     ToRunner,
     UnloadAdapter,
 )
+from engine.pulse import Pulse
 from model_runner import memory
 from model_runner.compilations import Compilations
 from model_runner.device import set_threads
@@ -47,6 +48,7 @@ from model_runner.warmup import warm_up
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.00005  # between two looks at the inbox and the device while a step runs on it
+SCHEDULERS = 1 << 20  # an epoch for each pair of incarnations: ours, and the scheduler's that we serve
 
 
 def serve(child: Child, config: RunnerConfig) -> None:
@@ -73,6 +75,7 @@ def serve(child: Child, config: RunnerConfig) -> None:
     runner.start_loader()
     compilations.serving = True
     child.ready(facts(runner, time.perf_counter() - began))
+    child.keep_pulse(server.pulse)
     server.loop()
 
 
@@ -107,13 +110,19 @@ def facts(runner: Runner, seconds: float) -> Facts:
 
 
 class Server:
-    """A loaded runner behind its inbox, and the scheduler it answers."""
+    """A loaded runner behind its inbox, and the scheduler it answers.
+
+    Its epoch changes with each scheduler that it is reset for: steps that a dead one left behind are of no epoch that
+    counts, wherever in the inbox they stand.
+    """
 
     def __init__(self, runner: Runner, inbox: Inbox[Any], context: zmq.Context[Any], config: RunnerConfig) -> None:
         self._runner = runner
         self._inbox = inbox
         self._context = context
         self._config = config
+        self._epoch = config.links.epoch * SCHEDULERS
+        self.pulse = Pulse()
         self._scheduler = self._connect(config.links.scheduler)
         self._flights: deque[Flight] = deque()
 
@@ -121,7 +130,8 @@ class Server:
         """Tells the scheduler who this is and what it can hold."""
         links = self._config.links
         self._scheduler.send(Hello("runner", links.epoch, links.runner, self._config.rank))
-        self._scheduler.send(RunnerReady(epoch=links.epoch, capacity=self._runner.capacity))
+        after_fault = self._config.after_fault
+        self._scheduler.send(RunnerReady(epoch=self._epoch, capacity=self._runner.capacity, after_fault=after_fault))
 
     def loop(self) -> NoReturn:
         """Handles messages in order, and goes on with fills and loads after each and while idle, for ever."""
@@ -149,11 +159,9 @@ class Server:
             case EvictAdapter():
                 self._tell(self._runner.evict_adapter(message))
             case Reset():
-                self._drop_flights()
-                self._runner.reset()
-                self._scheduler.send(RunnerReady(epoch=self._config.links.epoch, capacity=self._runner.capacity))
+                self._reset(message)
             case Ping():
-                self._scheduler.send(Ping(self._config.links.epoch))
+                self._scheduler.send(Ping(self._epoch))
             case Hello():
                 self._meet(message)
 
@@ -161,9 +169,10 @@ class Server:
         return Outbox(self._context, address, self._config.links.max_frame_bytes)
 
     def _launch(self, step: Step) -> None:
-        if step.epoch != self._config.links.epoch:
+        if step.epoch != self._epoch:
             log.warning("step %d is for epoch %d: dropped", step.id, step.epoch)
             return
+        self.pulse.tick()
         try:
             self._flights.append(self._runner.launch(step))
         except Exception:
@@ -180,6 +189,9 @@ class Server:
                 log.exception("step %d failed on the device: the runner ends", flight.id)
                 raise
             self._scheduler.send(done)
+            self.pulse.tick()
+        if not self._flights:
+            self.pulse.rest()
 
     def _drop_flights(self) -> None:
         """Waits for what runs; nobody asks for it any more."""
@@ -196,7 +208,14 @@ class Server:
             self._tell(state)
 
     def _tell(self, state: AdapterState) -> None:
-        self._scheduler.send(replace(state, epoch=self._config.links.epoch))
+        self._scheduler.send(replace(state, epoch=self._epoch))
+
+    def _reset(self, message: Reset) -> None:
+        """Another scheduler: nothing of the one before counts."""
+        self._drop_flights()
+        self._epoch = self._config.links.epoch * SCHEDULERS + message.epoch
+        self._runner.reset()
+        self._scheduler.send(RunnerReady(epoch=self._epoch, capacity=self._runner.capacity))
 
     def _meet(self, hello: Hello) -> None:
         """A scheduler whose inbox is elsewhere is a new one: it is answered there from now on."""

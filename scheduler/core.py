@@ -61,10 +61,16 @@ Downstream = LoadAdapter | UnloadAdapter | EvictAdapter
 
 
 class Scheduler:
-    """The whole state. `window` is how many steps may be in flight, `bounds` what the flags allow."""
+    """The whole state. `window` is how many steps may be in flight, `bounds` what the flags allow.
 
-    def __init__(self, capacity: Capacity, bounds: Bounds, window: int = 1, epoch: int = 0) -> None:
+    `epoch` is the runner's at the start, `incarnation` this scheduler's own.
+    """
+
+    def __init__(
+        self, capacity: Capacity, bounds: Bounds, window: int = 1, epoch: int = 0, incarnation: int = 0
+    ) -> None:
         assert window >= 1
+        self._incarnation = incarnation
         self._books = Books(capacity, bounds)
         self._admission = Admission(self._books)
         self._filling = Filling(self._books, self._admission)
@@ -152,7 +158,7 @@ class Scheduler:
         books = self._books
         out: list[Upstream | Downstream] = []
         if books.updates:
-            out.append(Progress(self._client_epoch, books.updates))
+            out.append(Progress(self._client_epoch, books.updates, self._incarnation))
         out += books.news
         books.updates, books.news = [], []
         return out

@@ -27,6 +27,7 @@ from engine.messages import (
     ToScheduler,
     UnloadAdapter,
 )
+from engine.pulse import Pulse
 from scheduler.books import Bounds
 from scheduler.core import Scheduler
 from scheduler.pace import Pace
@@ -79,6 +80,7 @@ class Loop:
 
     def __init__(self, config: SchedulerConfig, inbox: Inbox[ToScheduler], post: Post) -> None:
         self._config, self._inbox, self._post = config, inbox, post
+        self.pulse = Pulse()
         self._bounds = Bounds(
             config.max_loras,
             config.max_loaded_loras,
@@ -100,13 +102,16 @@ class Loop:
     def turn(self) -> None:
         """Takes in what has arrived, sends what can be planned; blocks for the next message when nothing can."""
         for message in self._inbox.receive(self._patience()):
+            self.pulse.tick()
             self._unproved = self._untold = True
             if isinstance(message, Hello):
                 self._post.meet(message)
             self._take(message, time.monotonic())
         if self._core is not None:
+            self.pulse.tick()
             self._plan(self._core)
             self._look(self._core, time.monotonic())
+        self.pulse.rest()
 
     def _take(self, message: ToScheduler, now: float) -> None:
         if isinstance(message, RunnerReady):
@@ -116,7 +121,8 @@ class Loop:
         if self._core is not None:
             self._send(self._core.handle(message, now))
         elif isinstance(message, RunnerReady):
-            self._core = Scheduler(message.capacity, self._bounds, self._config.window, message.epoch)
+            own = self._config.links.epoch
+            self._core = Scheduler(message.capacity, self._bounds, self._config.window, message.epoch, own)
             self._send(self._core.take())
             for early in self._early:
                 self._send(self._core.handle(early, now))
@@ -173,8 +179,9 @@ def serve(config: SchedulerConfig, child: Child) -> None:
     inbox: Inbox[ToScheduler] = Inbox(context, config.links.scheduler, ToScheduler, config.links.max_frame_bytes)
     post = Post(context, config)
     post.hello()
-    child.ready()
     loop = Loop(config, inbox, post)
+    child.ready()
+    child.keep_pulse(loop.pulse)
     try:
         while True:
             loop.turn()

@@ -20,26 +20,27 @@ from tokenizer_proc.voice import Entry, Voice
 
 log = logging.getLogger(__name__)
 
+_IDS_BY_EPOCH = 1 << 32  # so that an id means one adapter, also after a restart
 MAX_SCALE = 100.0  # a delta scaled beyond all sense overflows, and then the answer is noise
 
 
 class AdapterDirectory:
     """All adapters by name and by id. `base_names` are what the base model is called, the first one first."""
 
-    def __init__(self, base_names: Sequence[str], sources: Sequence[AdapterSource] = ()) -> None:
+    def __init__(self, base_names: Sequence[str], sources: Sequence[AdapterSource] = (), epoch: int = 0) -> None:
         self.base_names = list(base_names)
         entries = [Entry(source) for source in sources]
         self._by_name = {entry.name: entry for entry in entries}
         self._by_id = {entry.source.adapter_id: entry for entry in entries}
         assert len(self._by_name) == len(self._by_id) == len(entries), "names and ids of adapters are unique"
-        self._ids = itertools.count(max(self._by_id, default=0) + 1)
+        self._ids = itertools.count(max(max(self._by_id, default=0), epoch * _IDS_BY_EPOCH) + 1)
         self._starting = set(self._by_id)
         self._loading: set[str] = set()
 
     # --------------------------------------------------------------------------------------------- how it changes
 
-    def load(self, send: Callable[[LoadAdapter | UnloadAdapter], None]) -> None:
-        """Asks for every adapter to be brought to the host tier; asking again is harmless."""
+    def load(self, send: Callable[[LoadAdapter], None]) -> None:
+        """Asks for every adapter to be brought to the host tier; asking again is harmless. `unload` comes after."""
         for entry in self._by_id.values():
             source = entry.source
             send(
@@ -48,15 +49,30 @@ class AdapterDirectory:
                     path=source.root,
                     revision=entry.state.revision,
                     pinned=source.pinned,
+                    preload=entry.preload,
                     name=source.name,
                 )
             )
-            if entry.draining:
-                send(UnloadAdapter(source.adapter_id))
 
-    def add(self, name: str, path: str, root: str, pinned: bool) -> Entry:
+    def unload(self, send: Callable[[UnloadAdapter], None]) -> None:
+        """Tells again of those that drain; asking again is harmless."""
+        for entry in self._by_id.values():
+            if entry.draining:
+                send(UnloadAdapter(entry.source.adapter_id))
+
+    def give_up_failed(self) -> list[str]:
+        """Forgets the adapters of the start that cannot be loaded any more; why."""
+        failed = [self._by_id[number] for number in self._starting if self._by_id[number].state.state == "failed"]
+        for entry in failed:
+            number = entry.source.adapter_id
+            self._starting.discard(number)
+            del self._by_id[number], self._by_name[entry.name]
+        return [Voice([(entry, 1.0)]).failure or "" for entry in failed]
+
+    def add(self, name: str, path: str, root: str, *, pinned: bool, preload: bool) -> Entry:
         """A new entry, under an id of its own; nothing is called by its name before `point`."""
-        entry = Entry(AdapterSource(adapter_id=next(self._ids), name=name, path=path, root=root, pinned=pinned))
+        source = AdapterSource(adapter_id=next(self._ids), name=name, path=path, root=root, pinned=pinned)
+        entry = Entry(source, preload)
         self._by_id[entry.source.adapter_id] = entry
         return entry
 

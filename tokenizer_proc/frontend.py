@@ -26,6 +26,7 @@ from engine.messages import (
     Stats,
     Submit,
     ToTokenizer,
+    UnloadAdapter,
 )
 from tokenizer_proc.adapters import AdapterDirectory
 from tokenizer_proc.defaults import Defaults
@@ -43,6 +44,8 @@ __all__ = ["Frontend", "Stream"]
 
 log = logging.getLogger(__name__)
 
+STUCK_SECONDS = 30.0
+
 
 class Frontend:
     """One engine as the doors see it. `send` puts a message into the scheduler's inbox."""
@@ -57,7 +60,7 @@ class Frontend:
     ) -> None:
         self.tokenizer = tokenizer
         self.chat = chat
-        self.adapters = AdapterDirectory(config.served_model_names, config.adapters)
+        self.adapters = AdapterDirectory(config.served_model_names, config.adapters, config.links.epoch)
         self.metrics = Metrics(config.served_model_names[0], self._picture)
         self.lifecycle = Lifecycle(config, self.adapters, send, self.metrics)
         self._resolver: Resolver | None = None
@@ -65,7 +68,7 @@ class Frontend:
             self._resolver = Resolver(config.lora_resolve_root, self.adapters, self.lifecycle, config.lora_roots)
         self.capacity: Capacity | None = None
         self.stats = Stats()
-        self.router = Router(send, config.links.epoch, config.max_open_requests)
+        self.router = Router(send, config.links.epoch, config.max_open_requests, config.max_queued_tokens)
         self.epoch = config.links.epoch
         self.is_draining = False
         self._config = config
@@ -73,6 +76,7 @@ class Frontend:
         self._send = send
         self._seeds = random.Random(config.seed)
         self._started = time.time()
+        self._heard = time.monotonic()
 
     @classmethod
     def load(cls, config: TokenizerConfig, send: Callable[[msgspec.Struct], None]) -> Frontend:
@@ -85,7 +89,7 @@ class Frontend:
 
     def open(self, submit: Submit) -> Stream:
         """A stream for `submit`; entering it checks everything and raises the EngineError that fits."""
-        return Stream(submit, self._prepare, self.router, self.metrics)
+        return Stream(submit, self._prepare, self.router, self.metrics, self._config.request_timeout)
 
     def check_size(self, choices: int) -> None:
         """Raises InvalidRequest for a call that could never be open at once: to try again would not help."""
@@ -117,6 +121,11 @@ class Frontend:
         return self.capacity is not None and self.adapters.is_ready and not self.is_draining
 
     @property
+    def is_stuck(self) -> bool:
+        """Requests are open, and for long there was no news of any: a step hangs, or is endless."""
+        return self.router.open > 0 and time.monotonic() - max(self._heard, self.router.began) > STUCK_SECONDS
+
+    @property
     def max_length(self) -> int:
         """Tokens one request may have, prompt and answer; 0 before capacity is known."""
         capacity = self.capacity
@@ -143,6 +152,7 @@ class Frontend:
 
     def handle(self, message: ToTokenizer) -> None:
         """Takes in one message of the scheduler."""
+        self._heard = time.monotonic()
         match message:
             case Progress():
                 self.router.handle(message)
@@ -154,8 +164,18 @@ class Frontend:
             case Capacity():
                 self.capacity = message
                 self.adapters.load(self._send)
+                self.adapters.unload(self._send)
             case Hello() | Ping():
-                pass  # a new scheduler incarnation tells its Capacity again
+                pass
+
+    def recover(self, scheduler: int) -> None:
+        """Another scheduler listens: it is told of the adapters, of every open request, and of what drains.
+
+        In this order, so that a request finds its adapter, also one that nobody else may name any more.
+        """
+        self.adapters.load(self._send)
+        self.router.resubmit(scheduler)
+        self.adapters.unload(self._send)
 
     async def drain(self, seconds: float) -> None:
         """Takes nothing new, lets open streams finish for so long, then ends them with EngineDead."""
@@ -169,6 +189,9 @@ class Frontend:
     def _adapter_news(self, state: AdapterState) -> None:
         entry = self.adapters.entry(state.adapter_id)
         before = None if entry is None else entry.state
+        if entry is None and state.state != "gone":  # a load that our predecessor began and did not live to see
+            self._send(UnloadAdapter(state.adapter_id))
+            return
         self.adapters.handle(state)
         if entry is not None and before is not None:
             self._measure(entry, before, state)

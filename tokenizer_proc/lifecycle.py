@@ -20,6 +20,7 @@ import msgspec
 
 from engine.config import TokenizerConfig
 from engine.errors import AdapterError, EngineDead, EngineError, InvalidRequest, NotFound, Overloaded
+from engine.journal import Journal
 from engine.messages import LoadAdapter, PinAdapter, UnloadAdapter
 from tokenizer_proc.adapters import AdapterDirectory
 from tokenizer_proc.metrics import Metrics
@@ -86,6 +87,7 @@ class Lifecycle:
         self._send = send
         self._metrics = metrics
         self._sources = Sources(config.lora_roots)
+        self._journal = Journal(config.journal)
         self._names = _Names()
         self._slots = asyncio.Semaphore(LOADS_AT_ONCE)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -159,6 +161,7 @@ class Lifecycle:
             with self._directory.loading(ask.name), self._counted():
                 entry = await self._bring(ask, ask.pinned or keeps_pin, sources)
             old = self._directory.point(entry)
+            self._journal.means(entry.source)
             if old is not None:
                 self._send(UnloadAdapter(old.source.adapter_id))
             log.info("adapter %s is loaded from %s", ask.name, entry.source.root)
@@ -171,7 +174,7 @@ class Lifecycle:
         root = await sources.find(ask.name, ask.path)
         if pinned:
             self._check_pin(ask.name)  # others may have come meanwhile
-        entry = self._directory.add(ask.name, ask.path, root, pinned)
+        entry = self._directory.add(ask.name, ask.path, root, pinned=pinned, preload=ask.preload)
         try:
             async with self._slots:
                 adapter_id = entry.source.adapter_id
@@ -198,6 +201,7 @@ class Lifecycle:
                     param="lora_int_id",
                 )
             self._directory.take_name(name)
+            self._journal.drops(name)
             self._send(UnloadAdapter(entry.source.adapter_id))
             return entry
 
@@ -207,6 +211,7 @@ class Lifecycle:
             if pinned:
                 self._check_pin(name)
             entry.source = msgspec.structs.replace(entry.source, pinned=pinned)
+            self._journal.means(entry.source)
             self._send(PinAdapter(entry.source.adapter_id, pinned))
             return entry
 

@@ -3,7 +3,8 @@
     stream --start--> id --Generate--> scheduler
     stream <--Update-- id <--Progress-- scheduler       an id that is not open any more is nobody's: dropped
 
-Counts what is open and refuses more than the bound. Knows nothing of text.
+Counts what is open and refuses more than the bound. When another scheduler takes over, `resubmit` tells it of all that
+is open, with the tokens each request has; what the one before said last is dropped. Knows nothing of text.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from engine.errors import EngineError, InternalError, Overloaded
 from engine.messages import Abort, Generate, Progress, Sampling, Stopping, Update
@@ -26,23 +30,41 @@ _IDS_BY_EPOCH = 1 << 40  # so that an id means one request, also after a restart
 Receiver = Callable[[Update | EngineError], None]
 
 
+class _Open(NamedTuple):
+    """A request that may bring news: what was sent for it, who hears of it, and the tokens it has."""
+
+    message: Generate
+    receiver: Receiver
+    tokens: list[int]
+
+
 class Router:
     """The open requests of this incarnation (`epoch`)."""
 
-    def __init__(self, send: Callable[[msgspec.Struct], None], epoch: int = 0, max_open: int = 4096) -> None:
+    def __init__(
+        self,
+        send: Callable[[msgspec.Struct], None],
+        epoch: int = 0,
+        max_open: int = 4096,
+        max_tokens: int | None = None,
+    ) -> None:
         self._send = send
         self._epoch = epoch
         self._max_open = max_open
         self._ids = itertools.count(epoch * _IDS_BY_EPOCH + 1)
-        self._receivers: dict[int, Receiver] = {}
-        self._reserved = 0
+        self._requests: dict[int, _Open] = {}
+        self._scheduler = 0
+        self.began = 0.0
+        """When the first of the requests that are open began (monotonic seconds)."""
+        self._max_tokens = max_tokens
+        self._reserved = self._tokens = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
     def open(self) -> int:
         """How many requests may still bring news."""
-        return len(self._receivers)
+        return len(self._requests)
 
     @contextlib.contextmanager
     def reserved(self, count: int) -> Iterator[None]:
@@ -58,6 +80,19 @@ class Router:
             if not self._reserved:
                 self._idle.set()
 
+    @contextlib.contextmanager
+    def queued(self, tokens: int) -> Iterator[None]:
+        """Room for a prompt of so many tokens while entered. Raises Overloaded when there is none beside the others."""
+        if self._max_tokens is not None and self._tokens and self._tokens + tokens > self._max_tokens:
+            raise Overloaded(
+                f"{self._tokens} prompt tokens are open already and {self._max_tokens} is the bound: try again soon"
+            )
+        self._tokens += tokens
+        try:
+            yield
+        finally:
+            self._tokens -= tokens
+
     async def idle(self, seconds: float) -> bool:
         """Waits up to so many seconds until nothing is reserved; whether that came true."""
         with contextlib.suppress(TimeoutError):
@@ -67,6 +102,7 @@ class Router:
     def start(
         self,
         receiver: Receiver,
+        tokens: list[int],
         *,
         prompt: list[int],
         lora: list[tuple[int, float]],
@@ -75,45 +111,52 @@ class Router:
         priority: int = 0,
         salt: str = "",
     ) -> int:
-        """Sends a Generate; `receiver` hears of it until `stop`. Returns its id."""
+        """Sends a Generate; `receiver` hears of it until `stop`, and adds to `tokens` what comes. Returns its id."""
         request_id = next(self._ids)
-        self._send(
-            Generate(
-                epoch=self._epoch,
-                request_id=request_id,
-                prompt=prompt,
-                lora=lora,
-                sampling=sampling,
-                stopping=stopping,
-                priority=priority,
-                salt=salt,
-            )
+        message = Generate(
+            epoch=self._epoch,
+            request_id=request_id,
+            prompt=prompt,
+            lora=lora,
+            sampling=sampling,
+            stopping=stopping,
+            priority=priority,
+            salt=salt,
         )
-        self._receivers[request_id] = receiver
+        self._send(message)
+        if not self._requests:
+            self.began = time.monotonic()
+        self._requests[request_id] = _Open(message, receiver, tokens)
         return request_id
+
+    def resubmit(self, scheduler: int) -> None:
+        """The scheduler of this incarnation knows nothing: it is told of every open request."""
+        self._scheduler = scheduler
+        for request in self._requests.values():
+            self._send(replace(request.message, generated=list(request.tokens)))
 
     def stop(self, request_id: int, abort: bool) -> None:
         """Forgets a request, and with `abort` tells the scheduler to forget it. Twice is harmless."""
-        if self._receivers.pop(request_id, None) is not None and abort:
+        if self._requests.pop(request_id, None) is not None and abort:
             self._send(Abort(self._epoch, request_id))
 
     def handle(self, progress: Progress) -> None:
         """Hands every update to its receiver; a fault in one stays with it. An older incarnation's news are dropped."""
-        if progress.epoch != self._epoch:
+        if progress.epoch != self._epoch or progress.scheduler < self._scheduler:
             return
         for update in progress.updates:
-            receiver = self._receivers.get(update.request_id)
-            if receiver is None:
+            request = self._requests.get(update.request_id)
+            if request is None:
                 continue
             try:
-                receiver(update)
+                request.receiver(update)
             except Exception as error:
                 log.exception("request %d: its news could not be taken", update.request_id)
                 self.stop(update.request_id, abort=True)
-                receiver(InternalError(f"the answer could not be made: {type(error).__name__}: {error}"))
+                request.receiver(InternalError(f"the answer could not be made: {type(error).__name__}: {error}"))
 
     def fail(self, error: EngineError) -> None:
         """Ends every open request with an error; the scheduler is not told."""
-        receivers, self._receivers = self._receivers, {}
-        for receiver in receivers.values():
-            receiver(error)
+        requests, self._requests = self._requests, {}
+        for request in requests.values():
+            request.receiver(error)

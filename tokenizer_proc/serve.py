@@ -20,17 +20,20 @@ from aiohttp import web
 
 from engine.child import Child
 from engine.config import TokenizerConfig
-from engine.errors import InternalError
-from engine.ipc import AsyncInbox, Outbox
-from engine.messages import Hello, ToTokenizer
+from engine.ipc import AsyncInbox
+from engine.messages import ToTokenizer
+from engine.pulse import Pulse
 from tokenizer_proc.api import admin, errors
 from tokenizer_proc.api.app import create_app
 from tokenizer_proc.door import Door
 from tokenizer_proc.frontend import Frontend
+from tokenizer_proc.news import News
+from tokenizer_proc.uplink import Uplink
 
 log = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 10.0
+BEAT_SECONDS = 0.5
 
 
 async def serve(child: Child, config: TokenizerConfig) -> None:
@@ -38,19 +41,18 @@ async def serve(child: Child, config: TokenizerConfig) -> None:
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     context = zmq.asyncio.Context()
-    outbox = Outbox(zmq.Context.shadow(context.underlying), config.links.scheduler, config.links.max_frame_bytes)
     inbox: AsyncInbox[ToTokenizer] = AsyncInbox(
         context, config.links.tokenizer, ToTokenizer, config.links.max_frame_bytes
     )
+    uplink = Uplink(zmq.Context.shadow(context.underlying), config.links)
     try:
-        outbox.send(Hello("tokenizer", config.links.epoch, config.links.tokenizer))
-        frontend = Frontend.load(config, outbox.send)
-        if not await _started(frontend, inbox, stopping):
+        news = News(Frontend.load(config, uplink.send), uplink, inbox)
+        if not await news.until_ready(stopping, forgiving=config.links.epoch > 0):
             return
-        await _work(child, config, context, frontend, inbox, stopping)
+        await _work(child, config, context, news, stopping)
     finally:
         inbox.close()
-        outbox.close()
+        uplink.close()
         context.term()
 
 
@@ -58,15 +60,16 @@ async def _work(
     child: Child,
     config: TokenizerConfig,
     context: zmq.asyncio.Context,
-    frontend: Frontend,
-    inbox: AsyncInbox[ToTokenizer],
+    news: News,
     stopping: asyncio.Event,
 ) -> None:
     """From the first message after the start to the last stream."""
-    reading = asyncio.ensure_future(_read(frontend, inbox))
+    frontend, pulse = news.frontend, Pulse()
+    reading, beating = asyncio.ensure_future(news.read()), asyncio.ensure_future(_beat(pulse))
     try:
         async with _door(config, context, frontend) as door, _http(config, frontend) as http:
             child.ready(_facts(frontend))
+            child.keep_pulse(pulse)
             ended = asyncio.ensure_future(stopping.wait())
             await asyncio.wait((ended, reading, door), return_when=asyncio.FIRST_COMPLETED)
             ended.cancel()
@@ -77,30 +80,14 @@ async def _work(
             await frontend.drain(DRAIN_SECONDS)
     finally:
         reading.cancel()
+        beating.cancel()
 
 
-async def _started(frontend: Frontend, inbox: AsyncInbox[ToTokenizer], stopping: asyncio.Event) -> bool:
-    """Reads the inbox until requests can be served; False when we are to stop before. Raises AdapterError."""
-    stop = asyncio.ensure_future(stopping.wait())
-    try:
-        while not frontend.is_ready:
-            news = asyncio.ensure_future(anext(inbox))
-            await asyncio.wait({stop, news}, return_when=asyncio.FIRST_COMPLETED)
-            if not news.done():
-                news.cancel()
-                return False
-            frontend.handle(news.result())
-            if (failure := frontend.adapters.failure) is not None:
-                raise failure
-        return True
-    finally:
-        stop.cancel()
-
-
-async def _read(frontend: Frontend, inbox: AsyncInbox[ToTokenizer]) -> None:
-    async for message in inbox:
-        frontend.handle(message)
-    raise InternalError("the inbox ended")
+async def _beat(pulse: Pulse) -> None:
+    """Shows that the event loop turns."""
+    while True:
+        pulse.tick()
+        await asyncio.sleep(BEAT_SECONDS)
 
 
 @contextlib.asynccontextmanager

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from engine.errors import AdapterError, EngineError, InternalError
+from engine.errors import AdapterError, EngineError, InternalError, TimedOut
 from engine.messages import Delta, Submit, Update
 from tokenizer_proc.choice import Choice
 from tokenizer_proc.metrics import Metrics
@@ -47,7 +47,12 @@ class Stream:
     """Made by Frontend.open. `prompt_ids` are known after entering."""
 
     def __init__(
-        self, submit: Submit, prepare: Callable[[Submit], Awaitable[Prepared]], router: Router, metrics: Metrics
+        self,
+        submit: Submit,
+        prepare: Callable[[Submit], Awaitable[Prepared]],
+        router: Router,
+        metrics: Metrics,
+        timeout: float | None = None,
     ) -> None:
         self.prompt_ids: list[int] = []
         self._submit = submit
@@ -60,6 +65,7 @@ class Stream:
         self._unread = 0  # choices whose last delta was not read yet
         self._arrived = time.monotonic()
         self._cancelled = False
+        self._timeout = timeout
         self._release = contextlib.ExitStack()
 
     async def __aenter__(self) -> Stream:
@@ -67,8 +73,12 @@ class Stream:
             self._release.enter_context(self._router.reserved(1))
             prepared = await self._prepare(self._submit)
             self._release.enter_context(self._router.reserved(prepared.plan.n - 1))
+            self._release.enter_context(self._router.queued(len(prepared.prompt_ids) * prepared.plan.n))
             self._release.enter_context(prepared.voice.held(prepared.plan.n))
             self._start(prepared)
+            if self._timeout is not None:
+                late = asyncio.get_running_loop().call_later(self._timeout, self._expire)
+                self._release.callback(late.cancel)
         except BaseException as error:
             self._close()
             if isinstance(error, EngineError):
@@ -119,6 +129,7 @@ class Stream:
             )
             running.request_id = self._router.start(
                 functools.partial(self._receive, running),
+                running.choice.generated,
                 prompt=self.prompt_ids,
                 lora=self._voice.lora,
                 sampling=sampling,
@@ -178,6 +189,11 @@ class Stream:
         if delta.finish_reason is not None:
             self._metrics.finished(delta.finish_reason, time.monotonic() - self._arrived)
         self._queue.put_nowait(delta)
+
+    def _expire(self) -> None:
+        """Its time is up: what has not finished never will."""
+        if any(running.choice.finish is None for running in self._running):
+            self._fail(TimedOut(f"the request was not done after {self._timeout:g} seconds, and is ended"))
 
     def _fail(self, error: EngineError) -> None:
         """The whole submit ends with `error`; its other choices are aborted."""

@@ -17,10 +17,14 @@ from engine.messages import AdapterCard, AdapterStage, AdapterState
 
 
 class Entry:
-    """One adapter under its id, which is never reused. `draining`: its name was taken, and it is on its way out."""
+    """One adapter under its id, which is never reused. `draining`: its name was taken, and it is on its way out.
 
-    def __init__(self, source: AdapterSource) -> None:
+    `preload`: whoever loaded it waits until it is resident.
+    """
+
+    def __init__(self, source: AdapterSource, preload: bool = False) -> None:
         self.source = source
+        self.preload = preload
         self.state = AdapterState(adapter_id=source.adapter_id, state="loading")
         self.in_flight = 0
         self.created = int(time.time())

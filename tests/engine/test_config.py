@@ -16,7 +16,9 @@ ADAPTER = AdapterSource(adapter_id=1, name="a", path="p", root="/p")
 
 
 def _sections(adapters: list[AdapterSource] | None = None, **flags: object) -> Sections:
-    return sections(Args(**flags), links=LINKS, model=Path("/m"), adapters=adapters or [], listen_fd=5)
+    return sections(
+        Args(**flags), links=LINKS, journal=Path("/j"), model=Path("/m"), adapters=adapters or [], listen_fd=5
+    )
 
 
 def test_sections_survive_their_journey() -> None:

@@ -13,14 +13,22 @@ from pathlib import Path
 import pytest
 from child_that import Orders
 
+from engine import process
+from engine import supervisor as supervision
 from engine.errors import AdapterError, ConfigError, EngineDead, InvalidRequest
-from engine.supervisor import Process, Spec, Supervisor
+from engine.process import Process, Spec
+from engine.supervisor import Maker, Supervisor
 
 FIXTURES = str(Path(__file__).parent.parent / "fixtures")
 
 
 def _spec(does: str) -> Spec:
     return Spec(does, "child_that", Orders(does), environment={"PYTHONPATH": FIXTURES})
+
+
+def _maker(*lives: str) -> Maker:
+    """What each incarnation does; the last word goes for all that follow."""
+    return lambda incarnation, _: _spec(lives[min(incarnation, len(lives) - 1)])
 
 
 def _alive(pid: int) -> bool:
@@ -60,7 +68,7 @@ def test_ready_passes_stray_prints_and_stop_ends_it() -> None:
 )
 def test_a_child_that_cannot_serve_says_why(does: str, error: type[Exception], words: str) -> None:
     async def run() -> None:
-        async with Supervisor([_spec("serves"), _spec(does)]) as supervisor:
+        async with Supervisor([_maker("serves"), _maker(does)]) as supervisor:
             await supervisor.ready()
 
     with pytest.raises(error, match=words):
@@ -69,7 +77,7 @@ def test_a_child_that_cannot_serve_says_why(does: str, error: type[Exception], w
 
 def test_the_reason_is_preferred_to_its_consequence() -> None:
     async def run() -> None:
-        async with Supervisor([_spec("dies"), _spec("fails"), _spec("serves")]) as supervisor:
+        async with Supervisor([_maker("dies"), _maker("fails"), _maker("serves")]) as supervisor:
             await asyncio.sleep(0.5)
             await supervisor.ready()
 
@@ -77,20 +85,90 @@ def test_the_reason_is_preferred_to_its_consequence() -> None:
         asyncio.run(run())
 
 
-def test_the_first_death_is_told_and_the_others_are_ended() -> None:
+def test_too_many_deaths_in_a_row_are_told_and_the_others_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "MOST_DEATHS", 2)
+
     async def run() -> tuple[str, list[int]]:
-        async with Supervisor([_spec("serves"), _spec("serves, then dies")]) as supervisor:
+        async with Supervisor([_maker("serves"), _maker("serves, then dies")]) as supervisor:
             reports = await supervisor.ready()
-            return await supervisor.first_death(), [int(str(report.facts["pid"])) for report in reports.values()]
+            return await supervisor.hopeless(), [int(str(report.facts["pid"])) for report in reports.values()]
 
     death, pids = asyncio.run(run())
-    assert death == "the serves, then dies process exited with code 9"
+    assert death == "the serves, then dies process exited with code 9, and that too often in a row"
     assert not any(map(_alive, pids))
+
+
+def test_three_failed_starts_in_a_row_are_too_many() -> None:
+    async def run() -> str:
+        async with Supervisor([_maker("serves, then dies", "fails")]) as supervisor:
+            await supervisor.ready()
+            return await supervisor.hopeless()
+
+    reason = asyncio.run(run())
+    assert reason.startswith("the fails process ")
+    assert reason.endswith("too often in a row")
+
+
+def test_a_fault_is_told_from_what_others_did() -> None:
+    told: list[bool] = []
+
+    def make(incarnation: int, after_fault: bool) -> Spec:
+        told.append(after_fault)
+        return _spec("serves, then dies" if incarnation == 0 else "serves")
+
+    async def run() -> None:
+        async with Supervisor([make]) as supervisor:
+            await supervisor.ready()
+            second = await _replaced(supervisor, supervisor.pids()[0])
+            os.kill(second, signal.SIGKILL)
+            await _replaced(supervisor, second)
+
+    asyncio.run(run())
+    assert told == [False, True, False]
+
+
+async def _replaced(supervisor: Supervisor, first: int) -> int:
+    """The process id of the incarnation after `first`."""
+    keeper = asyncio.ensure_future(supervisor.hopeless())
+    try:
+        async with asyncio.timeout(20):
+            while (now := supervisor.pids()[0]) == first:
+                assert not keeper.done()
+                await asyncio.sleep(0.05)
+        return now
+    finally:
+        keeper.cancel()
+
+
+@pytest.mark.parametrize("life", ["serves, then dies", "serves, then is stuck"])
+def test_one_that_dies_or_gets_stuck_is_replaced(life: str) -> None:
+    async def run() -> tuple[int, int]:
+        async with Supervisor([_maker(life, "serves")], busy=1.0) as supervisor:
+            first = int(str((await supervisor.ready())[life].facts["pid"]))
+            return first, await _replaced(supervisor, first)
+
+    first, second = asyncio.run(run())
+    assert first != second
+    assert not _alive(first)
+
+
+def test_one_that_is_stopped_gives_no_sign_of_life_and_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "SILENT_SECONDS", 2)
+
+    async def run() -> tuple[int, int]:
+        async with Supervisor([_maker("serves")]) as supervisor:
+            first = int(str((await supervisor.ready())["serves"].facts["pid"]))
+            os.kill(first, signal.SIGSTOP)
+            return first, await _replaced(supervisor, first)
+
+    first, second = asyncio.run(run())
+    assert first != second
+    assert not _alive(first)
 
 
 def test_one_that_ignores_sigterm_is_killed() -> None:
     async def run() -> int:
-        async with Supervisor([_spec("ignores SIGTERM")], grace=0.3) as supervisor:
+        async with Supervisor([_maker("ignores SIGTERM")], grace=0.3) as supervisor:
             return int(str((await supervisor.ready())["ignores SIGTERM"].facts["pid"]))
 
     assert not _alive(asyncio.run(run()))
@@ -102,7 +180,7 @@ def test_children_end_with_a_parent_that_is_killed() -> None:
             sys.executable,
             "-c",
             "import asyncio, sys, time\n"
-            "from engine.supervisor import Process, Spec\n"
+            "from engine.process import Process, Spec\n"
             "from child_that import Orders\n"
             "async def main():\n"
             "    child = await Process.start(Spec('c', 'child_that', Orders('ignores SIGTERM')))\n"
@@ -130,7 +208,7 @@ def test_a_hostile_package_in_the_working_directory_does_not_win(
     monkeypatch.chdir(tmp_path)
 
     async def run() -> None:
-        async with Supervisor([_spec("serves")]) as supervisor:
+        async with Supervisor([_maker("serves")]) as supervisor:
             await supervisor.ready()
 
     asyncio.run(run())

@@ -38,6 +38,7 @@ from engine.messages import (
     ToScheduler,
     UnloadAdapter,
 )
+from model_runner.serve import SCHEDULERS
 
 pytestmark = pytest.mark.e2e
 
@@ -85,6 +86,9 @@ class Child:
         self._context.destroy(linger=0)
 
 
+EPOCH = 3 * SCHEDULERS  # of the third runner, while nobody has reset it
+
+
 @pytest.fixture
 def start(tiny_model: Callable[[str], Path], tmp_path: Path) -> Iterator[Callable[..., Child]]:
     """`start(**config)`: a child on the tiny model, ended with the test."""
@@ -101,8 +105,8 @@ def start(tiny_model: Callable[[str], Path], tmp_path: Path) -> Iterator[Callabl
         child.close()
 
 
-def step(id: int, **parts: Any) -> Step:
-    return Step(epoch=3, id=id, **parts)
+def step(id: int, epoch: int = EPOCH, **parts: Any) -> Step:
+    return Step(epoch=epoch, id=id, **parts)
 
 
 def first_chunk(lane: int = 0) -> dict[str, Any]:
@@ -127,12 +131,12 @@ def test_a_life_from_config_to_the_end_of_stdin(
     assert (report.facts["device"], report.facts["family"], report.facts["max_lora_rank"]) == ("cpu", "llama", 8)
     assert child.next(Hello) == Hello("runner", 3, child.config.links.runner)
     ready = child.next(RunnerReady)
-    assert (ready.epoch, ready.capacity.rows, ready.capacity.max_loras) == (3, 4, 2)
-    assert child.next(Ping) == Ping(3)
+    assert (ready.epoch, ready.capacity.rows, ready.capacity.max_loras) == (EPOCH, 4, 2)
+    assert child.next(Ping) == Ping(EPOCH)
 
     child.outbox.send(LoadAdapter(adapter_id=1, path=root))
     loaded = child.next(AdapterState)
-    assert (loaded.state, loaded.lora_rank, loaded.epoch) == ("host", 8, 3)
+    assert (loaded.state, loaded.lora_rank, loaded.epoch) == ("host", 8, EPOCH)
     child.outbox.send(LoadAdapter(adapter_id=2, path=str(tmp_path / "none")))
     assert child.next(AdapterState).state == "failed"
 
@@ -146,20 +150,23 @@ def test_a_life_from_config_to_the_end_of_stdin(
     tokens = [*child.next(StepDone).tokens, *child.next(StepDone).tokens]
     assert tokens == oracle.greedy([5, 6, 7], 2, "a")
 
-    child.outbox.send(Step(epoch=2, id=9, chunks=[Chunk(row=3, generation=9, start=0, length=1)]))  # an older epoch
+    child.outbox.send(
+        Step(epoch=EPOCH - 1, id=9, chunks=[Chunk(row=3, generation=9, start=0, length=1)])
+    )  # an older epoch
     child.outbox.send(RunnerReady(epoch=0, capacity=ready.capacity))  # not for runners
     child.outbox.send(Reset(1))
-    assert child.next(RunnerReady) == ready
-    child.outbox.send(step(1, **first_chunk()))
+    child.outbox.send(step(2, chunks=[Chunk(row=1, generation=1, start=4, length=1)]))  # a dead scheduler's, come late
+    assert child.next(RunnerReady) == msgspec.structs.replace(ready, epoch=EPOCH + 1)
+    child.outbox.send(step(1, EPOCH + 1, **first_chunk()))
     assert child.next(StepDone).tokens == oracle.greedy([5, 6, 7], 1)
     child.outbox.send(UnloadAdapter(1))
     gone = child.next(AdapterState)
-    assert (gone.state, gone.epoch) == ("gone", 3)
+    assert (gone.state, gone.epoch) == ("gone", EPOCH + 1)
 
     elsewhere: Inbox[Any] = Inbox(child._context, f"ipc://{tmp_path}/s.1", ToScheduler)
     child.outbox.send(Hello("scheduler", 1, f"ipc://{tmp_path}/s.1"))
     child.outbox.send(Ping())
-    assert list(elsewhere.receive(30.0)) == [Ping(3)]
+    assert list(elsewhere.receive(30.0)) == [Ping(EPOCH + 1)]
     elsewhere.close()
 
     assert child.process.stdin is not None

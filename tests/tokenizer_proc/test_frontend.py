@@ -9,7 +9,16 @@ import msgspec
 import pytest
 from tokenizer_front import END, LINKS, Fake, capacity, scores
 
-from engine.errors import AdapterError, EngineDead, EngineError, InternalError, InvalidRequest, NotFound, Overloaded
+from engine.errors import (
+    AdapterError,
+    EngineDead,
+    EngineError,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    TimedOut,
+)
 from engine.messages import (
     AdapterState,
     ChatMessage,
@@ -22,6 +31,7 @@ from engine.messages import (
     Submit,
     Update,
 )
+from tokenizer_proc import frontend
 from tokenizer_proc.frontend import Stream
 
 
@@ -189,7 +199,7 @@ def test_news_for_an_older_incarnation_are_dropped() -> None:
             [generate] = fake.generates
             assert generate.epoch == 3
             assert generate.request_id > Fake(links=LINKS).front.router.start(
-                print, prompt=[1], lora=[], sampling=generate.sampling, stopping=generate.stopping
+                print, [], prompt=[1], lora=[], sampling=generate.sampling, stopping=generate.stopping
             )
             update = Update(request_id=generate.request_id, index=0, tokens=[300], finish="length")
             fake.front.handle(Progress(2, [update]))
@@ -426,3 +436,77 @@ def test_facts_and_metrics() -> None:
     assert info["capacity"]["page_size"] == 16
     assert info["stats"]["waiting"] == 3
     assert info["adapters"] == ["poet"]
+
+
+def test_prompt_tokens_are_bounded_but_one_prompt_is_always_taken() -> None:
+    fake = Fake(max_queued_tokens=5)
+
+    async def work() -> None:
+        async with fake.front.open(submit([5] * 9)):
+            with pytest.raises(Overloaded, match="prompt tokens"):
+                async with fake.front.open(submit([5])):
+                    pass
+        async with fake.front.open(submit([5, 6])), fake.front.open(submit([5, 6, 7])):
+            assert fake.front.router.open == 2
+
+    run(work)
+
+
+def test_a_request_that_takes_too_long_is_ended() -> None:
+    fake = Fake(request_timeout=0.05)
+
+    async def work() -> None:
+        async with fake.front.open(submit("hello", n=2)) as stream:
+            with pytest.raises(TimedOut, match=r"after 0\.05 seconds"):
+                await rest(stream)
+            assert fake.aborted == [generate.request_id for generate in fake.generates]
+        async with fake.front.open(submit("hello")) as stream:
+            generate = fake.generates[-1]
+            fake.say(Update(request_id=generate.request_id, index=0, tokens=[END], finish="stop", matched=END))
+            await asyncio.sleep(0.1)
+            assert [delta.finish_reason for delta in await rest(stream)] == ["stop"]
+
+    run(work)
+
+
+def test_another_scheduler_is_told_of_everything_that_is_open() -> None:
+    fake = Fake()
+
+    async def work() -> None:
+        async with fake.front.open(submit("hello", max_tokens=9)) as stream, fake.front.open(submit("gone")) as ended:
+            [generate, other] = fake.generates
+            at = fake.say_text(generate.request_id, " wörld")
+            fake.say(Update(request_id=other.request_id, index=0, tokens=[END], finish="stop", matched=END))
+            await rest(ended)
+            fake.sent.clear()
+            fake.front.recover(1)
+            [again] = fake.generates
+            told = list(stream._running[0].choice.generated)
+            assert msgspec.structs.replace(again, generated=[]) == generate
+            assert again.generated == told
+            assert len(told) == at
+            late = Update(request_id=generate.request_id, index=at, tokens=[300])
+            fake.front.handle(Progress(0, [late], 0))  # the last words of the one that died
+            news = Update(request_id=generate.request_id, index=at, tokens=[END], finish="stop", matched=END)
+            fake.front.handle(Progress(0, [news], 1))
+            deltas = await rest(stream)
+            assert [token for delta in deltas for token in delta.token_ids] == [*told, END]
+
+    run(work)
+
+
+def test_open_requests_without_news_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake()
+    monkeypatch.setattr(frontend, "STUCK_SECONDS", 0.05)
+
+    async def work() -> None:
+        await asyncio.sleep(0.1)
+        assert not fake.front.is_stuck  # nobody waits
+        async with fake.front.open(submit("hello")):
+            assert not fake.front.is_stuck  # it came just now
+            await asyncio.sleep(0.1)
+            assert fake.front.is_stuck
+            fake.front.handle(Stats())
+            assert not fake.front.is_stuck
+
+    run(work)

@@ -9,7 +9,7 @@ from functools import partial
 from aiohttp import web
 
 from engine.config import TokenizerConfig
-from tokenizer_proc.api import errors, lora, models, native, ops, tokens
+from tokenizer_proc.api import access, errors, lora, models, native, ops, tokens
 from tokenizer_proc.api.chat import chat_completions
 from tokenizer_proc.api.completions import completions
 from tokenizer_proc.api.service import Service
@@ -48,7 +48,7 @@ _LONGEST_REQUEST_ID = 256
 def create_app(frontend: Frontend, config: TokenizerConfig) -> web.Application:
     """The door on `frontend`. Serve it with handler cancellation on: a client that is gone ends its handler."""
     service = Service(frontend, config)
-    app = web.Application(middlewares=[errors.middleware], client_max_size=config.max_body_bytes)
+    app = web.Application(middlewares=[errors.middleware, access.gate(config)], client_max_size=config.max_body_bytes)
     for method, path, route in ROUTES:
         app.router.add_route(method, path, partial(route, service))
         if method == "GET":

@@ -8,8 +8,8 @@ from msgspec.structs import replace
 
 from engine.errors import InvalidRequest
 from engine.messages import Delta, SamplingParams, Submit
+from tokenizer_proc.api import access, logprobs
 from tokenizer_proc.api import body as bodies
-from tokenizer_proc.api import logprobs
 from tokenizer_proc.api.batch import Batch, Choice
 from tokenizer_proc.api.fields import SPELLINGS_OPENAI
 from tokenizer_proc.api.messages import TemplateKwargs, Turn, chat_messages
@@ -36,8 +36,9 @@ async def chat_completions(service: Service, request: web.Request) -> web.Stream
     fields = await bodies.read(request)
     body, params = bodies.split(fields, ChatBody, SPELLINGS_OPENAI)
     check(body, params)
-    await service.frontend.fetch(body.model, body.lora_path)
-    submit = _submit(service, body, replace(params, logprobs=_wanted_logprobs(body)))
+    await access.fetch(service, request, body.model, body.lora_path)
+    lora = access.select(service, request, body.model or None, body.lora_path)
+    submit = _submit(body, lora, replace(params, logprobs=_wanted_logprobs(body)))
     frame = Frame(service, body, "chatcmpl", "chat.completion", "chat.completion.chunk")
     writer = ChatWriter(frame, body.logprobs)
     names = bodies.spelt(fields, SPELLINGS_OPENAI) | {"prompt": "messages", "logprobs": "top_logprobs"}
@@ -45,7 +46,7 @@ async def chat_completions(service: Service, request: web.Request) -> web.Stream
     return await answer(service, request, call, writer)
 
 
-def _submit(service: Service, body: ChatBody, params: SamplingParams) -> Submit:
+def _submit(body: ChatBody, lora: LoraField | None, params: SamplingParams) -> Submit:
     if body.continue_final_message and body.add_generation_prompt:
         raise InvalidRequest(
             "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
@@ -55,7 +56,7 @@ def _submit(service: Service, body: ChatBody, params: SamplingParams) -> Submit:
         id=0,
         prompt=[*chat_messages(body.messages)],
         params=params,
-        lora=service.frontend.adapters.select(body.model or None, body.lora_path),
+        lora=lora,
         chat_template_kwargs=body.chat_template_kwargs,
         add_generation_prompt=generates,
         continue_final_message=body.continue_final_message,

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from engine.errors import InvalidRequest
 from engine.messages import Delta, PositionLogprobs, SamplingParams, Submit, Usage
+from tokenizer_proc.api import access
 from tokenizer_proc.api import body as bodies
 from tokenizer_proc.api.batch import Batch, Choice
 from tokenizer_proc.api.fields import SPELLINGS_OPENAI
@@ -36,13 +37,14 @@ async def completions(service: Service, request: web.Request) -> web.StreamRespo
     fields = await bodies.read(request)
     body, params = bodies.split(fields, CompletionBody, SPELLINGS_OPENAI)
     check(body, params)
-    await service.frontend.fetch(
-        body.model, *(body.lora_path if isinstance(body.lora_path, list) else [body.lora_path])
-    )
     asked = prompts(body.prompt, "prompt", service.config.max_open_requests)
+    named = body.lora_path if isinstance(body.lora_path, list) else [body.lora_path]
+    await access.fetch(service, request, body.model, *named)
+    spread_out = spread(body.lora_path, len(asked), "lora_path")
+    loras = [access.select(service, request, body.model or None, lora) for lora in spread_out]
     frame = Frame(service, body, "cmpl", "text_completion", "text_completion")
     writer = CompletionWriter(frame, service.frontend.tokenizer, body, params, asked)
-    submits = _submits(service, body, _params(body, params), asked)
+    submits = _submits(body, _params(body, params), asked, loras)
     names = bodies.spelt(fields, SPELLINGS_OPENAI) | {"prompt_logprobs": "logprobs"}
     call = Call(submits=submits, ids={frame.id: range(len(submits))}, stream=body.stream, names=names)
     return await answer(service, request, call, writer)
@@ -58,22 +60,22 @@ def _params(body: CompletionBody, params: SamplingParams) -> SamplingParams:
 
 
 def _submits(
-    service: Service, body: CompletionBody, params: SamplingParams, asked: Sequence[str | TokenIds]
+    body: CompletionBody,
+    params: SamplingParams,
+    asked: Sequence[str | TokenIds],
+    loras: Sequence[LoraField | None],
 ) -> list[Submit]:
-    select = service.frontend.adapters.select
     return [
         Submit(
             id=number,
             prompt=prompt if isinstance(prompt, str) else [*prompt],
             params=params,
-            lora=select(body.model or None, lora),
+            lora=lora,
             default_max_tokens=DEFAULT_MAX_TOKENS,
             add_special_tokens=body.add_special_tokens,
             priority=body.priority,
         )
-        for number, (prompt, lora) in enumerate(
-            zip(asked, spread(body.lora_path, len(asked), "lora_path"), strict=True)
-        )
+        for number, (prompt, lora) in enumerate(zip(asked, loras, strict=True))
     ]
 
 

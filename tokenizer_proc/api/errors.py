@@ -10,7 +10,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 
-from engine.errors import EngineError, InternalError, InvalidRequest, NotFound, Overloaded
+from engine.errors import EngineError, InternalError, InvalidRequest, NotFound, Overloaded, RateLimited
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def internal(error: BaseException) -> EngineError:
 def response(error: EngineError, *, status: int | None = None, headers: dict[str, str] | None = None) -> web.Response:
     """The whole answer for `error`; `status` overrides the class's own."""
     headers = dict(headers or {})
-    if isinstance(error, Overloaded):
+    if isinstance(error, Overloaded | RateLimited):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     return web.Response(
         body=msgspec.json.encode(body(error)),

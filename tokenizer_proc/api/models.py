@@ -6,7 +6,8 @@ from aiohttp import web
 
 from engine.errors import NotFound
 from engine.messages import AdapterCard
-from tokenizer_proc.api.service import Service, as_json
+from tokenizer_proc.api import access
+from tokenizer_proc.api.service import Service, as_json, holder
 
 OWNER = "chorus"
 
@@ -15,7 +16,7 @@ async def list_models(service: Service, request: web.Request) -> web.StreamRespo
     """Base cards first, adapters in the order they came."""
     adapters = service.frontend.adapters
     cards = [_base_card(service, name) for name in adapters.base_names]
-    cards += [_adapter_card(service, card) for card in adapters.cards()]
+    cards += [_adapter_card(service, card) for card in access.seen(request, adapters.cards())]
     return as_json({"object": "list", "data": cards})
 
 
@@ -27,7 +28,7 @@ async def retrieve_model(service: Service, request: web.Request) -> web.StreamRe
         return as_json(_base_card(service, name))
     for known in (name, *(name.removeprefix(f"{base}:") for base in adapters.base_names)):
         card = adapters.card(known)
-        if card is not None:
+        if card is not None and holder(request).may_use(known):
             return as_json(_adapter_card(service, card))
     raise NotFound(f"the model '{name}' does not exist", param="model", code="model_not_found")
 

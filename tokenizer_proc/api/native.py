@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from engine.errors import InvalidRequest
 from engine.messages import AdapterMix, SamplingParams, Submit
+from tokenizer_proc.api import access
 from tokenizer_proc.api import body as bodies
 from tokenizer_proc.api.fields import SPELLINGS_NATIVE
 from tokenizer_proc.api.native_writer import NativeWriter, Scoring
@@ -58,8 +59,12 @@ async def generate(service: Service, request: web.Request) -> web.StreamResponse
     rids = _rids(body.rid, size)
     scoring = _scoring(body, size)
     params = [_scored(one, score) for one, score in zip(_params(body, size), scoring, strict=True)]
-    await service.frontend.fetch(None, *_loras(body, params))
-    submits = _submits(service, body, asked, params)
+    await access.fetch(service, request, None, *_loras(body, params))
+    loras = [
+        access.select(service, request, None, _agreed(lora, one))
+        for one, lora in zip(params, spread(body.lora_path, size, "lora_path"), strict=True)
+    ]
+    submits = _submits(body, asked, params, loras)
     is_list = not is_single(field) or any(one.sampling.n > 1 for one in params)
     writer = NativeWriter(rids, scoring, is_list, service.frontend.tokenizer)
     call = Call(submits=submits, ids=_by_rid(body.rid, rids), stream=body.stream, names=_names(body))
@@ -156,15 +161,17 @@ def _scored(one: _Params, scoring: Scoring | None) -> _Params:
 
 
 def _submits(
-    service: Service, body: GenerateBody, asked: Sequence[str | TokenIds], params: Sequence[_Params]
+    body: GenerateBody,
+    asked: Sequence[str | TokenIds],
+    params: Sequence[_Params],
+    loras: Sequence[LoraField | None],
 ) -> list[Submit]:
-    loras = spread(body.lora_path, len(asked), "lora_path")
     return [
         Submit(
             id=item,
             prompt=prompt if isinstance(prompt, str) else [*prompt],
             params=one.sampling,
-            lora=service.frontend.adapters.select(None, _agreed(lora, one)),
+            lora=lora,
             default_max_tokens=DEFAULT_MAX_TOKENS,
             add_special_tokens=body.add_special_tokens,
             priority=body.priority,

@@ -20,8 +20,12 @@ class AbortBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def health(service: Service, request: web.Request) -> web.StreamResponse:
-    """200 while this process answers."""
-    return as_json({"status": "ok"})
+    """200 while this process answers and what was asked of it goes on, else 503."""
+    if not service.frontend.is_stuck:
+        return as_json({"status": "ok"})
+    answer = as_json({"status": "stuck"})
+    answer.set_status(503)
+    return answer
 
 
 async def ready(service: Service, request: web.Request) -> web.StreamResponse:

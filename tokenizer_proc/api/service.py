@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Mapping, Sequence
 
 import msgspec
 from aiohttp import web
+from msgspec.structs import replace
 
 from engine.config import TokenizerConfig
 from engine.errors import InvalidRequest
@@ -19,6 +20,15 @@ from engine.messages import Delta, Submit
 from tokenizer_proc.api import sse
 from tokenizer_proc.api.batch import Batch, Choice
 from tokenizer_proc.frontend import Frontend
+from tokenizer_proc.tenants import Tenant
+
+TENANT = web.RequestKey("tenant", Tenant)
+"""Where a request that was let in carries its holder."""
+
+
+def holder(request: web.Request) -> Tenant:
+    """Whose call this is."""
+    return request[TENANT]
 
 
 class Open:
@@ -91,8 +101,11 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
 
 async def answer(service: Service, request: web.Request, call: Call, writer: Writer) -> web.StreamResponse:
     """Runs `call`. Whatever ends this (the client included) leaves nothing behind."""
+    tenant = holder(request)
     try:
-        async with Batch(service.frontend, call.submits) as batch:
+        tenant.admit([submit.lora for submit in call.submits])
+        submits = [replace(submit, tenant=tenant.name) for submit in call.submits]
+        async with Batch(service.frontend, submits) as batch, _charged(tenant, batch):
             writer.check(batch)
             with service.open.listed(call.ids, batch):
                 if call.stream:
@@ -102,6 +115,16 @@ async def answer(service: Service, request: web.Request, call: Call, writer: Wri
     except InvalidRequest as error:
         error.param = call.names.get(error.param or "", error.param)
         raise
+
+
+@contextlib.asynccontextmanager
+async def _charged(tenant: Tenant, batch: Batch) -> AsyncIterator[None]:
+    """The caller pays for what was made, however that ended."""
+    try:
+        yield
+    finally:
+        usage = batch.usage()
+        tenant.charge(usage.prompt_tokens + usage.completion_tokens)
 
 
 def as_json(value: object) -> web.Response:

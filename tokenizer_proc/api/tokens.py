@@ -6,6 +6,7 @@ import msgspec
 from aiohttp import web
 
 from engine.errors import InvalidRequest
+from tokenizer_proc.api import access
 from tokenizer_proc.api import body as bodies
 from tokenizer_proc.api.messages import TemplateKwargs, Turn, chat_messages
 from tokenizer_proc.api.openai import LoraField
@@ -42,7 +43,7 @@ class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
 async def tokenize(service: Service, request: web.Request) -> web.StreamResponse:
     """{tokens, count, max_model_len}."""
     body = bodies.decode(await bodies.read(request), TokenizeBody)
-    tokenizer, template = await _texts(service, body)
+    tokenizer, template = await _texts(service, request, body)
     text = _text(body, template)
     special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
     ids = await tokenizer.encode_text(text, special)
@@ -52,7 +53,7 @@ async def tokenize(service: Service, request: web.Request) -> web.StreamResponse
 async def detokenize(service: Service, request: web.Request) -> web.StreamResponse:
     """The text, as `prompt` (vLLM's name) and `text` (SGLang's)."""
     body = bodies.decode(await bodies.read(request), DetokenizeBody)
-    tokenizer, _ = await _texts(service, body)
+    tokenizer, _ = await _texts(service, request, body)
     _check(body.tokens, tokenizer.vocab_size)
     text = await tokenizer.decode_ids(body.tokens, skip_special_tokens=body.skip_special_tokens)
     return as_json({"prompt": text, "text": text})
@@ -67,10 +68,11 @@ def _check(tokens: list[int], vocab_size: int) -> None:
     )
 
 
-async def _texts(service: Service, body: TokenizeBody | DetokenizeBody) -> tuple[Tokenizer, ChatTemplate]:
-    frontend = service.frontend
-    await frontend.fetch(body.model, body.lora_path)
-    return frontend.texts_for(frontend.adapters.select(body.model or None, body.lora_path))
+async def _texts(
+    service: Service, request: web.Request, body: TokenizeBody | DetokenizeBody
+) -> tuple[Tokenizer, ChatTemplate]:
+    await access.fetch(service, request, body.model, body.lora_path)
+    return service.frontend.texts_for(access.select(service, request, body.model or None, body.lora_path))
 
 
 def _text(body: TokenizeBody, template: ChatTemplate) -> str:

@@ -90,6 +90,8 @@ def test_health_and_readiness() -> None:
     frontend.is_ready = False
     assert get(frontend, "/health")[0] == 200
     assert get(frontend, "/ready")[0] == 503
+    frontend.is_stuck = True
+    assert get(frontend, "/health") == (503, {"status": "stuck"})
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models"])

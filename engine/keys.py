@@ -1,0 +1,73 @@
+"""API keys: who may use the engine over HTTP, as whom, and how much.
+
+    --api-key KEY ...        or CHORUS_API_KEY / VLLM_API_KEY: keys without rules, all of one tenant
+    --api-key-file FILE      a JSON object a line, with rules; a process list shows none of it
+
+Knows nothing of HTTP. A key is never shown: not in logs, not in /server_info.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from engine.errors import ConfigError
+
+VARIABLES = ("CHORUS_API_KEY", "VLLM_API_KEY")
+
+
+class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One key and its rules.
+
+    tenant               requests of different tenants never share prefix pages, nor their share of the engine
+    adapters             names that may be used, with * as in file names; those of a mix must all be allowed
+    base                 whether the base model may be used without an adapter
+    requests_per_minute  as a rate: what is not used is kept for a minute at most
+    tokens_per_minute    prompt and answer, likewise
+    """
+
+    key: str
+    tenant: str = ""
+    adapters: list[str] = msgspec.field(default_factory=lambda: ["*"])
+    base: bool = True
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < float("inf"):
+                raise ValueError(f"{name} must be above 0")
+
+
+def read_keys(given: Sequence[str], file: str | None, environment: Mapping[str, str] = os.environ) -> list[ApiKey]:
+    """The keys of flags, file and environment. Raises ConfigError for what is no key, or is given twice."""
+    plain = [*given, *(key for name in VARIABLES for key in re.split(r"[\s,]+", environment.get(name, "")) if key)]
+    keys = [ApiKey(key=key) for key in dict.fromkeys(plain)] + ([] if file is None else _from_file(Path(file)))
+    for number, one in enumerate(keys):
+        if not one.key or not one.key.isascii() or not one.key.isprintable() or " " in one.key:
+            raise ConfigError("an API key must be printable ASCII without spaces, and not empty")
+        if any(one.key == other.key for other in keys[:number]):
+            raise ConfigError("--api-key-file: a key is given twice; a key has one set of rules")
+    return keys
+
+
+def _from_file(path: Path) -> list[ApiKey]:
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {path}: cannot be read ({error})") from error
+    keys = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            try:
+                keys.append(msgspec.json.decode(line, type=ApiKey))
+            except msgspec.MsgspecError as error:
+                raise ConfigError(f"--api-key-file {path}, line {number}: {error}") from error
+    if not keys:
+        raise ConfigError(f"--api-key-file {path}: holds no key")
+    return keys
