@@ -1,6 +1,6 @@
 """Two steps in flight against one, on this machine: throughput and time to first token, in turns on one workload.
 
-    python scripts/bench_window.py                                a short step and a long one, about five minutes
+    python scripts/bench_window.py                                a short step and a long one, about ten minutes
     python scripts/bench_window.py --shapes tiny --rounds 5
 
 Both servers are up all the time and take turns, round by round. Rates come from a closed loop; the time to the first
@@ -108,7 +108,7 @@ def bench(shape: str, concurrencies: Sequence[int], requests: int, rounds: int, 
     points = []
     with Launched(*common, ONE) as first, Launched(*common) as second:
         for concurrency in concurrencies:
-            count = max(min(requests, 8 + 2 * concurrency), 2 * concurrency)  # a lone client takes long
+            count = max(min(requests, 2 + 2 * concurrency), 2 * concurrency)  # a lone client takes long
             points.append(asyncio.run(measure([first.url, second.url], shape, concurrency, count, rounds)))
             print(points[-1].line(), flush=True)
     return points

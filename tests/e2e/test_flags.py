@@ -40,7 +40,8 @@ def test_a_launch_with_every_flag(tiny_model: Callable[[str], Path], adapter: Pa
         assert capacity["device"] == "cpu"
         assert capacity["max_loras"] == 3
         assert capacity["max_lora_rank"] == 20
-        assert capacity["rank_pages"] == {"qkv": 6, "o": 6}  # three adapters of rank 20, in pages of 16
+        pages = {"qkv": 6, "o": 6}  # three adapters of rank 20, in pages of 16; gains and biases have slots
+        assert capacity["rank_pages"] == {**pages, "qkv.vectors": 3, "o.vectors": 3}
         assert set(capacity["lora_targets"]) == {"q_proj", "v_proj", "o_proj"}
         assert capacity["max_batched_tokens"] == 40
         assert capacity["rows"] == 5
@@ -95,9 +96,13 @@ def test_no_lora_is_no_lora(tiny_model: Callable[[str], Path]) -> None:
         assert "LoRA" in answer["error"]["message"] or "does not exist" in answer["error"]["message"]
 
 
+GROUPS = ("qkv", "o", "gate_up", "down")
+
+
 def test_lora_without_adapters_makes_room_for_rank_64_everywhere(tiny_model: Callable[[str], Path]) -> None:
     with RunningServer("--model-path", tiny_model("llama3"), "--enable-lora", "--max-loras", 2) as server:
         capacity = server.get("/server_info")["capacity"]
         assert capacity["max_lora_rank"] == 64
-        assert capacity["rank_pages"] == {"qkv": 8, "o": 8, "gate_up": 8, "down": 8}
+        pages, slots = dict.fromkeys(GROUPS, 8), {f"{group}.vectors": 2 for group in GROUPS}
+        assert capacity["rank_pages"] == {**pages, **slots}
         assert "rank up to 64" in server.announcement

@@ -86,20 +86,23 @@ async def _coming_and_going(url: str, path: Path) -> AsyncIterator[None]:
 def test_every_stream_ends_with_the_tokens_of_the_calm_run(
     module: str, number: signal.Signals, tiny_model: Callable[[str], Path], paths: dict[str, Path]
 ) -> None:
-    everything = asks(STREAMS * 6, [None, *paths], TOKENS, VOCAB)
+    everything = asks(STREAMS * 2, [None, *paths], TOKENS, VOCAB)
     with RunningServer(*_flags(tiny_model("llama3"), paths)) as server:
         calm = asyncio.run(answers(server.url, everything, at_once=16))
 
-        async def storm() -> list[list[int]]:
-            streams = asyncio.ensure_future(answers(server.url, everything, at_once=STREAMS))
+        async def strike() -> None:
             draw = random.Random(5)
-            async with _coming_and_going(server.url, paths["v0"]):
-                for strikes in range(5):
-                    await _strike(server, module, number, strikes, draw.random())
-                    assert not streams.done(), "the streams ended before the last strike"
-                return await streams
+            for strikes in range(5):
+                await _strike(server, module, number, strikes, draw.random())
 
-        assert asyncio.run(storm()) == calm
+        async def storm() -> None:
+            struck = asyncio.ensure_future(strike())
+            async with _coming_and_going(server.url, paths["v0"]):
+                while not struck.done():
+                    assert await answers(server.url, everything, at_once=STREAMS) == calm
+            await struck
+
+        asyncio.run(storm())
         server.wait_idle()
         assert server.log().count("serves again") == 5
         assert "Traceback" not in server.log()
@@ -115,11 +118,12 @@ def test_another_tokenizer_process_serves_the_adapters_that_were_there(
         assert server.post("/unload_lora_adapter", {"lora_name": second[0]})[0] == 200
         everything = asks(12, [None, first[0], "late"], 24, VOCAB)
         calm = asyncio.run(answers(server.url, everything, at_once=4))
-        held = [ask for ask in asks(8, [first[0], "late"], 400, VOCAB) if len(ask.prompt) < 40]
+        held = [ask for ask in asks(32, [first[0], "late"], 440, VOCAB) if len(ask.prompt) < 40]
 
         async def storm() -> None:
-            streams = asyncio.ensure_future(answers(server.url, held, at_once=8))
-            await asyncio.sleep(1.0)
+            streams = asyncio.ensure_future(answers(server.url, held, at_once=32))
+            await asyncio.sleep(0.3)
+            assert not streams.done()
             os.kill(_pid(server, "tokenizer_proc"), signal.SIGKILL)
             with pytest.raises(aiohttp.ClientError):
                 await streams

@@ -1,0 +1,1 @@
+"""The parts of `scripts/gpu_check`: a grid of kernel measurements, peers' kernels beside ours, an 8B-shaped model."""

@@ -1,0 +1,81 @@
+"""What the kernel benchmark measures: points, the sites of an 8B model, and the fewest bytes that must move.
+
+Numbers only; no tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TOKENS = (1, 8, 32, 128, 512, 4096)
+LANES = (1, 8, 32)
+RANKS = ("8", "16", "64", "mixed")
+MIXED = (8, 16, 32, 64)
+DECODES = 128  # points of at most so many tokens are decodes, one token a request; above, one request a lane
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """A linear of the model: its input, and the outputs of its slices side by side."""
+
+    name: str
+    inputs: int
+    slices: tuple[int, ...]
+
+    @property
+    def outputs(self) -> int:
+        """All slices."""
+        return sum(self.slices)
+
+    def lora_bytes(self, ranks: tuple[int, ...], itemsize: int = 2) -> int:
+        """Bytes of the adapters' A and B here."""
+        return sum(ranks) * (len(self.slices) * self.inputs + self.outputs) * itemsize
+
+
+SITES = (
+    SiteShape("qkv", 4096, (4096, 1024, 1024)),
+    SiteShape("o", 4096, (4096,)),
+    SiteShape("gate_up", 4096, (14336, 14336)),
+    SiteShape("down", 14336, (4096,)),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """So many tokens, spread evenly over so many adapters of this rank."""
+
+    tokens: int
+    lanes: int
+    rank: str
+
+    @property
+    def key(self) -> str:
+        """Its name in results."""
+        return f"t{self.tokens}-l{self.lanes}-r{self.rank}"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every token is a request of its own."""
+        return self.tokens <= DECODES
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The true rank of every adapter."""
+        return tuple(MIXED[lane % len(MIXED)] if self.rank == "mixed" else int(self.rank) for lane in range(self.lanes))
+
+    @property
+    def lane_of_token(self) -> list[int]:
+        """The adapter of each token, counted from 0: in turn for decodes, in runs for prefills."""
+        if self.decodes:
+            return [token % self.lanes for token in range(self.tokens)]
+        return [token * self.lanes // self.tokens for token in range(self.tokens)]
+
+
+def points() -> list[Point]:
+    """The grid: 60 points, the small and quick ones first."""
+    return [Point(tokens, lanes, rank) for tokens in TOKENS for lanes in LANES for rank in RANKS if lanes <= tokens]
+
+
+def floor_us(site: SiteShape, point: Point, bytes_per_us: float) -> float:
+    """The time that reading the point's adapters at this site takes at least."""
+    return site.lora_bytes(point.ranks) / bytes_per_us

@@ -1,0 +1,71 @@
+"""The short tables that a person reads at the end. Computes nothing but sums and ratios of what is in the results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpu.columns import Column
+from gpu.grid import Point, points
+
+WIDTH = 15
+
+
+def kernel_table(done: dict[str, Any], columns: list[Column]) -> str:
+    """Microseconds that the adapters add to a layer (its four sites), by column; the best peer over our best."""
+    names = [column.name for column in columns if not column.absent]
+    head = "tokens lanes rank".ljust(20) + "".join(name.rjust(WIDTH) for name in names)
+    lines = ["adapters on one layer, us beyond the base", head + "floor".rjust(9) + "peer/ours".rjust(11)]
+    lines += [_line(point, done[point.key], columns) for point in points() if point.key in done]
+    lines += [f"left out: {column.name} ({column.absent})" for column in columns if column.absent]
+    return "\n".join(lines)
+
+
+def _line(point: Point, row: dict[str, Any], columns: list[Column]) -> str:
+    layer = {column.name: total(row.get(column.name)) for column in columns if not column.absent}
+    ours = [layer[c.name] for c in columns if not c.peer and layer.get(c.name) is not None]
+    peers = [layer[c.name] for c in columns if c.peer and layer.get(c.name) is not None]
+    ratio = f"{min(peers) / min(ours):11.2f}" if ours and peers and min(ours) > 0 else "-".rjust(11)
+    cells = "".join((f"{us:.1f}" if us is not None else "-").rjust(WIDTH) for us in layer.values())
+    floor = total(row.get("floor"))
+    return f"{point.tokens:6}{point.lanes:6}{point.rank:>6}  {cells}{floor if floor is not None else 0:9.1f}{ratio}"
+
+
+def total(sites: dict[str, Any] | None) -> float | None:
+    """The sum over the sites, None where one of them could not be measured."""
+    if not sites or not all(isinstance(value, int | float) for value in sites.values()):
+        return None
+    return float(sum(sites.values()))
+
+
+def troubles(done: dict[str, Any]) -> list[str]:
+    """What could not be measured, a line for each kind."""
+    found: dict[str, int] = {}
+    for row in done.values():
+        for name, sites in row.items():
+            for value in sites.values():
+                if isinstance(value, str):
+                    found[f"{name}: {value}"] = found.get(f"{name}: {value}", 0) + 1
+    return [f"{count} x {line}" for line, count in sorted(found.items())]
+
+
+def step_table(steps: dict[str, Any], bandwidth: float) -> str:
+    """Milliseconds of a decode step by batch and adapters, as shares of base, and against the bytes."""
+    lines = ["decode steps of the 8B shape", "batch  adapters   step ms   of base  tokens/s   allowed ms"]
+    for row in steps.get("decode", {}).values():
+        base = steps["decode"].get(f"b{row['batch']}-l0", row)
+        lines.append(
+            f"{row['batch']:5}{row['lanes']:10}{row['ms']:10.3f}{base['ms'] / row['ms']:10.3f}"
+            f"{row['batch'] / row['ms'] * 1000:10.0f}{allowed_ms(row, base, bandwidth):13.3f}"
+        )
+    switching = steps.get("switching")
+    if switching:
+        lines.append(f"every request another adapter, a pool for a quarter: {switching['of_base']:.3f} of base")
+    return "\n".join(lines)
+
+
+def allowed_ms(row: dict[str, Any], base: dict[str, Any], bandwidth: float) -> float:
+    """The goal: base alone 1.2 of its bytes' time; adapters 1.5 of theirs and 2 us for each of a layer's four sites."""
+    if not row["lanes"]:
+        return 1.2 * float(row["bytes"]) / bandwidth / 1000
+    added = 1.5 * (row["bytes"] - base["bytes"]) / bandwidth + 2.0 * row["modules"]
+    return float(base["ms"]) + float(added) / 1000

@@ -1,0 +1,106 @@
+"""Requests without a scheduler: rows that prefill, then decode with two steps in flight, each through its lane.
+
+Rows keep the pages they were dealt at first. Knows nothing of what is measured.
+"""
+
+from __future__ import annotations
+
+import time
+
+from engine.messages import Chunk, Fill, Footprint, LanePages, NewRow, Sampling, Step
+from model_runner.runner import Flight, Runner
+
+GREEDY = Sampling(temperature=0.0)
+
+
+class Rows:
+    """`batch` rows of one runner, each with room for `prompt` and `most` tokens more."""
+
+    def __init__(self, runner: Runner, batch: int, prompt: int, most: int) -> None:
+        self.runner, self.prompt, self.most = runner, prompt, most
+        self.lanes = [0] * batch
+        self.lengths = [0] * batch
+        self._generations = [0] * batch
+        self._each = -(-(prompt + most) // runner.capacity.page_size)
+        self._ids = 0
+        self._flights: list[Flight] = []
+        runner.reset()
+
+    def point(self, footprint: Footprint, slots: dict[int, int]) -> None:
+        """Fills adapter `slots[lane]` - 1 into that slot of pages, and lets the lane name it. Waits."""
+        fills = [Fill(adapter, self.pages(footprint, adapter - 1)) for adapter in slots.values()]
+        self.runner.execute(self.step(fills=fills))
+        waiting = len(fills)
+        while waiting:
+            waiting -= sum(state.state == "resident" for state in self.runner.advance())
+        self.runner.execute(self.step(lanes=[self.lane(footprint, lane, slot - 1) for lane, slot in slots.items()]))
+
+    def pages(self, footprint: Footprint, slot: int) -> dict[str, list[int]]:
+        """The rank pages of slot number .., by group."""
+        return {group: list(range(slot * n, slot * n + n)) for group, n in footprint.pages.items()}
+
+    def lane(self, footprint: Footprint, lane: int, slot: int) -> LanePages:
+        """That lane over that slot."""
+        pages = self.pages(footprint, slot)
+        return LanePages(lane, {group: [(page, 1.0) for page in held] for group, held in pages.items()})
+
+    def prefill(self, lanes: list[int]) -> None:
+        """A new request in every row, through these lanes; waits."""
+        tokens = self.runner.capacity.max_batched_tokens // self.prompt
+        for first in range(0, len(lanes), max(1, tokens)):
+            some = range(first, min(len(lanes), first + max(1, tokens)))
+            for row in some:
+                self.lanes[row] = lanes[row]
+            self.runner.execute(self.step(begin=list(some)))
+
+    def decode(self, steps: int) -> float:
+        """Seconds that so many steps of all rows take."""
+        began = time.perf_counter()
+        for _ in range(steps):
+            self.launch(self.step(go_on=list(range(len(self.lanes)))))
+        self.drain()
+        return time.perf_counter() - began
+
+    def launch(self, step: Step) -> None:
+        """Behind the one in flight; waits for the one before that."""
+        self._flights.append(self.runner.launch(step))
+        if len(self._flights) > 2:
+            self.runner.finish(self._flights.pop(0))
+
+    def drain(self) -> None:
+        """Waits for all."""
+        while self._flights:
+            self.runner.finish(self._flights.pop(0))
+
+    def step(
+        self,
+        begin: list[int] | None = None,
+        go_on: list[int] | None = None,
+        fills: list[Fill] | None = None,
+        lanes: list[LanePages] | None = None,
+    ) -> Step:
+        """New requests in some rows, one token more in others."""
+        self._ids += 1
+        new_rows, chunks = [], []
+        for row in go_on or []:
+            chunks.append(self._chunk(row, self.lengths[row], []))
+            self.lengths[row] += 1
+        for row in begin or []:
+            self._generations[row] += 1
+            tokens = [17 + (row + place) % 1000 for place in range(self.prompt)]
+            generation = self._generations[row]
+            new_rows.append(NewRow(row=row, generation=generation, prompt_length=self.prompt, sampling=GREEDY))
+            chunks.append(self._chunk(row, 0, tokens))
+            self.lengths[row] = self.prompt
+        return Step(epoch=0, id=self._ids, fills=fills or [], lanes=lanes or [], new_rows=new_rows, chunks=chunks)
+
+    def _chunk(self, row: int, start: int, tokens: list[int]) -> Chunk:
+        return Chunk(
+            row=row,
+            generation=self._generations[row],
+            start=start,
+            length=len(tokens) or 1,
+            lane=self.lanes[row],
+            tokens=tokens,
+            pages=list(range(1 + row * self._each, 1 + (row + 1) * self._each)) if tokens else [],
+        )

@@ -1,0 +1,121 @@
+"""An 8B-shaped Llama without a checkpoint: a config on disk, weights drawn on the device, adapters that share values.
+
+Everything else is the runner as it serves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.config import Links, RunnerConfig
+from engine.messages import Footprint
+from model_runner import assembly
+from model_runner.arch import Arch
+from model_runner.layers.weights import Weights
+from model_runner.lora.adapter import Adapter, Delta, footprint
+from model_runner.models.decoder import Decoder
+from model_runner.models.load import build_decoder
+from model_runner.parallel import Shard
+from model_runner.runner import Runner
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+
+
+def load(directory: Path, **options: Any) -> Runner:
+    """A runner of this shape; `options` are fields of its config. The weights are random."""
+    (directory / "config.json").write_text(json.dumps({**CONFIG, **options.pop("shape", {})}))
+    links = Links(tokenizer="", scheduler="", runner="", door="")
+    with _random_weights():
+        return Runner.load(RunnerConfig(links=links, model_path=str(directory), **options))
+
+
+def host_adapters(runner: Runner, count: int, rank: int) -> Footprint:
+    """So many adapters in the host tier, with ids from 1 and one copy of the values. What each occupies."""
+    lora = runner._parts.lora
+    assert lora is not None
+    made = _adapter(runner, rank)
+    for number in range(1, count + 1):
+        lora.store._adapters[number] = replace(made, adapter_id=number)
+    return made.footprint
+
+
+def _adapter(runner: Runner, rank: int) -> Adapter:
+    """An adapter on all linears."""
+    parts = runner._parts
+    assert parts.lora is not None
+    draw = torch.Generator().manual_seed(rank)
+    dtype = parts.lora.pages.dtype
+
+    def noise(rows: int, columns: int) -> torch.Tensor:
+        return (torch.randn(rows, columns, generator=draw) / columns**0.5 / 8).to(dtype)
+
+    sites = [site for site in parts.decoder.sites if parts.lora.pages.pages.get(site.group)]
+    deltas = {
+        site.name: tuple(Delta(noise(rank, site.in_features), noise(rank, piece.width)) for piece in site.slices)
+        for site in sites
+    }
+    return Adapter(
+        adapter_id=1,
+        name="random",
+        revision="random",
+        rank=rank,
+        targets=[],
+        footprint=footprint(deltas, {site.name: site for site in sites}),
+        deltas=deltas,
+        bytes=sum(delta.bytes for slices in deltas.values() for delta in slices),
+    )
+
+
+@contextmanager
+def _random_weights() -> Iterator[None]:
+    """While entered, models are made, not read."""
+    read = assembly.load_model
+    assembly.load_model = _make_model
+    try:
+        yield
+    finally:
+        assembly.load_model = read
+
+
+def _make_model(
+    path: Path,
+    arch: Arch,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    shard: Shard | None = None,
+    progress: bool = False,
+) -> Decoder:
+    decoder = build_decoder(arch, Weights(device, dtype, shard or Shard()))
+    draw = torch.Generator(device=device).manual_seed(0)
+    for placement in decoder.weights.placements:
+        if "norm" in placement.name:
+            placement.into.fill_(1.0)
+        else:
+            placement.into.normal_(0.0, placement.into.shape[-1] ** -0.5, generator=draw)
+    return decoder

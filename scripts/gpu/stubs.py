@@ -1,0 +1,83 @@
+"""Imports single files of a large package, and invents whatever else they import.
+
+A module whose file was extracted is the file; packages are empty; any other module of the package answers every
+attribute with a Nothing, which is false, callable, and answers likewise. What the files really need of the rest is
+given by name. Knows nothing of what is imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.util import spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+Given = dict[str, dict[str, Any]]
+"""By module name, the attributes it really has."""
+
+
+class Nothing:
+    """Stands for whatever is not there."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Nothing:
+        return self
+
+    def __getattr__(self, name: str) -> Nothing:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+
+class _Invented(ModuleType):
+    """A module that has everything."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Nothing()
+
+
+class _Inventor(Loader):
+    """Makes them."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        self._given = given
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Invented(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        vars(module).update(self._given)
+
+
+class Stubbed(MetaPathFinder):
+    """Finds the modules of `package` under `root`, and invents the others."""
+
+    def __init__(self, package: str, root: Path, given: Given) -> None:
+        self._package, self._root, self._given = package, root, given
+
+    def install(self) -> None:
+        """From now on; the real package, where there is one, is not seen any more."""
+        for name in [name for name in sys.modules if name.split(".")[0] == self._package]:
+            del sys.modules[name]
+        sys.meta_path.insert(0, self)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname.split(".")[0] != self._package:
+            return None
+        place = self._root.joinpath(*fullname.split("."))
+        file = place.with_suffix(".py")
+        if file.is_file() and fullname not in self._given:
+            return spec_from_file_location(fullname, file, loader=SourceFileLoader(fullname, str(file)))
+        spec = ModuleSpec(fullname, _Inventor(self._given.get(fullname, {})), is_package=True)
+        spec.submodule_search_locations = [str(place)]
+        return spec

@@ -1,0 +1,47 @@
+"""Time on a CUDA device: medians of graph replays, and the bandwidth that bytes are held against."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+WARM = 3
+REPLAYS = 20
+COPY_BYTES = 2 << 30
+
+
+def replay_us(work: Callable[[], object], calls: int) -> float:
+    """Microseconds of one of the `calls` that `work` makes, from a CUDA graph of it: the median of many replays."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+    times = []
+    for number in range(WARM + REPLAYS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if number >= WARM:
+            times.append(begin.elapsed_time(end) * 1000)
+    return statistics.median(times) / calls
+
+
+def bytes_per_us() -> float:
+    """What the device's memory moves, read and written together, measured by a large copy."""
+    source = torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / replay_us(lambda: target.copy_(source), 1)
+
+
+def l2_bytes() -> int:
+    """The device's L2 cache."""
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
