@@ -112,8 +112,8 @@ class Adapters:
         for group, count in footprint.pages.items():
             if group in (whole_of(EMBED), whole_of(HEAD)) and not self.pages.pages.get(group):
                 raise AdapterError(
-                    f"adapter {name!r} brings a whole embedding or head (modules_to_save), and there is no room for one:"
-                    " launch with such an adapter in --lora-paths"
+                    f"adapter {name!r} brings a whole embedding or head (modules_to_save), and there is no room for"
+                    " one: launch with such an adapter in --lora-paths"
                 )
             if count > min(self.pages.pages.get(group, 0), memory.lane_pages(self.max_rank)):
                 raise AdapterError(

@@ -220,7 +220,7 @@ def _targets(given: list[str] | None, found: set[str], modules: list[str], linea
     only where a start-up adapter or the flag names these modules.
     """
     wanted = found | set(given or ())
-    if given is None and not found or "all" in wanted:
+    if (given is None and not found) or "all" in wanted:
         wanted |= set(linears)
     return [module for module in modules if module in wanted]
 

@@ -1,6 +1,7 @@
 """`python -m model_runner.check PATH --model-path BASE`: what an adapter holds, and why it would be refused, if so.
 
-Reads the adapter as a loader would, and of the base model only config.json: nothing is started, no weights are read.
+Reads the adapter as a loader would, and of the base model config.json and the weights that a DoRA or a trained bias is
+measured by: nothing is started.
 Exit status 0: it would be served; 1: it would not.
 """
 
@@ -19,13 +20,13 @@ from model_runner.arch import read_arch
 from model_runner.device import DTYPES, resolve_device, resolve_dtype
 from model_runner.layers.weights import Weights
 from model_runner.lora.adapter import MAX_RANK
-from model_runner.lora.catalogue import Catalogue
+from model_runner.lora.catalogue import Catalogue, leaf
 from model_runner.lora.formats.peft import Survey
 from model_runner.lora.pages import page_bytes
 from model_runner.lora.parcel import arrange
 from model_runner.lora.reader import Limits, Reader
 from model_runner.lora.site import Site
-from model_runner.models.decoder import Decoder
+from model_runner.models.load import build_decoder
 from model_runner.parallel import Shard
 
 
@@ -58,17 +59,17 @@ def sites_of(model: Path, dtype: str) -> tuple[list[Site], torch.dtype]:
     """The sites of a model directory without its weights, and what `--dtype` means for it. Raises ConfigError."""
     arch = read_arch(model)
     resolved = resolve_dtype(dtype, arch.dtype, resolve_device("auto"))
-    return Decoder(arch, Weights(torch.device("meta"), resolved, Shard())).sites, resolved
+    return build_decoder(arch, Weights(torch.device("meta"), resolved, Shard())).sites, resolved
 
 
-def examine(root: Path, sites: list[Site], dtype: torch.dtype, limits: Limits) -> Report:
-    """Everything that can be said of the adapter in `root`; values are read and checked too."""
+def examine(root: Path, sites: list[Site], dtype: torch.dtype, limits: Limits, model: Path | None = None) -> Report:
+    """Everything that can be said of the adapter in `root`; values are read and checked too, against `model`'s."""
     report = Report(path=str(root), dtype=str(dtype).removeprefix("torch."))
-    reader = Reader(Catalogue(sites), dtype, Limits())
+    reader = Reader(Catalogue(sites), dtype, Limits(), model)
     try:
         survey = reader.survey(root)
         _describe(report, survey, page_bytes(sites, dtype), dtype)
-        limits.check(survey.rank, survey.targets)
+        limits.check(survey)
         parcel = reader.read(root)
         label, _ = parcel.open(reader.catalogue, dtype)
         report.revision = label.revision
@@ -82,8 +83,8 @@ def examine(root: Path, sites: list[Site], dtype: torch.dtype, limits: Limits) -
 def _describe(report: Report, survey: Survey, page: dict[str, int], dtype: torch.dtype) -> None:
     ranks: dict[str, set[int]] = {}
     for landing in survey.landings:
-        ranks.setdefault(landing.target.module.rpartition(".")[2], set()).add(landing.target.rank)
-    report.format = "PEFT rank-stabilised LoRA" if survey.config.use_rslora else "PEFT LoRA"
+        ranks.setdefault(leaf(landing.name), set()).add(landing.rank)
+    report.format = survey.format
     report.keys = survey.dialect
     report.ranks = {module: sorted(found) for module, found in sorted(ranks.items())}
     report.lora_rank = survey.rank
@@ -120,11 +121,12 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     try:
         root = local_directory(options.path, "adapter")
-        sites, dtype = sites_of(local_directory(options.model_path, "model"), options.dtype)
+        model = local_directory(options.model_path, "model")
+        sites, dtype = sites_of(model, options.dtype)
     except EngineError as error:
         print(error.message, file=sys.stderr)
         return 1
-    report = examine(root, sites, dtype, Limits(options.max_lora_rank, options.lora_target_modules))
+    report = examine(root, sites, dtype, Limits(options.max_lora_rank, options.lora_target_modules), model)
     print(msgspec.json.encode(report).decode() if options.json else show(report))
     return 0 if report.refused is None else 1
 

@@ -143,8 +143,9 @@ def plan_rank_pages(
 ) -> dict[str, int]:
     """Rank pages of each group: whole adapters of `max_rank`, as many as asked for, or `default` and fewer.
 
-    A group's vector slots, one an adapter, come with it where `page_bytes` names them. Without a wish the pool stays in a tenth of the memory, but holds one adapter at least. Raises ConfigError when
-    even one is too much, or what was asked for.
+    A group's vector slots, one an adapter, come with it where `page_bytes` names them. Without a wish the pool stays in
+    a tenth of the memory, but holds one adapter at least. Raises ConfigError when even one is too much, or what was
+    asked for.
     """
     chosen = sorted(set(groups))
     each = dict.fromkeys(chosen, pages_for(max_rank))
@@ -184,8 +185,8 @@ def plan_matrices(
     needed = sum(count * sizes[group] for group, count in counts.items())
     if needed > room.free:
         raise ConfigError(
-            f"--lora-paths: the whole embeddings and heads of {max(counts.values())} adapters need {needed >> 20} MiB and"
-            f" {room.free >> 20} MiB are free; give fewer of them, or lower --max-loras-per-batch"
+            f"--lora-paths: the whole embeddings and heads of {max(counts.values())} adapters need {needed >> 20} MiB"
+            f" and {room.free >> 20} MiB are free; give fewer of them, or lower --max-loras-per-batch"
         )
     return counts, Room(room.total, room.free - needed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -41,7 +42,7 @@ class Arch:
     max_length      positions the model was made for, with its rope scaling
     dtype           of the weights in the checkpoint (what `--dtype auto` means)
     scale           of q k^T before the softmax, and what caps it (attention_cap)
-    norm            which RMSNorm: plain, wide, or gemma (layers/norm.py)
+    norm            which RMSNorm: plain, wide, or gemma (ops/base.py)
     qk_norm         whether q and k are normed before they are turned
     activation      of the MLP's gate: silu or gelu_tanh
     fused           whether the checkpoint holds qkv_proj and gate_up_proj instead of their parts
@@ -68,7 +69,7 @@ class Arch:
     dtype: torch.dtype
     scale: float
     attention_cap: float | None = None
-    norm: str = "plain"
+    norm: Literal["plain", "wide", "gemma"] = "plain"
     qk_norm: bool = False
     activation: str = "silu"
     fused: bool = False

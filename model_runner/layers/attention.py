@@ -1,6 +1,11 @@
 """Self-attention with grouped key/value heads: fused qkv, optional norm of q and k, rotation, the backend, o.
 
-Legend: T tokens, H hidden size, N query heads, K key/value heads, D head size, all of this rank.
+Where the backend tells its slots, what stands between qkv and attention is one operation:
+
+    qkv -> norm of heads, rotation, K and V to their slots -> q -> attend_stored -> o
+    qkv -> norm -> rotation -> q, k, v -> attend -> o          else; so do layers without a rotation
+
+Legend: T tokens, H hidden size, N query heads, K key/value heads, J = N + 2 K, D head size, all of this rank.
 """
 
 from __future__ import annotations
@@ -14,10 +19,13 @@ from model_runner.layers.linear import column_linear, row_linear
 from model_runner.layers.norm import RMSNorm, read_norm
 from model_runner.layers.rotary import Rotation
 from model_runner.layers.weights import Weights
+from model_runner.ops.base import HeadNorms
 
 
 class Attention:
     """One layer's attention; `attach` gives it a backend and its cache."""
+
+    by_head = True  # whether norms of q and k see one head at a time
 
     def __init__(self, arch: Arch, layer: int, weights: Weights) -> None:
         path, size = f"model.layers.{layer}.self_attn", arch.head_dim
@@ -27,6 +35,7 @@ class Attention:
         self.scale = arch.scale
         self.cap = arch.attention_cap
         self.window = arch.windows[layer]
+        self.ops = weights.ops
         outs = {"q_proj": arch.num_heads * size, "k_proj": arch.num_kv_heads * size, "v_proj": arch.num_kv_heads * size}
         self.qkv = column_linear(
             weights,
@@ -43,6 +52,10 @@ class Attention:
             weights, f"layers.{layer}.o", path, layer, "o", "o_proj", outs["q_proj"], arch.hidden_size, bias=arch.o_bias
         )
         self.norms = self.read_norms(arch, weights, path) if arch.qk_norm else None
+        self.head_norms: HeadNorms | None = None
+        if self.norms is not None and self.by_head:
+            q_norm, k_norm = self.norms
+            self.head_norms = HeadNorms(q_norm.weight, k_norm.weight, q_norm.eps, q_norm.kind)
 
     def read_norms(self, arch: Arch, weights: Weights, path: str) -> tuple[RMSNorm, RMSNorm]:
         """The norms of q and k, over each head."""
@@ -56,18 +69,28 @@ class Attention:
 
     def __call__(self, x_TH: torch.Tensor, rotate: Rotation | None, batch: Batch) -> torch.Tensor:
         """[T, H] -> [T, H]; without a rotation positions do not show."""
+        qkv_TJD = self.qkv(x_TH, batch).reshape(len(x_TH), self.heads + 2 * self.kv_heads, self.head_dim)
+        slots = self.backend.slots(batch.attention)
+        if slots is None or rotate is None or not self.by_head:
+            mixed_TND = self._attend(qkv_TJD, rotate, batch)
+        else:
+            q_TND = self.ops.rope_and_store(qkv_TJD, *rotate, *self.cache, slots, self.head_norms)
+            mixed_TND = self.backend.attend_stored(
+                q_TND, *self.cache, batch.attention, scale=self.scale, window=self.window, softcap=self.cap
+            )
+        return self.o(mixed_TND.flatten(1), batch)
+
+    def _attend(self, qkv_TJD: torch.Tensor, rotate: Rotation | None, batch: Batch) -> torch.Tensor:
         turned = self.heads + self.kv_heads
-        qkv = self.qkv(x_TH, batch).reshape(len(x_TH), turned + self.kv_heads, self.head_dim)
-        qk, v = qkv[:, :turned], qkv[:, turned:]
+        qk, v = qkv_TJD[:, :turned], qkv_TJD[:, turned:]
         if self.norms is not None:
             qk = self.norm(qk, *self.norms)
         if rotate is not None:
-            qk = rotate(qk)
+            qk = self.ops.rope(qk, *rotate)
         q, k = qk[:, : self.heads], qk[:, self.heads :]
-        mixed = self.backend.attend(
+        return self.backend.attend(
             q, k, v, *self.cache, batch.attention, scale=self.scale, window=self.window, softcap=self.cap
         )
-        return self.o(mixed.flatten(1), batch)
 
     def norm(self, qk_TND: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm) -> torch.Tensor:
         """q and k, one after the other, each head normed."""

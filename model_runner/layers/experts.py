@@ -23,7 +23,7 @@ from torch.nn.functional import grouped_mm
 from model_runner.arch import Arch
 from model_runner.batch import Batch
 from model_runner.layers.linear import Linear
-from model_runner.layers.mlp import ACTIVATIONS
+from model_runner.layers.mlp import gate_of
 from model_runner.layers.weights import Weights
 from model_runner.layout import Layout
 from model_runner.lora.site import EXPERTS, ROUTER, Site, Slice
@@ -47,7 +47,7 @@ class SparseMLP:
         inner = weights.shard.share(experts.width, "intermediate size of an expert")
         self.shard = weights.shard
         self.per_token, self.renormalize = experts.per_token, experts.renormalize
-        self.activation = ACTIVATIONS[arch.activation]
+        self.gate = gate_of(weights.ops, arch.activation)
         self.gate_up_EIH = weights.empty(experts.count, 2 * inner, hidden)
         self.down_EHI = weights.empty(experts.count, hidden, inner)
         router_EH = weights.tensor(f"{path}.gate.weight", experts.count, hidden)
@@ -112,8 +112,7 @@ class SparseMLP:
     def _together(self, x_nH: torch.Tensor, experts_n: torch.Tensor) -> torch.Tensor:
         """[n, H]: every pick through its expert; picks are sorted by expert."""
         ends_E = torch.searchsorted(experts_n, self._numbers_E, right=True, out_int32=True)
-        gate, up = _grouped(x_nH, self.gate_up_EIH, ends_E).chunk(2, dim=-1)
-        return _grouped(self.activation(gate) * up, self.down_EHI, ends_E)
+        return _grouped(self.gate(_grouped(x_nH, self.gate_up_EIH, ends_E)), self.down_EHI, ends_E)
 
     def _one_by_one(
         self, x_nH: torch.Tensor, experts_n: torch.Tensor, lanes_n: NDArray[np.int32], batch: Batch
@@ -125,8 +124,7 @@ class SparseMLP:
             expert = self.experts[number]
             assert expert.down.lora is not None, "lanes without a LoRA backend"
             own = replace(batch, lora=expert.down.lora.plan(_layout(lanes_n[begin:end])))
-            gate, up = expert.gate_up(x_nH[begin:end], own).chunk(2, dim=-1)
-            y_nH[begin:end] = expert.down(self.activation(gate) * up, own)
+            y_nH[begin:end] = expert.down(self.gate(expert.gate_up(x_nH[begin:end], own)), own)
         return y_nH
 
 

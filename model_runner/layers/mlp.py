@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Protocol
 
 import torch
-from torch.nn.functional import gelu, silu
 
 from model_runner.arch import Arch
 from model_runner.batch import Batch
 from model_runner.layers.linear import Linear, column_linear, row_linear
 from model_runner.layers.weights import Weights
+from model_runner.ops.base import Ops
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": silu,
-    "gelu_tanh": partial(gelu, approximate="tanh"),
-}
+
+def gate_of(ops: Ops, activation: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """act(gate) * up, from the two side by side."""
+    return {"silu": ops.silu_mul, "gelu_tanh": ops.gelu_tanh_mul}[activation]
 
 
 class FeedForward(Protocol):
@@ -35,7 +34,7 @@ class MLP:
 
     def __init__(self, arch: Arch, layer: int, weights: Weights) -> None:
         path, inner, hidden = f"model.layers.{layer}.mlp", arch.intermediate_size, arch.hidden_size
-        self.activation = ACTIVATIONS[arch.activation]
+        self.gate = gate_of(weights.ops, arch.activation)
         self.gate_up = column_linear(
             weights,
             f"layers.{layer}.gate_up",
@@ -57,5 +56,4 @@ class MLP:
 
     def __call__(self, x_TH: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[T, H] -> [T, H]."""
-        gate, up = self.gate_up(x_TH, batch).chunk(2, dim=-1)
-        return self.down(self.activation(gate) * up, batch)
+        return self.down(self.gate(self.gate_up(x_TH, batch)), batch)

@@ -1,10 +1,6 @@
-"""RMSNorm (1910.07467): float32 inside, the model's dtype outside.
+"""RMSNorm (1910.07467) as a layer: a weight and the model's kind of norm. The arithmetic is the ops'.
 
-    plain   weight * cast(x / rms)        Llama and most
-    wide    cast(weight * x / rms)        OLMo 2
-    gemma   cast((1 + weight) * x / rms)  Gemma
-
-Knows nothing of where it stands.
+Knows nothing of where it stands. Legend: T tokens, H hidden size.
 """
 
 from __future__ import annotations
@@ -13,41 +9,29 @@ import torch
 
 from model_runner.arch import Arch
 from model_runner.layers.weights import Weights
+from model_runner.ops.base import NormKind, Ops
 
 
 class RMSNorm:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension."""
 
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+    def __init__(self, weight: torch.Tensor, eps: float, kind: NormKind, ops: Ops) -> None:
         self.weight = weight
         self.eps = eps
+        self.kind = kind
+        self._ops = ops
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Any shape whose last dimension is the weight's."""
-        return self.weight * self._even(x).to(x.dtype)
+        """[T, H], or heads [T, N, D] with a weight [D]."""
+        return self._ops.norm(x, self.weight, self.eps, self.kind)
 
-    def _even(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-
-
-class WideRMSNorm(RMSNorm):
-    """The same, weighted before it is cast."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return (self.weight.float() * self._even(x)).to(x.dtype)
-
-
-class GemmaRMSNorm(RMSNorm):
-    """The same, weighted by 1 + weight before it is cast."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return ((1.0 + self.weight.float()) * self._even(x)).to(x.dtype)
-
-
-NORMS = {"plain": RMSNorm, "wide": WideRMSNorm, "gemma": GemmaRMSNorm}
+    def add(self, x_TH: torch.Tensor, added_TH: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the norm of x + added, x + added) in one pass; None adds nothing."""
+        if added_TH is None:
+            return self(x_TH), x_TH
+        return self._ops.add_norm(added_TH, x_TH, self.weight, self.eps, self.kind)
 
 
 def read_norm(arch: Arch, weights: Weights, module: str, size: int) -> RMSNorm:
     """The model's kind of norm, its weight [size] from the checkpoint's `module`."""
-    return NORMS[arch.norm](weights.tensor(f"{module}.weight", size), arch.norm_eps)
+    return RMSNorm(weights.tensor(f"{module}.weight", size), arch.norm_eps, arch.norm, weights.ops)

@@ -1,7 +1,6 @@
-"""Rotary position embedding: angles from positions once a step, applied to heads in every layer.
+"""Rotary position embedding: angles from positions once a step, for the ops to turn heads by in every layer.
 
-Legend: T tokens, N heads, D head size, E dimensions of a head that are turned, the first ones. Dimension i < E/2 is
-paired with dimension i + E/2.
+Legend: T tokens, E dimensions of a head that are turned, the first ones.
 """
 
 from __future__ import annotations
@@ -18,13 +17,6 @@ class Rotation(NamedTuple):
 
     cos: torch.Tensor
     sin: torch.Tensor
-
-    def __call__(self, x_TND: torch.Tensor) -> torch.Tensor:
-        """Each pair of dimensions turned by its angle: [T, N, D]."""
-        half = self.cos.shape[-1]
-        first, second, still = x_TND[..., :half], x_TND[..., half : 2 * half], x_TND[..., 2 * half :]
-        turned = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
-        return torch.cat((*turned, still) if still.shape[-1] else turned, dim=-1)
 
 
 class Rotary:

@@ -1,4 +1,5 @@
-"""Where layers get their weights: empty tensors on the device, and the list of what the checkpoint puts into them.
+"""Where layers get their weights: empty tensors on the device, and the list of what the checkpoint puts into them; and
+the small operations of that device.
 
 Knows nothing of files. Names are the checkpoint's.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from model_runner.checkpoint import Placement
+from model_runner.ops import base as ops
 from model_runner.parallel import Shard
 
 
@@ -18,6 +20,7 @@ class Weights:
         self.device = device
         self.dtype = dtype
         self.shard = shard
+        self.ops = ops.create(device)
         self.placements: list[Placement] = []
         self.bytes = 0
 

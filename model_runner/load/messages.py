@@ -16,7 +16,7 @@ import torch
 
 from engine.args import LogLevel
 from model_runner.lora.reader import Limits
-from model_runner.lora.site import Site, Slice
+from model_runner.lora.site import EMBED, Site, Slice
 
 MAX_PACKET = 32 << 10
 
@@ -40,16 +40,21 @@ class SiteShape(msgspec.Struct, frozen=True, array_like=True):
 
     def site(self) -> Site:
         """The site again, its weight on the meta device."""
-        weight = torch.empty(self.out_features, self.in_features, device="meta")
+        shape = (self.out_features, self.in_features)
+        weight = torch.empty(shape[::-1] if self.group == EMBED else shape, device="meta")
         return Site(self.name, self.path, self.layer, self.group, tuple(Slice(*s) for s in self.slices), weight)
 
 
 class LoaderConfig(msgspec.Struct, frozen=True):
-    """All that a loader must know of the model. `socket` is the descriptor of its end of the pair."""
+    """All that a loader must know of the model, which lies in `model`.
+
+    `socket` is the descriptor of its end of the pair.
+    """
 
     sites: list[SiteShape]
     dtype: str
     limits: Limits
+    model: str = ""
     socket: int = -1
     log_level: LogLevel = "info"
 

@@ -31,7 +31,8 @@ def serve(config: LoaderConfig) -> None:
     """Does jobs until the runner hangs up."""
     torch.set_num_threads(1)
     _bound_memory()
-    reader = Reader(Catalogue([shape.site() for shape in config.sites]), DTYPES[config.dtype], config.limits)
+    catalogue = Catalogue([shape.site() for shape in config.sites])
+    reader = Reader(catalogue, DTYPES[config.dtype], config.limits, Path(config.model) if config.model else None)
     with socket.socket(fileno=config.socket) as link, torch.inference_mode():
         while packet := link.recv(MAX_PACKET):
             _do(link, reader, msgspec.msgpack.decode(packet, type=Job))

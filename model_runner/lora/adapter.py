@@ -1,8 +1,10 @@
 """The normal form: what every adapter format becomes, so that pages and kernels know nothing of formats.
 
-    y = gain * y_base + sum over slices (x A^T) B + bias        A [r, in], B [r, out of the slice]
+    y = gain * (x W^T) + b + sum over slices (x A^T) B + bias        A [r, in], B [r, out of the slice]
 
-Scaling (alpha, rsLoRA, patterns) is folded into B. Lives on the host; knows nothing of pages, lanes or files.
+W and b are the base's. Scaling (alpha, rsLoRA, patterns) is folded into B. A lane's scale multiplies what an adapter
+changes, so a mix is the weighted sum of its adapters' changes: b + x W^T + sum of scale * ((gain - 1) * (x W^T) + ...).
+Lives on the host; knows nothing of pages, lanes or files.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.messages import Footprint
-from model_runner.lora.site import Site
+from model_runner.lora.site import Site, vectors_of, whole_of
 
 PAGE_RANK = 16
 """Units of LoRA rank in one rank page."""
@@ -24,12 +26,17 @@ MAX_RANK = 512
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """What an adapter does to one slice of one site. `gain` and `bias` are per output column, or None."""
+    """What an adapter does to one slice of one site; rank 0: A and B are empty.
+
+    `gain` and `bias` are per output column in float32, or None: 1 and 0. `whole` is a matrix like the base's that is
+    taken instead of it, or None.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
     gain: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    whole: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -37,9 +44,14 @@ class Delta:
         return int(self.a.shape[0])
 
     @property
+    def has_vectors(self) -> bool:
+        """Whether it needs a vector slot."""
+        return self.gain is not None or self.bias is not None
+
+    @property
     def bytes(self) -> int:
         """Bytes of all its tensors."""
-        parts = (self.a, self.b, self.gain, self.bias)
+        parts = (self.a, self.b, self.gain, self.bias, self.whole)
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
@@ -74,14 +86,16 @@ def pages_for(rank: int) -> int:
 
 
 def footprint(deltas: Deltas, sites: Mapping[str, Site]) -> Footprint:
-    """Pages for each touched group (its highest rank decides), and how many sites need a vector slot."""
+    """Pages for each touched group (its highest rank decides), vector slots for gains and biases, matrix slots."""
     pages: dict[str, int] = {}
-    vectors = 0
     for name, slices in deltas.items():
+        group = sites[name].group
         present = [delta for delta in slices if delta is not None]
         needed = max((pages_for(delta.rank) for delta in present), default=0)
         if needed:
-            group = sites[name].group
             pages[group] = max(pages.get(group, 0), needed)
-        vectors += any(delta.gain is not None or delta.bias is not None for delta in present)
-    return Footprint(pages=pages, vectors=vectors)
+        if any(delta.has_vectors for delta in present):
+            pages[vectors_of(group)] = 1
+        if any(delta.whole is not None for delta in present):
+            pages[whole_of(group)] = 1
+    return Footprint(pages=pages)

@@ -1,25 +1,48 @@
-"""The checkpoint module names that LoRA can land on, and where each lies: a site and one of its slices.
+"""The checkpoint module names that LoRA can land on, and where each lies: sites and their slices.
 
-Knows nothing of adapters. "model.layers.3.self_attn.v_proj" is slice 2 of site "layers.3.qkv".
+    model.layers.3.self_attn.v_proj        slice 2 of site "layers.3.qkv"
+    model.layers.3.self_attn.qkv_proj      all three slices, where an adapter was trained on a fused linear
+
+Knows nothing of adapters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from model_runner.lora.site import Site
+from model_runner.lora.site import EXPERTS, Site, Slice
 
-OUTSIDE = ("lm_head", "model.embed_tokens")
-"""Modules of every decoder that adapters may name, and that are no sites unless the model says so."""
+OUTSIDE = ("model.embed_tokens", "lm_head")
+"""The embedding and the head: modules of every decoder that lie outside of its layers."""
+
+FUSED = {
+    ("q_proj", "k_proj", "v_proj"): "qkv_proj",
+    ("gate_proj", "up_proj"): "gate_up_proj",
+    ("w1", "w3"): "gate_up_proj",
+}
+"""What a linear of these modules side by side is called."""
+
+BLOCK = ".block_sparse_moe."
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where one module's delta goes."""
+    """Where one module's delta goes: one slice of a site."""
 
     site: Site
     index: int
+
+    @property
+    def slice(self) -> Slice:
+        """The slice."""
+        return self.site.slices[self.index]
+
+    @property
+    def module(self) -> str:
+        """The full name of its module."""
+        return f"{self.site.path}.{self.slice.module}" if self.site.path else self.slice.module
 
     @property
     def in_features(self) -> int:
@@ -29,33 +52,58 @@ class Place:
     @property
     def out_features(self) -> int:
         """Columns of the slice."""
-        return self.site.slices[self.index].width
+        return self.slice.width
 
 
 class Catalogue:
-    """All places of a model by full module name, in the model's order."""
+    """All places of a model by full module name, in the model's order; `fused` are names for all slices of a site."""
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = {site.name: site for site in sites}
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, tuple[Place, ...]] = {}
+        self.fused: dict[str, tuple[Place, ...]] = {}
         for site in sites:
-            for index, piece in enumerate(site.slices):
-                self.places[f"{site.path}.{piece.module}" if site.path else piece.module] = Place(site, index)
+            places = tuple(Place(site, index) for index in range(len(site.slices)))
+            self.places |= {place.module: (place,) for place in places}
+            name = FUSED.get(tuple(piece.module for piece in site.slices))
+            if name is not None:
+                self.fused[f"{site.path}.{name}"] = places
+        self.fused_names = frozenset(leaf(module) for module in self.fused)
+        self.renamed = {self.renamed_back(module): module for module in [*self.places, *self.fused] if BLOCK in module}
+        self.experts: dict[int, list[Site]] = {}
+        for site in sites:
+            if site.group == EXPERTS:
+                self.experts.setdefault(site.layer, []).append(site)
 
     @property
     def modules(self) -> list[str]:
         """The full names of the modules that LoRA can land on."""
         return list(self.places)
 
-    @property
-    def linears(self) -> list[str]:
-        """What PEFT calls all-linear: every place but the embedding and the head."""
-        return [name for name, place in self.places.items() if place.site.group not in ("embed", "head")]
+    def knows(self, module: str) -> bool:
+        """Whether it is a module, of its own or fused."""
+        return module in self.places or module in self.fused
 
-    @property
-    def outside(self) -> list[str]:
-        """The embedding and the head, where they are no sites."""
-        return [name for name in OUTSIDE if name not in self.places]
+    def find(self, module: str) -> tuple[Place, ...]:
+        """Where the module's delta goes, side by side."""
+        return self.places.get(module) or self.fused[module]
+
+    def whole(self, site: Site) -> str:
+        """The module that is all of a site, fused or not."""
+        name = FUSED.get(tuple(piece.module for piece in site.slices), site.slices[0].module)
+        return f"{site.path}.{name}"
+
+    @staticmethod
+    def renamed_back(module: str) -> str:
+        """A module's name in transformers 5, which calls Mixtral's experts as all others'."""
+        return module.replace(BLOCK, ".mlp.")
+
+    def with_fused(self, fused: AbstractSet[str]) -> list[str]:
+        """The modules, with these fused ones in the place of their parts."""
+        if not fused:
+            return self.modules
+        stand_in = {place.module: name for name in fused for place in self.fused[name]}
+        return list(dict.fromkeys(stand_in.get(module, module) for module in self.places))
 
 
 def leaf(module: str) -> str:

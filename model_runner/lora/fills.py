@@ -1,5 +1,13 @@
 """Fills under way: adapters copied into their pages a slice at a time, between steps, first come first served.
 
+A fill at once is not queued: all of it lies between what the computation was given before and what it is given after.
+
+    computation   step n-1 (reads page 7) |------- waits -------| step n (reads page 7, of another adapter)
+    copies                                | page 7 <- adapter   |
+
+On a CPU the calls themselves are in that order. On CUDA the copies' stream waits for the computation's and then the
+other way round; the host waits for neither. So pages that steps before still read may be filled at once.
+
 Knows nothing of steps; who calls says how long a turn may take.
 """
 
@@ -19,12 +27,13 @@ SLICE_BYTES = 4 << 20
 
 @dataclass(eq=False)
 class Fill:
-    """One adapter on its way into its pages. `mark` is set when all of it was sent."""
+    """One adapter on its way into its pages. `mark` is set when all of it was sent, `took` if that was at once."""
 
     adapter: Adapter
     pieces: Iterator[int]
     began: float = field(default_factory=time.perf_counter)
     mark: Mark = None
+    took: float | None = None
 
 
 class Fills:
@@ -46,6 +55,15 @@ class Fills:
     def add(self, adapter: Adapter, pages: dict[str, list[int]]) -> None:
         """Queues a fill; the adapter is kept until it is done, even if the host tier drops it."""
         self._waiting.append(Fill(adapter, self._pages.pieces(adapter, pages)))
+
+    def at_once(self, adapter: Adapter, pages: dict[str, list[int]]) -> None:
+        """Fills before whatever the computation is given next; `advance` tells of it like of any other."""
+        fill = Fill(adapter, self._pages.pieces(adapter, pages))
+        with self._pages.in_line():
+            for _ in fill.pieces:
+                pass
+        fill.mark, fill.took = self._pages.mark(), time.perf_counter() - fill.began
+        self._sent.append(fill)
 
     def clear(self) -> None:
         """Forgets all of them, as a new scheduler does not know them."""
@@ -74,4 +92,4 @@ class Fills:
     def _finished(self) -> Iterator[tuple[Adapter, float]]:
         while self._sent and self._pages.arrived(self._sent[0].mark):
             fill = self._sent.popleft()
-            yield fill.adapter, time.perf_counter() - fill.began
+            yield fill.adapter, time.perf_counter() - fill.began if fill.took is None else fill.took

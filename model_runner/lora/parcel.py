@@ -1,6 +1,6 @@
 """An adapter in the normal form as one piece of shared memory, to be handed from one process to another.
 
-    | A | B | A | B | ...            | label       each half at a multiple of 64 bytes; the label says where
+    | A | B | gain | bias | A | B .. | label       each piece at a multiple of 64 bytes; the label says where
     |<--------- `tensors` bytes ---->|
 
 The memory has no name: it is given back when the last mapping and descriptor of it are gone. Whoever receives one
@@ -23,18 +23,27 @@ from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.formats.landing import Landing
 
 ALIGNMENT = 64
+VECTOR = torch.float32
+"""What gains and biases are held in."""
+
 FIXED_SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 """Memory that shrinks under a mapping kills whoever reads it, so a parcel is sealed."""
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Slice `index` of a site: its rank, and the byte offsets of A [rank, in] and B [rank, out of the slice]."""
+    """Slice `index` of a site: its rank, and the byte offsets of A [rank, in] and B [rank, out of the slice].
+
+    Of the gain and the bias too, float32 [out of the slice], and of a whole matrix, where there are such.
+    """
 
     site: str
     index: int
     rank: int
     a: int
     b: int
+    gain: int | None = None
+    bias: int | None = None
+    whole: int | None = None
 
 
 class Label(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -79,13 +88,22 @@ class Parcel:
 
 
 def arrange(landings: Iterable[Landing], dtype: torch.dtype) -> tuple[list[Part], int]:
-    """Where each half of these modules goes, and how many bytes all of them take."""
+    """Where each piece of these modules goes, and how many bytes all of them take."""
     parts, end = [], 0
+
+    def take(elements: int, itemsize: int) -> int:
+        nonlocal end
+        begin, end = end, _aligned(end + elements * itemsize)
+        return begin
+
     for landing in landings:
-        place, rank = landing.place, landing.target.rank
-        a, b = end, _aligned(end + rank * place.in_features * dtype.itemsize)
-        parts.append(Part(place.site.name, place.index, rank, a, b))
-        end = _aligned(b + rank * place.out_features * dtype.itemsize)
+        for place in landing.places:
+            rank, out = landing.rank, place.out_features
+            a, b = take(rank * place.in_features, dtype.itemsize), take(rank * out, dtype.itemsize)
+            gain = take(out, VECTOR.itemsize) if landing.has_gain else None
+            bias = take(out, VECTOR.itemsize) if landing.has_bias else None
+            whole = take(place.site.weight.numel(), dtype.itemsize) if landing.has_whole else None
+            parts.append(Part(place.site.name, place.index, rank, a, b, gain, bias, whole))
     return parts, end
 
 
@@ -113,16 +131,21 @@ def map_memory(descriptor: int, size: int) -> torch.Tensor:
 
 def views(memory: torch.Tensor, parts: Iterable[Part], catalogue: Catalogue, dtype: torch.dtype) -> Deltas:
     """The parts as tensors. Raises AdapterError for a part that is not inside the memory or not of this model."""
-    values = memory.view(dtype)
+    values, wide = memory.view(dtype), memory.view(VECTOR)
     found: dict[str, list[Delta | None]] = {}
     for part in parts:
         site = catalogue.sites.get(part.site)
-        if site is None or not 0 <= part.index < len(site.slices) or not 1 <= part.rank <= MAX_RANK:
+        if site is None or not 0 <= part.index < len(site.slices) or not 0 <= part.rank <= MAX_RANK:
             raise AdapterError(f"{part} is not of this model")
+        out = site.slices[part.index].width
         a = _view(values, part.a, part.rank, site.in_features)
-        b = _view(values, part.b, part.rank, site.slices[part.index].width)
+        b = _view(values, part.b, part.rank, out)
+        gain, bias = (None if at is None else _view(wide, at, 1, out)[0] for at in (part.gain, part.bias))
         slices = found.setdefault(site.name, [None] * len(site.slices))
-        slices[part.index] = Delta(a, b)
+        if part.whole is not None and not site.replaceable:
+            raise AdapterError(f"{part} is not of this model")
+        whole = None if part.whole is None else _view(values, part.whole, *site.weight.shape)
+        slices[part.index] = Delta(a, b, gain, bias, whole)
     return {name: tuple(slices) for name, slices in found.items()}
 
 

@@ -14,39 +14,48 @@ from model_runner.device import host_memory
 from model_runner.lora import parcel
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.formats import peft
+from model_runner.lora.formats.base_weights import BaseWeights
+from model_runner.lora.formats.peft import Survey
 from model_runner.lora.parcel import Label, Parcel
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What the operator allows; None: no limit. `targets` are module names, or "all"."""
+    """What the operator allows; None: no limit. `targets` are module names, or "all"; `biases`: may there be any."""
 
     max_rank: int | None = None
     targets: list[str] | None = None
+    biases: bool = True
 
-    def check(self, rank: int, targets: list[str]) -> None:
+    def check(self, survey: Survey) -> None:
         """Raises AdapterError naming the flag and its value."""
-        if self.max_rank is not None and rank > self.max_rank:
-            raise AdapterError(f"rank {rank} is above --max-lora-rank {self.max_rank}")
+        if self.max_rank is not None and survey.rank > self.max_rank:
+            served = max(survey.landings, key=lambda landing: landing.rank)
+            given = served.module.target.rank
+            meant = "" if given == survey.rank else f" ({survey.format} of rank {given} is served as such)"
+            raise AdapterError(f"rank {survey.rank} is above --max-lora-rank {self.max_rank}{meant}")
+        if survey.biased is not None and not self.biases:
+            raise AdapterError(f"it gives {survey.biased} a bias, which --no-enable-lora-bias does not allow")
         if self.targets is None or "all" in self.targets:
             return
-        refused = [target for target in targets if target not in self.targets]
+        refused = [target for target in survey.targets if target not in self.targets]
         if refused:
             allowed = " ".join(self.targets)
             raise AdapterError(f"it targets {', '.join(refused)}, which --lora-target-modules {allowed} does not allow")
 
 
 class Reader:
-    """Reads adapters for one model in one dtype, within limits."""
+    """Reads adapters for one model in one dtype, within limits; `model` is the model's directory."""
 
-    def __init__(self, catalogue: Catalogue, dtype: torch.dtype, limits: Limits) -> None:
+    def __init__(self, catalogue: Catalogue, dtype: torch.dtype, limits: Limits, model: Path | None = None) -> None:
+        self.base = BaseWeights(model)
         self.catalogue = catalogue
         self.dtype = dtype
         self.limits = limits
 
-    def survey(self, root: Path) -> peft.Survey:
+    def survey(self, root: Path) -> Survey:
         """What config and headers say, within the limits. Raises AdapterError or OSError."""
         survey = peft.survey(root, self.catalogue)
-        self.limits.check(survey.rank, survey.targets)
+        self.limits.check(survey)
         return survey
 
     def read(self, root: Path, revision: str = "", announce: Callable[[int], None] = lambda _: None) -> Parcel:
@@ -64,7 +73,7 @@ class Reader:
         descriptor = parcel.allocate(size)
         try:
             memory = parcel.map_memory(descriptor, size)
-            found = survey.read(parcel.views(memory, parts, self.catalogue, self.dtype))
+            found = survey.read(parcel.views(memory, parts, self.catalogue, self.dtype), self.base)
             if revision and found != revision:
                 raise AdapterError(f"{root}: its files have changed (revision {found}, not {revision})")
             return parcel.seal(descriptor, size, Label(found, survey.cast_from(self.dtype), parts))

@@ -1,7 +1,7 @@
 """A site: a linear (or embedding, or head) that LoRA touches, as data. Slices are data too: qkv has three, gate_up two.
 
-Knows nothing of adapters or steps. Legend: I in features, O out features (all slices side by side), of this rank's
-shard.
+The embedding is a linear of one-hot tokens: its in features are the vocabulary. Knows nothing of adapters or steps.
+Legend: I in features, O out features (all slices side by side), of this rank's shard.
 """
 
 from __future__ import annotations
@@ -9,6 +9,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+EMBED = "embed"
+"""The group of the embedding."""
+
+HEAD = "head"
+"""The group of the head."""
+
+ROUTER = "router"
+"""The group of the routers of mixtures of experts."""
+
+EXPERTS = "experts"
+"""The group of all linears of all experts."""
+
+
+def vectors_of(group: str) -> str:
+    """The group of the vector slots (gains and biases) of the sites of `group`."""
+    return f"{group}.vectors"
+
+
+def whole_of(group: str) -> str:
+    """The group of the matrix slots (whole matrices in the place of the base's) of the site of `group`."""
+    return f"{group}.full"
 
 
 @dataclass(frozen=True)
@@ -33,8 +55,8 @@ class Site:
     path      module path of the parent in a checkpoint, e.g. "model.layers.3.self_attn"; a slice's full checkpoint
               name is f"{path}.{slice.module}"
     layer     index of the decoder layer, -1 outside of them
-    group     whose rank pages go together: qkv, o, gate_up, down, embed, head
-    weight    the base weight [O, I] (row-parallel: I is the shard)
+    group     whose rank pages go together: qkv, o, gate_up, down, embed, head, router, experts
+    weight    the base weight [O, I] (row-parallel: I is the shard); of the embedding [I, O]
     bias      the base bias [O] or None
     """
 
@@ -47,11 +69,21 @@ class Site:
     bias: torch.Tensor | None = None
 
     @property
+    def replaceable(self) -> bool:
+        """Whether an adapter may bring a whole matrix in its place."""
+        return self.group in (EMBED, HEAD)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it is looked up by token."""
+        return self.group == EMBED
+
+    @property
     def in_features(self) -> int:
         """I."""
-        return int(self.weight.shape[1])
+        return int(self.weight.shape[not self.embeds])
 
     @property
     def out_features(self) -> int:
         """O."""
-        return int(self.weight.shape[0])
+        return int(self.weight.shape[self.embeds])

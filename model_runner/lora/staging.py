@@ -20,6 +20,7 @@ class Staging:
     """The ring. Buffers grow to the largest pair of tensors that passes; what it fills was made before it."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(device))
         self._buffers: list[torch.Tensor | None] = [None] * BUFFERS
@@ -42,6 +43,14 @@ class Staging:
             a.copy_(host_a, non_blocking=True)
             b.copy_(host_b, non_blocking=True)
             self._sent[number].record()
+
+    def follow(self) -> None:
+        """What is sent from now on waits for what the computation was given so far."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def lead(self) -> None:
+        """What the computation is given from now on waits for what was sent so far."""
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def mark(self) -> torch.cuda.Event:
         """An event after everything that was sent so far."""

@@ -25,10 +25,16 @@ class AdapterStore:
     """Keeps adapters, and reads them where a child need not. `max_rank` and `targets` None mean: no limit."""
 
     def __init__(
-        self, sites: Sequence[Site], dtype: torch.dtype, *, max_rank: int | None, targets: list[str] | None
+        self,
+        sites: Sequence[Site],
+        dtype: torch.dtype,
+        *,
+        max_rank: int | None,
+        targets: list[str] | None,
+        biases: bool = True,
     ) -> None:
         self.dtype = dtype
-        self.limits = Limits(max_rank, targets)
+        self.limits = Limits(max_rank, targets, biases)
         self.catalogue = Catalogue(sites)
         self.reader = Reader(self.catalogue, dtype, self.limits)
         self._adapters: dict[int, Adapter] = {}

@@ -5,6 +5,11 @@ attached from outside.
     each layer:  x = x + attention(norm(x));  x = x + mlp(norm(x))
     logits = head(norm(x))
 
+A sum and the norm that follows it are one operation, so a layer takes what the one before it would add, and hands on
+what it would add itself:
+
+    x, added  ->  norm(x + added)  ->  attention  ->  norm(x + its answer)  ->  mlp  ->  x, the mlp's answer
+
 Knows nothing of files, requests or sampling. Legend: T tokens of the step, S rows that need logits, H hidden size,
 V vocabulary.
 """
@@ -30,6 +35,9 @@ from model_runner.layers.weights import Weights
 from model_runner.lora.base import LoraBackend
 from model_runner.lora.site import Site
 
+Stream = tuple[torch.Tensor, torch.Tensor | None]
+"""x [T, H], and what is still to be added to it."""
+
 
 class Layer:
     """Attention and MLP, each behind its norm and beside its residual."""
@@ -54,10 +62,13 @@ class Layer:
         """Its sites: qkv, o, and those of the MLP."""
         yield from (self.attention.qkv, self.attention.o, *self.mlp.linears())
 
-    def __call__(self, x_TH: torch.Tensor, rotate: Rotation | None, batch: Batch) -> torch.Tensor:
-        """[T, H] -> [T, H]."""
-        x_TH = x_TH + self.attention(self.attention_norm(x_TH), rotate, batch)
-        return x_TH + self.mlp(self.mlp_norm(x_TH), batch)
+    def __call__(
+        self, x_TH: torch.Tensor, added_TH: torch.Tensor | None, rotate: Rotation | None, batch: Batch
+    ) -> Stream:
+        """x [T, H] and what is still to be added to it, in and out; None is nothing."""
+        normed_TH, x_TH = self.attention_norm.add(x_TH, added_TH)
+        normed_TH, x_TH = self.mlp_norm.add(x_TH, self.attention(normed_TH, rotate, batch))
+        return x_TH, self.mlp(normed_TH, batch)
 
 
 class Decoder:
@@ -109,9 +120,10 @@ class Decoder:
         """[T, H]: the normed hidden state of every token of the step; K and V are stored on the way."""
         rotations = [rotary(batch.positions_T) for rotary in self.rotaries]
         x_TH = self.enter(self.embed(batch.tokens_T, batch.lora, batch.lanes_T))
+        added_TH: torch.Tensor | None = None
         for layer, turn in zip(self.layers, self.turns, strict=True):
-            x_TH = layer(x_TH, None if turn is None else rotations[turn], batch)
-        return self.norm(x_TH)
+            x_TH, added_TH = layer(x_TH, added_TH, None if turn is None else rotations[turn], batch)
+        return self.norm.add(x_TH, added_TH)[0]
 
     def enter(self, x_TH: torch.Tensor) -> torch.Tensor:
         """Embeddings as the first layer takes them."""

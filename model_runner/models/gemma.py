@@ -17,7 +17,7 @@ from model_runner.batch import Batch
 from model_runner.layers.norm import RMSNorm
 from model_runner.layers.rotary import Rotation
 from model_runner.layers.weights import Weights
-from model_runner.models.decoder import Decoder, Layer
+from model_runner.models.decoder import Decoder, Layer, Stream
 
 
 class GemmaLayer(Layer):
@@ -29,9 +29,12 @@ class GemmaLayer(Layer):
         self.mlp_norm = norm("pre_feedforward_layernorm")
         self.fed_norm = norm("post_feedforward_layernorm")
 
-    def __call__(self, x_TH: torch.Tensor, rotate: Rotation | None, batch: Batch) -> torch.Tensor:
-        x_TH = x_TH + self.attended_norm(self.attention(self.attention_norm(x_TH), rotate, batch))
-        return x_TH + self.fed_norm(self.mlp(self.mlp_norm(x_TH), batch))
+    def __call__(
+        self, x_TH: torch.Tensor, added_TH: torch.Tensor | None, rotate: Rotation | None, batch: Batch
+    ) -> Stream:
+        normed_TH, x_TH = self.attention_norm.add(x_TH, added_TH)
+        normed_TH, x_TH = self.mlp_norm.add(x_TH, self.attended_norm(self.attention(normed_TH, rotate, batch)))
+        return x_TH, self.fed_norm(self.mlp(normed_TH, batch))
 
 
 class Gemma(Decoder):

@@ -11,7 +11,7 @@ from model_runner.arch import Arch
 from model_runner.batch import Batch
 from model_runner.layers.rotary import Rotation
 from model_runner.layers.weights import Weights
-from model_runner.models.decoder import Decoder, Layer
+from model_runner.models.decoder import Decoder, Layer, Stream
 
 
 class GraniteLayer(Layer):
@@ -21,9 +21,12 @@ class GraniteLayer(Layer):
         super().__init__(arch, index, weights)
         self.scale = arch.residual_scale
 
-    def __call__(self, x_TH: torch.Tensor, rotate: Rotation | None, batch: Batch) -> torch.Tensor:
-        x_TH = x_TH + self.attention(self.attention_norm(x_TH), rotate, batch) * self.scale
-        return x_TH + self.mlp(self.mlp_norm(x_TH), batch) * self.scale
+    def __call__(
+        self, x_TH: torch.Tensor, added_TH: torch.Tensor | None, rotate: Rotation | None, batch: Batch
+    ) -> Stream:
+        normed_TH, x_TH = self.attention_norm.add(x_TH, added_TH)
+        normed_TH, x_TH = self.mlp_norm.add(x_TH, self.attention(normed_TH, rotate, batch) * self.scale)
+        return x_TH, self.mlp(normed_TH, batch) * self.scale
 
 
 class Granite(Decoder):

@@ -18,11 +18,13 @@ from model_runner.layers.attention import Attention
 from model_runner.layers.norm import RMSNorm, read_norm
 from model_runner.layers.rotary import Rotation
 from model_runner.layers.weights import Weights
-from model_runner.models.decoder import Decoder, Layer
+from model_runner.models.decoder import Decoder, Layer, Stream
 
 
 class Olmo2Attention(Attention):
     """Attention whose norms see all heads."""
+
+    by_head = False
 
     def read_norms(self, arch: Arch, weights: Weights, path: str) -> tuple[RMSNorm, RMSNorm]:
         """The norms of q and k, each over all heads."""
@@ -50,9 +52,12 @@ class Olmo2Layer(Layer):
         self.attended_norm = norm("post_attention_layernorm")
         self.fed_norm = norm("post_feedforward_layernorm")
 
-    def __call__(self, x_TH: torch.Tensor, rotate: Rotation | None, batch: Batch) -> torch.Tensor:
+    def __call__(
+        self, x_TH: torch.Tensor, added_TH: torch.Tensor | None, rotate: Rotation | None, batch: Batch
+    ) -> Stream:
+        x_TH = x_TH if added_TH is None else x_TH + added_TH  # nothing is normed here
         x_TH = x_TH + self.attended_norm(self.attention(x_TH, rotate, batch))
-        return x_TH + self.fed_norm(self.mlp(x_TH, batch))
+        return x_TH, self.fed_norm(self.mlp(x_TH, batch))
 
 
 class Olmo2(Decoder):

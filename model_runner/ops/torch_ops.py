@@ -1,4 +1,4 @@
-"""The small operations in plain torch, on any device: the reference. Bit-equal to the layers' own arithmetic."""
+"""The small operations in plain torch, on any device: the reference. Bit-equal to transformers' arithmetic."""
 
 from __future__ import annotations
 

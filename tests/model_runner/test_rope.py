@@ -12,6 +12,7 @@ import torch
 from engine.errors import ConfigError
 from model_runner.arch import read_arch
 from model_runner.layers.rotary import Rotary
+from model_runner.ops.torch_ops import TorchOps
 from model_runner.rope import Rope, inverse_frequencies
 
 BASE: dict[str, Any] = {
@@ -113,7 +114,7 @@ def test_longrope_by_the_length_that_is_served(variant: str, length: int, tmp_pa
 def test_only_the_first_dimensions_of_a_head_are_turned() -> None:
     rotate = Rotary(Rope(share=0.5), 8, torch.device("cpu"), torch.float32)(torch.tensor([3, 5]))
     heads = torch.arange(48.0).view(2, 3, 8)
-    turned = rotate(heads)
+    turned = TorchOps().rope(heads, *rotate)
     assert torch.equal(turned[..., 4:], heads[..., 4:])
     assert not torch.equal(turned[..., :4], heads[..., :4])
 

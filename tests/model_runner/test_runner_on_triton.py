@@ -1,10 +1,11 @@
-"""The whole runner on the triton attention backend: the oracle's tokens, with a sliding window and grouped heads."""
+"""The whole runner on the triton attention backend and the fused small operations: the oracle's tokens."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,10 +16,22 @@ from tiny_models import VOCAB
 from engine.config import Links, RunnerConfig
 from engine.errors import ConfigError
 from model_runner.attention import triton_backend
+from model_runner.ops import base
+from model_runner.ops.triton_ops import TritonOps
 from model_runner.runner import Runner
 
 LINKS = Links(tokenizer="", scheduler="", runner="", door="")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class CountedOps(TritonOps):
+    """Notes of each fused store whether it normed heads."""
+
+    stores: ClassVar[list[bool]] = []
+
+    def rope_and_store(self, *args: Any) -> torch.Tensor:
+        self.stores.append(args[-1] is not None)
+        return super().rope_and_store(*args)
 
 
 def load(path: Path, device: str = DEVICE) -> Runner:
@@ -33,8 +46,19 @@ def load(path: Path, device: str = DEVICE) -> Runner:
     return Runner.load(config)
 
 
-def test_tokens_equal_the_oracles(tiny_model: Callable[[str], Path]) -> None:
-    path = tiny_model("mistral")  # a window of 16, two query heads to a key/value head, heads of 24
+@pytest.mark.parametrize(
+    "family",
+    [
+        "mistral",  # a window of 16, two query heads to a key/value head, heads of 24
+        "qwen3",  # norms of q and k over each head
+        "olmo2",  # norms of q and k over all heads: not fused
+    ],
+)
+def test_tokens_equal_the_oracles(
+    family: str, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "create", lambda device: CountedOps())
+    path = tiny_model(family)
     oracle, draw, asks = Oracle(path), random.Random(5), list[Ask]()
     for length in (40, 3, 21):
         prompt = [draw.randrange(VOCAB) for _ in range(length)]
@@ -44,7 +68,9 @@ def test_tokens_equal_the_oracles(tiny_model: Callable[[str], Path]) -> None:
     runner = load(path)
     try:
         assert runner.capacity.attention_backend == "triton"
+        CountedOps.stores.clear()
         assert Driver(runner).serve(asks, longest_chunk=20) == [oracle.greedy(ask.prompt, 6) for ask in asks]
+        assert set(CountedOps.stores) == {"mistral": {False}, "qwen3": {True}, "olmo2": set()}[family]
     finally:
         runner.close()
 

@@ -1,100 +1,175 @@
 """Where each tensor of a PEFT adapter lands: every name and shape accounted for before any data is read.
 
-    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight             [r, in]
-    base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight     [out, r], with the adapter's name in it
+    q_proj    lora_A.weight, lora_B.weight     -> its format: LoRA
+              lora_magnitude_vector            -> a gain (DoRA)
+              lora_B.bias, bias                -> a bias (lora_bias; bias="all" or "lora_only")
 
 Knows nothing of values.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.errors import AdapterError
-from model_runner.lora.catalogue import Catalogue, Place
-from model_runner.lora.formats.peft_config import CONFIG_NAME
-from model_runner.lora.formats.targets import Target
+from model_runner.lora.adapter import MAX_RANK
+from model_runner.lora.catalogue import OUTSIDE, Catalogue, Place
+from model_runner.lora.formats.adalora import AdaLora
+from model_runner.lora.formats.format import Format, Module, Shape, missing
+from model_runner.lora.formats.loha import LoHa
+from model_runner.lora.formats.lokr import LoKr
+from model_runner.lora.formats.lora import Lora
+from model_runner.lora.formats.names import parse, show
+from model_runner.lora.formats.peft_config import CONFIG_NAME, PeftConfig
+from model_runner.lora.formats.targets import Target, ends
 from model_runner.lora.formats.tensor_file import FLOATS, Entry
 
-NAME = re.compile(
-    r"(?P<prefix>base_model\.model\.)?(?P<module>.+)\.lora_(?P<half>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
-)
+FORMATS: dict[str, Format] = {"LORA": Lora(), "ADALORA": AdaLora(), "LOHA": LoHa(), "LOKR": LoKr()}
+"""By PEFT's name of the type."""
 
-UNSUPPORTED = {
-    ".lora_magnitude_vector": "DoRA",
-    ".lora_embedding_": "LoRA on the embedding",
-    ".lora_B.bias": "biases on lora_B",
-    ".modules_to_save.": "whole modules beside the LoRA",
-    ".lora_diag": "KaSA",
-    ".lora_E": "AdaLoRA",
-}
-"""Parts of names that tell which unsupported option a tensor belongs to."""
+MAGNITUDE = "lora_magnitude_vector"
+LORA_BIAS = "lora_B.bias"
+BIAS = "bias"
+BASE_WEIGHT = "base_layer.weight"
+WHOLE = "weight"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Landing:
-    """One targeted module and the names of its two tensors."""
+    """One module that the adapter changes: its tensors by part, and where they go.
 
-    target: Target
-    place: Place
-    a: str
-    b: str
+    `format` is None for a module of which only the bias was trained; `rank` is that of the normal form.
+    """
+
+    module: Module
+    places: tuple[Place, ...]
+    format: Format | None
+    parts: dict[str, str]
+    rank: int
+
+    @property
+    def name(self) -> str:
+        """The full name of the module."""
+        return self.module.target.module
+
+    @property
+    def has_gain(self) -> bool:
+        """Whether columns are scaled."""
+        return MAGNITUDE in self.parts
+
+    @property
+    def has_whole(self) -> bool:
+        """Whether it brings a matrix of its own."""
+        return WHOLE in self.parts
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether something is added to columns."""
+        return LORA_BIAS in self.parts or BIAS in self.parts
 
 
-def land(entries: Mapping[str, Entry], targets: Mapping[str, Target], catalogue: Catalogue) -> list[Landing]:
+def land(
+    entries: Mapping[str, Entry], config: PeftConfig, targets: Mapping[str, Target], catalogue: Catalogue
+) -> list[Landing]:
     """All modules of the adapter, in the model's order. Raises AdapterError naming the tensor or module at fault."""
-    halves: dict[tuple[str, str], str] = {}
+    owned: dict[str, dict[str, str]] = {}
     for tensor in entries:
-        key = _land_name(tensor, targets, catalogue)
-        if key in halves:
-            raise AdapterError(f"tensors {show(halves[key])} and {show(tensor)} are the same part of one module")
-        halves[key] = tensor
-    landings = [_pair(target, catalogue.places[module], halves) for module, target in targets.items()]
-    for landing in landings:
-        rank, place = landing.target.rank, landing.place
-        _check(landing.a, entries[landing.a], [rank, place.in_features], rank)
-        _check(landing.b, entries[landing.b], [place.out_features, rank], rank)
-    return landings
+        name = parse(tensor, catalogue)
+        _check_belongs(tensor, name.module, name.part, config, targets)
+        parts = owned.setdefault(name.module, {})
+        if name.part in parts:
+            raise AdapterError(f"tensors {show(parts[name.part])} and {show(tensor)} are the same part of one module")
+        parts[name.part] = tensor
+    for saved in config.modules_to_save or []:
+        if not any(ends(module, saved) for module in owned if WHOLE in owned[module]):
+            raise AdapterError(f"{CONFIG_NAME}: modules_to_save names {saved!r}, and no tensor of it can be served")
+    modules = [module for module in [*catalogue.places, *catalogue.fused] if module in owned or module in targets]
+    return [_land(module, owned.get(module, {}), entries, config, targets, catalogue) for module in modules]
 
 
-def _land_name(tensor: str, targets: Mapping[str, Target], catalogue: Catalogue) -> tuple[str, str]:
-    for mark, what in UNSUPPORTED.items():
-        if mark in tensor:
-            raise AdapterError(f"tensor {show(tensor)} is not supported yet ({what})")
-    found = NAME.fullmatch(tensor)
-    if found is None:
-        raise AdapterError(f"tensor {show(tensor)} is no lora_A or lora_B weight; nothing would use it")
-    module = found["module"]
-    if module in catalogue.outside:
-        raise AdapterError(f"tensor {show(tensor)} is not supported yet (LoRA on the embedding or the head)")
-    if module not in catalogue.places:
-        raise AdapterError(f"tensor {show(tensor)}: the model has no module {show(module)}")
+def _check_belongs(tensor: str, module: str, part: str, config: PeftConfig, targets: Mapping[str, Target]) -> None:
+    """Raises AdapterError for a tensor that the config does not speak of."""
+    if part == BIAS:
+        if config.bias == "none":
+            raise AdapterError(f"tensor {show(tensor)}: {CONFIG_NAME} says bias='none'")
+        return
+    if part == BASE_WEIGHT and module in targets:
+        return
+    if part == WHOLE and module in OUTSIDE and config.modules_to_save:
+        return
+    if part in (WHOLE, BASE_WEIGHT):
+        raise AdapterError(
+            f"tensor {show(tensor)} replaces a whole module; served are {' and '.join(OUTSIDE)} in modules_to_save"
+        )
+    if part not in FORMATS[config.peft_type].parts | _extras(config):
+        raise AdapterError(f"tensor {show(tensor)} is no part of {_kind(config)}; nothing would use it")
     if module not in targets:
         raise AdapterError(f"tensor {show(tensor)}: {CONFIG_NAME} does not target {module}")
-    return module, found["half"]
 
 
-def _pair(target: Target, place: Place, halves: Mapping[tuple[str, str], str]) -> Landing:
-    a, b = halves.get((target.module, "A")), halves.get((target.module, "B"))
-    if a is None and b is None:
-        raise AdapterError(f"module {target.module} is targeted by {CONFIG_NAME}, but it has no tensors")
-    if a is None or b is None:
-        missing = "lora_A" if a is None else "lora_B"
-        raise AdapterError(f"tensor {show(a or b or '')} has no {missing} beside it")
-    return Landing(target, place, a, b)
+def _extras(config: PeftConfig) -> set[str]:
+    return {part for part, used in ((MAGNITUDE, config.use_dora), (LORA_BIAS, config.lora_bias)) if used}
 
 
-def _check(tensor: str, entry: Entry, expected: list[int], rank: int) -> None:
+def _kind(config: PeftConfig) -> str:
+    return "DoRA" if config.use_dora else FORMATS[config.peft_type].name
+
+
+def _land(
+    name: str,
+    parts: dict[str, str],
+    entries: Mapping[str, Entry],
+    config: PeftConfig,
+    targets: Mapping[str, Target],
+    catalogue: Catalogue,
+) -> Landing:
+    places = catalogue.find(name)
+    target = targets.get(name, Target(name, 0, 0.0))
+    out = sum(place.out_features for place in places)
+    module = Module(target, places[0].in_features, out, places[0].site.embeds)
+    found = {part: entries[tensor].shape for part, tensor in parts.items()}
+    wanted: dict[str, Shape] = {BIAS: [out]} if BIAS in parts else {}
+    matrix = [module.in_features, out] if module.embeds else [out, module.in_features]
+    wanted |= {part: matrix for part in (BASE_WEIGHT, WHOLE) if part in parts}
+    if name in targets and WHOLE in parts:
+        raise AdapterError(f"module {name} is targeted, and it is in modules_to_save: only one can be served")
+    _check_vocabulary(parts, found, matrix)
+    chosen, rank = None, 0
+    if name in targets:
+        chosen = FORMATS[config.peft_type]
+        if not chosen.parts & found.keys():
+            raise AdapterError(f"module {name} is targeted by {CONFIG_NAME}, but it has no tensors")
+        wanted |= chosen.shapes(module, found) | {part: [out] for part in _extras(config)}
+        rank = chosen.rank(module, found)
+    for part, shape in wanted.items():
+        if part not in parts:
+            raise missing(module, part, found)
+        _check(parts[part], entries[parts[part]], shape, target.rank)
+    for part in sorted(found.keys() - wanted.keys()):
+        raise AdapterError(f"tensor {show(parts[part])} has no use beside the others of its module")
+    if rank > MAX_RANK:
+        raise AdapterError(
+            f"module {name}: {_kind(config)} of rank {target.rank} is served as rank {rank}; at most {MAX_RANK} is"
+        )
+    return Landing(module, places, chosen, parts, rank)
+
+
+def _check_vocabulary(parts: Mapping[str, str], found: Mapping[str, Shape], expected: Shape) -> None:
+    """Raises AdapterError for a whole matrix of another vocabulary."""
+    for part in (BASE_WEIGHT, WHOLE):
+        shape = found.get(part, expected)
+        if len(shape) == 2 and shape[0] != expected[0] and shape[1] == expected[1]:
+            raise AdapterError(
+                f"tensor {show(parts[part])} is for a vocabulary of {shape[0]} tokens and the model's has"
+                f" {expected[0]}: added tokens are not supported"
+            )
+
+
+def _check(tensor: str, entry: Entry, expected: Shape, rank: int) -> None:
     if entry.dtype not in FLOATS:
         raise AdapterError(f"tensor {show(tensor)} has dtype {entry.dtype}; served are {', '.join(FLOATS)}")
     if entry.shape != expected:
         raise AdapterError(
             f"tensor {show(tensor)} has shape {entry.shape}, expected {expected} (rank {rank} by {CONFIG_NAME})"
         )
-
-
-def show(name: str) -> str:
-    """A name from a file, quoted and clipped, fit for one line."""
-    return repr(name if len(name) <= 200 else name[:197] + "...")

@@ -1,4 +1,4 @@
-"""PEFT LoRA directories: adapter_config.json beside adapter_model.safetensors (or its shards and their index).
+"""PEFT directories of every format: adapter_config.json beside adapter_model.safetensors (or shards and an index).
 
 Two steps, so that limits are checked and memory is measured before data is read: `survey` reads the config and the
 headers, `read` brings the tensors into the normal form, where the caller wants it. Knows nothing of ids, limits and
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +18,18 @@ import torch
 
 from engine.errors import AdapterError
 from engine.messages import Footprint
-from model_runner.lora.adapter import Delta, Deltas, pages_for
-from model_runner.lora.catalogue import Catalogue, leaf
-from model_runner.lora.formats.landing import NAME, Landing, land, show
+from model_runner.lora.adapter import Deltas, pages_for
+from model_runner.lora.catalogue import Catalogue
+from model_runner.lora.formats.base_weights import BaseWeights
+from model_runner.lora.formats.convert import convert
+from model_runner.lora.formats.landing import FORMATS, Landing, land
+from model_runner.lora.formats.names import adapted_modules, parse, show
 from model_runner.lora.formats.peft_config import PeftConfig, read_config
 from model_runner.lora.formats.regular_file import read_bounded
+from model_runner.lora.formats.stacks import Unstacked, unstack
 from model_runner.lora.formats.targets import resolve_targets
 from model_runner.lora.formats.tensor_file import FLOATS, Entry, TensorFile, open_tensors
+from model_runner.lora.site import vectors_of, whole_of
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 INDEX_NAME = "adapter_model.safetensors.index.json"
@@ -52,24 +58,45 @@ class Survey:
     config: PeftConfig
     files: list[TensorFile]
     landings: list[Landing]
+    dialect: str
+    unstacked: Unstacked
+
+    @property
+    def format(self) -> str:
+        """The format, for people."""
+        config = self.config
+        if config.peft_type != "LORA":
+            return f"PEFT {FORMATS[config.peft_type].name}"
+        name = "DoRA" if config.use_dora else "LoRA"
+        return f"PEFT rank-stabilised {name}" if config.use_rslora else f"PEFT {name}"
 
     @property
     def rank(self) -> int:
-        """The highest rank of any module."""
-        return max(landing.target.rank for landing in self.landings)
+        """The highest rank of any module in the normal form."""
+        return max(landing.rank for landing in self.landings)
 
     @property
     def targets(self) -> list[str]:
         """Sorted names of the modules it touches ("q_proj")."""
-        return sorted({leaf(landing.target.module) for landing in self.landings})
+        return sorted({place.slice.module for landing in self.landings for place in landing.places})
+
+    @property
+    def biased(self) -> str | None:
+        """A module that is given a bias, if there is one."""
+        return next((landing.name for landing in self.landings if landing.has_bias), None)
 
     @property
     def footprint(self) -> Footprint:
-        """The rank pages it needs, by group."""
+        """The rank pages and vector slots it needs, by group."""
         pages: dict[str, int] = {}
         for landing in self.landings:
-            group = landing.place.site.group
-            pages[group] = max(pages.get(group, 0), pages_for(landing.target.rank))
+            group = landing.places[0].site.group
+            if landing.rank:
+                pages[group] = max(pages.get(group, 0), pages_for(landing.rank))
+            if landing.has_gain or landing.has_bias:
+                pages[vectors_of(group)] = 1
+            if landing.has_whole:
+                pages[whole_of(group)] = 1
         return Footprint(pages)
 
     @property
@@ -82,33 +109,28 @@ class Survey:
         """How many tensors the files hold."""
         return sum(len(file.entries) for file in self.files)
 
-    @property
-    def dialect(self) -> str:
-        """How the tensors are named."""
-        names = [NAME.fullmatch(name) for file in self.files for name in file.entries]
-        prefixed = all(found and found["prefix"] for found in names)
-        named = any(found and found["adapter"] for found in names)
-        keys = "base_model.model.*.lora_A.weight" if prefixed else "*.lora_A.weight"
-        return keys.replace(".weight", ".<name>.weight") if named else keys
-
     def cast_from(self, dtype: torch.dtype) -> list[str]:
         """The float dtypes in the files that are not the serving dtype."""
         kinds = {FLOATS[entry.dtype] for file in self.files for entry in file.entries.values()}
         return sorted(str(kind).removeprefix("torch.") for kind in kinds if kind != dtype)
 
-    def read(self, into: Deltas) -> str:
+    def read(self, into: Deltas, base: BaseWeights) -> str:
         """Reads, hashes and converts into these tensors, whose shapes are those of `landings`; the revision.
 
-        Raises AdapterError for values that are not finite in the dtype of `into`.
+        A module is converted when all of its tensors were read: a file that holds them together, as PEFT's do, needs
+        memory for one module. Raises AdapterError for values that are not finite in the dtype of `into`.
         """
-        halves = {landing.a: landing for landing in self.landings} | {landing.b: landing for landing in self.landings}
+        owners = {tensor: (landing, part) for landing in self.landings for part, tensor in landing.parts.items()}
+        waiting: dict[str, dict[str, torch.Tensor]] = {}
         digest = hashlib.sha256(self.config.scale_bytes())
         for file in self.files:
-            for name, tensor in file.tensors(digest.update):
-                landing = halves[name]
-                delta = into[landing.place.site.name][landing.place.index]
-                assert delta is not None
-                _convert(landing, name, tensor, delta)
+            for stored, whole in file.tensors(digest.update):
+                for name, tensor in self.unstacked.parts(stored, whole):
+                    landing, part = owners[name]
+                    held = waiting.setdefault(landing.name, {})
+                    held[part] = tensor.clone()
+                    if len(held) == len(landing.parts):
+                        convert(landing, waiting.pop(landing.name), into, base)
         return digest.hexdigest()
 
 
@@ -121,7 +143,22 @@ def survey(root: Path, catalogue: Catalogue) -> Survey:
     entries: dict[str, Entry] = {}
     for file in files:
         entries |= file.entries
-    return Survey(config, files, land(entries, resolve_targets(config, catalogue), catalogue))
+    unstacked = unstack(entries, config, catalogue)
+    targets = unstacked.targets
+    if config.target_modules:
+        targets = resolve_targets(config, catalogue, adapted_modules(entries, catalogue)) | targets
+    landings = land(unstacked.entries, config, targets, catalogue)
+    return Survey(config, files, landings, _dialect(unstacked.entries, catalogue), unstacked)
+
+
+def _dialect(entries: Iterable[str], catalogue: Catalogue) -> str:
+    """How the tensors are named."""
+    names = [parse(tensor, catalogue) for tensor in entries]
+    part = min(name.part for name in names)
+    if any(name.named for name in names):
+        marker, dot, own = part.partition(".")
+        part = f"{marker}.<name>{dot}{own}"
+    return f"base_model.model.*.{part}" if all(name.prefixed for name in names) else f"*.{part}"
 
 
 def _open_files(root: Path) -> list[TensorFile]:
@@ -161,16 +198,3 @@ def _open_shards(root: Path) -> list[TensorFile]:
     for tensor, name in sorted(set(held) ^ set(index.weight_map.items())):
         raise AdapterError(f"{INDEX_NAME}: tensor {show(tensor)} and file {show(name)} disagree")
     return files
-
-
-def _convert(landing: Landing, name: str, source: torch.Tensor, into: Delta) -> None:
-    """One half of a module; scaling is folded into B in float32, and both are cast from float32."""
-    if name == landing.a:
-        converted = into.a.copy_(source.to(torch.float32) if source.dtype is torch.float64 else source)
-    else:
-        converted = into.b.copy_((source.to(torch.float32) * landing.target.scaling).t())
-    if bool(torch.isfinite(converted).all()):
-        return
-    if not bool(torch.isfinite(source).all()):
-        raise AdapterError(f"tensor {show(name)} holds NaN or infinity")
-    raise AdapterError(f"tensor {show(name)} holds values too large for {converted.dtype} once scaled")

@@ -4,7 +4,8 @@
                     or "all-linear"
     exclude_modules the same, and wins
     layers_...      for lists only: the first number in the name is the layer
-    rank_pattern    the first key that matches the name or its end after a dot, as a regular expression
+    rank_pattern    the first key that matches the name or its end after a dot, as a regular expression; AdaLoRA's:
+                    by full name, which of the values were kept
 
 Knows nothing of tensors.
 """
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TypeVar
 
 from engine.errors import AdapterError
-from model_runner.lora.catalogue import Catalogue, leaf
+from model_runner.lora.catalogue import OUTSIDE, Catalogue, leaf
 from model_runner.lora.formats.peft_config import CONFIG_NAME, PeftConfig
 
 ALL_LINEAR = "all-linear"
@@ -27,46 +29,69 @@ V = TypeVar("V", int, float)
 
 @dataclass(frozen=True)
 class Target:
-    """One targeted module: its rank and the scaling to fold into B."""
+    """One targeted module: its rank and the scaling to fold into B; `began`: the rank it was trained with at first."""
 
     module: str
     rank: int
     scaling: float
+    began: int = 0
 
 
-def resolve_targets(config: PeftConfig, catalogue: Catalogue) -> dict[str, Target]:
-    """Every module the config targets. Raises AdapterError for a target that the model has not, or we cannot serve."""
-    targeted = [module for module in _selected(config, catalogue) if not _excluded(config, module)]
-    for module in targeted:
-        if module in catalogue.outside:
-            raise AdapterError(f"target_modules: {module} is not supported yet (LoRA on the embedding or the head)")
+def resolve_targets(
+    config: PeftConfig, catalogue: Catalogue, adapted: AbstractSet[str] = frozenset()
+) -> dict[str, Target]:
+    """Every module the config targets. Raises AdapterError for a target that the model has not.
+
+    `adapted` are the modules that the tensors are about: fused ones among them stand for several of the model's own,
+    and with `ensure_weight_tying` what PEFT saves of the embedding's twin, the head, is targeted as it is.
+    """
+    fused = adapted & catalogue.fused.keys()
+    targeted = [module for module in _selected(config, catalogue, fused) if not _excluded(config, module)]
+    if config.ensure_weight_tying and set(targeted) & set(OUTSIDE):
+        targeted += [module for module in OUTSIDE if module in adapted and module not in targeted]
     if not targeted:
         raise AdapterError("target_modules: no module is left after exclude_modules and layers_to_transform")
-    ranks = _patterns(config.rank_pattern, "rank_pattern")
+    kept = {_owner(key): sum(rank) for key, rank in (config.rank_pattern or {}).items() if isinstance(rank, list)}
+    given = {key: rank for key, rank in (config.rank_pattern or {}).items() if isinstance(rank, int)}
+    ranks = _patterns(given, "rank_pattern")
     alphas = _patterns(config.alpha_pattern, "alpha_pattern")
     targets = {}
     for module in targeted:
-        rank = _by_pattern(ranks, module, config.r)
-        alpha = _by_pattern(alphas, module, config.lora_alpha)
-        targets[module] = Target(module, rank, config.scaling(alpha, rank))
+        began = _by_pattern(ranks, module, config.r)
+        rank = kept.get(module, began)
+        alpha = _by_pattern(alphas, module, config.alpha)
+        targets[module] = Target(module, rank, config.scaling(alpha, rank), began)
     return targets
 
 
-def _selected(config: PeftConfig, catalogue: Catalogue) -> list[str]:
+def target_of(config: PeftConfig, name: str) -> Target:
+    """Rank and scaling of one module or parameter, by the patterns."""
+    given = {key: rank for key, rank in (config.rank_pattern or {}).items() if isinstance(rank, int)}
+    rank = _by_pattern(_patterns(given, "rank_pattern"), name, config.r)
+    alpha = _by_pattern(_patterns(config.alpha_pattern, "alpha_pattern"), name, config.alpha)
+    return Target(name, rank, config.scaling(alpha, rank), rank)
+
+
+def _owner(key: str) -> str:
+    """The module of an AdaLoRA pattern's key, which ends in lora_E and may have the adapter's name behind it."""
+    return key.rpartition(".lora_E")[0] or key
+
+
+def _selected(config: PeftConfig, catalogue: Catalogue, fused: AbstractSet[str]) -> list[str]:
     targets = config.target_modules
-    everything = [*catalogue.modules, *catalogue.outside]
+    everything = catalogue.with_fused(fused)
     if isinstance(targets, str):
         if targets.lower() == ALL_LINEAR:
-            return catalogue.linears
+            return [module for module in everything if module not in OUTSIDE]
         found = [module for module in everything if _compiled(targets, "target_modules").fullmatch(module)]
         if not found:
             raise AdapterError(f"target_modules: {targets!r} matches no module of the model")
         return found
     for target in targets or []:
-        if not any(_ends(module, target) for module in everything):
-            known = ", ".join(sorted({leaf(module) for module in catalogue.modules}))
+        if not any(ends(module, target) for module in everything):
+            known = ", ".join(sorted({leaf(module) for module in everything}))
             raise AdapterError(f"target_modules: the model has no module {target!r} (it has {known})")
-    named = [module for module in everything if any(_ends(module, target) for target in targets or [])]
+    named = [module for module in everything if any(ends(module, target) for target in targets or [])]
     return [module for module in named if _in_layers(config, module)]
 
 
@@ -74,7 +99,7 @@ def _excluded(config: PeftConfig, module: str) -> bool:
     excluded = config.exclude_modules
     if isinstance(excluded, str):
         return bool(excluded and _compiled(excluded, "exclude_modules").fullmatch(module))
-    return any(_ends(module, name) for name in excluded or [])
+    return any(ends(module, name) for name in excluded or [])
 
 
 def _in_layers(config: PeftConfig, module: str) -> bool:
@@ -104,7 +129,9 @@ def _by_pattern(patterns: list[tuple[re.Pattern[str], V]], module: str, default:
     return next((value for pattern, value in patterns if pattern.match(module)), default)
 
 
-def _ends(module: str, name: str) -> bool:
+def ends(module: str, name: str) -> bool:
+    """Whether `module` is called `name`, in full or by its end after a dot."""
+    """Whether the module is called so, or ends so after a dot."""
     return module == name or module.endswith("." + name)
 
 

@@ -157,10 +157,6 @@ def test_names_with_the_adapters_name_in_them(tmp_path: Path) -> None:
 
 
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "use_dora=true"),
-    "lora_bias": ({"lora_bias": True}, "lora_bias=true"),
-    "bias": ({"bias": "lora_only"}, 'bias="lora_only"'),
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, 'modules_to_save=["lm_head"]'),
     "tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices=[1,2]"),
     "alora": ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens=[3]"),
     "replication": ({"layer_replication": [(0, 2), (1, 3)]}, "layer_replication"),

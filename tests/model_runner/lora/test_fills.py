@@ -64,3 +64,42 @@ def test_a_new_scheduler_knows_no_fills(monkeypatch: pytest.MonkeyPatch) -> None
     assert not fills
     fills.add(random_adapter(SITES, 2, {"down_proj": 3}), {"down": [0]})
     assert [adapter.adapter_id for adapter, _ in fills.advance(60.0)] == [2]
+
+
+def test_a_fill_at_once_is_there_before_what_comes_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model_runner.lora.fills.SLICE_BYTES", 1)
+    ours, theirs = pool(), pool()
+    large, small = random_adapter(SITES, 1, RANKS), random_adapter(SITES, 2, {"down_proj": 3})
+    fills = Fills(ours)
+    fills.add(large, {"qkv": [3, 1], "down": [0]})
+    fills.advance(0.0)
+    fills.at_once(small, {"down": [2]})
+    theirs.fill(small, {"down": [2]})
+    for name, held in ours.pools.items():
+        assert torch.equal(held.b_PRO[2], theirs.pools[name].b_PRO[2])
+    assert [(adapter.adapter_id, seconds > 0) for adapter, seconds in fills.advance(0.0)] == [(2, True)]
+    while fills:
+        fills.advance(0.0)
+    theirs.fill(large, {"qkv": [3, 1], "down": [0]})
+    assert same(ours, theirs)
+
+
+@pytest.mark.gpu
+def test_on_cuda_a_fill_at_once_comes_between_the_steps() -> None:
+    device = torch.device("cuda")
+    ours = RankPages(SITES, {"qkv": 4, "down": 3}, 4, torch.float32, device)
+    fills, expected = Fills(ours), []
+    held = next(pool for name, pool in ours.pools.items() if "down" in name)
+    work = torch.randn(4096, 4096, device=device)
+    read: list[torch.Tensor] = []
+    for number in range(6):
+        adapter, theirs = random_adapter(SITES, number, {"down_proj": 16}), pool()
+        theirs.fill(adapter, {"down": [2]})
+        expected.append(next(pool for name, pool in theirs.pools.items() if "down" in name).b_PRO[2])
+        fills.at_once(adapter, {"down": [2]})
+        for _ in range(20):
+            work = torch.tanh(work @ work)  # the step is long: a copy that does not wait for it overwrites the page
+        read.append(held.b_PRO[2] + 0 * work[0, 0])
+    torch.cuda.synchronize()
+    for found, wanted in zip(read, expected, strict=True):
+        assert torch.equal(found.cpu(), wanted)

@@ -8,17 +8,20 @@ import pytest
 import torch
 from lora_sites import random_adapter, random_sites
 
-from engine.errors import AdapterError
 from engine.messages import Footprint, LanePages
-from model_runner.lora.adapter import PAGE_RANK, Adapter, Delta
+from model_runner.lora.adapter import PAGE_RANK, Adapter, Delta, footprint
 from model_runner.lora.pages import RankPages, page_bytes
-from model_runner.lora.site import Site
+from model_runner.lora.site import EMBED, Site, Slice, vectors_of
 
 SITES = random_sites()
 CPU = torch.device("cpu")
 
 
-def pages(count: int = 6, groups: tuple[str, ...] = ("qkv", "o", "gate_up", "down")) -> RankPages:
+GROUPS = ("qkv", "o", "gate_up", "down")
+
+
+def pages(count: int = 6) -> RankPages:
+    groups = [*GROUPS, *map(vectors_of, GROUPS)]
     return RankPages(SITES, dict.fromkeys(groups, count), 4, torch.float32, CPU)
 
 
@@ -33,7 +36,9 @@ def test_bytes_of_a_page_are_the_bytes_of_the_pools() -> None:
     assert sizes["qkv"] == 2 * 4 * PAGE_RANK * (3 * 24 + 48)
     assert pages(1).bytes == sum(sizes.values())
     assert pages(5).bytes == 5 * sum(sizes.values())
-    assert page_bytes(SITES, torch.bfloat16) == {group: size // 2 for group, size in sizes.items()}
+    assert sizes["qkv.vectors"] == 2 * 2 * 4 * 48
+    half = page_bytes(SITES, torch.bfloat16)
+    assert half == {group: size if group.endswith(".vectors") else size // 2 for group, size in sizes.items()}
 
 
 def test_a_fill_spreads_the_units_over_pages_that_need_not_be_adjacent() -> None:
@@ -89,14 +94,44 @@ def test_a_grant_that_is_not_the_footprint_is_our_own_fault() -> None:
             pages().fill(adapter, granted)
 
 
-def test_gains_and_biases_are_refused_by_name() -> None:
-    adapter = random_adapter(SITES, 1, {"o_proj": 4})
-    delta = adapter.deltas["layers.0.o"][0]
-    assert delta is not None
-    biased = {"layers.0.o": (Delta(delta.a, delta.b, bias=torch.zeros(24)),)}
-    adapter = replace(adapter, deltas=biased, footprint=Footprint(pages={"o": 1}, vectors=1))
-    with pytest.raises(AdapterError, match="gains, biases"):
-        pages().fill(adapter, {"o": [0]})
+def test_gains_and_biases_go_into_a_vector_slot_and_nothing_of_the_last_ones_stays() -> None:
+    adapter = random_adapter(SITES, 1, {"q_proj": 4, "v_proj": 4})
+    gain, bias = torch.rand(32), torch.rand(8)
+    deltas = dict(adapter.deltas)
+    q, _, v = deltas["layers.1.qkv"]
+    assert q is not None
+    assert v is not None
+    deltas["layers.1.qkv"] = (replace(q, gain=gain), None, replace(v, bias=bias))
+    held = footprint(deltas, {site.name: site for site in SITES})
+    assert held == Footprint(pages={"qkv": 1, "qkv.vectors": 1})
+    pool = pages(3)
+    pool.fill(replace(adapter, deltas=deltas, footprint=held), {"qkv": [2], "qkv.vectors": [1]})
+    here, elsewhere = pool.vectors["layers.1.qkv"], pool.vectors["layers.0.qkv"]
+    assert (here.held_V.tolist(), elsewhere.held_V.tolist()) == ([False, True, False], [False] * 3)
+    assert torch.equal(here.gain_VO[1], torch.cat([gain - 1, torch.zeros(16)]))
+    assert torch.equal(here.bias_VO[1], torch.cat([torch.zeros(40), bias]))
+    other = dict(deltas) | {"layers.1.qkv": (None, Delta(torch.empty(0, 24), torch.empty(0, 8), bias=bias), None)}
+    pool.fill(replace(adapter, deltas=other, footprint=held), {"qkv": [2], "qkv.vectors": [1]})
+    assert not here.gain_VO.any()
+    assert torch.equal(here.bias_VO[1], torch.cat([torch.zeros(32), bias, torch.zeros(8)]))
+    assert not pool.pools["layers.1.qkv"].a_PSRI.any()
+
+
+def test_the_embeddings_units_of_a_token_lie_together() -> None:
+    table = torch.randn(50, 6)
+    site = Site("embed", "model", -1, EMBED, (Slice("embed_tokens", 0, 6),), table)
+    assert (site.in_features, site.out_features) == (50, 6)
+    adapter = random_adapter([site], 1, {"embed_tokens": 19})
+    pool = RankPages([site], {"embed": 2}, 1, torch.float32, CPU)
+    pool.fill(adapter, {"embed": [1, 0]})
+    a, b = units(adapter, site, 0)
+    held = pool.pools["embed"]
+    assert held.a_PSRI.shape == (2, 1, 50, PAGE_RANK)
+    assert torch.equal(held.a_PSRI[1, 0], a[:16].t())
+    assert torch.equal(held.a_PSRI[0, 0, :, :3], a[16:].t())
+    assert not held.a_PSRI[0, 0, :, 3:].any()
+    assert torch.equal(held.b_PRO[1], b[:16])
+    assert page_bytes([site], torch.float32)["embed"] == held.bytes // 2
 
 
 def test_groups_without_pages_have_no_pool() -> None:

@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_sites import dense, random_adapter, random_sites
+from lora_sites import changed, dense, random_adapter, random_sites, with_vectors
 
 from engine.messages import LanePages
 from model_runner.layout import Layout
 from model_runner.lora.adapter import Adapter
 from model_runner.lora.base import create
 from model_runner.lora.pages import RankPages
-from model_runner.lora.site import Site
+from model_runner.lora.site import Site, vectors_of
 from model_runner.lora.torch_backend import TOGETHER, TorchLora
 
 torch.set_num_threads(1)
@@ -29,10 +29,10 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 ADAPTERS = {
     1: random_adapter(SITES, 1, dict.fromkeys(ALL, 8)),
-    2: random_adapter(SITES, 2, {"q_proj": 16, "v_proj": 3}),
+    2: with_vectors(random_adapter(SITES, 2, {"q_proj": 16, "v_proj": 3}), SITES),
     3: random_adapter(SITES, 3, {"k_proj": 40, "down_proj": 1}),
     4: random_adapter(SITES, 4, {"gate_proj": 128, "o_proj": 17}, layers={1}),
-    5: random_adapter(SITES, 5, {"up_proj": 2}, layers={0}),
+    5: with_vectors(random_adapter(SITES, 5, {"up_proj": 2}, layers={0}), SITES, layers={0}),
     6: random_adapter(SITES, 6, {"q_proj": 512}),
 }
 
@@ -56,6 +56,7 @@ def resident(
 ) -> tuple[RankPages, dict[int, dict[str, list[int]]]]:
     """Pools with every adapter in them; a shuffle scatters their pages."""
     groups = {"qkv": 48, "o": 12, "gate_up": 14, "down": 8}
+    groups |= {vectors_of(group): 3 for group in groups}
     random = np.random.default_rng(shuffle)
     free = {
         group: (random.permutation(count) if shuffle else np.arange(count)).tolist() for group, count in groups.items()
@@ -100,9 +101,7 @@ def expected(x: torch.Tensor, site: Site, chunks: list[tuple[int, int]]) -> torc
     begin = 0
     for lane, length in chunks:
         for adapter_id, scale in (MIXES[lane - 1] if lane else {}).items():
-            y[begin : begin + length] += scale * (
-                x[begin : begin + length].double() @ dense(ADAPTERS[adapter_id], site)
-            )
+            y[begin : begin + length] += scale * changed(ADAPTERS[adapter_id], site, x[begin : begin + length])
         begin += length
     return y
 
@@ -201,6 +200,9 @@ def test_the_largest_weights_of_one_lane_leave_all_others_bit_equal(
                 for page, _ in pairs:
                     held.a_PSRI[page] = largest
                     held.b_PRO[page] = -largest
+            if vectors_of(site.group) == group:
+                for slot, _ in pairs:
+                    lora.pages.vectors[site.name].gain_VO[slot] = torch.finfo(torch.float32).max
     for site in SITES:
         y = lora.linear(inputs(len(lanes), site), site, meta)
         assert torch.equal(y[lanes != 2], clean[site.name][lanes != 2])

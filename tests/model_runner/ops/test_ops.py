@@ -1,4 +1,4 @@
-"""The small operations: torch's are the layers' own arithmetic to the bit, the kernels' are near, rows never mix."""
+"""The small operations: torch's are transformers' arithmetic to the bit, the kernels' are near, rows never mix."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from model_runner.kernels.gated import gated_kernel
 from model_runner.kernels.norm import KINDS, norm_kernel
 from model_runner.kernels.rope import rope_kernel
 from model_runner.kernels.store_kv import store_kv_kernel
-from model_runner.layers.norm import NORMS
-from model_runner.layers.rotary import Rotation
 from model_runner.ops.base import HeadNorms, NormKind, create
 from model_runner.ops.torch_ops import TorchOps
 from model_runner.ops.triton_ops import TritonOps
@@ -41,22 +39,42 @@ def near(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, atol=DTYPES[ours.dtype], rtol=DTYPES[ours.dtype])
 
 
+def transformers_norm(kind: NormKind, weight: torch.Tensor) -> torch.nn.Module:
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+
+    kinds = {"plain": LlamaRMSNorm, "wide": Olmo2RMSNorm, "gemma": Gemma2RMSNorm}
+    layer: torch.nn.Module = kinds[kind](len(weight), eps=EPS)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def transformers_rope(x_TND: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    both = (torch.cat((angle, angle), dim=-1)[:, 0] for angle in (cos, sin))
+    turned: torch.Tensor = apply_rotary_pos_emb(x_TND, x_TND, *both)[0]
+    return turned
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KIND_NAMES)
-def test_torch_norms_are_the_layers_to_the_bit(kind: NormKind, dtype: torch.dtype) -> None:
+def test_torch_norms_are_transformers_to_the_bit(kind: NormKind, dtype: torch.dtype) -> None:
     x, residual, weight = draw(5, 24, dtype=dtype), draw(5, 24, dtype=dtype, seed=1), draw(24, dtype=dtype, seed=2)
-    layer = NORMS[kind](weight, EPS)
-    assert torch.equal(TORCH.norm(x, weight, EPS, kind), layer(x))
+    theirs = transformers_norm(kind, weight)
+    assert torch.equal(TORCH.norm(x, weight, EPS, kind), theirs(x))
     normed, total = TORCH.add_norm(x, residual, weight, EPS, kind)
     assert torch.equal(total, residual + x)
-    assert torch.equal(normed, layer(total))
+    assert torch.equal(normed, theirs(total))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("half", [4, 3])
-def test_torch_rotation_and_gates_are_the_layers_to_the_bit(half: int, dtype: torch.dtype) -> None:
+def test_torch_rotation_and_gates_are_transformers_to_the_bit(half: int, dtype: torch.dtype) -> None:
     x, (cos, sin) = draw(5, 3, 8, dtype=dtype), angles(5, half, dtype)
-    assert torch.equal(TORCH.rope(x, cos, sin), Rotation(cos, sin)(x))
+    turned = transformers_rope(x[..., : 2 * half], cos, sin)
+    assert torch.equal(TORCH.rope(x, cos, sin), torch.cat((turned, x[..., 2 * half :]), dim=-1))
     gate_up = draw(5, 12, dtype=dtype)
     gate, up = gate_up.chunk(2, dim=-1)
     assert torch.equal(TORCH.silu_mul(gate_up), silu(gate) * up)

@@ -1,0 +1,79 @@
+"""LoKr (2309.14859): a Kronecker product, exactly one matrix of rank rank(W1) * rank(W2).
+
+    W1 kron W2 = (U1 kron U2) (V1 kron V2)      W1 = U1 V1 [a, c]    W2 = U2 V2 [b, d]    O = a * b    I = c * d
+
+Either factor is a whole matrix (U or V is the identity, on the shorter side) or two thin ones; W2 also in Tucker form,
+where a core stands between the thin ones: W2 = lokr_w2_a^T core lokr_w2_b.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from engine.errors import AdapterError
+from model_runner.lora.formats.format import Format, Module, Shape, missing
+
+
+class LoKr(Format):
+    """Two factors, each whole or thin."""
+
+    name = "LoKr"
+    note = "A and B of rank rank(W1) * rank(W2); where that is above 512 (two whole factors), it is refused"
+    parts = frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"})
+
+    def shapes(self, module: Module, found: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Read from the file, as the sizes of the factors are not in the config; they must make [O, I]."""
+        (a, c), (b, d) = (_size(module, which, found) for which in ("lokr_w1", "lokr_w2"))
+        if a * b != module.out_features or c * d != module.in_features:
+            raise AdapterError(
+                f"module {module.target.module}: lokr_w1 [{a}, {c}] and lokr_w2 [{b}, {d}] do not make"
+                f" [{module.out_features}, {module.in_features}] (it has {', '.join(sorted(found))})"
+            )
+        rank, shapes = module.target.rank, {}
+        for which, (rows, columns) in (("lokr_w1", (a, c)), ("lokr_w2", (b, d))):
+            if which in found:
+                shapes[which] = [rows, columns]
+                continue
+            tucker = which == "lokr_w2" and "lokr_t2" in found
+            shapes[f"{which}_a"] = [rank, rows] if tucker else [rows, rank]
+            shapes[f"{which}_b"] = [rank, columns]
+            if tucker:
+                shapes["lokr_t2"] = [rank, rank, *[1] * (len(found["lokr_t2"]) - 2)]
+        return shapes
+
+    def rank(self, module: Module, found: Mapping[str, Shape]) -> int:
+        """rank(W1) * rank(W2), as far as shapes tell."""
+        rank = module.target.rank
+        return math.prod(min(found[which]) if which in found else rank for which in ("lokr_w1", "lokr_w2"))
+
+    def factors(self, module: Module, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The Kronecker products of the factors' factors."""
+        (u1, v1), (u2, v2) = (_thin(which, tensors) for which in ("lokr_w1", "lokr_w2"))
+        return torch.kron(v1, v2), torch.kron(u1, u2).t() * module.target.scaling
+
+
+def _size(module: Module, which: str, found: Mapping[str, Shape]) -> tuple[int, int]:
+    """Rows and columns of a factor."""
+    names = [which] if which in found else [f"{which}_a", f"{which}_b"]
+    for name in names:
+        if len(found.get(name, [])) != 2:
+            raise missing(module, f"matrix {name}", found)
+    if which in found:
+        rows, columns = found[which]
+        return rows, columns
+    tucker = which == "lokr_w2" and "lokr_t2" in found
+    return found[names[0]][tucker], found[names[1]][1]
+
+
+def _thin(which: str, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """U and V of a factor."""
+    whole = tensors.get(which)
+    if whole is None:
+        u, v = tensors[f"{which}_a"], tensors[f"{which}_b"]
+        core = tensors.get("lokr_t2") if which == "lokr_w2" else None
+        return (u, v) if core is None else (u.t().contiguous(), core.reshape(len(u), -1) @ v)
+    rows, columns = whole.shape
+    return (whole, torch.eye(columns)) if columns < rows else (torch.eye(rows), whole)
