@@ -15,6 +15,7 @@ from model_runner.lora import parcel
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.formats import peft
 from model_runner.lora.parcel import Label, Parcel
+from model_runner.lora.patience import bounded
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -45,7 +46,8 @@ class Reader:
 
     def survey(self, root: Path) -> peft.Survey:
         """What config and headers say, within the limits. Raises AdapterError or OSError."""
-        survey = peft.survey(root, self.catalogue)
+        with bounded("matching the names in its config"):
+            survey = peft.survey(root, self.catalogue)
         self.limits.check(survey.rank, survey.targets)
         return survey
 
