@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from engine.config import AdapterSource
+from engine.ipc import UNREADABLE
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def replay(path: Path, sources: Sequence[AdapterSource]) -> list[AdapterSource]:
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             entry = _ENTRY.decode(line)
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             log.warning("a line of the journal of adapters cannot be read and is left out")
             continue
         if isinstance(entry, Meant):

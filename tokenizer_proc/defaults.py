@@ -12,6 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from engine.errors import ConfigError
+from engine.ipc import UNREADABLE
 
 S = TypeVar("S", bound=msgspec.Struct)
 _Ids = int | list[int] | None
@@ -72,7 +73,7 @@ def _read(path: Path, type_: type[S]) -> S:
         return type_()
     try:
         return msgspec.json.decode(path.read_bytes(), type=type_, strict=False)
-    except msgspec.MsgspecError as error:
+    except (*UNREADABLE, OSError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
 

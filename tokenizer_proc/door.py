@@ -21,7 +21,7 @@ import zmq
 import zmq.asyncio
 
 from engine.errors import EngineDead, EngineError, InternalError, InvalidRequest
-from engine.ipc import MAX_FRAME_BYTES
+from engine.ipc import MAX_FRAME_BYTES, UNREADABLE
 from engine.messages import Answer, Cancel, Command, Delta, Failure, Ping, Submit, ToDoor
 from tokenizer_proc.frontend import Frontend, Stream
 from tokenizer_proc.lifecycle import Load
@@ -93,7 +93,7 @@ class Door:
         host.heard = time.monotonic()
         try:
             message = self._decoder.decode(frame)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             log.warning("the door refused a frame of %d bytes: %s", len(frame), error)
             self._refuse(identity, frame, str(error))
             return
@@ -172,9 +172,9 @@ class Door:
         """Answers a frame that is no message, if it is one with an id: [tag, id, ...]."""
         try:
             match msgspec.msgpack.decode(frame):
-                case [str(), int(id), *_]:
+                case [str(), int(id), *_] if not isinstance(id, bool):
                     self._send(identity, _failure(id, InvalidRequest(f"the message cannot be read: {reason}")))
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             return
 
     def _send(self, identity: bytes, message: Delta | Answer | Failure | Ping) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import msgspec
 from msgspec.structs import replace
 
+from engine.ipc import UNREADABLE
 from model_runner.load.messages import MAX_PACKET, Job, Loaded, LoaderConfig, Refused, Surveyed
 from model_runner.lora.parcel import Parcel
 
@@ -98,7 +99,7 @@ class Loader:
             reply = _REPLY.decode(packet)
             if len(descriptors) != isinstance(reply, Loaded):
                 raise msgspec.ValidationError(f"{len(descriptors)} descriptors came with it")
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             for descriptor in descriptors:
                 os.close(descriptor)
             self.kill()

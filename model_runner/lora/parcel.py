@@ -18,6 +18,7 @@ import msgspec
 import torch
 
 from engine.errors import AdapterError
+from engine.ipc import UNREADABLE
 from model_runner.lora.adapter import MAX_RANK, Delta, Deltas
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.formats.landing import Landing
@@ -75,7 +76,7 @@ class Parcel:
                 raise AdapterError("its memory can change its size")
             label = msgspec.msgpack.decode(os.pread(self.descriptor, self.label, self.tensors), type=Label)
             return label, views(map_memory(self.descriptor, self.tensors), label.parts, catalogue, dtype)
-        except (msgspec.MsgspecError, OSError) as error:
+        except (*UNREADABLE, OSError) as error:
             raise AdapterError(f"its memory cannot be read ({error})") from error
         finally:
             self.close()

@@ -17,6 +17,7 @@ from model_runner.lora.formats import peft
 from model_runner.lora.formats.base_weights import BaseWeights
 from model_runner.lora.formats.peft import Survey
 from model_runner.lora.parcel import Label, Parcel
+from model_runner.lora.patience import bounded
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -54,7 +55,8 @@ class Reader:
 
     def survey(self, root: Path) -> Survey:
         """What config and headers say, within the limits. Raises AdapterError or OSError."""
-        survey = peft.survey(root, self.catalogue)
+        with bounded("matching the names in its config"):
+            survey = peft.survey(root, self.catalogue)
         self.limits.check(survey)
         return survey
 

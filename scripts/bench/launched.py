@@ -34,6 +34,11 @@ class Launched:
         self.url = match.group(1)
         return self
 
+    def log(self) -> str:
+        """What the processes wrote to stderr so far."""
+        with open(f"/proc/self/fd/{self._log.fileno()}") as log:  # an offset of its own: they go on writing
+            return log.read()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -7,21 +7,28 @@ tokens: the template writes them itself. Knows nothing of tokens.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+import jinja2.runtime
 import jinja2.sandbox
 import msgspec
 
 from engine.errors import ConfigError, InvalidRequest
+from engine.ipc import UNREADABLE
 from engine.messages import ChatMessage
 
+_MOST_CHARACTERS = 1 << 20
+_LARGEST_BASE, _LARGEST_EXPONENT = 1 << 32, 64
+_WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\*|\d{5})")
 _MARK = "\u2063\u2063here the answer goes on\u2063\u2063"  # cut at, when the last message is to be continued
 
 
@@ -54,8 +61,29 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Also bounds the operators by which a few characters ask for gigabytes. It does not bound loops."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        """The operator's result. Raises SecurityError when that would be absurdly large."""
+        if _is_absurd(operator, left, right):
+            raise jinja2.exceptions.SecurityError(f"the result of {operator} is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _is_absurd(operator: str, left: Any, right: Any) -> bool:
+    if operator == "*":
+        pairs = ((left, right), (right, left))
+        return any(isinstance(n, int) and hasattr(s, "__len__") and len(s) * n > _MOST_CHARACTERS for s, n in pairs)
+    if operator == "**":
+        return not (abs(left) <= _LARGEST_BASE and abs(right) <= _LARGEST_EXPONENT)
+    return isinstance(left, str) and _WIDE_FORMAT.search(left) is not None
+
+
 def _environment() -> jinja2.Environment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _tojson
@@ -78,7 +106,7 @@ class _Holder(msgspec.Struct):
 def _from_json(path: Path) -> str | None:
     try:
         template = msgspec.json.decode(path.read_bytes(), type=_Holder).chat_template
-    except msgspec.MsgspecError as error:
+    except (*UNREADABLE, OSError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(template, list):
         return template
@@ -123,6 +151,8 @@ class ChatTemplate:
                 self._template = _environment().from_string(source)
             except jinja2.TemplateSyntaxError as error:
                 raise ConfigError(f"the chat template is not valid jinja: line {error.lineno}: {error}") from error
+            except Exception as error:  # nested too deeply, absurd numbers: jinja lets them through
+                raise ConfigError(f"the chat template cannot be compiled: {_reason(error)}") from error
 
     @classmethod
     def load(
@@ -164,8 +194,14 @@ class ChatTemplate:
         values |= {"messages": turns, "add_generation_prompt": add_generation_prompt}
         try:
             return self._template.render(values)
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise InvalidRequest(f"the chat template refuses this: {error}", param="messages") from error
+        except Exception as error:  # what a template computes may fail in any way
+            raise InvalidRequest(f"the chat template refuses this: {_reason(error)}", param="messages") from error
+
+
+def _reason(error: Exception) -> str:
+    """Its words, and for what is no refusal of the template's own the kind of error too, in bounded length."""
+    text = str(error)[:500]
+    return text if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {text}"
 
 
 def _cut(text: str) -> str:

@@ -14,6 +14,7 @@ import msgspec
 import tokenizers
 
 from engine.errors import ConfigError, InvalidRequest
+from engine.ipc import UNREADABLE
 from tokenizer_proc.text.pieces import Pieces
 
 THREAD_ABOVE_CHARACTERS = 8192  # about a millisecond of encoding; longer texts must not hold up the streams
@@ -44,13 +45,18 @@ def _special_tokens(directory: Path) -> dict[str, str]:
             continue
         try:
             config = msgspec.json.decode(path.read_bytes(), type=_TokenizerConfig)
-        except msgspec.MsgspecError as error:
+        except (*UNREADABLE, OSError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
         for field in _SPECIAL_NAMES:
             value: str | _Named | None = getattr(config, field)
             if value is not None:
                 named[field] = value.content if isinstance(value, _Named) else value
     return named
+
+
+def _is_from_library(error: BaseException) -> bool:
+    """The library raises plain Exception, and where it panics what is none; its class cannot be imported."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 class Tokenizer:
@@ -82,9 +88,15 @@ class Tokenizer:
             )
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
+            made = cls(backend, _special_tokens(Path(directory)))
+            made.backend.decode(made.backend.encode("a").ids)  # parts that refer to nothing show only in use
+        except ConfigError:
+            raise
+        except BaseException as error:
+            if not _is_from_library(error):
+                raise
             raise ConfigError(f"{path} cannot be read: {error}") from error
-        return cls(backend, _special_tokens(Path(directory)))
+        return made
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`. Raises InvalidRequest when it is not valid Unicode (a lone surrogate)."""
@@ -93,6 +105,10 @@ class Tokenizer:
             [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidRequest("the text holds half of a surrogate pair, which is no character") from error
+        except BaseException as error:  # a model without an unknown token meets a character that it does not know
+            if not _is_from_library(error):
+                raise
+            raise InvalidRequest(f"the model's tokenizer cannot read this text: {error}") from error
         ids: list[int] = encoding.ids
         return ids
 

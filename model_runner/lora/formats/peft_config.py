@@ -105,7 +105,7 @@ VARIANTS = {
     "DoRA": "`use_dora`: A, B and a gain for every output column",
     "biases": '`lora_bias`, `bias="all"`, `bias="lora_only"`: a bias for every output column',
     "embedding and head": "`embed_tokens` and `lm_head` among the targets, tied or not",
-    "whole embedding and head": "the same in `modules_to_save`: a matrix of the adapter's own, of the base's vocabulary",
+    "whole embedding and head": "the same in `modules_to_save`: a matrix of its own, of the base's vocabulary",
 }
 """What the options of a format add to it, for people."""
 

@@ -115,7 +115,7 @@ def _layer(patterns: list[str] | str | None, module: str) -> int | None:
     expressions = [rf"(?:^|.*?\.){name}\.(?P<layer>\d+)\." for name in names if name]
     for expression in expressions or [r".*?\.[^.]*\.(?P<layer>\d+)\."]:
         found = _compiled(expression, "layers_pattern").match(module)
-        if found is not None:
+        if found is not None and found["layer"] is not None:  # an alternative in the pattern may leave it out
             return int(found["layer"])
     return None
 

@@ -1,0 +1,385 @@
+"""Everything at once, for as long as you like: is every answer the calm run's, and is everything given back?
+
+python scripts/soak.py                    two minutes on the bundled demo, float32
+python scripts/soak.py --minutes 30       the long one
+python scripts/soak.py --seed 7           another order of events; the same seed asks and strikes in the same order
+
+Traffic     greedy and seeded, base, adapters and mixes, streams and not; some clients leave in the middle
+Adapters    a guest is loaded, re-pointed and unloaded all the time; whoever asks for it gets one of its two voices
+Floods      hundreds of requests at once against a bound of 128: 200 or 503, nothing else
+Strikes     SIGKILL and SIGSTOP of any of the three processes, when the engine has got over the last one
+At the end  nothing runs, no page is held, the scheduler's audits passed, memory, handles and processes are as before
+
+Exit status 1 on any difference. A stream that a dead tokenizer process took with it is counted and asked again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+from bench.launched import Launched
+from tqdm import tqdm
+
+DEMO = Path(__file__).resolve().parents[1] / "engine" / "demo"
+VOICES = ("pirate", "json", "poet", "french")
+GUEST = ("pirate", "french")
+"""Whose files the guest has, in turn."""
+
+PROCESSES = ("model_runner", "scheduler", "tokenizer_proc")
+BOUND, FLOOD = 128, 300
+HANG_SECONDS = 90.0
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request; `lora` "guest" may be answered by any of GUEST."""
+
+    prompt: tuple[int, ...]
+    lora: Any
+    tokens: int
+    seed: int | None
+    stream: bool
+
+    def body(self, lora: Any) -> dict[str, Any]:
+        """For /generate, through this selection."""
+        params: dict[str, Any] = {"max_new_tokens": self.tokens, "ignore_eos": True, "temperature": 0}
+        if self.seed is not None:
+            params |= {"temperature": 1.0, "seed": self.seed, "top_p": 0.9, "frequency_penalty": 0.3}
+        return {"input_ids": [*self.prompt], "lora_path": lora, "sampling_params": params, "stream": self.stream}
+
+    @property
+    def voices(self) -> tuple[Any, ...]:
+        """The selections whose calm answers are right."""
+        return GUEST if self.lora == "guest" else (self.lora,)
+
+
+def make_asks(count: int, draw: random.Random) -> list[Ask]:
+    """Requests of all kinds."""
+    mixes = [{"pirate": 0.5, "french": 0.5}, {"json": 0.7, "poet": 0.3}]
+    loras = [None, *VOICES, *mixes, "guest"]
+    return [
+        Ask(
+            tuple(draw.randrange(8, 300) for _ in range(draw.randrange(2, 60))),
+            loras[number % len(loras)],
+            draw.choice([4, 16, 40, 120]),
+            draw.randrange(1 << 30) if draw.random() < 0.5 else None,
+            draw.random() < 0.7,
+        )
+        for number in range(count)
+    ]
+
+
+class Refused(Exception):
+    """An answer that is no 200."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(f"{status}: {text[:200]}")
+        self.status = status
+
+
+async def ask_for(session: aiohttp.ClientSession, ask: Ask, lora: Any, leave_after: int | None = None) -> list[int]:
+    """The tokens; with `leave_after` what came before the client left. A sent token that changes is an error."""
+    seen: list[int] = []
+    async with session.post("/generate", json=ask.body(lora)) as response:
+        if response.status != 200:
+            raise Refused(response.status, await response.text())
+        if not ask.stream:
+            return list((await response.json())["output_ids"])
+        async for line in response.content:
+            if not line.startswith(b"data: {"):
+                continue
+            event = msgspec.json.decode(line[6:])
+            if "error" in event:
+                raise Refused(500, str(event))
+            tokens = event["output_ids"]
+            if tokens[: len(seen)] != seen:
+                raise ValueError("a token that was sent has changed")
+            seen = tokens
+            if leave_after is not None and len(seen) >= leave_after:
+                break
+    return seen
+
+
+def children(pid: int) -> dict[str, int]:
+    """The engine's processes by module, of those that live."""
+    found = {}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+            found |= {name: int(child) for name in PROCESSES if name.encode() in words}
+    return found
+
+
+def held(pid: int) -> tuple[int, int]:
+    """(open handles, resident bytes of its own) of a process."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return len(os.listdir(f"/proc/{pid}/fd")), int(status.split("RssAnon:")[1].split()[0]) << 10
+
+
+@dataclass
+class Soak:
+    """One run against one server."""
+
+    server: Launched
+    asks: list[Ask]
+    seed: int
+    seconds: float
+    clients: int
+    strike: bool
+    calm: dict[tuple[int, str], list[int]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    differences: list[str] = field(default_factory=list)
+    doors_lost: int = 0  # tokenizer processes that were struck: their connections go with them
+    ends: float = 0.0
+
+    def session(self) -> aiohttp.ClientSession:
+        """For one client or many."""
+        timeout = aiohttp.ClientTimeout(total=HANG_SECONDS)
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        return aiohttp.ClientSession(self.server.url, timeout=timeout, connector=connector)
+
+    async def run(self) -> None:
+        """Calm answers, then the storm."""
+        await self.learn()
+        before = {name: held(pid) for name, pid in children(self.server.process.pid).items()}
+        launcher = held(self.server.process.pid)
+        self.ends = time.monotonic() + self.seconds
+        work: list[Awaitable[None]] = [self.client(random.Random(f"{self.seed} {n}")) for n in range(self.clients)]
+        work += [self.guest(), self.flood(), self.clock()]
+        if self.strike:
+            work.append(self.striker(random.Random(f"{self.seed} strikes")))
+        await asyncio.gather(*work)
+        await self.audit(before, launcher)
+
+    async def learn(self) -> None:
+        """Every answer as it is when nothing else happens: one request at a time."""
+        async with self.session() as session:
+            for number, ask in enumerate(tqdm(self.asks, desc="calm", leave=False)):
+                for lora in ask.voices:
+                    self.calm[number, str(lora)] = await ask_for(session, ask, lora)
+
+    # ----------------------------------------------------------------------------------------------- the storm
+
+    async def client(self, draw: random.Random) -> None:
+        """Asks one thing after the other, and compares."""
+        async with self.session() as session:
+            while time.monotonic() < self.ends:
+                await self.one(session, draw)
+
+    async def one(self, session: aiohttp.ClientSession, draw: random.Random) -> None:
+        """One request and the verdict on it."""
+        number = draw.randrange(len(self.asks))
+        ask, lost = self.asks[number], self.doors_lost
+        leave = draw.randrange(1, 5) if ask.stream and draw.random() < 0.1 else None
+        try:
+            tokens = await ask_for(session, ask, ask.lora, leave)
+        except Refused as error:
+            if error.status == 503 or (ask.lora == "guest" and error.status in (400, 404)):
+                self.counts["refused"] += 1
+                await asyncio.sleep(0.2)
+            else:
+                self.differ(f"request {number}: {error}")
+            return
+        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+            if lost == self.doors_lost or isinstance(error, TimeoutError):
+                self.differ(f"request {number}: {type(error).__name__}: {error}")
+            self.counts["cut"] += 1
+            return
+        except (ValueError, KeyError) as error:
+            self.differ(f"request {number}: {error}")
+            return
+        right = [self.calm[number, str(lora)] for lora in ask.voices]
+        if not any(tokens == calm[: len(tokens)] for calm in right) or (leave is None and len(tokens) != ask.tokens):
+            self.differ(f"request {number} ({ask.lora}): {tokens} is none of {right}")
+        self.counts["left" if leave else "answered"] += 1
+        self.counts["tokens"] += len(tokens)
+
+    async def guest(self) -> None:
+        """Loads, re-points and unloads one name."""
+        async with self.session() as session:
+            while time.monotonic() < self.ends:
+                for call, fields in (
+                    ("/v1/load_lora_adapter", {"lora_path": str(DEMO / "adapters" / GUEST[0]), "load_inplace": True}),
+                    ("/v1/load_lora_adapter", {"lora_path": str(DEMO / "adapters" / GUEST[1]), "load_inplace": True}),
+                    ("/v1/unload_lora_adapter", {}),
+                ):
+                    await self.change(session, call, {"lora_name": "guest", **fields})
+                    await asyncio.sleep(0.3)
+
+    async def change(self, session: aiohttp.ClientSession, call: str, body: dict[str, Any]) -> None:
+        """One call about the guest. After a tokenizer process died, it may be there, or not."""
+        lost = self.doors_lost
+        try:
+            async with session.post(call, json=body) as response:
+                text = await response.text()
+        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+            if lost == self.doors_lost or isinstance(error, TimeoutError):
+                self.differ(f"{call}: {type(error).__name__}: {error}")
+            return
+        self.counts["adapter calls"] += 1
+        if response.status != 200 and response.status != 503 and not self.doors_lost:
+            self.differ(f"{call}: {response.status} {text[:200]}")
+
+    async def flood(self) -> None:
+        """Now and then far more requests at once than may be open."""
+        body = {"input_ids": [8, 9, 10], "sampling_params": {"max_new_tokens": 2}}
+        async with self.session() as session:
+
+            async def call() -> None:
+                lost = self.doors_lost
+                try:
+                    async with session.post("/generate", json=body) as response:
+                        await response.read()
+                except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+                    if lost == self.doors_lost or isinstance(error, TimeoutError):
+                        self.differ(f"a flood: {type(error).__name__}: {error}")
+                    return
+                self.counts["flood"] += 1
+                if response.status not in (200, 503):
+                    self.differ(f"a flood: {response.status}")
+
+            while time.monotonic() < self.ends:
+                await asyncio.sleep(min(7.0, self.seconds / 5))
+                await asyncio.gather(*(call() for _ in range(FLOOD)))
+
+    async def striker(self, draw: random.Random) -> None:
+        """Ends or stops a process, waits until the engine serves again and has answered, and so on."""
+        while True:
+            await asyncio.sleep(draw.uniform(1.0, 3.0))
+            if time.monotonic() > self.ends - self.seconds / 10:
+                return
+            name, number = draw.choice(PROCESSES), draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP])
+            before = children(self.server.process.pid).get(name)
+            if before is None:
+                continue
+            os.kill(before, number)
+            self.doors_lost += name == "tokenizer_proc"
+            self.counts[f"{number.name} {name}"] += 1
+            if not await self.until(lambda name=name, before=before: self.is_back(name, before)):  # type: ignore[misc]
+                self.differ(f"{number.name} of {name}: nothing serves again after {HANG_SECONDS} s")
+                return
+            answered = self.counts["answered"]
+            if not await self.until(lambda answered=answered: self.counts["answered"] > answered):  # type: ignore[misc]
+                self.differ(f"{number.name} of {name}: nothing is answered after {HANG_SECONDS} s")
+                return
+
+    def is_back(self, name: str, before: int) -> bool:
+        """Whether another process has taken its place."""
+        return children(self.server.process.pid).get(name, before) != before
+
+    async def until(self, condition: Callable[[], bool]) -> bool:
+        """Waits for it; whether it came true. With nobody left to ask it counts as true."""
+        deadline = time.monotonic() + HANG_SECONDS
+        while not condition():
+            await asyncio.sleep(0.1)
+            if time.monotonic() > self.ends:
+                return True
+            if time.monotonic() > deadline:
+                return False
+        return True
+
+    async def clock(self) -> None:
+        """The progress bar; ends everything when the engine is gone."""
+        with tqdm(total=round(self.seconds), unit="s", desc="soak") as bar:
+            while (left := self.ends - time.monotonic()) > 0:
+                bar.update(round(self.seconds - left) - bar.n)
+                bar.set_postfix(answered=self.counts["answered"], differences=len(self.differences))
+                if self.server.process.poll() is not None:
+                    self.differ(f"the engine ended with status {self.server.process.returncode}")
+                    self.ends = 0.0
+                await asyncio.sleep(0.5)
+
+    def differ(self, what: str) -> None:
+        """Something that must not be."""
+        self.differences.append(what)
+
+    # ----------------------------------------------------------------------------------------------- the end
+
+    async def audit(self, before: dict[str, tuple[int, int]], launcher: tuple[int, int]) -> None:
+        """When nothing is asked any more, nothing is held."""
+        if self.server.process.poll() is not None:
+            return
+        stats = await self.idle()
+        if any(stats.get(name) for name in ("running", "waiting", "kv_pages_used")) or not stats.get("audits"):
+            self.differ(f"not idle, or never audited: {stats}")
+        now = children(self.server.process.pid)
+        if set(now) != set(PROCESSES):
+            self.differ(f"the processes are {sorted(now)}")
+        after = {name: held(pid) for name, pid in now.items()} | {"launcher": held(self.server.process.pid)}
+        for name, (handles, memory) in (before | {"launcher": launcher}).items():
+            if name in after and (after[name][0] > handles + 16 or after[name][1] > memory * 1.5 + (64 << 20)):
+                self.differ(f"{name} held {(handles, memory)} (handles, bytes) before, and {after[name]} after")
+        if "Traceback" in self.server.log() or "do not balance" in self.server.log():
+            self.differ(f"the log holds a fault:\n{self.server.log()[-3000:]}")
+
+    async def idle(self) -> dict[str, Any]:
+        """The scheduler's numbers when it has come to rest, or after half a minute."""
+        stats: dict[str, Any] = {}
+        async with self.session() as session:
+            for _ in range(60):
+                with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                    async with session.get("/server_info") as response:
+                        stats = (await response.json())["stats"]
+                    if stats["audits"] and not any(stats[name] for name in ("running", "waiting", "kv_pages_used")):
+                        break
+                await asyncio.sleep(0.5)
+        return stats
+
+
+def show(soak: Soak) -> None:
+    """A short table, and what differed."""
+    for name, count in sorted(soak.counts.items()):
+        print(f"{name:28}{count:>10}")
+    print(f"{'differences':28}{len(soak.differences):>10}")
+    for line in soak.differences[:20]:
+        print(f"  {line}")
+
+
+def main() -> int:
+    """The exit status: 0 when nothing differed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--clients", type=int, default=24, help="how many ask at the same time")
+    parser.add_argument("--asks", type=int, default=64, help="how many different requests there are")
+    parser.add_argument("--no-strikes", action="store_true", help="leave the processes alone")
+    args = parser.parse_args()
+    voices = [f"{name}={DEMO / 'adapters' / name}" for name in VOICES]
+    flags = [
+        "--model-path",
+        DEMO / "model",
+        "--dtype",
+        "float32",
+        "--max-open-requests",
+        BOUND,
+        "--lora-paths",
+        *voices,
+    ]
+    with Launched(*flags) as server:
+        soak = Soak(
+            server, make_asks(args.asks, random.Random(args.seed)), args.seed, args.minutes * 60, args.clients,
+            not args.no_strikes,
+        )  # fmt: skip
+        asyncio.run(soak.run())
+    if server.process.returncode != 0:
+        soak.differ(f"exit status {server.process.returncode}")
+    show(soak)
+    return 1 if soak.differences else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

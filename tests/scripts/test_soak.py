@@ -1,0 +1,56 @@
+"""The soak runs clean for half a minute of everything at once; and it notices an answer that is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import soak
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_half_a_minute_of_everything() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "scripts/soak.py", "--minutes", "0.5"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "SIGKILL" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "differences"),
+    [([5, 6, 7], 200, 0), ([5, 6, 8], 200, 1), ([5, 6], 200, 1), ([], 503, 0), ([], 500, 1), ([], 404, 1)],
+)
+def test_what_counts_as_a_difference(answer: list[int], status: int, differences: int) -> None:
+    async def generate(request: web.Request) -> web.Response:
+        return web.json_response({"output_ids": answer}, status=status)
+
+    async def main() -> soak.Soak:
+        app = web.Application()
+        app.router.add_post("/generate", generate)
+        async with TestServer(app) as server:
+            launched: Any = SimpleNamespace(url=str(server.make_url("")).rstrip("/"))
+            ask = soak.Ask((1, 2), None, 3, None, stream=False)
+            run = soak.Soak(cast(Any, launched), [ask], 1, 1.0, 1, False, calm={(0, "None"): [5, 6, 7]})
+            async with run.session() as session:
+                await run.one(session, random.Random(1))
+            return run
+
+    assert len(asyncio.run(main()).differences) == differences
+
+
+def test_the_same_seed_asks_the_same() -> None:
+    assert soak.make_asks(20, random.Random(3)) == soak.make_asks(20, random.Random(3))
+    assert soak.make_asks(20, random.Random(3)) != soak.make_asks(20, random.Random(4))
