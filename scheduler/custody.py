@@ -79,12 +79,14 @@ class Custody:
 
     def hear(self, message: AdapterState) -> None:
         """News of one copy, under the id that the runner knows it by."""
-        copy = self._books.directory.held_as(message.adapter_id)
+        freeing = self._books.directory.freeing
         self._books.stirred = True
+        if message.state == "gone" and message.adapter_id in freeing:
+            freeing.discard(message.adapter_id)
+            return
+        copy = self._books.directory.held_as(message.adapter_id)
         if copy is None:
-            if message.state == "gone":
-                self._books.directory.freeing.discard(message.adapter_id)
-            elif message.state != "disk" and message.adapter_id not in self._books.directory.freeing:
+            if message.state not in ("gone", "disk") and message.adapter_id not in freeing:
                 log.warning("the runner reports adapter %d as %s, which is unknown", message.adapter_id, message.state)
         elif message.state == "gone":
             self._gone(copy)

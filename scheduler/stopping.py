@@ -6,6 +6,9 @@ from engine.messages import Capacity, FinishReason
 from scheduler.request import Request
 
 
+MAX_TOKEN = (1 << 31) - 1
+
+
 def fit(request: Request, capacity: Capacity) -> str | None:
     """Sets the length at which the request ends; the reason if not even one token after the prompt would fit.
 
@@ -14,6 +17,8 @@ def fit(request: Request, capacity: Capacity) -> str | None:
     longest = min(capacity.max_length, capacity.kv_pages * capacity.page_size + 1)
     if request.prompt_length < 1:
         return "the prompt is empty; it must have at least one token"
+    if not 0 <= min(request.tokens) <= max(request.tokens) <= MAX_TOKEN:
+        return f"a token id is not in 0 to {MAX_TOKEN}"
     if request.prompt_length >= longest:
         return (
             f"the prompt has {request.prompt_length} tokens, but at most {longest - 1} fit beside a generated one; "

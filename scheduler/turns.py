@@ -4,9 +4,10 @@
     skipped    a READY or COLD head that finds no lane or no rank pages: only ACTIVE ones, whose lane is in the step
                anyway, pass it. When the first of those that could go lacks a row or KV pages, nobody is admitted:
                a smaller request must not pass a larger one for ever
-    late       passed for half of the bound: a lane takes nobody any more until it is free
-    overdue    passed for the bound, less a step and the time of its fill: a lane is taken from its rows; they go back
-               to the queue, and what was made free is for who was overdue, though they may be before it in order
+    late       passed for a fifth of the bound: a lane takes nobody any more until it is free
+    overdue    passed for most of the bound, less a step and the time of its fill: a lane is taken from its rows; they
+               go back to the queue, and what was made free is for who was overdue, though they may be before it in
+               order. A key is as late as the one of its requests that was passed for longest
 
 Knows nothing of steps' contents. Times are those of the caller.
 """
@@ -23,7 +24,9 @@ from scheduler.preemption import HeldLane, by_drain, by_loss
 from scheduler.request import LaneKey, Order, Request
 from scheduler.waiting import Place
 
-DRAIN_SHARE = 0.5  # of the bound: then a lane begins to drain
+DRAIN_SHARE = 0.2  # of the bound: then a lane begins to drain
+TAKE_SHARE = 0.75  # of the bound: then a lane is taken; the rest is for the others that became overdue at the same time
+FRONT = 32  # requests of a key whose clocks are looked at: who went back to the queue stands before who waits for long
 HEADS = 512  # that are looked at: who went back to the queue is before many who never had a lane
 LEAST_SHARE = 1 / 16  # of the bound: a lane is held for so long, however many wait
 LOOKS = 64  # at the clocks of those who wait, within the bound
@@ -66,24 +69,25 @@ class Turns:
         books, filling = self._books, self._filling
         margin = filling.step_seconds + bound / LOOKS
         late: list[Request] = []
-        for count, request in enumerate(books.waiting.heads(Place.READY, Place.COLD, Place.DRAINING)):
+        for count, head in enumerate(books.waiting.heads(Place.READY, Place.COLD, Place.DRAINING)):
             if count == 0:
                 books.overtaking.settle(self._first_place())
-            if books.overtaking.since(request.order) is None:
+            if books.overtaking.since(head.order) is None:
                 break  # nor was anyone behind it
             if count == HEADS:
                 break
+            request = max(books.waiting.front(head.key, FRONT), key=self.waited)
             waited = self.waited(request)
             if waited >= bound / 4:
                 waited += filling.seconds(request.key)
-            if waited + margin >= bound:
+            if waited + margin >= TAKE_SHARE * bound:
                 self._overdue.setdefault(request.id, request)
             elif waited >= DRAIN_SHARE * bound:
                 late.append(request)
         if late or self._overdue or books.draining:
             lanes = self._lanes()
-            for request in [*self._overdue.values(), *late]:
-                lanes.pop(request.key, None)  # it is draining for another
+            for request in self._overdue.values():
+                lanes.pop(request.key, None)  # it is draining for another, and has drained for long enough
             way = _Way(books, books.lanes.free)
             self._drain(lanes, way, [*self._take(lanes, way, bound), *late])
 
@@ -145,16 +149,21 @@ class Turns:
     def next(self) -> Request | None:
         """The request to be admitted now, with its copies resident, or None. Ask again after it was admitted."""
         books = self._books
-        for request in list(self._overdue.values()):
-            if self._blocked(request) and (request.key in books.lanes or books.lanes.free):
-                if request.flights or not self._has_memory(request):
-                    return None  # what was made free for it is for nobody else
-                if self._opens(request, FIRST):
-                    del self._overdue[request.id]
-                    return request
-                if not request.done:
-                    self._skipped = request
-                    break  # the lane is for it, when it is filled
+        while self._overdue and books.lanes.free:
+            request = next(iter(self._overdue.values()))
+            if not self._blocked(request):
+                del self._overdue[request.id]
+                continue
+            if request.flights or not self._has_memory(request):
+                return None  # what was made free for it is for nobody else
+            opened = self._opens(request, FIRST)
+            if opened or request.done:
+                del self._overdue[request.id]
+            if opened:
+                return request
+            if not request.done:
+                self._skipped = request
+                break  # the lane is for it, when it is filled
         while True:
             active = books.waiting.first(Place.ACTIVE)
             head = self._head() if self._skipped is None else None

@@ -34,6 +34,8 @@ class Unloading:
         if copy.sent:
             books.news.append(UnloadAdapter(copy.holder))
         if not there:
+            if copy.sent:
+                books.directory.freeing.add(copy.holder)  # its answer is nobody's, not that of whoever has the id next
             self.forget(copy)  # nothing to wait for
 
     def unload_drained(self, copy: Copy) -> None:

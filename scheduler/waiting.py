@@ -125,6 +125,10 @@ class Waiting:
         """The first request of a key that has any."""
         return self._queues[key].entries[0][1]
 
+    def front(self, key: LaneKey, count: int) -> list[Request]:
+        """The first few requests of a key, in order."""
+        return [request for _, request in self._queues[key].entries[:count]]
+
     def requests(self, key: LaneKey) -> list[Request]:
         """All requests of a key, in order."""
         queue = self._queues.get(key)

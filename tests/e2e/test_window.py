@@ -86,7 +86,7 @@ def test_two_steps_in_flight_give_the_answers_of_one(tiny_model: Callable[[str],
         for i, (name, r) in enumerate(zip("abc", (4, 8, 20), strict=True))
     ]
     flags = ["--model-path", model, "--dtype", "float32", "--lora-paths", *paths, "--max-loras-per-batch", 3]
-    flags += ["--max-num-batched-tokens", 48, "--max-running-requests", 32, "--mem-fraction-static", 0.0004]
+    flags += ["--max-num-batched-tokens", 48, "--max-running-requests", 32, "--max-total-tokens", 560]
     found, preemptions = [], []
     for more in ([], ["--disable-overlap-schedule"]):
         with RunningServer(*flags, *more) as server:

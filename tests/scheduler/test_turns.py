@@ -80,10 +80,10 @@ def test_endless_arrivals_of_running_lanes_starve_nobody(lanes: int, window: int
         clock.step()
         assert clock.now - asked < 10, "it starves"
     assert clock.now - asked <= 2.0 + (window + 1) * STEP
-    assert clock.core.stats().lane_preemptions == 0, "half of the bound was enough to drain a lane"
+    assert clock.core.stats().lane_preemptions == 0, "most of the bound was enough to drain a lane"
 
 
-def test_until_half_of_the_bound_running_lanes_go_on_and_then_one_takes_nobody() -> None:
+def test_for_a_fifth_of_the_bound_running_lanes_go_on_and_then_one_takes_nobody() -> None:
     clock = Clock().adapters(2)
     clock.ask(1, 1, max_tokens=40)
     clock.step()
@@ -91,7 +91,7 @@ def test_until_half_of_the_bound_running_lanes_go_on_and_then_one_takes_nobody()
     clock.ask(3, 1, max_tokens=2)
     clock.step()
     assert clock.running() == {1, 3}, "3 passes 2"
-    while clock.now < 1.25:
+    while clock.now < 0.75:
         clock.step()
     clock.ask(4, 1)
     clock.ask(5, 0)
@@ -108,7 +108,7 @@ def test_a_lane_that_does_not_drain_is_taken_and_its_row_comes_back() -> None:
     clock.ask(3, 3, max_tokens=30)
     while 3 not in clock.running():
         clock.step()
-    assert 1.5 < clock.now <= STEP + 2.0 + STEP
+    assert 1.0 < clock.now <= STEP + 2.0 + STEP
     assert clock.running() == {1, 3}, "the first in order stays"
     assert clock.core.stats().lane_preemptions == 1
     while 2 not in clock.running():

@@ -83,7 +83,7 @@ def land(
         parts[name.part] = tensor
     for saved in config.modules_to_save or []:
         if not any(ends(module, saved) for module in owned if WHOLE in owned[module]):
-            raise AdapterError(f"{CONFIG_NAME}: modules_to_save names {saved!r}, and no tensor of it can be served")
+            raise AdapterError(f"{CONFIG_NAME}: modules_to_save names {saved!r}, which has no tensor that fits")
     modules = [module for module in [*catalogue.places, *catalogue.fused] if module in owned or module in targets]
     return [_land(module, owned.get(module, {}), entries, config, targets, catalogue) for module in modules]
 
