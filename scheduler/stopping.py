@@ -5,7 +5,6 @@ from __future__ import annotations
 from engine.messages import Capacity, FinishReason
 from scheduler.request import Request
 
-
 MAX_TOKEN = (1 << 31) - 1
 
 
