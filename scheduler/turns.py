@@ -25,7 +25,7 @@ from scheduler.request import LaneKey, Order, Request
 from scheduler.waiting import Place
 
 DRAIN_SHARE = 0.2  # of the bound: then a lane begins to drain
-TAKE_SHARE = 0.75  # of the bound: then a lane is taken; the rest is for the others that became overdue at the same time
+TAKE_SHARE = 0.8  # of the bound: then a lane is taken; the rest is for the others that became overdue at the same time
 FRONT = 32  # requests of a key whose clocks are looked at: who went back to the queue stands before who waits for long
 HEADS = 512  # that are looked at: who went back to the queue is before many who never had a lane
 LEAST_SHARE = 1 / 16  # of the bound: a lane is held for so long, however many wait
