@@ -66,6 +66,8 @@ class Child:
     def config(self, type_: type[C]) -> C:
         """Reads the config line, then watches the lifeline: the end of stdin, or a new parent, ends this process."""
         line = self._stdin.readline()
+        if not line.endswith(b"\n"):  # the parent went in the middle of it
+            self._on_orphaned()
         try:
             config = msgspec.json.decode(line, type=type_)
         except msgspec.MsgspecError as error:

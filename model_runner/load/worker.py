@@ -5,6 +5,7 @@ Knows nothing of ids, names, pages and steps.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import resource
 import socket
@@ -28,12 +29,13 @@ log = logging.getLogger(__name__)
 
 
 def serve(config: LoaderConfig) -> None:
-    """Does jobs until the runner hangs up."""
+    """Does jobs until the runner hangs up, or is gone."""
     torch.set_num_threads(1)
     _bound_memory()
     catalogue = Catalogue([shape.site() for shape in config.sites])
     reader = Reader(catalogue, DTYPES[config.dtype], config.limits, Path(config.model) if config.model else None)
-    with socket.socket(fileno=config.socket) as link, torch.inference_mode():
+    gone = contextlib.suppress(ConnectionError)  # killed with words of ours unread
+    with gone, socket.socket(fileno=config.socket) as link, torch.inference_mode():
         while packet := link.recv(MAX_PACKET):
             _do(link, reader, msgspec.msgpack.decode(packet, type=Job))
 

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from broken_adapters import BROKEN
 from lora_sites import plain_tensors, random_sites, write_adapter
+from msgspec.structs import replace
 from resources import children, descriptors, private_bytes, shared_bytes
 
 from engine.messages import LoadAdapter
 from model_runner.load.loaders import Loaders, Outcome, Patience
-from model_runner.load.messages import LoaderConfig, SiteShape
+from model_runner.load.messages import Job, LoaderConfig, SiteShape
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.reader import Limits
 from model_runner.lora.store import AdapterStore
@@ -111,6 +117,42 @@ def test_children_give_way_and_hold_nothing_of_ours(shared: Loaders, tmp_path: P
     assert "Max data size" in Path(f"/proc/{pid}/limits").read_text()
     data = next(x for x in Path(f"/proc/{pid}/limits").read_text().splitlines() if x.startswith("Max data size"))
     assert int(data.split()[3]) < 8 << 30
+
+
+def start(link: socket.socket, words: bytes) -> subprocess.Popen[bytes]:
+    """A child with nobody of ours around it, given `words` as its config."""
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-m", "model_runner.load"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pass_fds=(link.fileno(),),
+    )
+    assert child.stdin is not None
+    child.stdin.write(words)
+    child.stdin.flush()
+    return child
+
+
+def test_a_child_ends_in_silence_when_its_runner_dies_without_reading_its_answers(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        child = start(theirs, msgspec.json.encode(replace(CONFIG, socket=theirs.fileno())) + b"\n")
+    with child:
+        with ours:
+            for number in range(3):
+                ours.send(msgspec.msgpack.encode(Job(number, str(adapter(tmp_path / str(number))))))
+            assert select.select([ours], [], [], 60)[0]
+        assert child.wait(60) == 0
+        assert child.stderr is not None
+        assert child.stderr.read() == b""
+
+
+def test_a_child_ends_in_silence_when_its_runner_dies_in_the_middle_of_the_config() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        child = start(theirs, msgspec.json.encode(CONFIG)[:-40])
+        assert child.communicate(timeout=60) == (None, b"")
+        assert child.returncode == 0
 
 
 REFUSALS = {
