@@ -1,7 +1,7 @@
 """Which copies get rank pages now, and whether they are filled at once or beside the steps. Knows nothing of lanes.
 
     at once      before the forward of the very step that carries the fill: that step may name its lane already. For
-                 small ones whose request goes in that step; all of a step's take about a tenth of a step's time
+                 those whose request goes in that step; all of a step's take at most half of a step's time
     background   in slices after the steps; a lane may name the pages when the runner has reported. For large ones,
                  for the next in the queue (look-ahead), and for copies that came unasked
 
@@ -20,8 +20,7 @@ from scheduler.books import Books
 from scheduler.request import LaneKey, Order, Request
 from scheduler.waiting import Place
 
-SHARE = 0.1  # of a step's time may be spent on fills at once while somebody decodes
-LARGEST = 0.5  # of a step's time: one this large goes at once, alone, for who has waited a step
+SHARE = 0.5  # of a step's time may be spent on fills at once while somebody decodes
 AHEAD = 4  # fills under way for requests that cannot go yet
 DEFAULT_STEP_SECONDS = 0.02
 DEFAULT_BYTES_PER_SECOND = 2e9
@@ -95,14 +94,10 @@ class Filling:
         if wish is not None and wish.wish is not None and wish.wish < order and wish not in copies:
             return Outcome.NO_PAGES
         seconds = self.seconds(request.key)
-        waited = 0 < request.asked < self._step
-        request.asked = request.asked or self._step
         at_once = not self._busy or self._spent + seconds <= SHARE * self.step_seconds
-        if not at_once and seconds <= LARGEST * self.step_seconds:
-            if not waited or self._spent:
-                self._later = True
-                return Outcome.LATER
-            at_once = True
+        if not at_once and seconds <= SHARE * self.step_seconds:
+            self._later = True
+            return Outcome.LATER
         at_once = at_once and not any(copy.device is Device.FILLING for copy in copies)
         if not self._grant(copies, order, at_once, request):
             self._end_if_hopeless(request.key)

@@ -39,7 +39,7 @@ class Request:
     turn out to be one. `limit` is the length (prompt and generated) at which it ends. `flights` counts the steps in
     flight that name it,
     `pending` those of them that sample. `decoding`: the runner's row holds its own last sample as the next input.
-    `queued_at` is when it last came to the queue, `asked` the step for which it first asked for rank pages.
+    `queued_at` is when it last came to the queue.
     `prefix` is the last node of its path in the prefix tree: held while it runs, else where it was found last.
     `cached` is how many prompt tokens were found there when it first ran, until that was told.
     `scored` counts prompt positions whose log-probability was asked for, `prompt_scores` holds those that came.
@@ -55,7 +55,6 @@ class Request:
     salt: str = ""
     priority: int = 0
     queued_at: float = 0.0
-    asked: int = 0
     lora: list[tuple[int, float]] = field(default_factory=list)
     limit: int = 0
     row: int = -1
