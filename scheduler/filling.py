@@ -110,7 +110,8 @@ class Filling:
     def look_ahead(self) -> None:
         """Background fills for who is next, in order up to the first that finds no pages; then for the unasked.
 
-        Whoever will be filled at once in the next step is first, and is not begun on here.
+        Whoever will be filled at once in the next step is first, and is not begun on here. On a CPU nor is anyone who
+        can be filled at once in his own: the same cores copy, and he would wait for the slices to come to an end.
         """
         books = self._books
         if self._later:
@@ -131,6 +132,8 @@ class Filling:
     def _fill_ahead(self, request: Request) -> bool:
         """Pages for a request, or its end where there will never be any; false if it must wait for them."""
         books = self._books
+        if books.residency.device == "cpu" and self.seconds(request.key) <= SHARE * self.step_seconds:
+            return False
         copies = books.copies(request.key)
         return self._grant(copies, request.order, at_once=False, request=request) or self._end_if_hopeless(request.key)
 

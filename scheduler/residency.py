@@ -41,6 +41,11 @@ class Residency:
         self._spare: EvictionOrder[int] = EvictionOrder()
         self._wanted: EvictionOrder[Order] = EvictionOrder()
 
+    @property
+    def device(self) -> str:
+        """What the runner computes on: cpu or cuda."""
+        return self._capacity.device
+
     # ---------------------------------------------------------------------------------------------------- one copy
 
     def filled(self, copy: Copy) -> None:

@@ -89,6 +89,7 @@ class Profile(_Part, frozen=True, kw_only=True):
             rank_pages=dict.fromkeys(self.unit_bytes, pages * pool_adapters),
             max_lora_rank=room.max_lora_rank,
             max_lane_pages=2 * pages,
+            device="cpu" if self.fill_share else "cuda",  # that is where copies take turns with the steps
             rank_page_bytes={group: UNITS * size for group, size in self.unit_bytes.items()},
             host_bytes=room.host_bytes,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from by_hand import capacity_of, done, generate, plan_of
 
 from engine.messages import Abort, AdapterState, EvictAdapter, Footprint, LanePages, LoadAdapter, UnloadAdapter
@@ -179,8 +180,19 @@ def test_the_host_copy_stays_until_the_fill_is_answered() -> None:
     core.check()
 
 
+@pytest.mark.parametrize(("size", "begun"), [(SMALL, False), (LARGE, True)])
+def test_a_cpu_begins_only_on_those_that_are_too_large_for_their_own_step(size: int, begun: bool) -> None:
+    core = _core(lanes=1)
+    _host(core, 1)
+    _host(core, 2, size)
+    core.handle(generate(1, max_tokens=50, lora=[(1, 1.0)]), 0.0)
+    done(core, plan_of(core), seconds=STEP)
+    core.handle(generate(2, lora=[(2, 1.0)]), 0.0)
+    assert [(fill.adapter_id, fill.now) for fill in plan_of(core).fills] == [(2, False)] * begun
+
+
 def test_the_next_in_the_queue_are_filled_ahead_into_pages_that_nobody_before_them_needs() -> None:
-    core = _core(lanes=1, rank_pages={"qkv": 3})
+    core = _core(lanes=1, rank_pages={"qkv": 3}, device="cuda")
     for number in (1, 2, 3, 4):
         _host(core, number)
     core.handle(generate(1, max_tokens=50, lora=[(1, 1.0)]), 0.0)
