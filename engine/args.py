@@ -40,6 +40,7 @@ class Args(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     max_lora_chunk_size: int = 16
     lora_dtype: Dtype = "auto"
     enable_lora_bias: bool = True
+    lora_extra_vocab_size: int | None = None
     lora_pool_size: str | None = None
     lora_eviction_policy: Literal["lru", "fifo"] = "lru"
     lora_max_wait: float = 5.0
@@ -53,6 +54,8 @@ class Args(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     max_open_requests: int = 4096
     max_queued_tokens: int | None = None
     request_timeout: float | None = None
+    max_stream_buffer: str = "4MiB"
+    stream_stall_timeout: float = 60.0
     api_key: list[str] = []
     api_key_file: str | None = None
     admin_api_key: str | None = None
@@ -83,6 +86,7 @@ def _check_ranges(args: Args) -> None:
         ("--port", args.port, 0, 65535),
         ("--max-loras-per-batch", args.max_loras_per_batch, 1, 1024),
         ("--max-lora-rank", args.max_lora_rank, 1, 512),
+        ("--lora-extra-vocab-size", args.lora_extra_vocab_size, 0, 1 << 20),
         ("--max-loaded-loras", args.max_loaded_loras, 1, 1 << 20),
         ("--max-num-batched-tokens", args.max_num_batched_tokens, 1, 1 << 20),
         ("--max-prefill-tokens", args.max_prefill_tokens, 1, 1 << 20),
@@ -95,6 +99,7 @@ def _check_ranges(args: Args) -> None:
         ("--max-open-requests", args.max_open_requests, 1, 1 << 20),
         ("--max-queued-tokens", args.max_queued_tokens, 1, 1 << 40),
         ("--request-timeout", args.request_timeout, 0.001, 1e9),
+        ("--stream-stall-timeout", args.stream_stall_timeout, 0.1, 1e9),
         ("--seed", args.seed, 0, (1 << 63) - 1),
         ("--tp-size", args.tp_size, 1, 1 << 10),
     ]

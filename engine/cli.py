@@ -18,7 +18,6 @@ LATER = {
     "--tokenizer-path": "the model's own tokenizer is used",
     "--tokenizer": "the model's own tokenizer is used",
     "--revision": "write org/name@revision instead",
-    "--lora-extra-vocab-size": "adapters with added tokens are refused",
     "--fully-sharded-loras": "tensor parallelism is not available yet",
     "--cpu-threads": "all cores up to 4 are used",
 }
@@ -130,6 +129,12 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-open-requests", type=int, metavar="N", help="answers in the making; more are a 503 at once (4096)")
     add("--max-queued-tokens", type=int, metavar="N", help="prompt tokens of open requests; more are a 503 (no bound)")
     add("--request-timeout", type=float, metavar="S", help="seconds a request may take; then it is a 504 (no bound)")
+    add(
+        "--max-stream-buffer",
+        metavar="SIZE",
+        help="bytes that may wait for a client that does not read its answer; then it is cut off (4MiB)",
+    )
+    add("--stream-stall-timeout", type=float, metavar="S", help="seconds without reading until the same (60)")
     add("--served-model-name", nargs="+", metavar="NAME", help="names of the base model (the model path)")
     add("--chat-template", metavar="FILE", help="a jinja file, or the template itself (the model's)")
     add("--seed", "--random-seed", type=int, help="makes requests without a seed of their own repeatable")
@@ -236,6 +241,12 @@ def _add_lora_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--lora-dtype", type=_dtype, choices=["auto", "bfloat16", "float16", "float32"], help="(auto: the model's)")
     add("--enable-lora-bias", action=argparse.BooleanOptionalAction, help="serve adapters with biases (on)")
+    add(
+        "--lora-extra-vocab-size",
+        type=int,
+        metavar="N",
+        help="tokens that an adapter may add to the vocabulary (the most of a given adapter)",
+    )
     add(
         "--lora-pool-size",
         metavar="SIZE",

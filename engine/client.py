@@ -78,7 +78,8 @@ class Engine(AdapterCalls):
         `prompt` is text, token ids, or a chat (messages as dicts or ChatMessage). `lora` is an adapter's name, a
         LoRARequest (loaded on first use), a weighted mix {name: scale}, or None for the base. `options` are further
         fields of messages.Submit. With n > 1 the choices' deltas are interleaved. Raises InvalidRequest, NotFound,
-        Overloaded, EngineDead.
+        Overloaded, EngineDead. Who does not go on with the loop holds up nobody: what comes meanwhile is kept for him,
+        at most the rest of the answer, which `max_tokens` and the context bound.
         """
         link = self._open()
         submit = Submit(

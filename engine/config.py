@@ -47,7 +47,8 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     `runtime_loads`: adapters may be loaded over HTTP without `admin_key`. With `lora_roots` the real path of every
     adapter file must lie under one of them or the hub cache. `priorities`: requests may have one other than 0.
-    `journal` is where it writes what adapters become.
+    `journal` is where it writes what adapters become. `max_stream_buffer`: bytes that may wait for one client, who has
+    `stream_stall_timeout` seconds to take some.
     """
 
     links: Links
@@ -73,6 +74,8 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_queued_tokens: int | None = None
     request_timeout: float | None = None
     max_body_bytes: int = 32 << 20
+    max_stream_buffer: int = 4 << 20
+    stream_stall_timeout: float = 60.0
     server_info: dict[str, str | int | float | bool | None] = {}
 
 
@@ -104,6 +107,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One rank of the model runner. `adapters` are loaded first: they size the pools when no flag does.
 
     `max_lora_rank` and `lora_targets` None mean: inferred from `adapters` (without any: 64 and all sites).
+    `lora_extra_vocab`: tokens that an adapter may have beyond the base's, None: as many as one of `adapters` has.
     The pool holds `lora_pool_adapters` of the largest rank, or `lora_pool_bytes`; both None: by memory.
     Decode steps of up to `cuda_graph_max_rows` rows (None: 256) are captured on CUDA, unless `cuda_graphs` is off.
     `device` auto means: cuda where there is one. `max_batched_tokens` None means: 512 on a CPU, 8192 on CUDA.
@@ -128,6 +132,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     lora_pool_bytes: int | None = None
     lora_targets: list[str] | None = None
     lora_biases: bool = True
+    lora_extra_vocab: int | None = None
     adapters: list[AdapterSource] = []
     max_batched_tokens: int | None = None
     max_running_requests: int | None = None
@@ -173,6 +178,8 @@ def sections(
         max_open_requests=args.max_open_requests,
         max_queued_tokens=args.max_queued_tokens,
         request_timeout=args.request_timeout,
+        max_stream_buffer=parse_bytes(args.max_stream_buffer, "--max-stream-buffer"),
+        stream_stall_timeout=args.stream_stall_timeout,
         api_keys=read_keys(args.api_key, args.api_key_file),
         admin_key=args.admin_api_key,
         lora_roots=[str(Path(root).expanduser().resolve()) for root in args.lora_root],
@@ -207,6 +214,7 @@ def sections(
         max_lora_rank=args.max_lora_rank,
         lora_targets=args.lora_target_modules,
         lora_biases=args.enable_lora_bias,
+        lora_extra_vocab=args.lora_extra_vocab_size,
         lora_pool_adapters=pool_adapters,
         lora_pool_bytes=pool_bytes,
         max_batched_tokens=args.max_num_batched_tokens,

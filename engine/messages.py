@@ -169,7 +169,11 @@ class Delta(Message, frozen=True, kw_only=True):
 
 
 class AdapterCard(Part, frozen=True, kw_only=True):
-    """What is known of one adapter."""
+    """What is known of one adapter.
+
+    `vocab_size` are the tokens of a vocabulary of its own, 0: the base's. `brings` says how it reads and writes text in
+    its own way: tokenizer, chat_template, generation. `invocation` are the tokens from which on it acts, if any.
+    """
 
     name: str
     adapter_id: int
@@ -184,6 +188,9 @@ class AdapterCard(Part, frozen=True, kw_only=True):
     bytes: int = 0
     running: int = 0
     created: int = 0
+    vocab_size: int = 0
+    brings: list[str] = []
+    invocation: list[int] = []
 
 
 class Answer(Message, frozen=True, kw_only=True):
@@ -310,7 +317,8 @@ class LogprobIds(Part, frozen=True):
 class Update(Part, frozen=True, kw_only=True):
     """News of one request. `index` counts generated tokens: it is the number of the first token in `tokens`.
 
-    Tokens below the receiver's count are duplicates and dropped; a gap is a fault. `error` ends the request as failed.
+    Tokens below the receiver's count are duplicates and dropped; a gap is a fault. `error` ends the request as failed;
+    with a `code` the reason is not its adapters.
     """
 
     request_id: int
@@ -322,6 +330,7 @@ class Update(Part, frozen=True, kw_only=True):
     error: str | None = None
     logprobs: list[LogprobIds] | None = None
     prompt_logprobs: list[LogprobIds] | None = None
+    code: str | None = None
 
 
 class Progress(Message, frozen=True):
@@ -352,7 +361,9 @@ class AdapterState(Message, frozen=True, kw_only=True):
 
     `bytes` is what its host copy takes. `seconds` is how long what led to this state took: a load from disk (host), a
     fill (resident). `epoch` is the runner's: a late word of a dead runner is dropped. With state disk or host, `error`
-    says what did not work (a load from disk, making it resident): the next request tries again.
+    says what did not work (a load from disk, making it resident): the next request tries again. `vocab_size` are the
+    tokens of a vocabulary of its own, 0: the base's. `invocation` are the tokens from whose last occurrence in a prompt
+    on it acts; none: it acts from the first token on.
     """
 
     adapter_id: int
@@ -365,6 +376,8 @@ class AdapterState(Message, frozen=True, kw_only=True):
     error: str | None = None
     seconds: float = 0.0
     epoch: int = 0
+    vocab_size: int = 0
+    invocation: list[int] = []
 
 
 class Capacity(Message, frozen=True, kw_only=True):

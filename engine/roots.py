@@ -16,7 +16,7 @@ from pathlib import Path
 
 from engine.errors import ConfigError
 
-READ = (".json", ".safetensors")
+READ = (".json", ".safetensors", ".jinja")
 
 
 def check_place(path: str | Path, roots: Sequence[str], what: str) -> None:

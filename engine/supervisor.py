@@ -25,7 +25,7 @@ MOST_FAILED_STARTS = 3
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
 
 Maker = Callable[[int, bool], Spec]
-"""What the n-th incarnation of a process runs (the first is number 0), and whether the one before ended by itself."""
+"""What the n-th incarnation of a process runs (the first is 0), and whether the last that served ended by itself."""
 
 
 class _Place:
@@ -136,17 +136,21 @@ class Supervisor:
     async def _keep(self, place: _Place) -> str:
         process = place.process
         assert process is not None, "the group was started"
+        served, own_fault = True, False
         while True:
             end = await process.end(self._busy)
             how = f"the {process.spec.name} process {end.words}"
             if place.has_died():
                 return f"{how}, and that too often in a row"
+            if served:  # else there was nothing that it was asked to do: the one before is still to be told of
+                own_fault = end.own_fault
             log.warning("%s; the next one starts", how)
             await asyncio.sleep(place.pause)
-            process = await place.start(end.own_fault)
+            process, served = await place.start(own_fault), False
             try:
                 await process.report()
                 place.is_ready()
+                served = True
                 log.warning("the %s process serves again", process.spec.name)
             except EngineError as error:
                 place.failed_starts += 1

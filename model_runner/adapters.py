@@ -107,8 +107,16 @@ class Adapters:
         self.store.drop(adapter_id)
         return AdapterState(adapter_id=adapter_id, state="failed", error=reason)
 
-    def check_fits(self, name: str, rank: int, targets: list[str], footprint: Footprint) -> None:
+    def check_fits(self, name: str, rank: int, targets: list[str], footprint: Footprint, vocab_size: int = 0) -> None:
         """Raises AdapterError for an adapter that the pools or a lane can never hold."""
+        base = next(site.vocabulary for site in self.pages.sites if site.group == EMBED)
+        added = vocab_size - base
+        if added > self.pages.extra_vocab:
+            raise AdapterError(
+                f"adapter {name!r} has a vocabulary of {vocab_size} tokens, {added} more than the model's, and the pool"
+                f" was made for {self.pages.extra_vocab}: launch with --lora-extra-vocab-size {added}, or with such an"
+                " adapter in --lora-paths"
+            )
         for group, count in footprint.pages.items():
             if group in (whole_of(EMBED), whole_of(HEAD)) and not self.pages.pages.get(group):
                 raise AdapterError(
@@ -130,7 +138,7 @@ class Adapters:
             if outcome.parcel is None:
                 raise refusal(name, AdapterError(outcome.reason))
             adapter = self.store.keep(message.adapter_id, name, outcome.parcel)
-            self.check_fits(name, adapter.rank, adapter.targets, adapter.footprint)
+            self.check_fits(name, adapter.rank, adapter.targets, adapter.footprint, adapter.vocab_size)
         except AdapterError as error:
             return self.refuse(message.adapter_id, error.message)
         except Exception as error:  # whatever is wrong with it, it must not cost the others their runner
@@ -150,4 +158,6 @@ def _state(adapter: Adapter, stage: AdapterStage, seconds: float = 0.0) -> Adapt
         lora_rank=adapter.rank,
         target_modules=adapter.targets,
         seconds=seconds,
+        vocab_size=adapter.vocab_size,
+        invocation=adapter.invocation,
     )

@@ -12,6 +12,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 from tqdm import tqdm
 
@@ -36,10 +37,11 @@ from model_runner.lora.fills import Fills
 from model_runner.lora.formats.peft import Survey
 from model_runner.lora.pages import RankPages, page_bytes
 from model_runner.lora.reader import Limits
-from model_runner.lora.site import EMBED, EXPERTS, HEAD, Site
+from model_runner.lora.site import EMBED, EXPERTS, HEAD, NORMS, Site
 from model_runner.lora.store import AdapterStore
 from model_runner.models.decoder import Decoder
 from model_runner.models.load import load_model
+from model_runner.packed import can_pack
 from model_runner.parallel import Shard
 from model_runner.recorder import recorder_for
 from model_runner.rows import RowTable
@@ -77,13 +79,18 @@ def assemble(config: RunnerConfig, *, progress: bool) -> Parts:
     length = memory.resolve_length(arch.max_length, config.context_length)
     arch = arch.serving(length)
     decoder = load_model(path, arch, device=device, dtype=dtype, shard=shard, progress=progress)
+    if device.type == "cpu":
+        packs = can_pack(dtype, device)
+        log.info("linears on this CPU: %s, %s", str(dtype).removeprefix("torch."), "packed" if packs else "plain")
+        if packs:
+            decoder.pack()
     lora = _lora(config, decoder.sites, dtype, device, progress=progress) if config.enable_lora else None
     kv = _plan_kv(config, arch, kv_pool.page_bytes(arch, config.page_size, dtype, shard), length, dtype, device)
     pool = KvPool(arch, kv.pages, config.page_size, dtype, device, shard)
     backend = attention.create(attention.resolve(config.attention_backend, device), device)
     decoder.attach(backend, pool, lora.backend if lora else None)
     rows = RowTable(kv.rows, -(-kv.max_length // config.page_size), config.page_size, device)
-    sampler = Sampler(kv.rows, arch.vocab_size, device)
+    sampler = Sampler(kv.rows, arch.vocab_size + (lora.pages.extra_vocab if lora else 0), device)
     capacity = _capacity(config, arch, device, dtype, decoder, pool, kv, lora)
     graphs = _graphs(config, decoder, backend, lora, rows, device)
     return Parts(device, dtype, decoder, backend, pool, lora, rows, sampler, capacity, graphs)
@@ -151,18 +158,24 @@ def _lora(
 ) -> Adapters:
     """Loads the start-up adapters, then sizes the pools by the flags or, without them, by what was loaded."""
     modules = list(dict.fromkeys(piece.module for site in sites for piece in site.slices))
-    linears = [piece.module for site in sites if site.group not in LARGE for piece in site.slices]
+    linears = [piece.module for site in sites if site.group not in (*LARGE, NORMS) for piece in site.slices]
     _check_targets(config.lora_targets, modules)
     lora_dtype = dtype if config.lora_dtype == "auto" else DTYPES[config.lora_dtype]
     store = AdapterStore(
-        sites, lora_dtype, max_rank=config.max_lora_rank, targets=config.lora_targets, biases=config.lora_biases
+        sites,
+        lora_dtype,
+        max_rank=config.max_lora_rank,
+        targets=config.lora_targets,
+        biases=config.lora_biases,
+        extra_vocab=config.lora_extra_vocab,
     )
     given = _load_given(config.adapters, store, progress=progress)
     inferred = max((max(1, one.rank) for one in given), default=DEFAULT_LORA_RANK)
     max_rank = config.max_lora_rank or inferred
     targets = _targets(config.lora_targets, {target for one in given for target in one.targets}, modules, linears)
     groups = _groups(sites, targets, set(config.lora_targets or ()), given)
-    sizes = page_bytes(sites, lora_dtype)
+    extra_vocab = max(config.lora_extra_vocab or 0, *(_added_tokens(one, sites) for one in given), 0)
+    sizes = page_bytes(sites, lora_dtype, extra_vocab)
     room = memory.pool_room(device.type, *device_memory(device), config.mem_fraction)
     wholes, room = memory.plan_matrices(sizes, [one.footprint for one in given], config.max_loras, room)
     pages = memory.plan_rank_pages(
@@ -174,15 +187,22 @@ def _lora(
         asked=memory.PoolSize(config.lora_pool_adapters, config.lora_pool_bytes),
     )
     pages |= wholes
-    rank_pages = RankPages(sites, pages, config.max_loras, lora_dtype, device)
+    rank_pages = RankPages(sites, pages, config.max_loras, lora_dtype, device, extra_vocab)
     options = lora_backends.Options(config.max_lora_chunk_size, memory.lane_pages(max_rank))
     backend = lora_backends.create(lora_backends.resolve(config.lora_backend, device), rank_pages, options)
     names = {source.adapter_id: source.name for source in config.adapters}
-    loaders = Loaders(_loader_config(config, sites, lora_dtype, store.limits))
+    limits = msgspec.structs.replace(store.limits, extra_vocab=extra_vocab)
+    loaders = Loaders(_loader_config(config, sites, lora_dtype, limits))
     lora = Adapters(store, loaders, rank_pages, Fills(rank_pages), backend, max_rank, targets, names)
     for source, one in zip(config.adapters, given, strict=True):
-        lora.check_fits(source.name, one.rank, one.targets, one.footprint)
+        lora.check_fits(source.name, one.rank, one.targets, one.footprint, one.vocab_size)
     return lora
+
+
+def _added_tokens(one: Adapter | Survey, sites: list[Site]) -> int:
+    """How many tokens more than the base the adapter has."""
+    base = next(site.vocabulary for site in sites if site.group == EMBED)
+    return max(0, one.vocab_size - base)
 
 
 def _load_given(sources: list[AdapterSource], store: AdapterStore, *, progress: bool) -> list[Adapter | Survey]:
@@ -230,7 +250,7 @@ def _groups(sites: list[Site], targets: list[str], named: set[str], given: list[
 
     Experts may be called as the linears of other layers are, and an adapter may bring a whole embedding or head.
     """
-    groups = {site.group for site in sites if any(piece.module in targets for piece in site.slices)}
+    groups = {site.group for site in sites if any(piece.module in targets for piece in site.slices)} - {NORMS}
     for large in LARGE:
         modules = {piece.module for site in sites if site.group == large for piece in site.slices}
         if not modules & named and not any(large in one.footprint.pages for one in given):
@@ -267,7 +287,7 @@ def _capacity(
         weight_bytes=decoder.weight_bytes,
         kv_bytes=pool.bytes,
         lora_bytes=lora.pages.bytes if lora else 0,
-        rank_page_bytes=page_bytes(decoder.sites, lora.pages.dtype) if lora else {},
+        rank_page_bytes=page_bytes(decoder.sites, lora.pages.dtype, lora.pages.extra_vocab) if lora else {},
         host_bytes=_host_bytes(lora, pool, device) if lora else 0,
     )
 

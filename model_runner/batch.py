@@ -23,6 +23,7 @@ class Batch:
     lora         what LoraBackend.plan returned, None for a step of the base alone
     lanes_T      [T] on the host, each token's lane, where one touches experts or brings a whole embedding: these are
                  computed by lane; else None
+    norm_lanes_T [T] int64, each token's lane, where one may have norms of its own; else None
     """
 
     tokens_T: torch.Tensor
@@ -30,3 +31,4 @@ class Batch:
     attention: Any
     lora: Any = None
     lanes_T: NDArray[np.int32] | None = None
+    norm_lanes_T: torch.Tensor | None = None

@@ -29,6 +29,9 @@ from model_runner.lora.site import Site
 from model_runner.models.load import build_decoder
 from model_runner.parallel import Shard
 
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+"""By which an adapter reads and writes text in its own way."""
+
 
 class Group(msgspec.Struct, frozen=True):
     """The rank pages of one group of sites: how many, and their bytes on the device."""
@@ -45,6 +48,9 @@ class Report(msgspec.Struct, kw_only=True):
     keys: str = ""
     ranks: dict[str, list[int]] = {}
     lora_rank: int = 0
+    invocation: list[int] = []
+    vocab_size: int = 0
+    brings: list[str] = []
     tensors: int = 0
     file_bytes: int = 0
     host_bytes: int = 0
@@ -68,7 +74,8 @@ def examine(root: Path, sites: list[Site], dtype: torch.dtype, limits: Limits, m
     reader = Reader(Catalogue(sites), dtype, Limits(), model)
     try:
         survey = reader.survey(root)
-        _describe(report, survey, page_bytes(sites, dtype), dtype)
+        report.brings = [name for name in TEXT_FILES if (root / name).is_file()]
+        _describe(report, survey, page_bytes(sites, dtype, max(0, survey.added_tokens)), dtype)
         limits.check(survey)
         parcel = reader.read(root)
         label, _ = parcel.open(reader.catalogue, dtype)
@@ -88,6 +95,8 @@ def _describe(report: Report, survey: Survey, page: dict[str, int], dtype: torch
     report.keys = survey.dialect
     report.ranks = {module: sorted(found) for module, found in sorted(ranks.items())}
     report.lora_rank = survey.rank
+    report.invocation = survey.invocation
+    report.vocab_size = survey.vocab_size
     report.tensors = survey.tensors
     report.file_bytes = survey.data_bytes
     report.host_bytes = arrange(survey.landings, dtype)[1]
@@ -108,6 +117,9 @@ def show(report: Report) -> str:
             ("rank", f"{report.lora_rank} ({'; '.join(ranks)})"),
             ("on the host", f"{report.host_bytes / 1e6:.1f} MB in {report.dtype}"),
             ("rank pages", f"{'; '.join(groups)}"),
+            ("acts", f"from tokens {report.invocation} on" if report.invocation else "from the first token on"),
+            ("vocabulary", f"{report.vocab_size} tokens of its own" if report.vocab_size else "the model's"),
+            ("text", ", ".join(report.brings) or "as the model's"),
             ("cast from", ", ".join(report.cast_from) or "nothing is cast"),
             ("revision", report.revision or "unknown"),
         ]
@@ -126,7 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
     except EngineError as error:
         print(error.message, file=sys.stderr)
         return 1
-    report = examine(root, sites, dtype, Limits(options.max_lora_rank, options.lora_target_modules), model)
+    limits = Limits(options.max_lora_rank, options.lora_target_modules, extra_vocab=options.lora_extra_vocab_size)
+    report = examine(root, sites, dtype, limits, model)
     print(msgspec.json.encode(report).decode() if options.json else show(report))
     return 0 if report.refused is None else 1
 
@@ -140,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="what it would be served in")
     parser.add_argument("--max-lora-rank", type=int, choices=range(1, MAX_RANK + 1), metavar="RANK")
     parser.add_argument("--lora-target-modules", nargs="+", metavar="MODULE")
+    parser.add_argument("--lora-extra-vocab-size", type=int, metavar="N")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser
 

@@ -1,7 +1,7 @@
 """Decode steps, recorded once for each padded number of rows, with and without LoRA, and replayed ever after.
 
     step of 5 rows    | row 3 | row 0 | row 7 | row 1 | row 2 | scratch | scratch | scratch |      padded to 8
-    inputs [3, 8]     the row, the token that came with it (-1: the row's own last sample), the position
+    inputs [4, 8]     the row, the token that came with it (-1: the row's own last sample), the position, the lane
     hidden [8, H]     what the forward answers; head and sampling follow outside, on the same stream
 
 A scratch row has a table of zeros: its K and V go to page 0, which no request reads. Whatever a replay touches lies
@@ -41,7 +41,7 @@ from model_runner.rows import RowTable
 class Recorded:
     """One padded size: its buffers, and a replay without (False) and with (True) LoRA."""
 
-    inputs_3B: torch.Tensor
+    inputs_4B: torch.Tensor
     attention: Any
     lora: Any
     replays: dict[bool, Work] = field(default_factory=dict)
@@ -79,20 +79,20 @@ class Graphs:
         """Whether a replay can do this step: every chunk of length 1, and not too many."""
         return layout.chunks <= self.sizes[-1] and layout.tokens == layout.chunks
 
-    def forward(self, layout: Layout, inputs_3T: NDArray[np.int64]) -> torch.Tensor:
-        """[T, H], valid until the next call. `inputs_3T`: rows, tokens that came or -1, positions."""
+    def forward(self, layout: Layout, inputs_4T: NDArray[np.int64]) -> torch.Tensor:
+        """[T, H], valid until the next call. `inputs_4T`: rows, tokens that came or -1, positions, lanes."""
         size = self.sizes[bisect_left(self.sizes, layout.chunks)]
         recorded, with_lora = self._recorded[size], self._lora is not None and bool(layout.lanes_C.any())
         self._plan(recorded, self._pad(layout, size), with_lora)
-        inputs_3B = np.zeros((3, size), np.int64)
-        inputs_3B[:, : layout.chunks] = inputs_3T
-        send(inputs_3B, recorded.inputs_3B)
+        inputs_4B = np.zeros((4, size), np.int64)
+        inputs_4B[:, : layout.chunks] = inputs_4T
+        send(inputs_4B, recorded.inputs_4B)
         recorded.replays[with_lora]()
         return self._hidden_BH[: layout.chunks]
 
     def _record(self, size: int) -> Recorded:
         recorded = Recorded(
-            inputs_3B=torch.zeros(3, size, dtype=torch.int64, device=self._hidden_BH.device),
+            inputs_4B=torch.zeros(4, size, dtype=torch.int64, device=self._hidden_BH.device),
             attention=self._attention.static(size),
             lora=self._lora.static(size) if self._lora else None,
         )
@@ -105,9 +105,16 @@ class Graphs:
 
     def _work(self, recorded: Recorded, with_lora: bool) -> None:
         """What is recorded: from inputs to hidden, and nothing of the host."""
-        rows_B, given_B, positions_B = recorded.inputs_3B
+        rows_B, given_B, positions_B, lanes_B = recorded.inputs_4B
         tokens_B = torch.where(given_B < 0, self._rows.last_R[rows_B], given_B)
-        batch = Batch(tokens_B, positions_B, recorded.attention, recorded.lora if with_lora else None)
+        own_norms = with_lora and self._lora is not None and self._lora.pages.norms is not None
+        batch = Batch(
+            tokens_T=tokens_B,
+            positions_T=positions_B,
+            attention=recorded.attention,
+            lora=recorded.lora if with_lora else None,
+            norm_lanes_T=lanes_B if own_norms else None,
+        )
         self._hidden_BH[: len(tokens_B)].copy_(self._decoder.forward(batch))
 
     def _plan(self, recorded: Recorded, layout: Layout, with_lora: bool) -> None:

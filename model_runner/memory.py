@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from engine.errors import ConfigError
 from engine.messages import Footprint
 from model_runner.lora.adapter import pages_for
-from model_runner.lora.site import EMBED, HEAD, vectors_of, whole_of
+from model_runner.lora.site import EMBED, HEAD, NORMS, vectors_of, whole_of
 
 log = logging.getLogger(__name__)
 
@@ -143,13 +143,14 @@ def plan_rank_pages(
 ) -> dict[str, int]:
     """Rank pages of each group: whole adapters of `max_rank`, as many as asked for, or `default` and fewer.
 
-    A group's vector slots, one an adapter, come with it where `page_bytes` names them. Without a wish the pool stays in
-    a tenth of the memory, but holds one adapter at least. Raises ConfigError when even one is too much, or what was
-    asked for.
+    A group's vector slots, one an adapter, come with it where `page_bytes` names them, and so do slots for norms.
+    Without a wish the pool stays in a tenth of the memory, but holds one adapter at least. Raises ConfigError when even
+    one is too much, or what was asked for.
     """
     chosen = sorted(set(groups))
     each = dict.fromkeys(chosen, pages_for(max_rank))
     each |= {vectors: 1 for vectors in map(vectors_of, chosen) if vectors in page_bytes}
+    each |= {whole_of(NORMS): 1} if chosen and whole_of(NORMS) in page_bytes else {}
     one = sum(count * page_bytes[group] for group, count in each.items())
     if one > room.free:
         raise ConfigError(

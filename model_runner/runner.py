@@ -9,6 +9,7 @@ restart mends that. Knows nothing of sockets, requests or text. Legend: C chunks
 from __future__ import annotations
 
 import time
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -215,7 +216,9 @@ class Runner:
 
     def _forward(self, step: Step, began: float) -> Flight:
         parts, chunks = self._parts, step.chunks
+        known = parts.lora.pages.lanes if parts.lora else ()
         for chunk in chunks:
+            _check_numbers(chunk, known, parts.capacity.kv_pages)
             parts.rows.place(chunk)
         layout = _layout(chunks, parts.rows.tables, parts.rows.page_size)
         offsets = layout.offsets()
@@ -230,19 +233,22 @@ class Runner:
     def _upload(self, values: NDArray[np.int64]) -> torch.Tensor:
         return upload(values, self._parts.device)
 
-    def _hidden(self, layout: Layout, inputs_3T: NDArray[np.int64]) -> torch.Tensor:
+    def _hidden(self, layout: Layout, inputs_4T: NDArray[np.int64]) -> torch.Tensor:
         """[T, H]: a recorded step's answer where there is one for it, else the forward, launched bit by bit."""
         parts = self._parts
         lanes_T = self._lanes(layout, EXPERTS, whole_of(EMBED))
+        lanes = set(layout.lanes_C.tolist()) if layout.lanes_C.any() else set()
+        own_norms = bool(lanes) and parts.lora is not None and parts.lora.pages.own_norms(lanes)
         if parts.graphs is not None and lanes_T is None and parts.graphs.takes(layout):
-            return parts.graphs.forward(layout, inputs_3T)
-        rows_T, given_T, positions_T = self._upload(inputs_3T)
+            return parts.graphs.forward(layout, inputs_4T)
+        rows_T, given_T, positions_T, norm_lanes_T = self._upload(inputs_4T)
         batch = Batch(
             tokens_T=torch.where(given_T < 0, parts.rows.last_R[rows_T], given_T),
             positions_T=positions_T,
             attention=parts.attention.plan(layout),
             lora=parts.lora.backend.plan(layout) if parts.lora and layout.lanes_C.any() else None,
             lanes_T=lanes_T,
+            norm_lanes_T=norm_lanes_T if own_norms else None,
         )
         return parts.decoder.forward(batch)
 
@@ -313,13 +319,26 @@ def _layout(chunks: list[Chunk], tables: NDArray[np.int32], page_size: int) -> L
 
 
 def _inputs(chunks: list[Chunk], layout: Layout) -> NDArray[np.int64]:
-    """[3, T]: each token's row, the token that came with its chunk or -1 (the row's own last sample), its position."""
+    """[4, T]: each token's row, the token that came with its chunk or -1 (the row's own last sample), its position, and
+    its lane.
+    """
     given_T: list[int] = []
     for chunk in chunks:
         _check_tokens(chunk)
         given_T += chunk.tokens[: chunk.length] or [-1]
-    rows_T = np.repeat(layout.rows_C, layout.lengths_C)
-    return np.stack([rows_T, np.array(given_T, np.int64), layout.positions()], dtype=np.int64, casting="unsafe")
+    rows_T, lanes_T = np.repeat(layout.rows_C, layout.lengths_C), np.repeat(layout.lanes_C, layout.lengths_C)
+    columns = (rows_T, np.array(given_T, np.int64), layout.positions(), lanes_T)
+    return np.stack(columns, dtype=np.int64, casting="unsafe")
+
+
+def _check_numbers(chunk: Chunk, lanes: Container[int], kv_pages: int) -> None:
+    """What would be another row's, counted from the end or as scratch, or silently the base's."""
+    if chunk.start < 0 or (chunk.pages and not 1 <= min(chunk.pages) <= max(chunk.pages) <= kv_pages):
+        raise InternalError(f"row {chunk.row}: start {chunk.start}, pages {chunk.pages[:8]} of {kv_pages}")
+    if chunk.lane and chunk.lane not in lanes:
+        raise InternalError(f"row {chunk.row}: lane {chunk.lane} was never told of")
+    if chunk.tokens and min(chunk.tokens) < 0:
+        raise InternalError(f"row {chunk.row}: token {min(chunk.tokens)}")
 
 
 def _check_tokens(chunk: Chunk) -> None:

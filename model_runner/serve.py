@@ -12,6 +12,7 @@ adapter that cannot be loaded hurts that adapter only.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import time
@@ -76,7 +77,11 @@ def serve(child: Child, config: RunnerConfig) -> None:
     compilations.serving = True
     child.ready(facts(runner, time.perf_counter() - began))
     child.keep_pulse(server.pulse)
-    server.loop()
+    try:
+        server.loop()
+    except Exception:
+        log.exception("the model runner ends by its own fault")
+        os._exit(1)  # at once: a broken device may hold up an orderly end until it looks like somebody else's doing
 
 
 def _exit(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from engine.messages import EvictAdapter, FinishReason, Generate, Update
 from scheduler.adapter import Copy, Device, Host
 from scheduler.books import Books
-from scheduler.request import BASE, LaneKey, Request, from_message
+from scheduler.invocation import invoked_at
+from scheduler.request import BASE, LaneKey, Order, Request, from_message
 from scheduler.stopping import finish_of, fit
 from scheduler.unloading import Unloading
 from scheduler.waiting import Place
@@ -37,6 +38,7 @@ class Admission:
             books.updates.append(Update(request_id=request.id, index=request.generated, error=problem))
             books.ordering.left(request)
             return
+        self._invoke(request)
         for adapter_id in request.names:
             books.directory.adapters[adapter_id].requests += 1
         for copy in books.copies(request.key):
@@ -70,10 +72,11 @@ class Admission:
             books.counters.prompt_tokens += request.prompt_length
         return new
 
-    def preempt(self, request: Request) -> None:
-        """Takes a running request back to the queue, in its old order; it keeps its tokens."""
+    def preempt(self, request: Request, order: Order | None = None) -> None:
+        """Takes a running request back to the queue, in its old order or a new one; it keeps its tokens."""
         self._books.counters.preemptions += 1
         self._leave(request)
+        request.order = request.order if order is None else order
         request.rewind()
         self._queue(request)
 
@@ -84,6 +87,7 @@ class Admission:
         finish: FinishReason | None = None,
         matched: int | None = None,
         error: str | None = None,
+        code: str | None = None,
         update: bool = True,
     ) -> None:
         """The request is over, running or waiting, and everything it held is free. `update`: its client is told."""
@@ -93,8 +97,9 @@ class Admission:
         if update:
             index = request.generated
             books.updates.append(
-                Update(request_id=request.id, index=index, finish=finish, matched=matched, error=error)
+                Update(request_id=request.id, index=index, finish=finish, matched=matched, error=error, code=code)
             )
+        books.suspects.forget(request.id)
         if request.row >= 0:
             self._leave(request)
         else:
@@ -164,11 +169,23 @@ class Admission:
             if key in self._books.waiting:
                 self.settle(key)
 
+    def withdraw(self, copy: Copy) -> list[Request]:
+        """Takes everyone who waits for the copy out of the queue, for `rekey`."""
+        books = self._books
+        requests = [request for key in books.waiting.keys_of(copy.id) for request in books.waiting.requests(key)]
+        for request in requests:
+            books.waiting.remove(request)
+            for each in books.copies(request.key):
+                each.requests -= 1
+                books.rest(each)
+        return requests
+
     def rekey(self, requests: list[Request]) -> None:
-        """Their adapters turned out to share a copy: these requests, taken from the queue, go where it waits."""
+        """More is known of their adapters: these requests, taken from the queue, go where they wait from now on."""
         directory = self._books.directory
         for request in requests:
             request.key = directory.key(request.lora)
+            self._invoke(request)
             for copy in directory.of(request.key):
                 copy.requests += 1
             self._books.waiting.push(request)
@@ -209,6 +226,14 @@ class Admission:
             self._books.rest(copy)
         self.settle(request.key)
 
+    def _invoke(self, request: Request) -> None:
+        """Finds where its activated adapter begins to act, if that is known. One that never does is not needed."""
+        copies = self._books.copies(request.key)
+        if len(copies) == 1 and (invocation := copies[0].card.invocation):
+            request.invoked_at = invoked_at(request.tokens[: request.prompt_length], invocation)
+            if request.invoked_at is None:
+                request.key = BASE
+
     def _problem(self, lora: list[tuple[int, float]]) -> str | None:
         """Why a selection cannot be looked up."""
         books = self._books
@@ -231,6 +256,10 @@ class Admission:
             return None
         copies = books.copies(key)
         problem = books.residency.problem(copies)
+        if len(copies) > 1 and any(copy.card.invocation for copy in copies):
+            problem = (
+                "an adapter that acts from its invocation on (alora_invocation_tokens) cannot be mixed with others"
+            )
         if problem is None and not all(copy.on_device for copy in copies):
             problem = books.host.too_large(copies)
         return problem

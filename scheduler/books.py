@@ -22,6 +22,7 @@ from scheduler.request import BASE, LaneKey, Order, Request
 from scheduler.residency import Residency
 from scheduler.running import Running
 from scheduler.stats import Counters
+from scheduler.suspects import Suspects
 from scheduler.waiting import Place, Waiting
 
 MIN_PREFILL_TOKENS = 64  # fewer would read all weights for next to nothing
@@ -29,10 +30,13 @@ MIN_PREFILL_TOKENS = 64  # fewer would read all weights for next to nothing
 
 @dataclass(slots=True)
 class Flight:
-    """A step that was sent and not answered: by chunk, (request, whether it samples, how many positions it scores)."""
+    """A step that was sent and not answered: by chunk, (request, whether it samples, how many positions it scores), and
+    the position that it starts at.
+    """
 
     id: int
     parts: list[tuple[Request, bool, int]] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,8 @@ class Books:
     """Requests, rows, pages, lanes, adapters, and what is to be told to others.
 
     `now` is the time of the call under way. `draining` are keys whose lane takes nobody any more. `wishes` are copies
-    on the host that are to become resident though nobody waits for them, `unasked` those that may while there is room.
+    on the host that are to become resident though nobody waits for them, `unasked` those that may while there is room,
+    `doubted` those that may not, as a runner died while they were filled.
     `stirred`: something happened since loads and evictions were last thought about.
     """
 
@@ -69,6 +74,8 @@ class Books:
         self.overtaking = Overtaking()
         self.requests: dict[int, Request] = {}
         self.waiting = Waiting()
+        self.suspects = Suspects()
+        self.doubted: set[int] = set()
         self.tick = count(1).__next__
         self._arrivals = count()
         self.last_place: Order = (-(1 << 62), 0)  # of those who came so far
@@ -115,6 +122,10 @@ class Books:
         self.last_place = max(self.last_place, order)
         return order
 
+    def behind_passed(self, request: Request) -> Order:
+        """The place behind everyone of a running request's priority who was passed, and before all others."""
+        return self.ordering.behind(request, self.overtaking.frontier, next(self._arrivals))
+
     def awaited(self, copy: Copy) -> Order | None:
         """The place of the first who waits for it, if anyone does."""
         first = self.waiting.first_of(copy.id)
@@ -124,7 +135,10 @@ class Books:
 
     def offer(self, copy: Copy) -> None:
         """The copy came to the host tier: it is to be filled though nobody waits for it, if only when there is room."""
-        (self.unasked if copy.wish is None else self.wishes)[copy.id] = None
+        if copy.wish is not None:
+            self.wishes[copy.id] = None
+        elif copy.id not in self.doubted:
+            self.unasked[copy.id] = None
 
     def first_wish(self) -> Copy | None:
         """The first of the wishes that can be filled."""
@@ -200,6 +214,9 @@ class Books:
         assert len(waiting) == len(set(waiting)), "a request waits twice"
         assert not running & set(waiting), "a request runs and waits"
         assert running | set(waiting) == set(self.requests), "a request is lost"
+        assert set(self.suspects) <= set(self.requests), "a suspect has ended"
+        assert not len(self.suspects) or running <= set(self.suspects), "others run beside a suspect"
+        assert not len(self.suspects) or len(running) <= 1, "suspects run together"
         for request in self.running.ordered:
             room = len(request.pages) * self.capacity.page_size
             assert request.computed <= room, f"request {request.id} computed {request.computed} in room for {room}"

@@ -50,14 +50,25 @@ from scheduler.custody import Custody
 from scheduler.filling import Filling
 from scheduler.loading import Loading
 from scheduler.planner import Planner
+from scheduler.quarantine import Quarantine
 from scheduler.request import Request
 from scheduler.stopping import finish_of
 from scheduler.turns import Turns
 
 log = logging.getLogger(__name__)
 
+MOST_TOKENS = 1 << 31  # larger than any vocabulary, with what adapters add to it
+
 Upstream = Progress | AdapterState | Capacity
 Downstream = LoadAdapter | UnloadAdapter | EvictAdapter
+
+
+def _is_possible(capacity: Capacity) -> bool:
+    """Whether tables of these sizes can be made at all."""
+    c, most = capacity, 1 << 31
+    counts = (c.kv_pages << 3, c.page_size, c.max_length, c.max_batched_tokens, c.vocab_size)
+    tables = (c.max_loras, *c.rank_pages.values())
+    return 0 < c.rows <= 1 << 16 and all(0 < each < most for each in counts) and all(0 <= n <= 1 << 24 for n in tables)
 
 
 class Scheduler:
@@ -77,7 +88,8 @@ class Scheduler:
         self._turns = Turns(self._books, self._admission, self._filling)
         self._loading = Loading(self._books, self._admission)
         self._custody = Custody(self._books, self._admission, self._loading, self._filling)
-        self._planner = Planner(self._books, self._admission, self._filling, self._turns)
+        self._quarantine = Quarantine(self._books, self._admission, self._filling)
+        self._planner = Planner(self._books, self._admission, self._filling, self._turns, self._quarantine)
         self._window = window
         self._runner_epoch = epoch
         self._client_epoch = 0
@@ -136,6 +148,7 @@ class Scheduler:
         flight = books.flights.pop(0)
         assert flight.id == done.id, f"step {done.id} is answered before step {flight.id}"
         assert len(done.tokens) == sum(samples for _, samples, _ in flight.parts), f"step {done.id} has other tokens"
+        assert all(0 <= token < MOST_TOKENS for token in done.tokens), f"step {done.id} brings what is no token"
         tokens = iter(done.tokens)
         for index, (request, samples, scored) in enumerate(flight.parts):
             request.flights -= 1
@@ -144,6 +157,7 @@ class Scheduler:
             if samples:
                 request.pending -= 1
                 self._append(request, next(tokens), done.logprobs.get(index))
+        self._quarantine.answered(flight)
         books.residency.step_done(done.id)
         self._filling.step_took(done.seconds)
         books.counters.steps += 1
@@ -273,12 +287,15 @@ class Scheduler:
     def _runner_ready(self, message: RunnerReady) -> None:
         """A runner that holds nothing of ours: its rows go back to the queue with their tokens, adapters load again.
 
-        Tokens of steps in flight are lost and will be sampled again; nothing of them was told to anyone.
+        Tokens of steps in flight are lost and will be sampled again; nothing of them was told to anyone. Who was in
+        flight may have ended the one before: see scheduler.quarantine.
         """
         if message.epoch < self._runner_epoch:
             return
+        assert _is_possible(message.capacity), f"a runner cannot hold {message.capacity}"
         books = self._books
         self._runner_epoch = message.epoch
+        self._quarantine.died(message.after_fault)
         running = list(books.running.ordered)
         for request in running:
             books.running.remove(request)
@@ -289,9 +306,11 @@ class Scheduler:
         books.open(message.capacity)
         for request in running:
             books.waiting.push(request)
+        self._quarantine.bring_forward()
         books.news.append(message.capacity)
         self._custody.reset()
         self._admission.reopen()
+        self._quarantine.sentence()
         self._loading.fetch()
         for copy in books.directory.copies.values():
             if copy.stage in ("disk", "loading") and not copy.on_host:

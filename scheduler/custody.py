@@ -152,18 +152,15 @@ class Custody:
         if problem is not None:
             self._admission.fail(copy, problem)
             return
+        if card.invocation:
+            self._admission.rekey(self._admission.withdraw(copy))
         books.offer(copy)
         self._came(copy, card.seconds)
 
     def _merge(self, copy: Copy, into: Copy, seconds: float) -> None:
         """`copy` is the same revision as `into`, which stays. The runner frees one of the two, where it has two."""
         books = self._books
-        requests = [r for key in books.waiting.keys_of(copy.id) for r in books.waiting.requests(key)]
-        for request in requests:
-            books.waiting.remove(request)
-            for each in books.copies(request.key):
-                each.requests -= 1
-                books.rest(each)
+        requests = self._admission.withdraw(copy)
         adopts = into.to_load
         freed = into.holder if adopts else copy.holder
         if not adopts:

@@ -60,6 +60,8 @@ class _Ticket:
 class Fair(Ordering):
     """Places by virtual tokens. `weights` by tenant; 1 where none is given."""
 
+    length = 3
+
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
         self._weights = dict(weights or {})
         self._accounts: dict[Owner, _Account] = {}
@@ -82,9 +84,9 @@ class Fair(Ordering):
         self._tickets[message.request_id] = _Ticket(owner, cost)
         return message.priority, place, arrival
 
-    def unasked(self, arrival: int) -> Order:
+    def unasked(self, arrival: int, priority: int = 0) -> Order:
         """As if somebody new asked for it."""
-        return 0, self._clock, arrival
+        return priority, self._clock, arrival
 
     def admitted(self, request: Request) -> None:
         """The clock goes on."""

@@ -17,13 +17,26 @@ SchedulePolicy = Literal["fcfs", "priority", "fair"]
 class Ordering:
     """First come, first served, within a priority."""
 
+    length = 2  # of a place on arrival
+
     def place(self, message: Generate, arrival: int) -> Order:
         """The place of a request that comes now; `arrival` counts up, so no two places are equal."""
         return message.priority, arrival
 
-    def unasked(self, arrival: int) -> Order:
-        """The place of something that is wanted now, of the usual priority, though no request waits for it."""
-        return 0, arrival
+    def unasked(self, arrival: int, priority: int = 0) -> Order:
+        """The place of something that is wanted now, though no request comes for it."""
+        return priority, arrival
+
+    def behind(self, request: Request, frontier: Order | None, number: int) -> Order:
+        """A place right behind the frontier, though not before its old one, and in its priority; `number` counts up.
+
+        1  2  3  4  5 | 6  7         5 is the frontier: who was at 2 goes between 5 and 6
+        """
+        if frontier is None or frontier[: self.length] < request.order[: self.length]:
+            return request.order
+        if frontier[0] > request.priority:
+            return self.unasked(number, request.priority)
+        return *frontier[: self.length], number
 
     def admitted(self, request: Request) -> None:
         """It has a row, for the first time or again."""

@@ -36,6 +36,11 @@ class Overtaking:
         self._orders.append(order)
         self._times.append(now)
 
+    @property
+    def frontier(self) -> Order | None:
+        """Everyone before it was passed."""
+        return self._orders[-1] if self._orders else None
+
     def since(self, order: Order) -> float | None:
         """When the one at `order` was passed for the first time; None if nobody did."""
         index = bisect_right(self._orders, order)

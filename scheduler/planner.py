@@ -10,6 +10,7 @@ on tokens nobody on this side has seen. A row whose limit is reached by samples 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from engine.messages import Chunk, LanePages, NewRow, Step
@@ -17,6 +18,7 @@ from scheduler.admission import Admission
 from scheduler.books import Books, Flight
 from scheduler.filling import Filling
 from scheduler.preemption import choose_victim
+from scheduler.quarantine import Quarantine
 from scheduler.request import Request
 from scheduler.turns import Turns
 
@@ -34,6 +36,7 @@ class _Draft:
     def add(self, request: Request, chunk: Chunk, scored: int = 0) -> None:
         self.chunks.append(chunk)
         self.flight.parts.append((request, chunk.samples, scored))
+        self.flight.starts.append(chunk.start)
         self.budget -= chunk.length
         request.flights += 1
         request.computed += chunk.length
@@ -44,17 +47,23 @@ class _Draft:
 class Planner:
     """Makes steps out of the books."""
 
-    def __init__(self, books: Books, admission: Admission, filling: Filling, turns: Turns) -> None:
+    def __init__(
+        self, books: Books, admission: Admission, filling: Filling, turns: Turns, quarantine: Quarantine
+    ) -> None:
         self._books = books
         self._admission = admission
         self._filling = filling
         self._turns = turns
+        self._quarantine = quarantine
 
     def plan(self, epoch: int, step: int) -> Step | None:
         """Step number `step`, entered among the flights; None when there is nothing to do now."""
-        books = self._books
+        books, alone = self._books, self._quarantine.is_on
+        if self._quarantine.waits:
+            return None
         books.kv.begin(step)
-        self._turns.begin()
+        if not alone:
+            self._turns.begin()
         draft = _Draft(Flight(step), books.capacity.max_batched_tokens)
         prefills = self._decode(draft)
         if draft.chunks:
@@ -63,8 +72,10 @@ class Planner:
         for request in prefills:
             if draft.budget > 0:
                 self._prefill(draft, request, [])
-        self._admit(draft)
-        self._filling.look_ahead()
+        self._admit(draft, self._quarantine.next if alone else self._turns.next)
+        if not alone:
+            self._turns.end()
+            self._filling.look_ahead()
         fills = self._filling.take()
         if not draft.chunks and not fills:
             return None
@@ -113,11 +124,15 @@ class Planner:
     def _prefill(self, draft: _Draft, request: Request, pages: list[int]) -> None:
         """The next chunk of known tokens; the last one samples. `pages` go along (all of them with the first chunk).
 
+        What is before an activated adapter's invocation is the base's: a chunk ends there.
+
         to score:     start .. scored            nothing: it was scored before a preemption; the chunk ends there
                       scored .. prompt_length-1  every position, each telling of the token after it
         """
         known, start = len(request.tokens), request.computed
         end = min(known, start + draft.budget)
+        if start < request.acts_from:
+            end = min(end, request.acts_from)
         scores = False
         if request.scored < request.to_score:
             if start < request.scored:
@@ -131,7 +146,7 @@ class Planner:
             generation=request.generation,
             start=start,
             length=end - start,
-            lane=request.lane,
+            lane=request.lane if start >= request.acts_from else 0,
             tokens=request.tokens[start : end + (scores and not samples)],
             pages=pages,
             samples=samples,
@@ -141,10 +156,10 @@ class Planner:
         draft.add(request, chunk, scored=(end - start - samples) if scores else 0)
         self._books.kv.computed(request)
 
-    def _admit(self, draft: _Draft) -> None:
+    def _admit(self, draft: _Draft, following: Callable[[], Request | None]) -> None:
         """Lets requests in while there is budget for their first chunk."""
         books = self._books
-        while draft.budget > 0 and (request := self._turns.next()) is not None:
+        while draft.budget > 0 and (request := following()) is not None:
             if self._admission.admit(request):
                 draft.lanes.append(LanePages(request.lane, books.lane_pages(request.key)))
             draft.new_rows.append(
@@ -157,4 +172,3 @@ class Planner:
                 )
             )
             self._prefill(draft, request, list(request.pages))
-        self._turns.end()

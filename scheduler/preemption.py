@@ -34,7 +34,6 @@ class HeldLane:
 
     key: LaneKey
     held: float
-    draining: bool
     rows: list[Request] = field(default_factory=list)
 
     @property
@@ -48,21 +47,19 @@ class HeldLane:
         return max(request.limit - len(request.tokens) for request in self.rows)
 
 
-def by_drain(lanes: Iterable[HeldLane]) -> list[HeldLane]:
-    """Which lane is to take nobody any more, the best first: one that does so already, then the one that is free first.
-
-    Nobody who runs loses anything by it, so what counts is only how soon it helps. A lane that everybody joins
-    all the time is as good as another: its rows are as short.
-    """
-    return sorted(lanes, key=lambda lane: (not lane.draining, lane.remaining, len(lane.rows), lane.key))
+def by_end(lanes: Iterable[HeldLane]) -> list[HeldLane]:
+    """By when they are free if nobody joins."""
+    return sorted(lanes, key=lambda lane: (lane.remaining, lane.key))
 
 
-def by_loss(lanes: Iterable[HeldLane], first: Request | None, cost: Cost = recompute) -> list[HeldLane]:
+def by_loss(
+    lanes: Iterable[HeldLane], first: Request | None, fair: float = 0.0, cost: Cost = recompute
+) -> list[HeldLane]:
     """Which lane is taken from its rows, the best first: the one that is cheapest to bring back.
 
-    That is often a draining one, as it has few rows left. The lane of the `first` in order is the last.
+    Those that were not held for `fair` seconds come after those that were, the lane of the `first` in order is last.
     """
     return sorted(
         lanes,
-        key=lambda lane: (first in lane.rows, sum(map(cost, lane.rows)), not lane.draining, -lane.held, lane.key),
+        key=lambda lane: (first in lane.rows, lane.held < fair, sum(map(cost, lane.rows)), -lane.held, lane.key),
     )

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engine.messages import Generate, LogprobIds, Sampling, Stopping
-from scheduler.kv.radix import Node
+from scheduler.kv.radix import Node, Stem
 
 LaneKey = tuple[tuple[int, float], ...]
 """What a lane is for: (copy id, scale) pairs sorted by id; () is the base model, which takes no lane."""
@@ -42,6 +42,8 @@ class Request:
     `queued_at` is when it last came to the queue.
     `prefix` is the last node of its path in the prefix tree: held while it runs, else where it was found last.
     `cached` is how many prompt tokens were found there when it first ran, until that was told.
+    `invoked_at` is the position from which its activated adapter acts, `branch` whose pages begin there while it runs;
+    None: no such adapter, as far as is known.
     `scored` counts prompt positions whose log-probability was asked for, `prompt_scores` holds those that came.
     """
 
@@ -62,6 +64,8 @@ class Request:
     lane: int = 0
     pages: list[int] = field(default_factory=list)
     prefix: Node | None = None
+    invoked_at: int | None = None
+    branch: Stem | None = None
     cached: int = 0
     computed: int = 0
     pending: int = 0
@@ -82,6 +86,11 @@ class Request:
     def names(self) -> set[int]:
         """The adapters that it names; none is the base."""
         return {adapter_id for adapter_id, _ in self.lora if adapter_id}
+
+    @property
+    def acts_from(self) -> int:
+        """The position from which its lane applies; before, it is the base's request."""
+        return self.invoked_at or 0
 
     @property
     def to_score(self) -> int:
@@ -113,7 +122,7 @@ class Request:
 
     def lose_flights(self) -> None:
         """The steps in flight will never answer: what they were to bring is asked for again. Their KV is lost."""
-        self.prefix = None
+        self.prefix = self.branch = None
         self.flights = self.pending = 0
         self.scored = len(self.prompt_scores)
 

@@ -1,13 +1,20 @@
-"""Whose turn it is: who is admitted next, and which lanes make way for somebody who waited too long.
+"""Whose turn it is: who is admitted next, and which lanes make way for those who were passed.
 
     next       the first in order among ACTIVE heads and, unless one of these was skipped, READY and COLD heads
     skipped    a READY or COLD head that finds no lane or no rank pages: only ACTIVE ones, whose lane is in the step
                anyway, pass it. When the first of those that could go lacks a row or KV pages, nobody is admitted:
                a smaller request must not pass a larger one for ever
-    late       passed for a fifth of the bound: a lane takes nobody any more until it is free
-    overdue    passed for most of the bound, less a step and the time of its fill: a lane is taken from its rows; they
-               go back to the queue, and what was made free is for who was overdue, though they may be before it in
-               order. A key is as late as the one of its requests that was passed for longest
+    deadline   the bound after a head was passed first, less a step and the time of its fill. A lane whose rows end just
+               before one takes nobody any more (DRAINING); where too few do, lanes are taken from their rows
+    overdue    those for whom lanes had to be taken: what was made free is for them, though others may be before them
+
+    passed . a . b . c | d ...         rows of a taken lane had their turn: they go behind everyone who was passed, and
+                      ^ row            the bound begins anew for them. So lanes go around
+
+With B keys waiting for L lanes, a lane is held for bound * L / B on average if all deadlines are to be met. One that
+was held for less is taken after all others, and for less than LEAST_SHARE of the bound not at all: so the bound holds
+while B is at most L / LEAST_SHARE, and so many adapters can be filled in time. Beyond that all wait longer, in the
+order of their deadlines.
 
 Knows nothing of steps' contents. Times are those of the caller.
 """
@@ -15,21 +22,23 @@ Knows nothing of steps' contents. Times are those of the caller.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
+from itertools import islice
 
 from scheduler.adapter import Copy
 from scheduler.admission import Admission
 from scheduler.books import Books
+from scheduler.deadlines import Wait, to_drain, to_take
 from scheduler.filling import Filling, Outcome
-from scheduler.preemption import HeldLane, by_drain, by_loss
+from scheduler.preemption import HeldLane, by_end, by_loss
 from scheduler.request import LaneKey, Order, Request
 from scheduler.waiting import Place
 
-DRAIN_SHARE = 0.2  # of the bound: then a lane begins to drain
-TAKE_SHARE = 0.8  # of the bound: then a lane is taken; the rest is for the others that became overdue at the same time
-FRONT = 32  # requests of a key whose clocks are looked at: who went back to the queue stands before who waits for long
-HEADS = 512  # that are looked at: who went back to the queue is before many who never had a lane
 LEAST_SHARE = 1 / 16  # of the bound: a lane is held for so long, however many wait
 LOOKS = 64  # at the clocks of those who wait, within the bound
+HEADS = 4  # that are looked at, for each lane
+FILL_FACTOR = 2  # a fill takes so many times its seconds: steps go on beside it
+FRONT = 32  # requests of a key whose clocks are looked at where the first came back for want of KV pages
 FIRST: Order = (float("-inf"),)  # before everyone
 LAST = float("inf")
 
@@ -66,30 +75,40 @@ class Turns:
         return books.now - max(passed, request.queued_at, books.waiting.since(request.key))
 
     def _make_way(self, bound: float) -> None:
+        books, step = self._books, self._filling.step_seconds
+        waits = self._waits(bound)
+        if not (waits or books.draining):
+            return
+        lanes = by_end(self._lanes().values())
+        ends = [step * lane.remaining for lane in lanes]
+        take = to_take([wait for wait, _ in waits], ends, most=max(step, bound / LOOKS))
+        self._overdue = {request.id: request for _, request in waits[:take]}
+        grace = 2 * (step + bound / LOOKS)
+        needed = to_drain([wait for wait, _ in waits[max(take, books.lanes.free) :]], ends, grace)
+        self._drain({lanes[index].key: None for index in needed})
+        if self._overdue:
+            self._take(lanes, bound, len(waits))
+
+    def _waits(self, bound: float) -> list[tuple[Wait, Request]]:
+        """Who was passed and is the most urgent of its key, by slack."""
         books, filling = self._books, self._filling
-        margin = filling.step_seconds + bound / LOOKS
-        late: list[Request] = []
-        for count, head in enumerate(books.waiting.heads(Place.READY, Place.COLD, Place.DRAINING)):
+        margin = 2 * filling.step_seconds + bound / LOOKS
+        pace = LEAST_SHARE * bound / max(1, books.lanes.count)
+        found: list[tuple[Wait, Request]] = []
+        heads = books.waiting.heads(Place.READY, Place.COLD, Place.DRAINING)
+        for count, head in enumerate(islice(heads, HEADS * max(books.lanes.count, 16))):
             if count == 0:
                 books.overtaking.settle(self._first_place())
-            if books.overtaking.since(head.order) is None:
+            passed = books.overtaking.since(head.order)
+            if passed is None:
                 break  # nor was anyone behind it
-            if count == HEADS:
-                break
-            request = max(books.waiting.front(head.key, FRONT), key=self.waited)
-            waited = self.waited(request)
-            if waited >= bound / 4:
-                waited += filling.seconds(request.key)
-            if waited + margin >= TAKE_SHARE * bound:
-                self._overdue.setdefault(request.id, request)
-            elif waited >= DRAIN_SHARE * bound:
-                late.append(request)
-        if late or self._overdue or books.draining:
-            lanes = self._lanes()
-            for request in self._overdue.values():
-                lanes.pop(request.key, None)  # it is draining for another, and has drained for long enough
-            way = _Way(books, books.lanes.free)
-            self._drain(lanes, way, [*self._take(lanes, way, bound), *late])
+            request = head
+            if head.queued_at > passed:  # it came back: others of its key may have been passed for longer
+                request = max(books.waiting.front(head.key, FRONT), key=self.waited)
+            fill = filling.seconds(request.key)
+            slack = bound - margin - fill - self.waited(request)
+            found.append((Wait(slack, max(FILL_FACTOR * fill, pace)), request))
+        return sorted(found, key=_slack)
 
     def _first_place(self) -> Order | None:
         return min((request.order for place in Place if (request := self._books.waiting.first(place))), default=None)
@@ -103,46 +122,38 @@ class Turns:
                 lane = lanes.get(request.key)
                 if lane is None:
                     held = books.now - books.lanes.since(request.key)
-                    lane = lanes[request.key] = HeldLane(request.key, held, request.key in books.draining)
+                    lane = lanes[request.key] = HeldLane(request.key, held)
                 lane.rows.append(request)
         return lanes
 
-    def _take(self, lanes: dict[LaneKey, HeldLane], way: _Way, bound: float) -> list[Request]:
-        """Takes lanes from their rows for who is overdue. Returns who got none.
+    def _drain(self, keys: Collection[LaneKey]) -> None:
+        """These lanes take nobody any more, all others do."""
+        for key in [key for key in self._books.draining if key not in keys]:
+            self._admission.drain(key, False)
+        for key in keys:
+            if key not in self._books.draining:
+                self._admission.drain(key, True)
 
-        None is taken that has a row that did not get on in it (else rows that take long to bring back would make way
-        for one another for ever), or has not been held for its share of the bound: the more wait, the shorter that is.
+    def _take(self, lanes: list[HeldLane], bound: float, waiting: int) -> None:
+        """Takes lanes from their rows for who is overdue.
+
+        None is taken that has a row that did not get on in it: else rows that take long to bring back would make way
+        for one another for ever.
         """
-        ordered = self._books.running.ordered
-        count = self._books.lanes.count
-        share = bound * max(LEAST_SHARE, count / (count + len(self._overdue)))
-        old = (lane for lane in lanes.values() if lane.held >= share and lane.decoding)
-        candidates = by_loss(old, ordered[0] if ordered else None)
-        left = list(self._overdue.values())
-        while left and (chosen := way.make(left[0], candidates)) is not None:
-            left.pop(0)
-            for lane in chosen:
-                candidates.remove(lane)
-                del lanes[lane.key]
-                for row in list(lane.rows):
-                    self._admission.preempt(row)
-                    self._books.counters.lane_preemptions += 1
-        return left
-
-    def _drain(self, lanes: dict[LaneKey, HeldLane], way: _Way, late: list[Request]) -> None:
-        candidates = by_drain(lanes.values())
-        draining: dict[LaneKey, None] = {}
-        for request in late:
+        books = self._books
+        first = books.running.ordered[0] if books.running.ordered else None
+        theirs = {request.key for request in self._overdue.values()}  # it drains for others, and will have done so
+        old = (lane for lane in lanes if lane.held >= LEAST_SHARE * bound and lane.decoding and lane.key not in theirs)
+        candidates = by_loss(old, first, fair=bound * books.lanes.count / max(1, waiting))
+        way = _Way(books, books.lanes.free)
+        for request in self._overdue.values():
             if (chosen := way.make(request, candidates)) is None:
                 break
             for lane in chosen:
                 candidates.remove(lane)
-                draining[lane.key] = None
-        for key in [key for key in self._books.draining if key not in draining]:
-            self._admission.drain(key, False)
-        for key in draining:
-            if key not in self._books.draining:
-                self._admission.drain(key, True)
+                for row in list(lane.rows):
+                    self._admission.preempt(row, books.behind_passed(row))
+                    books.counters.lane_preemptions += 1
 
     # ------------------------------------------------------------------------------------------------ while it is made
 
@@ -240,6 +251,10 @@ class _Way:
             if users[copy.id] == copy.users and not copy.pinned:
                 for group, pages in copy.pages.items():
                     room[group] += len(pages)
+
+
+def _slack(wait: tuple[Wait, Request]) -> tuple[float, Order]:
+    return wait[0].slack, wait[1].order
 
 
 def _pages(copies: list[Copy]) -> Counter[str]:

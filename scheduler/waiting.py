@@ -87,10 +87,10 @@ class Waiting:
             self._forget(key)
 
     def put(self, key: LaneKey, place: Place, now: float = 0.0) -> None:
-        """Says what a key that has requests waits for. Its `since` is when it last stopped waiting for its bytes."""
+        """Says what a key that has requests waits for. Its `since` is when its bytes came to the host."""
         queue = self._queues[key]
         if queue.place is not place:
-            if queue.place in (Place.BLOCKED, Place.DISK):
+            if queue.place in (Place.BLOCKED, Place.DISK) and place is Place.COLD:
                 queue.since = now
             self._unlist(key, queue)
             queue.place = place

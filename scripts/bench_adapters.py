@@ -8,6 +8,7 @@ cliff    8, 16, 64, 256 adapters in a pool that holds all, concurrency 32: throu
 quarter  256 adapters in a pool that holds a quarter of them: what is lost, against the time the fills take
 cap      a cap of 8 adapters a step at concurrency 32, against a cap of 64 at concurrency 8
 load     gaps between tokens while an adapter of several hundred MB is loaded, against before
+dora     the same with a DoRA of rank 64, whose gains need all of the base's weights; and its load by an idle server
 switch   two resident adapters in turn, step by step, against one; and a fill's time by rank
 """
 
@@ -19,6 +20,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.client import Server, open_session
@@ -117,14 +119,26 @@ def quarter(bench: Bench) -> dict[str, object]:
         for seed in range(-1, bench.rounds):  # the first round is a warm-up
             if seed == 0:
                 own, before = fill_seconds(tight, "lone", lone), tight.metric(count)
+                steps = [server.info()["stats"]["steps"] for server in (roomy, tight)]
             pairs.append((run(roomy, seed, "pool 256"), run(tight, seed, "pool 64")))
         fills, wall = tight.metric(count) - before, sum(pair[1].seconds for pair in pairs[1:])
+        time.sleep(2)  # the counts come each second
+        steps = [server.info()["stats"]["steps"] - sum_ for server, sum_ in zip((roomy, tight), steps, strict=True)]
     ratios = [bench.rate([pair[1]]) / bench.rate([pair[0]]) for pair in pairs[1:]]
     of_all, allowed = statistics.median(ratios), 1 - fills * own / wall
     print("\nquarter: 256 adapters, a pool for 64 of them, against a pool for all; in turn")
     print(f"of the tokens/s: {of_all:.3f}, the median of {' '.join(f'{ratio:.3f}' for ratio in ratios)}")
     print(f"{fills:.0f} fills of {own * 1000:.1f} ms each in {wall:.1f} s allow {allowed:.3f}")
-    return {"of_all": of_all, "rounds": ratios, "fills": fills, "own_ms": own * 1000, "wall": wall, "allowed": allowed}
+    print(f"steps for the same tokens: {steps[1]} against {steps[0]}")
+    return {
+        "of_all": of_all,
+        "rounds": ratios,
+        "steps": steps,
+        "fills": fills,
+        "own_ms": own * 1000,
+        "wall": wall,
+        "allowed": allowed,
+    }
 
 
 def fill_seconds(server: Launched, name: str, path: Path) -> float:
@@ -160,6 +174,54 @@ def load(bench: Bench) -> dict[str, object]:
     large = make_adapter(bench.shape, bench.directory / "large", 512)
     size = sum(file.stat().st_size for file in large.iterdir())
     flags = bench.flags(8, "--max-lora-rank", 512, "--max-loras-per-batch", 8, "--lora-pool-size", 2)
+    with Launched(*flags) as server:
+        pieces = asyncio.run(beside(bench, server, lambda: load_seconds(server, "large", large)))
+    print(f"\nload: an adapter of {size / 1e6:.0f} MB, loaded and filled in {pieces.seconds:.1f} s beside 8 streams")
+    return {"megabytes": size / 1e6, "seconds": pieces.seconds} | pieces.table()
+
+
+def dora(bench: Bench) -> dict[str, object]:
+    """A DoRA of rank 64, loaded by an idle server and then beside eight streams."""
+    roots = [make_adapter(bench.shape, bench.directory / f"dora{n}", 64, n, dora=True) for n in range(3)]
+    flags = bench.flags(8, "--max-lora-rank", 64, "--max-loras-per-batch", 8, "--lora-pool-size", 4)
+    with Launched(*flags) as server:
+        time.sleep(5)  # the process that reads adapters starts after the server said that it is ready
+        idle = [load_seconds(server, f"dora{n}", root) for n, root in enumerate(roots)]
+    with Launched(*flags) as server:  # another one, that knows nothing of the base's weights either
+        dtype = server.info()["capacity"]["dtype"]
+        pieces = asyncio.run(beside(bench, server, lambda: load_seconds(server, "dora0", roots[0])))
+    print(f"\ndora: rank 64, in {dtype}; loaded and filled by an idle server in " + " ".join(f"{s:.2f}" for s in idle))
+    print(f"seconds, one after the other; beside 8 streams in {pieces.seconds:.1f} s")
+    return {"dtype": dtype, "idle_seconds": idle, "busy_seconds": pieces.seconds} | pieces.table()
+
+
+def load_seconds(server: Launched, name: str, path: Path) -> float:
+    """How long a client waits until an adapter is on the device."""
+    began = time.perf_counter()
+    server.post("/load_lora_adapter", {"lora_name": name, "lora_path": str(path), "preload": True})
+    return time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Seconds between tokens before something was done and while it was, and how long that took."""
+
+    before: list[float]
+    during: list[float]
+    seconds: float
+
+    def table(self) -> dict[str, object]:
+        """Prints percentiles side by side."""
+        out: dict[str, object] = {}
+        for q in (50, 99, 100):
+            a, b = percentile(self.before, q) * 1000, percentile(self.during, q) * 1000
+            print(f"gap p{q:<3} {a:8.1f} ms before {b:8.1f} ms while loading: {b / a:.2f}")
+            out[f"p{q}"] = {"before_ms": a, "during_ms": b}
+        return out
+
+
+async def beside(bench: Bench, server: Launched, work: Callable[[], float]) -> Gaps:
+    """Eight streams of eight adapters, for 15 seconds and then until `work` is done, which tells its seconds."""
 
     async def gaps(url: str, until: Callable[[], bool]) -> list[float]:
         async with open_session(None, 600) as session:
@@ -175,25 +237,11 @@ def load(bench: Bench) -> dict[str, object]:
             await asyncio.gather(*(client() for _ in range(8)))
             return pieces
 
-    async def measure(server: Launched) -> tuple[list[float], list[float], float]:
-        end = time.perf_counter() + 15
-        before = await gaps(server.url, lambda: time.perf_counter() > end)
-        began = time.perf_counter()
-        body = {"lora_name": "large", "lora_path": str(large), "preload": True}
-        loading = asyncio.ensure_future(asyncio.to_thread(server.post, "/load_lora_adapter", body))
-        during = await gaps(server.url, loading.done)
-        await loading
-        return before, during, time.perf_counter() - began
-
-    with Launched(*flags) as server:
-        before, during, seconds = asyncio.run(measure(server))
-    print(f"\nload: an adapter of {size / 1e6:.0f} MB, loaded and filled in {seconds:.1f} s beside 8 streams")
-    out: dict[str, object] = {"megabytes": size / 1e6, "seconds": seconds}
-    for q in (50, 99, 100):
-        a, b = percentile(before, q) * 1000, percentile(during, q) * 1000
-        print(f"gap p{q:<3} {a:8.1f} ms before {b:8.1f} ms while loading: {b / a:.2f}")
-        out[f"p{q}"] = {"before_ms": a, "during_ms": b}
-    return out
+    end = time.perf_counter() + 15
+    before = await gaps(server.url, lambda: time.perf_counter() > end)
+    doing = asyncio.ensure_future(asyncio.to_thread(work))
+    during = await gaps(server.url, doing.done)
+    return Gaps(before, during, await doing)
 
 
 def switch(bench: Bench) -> dict[str, object]:
@@ -226,6 +274,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, object]]] = {
     "quarter": quarter,
     "cap": cap,
     "load": load,
+    "dora": dora,
     "switch": switch,
 }
 

@@ -7,6 +7,7 @@ python scripts/soak.py --seed 7           another order of events; the same seed
 Traffic     greedy and seeded, base, adapters and mixes, streams and not; some clients leave in the middle
 Adapters    a guest is loaded, re-pointed and unloaded all the time; whoever asks for it gets one of its two voices
 Floods      hundreds of requests at once against a bound of 128: 200 or 503, nothing else
+Deaf        clients that ask for megabytes and never read: they are cut off, and nobody else notices
 Strikes     SIGKILL and SIGSTOP of any of the three processes, when the engine has got over the last one
 At the end  nothing runs, no page is held, the scheduler's audits passed, memory, handles and processes are as before
 
@@ -21,6 +22,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from collections import Counter
@@ -31,56 +33,22 @@ from typing import Any
 
 import aiohttp
 import msgspec
+from bench.asks import GUEST, VOICES, Ask, make_asks
 from bench.launched import Launched
 from tqdm import tqdm
+from yarl import URL
 
 DEMO = Path(__file__).resolve().parents[1] / "engine" / "demo"
-VOICES = ("pirate", "json", "poet", "french")
-GUEST = ("pirate", "french")
-"""Whose files the guest has, in turn."""
-
 PROCESSES = ("model_runner", "scheduler", "tokenizer_proc")
 BOUND, FLOOD = 128, 300
+DEAF = 4
+DEAF_BODY = {
+    "input_ids": [8, 9, 10], "stream": True, "return_logprob": True, "top_logprobs_num": 20,
+    "sampling_params": {"max_new_tokens": 200, "ignore_eos": True},
+}  # fmt: skip
+"""Its events repeat all that came before: more in all than a kernel keeps for a connection."""
+
 HANG_SECONDS = 90.0
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One request; `lora` "guest" may be answered by any of GUEST."""
-
-    prompt: tuple[int, ...]
-    lora: Any
-    tokens: int
-    seed: int | None
-    stream: bool
-
-    def body(self, lora: Any) -> dict[str, Any]:
-        """For /generate, through this selection."""
-        params: dict[str, Any] = {"max_new_tokens": self.tokens, "ignore_eos": True, "temperature": 0}
-        if self.seed is not None:
-            params |= {"temperature": 1.0, "seed": self.seed, "top_p": 0.9, "frequency_penalty": 0.3}
-        return {"input_ids": [*self.prompt], "lora_path": lora, "sampling_params": params, "stream": self.stream}
-
-    @property
-    def voices(self) -> tuple[Any, ...]:
-        """The selections whose calm answers are right."""
-        return GUEST if self.lora == "guest" else (self.lora,)
-
-
-def make_asks(count: int, draw: random.Random) -> list[Ask]:
-    """Requests of all kinds."""
-    mixes = [{"pirate": 0.5, "french": 0.5}, {"json": 0.7, "poet": 0.3}]
-    loras = [None, *VOICES, *mixes, "guest"]
-    return [
-        Ask(
-            tuple(draw.randrange(8, 300) for _ in range(draw.randrange(2, 60))),
-            loras[number % len(loras)],
-            draw.choice([4, 16, 40, 120]),
-            draw.randrange(1 << 30) if draw.random() < 0.5 else None,
-            draw.random() < 0.7,
-        )
-        for number in range(count)
-    ]
 
 
 class Refused(Exception):
@@ -159,7 +127,7 @@ class Soak:
         launcher = held(self.server.process.pid)
         self.ends = time.monotonic() + self.seconds
         work: list[Awaitable[None]] = [self.client(random.Random(f"{self.seed} {n}")) for n in range(self.clients)]
-        work += [self.guest(), self.flood(), self.clock()]
+        work += [self.guest(), self.flood(), self.deaf(), self.clock()]
         if self.strike:
             work.append(self.striker(random.Random(f"{self.seed} strikes")))
         await asyncio.gather(*work)
@@ -256,6 +224,25 @@ class Soak:
                 await asyncio.sleep(min(7.0, self.seconds / 5))
                 await asyncio.gather(*(call() for _ in range(FLOOD)))
 
+    async def deaf(self) -> None:
+        """Some who ask and do not read, until they are cut off or everything ends; then others."""
+        while time.monotonic() < self.ends:
+            await asyncio.gather(*(self.one_deaf() for _ in range(DEAF)))
+            await asyncio.sleep(min(5.0, self.seconds / 10))
+
+    async def one_deaf(self) -> None:
+        """One of them. What it finds out when it listens at last, the log says too."""
+        url, loop, data = URL(self.server.url), asyncio.get_running_loop(), msgspec.json.encode(DEAF_BODY)
+        head = f"POST /generate HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\n"
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.setblocking(False)
+            with contextlib.suppress(ConnectionError):  # the process may have been struck
+                await loop.sock_connect(client, (url.host, url.port))
+                await loop.sock_sendall(client, f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+                self.counts["deaf"] += 1
+                await asyncio.sleep(min(10.0, max(0.0, self.ends - time.monotonic())))
+
     async def striker(self, draw: random.Random) -> None:
         """Ends or stops a process, waits until the engine serves again and has answered, and so on."""
         while True:
@@ -323,6 +310,9 @@ class Soak:
         for name, (handles, memory) in (before | {"launcher": launcher}).items():
             if name in after and (after[name][0] > handles + 16 or after[name][1] > memory * 1.5 + (64 << 20)):
                 self.differ(f"{name} held {(handles, memory)} (handles, bytes) before, and {after[name]} after")
+        self.counts["cut off"] = self.server.log().count("kind=slow_reader")
+        if self.counts["deaf"] > 5 * DEAF and not self.counts["cut off"]:
+            self.differ("nobody was cut off, though many did not read")
         if "Traceback" in self.server.log() or "do not balance" in self.server.log():
             self.differ(f"the log holds a fault:\n{self.server.log()[-3000:]}")
 
@@ -366,6 +356,8 @@ def main() -> int:
         "float32",
         "--max-open-requests",
         BOUND,
+        "--max-stream-buffer",
+        "256KiB",
         "--lora-paths",
         *voices,
     ]

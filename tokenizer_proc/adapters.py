@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from engine.config import AdapterSource
 from engine.errors import AdapterError, InvalidRequest, NotFound
 from engine.messages import AdapterCard, AdapterMix, AdapterState, LoadAdapter, UnloadAdapter
+from tokenizer_proc.texts import Texts
 from tokenizer_proc.voice import Entry, Voice
 
 log = logging.getLogger(__name__)
@@ -27,9 +28,15 @@ MAX_SCALE = 100.0  # a delta scaled beyond all sense overflows, and then the ans
 class AdapterDirectory:
     """All adapters by name and by id. `base_names` are what the base model is called, the first one first."""
 
-    def __init__(self, base_names: Sequence[str], sources: Sequence[AdapterSource] = (), epoch: int = 0) -> None:
+    def __init__(
+        self,
+        base_names: Sequence[str],
+        sources: Sequence[AdapterSource] = (),
+        epoch: int = 0,
+        texts: Mapping[int, Texts] | None = None,
+    ) -> None:
         self.base_names = list(base_names)
-        entries = [Entry(source) for source in sources]
+        entries = [Entry(source, texts=(texts or {}).get(source.adapter_id)) for source in sources]
         self._by_name = {entry.name: entry for entry in entries}
         self._by_id = {entry.source.adapter_id: entry for entry in entries}
         assert len(self._by_name) == len(self._by_id) == len(entries), "names and ids of adapters are unique"
@@ -69,10 +76,10 @@ class AdapterDirectory:
             del self._by_id[number], self._by_name[entry.name]
         return [Voice([(entry, 1.0)]).failure or "" for entry in failed]
 
-    def add(self, name: str, path: str, root: str, *, pinned: bool, preload: bool) -> Entry:
+    def add(self, name: str, path: str, root: str, *, pinned: bool, preload: bool, texts: Texts | None = None) -> Entry:
         """A new entry, under an id of its own; nothing is called by its name before `point`."""
         source = AdapterSource(adapter_id=next(self._ids), name=name, path=path, root=root, pinned=pinned)
-        entry = Entry(source, preload)
+        entry = Entry(source, preload, texts)
         self._by_id[entry.source.adapter_id] = entry
         return entry
 

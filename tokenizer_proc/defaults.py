@@ -6,13 +6,15 @@ A value the client leaves out is the file's, where it has one, else neutral (tem
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from engine.errors import ConfigError
 from engine.ipc import UNREADABLE
+from tokenizer_proc.text import files
 
 S = TypeVar("S", bound=msgspec.Struct)
 _Ids = int | list[int] | None
@@ -52,28 +54,38 @@ class Defaults(msgspec.Struct, frozen=True, kw_only=True):
         """From the model's directory; `eos_id` is the tokenizer's. Raises ConfigError on nonsense in the files."""
         generation = _read(Path(model_path) / "generation_config.json", _Generation)
         model = _read(Path(model_path) / "config.json", _Model)
-        values = {
-            name: value
-            for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-            if (value := getattr(generation, name)) is not None
-        }
-        if generation.do_sample is False:
-            values["temperature"] = 0.0
         groups = (
             _ids(generation.eos_token_id),
             _ids(model.eos_token_id),
             _ids(model.text_config.eos_token_id if model.text_config is not None else None),
             _ids(eos_id),
         )
-        return cls(end_ids=list(dict.fromkeys(token for group in groups for token in group)), **values)
+        return cls(end_ids=list(dict.fromkeys(token for group in groups for token in group)), **_values(generation))
+
+    def over(self, directory: str | Path, kept: Sequence[int], eos_id: int | None) -> Defaults:
+        """With what a generation_config.json in `directory` says otherwise.
+
+        `kept` are those of the end ids that still end an answer, `eos_id` is another one.
+        """
+        generation = _read(Path(directory) / "generation_config.json", _Generation)
+        end_ids = list(dict.fromkeys([*kept, *_ids(generation.eos_token_id), *_ids(eos_id)]))
+        return msgspec.structs.replace(self, end_ids=end_ids, **_values(generation))
+
+
+def _values(generation: _Generation) -> dict[str, Any]:
+    """What the file says of sampling."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    values = {name: value for name in names if (value := getattr(generation, name)) is not None}
+    return values if generation.do_sample is not False else values | {"temperature": 0.0}
 
 
 def _read(path: Path, type_: type[S]) -> S:
-    if not path.is_file():
+    raw = files.read(path, files.MAX_CONFIG)
+    if raw is None:
         return type_()
     try:
-        return msgspec.json.decode(path.read_bytes(), type=type_, strict=False)
-    except (*UNREADABLE, OSError) as error:
+        return msgspec.json.decode(raw, type=type_, strict=False)
+    except UNREADABLE as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
 

@@ -20,9 +20,11 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from engine import logs
 from engine.errors import EngineDead, EngineError, InternalError, InvalidRequest
 from engine.ipc import MAX_FRAME_BYTES, UNREADABLE
 from engine.messages import Answer, Cancel, Command, Delta, Failure, Ping, Submit, ToDoor
+from tokenizer_proc.complaint import complaint
 from tokenizer_proc.frontend import Frontend, Stream
 from tokenizer_proc.lifecycle import Load
 
@@ -111,21 +113,29 @@ class Door:
     def _submit(self, identity: bytes, host: _Host, submit: Submit) -> None:
         if submit.id in host.streams:
             error = InvalidRequest(f"request id {submit.id} is open already: use a new number", param="id")
+            log.info("submit %s", logs.pairs(id=submit.id, **complaint(error)))
             self._send(identity, _failure(submit.id, error))
             return
         stream = host.streams[submit.id] = self._frontend.open(submit)
         host.start(self._run(identity, host, submit.id, stream))
 
     async def _run(self, identity: bytes, host: _Host, id: int, stream: Stream) -> None:
-        """Reads one stream to its end, for a host."""
+        """Reads one stream to its end, for a host, and says in one line of the log how it ended."""
+        tokens, finish = 0, set[str]()
         try:
             async with stream:
                 async for delta in stream:
                     self._send(identity, delta)
+                    tokens += len(delta.token_ids)
+                    finish |= {delta.finish_reason} if delta.finish_reason else set()
+            ends = ",".join(sorted(finish))
+            log.info("submit %s", logs.pairs(id=id, prompt=len(stream.prompt_ids), tokens=tokens, finish=ends))
         except EngineError as error:
+            level = logging.ERROR if isinstance(error, InternalError) else logging.INFO
+            log.log(level, "submit %s", logs.pairs(id=id, **complaint(error)))
             self._send(identity, _failure(id, error))
         except Exception as error:
-            log.exception("a request of an embedding host failed")
+            log.exception("submit %s", logs.pairs(id=id, kind=InternalError.kind))
             self._send(identity, _failure(id, InternalError(f"{type(error).__name__}: {error}")))
         finally:
             del host.streams[id]
@@ -135,9 +145,10 @@ class Door:
         try:
             answer: Answer | Failure = await self._command(command)
         except EngineError as error:
+            log.info("command %s", logs.pairs(id=command.id, call=command.call, **complaint(error)))
             answer = _failure(command.id, error)
         except Exception as error:
-            log.exception("a command of an embedding host failed")
+            log.exception("command %s", logs.pairs(id=command.id, call=command.call, kind=InternalError.kind))
             answer = _failure(command.id, InternalError(f"{type(error).__name__}: {error}"))
         self._send(identity, answer)
 

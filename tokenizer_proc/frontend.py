@@ -36,8 +36,9 @@ from tokenizer_proc.params import SEEDS, check_priority, plan
 from tokenizer_proc.resolver import Resolver
 from tokenizer_proc.router import Router
 from tokenizer_proc.stream import Prepared, Stream
-from tokenizer_proc.text.chat import ChatTemplate
+from tokenizer_proc.text.chat import Chat, ChatTemplate
 from tokenizer_proc.text.tokenizer import Tokenizer
+from tokenizer_proc.texts import Library, Texts
 from tokenizer_proc.voice import Entry, Voice
 
 __all__ = ["Frontend", "Stream"]
@@ -45,6 +46,7 @@ __all__ = ["Frontend", "Stream"]
 log = logging.getLogger(__name__)
 
 STUCK_SECONDS = 30.0
+ATTEMPTS = 5
 
 
 class Frontend:
@@ -60,9 +62,11 @@ class Frontend:
     ) -> None:
         self.tokenizer = tokenizer
         self.chat = chat
-        self.adapters = AdapterDirectory(config.served_model_names, config.adapters, config.links.epoch)
+        self.texts = Library(Texts(tokenizer, chat, defaults), config.tokenizer_path, config.chat_template is not None)
+        config, own = _with_texts(config, self.texts)
+        self.adapters = AdapterDirectory(config.served_model_names, config.adapters, config.links.epoch, own)
         self.metrics = Metrics(config.served_model_names[0], self._picture)
-        self.lifecycle = Lifecycle(config, self.adapters, send, self.metrics)
+        self.lifecycle = Lifecycle(config, self.adapters, send, self.metrics, self.texts)
         self._resolver: Resolver | None = None
         if config.lora_resolve_root is not None:
             self._resolver = Resolver(config.lora_resolve_root, self.adapters, self.lifecycle, config.lora_roots)
@@ -72,7 +76,6 @@ class Frontend:
         self.epoch = config.links.epoch
         self.is_draining = False
         self._config = config
-        self._defaults = defaults
         self._send = send
         self._seeds = random.Random(config.seed)
         self._started = time.time()
@@ -110,10 +113,10 @@ class Frontend:
                 if not await self._resolver.fetch(name):
                     return  # it will be refused by name: the rest need not be looked for
 
-    def texts_for(self, lora: str | AdapterMix | None) -> tuple[Tokenizer, ChatTemplate]:
-        """The tokenizer and chat template that go with a selection: the base's, for every adapter so far."""
-        del lora
-        return self.tokenizer, self.chat
+    def texts_for(self, lora: str | AdapterMix | None) -> tuple[Tokenizer, Chat]:
+        """The tokenizer and chat template that go with a selection."""
+        texts = self._texts(self.adapters.resolve(lora))
+        return texts.tokenizer, texts.chat
 
     @property
     def is_ready(self) -> bool:
@@ -185,6 +188,7 @@ class Frontend:
             log.info("%d requests did not finish in time and are aborted", self.router.open)
             self.router.fail(EngineDead("the server is shutting down"))
             await self.router.idle(1.0)  # their readers are told
+        self.texts.close()
 
     def _adapter_news(self, state: AdapterState) -> None:
         entry = self.adapters.entry(state.adapter_id)
@@ -233,31 +237,52 @@ class Frontend:
             raise Overloaded("the model is still loading")
         check_priority(submit.priority, self._config.priorities)
         await self.fetch(None, submit.lora)
-        tokenizer, chat = self.texts_for(submit.lora)
-        with self._voice(submit.lora, self.capacity).held():  # so that it is not idle meanwhile
-            prompt_ids = await _prompt_ids(submit, tokenizer, chat, self.max_length)
-        voice = self._voice(submit.lora, self.capacity)  # what the names mean when it is sent: nothing is awaited after
+        voice = self._voice(submit.lora, self.capacity)
+        for _ in range(ATTEMPTS):
+            texts = self._texts(voice)
+            with voice.held():  # so that it is not idle meanwhile
+                prompt_ids = await _prompt_ids(submit, texts, self.max_length)
+            voice = self._voice(submit.lora, self.capacity)  # what the names mean when it is sent
+            if self._texts(voice) is texts:
+                break
+        else:
+            raise Overloaded("its adapter is being replaced all the time")
+        own = voice.speaker if voice.speaker is not None and voice.speaker.vocab_size else None
         if self._resolver is not None:
             self._resolver.touch(voice.names)
         return Prepared(
             prompt_ids,
             plan(
                 submit.params,
-                defaults=self._defaults,
+                defaults=texts.defaults,
                 seed=self._seeds.randrange(SEEDS),
                 prompt=prompt_ids,
                 max_length=self.max_length,
-                vocab_size=self.capacity.vocab_size,
+                vocab_size=self.capacity.vocab_size if own is None else own.vocab_size,
                 default_max_tokens=submit.default_max_tokens,
+                adapter=None if own is None else own.name,
             ),
             voice,
-            tokenizer,
+            texts.tokenizer,
         )
+
+    def _texts(self, voice: Voice) -> Texts:
+        return voice.texts or self.texts.base
 
     def _voice(self, lora: str | AdapterMix | None, capacity: Capacity) -> Voice:
         voice = self.adapters.resolve(lora)
         if voice.failure is not None:
             raise AdapterError(voice.failure, param="lora_path")
+        if voice.stranger is not None:
+            raise InvalidRequest(
+                f"adapter `{voice.stranger}` has a vocabulary of its own: it can neither be mixed nor scaled",
+                param="lora_path",
+            )
+        if voice.activated is not None:
+            raise InvalidRequest(
+                f"adapter `{voice.activated}` acts from its invocation on (alora_invocation_tokens): do not mix it",
+                param="lora_path",
+            )
         for group, pages in voice.pages.items():
             if pages > capacity.max_lane_pages:
                 raise InvalidRequest(
@@ -285,9 +310,27 @@ def _plain(value: object) -> Any:
     return msgspec.structs.asdict(value) if isinstance(value, msgspec.Struct) else value
 
 
-async def _prompt_ids(submit: Submit, tokenizer: Tokenizer, chat: ChatTemplate, max_length: int) -> list[int]:
+def _with_texts(config: TokenizerConfig, library: Library) -> tuple[TokenizerConfig, dict[int, Texts]]:
+    """How the adapters of the start read and write, by id.
+
+    Raises AdapterError where that makes no sense; whoever takes over from another process only goes on without those.
+    """
+    found, adapters = {}, []
+    for source in config.adapters:
+        try:
+            found[source.adapter_id] = library.of(source.name, source.root)
+            adapters.append(source)
+        except AdapterError as error:
+            if config.links.epoch == 0:
+                library.close()
+                raise
+            log.error("%s; it is not served any more", error.message)
+    return msgspec.structs.replace(config, adapters=adapters), found
+
+
+async def _prompt_ids(submit: Submit, texts: Texts, max_length: int) -> list[int]:
     """The submit's prompt as token ids: of a text, of ids as they are, or of a chat through the template."""
-    prompt = submit.prompt
+    prompt, tokenizer = submit.prompt, texts.tokenizer
     if isinstance(prompt, str):
         return await _encoded(prompt, tokenizer, submit.add_special_tokens, max_length)
     if len(prompt) > max_length:  # each of them is a token at least
@@ -301,7 +344,7 @@ async def _prompt_ids(submit: Submit, tokenizer: Tokenizer, chat: ChatTemplate, 
         return [part for part in prompt if isinstance(part, int)]
     if len(messages) != len(prompt):
         raise InvalidRequest("a prompt is token ids or messages, not both", param="prompt")
-    text = chat.render(
+    text = await texts.chat.prompt(
         messages,
         add_generation_prompt=submit.add_generation_prompt,
         continue_final_message=submit.continue_final_message,

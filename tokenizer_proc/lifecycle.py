@@ -25,6 +25,7 @@ from engine.messages import LoadAdapter, PinAdapter, UnloadAdapter
 from tokenizer_proc.adapters import AdapterDirectory
 from tokenizer_proc.metrics import Metrics
 from tokenizer_proc.sources import Sources
+from tokenizer_proc.texts import Library
 from tokenizer_proc.voice import Entry
 
 T = TypeVar("T")
@@ -81,11 +82,13 @@ class Lifecycle:
         directory: AdapterDirectory,
         send: Callable[[msgspec.Struct], None],
         metrics: Metrics,
+        texts: Library | None = None,
     ) -> None:
         self._config = config
         self._directory = directory
         self._send = send
         self._metrics = metrics
+        self._texts = texts
         self._sources = Sources(config.lora_roots)
         self._journal = Journal(config.journal)
         self._names = _Names()
@@ -172,9 +175,10 @@ class Lifecycle:
         if pinned:
             self._check_pin(ask.name)
         root = await sources.find(ask.name, ask.path)
+        texts = await sources.read(lambda: self._texts.of(ask.name, root) if self._texts else None)
         if pinned:
             self._check_pin(ask.name)  # others may have come meanwhile
-        entry = self._directory.add(ask.name, ask.path, root, pinned=pinned, preload=ask.preload)
+        entry = self._directory.add(ask.name, ask.path, root, pinned=pinned, preload=ask.preload, texts=texts)
         try:
             async with self._slots:
                 adapter_id = entry.source.adapter_id

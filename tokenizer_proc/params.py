@@ -60,14 +60,18 @@ def plan(
     max_length: int,
     vocab_size: int,
     default_max_tokens: int | None,
+    adapter: str | None = None,
 ) -> Plan:
     """Checks `params` for a prompt of token ids; `seed` serves where the client gives none.
 
+    `vocab_size` is that of `adapter`, where it has a vocabulary of its own.
+
     Raises InvalidRequest that names the field.
     """
-    _check_prompt(prompt, max_length, vocab_size)
+    tokens = f"{vocab_size} tokens" if adapter is None else f"{vocab_size} tokens of adapter `{adapter}`"
+    _check_prompt(prompt, max_length, vocab_size, tokens)
     _check_ranges(params)
-    _check_ids(params, vocab_size)
+    _check_ids(params, vocab_size, tokens)
     _check_stops(params.stop)
     max_tokens = _max_tokens(params.max_tokens, default_max_tokens, len(prompt), max_length)
     _within("min_tokens", params.min_tokens, 0, max_tokens)
@@ -96,7 +100,7 @@ def check_priority(priority: int, has_meaning: bool) -> None:
         )
 
 
-def _check_prompt(prompt: Sequence[int], max_length: int, vocab_size: int) -> None:
+def _check_prompt(prompt: Sequence[int], max_length: int, vocab_size: int, tokens: str) -> None:
     if not prompt:
         raise InvalidRequest("the prompt is empty: give at least one token", param="prompt")
     if len(prompt) >= max_length:
@@ -108,7 +112,7 @@ def _check_prompt(prompt: Sequence[int], max_length: int, vocab_size: int) -> No
         )
     if min(prompt) < 0 or max(prompt) >= vocab_size:
         bad = next(token for token in prompt if not 0 <= token < vocab_size)
-        raise InvalidRequest(f"token id {bad} is not in the vocabulary of {vocab_size} tokens", param="prompt")
+        raise InvalidRequest(f"token id {bad} is not in the vocabulary of {tokens}", param="prompt")
 
 
 def _max_tokens(asked: int | None, default: int | None, prompt: int, max_length: int) -> int:
@@ -153,13 +157,11 @@ def _check_filters(params: SamplingParams) -> None:
         raise InvalidRequest(f"top_k must be at least 1, or 0 or -1 for off, got {params.top_k}", param="top_k")
 
 
-def _check_ids(params: SamplingParams, vocab_size: int) -> None:
+def _check_ids(params: SamplingParams, vocab_size: int, tokens: str) -> None:
     for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
         for token in ids:
             if not 0 <= token < vocab_size:
-                raise InvalidRequest(
-                    f"{name}: token id {token} is not in the vocabulary of {vocab_size} tokens", param=name
-                )
+                raise InvalidRequest(f"{name}: token id {token} is not in the vocabulary of {tokens}", param=name)
     for bias in params.logit_bias.values():
         _within("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
 

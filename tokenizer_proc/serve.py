@@ -23,7 +23,7 @@ from engine.config import TokenizerConfig
 from engine.ipc import AsyncInbox
 from engine.messages import ToTokenizer
 from engine.pulse import Pulse
-from tokenizer_proc.api import admin, errors
+from tokenizer_proc.api import admin, errors, record
 from tokenizer_proc.api.app import create_app
 from tokenizer_proc.door import Door
 from tokenizer_proc.frontend import Frontend
@@ -149,7 +149,8 @@ async def _http(config: TokenizerConfig, frontend: Frontend) -> AsyncIterator[_H
         handle_signals=False,
         handler_cancellation=True,  # a client that is gone ends its handler, and so its stream
         shutdown_timeout=1.0,
-        access_log=None,
+        access_log=record.log,
+        access_log_class=record.Strangers,
     )
     await runner.setup()
     listener = socket.socket(fileno=config.listen_fd)

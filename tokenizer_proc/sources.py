@@ -49,6 +49,10 @@ class Sources:
         """The directory called `name` right in `root`, if there is one. Raises AdapterError if it leads elsewhere."""
         return await _in_thread(self._disk, lambda: _below(root, name))
 
+    async def read(self, work: Callable[[], T]) -> T:
+        """What `work` returns, which reads files of a directory that was found."""
+        return await _in_thread(self._disk, work)
+
 
 async def _in_thread(slots: asyncio.Semaphore, work: Callable[[], T]) -> T:
     """`work` in a daemon thread: what hangs must not keep the process from ending."""

@@ -155,7 +155,7 @@ class Stream:
             return
         if news.error is not None:
             self._router.stop(running.request_id, abort=False)
-            self._fail(self._refusal(news.error))
+            self._fail(self._refusal(news.error, news.code))
             return
         try:
             delta = running.choice.take(news)
@@ -169,8 +169,10 @@ class Stream:
             self._router.stop(running.request_id, abort=news.finish is None)
         self._tell(delta)
 
-    def _refusal(self, reason: str) -> EngineError:
+    def _refusal(self, reason: str, code: str | None) -> EngineError:
         """The scheduler gives up a request for its adapters' sake; past the gate any other reason is our fault."""
+        if code is not None:
+            return InternalError(reason, code=code)
         names = " + ".join(f"`{name}`" for name in self._voice.names)
         return AdapterError(f"adapter {names}: {reason}", param="lora_path") if names else InternalError(reason)
 

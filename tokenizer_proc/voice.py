@@ -14,22 +14,26 @@ import msgspec
 
 from engine.config import AdapterSource
 from engine.messages import AdapterCard, AdapterStage, AdapterState
+from tokenizer_proc.texts import Texts
 
 
 class Entry:
     """One adapter under its id, which is never reused. `draining`: its name was taken, and it is on its way out.
 
-    `preload`: whoever loaded it waits until it is resident.
+    `preload`: whoever loaded it waits until it is resident. `vocab_size` are the tokens of a vocabulary of its own, 0:
+    the base's. `texts` is how it reads and writes, None: as the base.
     """
 
-    def __init__(self, source: AdapterSource, preload: bool = False) -> None:
+    def __init__(self, source: AdapterSource, preload: bool = False, texts: Texts | None = None) -> None:
         self.source = source
+        self.texts = texts
         self.preload = preload
         self.state = AdapterState(adapter_id=source.adapter_id, state="loading")
         self.in_flight = 0
         self.created = int(time.time())
         self.draining = False
         self.released = 0.0
+        self.vocab_size = 0
         self._changed = asyncio.Event()
 
     @property
@@ -51,6 +55,8 @@ class Entry:
     def take(self, state: AdapterState) -> None:
         """News of it; whoever waits looks again."""
         self.state = state
+        if state.revision:
+            self.vocab_size = state.vocab_size
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
@@ -89,6 +95,9 @@ class Entry:
             bytes=state.bytes,
             running=self.in_flight,
             created=self.created,
+            vocab_size=self.vocab_size,
+            brings=list(self.texts.brings) if self.texts is not None else [],
+            invocation=state.invocation,
         )
 
 
@@ -106,6 +115,28 @@ class Voice(msgspec.Struct, frozen=True):
     def names(self) -> list[str]:
         """The adapters by name."""
         return [entry.source.name for entry, _ in self.parts]
+
+    @property
+    def speaker(self) -> Entry | None:
+        """The one adapter that it is, unchanged; None for the base, a mix, and an adapter that is scaled."""
+        return self.parts[0][0] if len(self.parts) == 1 and self.parts[0][1] == 1.0 else None
+
+    @property
+    def texts(self) -> Texts | None:
+        """How it reads and writes: as its adapters do where they agree, else as the base (None)."""
+        found = {id(entry.texts): entry.texts for entry, _ in self.parts}
+        return next(iter(found.values())) if len(found) == 1 else None
+
+    @property
+    def stranger(self) -> str | None:
+        """An adapter that only goes by itself, because of its vocabulary, and does not here."""
+        return next((entry.name for entry, _ in self.parts if entry.vocab_size and self.speaker is not entry), None)
+
+    @property
+    def activated(self) -> str | None:
+        """An adapter that acts from its invocation on, and is mixed with others, each of which begins elsewhere."""
+        mixed = self.parts if len(self.parts) > 1 else []
+        return next((entry.name for entry, _ in mixed if entry.state.invocation), None)
 
     @property
     def pages(self) -> dict[str, int]:

@@ -1,6 +1,8 @@
 """RMSNorm (1910.07467), alone or after adding to the residual: one pass, float32 inside.
 
-Legend: R rows to norm, in T tokens of N (a whole hidden state: N = 1; heads: N of them), H elements of a row.
+The weight is the same for all rows, or a table has one for each lane and `lanes` says which is a token's.
+
+Legend: R rows to norm, in T tokens of N (a whole hidden state: N = 1; heads: N of them), H elements of a row, L lanes.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ def weighted(even, weight, dtype: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, rows, eps, token_stride, row_stride,
+    x_ptr, residual_ptr, weight_ptr, lanes_ptr, out_ptr, total_ptr,
+    rows, eps, token_stride, row_stride, weight_stride,
     N: tl.constexpr, H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
-    ADD: tl.constexpr, KIND: tl.constexpr,
+    ADD: tl.constexpr, KIND: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_R whole rows. Residual, out and total are contiguous."""
     row, offs_h = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_H)
@@ -45,8 +48,12 @@ def norm_kernel(
         tl.store(total_ptr + flat, total, mask=mask)
         x = total.to(tl.float32)
     even = x * tl.rsqrt(tl.sum(x * x, 1) / H + eps)[:, None]
-    weight = tl.load(weight_ptr + offs_h, mask=offs_h < H, other=0.0).to(tl.float32)
-    tl.store(out_ptr + flat, weighted(even, weight[None, :], dtype, KIND), mask=mask)
+    if LANES:
+        lane = tl.load(lanes_ptr + row // N, mask=row < rows, other=0).to(tl.int64)
+        weight = tl.load(weight_ptr + lane[:, None] * weight_stride + offs_h[None, :], mask=mask, other=0.0)
+    else:
+        weight = tl.load(weight_ptr + offs_h, mask=offs_h < H, other=0.0)[None, :]
+    tl.store(out_ptr + flat, weighted(even, weight.to(tl.float32), dtype, KIND), mask=mask)
 
 
 def norm(
@@ -55,12 +62,15 @@ def norm(
     eps: float,
     kind: str = "plain",
     residual: torch.Tensor | None = None,
+    lanes: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(the norm of x + residual, x + residual), contiguous; without a residual the second is x itself.
 
-    x is [T, H] or [T, N, H] and may be a slice of a wider tensor; a residual is contiguous and of x's shape.
+    x is [T, H] or [T, N, H] and may be a slice of a wider tensor; a residual is contiguous and of x's shape. The weight
+    is [H], or with lanes [T] a table [L, H] whose rows may lie apart.
     """
-    assert x.stride(-1) == weight_H.stride(0) == 1
+    assert x.stride(-1) == weight_H.stride(-1) == 1
+    assert weight_H.dim() == 1 + (lanes is not None)
     assert residual is None or (residual.is_contiguous() and residual.shape == x.shape)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = x if residual is None else torch.empty_like(out)
@@ -69,9 +79,9 @@ def norm(
     block = power_of_2(size)
     beside = 256 if interpreting() else max(1, 2048 // block)
     norm_kernel[triton.cdiv(rows, beside),](
-        x, x if residual is None else residual, weight_H, out, total, rows, eps,
-        x.stride(0), x.stride(-2), N=each, H=size, BLOCK_R=beside, BLOCK_H=block,
-        ADD=residual is not None, KIND=KINDS[kind],
+        x, x if residual is None else residual, weight_H, x if lanes is None else lanes, out, total, rows, eps,
+        x.stride(0), x.stride(-2), weight_H.stride(0), N=each, H=size, BLOCK_R=beside, BLOCK_H=block,
+        ADD=residual is not None, KIND=KINDS[kind], LANES=lanes is not None,
         num_warps=min(16, max(4, beside * block // 1024)),
     )  # fmt: skip
     return out, total

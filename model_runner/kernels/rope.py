@@ -22,10 +22,18 @@ from model_runner.kernels.norm import KINDS, weighted
 
 _ROWS = 16
 
+Norms = tuple[torch.Tensor, torch.Tensor, float, str, torch.Tensor | None]
+"""Weights of q's norm and of k's, eps, kind, the tokens' lanes."""
+
 
 @triton.jit
-def weights_of(q_weight_ptr, k_weight_ptr, offs, mask, is_q):
-    """[rows, elements]: part of the weight of each row's norm."""
+def weights_of(q_weight_ptr, k_weight_ptr, lane, stride, offs, mask, is_q, LANES: tl.constexpr):
+    """[rows, elements]: part of the weight of each row's norm, which may be its lane's own."""
+    if LANES:
+        own = lane.to(tl.int64)[:, None] * stride + offs[None, :]
+        q_own = tl.load(q_weight_ptr + own, mask=mask[None, :], other=0.0).to(tl.float32)
+        k_own = tl.load(k_weight_ptr + own, mask=mask[None, :], other=0.0).to(tl.float32)
+        return tl.where(is_q[:, None], q_own, k_own)
     q_weight = tl.load(q_weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     k_weight = tl.load(k_weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     return tl.where(is_q[:, None], q_weight[None, :], k_weight[None, :])
@@ -44,11 +52,11 @@ def put(
 
 @triton.jit(do_not_specialize=["tokens"])
 def rope_kernel(
-    x_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, slots_ptr, out_ptr, k_cache_ptr, v_cache_ptr,
-    tokens, token_stride, page_stride, slot_stride, eps,
+    x_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, lanes_ptr, slots_ptr, out_ptr, k_cache_ptr, v_cache_ptr,
+    tokens, token_stride, page_stride, slot_stride, weight_stride, eps,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
-    NORM: tl.constexpr, KIND: tl.constexpr, STORE: tl.constexpr,
+    NORM: tl.constexpr, KIND: tl.constexpr, STORE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """ROWS heads, of one token or of several."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -78,12 +86,17 @@ def rope_kernel(
         if D > 2 * HALF:
             squares += tl.sum(c * c, 1)
         even = tl.rsqrt(squares / D + eps)[:, None]
-        weight_a = weights_of(q_weight_ptr, k_weight_ptr, offs_e, in_e, is_q)
-        weight_b = weights_of(q_weight_ptr + HALF, k_weight_ptr + HALF, offs_e, in_e, is_q)
+        lane = token
+        if LANES:
+            lane = tl.load(lanes_ptr + token, mask=real, other=0).to(tl.int32)
+        weight_a = weights_of(q_weight_ptr, k_weight_ptr, lane, weight_stride, offs_e, in_e, is_q, LANES)
+        weight_b = weights_of(q_weight_ptr + HALF, k_weight_ptr + HALF, lane, weight_stride, offs_e, in_e, is_q, LANES)
         a = weighted(a * even, weight_a, dtype, KIND).to(tl.float32)
         b = weighted(b * even, weight_b, dtype, KIND).to(tl.float32)
         if D > 2 * HALF:
-            weight_c = weights_of(q_weight_ptr + 2 * HALF, k_weight_ptr + 2 * HALF, offs_s, in_s, is_q)
+            weight_c = weights_of(
+                q_weight_ptr + 2 * HALF, k_weight_ptr + 2 * HALF, lane, weight_stride, offs_s, in_s, is_q, LANES
+            )
             still = tl.where(is_v[:, None], still, weighted(c * even, weight_c, dtype, KIND))
 
     angle = token.to(tl.int64)[:, None] * HALF + offs_e[None, :]
@@ -113,11 +126,12 @@ def rope_and_store(
     k_cache_PSKD: torch.Tensor,
     v_cache_PSKD: torch.Tensor,
     slots_T: torch.Tensor,
-    norms: tuple[torch.Tensor, torch.Tensor, float, str] | None = None,
+    norms: Norms | None = None,
 ) -> torch.Tensor:
     """q [T, N, D], normed and turned; k, normed and turned, and v are in the caches at the slots (int32) afterwards.
 
-    J = N + 2 K. `norms`: the weights [D] of q's and k's norms, their eps and kind (kernels/norm.py).
+    J = N + 2 K. `norms`: the weights [D] of q's and k's norms, their eps and kind (kernels/norm.py); with the tokens'
+    lanes the weights are tables [L, D], whose rows may lie apart.
     """
     assert k_cache_PSKD.stride() == v_cache_PSKD.stride()
     assert k_cache_PSKD.stride()[2:] == (k_cache_PSKD.shape[3], 1)
@@ -135,23 +149,24 @@ def _launch(
     k_cache: torch.Tensor | None,
     v_cache: torch.Tensor | None,
     slots: torch.Tensor | None,
-    norms: tuple[torch.Tensor, torch.Tensor, float, str] | None,
+    norms: Norms | None,
 ) -> None:
     tokens, heads, size = x.shape
     half = cos.shape[-1]
     assert x.stride()[1:] == (size, 1)
     assert cos.is_contiguous()
     assert sin.is_contiguous()
-    q_weight, k_weight, eps, kind = norms or (cos, cos, 0.0, "plain")
+    q_weight, k_weight, eps, kind, lanes = norms or (cos, cos, 0.0, "plain", None)
+    assert q_weight.stride() == k_weight.stride()
     caches = (0, 1, 0, 0) if k_cache is None else (k_cache.shape[2], *k_cache.shape[1:2], *k_cache.stride()[:2])
     kv_heads, page_size, page_stride, slot_stride = caches
     rows = 1024 if interpreting() else _ROWS
     rope_kernel[triton.cdiv(tokens * heads, rows),](
-        x, cos, sin, q_weight, k_weight, x if slots is None else slots, out,
+        x, cos, sin, q_weight, k_weight, x if lanes is None else lanes, x if slots is None else slots, out,
         out if k_cache is None else k_cache, out if v_cache is None else v_cache,
-        tokens, x.stride(0), page_stride, slot_stride, eps,
+        tokens, x.stride(0), page_stride, slot_stride, q_weight.stride(0), eps,
         N=heads - 2 * kv_heads, K=kv_heads, D=size, HALF=half, PAGE=page_size,
         ROWS=rows, BLOCK_E=power_of_2(half), BLOCK_S=power_of_2(max(1, size - 2 * half)),
-        NORM=norms is not None, KIND=KINDS[kind], STORE=k_cache is not None,
+        NORM=norms is not None, KIND=KINDS[kind], STORE=k_cache is not None, LANES=lanes is not None,
         num_warps=4,
     )  # fmt: skip

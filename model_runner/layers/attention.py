@@ -52,10 +52,6 @@ class Attention:
             weights, f"layers.{layer}.o", path, layer, "o", "o_proj", outs["q_proj"], arch.hidden_size, bias=arch.o_bias
         )
         self.norms = self.read_norms(arch, weights, path) if arch.qk_norm else None
-        self.head_norms: HeadNorms | None = None
-        if self.norms is not None and self.by_head:
-            q_norm, k_norm = self.norms
-            self.head_norms = HeadNorms(q_norm.weight, k_norm.weight, q_norm.eps, q_norm.kind)
 
     def read_norms(self, arch: Arch, weights: Weights, path: str) -> tuple[RMSNorm, RMSNorm]:
         """The norms of q and k, over each head."""
@@ -74,7 +70,7 @@ class Attention:
         if slots is None or rotate is None or not self.by_head:
             mixed_TND = self._attend(qkv_TJD, rotate, batch)
         else:
-            q_TND = self.ops.rope_and_store(qkv_TJD, *rotate, *self.cache, slots, self.head_norms)
+            q_TND = self.ops.rope_and_store(qkv_TJD, *rotate, *self.cache, slots, self._head_norms(batch))
             mixed_TND = self.backend.attend_stored(
                 q_TND, *self.cache, batch.attention, scale=self.scale, window=self.window, softcap=self.cap
             )
@@ -84,7 +80,7 @@ class Attention:
         turned = self.heads + self.kv_heads
         qk, v = qkv_TJD[:, :turned], qkv_TJD[:, turned:]
         if self.norms is not None:
-            qk = self.norm(qk, *self.norms)
+            qk = self.norm(qk, *self.norms, batch)
         if rotate is not None:
             qk = self.ops.rope(qk, *rotate)
         q, k = qk[:, : self.heads], qk[:, self.heads :]
@@ -92,6 +88,12 @@ class Attention:
             q, k, v, *self.cache, batch.attention, scale=self.scale, window=self.window, softcap=self.cap
         )
 
-    def norm(self, qk_TND: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm) -> torch.Tensor:
+    def norm(self, qk_TND: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm, batch: Batch) -> torch.Tensor:
         """q and k, one after the other, each head normed."""
-        return torch.cat((q_norm(qk_TND[:, : self.heads]), k_norm(qk_TND[:, self.heads :])), dim=1)
+        return torch.cat((q_norm(qk_TND[:, : self.heads], batch), k_norm(qk_TND[:, self.heads :], batch)), dim=1)
+
+    def _head_norms(self, batch: Batch) -> HeadNorms | None:
+        if self.norms is None:
+            return None
+        q_norm, k_norm = self.norms
+        return HeadNorms(q_norm.weights(batch), k_norm.weights(batch), q_norm.eps, q_norm.kind, batch.norm_lanes_T)

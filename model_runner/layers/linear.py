@@ -8,13 +8,15 @@ Legend: T tokens, I in features, O out features of this rank.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
-from torch.nn.functional import linear
 
 from model_runner.batch import Batch
 from model_runner.layers.weights import Weights
 from model_runner.lora.base import LoraBackend
 from model_runner.lora.site import Site, Slice
+from model_runner.packed import linear, pack
 from model_runner.parallel import Shard
 
 
@@ -24,6 +26,10 @@ class Linear:
     def __init__(self, site: Site) -> None:
         self.site = site
         self.lora: LoraBackend | None = None
+
+    def pack(self) -> None:
+        """Its weight in the order in which a CPU reads it; the plain one is given up."""
+        self.site = replace(self.site, weight=pack(self.site.weight))
 
     def __call__(self, x_TI: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[T, I] -> [T, O]."""

@@ -16,7 +16,7 @@ import torch
 
 from engine.args import LogLevel
 from model_runner.lora.reader import Limits
-from model_runner.lora.site import EMBED, Site, Slice
+from model_runner.lora.site import EMBED, NORMS, Site, Slice
 
 MAX_PACKET = 32 << 10
 
@@ -31,18 +31,21 @@ class SiteShape(msgspec.Struct, frozen=True, array_like=True):
     slices: list[tuple[str, int, int]]
     out_features: int
     in_features: int
+    tied: bool = False
 
     @classmethod
     def of(cls, site: Site) -> SiteShape:
         """The shape of this site."""
         slices = [(piece.module, piece.start, piece.stop) for piece in site.slices]
-        return cls(site.name, site.path, site.layer, site.group, slices, site.out_features, site.in_features)
+        sizes = site.out_features, site.in_features
+        return cls(site.name, site.path, site.layer, site.group, slices, *sizes, tied=site.tied)
 
     def site(self) -> Site:
         """The site again, its weight on the meta device."""
-        shape = (self.out_features, self.in_features)
+        shape = (self.out_features,) if self.group == NORMS else (self.out_features, self.in_features)
         weight = torch.empty(shape[::-1] if self.group == EMBED else shape, device="meta")
-        return Site(self.name, self.path, self.layer, self.group, tuple(Slice(*s) for s in self.slices), weight)
+        slices = tuple(Slice(*s) for s in self.slices)
+        return Site(self.name, self.path, self.layer, self.group, slices, weight, tied=self.tied)
 
 
 class LoaderConfig(msgspec.Struct, frozen=True):

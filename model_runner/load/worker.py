@@ -21,7 +21,10 @@ from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.reader import Reader
 
 DATA_BYTES = 2 << 30
-"""Private memory beyond what an idle loader has: a backstop, as headers are checked first. Parcels do not count."""
+LARGEST = 16
+"""Bytes for each number of the model's largest matrix: a few copies of one like it.
+
+Private memory beyond what an idle loader has: a backstop, as headers are checked first. Parcels do not count."""
 
 MAX_REASON = 2000
 
@@ -31,8 +34,8 @@ log = logging.getLogger(__name__)
 def serve(config: LoaderConfig) -> None:
     """Does jobs until the runner hangs up, or is gone."""
     torch.set_num_threads(1)
-    _bound_memory()
     catalogue = Catalogue([shape.site() for shape in config.sites])
+    _bound_memory(max((site.weight.numel() for site in catalogue.sites.values()), default=0))
     reader = Reader(catalogue, DTYPES[config.dtype], config.limits, Path(config.model) if config.model else None)
     gone = contextlib.suppress(ConnectionError)  # killed with words of ours unread
     with gone, socket.socket(fileno=config.socket) as link, torch.inference_mode():
@@ -65,9 +68,9 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _bound_memory() -> None:
+def _bound_memory(largest: int) -> None:
     data_pages = int(Path("/proc/self/statm").read_text().split()[5])
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    bound = data_pages * resource.getpagesize() + DATA_BYTES
+    bound = data_pages * resource.getpagesize() + DATA_BYTES + LARGEST * largest
     if hard == resource.RLIM_INFINITY or bound < hard:
         resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))

@@ -28,8 +28,8 @@ MAX_RANK = 512
 class Delta:
     """What an adapter does to one slice of one site; rank 0: A and B are empty.
 
-    `gain` and `bias` are per output column in float32, or None: 1 and 0. `whole` is a matrix like the base's that is
-    taken instead of it, or None.
+    `gain` and `bias` are per output column in float32, or None: 1 and 0. `whole` is a matrix that is taken
+    instead of the base's, with as many rows or, where an adapter has a vocabulary of its own, with others; or None.
     """
 
     a: torch.Tensor
@@ -67,6 +67,8 @@ class Adapter:
     rank       the highest rank of any slice
     targets    sorted names of the modules it touches ("q_proj")
     cast_from  float dtypes of its files that differ from the serving dtype (empty: nothing was cast)
+    vocab_size tokens of its own vocabulary, 0: the base's
+    invocation tokens from whose last occurrence in a prompt on it acts (none: from the first token on)
     """
 
     adapter_id: int
@@ -78,11 +80,21 @@ class Adapter:
     deltas: Deltas
     bytes: int
     cast_from: list[str] = field(default_factory=list)
+    vocab_size: int = 0
+    invocation: list[int] = field(default_factory=list)
 
 
 def pages_for(rank: int) -> int:
     """How many rank pages hold `rank` units."""
     return -(-rank // PAGE_RANK)
+
+
+def vocabulary(deltas: Deltas, sites: Mapping[str, Site]) -> int:
+    """Tokens of the vocabulary that an adapter with these deltas has of its own, 0: the base's."""
+    wholes = {
+        name: delta.whole for name, slices in deltas.items() for delta in slices if delta and delta.whole is not None
+    }
+    return next((len(whole) for name, whole in wholes.items() if len(whole) != sites[name].vocabulary), 0)
 
 
 def footprint(deltas: Deltas, sites: Mapping[str, Site]) -> Footprint:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from model_runner.lora.site import EXPERTS, Site, Slice
+from model_runner.lora.site import EXPERTS, NORMS, Site, Slice
 
 OUTSIDE = ("model.embed_tokens", "lm_head")
 """The embedding and the head: modules of every decoder that lie outside of its layers."""
@@ -56,10 +56,16 @@ class Place:
 
 
 class Catalogue:
-    """All places of a model by full module name, in the model's order; `fused` are names for all slices of a site."""
+    """All places of a model by full module name, in the model's order; `fused` are names for all slices of a site.
+
+    `norms` are places of their own: nothing can target them.
+    """
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = {site.name: site for site in sites}
+        norms = [Place(site, 0) for site in sites if site.group == NORMS]
+        self.norms: dict[str, tuple[Place, ...]] = {place.module: (place,) for place in norms}
+        sites = [site for site in sites if site.group != NORMS]
         self.places: dict[str, tuple[Place, ...]] = {}
         self.fused: dict[str, tuple[Place, ...]] = {}
         for site in sites:
@@ -81,12 +87,12 @@ class Catalogue:
         return list(self.places)
 
     def knows(self, module: str) -> bool:
-        """Whether it is a module, of its own or fused."""
-        return module in self.places or module in self.fused
+        """Whether it is a module, of its own or fused, or a norm."""
+        return module in self.places or module in self.fused or module in self.norms
 
     def find(self, module: str) -> tuple[Place, ...]:
         """Where the module's delta goes, side by side."""
-        return self.places.get(module) or self.fused[module]
+        return self.places.get(module) or self.norms.get(module) or self.fused[module]
 
     def whole(self, site: Site) -> str:
         """The module that is all of a site, fused or not."""

@@ -3,7 +3,8 @@
     pool of a site of group g     A [P, slices, 16, in]     B [P, 16, out]     units [P, slices]
     the embedding's               A [P, 1, vocabulary, 16]  B [P, 16, out]     a token's 16 units lie together
     vectors, group "g.vectors"    gain less one [V, out]    bias [V, out]      float32, one slot an adapter
-    whole, group "g.full"         [slots, ...] like the base's weight          embedding and head, one slot an adapter
+    whole, group "g.full"         [slots, vocabulary + extra, ...]             embedding and head, one slot an adapter
+    norms, group "norms.full"     [slots, all norms]                           float32, one slot an adapter (lora.norms)
 
 Page p of a group means the same 16 units of rank at every site of that group. A page's unused units are zero, and so
 are its sites that the adapter leaves alone: what was in a page before never shows. A group of vector slots is a group
@@ -24,7 +25,8 @@ from numpy.typing import NDArray
 
 from engine.messages import LanePages
 from model_runner.lora.adapter import PAGE_RANK, Adapter, Delta
-from model_runner.lora.site import Site, vectors_of, whole_of
+from model_runner.lora.norms import Norms
+from model_runner.lora.site import NORMS, Site, vectors_of, whole_of
 from model_runner.lora.staging import Staging
 
 Lane = Mapping[str, Sequence[tuple[int, float]]]
@@ -37,15 +39,22 @@ PIECE_BYTES = 4 << 20
 """Of a whole matrix, copied at a time."""
 
 
-def page_bytes(sites: Iterable[Site], dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of one rank page of each group, of one vector slot, and of one matrix slot."""
+def page_bytes(sites: Iterable[Site], dtype: torch.dtype, extra_vocab: int = 0) -> dict[str, int]:
+    """Bytes of one rank page of each group, of one vector slot, and of one matrix slot, which has room for
+    `extra_vocab` more tokens than the base.
+    """
     sizes: dict[str, int] = {}
     for site in sites:
+        if site.group == NORMS:
+            whole = whole_of(NORMS)
+            sizes[whole] = sizes.get(whole, 0) + site.out_features * torch.float32.itemsize
+            continue
         columns, vectors = len(site.slices) * site.in_features + site.out_features, vectors_of(site.group)
         sizes[site.group] = sizes.get(site.group, 0) + PAGE_RANK * columns * dtype.itemsize
         sizes[vectors] = sizes.get(vectors, 0) + 2 * site.out_features * torch.float32.itemsize
         if site.replaceable:
-            sizes[whole_of(site.group)] = site.weight.numel() * dtype.itemsize
+            rows = site.vocabulary + extra_vocab
+            sizes[whole_of(site.group)] = rows * int(site.weight.shape[1]) * dtype.itemsize
     return sizes
 
 
@@ -80,13 +89,35 @@ class VectorPool:
         return self.gain_VO.nbytes + self.bias_VO.nbytes
 
 
+@dataclass(frozen=True, eq=False)
+class WholePool:
+    """The matrix slots of one site. `vocab_S` says how many rows of a slot are real: its adapter's vocabulary."""
+
+    weight_SVH: torch.Tensor
+    vocab_S: NDArray[np.int64]
+
+    def matrix(self, slot: int) -> torch.Tensor:
+        """The matrix in a slot."""
+        return self.weight_SVH[slot, : int(self.vocab_S[slot])]
+
+
 class RankPages:
-    """The pools by site name, and the lanes. `pages` says how many pages each group has; without any, no pool."""
+    """The pools by site name, and the lanes. `pages` says how many pages each group has; without any, no pool.
+
+    Whole matrices may have `extra_vocab` rows more than the base's.
+    """
 
     def __init__(
-        self, sites: Sequence[Site], pages: dict[str, int], max_lanes: int, dtype: torch.dtype, device: torch.device
+        self,
+        sites: Sequence[Site],
+        pages: dict[str, int],
+        max_lanes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        extra_vocab: int = 0,
     ) -> None:
         self.sites = list(sites)
+        self.extra_vocab = extra_vocab
         self.pages = dict(pages)
         self.max_lanes = max_lanes
         self.dtype = dtype
@@ -95,14 +126,18 @@ class RankPages:
         self.lanes: dict[int, Lane] = {}
         self.pools = {site.name: self._pool(site) for site in sites if pages.get(site.group, 0)}
         self.vectors = {site.name: self._vectors(site) for site in sites if pages.get(vectors_of(site.group), 0)}
-        self.wholes = {site.name: self._whole(site) for site in sites if pages.get(whole_of(site.group), 0)}
+        whole = [site for site in sites if site.group != NORMS and pages.get(whole_of(site.group), 0)]
+        self.wholes = {site.name: self._whole(site) for site in whole}
+        slots = pages.get(whole_of(NORMS), 0)
+        self.norms = Norms(sites, slots, max_lanes, device) if slots else None
         self._staging = Staging(device) if device.type == "cuda" else None
 
     @property
     def bytes(self) -> int:
         """Bytes of all pools."""
         pools = [pool.bytes for pool in self.pools.values()] + [pool.bytes for pool in self.vectors.values()]
-        return sum(pools) + sum(whole.nbytes for whole in self.wholes.values())
+        norms = self.norms.bytes if self.norms else 0
+        return sum(pools) + sum(pool.weight_SVH.nbytes for pool in self.wholes.values()) + norms
 
     def fill(self, adapter: Adapter, pages: dict[str, list[int]]) -> None:
         """Copies the adapter into these pages, by group, as many as its footprint says; nothing else changes."""
@@ -124,7 +159,9 @@ class RankPages:
             for slot in pages.get(vectors_of(site.group), ()):
                 yield self._fill_vectors(site, deltas, slot)
             for slot in pages.get(whole_of(site.group), ()):
-                yield from self._fill_whole(site, deltas, slot)
+                yield from (
+                    self._fill_norm(site, deltas, slot) if site.group == NORMS else self._fill_whole(site, deltas, slot)
+                )
         self.version += 1
 
     def mark(self) -> Mark:
@@ -163,6 +200,14 @@ class RankPages:
         """Whether any of these lanes changes the sites of `group`."""
         return any(group in held or vectors_of(group) in held for held in (self.lanes.get(lane, {}) for lane in lanes))
 
+    def own_norms(self, lanes: Iterable[int]) -> bool:
+        """Whether any of these lanes has norms of its own; from then on the table says what each is normed with."""
+        if self.norms is None:
+            return False
+        having = {lane: held[whole_of(NORMS)] for lane, held in self.lanes.items() if whole_of(NORMS) in held}
+        self.norms.refresh(having, self.version)
+        return any(lane in having for lane in lanes)
+
     def reset_lanes(self) -> None:
         """Forgets every lane; the pages keep what they hold."""
         self.lanes.clear()
@@ -182,8 +227,10 @@ class RankPages:
         gain, bias = (torch.zeros(count, site.out_features, dtype=torch.float32, device=self.device) for _ in range(2))
         return VectorPool(gain, bias, np.zeros(count, dtype=np.bool_))
 
-    def _whole(self, site: Site) -> torch.Tensor:
-        return torch.zeros(self.pages[whole_of(site.group)], *site.weight.shape, dtype=self.dtype, device=self.device)
+    def _whole(self, site: Site) -> WholePool:
+        count, rows = self.pages[whole_of(site.group)], site.vocabulary + self.extra_vocab
+        weight_SVH = torch.zeros(count, rows, int(site.weight.shape[1]), dtype=self.dtype, device=self.device)
+        return WholePool(weight_SVH, np.full(count, site.vocabulary))
 
     def _fill_page(self, site: Site, deltas: Sequence[Delta | None], order: int, page: int) -> int:
         """The adapter's `order`-th 16 units at this site go into `page`; all the rest of the page becomes zero."""
@@ -213,7 +260,10 @@ class RankPages:
     def _fill_whole(self, site: Site, deltas: Sequence[Delta | None], slot: int) -> Iterator[int]:
         """The adapter's own matrix goes into `slot`, some rows at a time."""
         (source,) = [delta.whole for delta in deltas if delta is not None and delta.whole is not None]
-        into = self.wholes[site.name][slot]
+        pool = self.wholes[site.name]
+        assert len(source) <= pool.weight_SVH.shape[1], f"{len(source)} rows in a slot of {pool.weight_SVH.shape[1]}"
+        pool.vocab_S[slot] = len(source)
+        into = pool.matrix(slot)
         rows = max(1, PIECE_BYTES // (into.shape[1] * into.itemsize))
         for begin in range(0, len(into), rows):
             part, given = into[begin : begin + rows], source[begin : begin + rows]
@@ -223,6 +273,18 @@ class RankPages:
                 with self._staging.into(part, part[:0]) as (staged, _):
                     _raw(staged)[...] = _raw(given)
             yield part.nbytes
+
+    def _fill_norm(self, site: Site, deltas: Sequence[Delta | None], slot: int) -> Iterator[int]:
+        """The adapter's weight of this norm, or the base's, goes into `slot`."""
+        assert self.norms is not None
+        own = [delta.whole for delta in deltas if delta is not None and delta.whole is not None]
+        source_H, into_H = (own or [self.norms.base(site)])[0], self.norms.slot(site, slot)
+        if self._staging is None:
+            into_H.numpy()[...] = source_H.float().numpy()
+        else:
+            with self._staging.into(into_H, into_H[:0]) as (staged, _):
+                staged.numpy()[...] = source_H.float().numpy()
+        yield into_H.nbytes
 
 
 def _write(

@@ -10,6 +10,7 @@ trusts nothing: every number is checked before a view is made. Knows nothing of 
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from engine.ipc import UNREADABLE
 from model_runner.lora.adapter import MAX_RANK, Delta, Deltas
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.formats.landing import Landing
+from model_runner.lora.site import NORMS, Site
 
 ALIGNMENT = 64
 VECTOR = torch.float32
@@ -34,7 +36,8 @@ FIXED_SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 class Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Slice `index` of a site: its rank, and the byte offsets of A [rank, in] and B [rank, out of the slice].
 
-    Of the gain and the bias too, float32 [out of the slice], and of a whole matrix, where there are such.
+    Of the gain and the bias too, float32 [out of the slice], and of a whole matrix, where there are such; it is shaped
+    like the base's, but for its `rows` where they are not 0.
     """
 
     site: str
@@ -45,6 +48,7 @@ class Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     gain: int | None = None
     bias: int | None = None
     whole: int | None = None
+    rows: int = 0
 
 
 class Label(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -53,6 +57,7 @@ class Label(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     revision: str
     cast_from: list[str]
     parts: list[Part]
+    invocation: list[int] = []
 
 
 @dataclass
@@ -103,8 +108,9 @@ def arrange(landings: Iterable[Landing], dtype: torch.dtype) -> tuple[list[Part]
             a, b = take(rank * place.in_features, dtype.itemsize), take(rank * out, dtype.itemsize)
             gain = take(out, VECTOR.itemsize) if landing.has_gain else None
             bias = take(out, VECTOR.itemsize) if landing.has_bias else None
-            whole = take(place.site.weight.numel(), dtype.itemsize) if landing.has_whole else None
-            parts.append(Part(place.site.name, place.index, rank, a, b, gain, bias, whole))
+            shape = _shape(place.site, landing.rows)
+            whole = take(math.prod(shape), dtype.itemsize) if landing.has_whole else None
+            parts.append(Part(place.site.name, place.index, rank, a, b, gain, bias, whole, landing.rows))
     return parts, end
 
 
@@ -143,11 +149,17 @@ def views(memory: torch.Tensor, parts: Iterable[Part], catalogue: Catalogue, dty
         b = _view(values, part.b, part.rank, out)
         gain, bias = (None if at is None else _view(wide, at, 1, out)[0] for at in (part.gain, part.bias))
         slices = found.setdefault(site.name, [None] * len(site.slices))
-        if part.whole is not None and not site.replaceable:
+        if part.whole is not None and (not site.replaceable or part.rows < 0 or (part.rows and site.group == NORMS)):
             raise AdapterError(f"{part} is not of this model")
-        whole = None if part.whole is None else _view(values, part.whole, *site.weight.shape)
+        shape = _shape(site, part.rows)
+        whole = None if part.whole is None else _view(values, part.whole, 1, math.prod(shape)).view(shape)
         slices[part.index] = Delta(a, b, gain, bias, whole)
     return {name: tuple(slices) for name, slices in found.items()}
+
+
+def _shape(site: Site, rows: int) -> list[int]:
+    """Of a whole weight, with `rows` of its own or, where they are 0, the base's."""
+    return [rows or int(site.weight.shape[0]), *site.weight.shape[1:]]
 
 
 def _view(values: torch.Tensor, offset: int, rows: int, columns: int) -> torch.Tensor:

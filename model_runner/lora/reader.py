@@ -21,11 +21,14 @@ from model_runner.lora.patience import bounded
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What the operator allows; None: no limit. `targets` are module names, or "all"; `biases`: may there be any."""
+    """What the operator allows; None: no limit. `targets` are module names, or "all"; `biases`: may there be any;
+    `extra_vocab`: tokens more than the base has.
+    """
 
     max_rank: int | None = None
     targets: list[str] | None = None
     biases: bool = True
+    extra_vocab: int | None = None
 
     def check(self, survey: Survey) -> None:
         """Raises AdapterError naming the flag and its value."""
@@ -36,6 +39,11 @@ class Limits(msgspec.Struct, frozen=True):
             raise AdapterError(f"rank {survey.rank} is above --max-lora-rank {self.max_rank}{meant}")
         if survey.biased is not None and not self.biases:
             raise AdapterError(f"it gives {survey.biased} a bias, which --no-enable-lora-bias does not allow")
+        if self.extra_vocab is not None and survey.added_tokens > self.extra_vocab:
+            raise AdapterError(
+                f"its vocabulary has {survey.vocab_size} tokens, {survey.added_tokens} more than the model's, and"
+                f" --lora-extra-vocab-size (the most of an adapter in --lora-paths) is {self.extra_vocab}"
+            )
         if self.targets is None or "all" in self.targets:
             return
         refused = [target for target in survey.targets if target not in self.targets]
@@ -78,7 +86,8 @@ class Reader:
             found = survey.read(parcel.views(memory, parts, self.catalogue, self.dtype), self.base)
             if revision and found != revision:
                 raise AdapterError(f"{root}: its files have changed (revision {found}, not {revision})")
-            return parcel.seal(descriptor, size, Label(found, survey.cast_from(self.dtype), parts))
+            label = Label(found, survey.cast_from(self.dtype), parts, survey.invocation)
+            return parcel.seal(descriptor, size, label)
         except BaseException:
             os.close(descriptor)
             raise

@@ -1,6 +1,7 @@
 """A site: a linear (or embedding, or head) that LoRA touches, as data. Slices are data too: qkv has three, gate_up two.
 
-The embedding is a linear of one-hot tokens: its in features are the vocabulary. Knows nothing of adapters or steps.
+The embedding is a linear of one-hot tokens: its in features are the vocabulary. A norm is a site too, though nothing
+but a weight in place of its own can come to it. Knows nothing of adapters or steps.
 Legend: I in features, O out features (all slices side by side), of this rank's shard.
 """
 
@@ -22,6 +23,9 @@ ROUTER = "router"
 EXPERTS = "experts"
 """The group of all linears of all experts."""
 
+NORMS = "norms"
+"""The group of all norms: it has neither rank pages nor vector slots."""
+
 
 def vectors_of(group: str) -> str:
     """The group of the vector slots (gains and biases) of the sites of `group`."""
@@ -29,7 +33,10 @@ def vectors_of(group: str) -> str:
 
 
 def whole_of(group: str) -> str:
-    """The group of the matrix slots (whole matrices in the place of the base's) of the site of `group`."""
+    """The group of the matrix slots (whole matrices in the place of the base's) of the site of `group`.
+
+    Of the norms: one slot for all of them together.
+    """
     return f"{group}.full"
 
 
@@ -55,9 +62,10 @@ class Site:
     path      module path of the parent in a checkpoint, e.g. "model.layers.3.self_attn"; a slice's full checkpoint
               name is f"{path}.{slice.module}"
     layer     index of the decoder layer, -1 outside of them
-    group     whose rank pages go together: qkv, o, gate_up, down, embed, head, router, experts
-    weight    the base weight [O, I] (row-parallel: I is the shard); of the embedding [I, O]
+    group     whose rank pages go together: qkv, o, gate_up, down, embed, head, router, experts; norms
+    weight    the base weight [O, I] (row-parallel: I is the shard); of the embedding [I, O]; of a norm [O]
     bias      the base bias [O] or None
+    tied      of a head: its weight is the embedding's
     """
 
     name: str
@@ -67,11 +75,17 @@ class Site:
     slices: tuple[Slice, ...]
     weight: torch.Tensor
     bias: torch.Tensor | None = None
+    tied: bool = False
 
     @property
     def replaceable(self) -> bool:
-        """Whether an adapter may bring a whole matrix in its place."""
-        return self.group in (EMBED, HEAD)
+        """Whether an adapter may bring a whole weight in its place."""
+        return self.group in (EMBED, HEAD, NORMS)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens of the embedding or the head."""
+        return int(self.weight.shape[0])
 
     @property
     def embeds(self) -> bool:
@@ -80,8 +94,8 @@ class Site:
 
     @property
     def in_features(self) -> int:
-        """I."""
-        return int(self.weight.shape[not self.embeds])
+        """I; 0 of a norm."""
+        return 0 if self.group == NORMS else int(self.weight.shape[not self.embeds])
 
     @property
     def out_features(self) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import AdapterError
-from model_runner.lora.adapter import Adapter, Deltas, footprint
+from model_runner.lora.adapter import Adapter, Deltas, footprint, vocabulary
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.formats.peft import Survey
 from model_runner.lora.parcel import Parcel
@@ -32,9 +32,10 @@ class AdapterStore:
         max_rank: int | None,
         targets: list[str] | None,
         biases: bool = True,
+        extra_vocab: int | None = None,
     ) -> None:
         self.dtype = dtype
-        self.limits = Limits(max_rank, targets, biases)
+        self.limits = Limits(max_rank, targets, biases, extra_vocab)
         self.catalogue = Catalogue(sites)
         self.reader = Reader(self.catalogue, dtype, self.limits)
         self._adapters: dict[int, Adapter] = {}
@@ -88,6 +89,8 @@ class AdapterStore:
             deltas=deltas,
             bytes=sum(delta.bytes for delta in present),
             cast_from=label.cast_from,
+            vocab_size=vocabulary(deltas, sites),
+            invocation=label.invocation,
         )
         if adapter.cast_from:
             log.info("adapter %r: %s weights are served in %s", name, ", ".join(adapter.cast_from), self.dtype)

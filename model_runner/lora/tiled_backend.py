@@ -34,6 +34,7 @@ from model_runner.lora.pages import RankPages
 from model_runner.lora.site import Site
 from model_runner.lora.tiles import Tiles
 from model_runner.lora.upload import Upload
+from model_runner.packed import linear
 
 DECODE_ROWS = 16
 """Rows of a tile in buffers that never move."""
@@ -121,7 +122,7 @@ class TiledLora(LoraBackend):
 
     def linear(self, x_TI: torch.Tensor, site: Site, meta: Meta | None) -> torch.Tensor:
         """[T, I] -> [T, O]."""
-        y_TO = functional.linear(x_TI, site.weight, site.bias)
+        y_TO = linear(x_TI, site.weight, site.bias)
         place = meta.places.groups.get(site.group) if meta else None
         if meta is None or place is None:
             return y_TO

@@ -32,6 +32,7 @@ from model_runner.layout import Layout
 from model_runner.lora.base import DEFAULTS, LoraBackend, Options
 from model_runner.lora.pages import RankPages
 from model_runner.lora.site import Site, Slice, vectors_of
+from model_runner.packed import linear
 
 TOGETHER = (4, 16, 64)
 """Lanes with at most so many tokens in a step share reads; above the last, a lane is a read of its own."""
@@ -95,7 +96,7 @@ class TorchLora(LoraBackend):
 
     def linear(self, x_TI: torch.Tensor, site: Site, meta: Meta | None) -> torch.Tensor:
         """[T, I] -> [T, O]."""
-        y_TO = functional.linear(x_TI, site.weight, site.bias)
+        y_TO = linear(x_TI, site.weight, site.bias)
         return y_TO if meta is None else self._adapt(y_TO, x_TI, site, meta)
 
     def embed(self, tokens_T: torch.Tensor, site: Site, meta: Meta | None) -> torch.Tensor:

@@ -26,14 +26,15 @@ from model_runner.attention.base import AttentionBackend
 from model_runner.batch import Batch
 from model_runner.kv_pool import KvPool
 from model_runner.layers.attention import Attention
-from model_runner.layers.embedding import Embedding, Head, Lanes
+from model_runner.layers.embedding import Embedding, Head
 from model_runner.layers.linear import Linear
 from model_runner.layers.mlp import MLP, FeedForward
 from model_runner.layers.norm import RMSNorm, read_norm
 from model_runner.layers.rotary import Rotary, Rotation
 from model_runner.layers.weights import Weights
 from model_runner.lora.base import LoraBackend
-from model_runner.lora.site import Site
+from model_runner.lora.site import EXPERTS, ROUTER, Site
+from model_runner.lora.wholes import Lanes
 
 Stream = tuple[torch.Tensor, torch.Tensor | None]
 """x [T, H], and what is still to be added to it."""
@@ -47,7 +48,13 @@ class Layer:
     def __init__(self, arch: Arch, index: int, weights: Weights) -> None:
         self.attention = self.attention_type(arch, index, weights)
         self.mlp = self.feed_forward(arch, index, weights)
-        self.read_norms(lambda name: read_norm(arch, weights, f"model.layers.{index}.{name}", arch.hidden_size))
+        self.norms = list(self.attention.norms or ())
+
+        def norm(name: str) -> RMSNorm:
+            self.norms.append(read_norm(arch, weights, f"model.layers.{index}.{name}", arch.hidden_size))
+            return self.norms[-1]
+
+        self.read_norms(norm)
 
     def feed_forward(self, arch: Arch, index: int, weights: Weights) -> FeedForward:
         """What stands after attention."""
@@ -66,8 +73,8 @@ class Layer:
         self, x_TH: torch.Tensor, added_TH: torch.Tensor | None, rotate: Rotation | None, batch: Batch
     ) -> Stream:
         """x [T, H] and what is still to be added to it, in and out; None is nothing."""
-        normed_TH, x_TH = self.attention_norm.add(x_TH, added_TH)
-        normed_TH, x_TH = self.mlp_norm.add(x_TH, self.attention(normed_TH, rotate, batch))
+        normed_TH, x_TH = self.attention_norm.add(x_TH, added_TH, batch)
+        normed_TH, x_TH = self.mlp_norm.add(x_TH, self.attention(normed_TH, rotate, batch), batch)
         return x_TH, self.mlp(normed_TH, batch)
 
 
@@ -87,16 +94,22 @@ class Decoder:
         self.embed = Embedding(table)
         self.layers = [self.layer_type(arch, index, weights) for index in range(arch.num_layers)]
         self.norm = read_norm(arch, weights, "model.norm", arch.hidden_size)
-        self.head = Head(table if arch.tie_embeddings else weights.tensor("lm_head.weight", *table.shape))
+        head = table if arch.tie_embeddings else weights.tensor("lm_head.weight", *table.shape)
+        self.head = Head(head, tied=arch.tie_embeddings)
         ropes = list(dict.fromkeys(rope for rope in arch.ropes if rope is not None))
         self.rotaries = [Rotary(rope, arch.head_dim, weights.device, weights.dtype) for rope in ropes]
         self.turns = [None if rope is None else ropes.index(rope) for rope in arch.ropes]
 
     @property
     def sites(self) -> list[Site]:
-        """What LoRA may touch, in the order of the forward."""
+        """What adapters may touch, in the order of the forward; the norms after all others."""
         linears = [linear.site for layer in self.layers for linear in layer.linears()]
-        return [self.embed.site, *linears, self.head.site]
+        return [self.embed.site, *linears, self.head.site, *(norm.site for norm in self.norms)]
+
+    @property
+    def norms(self) -> list[RMSNorm]:
+        """All of them, in the order of the forward."""
+        return [*(norm for layer in self.layers for norm in layer.norms), self.norm]
 
     @property
     def weight_bytes(self) -> int:
@@ -108,6 +121,17 @@ class Decoder:
         """Whether its decode steps can be recorded as CUDA graphs: nothing in them waits for the device."""
         return True
 
+    def pack(self) -> None:
+        """Weights of attention, MLPs and head in the order in which a CPU reads them, one after the other, each plain
+        one given up. Nothing can be loaded into them any more. Experts lie in one tensor and stay as they are.
+        """
+        self.weights.placements.clear()
+        for layer in self.layers:
+            for linear in layer.linears():
+                if linear.site.group not in (ROUTER, EXPERTS):
+                    linear.pack()
+        self.head.pack()
+
     def attach(self, attention: AttentionBackend, pool: KvPool, lora: LoraBackend | None = None) -> None:
         """Gives every layer its backend, its cache and, where there is one, LoRA."""
         self.embed.lora = self.head.lora = lora
@@ -115,6 +139,8 @@ class Decoder:
             layer.attention.attach(attention, pool.layer(index))
             for linear in layer.linears():
                 linear.lora = lora
+        for norm in self.norms:
+            norm.attach(lora.pages.norms if lora else None)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """[T, H]: the normed hidden state of every token of the step; K and V are stored on the way."""
@@ -123,7 +149,7 @@ class Decoder:
         added_TH: torch.Tensor | None = None
         for layer, turn in zip(self.layers, self.turns, strict=True):
             x_TH, added_TH = layer(x_TH, added_TH, None if turn is None else rotations[turn], batch)
-        return self.norm.add(x_TH, added_TH)[0]
+        return self.norm.add(x_TH, added_TH, batch)[0]
 
     def enter(self, x_TH: torch.Tensor) -> torch.Tensor:
         """Embeddings as the first layer takes them."""
@@ -134,7 +160,10 @@ class Decoder:
 
         `lora` is planned for these rows; `lanes_S` are theirs, where one of them brings a head of its own.
         """
-        return self.leave(self.head(hidden_SH, lora, lanes_S))
+        logits_SV = self.leave(self.head(hidden_SH, lora, lanes_S))
+        if lanes_S is not None:
+            self.head.close(logits_SV, lanes_S)
+        return logits_SV
 
     def leave(self, logits_SV: torch.Tensor) -> torch.Tensor:
         """The head's answers as the sampler takes them."""

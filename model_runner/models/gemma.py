@@ -32,9 +32,10 @@ class GemmaLayer(Layer):
     def __call__(
         self, x_TH: torch.Tensor, added_TH: torch.Tensor | None, rotate: Rotation | None, batch: Batch
     ) -> Stream:
-        normed_TH, x_TH = self.attention_norm.add(x_TH, added_TH)
-        normed_TH, x_TH = self.mlp_norm.add(x_TH, self.attended_norm(self.attention(normed_TH, rotate, batch)))
-        return x_TH, self.fed_norm(self.mlp(normed_TH, batch))
+        normed_TH, x_TH = self.attention_norm.add(x_TH, added_TH, batch)
+        attended_TH = self.attended_norm(self.attention(normed_TH, rotate, batch), batch)
+        normed_TH, x_TH = self.mlp_norm.add(x_TH, attended_TH, batch)
+        return x_TH, self.fed_norm(self.mlp(normed_TH, batch), batch)
 
 
 class Gemma(Decoder):

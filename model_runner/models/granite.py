@@ -24,8 +24,8 @@ class GraniteLayer(Layer):
     def __call__(
         self, x_TH: torch.Tensor, added_TH: torch.Tensor | None, rotate: Rotation | None, batch: Batch
     ) -> Stream:
-        normed_TH, x_TH = self.attention_norm.add(x_TH, added_TH)
-        normed_TH, x_TH = self.mlp_norm.add(x_TH, self.attention(normed_TH, rotate, batch) * self.scale)
+        normed_TH, x_TH = self.attention_norm.add(x_TH, added_TH, batch)
+        normed_TH, x_TH = self.mlp_norm.add(x_TH, self.attention(normed_TH, rotate, batch) * self.scale, batch)
         return x_TH, self.mlp(normed_TH, batch) * self.scale
 
 

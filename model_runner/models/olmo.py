@@ -37,10 +37,10 @@ class Olmo2Attention(Attention):
             read_norm(arch, weights, f"{path}.k_norm", arch.num_kv_heads * arch.head_dim),
         )
 
-    def norm(self, qk_TND: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm) -> torch.Tensor:
+    def norm(self, qk_TND: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm, batch: Batch) -> torch.Tensor:
         """q and k, one after the other, each normed as one vector."""
         q, k = qk_TND[:, : self.heads].flatten(1), qk_TND[:, self.heads :].flatten(1)
-        return torch.cat((q_norm(q), k_norm(k)), dim=1).view(qk_TND.shape)
+        return torch.cat((q_norm(q, batch), k_norm(k, batch)), dim=1).view(qk_TND.shape)
 
 
 class Olmo2Layer(Layer):
@@ -56,8 +56,8 @@ class Olmo2Layer(Layer):
         self, x_TH: torch.Tensor, added_TH: torch.Tensor | None, rotate: Rotation | None, batch: Batch
     ) -> Stream:
         x_TH = x_TH if added_TH is None else x_TH + added_TH  # nothing is normed here
-        x_TH = x_TH + self.attended_norm(self.attention(x_TH, rotate, batch))
-        return x_TH, self.fed_norm(self.mlp(x_TH, batch))
+        x_TH = x_TH + self.attended_norm(self.attention(x_TH, rotate, batch), batch)
+        return x_TH, self.fed_norm(self.mlp(x_TH, batch), batch)
 
 
 class Olmo2(Decoder):

@@ -1,9 +1,10 @@
 """The seam of small operations: what layers do between matmuls, one call each, and a lazy table of backends.
 
 `kind` of a norm: plain = weight * cast(x / rms), wide = cast(weight * x / rms), gemma = cast((1 + weight) * x / rms).
+Its weight may be a table with a row for each lane; then `lanes_T` says which row is a token's.
 
-Legend: T tokens, H hidden size, I inner size, N query heads, K key/value heads, J = N + 2 K, D head size, E elements
-of a head that are turned, P pages, S page size.
+Legend: T tokens, L lanes, H hidden size, I inner size, N query heads, K key/value heads, J = N + 2 K, D head size,
+E elements of a head that are turned, P pages, S page size.
 """
 
 from __future__ import annotations
@@ -23,20 +24,28 @@ NormKind = Literal["plain", "wide", "gemma"]
 
 
 class HeadNorms(NamedTuple):
-    """The norms of q and k over each head: weights [D]."""
+    """The norms of q and k over each head: weights [D], or tables [L, D] for the lanes of the tokens."""
 
     q_weight_D: torch.Tensor
     k_weight_D: torch.Tensor
     eps: float
     kind: NormKind = "plain"
+    lanes_T: torch.Tensor | None = None
 
 
 class Ops(ABC):
     """Stateless: tensors in, fresh tensors out (and the caches, where a call says so)."""
 
     @abstractmethod
-    def norm(self, x: torch.Tensor, weight_H: torch.Tensor, eps: float, kind: NormKind = "plain") -> torch.Tensor:
-        """RMSNorm over the last dimension of [T, H] or [T, N, H]."""
+    def norm(
+        self,
+        x: torch.Tensor,
+        weight_H: torch.Tensor,
+        eps: float,
+        kind: NormKind = "plain",
+        lanes_T: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """RMSNorm over the last dimension of [T, H] or [T, N, H]. The weight is [H], or [L, H] with lanes."""
 
     @abstractmethod
     def add_norm(
@@ -46,6 +55,7 @@ class Ops(ABC):
         weight_H: torch.Tensor,
         eps: float,
         kind: NormKind = "plain",
+        lanes_T: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(the norm of residual + x, residual + x)."""
 

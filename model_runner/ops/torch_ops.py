@@ -11,7 +11,16 @@ from model_runner.ops.base import HeadNorms, NormKind, Ops
 class TorchOps(Ops):
     """One torch call after another."""
 
-    def norm(self, x: torch.Tensor, weight_H: torch.Tensor, eps: float, kind: NormKind = "plain") -> torch.Tensor:
+    def norm(
+        self,
+        x: torch.Tensor,
+        weight_H: torch.Tensor,
+        eps: float,
+        kind: NormKind = "plain",
+        lanes_T: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if lanes_T is not None:
+            weight_H = weight_H[lanes_T] if x.dim() == 2 else weight_H[lanes_T][:, None]
         wide = x.float()
         even = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         if kind == "plain":
@@ -26,9 +35,10 @@ class TorchOps(Ops):
         weight_H: torch.Tensor,
         eps: float,
         kind: NormKind = "plain",
+        lanes_T: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total = residual_TH + x_TH
-        return self.norm(total, weight_H, eps, kind), total
+        return self.norm(total, weight_H, eps, kind, lanes_T), total
 
     def silu_mul(self, gate_up_TJ: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up_TJ.chunk(2, dim=-1)
@@ -59,8 +69,8 @@ class TorchOps(Ops):
         qk, v = qkv_TJD[:, :turned], qkv_TJD[:, turned:]
         q, k = qk[:, :-kv_heads], qk[:, -kv_heads:]
         if norms is not None:
-            q = self.norm(q, norms.q_weight_D, norms.eps, norms.kind)
-            k = self.norm(k, norms.k_weight_D, norms.eps, norms.kind)
+            q = self.norm(q, norms.q_weight_D, norms.eps, norms.kind, norms.lanes_T)
+            k = self.norm(k, norms.k_weight_D, norms.eps, norms.kind, norms.lanes_T)
         k_cache_PSKD.flatten(0, 1).index_copy_(0, slots_T.long(), self.rope(k, cos_T1E, sin_T1E))
         v_cache_PSKD.flatten(0, 1).index_copy_(0, slots_T.long(), v)
         return self.rope(q, cos_T1E, sin_T1E)

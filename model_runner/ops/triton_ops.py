@@ -11,8 +11,15 @@ from model_runner.ops.base import HeadNorms, NormKind, Ops
 class TritonOps(Ops):
     """Rows may lie apart (slices of a wider tensor); the elements of a row lie side by side."""
 
-    def norm(self, x: torch.Tensor, weight_H: torch.Tensor, eps: float, kind: NormKind = "plain") -> torch.Tensor:
-        return norm.norm(x, weight_H, eps, kind)[0]
+    def norm(
+        self,
+        x: torch.Tensor,
+        weight_H: torch.Tensor,
+        eps: float,
+        kind: NormKind = "plain",
+        lanes_T: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return norm.norm(x, weight_H, eps, kind, lanes=lanes_T)[0]
 
     def add_norm(
         self,
@@ -21,8 +28,9 @@ class TritonOps(Ops):
         weight_H: torch.Tensor,
         eps: float,
         kind: NormKind = "plain",
+        lanes_T: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return norm.norm(x_TH, weight_H, eps, kind, residual_TH)
+        return norm.norm(x_TH, weight_H, eps, kind, residual_TH, lanes_T)
 
     def silu_mul(self, gate_up_TJ: torch.Tensor) -> torch.Tensor:
         return gated.gated(gate_up_TJ, gelu=False)

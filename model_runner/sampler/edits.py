@@ -10,22 +10,27 @@ from model_runner.device import upload
 from model_runner.sampler.table import Ints, ParameterTable
 
 
-def biases(table: ParameterTable, rows: Ints) -> tuple[Ints, NDArray[np.float32]] | None:
-    """[2, E] (index into `rows`, token) and [E] what to add; None when no row has a bias."""
+def biases(table: ParameterTable, rows: Ints, vocab: int) -> tuple[Ints, NDArray[np.float32]] | None:
+    """[2, E] (index into `rows`, token below `vocab`) and [E] what to add; None when no row has a bias."""
     lines = [(index, *table.biases[row]) for index, row in enumerate(rows.tolist()) if row in table.biases]
     if not lines:
         return None
     where = np.concatenate([np.stack([np.full_like(tokens, index), tokens]) for index, tokens, _ in lines], axis=1)
-    return where, np.concatenate([values for _, _, values in lines])
+    values = np.concatenate([values for _, _, values in lines])
+    inside = where[1] < vocab
+    return where[:, inside], values[inside]
 
 
-def forbidden(table: ParameterTable, rows: Ints, positions: Ints) -> Ints | None:
-    """[2, E] (index into `rows`, token): end ids of the rows that are still below their min_tokens; None when none."""
+def forbidden(table: ParameterTable, rows: Ints, positions: Ints, vocab: int) -> Ints | None:
+    """[2, E] (index into `rows`, token below `vocab`): end ids of the rows that are still below their min_tokens; None
+    when none.
+    """
     early = np.nonzero(positions < table.first_free[rows])[0].tolist()
     lines = [(index, table.end_ids[row]) for index in early if (row := int(rows[index])) in table.end_ids]
     if not lines:
         return None
-    return np.concatenate([np.stack([np.full_like(tokens, index), tokens]) for index, tokens in lines], axis=1)
+    where = np.concatenate([np.stack([np.full_like(tokens, index), tokens]) for index, tokens in lines], axis=1)
+    return where[:, where[1] < vocab]
 
 
 def add(logits_SV: torch.Tensor, entries: tuple[Ints, NDArray[np.float32]]) -> None:

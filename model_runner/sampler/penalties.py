@@ -67,7 +67,7 @@ class Penalties:
         """
         strengths_S3 = upload(strengths, self._device)
         repetition_S1, presence_S1, frequency_S1 = (strengths_S3[:, i : i + 1] for i in range(3))
-        seen_SV = self._seen_QV[slots_S]
+        seen_SV = self._seen_QV[:, : logits_SV.shape[1]][slots_S]
         counts_SV = seen_SV & (IN_PROMPT - 1)
         repeated_SV = torch.where(logits_SV > 0, logits_SV / repetition_S1, logits_SV * repetition_S1)
         logits_SV = torch.where(seen_SV != 0, repeated_SV, logits_SV)

@@ -46,7 +46,7 @@ class Sampled:
 
 
 class Sampler:
-    """Draws tokens for the rows of one runner."""
+    """Draws tokens for the rows of one runner. `vocab_size` is the largest; a step's logits may be narrower."""
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
         self._rows = rows
@@ -90,8 +90,9 @@ class Sampler:
 
     def _edit(self, logits_SV: torch.Tensor, rows: Ints, positions: Ints) -> torch.Tensor:
         """Logit biases and min_tokens, on a copy where there are any."""
-        bias = edits.biases(self.table, rows)
-        banned = edits.forbidden(self.table, rows, positions)
+        vocab = logits_SV.shape[1]
+        bias = edits.biases(self.table, rows, vocab)
+        banned = edits.forbidden(self.table, rows, positions, vocab)
         if bias is None and banned is None:
             return logits_SV
         edited_SV = logits_SV.clone()

@@ -7,16 +7,17 @@
 A page enters the tree as soon as it is full, its tokens are known and the step that writes it is planned; later steps
 may read it, for the runner executes in order, but not that step itself. Rows that compute the same page at the same
 time keep their own: the first is the tree's, and the others enter theirs when they end, as far as theirs are new.
+What is before the invocation of an activated adapter is the base's, and so are the pages that are full there.
 A page in the tree has one reference by the tree and one by every row that reads it; what no row reads is free to go.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from scheduler.kv.pages import Pages
-from scheduler.kv.radix import Node, Owner, PrefixTree, page_keys
+from scheduler.kv.radix import BASE_OWNER, Node, Owner, PrefixTree, Stem, page_keys
 from scheduler.request import Request
 
 
@@ -69,8 +70,10 @@ class KvCache:
         """Pages for all known tokens, those of its prefix shared; `computed` says how many tokens they hold."""
         node, _ = self._match(request, owner)
         if self._reuse:
-            request.prefix = node = node or self.tree.top(owner, request.salt)
+            request.prefix = node = node or self.tree.top(_trunk(request, owner), request.salt)
             self.tree.hold(node)
+            if request.invoked_at is not None:
+                request.branch = self.tree.join(owner, request.salt)
         shared = [each.page for each in node.path()] if node is not None else []
         self.pages.share(shared)
         request.pages = shared + self._grant(self._needs(request) - len(shared))
@@ -98,6 +101,9 @@ class KvCache:
         node = self._enter(request, 0, through=True)
         if node is not None:
             self.pages.release(self.tree.release(node))
+        if request.branch is not None:
+            self.tree.leave(request.branch)
+            request.branch = None
         self.pages.release(request.pages)
         request.pages = []
 
@@ -110,13 +116,17 @@ class KvCache:
 
         With more than `at_most` pages: that the sums are right, and as many nodes of the tree as that, in turn.
         """
-        self.tree.audit(Counter(request.prefix for request in running if request.prefix is not None), at_most)
+        held = Counter(request.prefix for request in running if request.prefix is not None)
+        branching = Counter(request.branch for request in running if request.branch is not None)
+        self.tree.audit(held, at_most, branching)
         if at_most is not None and self.pages.count > at_most:
             self.pages.audit_sums(sum(len(request.pages) for request in running) + len(self.tree))
             return
         self.pages.audit([page for request in running for page in request.pages] + list(self.tree.pages()))
         for request in running:
             assert (request.prefix is not None) == self._reuse, f"request {request.id} holds a path, or none"
+            branches = self._reuse and request.invoked_at is not None
+            assert (request.branch is not None) == branches, f"request {request.id} holds a branch, or none"
             if request.prefix is not None:
                 self._audit_path(request, request.prefix)
 
@@ -149,7 +159,8 @@ class KvCache:
             assert node.parent is not None
             node = node.parent
         last, coming = node, 0
-        for key in page_keys(request.tokens, self._size, node.depth, limit):
+        branch = self.tree.branching(owner, request.salt)
+        for key in self._keys(request, branch, node.depth, limit):
             child = node.children.get(key)
             if child is None:
                 break
@@ -168,9 +179,25 @@ class KvCache:
         node = request.prefix
         while node is not None and not node.alive:
             node = node.parent
-        if node is None or node.stem.dropped or node.stem.owner != owner:
-            return self.tree.find(owner, request.salt)
+        trunk = _trunk(request, owner)
+        if node is None or node.stem.dropped or node.stem.owner not in (trunk, owner):
+            return self.tree.find(trunk, request.salt)
         return node
+
+    def _keys(self, request: Request, branch: Stem | None, begin: int, end: int) -> Iterator[bytes]:
+        """What its pages number `begin` to `end` - 1 are found by; no further than the base's without `branch`."""
+        keys = page_keys(request.tokens, self._size, begin, end)
+        if request.invoked_at is None:
+            yield from keys
+            return
+        first, offset = divmod(request.invoked_at, self._size)
+        for index, key in enumerate(keys, begin):
+            if index != first:
+                yield key
+            elif branch is not None:
+                yield branch.key(key, offset)
+            else:
+                return
 
     def _enter(self, request: Request, step: int, through: bool) -> Node | None:
         """Walks on from its node over full, known pages. `through` nodes that others entered with pages of theirs."""
@@ -178,12 +205,14 @@ class KvCache:
         if node is None or node.stem.dropped:
             return node
         full = min(request.computed, len(request.tokens)) // self._size
-        for key in page_keys(request.tokens, self._size, node.depth, full):
+        branch = None if request.branch is None or request.branch.dropped else request.branch
+        for key in self._keys(request, branch, node.depth, full):
             page = request.pages[node.depth]
             child = node.children.get(key)
             if child is None:
                 self.pages.share([page])
-                node = self.tree.grow(node, key, page, step)
+                begins = node.depth * self._size <= request.acts_from < (node.depth + 1) * self._size
+                node = self.tree.grow(node, key, page, step, branch if begins else None)
             elif through:
                 self.tree.hold(child)
                 self.tree.release(node)
@@ -202,10 +231,15 @@ class KvCache:
     def _audit_path(self, request: Request, prefix: Node) -> None:
         path = prefix.path()
         assert [node.page for node in path] == request.pages[: len(path)], f"request {request.id} holds others' pages"
-        keys = list(page_keys(request.tokens, self._size, 0, len(path)))
+        keys = list(self._keys(request, request.branch, 0, len(path)))
         assert [node.key for node in path] == keys, f"request {request.id} holds another's tokens"
         assert len(path) * self._size <= request.computed, f"request {request.id} holds what it did not compute"
         assert prefix.stem.salt == request.salt, f"request {request.id} holds another tenant's pages"
+
+
+def _trunk(request: Request, owner: Owner) -> Owner:
+    """Whose its first page is: the base's, where its adapter acts from the invocation on."""
+    return owner if request.invoked_at is None else BASE_OWNER
 
 
 def _idle_on(node: Node | None) -> int:

@@ -3,6 +3,12 @@
     stem (owner, salt) --tokens of page 0--> node --tokens of page 1--> node ...        every node is one page
                                                  \\--other tokens--> node
 
+An adapter that acts from its invocation on leaves the base's pages where that stands: its stem is a branch there, and
+what is before is everyone's. The first page of a branch is known by where in it the invocation begins, too:
+
+    stem ((), salt) --page 0--> node --page 1--> node --page 2--> node ...
+                                                     \\--page 2, revision, offset--> node --page 3--> node ...
+
 A page is reached by its owner, its tenant's salt and all tokens before and in it, so it holds the keys and values of
 exactly those. An owner is the model that computed it: revisions with scales, () for the base.
 
@@ -19,10 +25,12 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 Owner = tuple[tuple[str, float], ...]
 """(revision, scale) pairs, sorted; () is the base model."""
 
+BASE_OWNER: Owner = ()
 
 KEYS_AT_ONCE = 32
 
@@ -38,11 +46,22 @@ def page_keys(tokens: Sequence[int], size: int, begin: int, end: int) -> Iterato
 
 @dataclass(slots=True, eq=False)
 class Stem:
-    """Where the pages of one owner and tenant begin. `dropped`: nobody finds it, and what is released there goes."""
+    """Where the pages of one owner and tenant begin. `dropped`: nobody finds it, and what is released there goes.
+
+    Of an activated adapter: `branches` are its first pages, each below one of the base's, and `holders` counts who may
+    add one. `number` tells it from any other.
+    """
 
     owner: Owner
     salt: str
     dropped: bool = False
+    number: int = 0
+    holders: int = 0
+    branches: dict[Node, None] = field(default_factory=dict)
+
+    def key(self, tokens: bytes, offset: int) -> bytes:
+        """What the page is found by in which it begins to act, at its token number `offset`; longer than any other."""
+        return tokens + array("Q", (self.number, offset)).tobytes()
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +97,8 @@ class PrefixTree:
 
     def __init__(self) -> None:
         self._tops: dict[tuple[Owner, str], Node] = {}
+        self._branching: dict[tuple[Owner, str], Stem] = {}
+        self._stems = count(1)
         self._dropped: dict[Node, None] = {}  # tops that are held still
         self._idle: OrderedDict[Node, None] = OrderedDict()
         self._count = 0
@@ -102,12 +123,32 @@ class PrefixTree:
             node = self._tops[owner, salt] = Node(Stem(owner, salt), None)
         return node
 
-    def grow(self, parent: Node, key: bytes, page: int, step: int = 0) -> Node:
-        """A new page under `parent`, whose caller's hold goes over to it."""
+    def branching(self, owner: Owner, salt: str) -> Stem | None:
+        """The stem of an activated adapter, if it has pages or holders."""
+        return self._branching.get((owner, salt))
+
+    def join(self, owner: Owner, salt: str) -> Stem:
+        """The same with one holder more, a new one if need be."""
+        stem = self._branching.get((owner, salt))
+        if stem is None:
+            stem = self._branching[owner, salt] = Stem(owner, salt, number=next(self._stems))
+        stem.holders += 1
+        return stem
+
+    def leave(self, stem: Stem) -> None:
+        """One holder less."""
+        stem.holders -= 1
+        assert stem.holders >= 0, "a stem is left once too often"
+        self._forget(stem)
+
+    def grow(self, parent: Node, key: bytes, page: int, step: int = 0, branch: Stem | None = None) -> Node:
+        """A new page under `parent`, whose caller's hold goes over to it; with `branch` the first one of that stem."""
         assert parent.holds, "a page grows under a node that nobody holds"
         assert key not in parent.children, "the page is there already"
-        node = Node(parent.stem, parent, key, page, parent.depth + 1, step, holds=1)
+        node = Node(branch or parent.stem, parent, key, page, parent.depth + 1, step, holds=1)
         parent.children[key] = node  # a holder of `parent` less, a held child more
+        if branch is not None:
+            branch.branches[node] = None
         self._count += 1
         return node
 
@@ -154,7 +195,13 @@ class PrefixTree:
             top = self._tops.pop(name)
             top.stem.dropped = True
             self._dropped[top] = None
-            gone += self._prune(top)
+            gone += self._prune(_below(top))
+            self._close(top)
+        for name in [name for name in self._branching if any(part == revision for part, _ in name[0])]:
+            stem = self._branching.pop(name)
+            stem.dropped = True
+            for branch in list(stem.branches):
+                gone += self._prune([branch, *_below(branch)])
         return gone
 
     def clear(self) -> None:
@@ -162,7 +209,9 @@ class PrefixTree:
         for node in self._nodes():
             node.alive, node.parent = False, None
             node.children.clear()
+            node.stem.branches.clear()
         self._tops.clear()
+        self._branching.clear()
         self._dropped.clear()
         self._idle.clear()
         self._unproved.clear()
@@ -172,11 +221,14 @@ class PrefixTree:
         """Every page that is in the tree."""
         return (node.page for node in self._nodes() if node.page)
 
-    def audit(self, holders: Mapping[Node, int], at_most: int | None = None) -> None:
-        """Proves counts, holds and the order of the idle ones; `holders` says who has how many.
+    def audit(
+        self, holders: Mapping[Node, int], at_most: int | None = None, branching: Mapping[Stem, int] | None = None
+    ) -> None:
+        """Proves counts, holds and the order of the idle ones; `holders` says who has how many, `branching` of stems.
 
         With more than `at_most` pages, only the nodes that are next in turn, each by itself.
         """
+        self._audit_branching(branching or {})
         if at_most is None or self._count <= at_most:
             self._audit_all(holders)
         else:
@@ -184,11 +236,19 @@ class PrefixTree:
 
     # ----------------------------------------------------------------------------------------------------- private
 
-    def _audit_some(self, holders: Mapping[Node, int], count: int) -> None:
+    def _audit_branching(self, holders: Mapping[Stem, int]) -> None:
+        for (owner, salt), stem in self._branching.items():
+            assert (stem.owner, stem.salt, stem.dropped) == (owner, salt, False), "a stem has another name"
+            assert stem.holders or stem.branches, f"the stem of {owner} is empty"
+        for stem in {*self._branching.values(), *holders}:
+            assert stem.holders == holders.get(stem, 0), f"the stem of {stem.owner} counts {stem.holders} holders"
+            assert all(node.alive for node in stem.branches), f"the stem of {stem.owner} has a branch that is gone"
+
+    def _audit_some(self, holders: Mapping[Node, int], most: int) -> None:
         if not self._unproved:
             self._unproved = [*self._tops.values(), *self._dropped]
-        while self._unproved and count:
-            node, count = self._unproved.pop(), count - 1
+        while self._unproved and most:
+            node, most = self._unproved.pop(), most - 1
             if node.alive:
                 self._audit_node(node, holders.get(node, 0))
                 self._unproved += node.children.values()
@@ -215,13 +275,21 @@ class PrefixTree:
         del parent.children[node.key]
         node.alive = False
         self._count -= 1
+        if node.stem is not parent.stem:
+            del node.stem.branches[node]
+            self._forget(node.stem)
         if parent.parent is None:
             self._close(parent)
         return node.page
 
+    def _forget(self, stem: Stem) -> None:
+        """A stem without branches and holders is forgotten."""
+        if not (stem.branches or stem.holders or stem.dropped):
+            del self._branching[stem.owner, stem.salt]
+
     def _close(self, top: Node) -> None:
-        """A stem without pages and holders is forgotten."""
-        if top.children or top.holds:
+        """The same for one that has a top, without pages and holders."""
+        if top.children or top.holds or not top.alive:
             return
         top.alive = False
         if top.stem.dropped:
@@ -229,15 +297,12 @@ class PrefixTree:
         else:
             del self._tops[top.stem.owner, top.stem.salt]
 
-    def _prune(self, top: Node) -> list[int]:
-        """Takes out what nobody holds, leaves first."""
-        idle = [node for node in _below(top) if not node.holds]
+    def _prune(self, nodes: list[Node]) -> list[int]:
+        """Takes out those that nobody holds, leaves first; `nodes` come parents first."""
+        idle = [node for node in nodes if not node.holds]
         for node in idle:
             del self._idle[node]
-        gone = [self._remove(node) for node in reversed(idle)]
-        if not idle:
-            self._close(top)
-        return gone
+        return [self._remove(node) for node in reversed(idle)]
 
     def _nodes(self) -> list[Node]:
         """All nodes, the tops too."""
@@ -255,7 +320,10 @@ class PrefixTree:
         else:
             assert node.page > 0, "a node has no page"
             assert node.parent.children[node.key] is node, f"page {node.page} is not its parent's child"
-            assert node.stem is node.parent.stem, f"page {node.page} is of another stem"
+            own = node.stem is node.parent.stem
+            assert own != (node in node.stem.branches), f"page {node.page} is of another stem"
+            joint = own or (node.parent.stem.owner == BASE_OWNER and node.stem.salt == node.parent.stem.salt)
+            assert joint, f"page {node.page} branches off another's"
             assert node.depth == node.parent.depth + 1, f"page {node.page} is at depth {node.depth}"
 
 

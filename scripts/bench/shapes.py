@@ -75,8 +75,10 @@ def make_model(shape: Shape, directory: Path, seed: int = 0) -> Path:
     return directory
 
 
-def make_adapter(shape: Shape, directory: Path, rank: int, seed: int = 0, modules: Sequence[str] = ()) -> Path:
-    """A PEFT LoRA directory in bfloat16 on all linears, or on those whose last name is in `modules`."""
+def make_adapter(
+    shape: Shape, directory: Path, rank: int, seed: int = 0, modules: Sequence[str] = (), *, dora: bool = False
+) -> Path:
+    """A PEFT LoRA or DoRA directory in bfloat16 on all linears, or on those whose last name is in `modules`."""
     if (directory / "adapter_model.safetensors").exists():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -88,11 +90,14 @@ def make_adapter(shape: Shape, directory: Path, rank: int, seed: int = 0, module
             path = f"base_model.model.model.layers.{layer}.{name}"
             tensors[f"{path}.lora_A.weight"] = _noise(draw, rank, inner)
             tensors[f"{path}.lora_B.weight"] = _noise(draw, outer, rank)
+            if dora:  # about as long as the rows of the base's weights are
+                tensors[f"{path}.lora_magnitude_vector"] = torch.rand(outer, generator=draw).to(torch.bfloat16) + 0.5
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": rank,
+        "use_dora": dora,
         "target_modules": [name.split(".")[-1] for name in chosen],
     }
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2))

@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from core_and_runner import Machine
 from oracle import Oracle
 from running import RunningServer
-from step_driver import settle
 from tiny_models import VOCAB, build, make_adapter
 
 from engine import Engine, SamplingParams
 from engine.config import Links, RunnerConfig
-from engine.messages import Generate, LoadAdapter, Progress, Sampling, Step, Stopping, UnloadAdapter
+from engine.messages import Generate, LoadAdapter, Sampling, Stopping, UnloadAdapter
 from model_runner.runner import Runner
 from scheduler.books import Bounds
 from scheduler.core import Scheduler
@@ -24,50 +24,6 @@ from scheduler.core import Scheduler
 pytestmark = pytest.mark.e2e
 
 PREFIX, NEW_TOKENS = 2048, 4
-
-
-@dataclass
-class Machine:
-    """A scheduler's core and a runner, without sockets between them; `lengths` are those of each request's chunks."""
-
-    runner: Runner
-    core: Scheduler
-    tokens: dict[int, list[int]] = field(default_factory=dict)
-    cached: dict[int, int] = field(default_factory=dict)
-    prefilled: int = 0
-    steps: list[Step] = field(default_factory=list)
-
-    def send(self, message: object) -> None:
-        """A message to the core, and all that follows from it but steps."""
-        for sent in self.core.take() if message is None else self.core.handle(message, 0.0):  # type: ignore[arg-type]
-            if isinstance(sent, Progress):
-                for update in sent.updates:
-                    assert not update.error, update.error
-                    self.tokens.setdefault(update.request_id, []).extend(update.tokens)
-                    self.cached[update.request_id] = self.cached.get(update.request_id, 0) + update.cached_tokens
-            elif isinstance(sent, LoadAdapter):
-                state = self.runner.load_adapter(sent)
-                for each in [state] if state is not None else settle(self.runner):
-                    self.send(each)
-            elif isinstance(sent, UnloadAdapter):
-                self.send(self.runner.unload_adapter(sent))
-
-    def run(self, *messages: Generate) -> int:
-        """Serves these together; how many prompt tokens were computed."""
-        for message in messages:
-            self.send(message)
-        before = self.prefilled
-        while True:
-            while (step := self.core.plan(0.0)) is not None:
-                self.steps.append(step)
-            self.core.check()
-            if not self.steps:
-                return self.prefilled - before
-            step = self.steps.pop(0)
-            self.prefilled += sum(chunk.length for chunk in step.chunks if chunk.tokens)
-            self.send(self.runner.execute(step))
-            for state in settle(self.runner) if step.fills else []:
-                self.send(state)
 
 
 def ask(number: int, prompt: list[int], adapter_id: int = 0, **fields: str) -> Generate:

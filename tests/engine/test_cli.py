@@ -36,6 +36,7 @@ ACCEPTED = [
     (["--max-lora-chunk-size", "128"], {"max_lora_chunk_size": 128}),
     (["--lora-dtype", "fp32"], {"lora_dtype": "float32"}),
     (["--no-enable-lora-bias"], {"enable_lora_bias": False}),
+    (["--lora-extra-vocab-size", "0"], {"lora_extra_vocab_size": 0}),
     (["--lora-target-modules", "all", "lm_head"], {"lora_target_modules": ["all", "lm_head"]}),
     (["--max-num-batched-tokens", "64"], {"max_num_batched_tokens": 64}),
     (["--chunked-prefill-size", "64"], {"max_num_batched_tokens": 64}),

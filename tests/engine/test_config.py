@@ -89,3 +89,13 @@ def test_the_policy_reaches_the_scheduler_and_the_door() -> None:
     assert _sections(schedule_policy="priority").tokenizer.priorities
     with pytest.raises(ConfigError, match="--tenant-weights a=0"):
         _sections(schedule_policy="fair", tenant_weights=["a=0"])
+
+
+def test_what_may_wait_for_a_client() -> None:
+    tokenizer = _sections(max_stream_buffer="256KiB", stream_stall_timeout=2.5).tokenizer
+    assert (tokenizer.max_stream_buffer, tokenizer.stream_stall_timeout) == (256 << 10, 2.5)
+    assert (_sections().tokenizer.max_stream_buffer, _sections().tokenizer.stream_stall_timeout) == (4 << 20, 60.0)
+    with pytest.raises(ConfigError, match="--max-stream-buffer much"):
+        _sections(max_stream_buffer="much")
+    with pytest.raises(ConfigError, match="--stream-stall-timeout"):
+        _sections(stream_stall_timeout=0.0)

@@ -127,6 +127,28 @@ def test_a_fault_is_told_from_what_others_did() -> None:
     assert told == [False, True, False]
 
 
+def test_a_start_that_fails_does_not_hide_the_fault_before_it() -> None:
+    told: list[bool] = []
+    lives = _maker("serves", "fails", "serves")
+
+    def make(incarnation: int, after_fault: bool) -> Spec:
+        told.append(after_fault)
+        return lives(incarnation, after_fault)
+
+    async def run() -> None:
+        async with Supervisor([make]) as supervisor:
+            await supervisor.ready()
+            keeper = asyncio.ensure_future(supervisor.hopeless())
+            os.kill(supervisor.pids()[0], signal.SIGKILL)
+            async with asyncio.timeout(20):
+                while len(told) < 3:
+                    await asyncio.sleep(0.05)
+            keeper.cancel()
+
+    asyncio.run(run())
+    assert told == [False, False, False], "the failed start is nobody's fault who was in flight"
+
+
 async def _replaced(supervisor: Supervisor, first: int) -> int:
     """The process id of the incarnation after `first`."""
     keeper = asyncio.ensure_future(supervisor.hopeless())

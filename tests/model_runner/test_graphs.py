@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_zoo import ZOO, save
 from oracle import Oracle
 from step_driver import Ask, Driver
 from step_driver import load as bring
@@ -59,6 +60,7 @@ def model(tiny_model: Callable[[str], Path]) -> Path:
 def sources(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[AdapterSource]:
     root = tmp_path_factory.mktemp("adapters")
     made = [make_adapter(model, root / str(i), seed=i, **options) for i, options in enumerate(ADAPTERS, 1)]
+    made.append(save(model, root / "norms", ZOO["all norms"](), seed=4))
     return [AdapterSource(adapter_id=i, name=f"a{i}", path=str(path), root=str(path)) for i, path in enumerate(made, 1)]
 
 
@@ -129,7 +131,7 @@ def test_replays_give_the_oracles_tokens_whatever_the_lanes_hold(
 ) -> None:
     runner = load(model, sources)
     driver = Driver(runner, states(runner, sources))
-    for number, adapter_ids in enumerate([[1, 0, 2], [0], [3, 2], [2, 1], [0], [3, 0, 1]]):  # at most two lanes
+    for number, adapter_ids in enumerate([[1, 0, 2], [0], [3, 4], [2, 1], [0, 4], [3, 0, 1]]):  # at most two lanes
         requests = asks(oracle, 3 + 2 * number, adapter_ids, seed=number)
         before = counting.replayed
         assert driver.serve(requests, longest_chunk=50) == expected(oracle, requests)
@@ -288,7 +290,7 @@ def test_graphs_on_equals_graphs_off_on_a_gpu(
         assert bool(runner.graph_sizes) is cuda_graphs
         driver = Driver(runner, states(runner, sources))
         tokens = []
-        for number, adapter_ids in enumerate([[1, 0, 2], [0], [3, 2], [2, 1], [0], [3, 0, 1]]):
+        for number, adapter_ids in enumerate([[1, 0, 2], [0], [3, 4], [2, 1], [0, 4], [3, 0, 1]]):
             requests = asks(oracle, 9, adapter_ids, seed=number)
             tokens.append(driver.serve(requests, longest_chunk=50))
             assert tokens[-1] == expected(oracle, requests)

@@ -269,17 +269,21 @@ def test_sizes_follow_the_adapters_and_the_flags(model: Path, sources: list[Adap
     assert (inferred.max_lora_rank, inferred.max_lane_pages) == (8, 2)
     assert inferred.lora_targets == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     narrow = load(model, sources[1:2], max_loras=3).capacity
-    assert (narrow.lora_targets, narrow.rank_pages) == (["q_proj", "v_proj"], {"qkv": 3, "qkv.vectors": 3})
+    assert narrow.lora_targets == ["q_proj", "v_proj"]
+    assert narrow.rank_pages == {"qkv": 3, "qkv.vectors": 3, "norms.full": 3}
     flagged = load(model, sources[3:4], max_loras=2, max_lora_rank=33, lora_targets=["o_proj", "up_proj"]).capacity
-    assert flagged.rank_pages == {"gate_up": 6, "gate_up.vectors": 2, "o": 6, "o.vectors": 2}
+    assert flagged.rank_pages == {"gate_up": 6, "gate_up.vectors": 2, "o": 6, "o.vectors": 2, "norms.full": 2}
     bare = load(model, [], enable_lora=True, max_loras=1, context_length=100).capacity
     assert (bare.max_lora_rank, bare.rank_pages["qkv"], bare.max_length) == (64, 4, 100)
     assert bare.kv_pages == 24 * 7
     pooled = load(model, [], enable_lora=True, max_loras=1, max_lora_rank=20, lora_pool_adapters=5).capacity
     groups = ("down", "gate_up", "o", "qkv")
-    assert pooled.rank_pages == dict.fromkeys(groups, 10) | {f"{group}.vectors": 5 for group in groups}
+    assert pooled.rank_pages == dict.fromkeys(groups, 10) | {f"{group}.vectors": 5 for group in groups} | {
+        "norms.full": 5
+    }
     one = sum(pooled.rank_page_bytes[group] * count // 5 for group, count in pooled.rank_pages.items())
-    assert pooled.lora_bytes == 5 * one
+    normed_with = 4 * 64 * 7 * 2  # the seven norms of the base and of its one lane
+    assert pooled.lora_bytes == 5 * one + normed_with
     again = load(model, [], enable_lora=True, max_loras=1, max_lora_rank=20, lora_pool_bytes=7 * one - 1).capacity
     assert again.rank_pages["qkv"] == 12
     assert 0 < pooled.host_bytes < 1 << 50

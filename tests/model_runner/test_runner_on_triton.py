@@ -9,12 +9,15 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from adapter_zoo import ZOO, save
 from oracle import Oracle
 from step_driver import Ask, Driver
+from step_driver import load as bring
 from tiny_models import VOCAB
 
-from engine.config import Links, RunnerConfig
+from engine.config import AdapterSource, Links, RunnerConfig
 from engine.errors import ConfigError
+from engine.messages import LoadAdapter
 from model_runner.attention import triton_backend
 from model_runner.ops import base
 from model_runner.ops.triton_ops import TritonOps
@@ -34,7 +37,8 @@ class CountedOps(TritonOps):
         return super().rope_and_store(*args)
 
 
-def load(path: Path, device: str = DEVICE) -> Runner:
+def load(path: Path, device: str = DEVICE, adapter: Path | None = None) -> Runner:
+    given = [] if adapter is None else [AdapterSource(adapter_id=1, name="norms", path=str(adapter), root=str(adapter))]
     config = RunnerConfig(
         links=LINKS,
         model_path=str(path),
@@ -42,6 +46,8 @@ def load(path: Path, device: str = DEVICE) -> Runner:
         dtype="float32",
         attention_backend="triton",
         max_running_requests=4,
+        enable_lora=bool(given),
+        adapters=given,
     )
     return Runner.load(config)
 
@@ -71,6 +77,30 @@ def test_tokens_equal_the_oracles(
         CountedOps.stores.clear()
         assert Driver(runner).serve(asks, longest_chunk=20) == [oracle.greedy(ask.prompt, 6) for ask in asks]
         assert set(CountedOps.stores) == {"mistral": {False}, "qwen3": {True}, "olmo2": set()}[family]
+    finally:
+        runner.close()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_norms_of_an_adapter_and_of_the_base_in_one_step(
+    family: str, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "create", lambda device: CountedOps())
+    path = tiny_model(family)
+    root = save(path, tmp_path / "norms", ZOO["all norms"](), seed=3)
+    oracle, draw, asks = Oracle(path, {"norms": root}), random.Random(5), list[Ask]()
+    for number, length in enumerate((9, 3, 12)):
+        adapter_id, prompt = number % 2, list[int]()
+        while not prompt or not oracle.clear(prompt, 5, "norms" if adapter_id else None):
+            prompt = [draw.randrange(VOCAB) for _ in range(length)]
+        asks.append(Ask(prompt, 5, adapter_id))
+    runner = load(path, adapter=root)
+    try:
+        driver = Driver(runner, {1: bring(runner, LoadAdapter(adapter_id=1, path=str(root)))})
+        CountedOps.stores.clear()
+        expected = [oracle.greedy(ask.prompt, 5, "norms" if ask.adapter_id else None) for ask in asks]
+        assert driver.serve(asks, longest_chunk=7) == expected
+        assert set(CountedOps.stores) == {family == "qwen3"}
     finally:
         runner.close()
 

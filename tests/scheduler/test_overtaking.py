@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.messages import Sampling, Stopping
+from scheduler.order import Ordering
 from scheduler.overtaking import Overtaking
+from scheduler.request import BASE, Order, Request
+
+
+def request_at(order: Order) -> Request:
+    return Request(1, BASE, order, 1, [1], Sampling(), Stopping(1), priority=int(order[0]))
 
 
 def test_only_who_is_before_the_frontier_was_passed() -> None:
@@ -19,6 +26,21 @@ def test_only_who_is_before_the_frontier_was_passed() -> None:
     assert [overtaking.since((0, n)) for n in (7, 9)] == [3.0, None]
     overtaking.settle(None)
     assert overtaking.since((0, 7)) is None
+
+
+def test_who_had_a_turn_goes_behind_all_who_were_passed() -> None:
+    ordering, overtaking = Ordering(), Overtaking()
+    had = request_at((0, 2))
+    assert ordering.behind(had, overtaking.frontier, 20) == (0, 2), "nobody was passed"
+    overtaking.passed((0, 5), 1.0)
+    first = ordering.behind(had, overtaking.frontier, 20)
+    had.order = first
+    again = ordering.behind(had, overtaking.frontier, 21)
+    assert (0, 5) < first < again < (0, 6)
+    assert ordering.behind(request_at((0, 7)), overtaking.frontier, 22) == (0, 7), "never before its old place"
+    overtaking.passed((3, 4, float("inf")), 2.0)
+    assert ordering.behind(had, overtaking.frontier, 23) == (0, 23), "nor in another priority"
+    assert (3, 4) < ordering.behind(request_at((3, 1)), overtaking.frontier, 24) < (3, 5)
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 2)), max_size=40), st.booleans())

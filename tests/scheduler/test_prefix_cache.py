@@ -22,10 +22,12 @@ from engine.messages import (
     Footprint,
     Generate,
     LoadAdapter,
+    LogprobIds,
     Progress,
     RunnerReady,
     Sampling,
     Step,
+    StepDone,
     Stopping,
     ToScheduler,
     UnloadAdapter,
@@ -77,6 +79,82 @@ def test_each_adapter_scale_and_mix_has_its_own(lora: list[tuple[int, float]]) -
     assert _run(core, generate(3, prompt=9, lora=lora[::-1], salt="t")) == (8, 8)
 
 
+def _activate(core: Scheduler, adapter_id: int, invocation: list[int]) -> None:
+    """Loaded and resident, and acting from these tokens on."""
+    load = LoadAdapter(adapter_id=adapter_id, path="p")
+    core.handle(load, 0.0)
+    card = AdapterState(
+        adapter_id=adapter_id,
+        state="host",
+        revision=f"r{adapter_id}",
+        footprint=Footprint({"qkv": 1}),
+        invocation=invocation,
+    )
+    core.handle(card, 0.0)
+    if (step := core.plan(0.0)) is not None:
+        done(core, step)
+        core.handle(AdapterState(adapter_id=adapter_id, state="resident"), 0.0)
+
+
+def test_a_chunk_ends_at_the_invocation_and_the_lane_begins_there() -> None:
+    core = new_core(max_batched_tokens=12)
+    _activate(core, 1, [17, 18])  # of the prompt 10, 11, ...: position 7
+    core.handle(generate(1, prompt=20, lora=[(1, 1.0)], sampling=Sampling(prompt_logprobs=0)), 0.0)
+    parts = []
+    for _ in range(4):
+        step = plan_of(core)
+        (chunk,) = step.chunks
+        parts.append((chunk.start, chunk.length, chunk.lane, chunk.samples))
+        scores = {0: [LogprobIds(t, -1.0, []) for t in chunk.tokens[1:]]} if chunk.scores else {}
+        done(core, step, prompt_logprobs=scores)
+    assert parts == [(0, 7, 0, False), (7, 12, 1, False), (19, 1, 1, True), (20, 1, 1, True)]
+
+
+def test_only_what_is_after_the_invocation_is_computed_and_the_other_way_around() -> None:
+    core = new_core(kv_pages=700, max_length=2200, max_batched_tokens=2200)
+    _activate(core, 1, [10 + 2050])
+    _activate(core, 2, [10 + 2050, 10 + 2051])
+    for number, (lora, cached) in enumerate([([], 0), ([(1, 1.0)], 2048), ([(2, 1.0)], 2048), ([(1, 1.0)], 2060)]):
+        assert _run(core, generate(number, prompt=2061, lora=lora, salt="t")) == (cached, cached)
+    for number, (lora, cached) in enumerate([([(2, 1.0)], 0), ([], 2048), ([(1, 1.0)], 2048)]):
+        assert _run(core, generate(10 + number, prompt=2061, lora=lora, salt="u")) == (cached, cached)
+    assert core.stats().cached_tokens == 2048 * 4 + 2060
+
+
+def test_without_its_invocation_a_request_is_the_bases_and_needs_no_lane() -> None:
+    core = new_core(max_batched_tokens=32)
+    _activate(core, 1, [99])
+    assert _run(core, generate(1, prompt=9, salt="t")) == (0, 0)
+    core.handle(generate(2, prompt=9, lora=[(1, 1.0)], salt="t"), 0.0)
+    core.handle(UnloadAdapter(1), 0.0)
+    step = plan_of(core)
+    assert ([chunk.lane for chunk in step.chunks], step.chunks[0].start, step.lanes) == ([0], 8, [])
+    assert core.stats().running_adapters == {1: 1}, "it named it, so its name stays until then"
+    sent: list[object] = []
+    while core.stats().running:
+        sent += core.handle(StepDone(epoch=0, id=step.id, tokens=[50]), 0.0)
+        step = core.plan(0.0) or step
+    assert sent[-1] == UnloadAdapter(1)
+
+
+def test_what_waits_for_a_first_load_finds_its_place_when_it_is_known() -> None:
+    core = new_core(max_batched_tokens=64)
+    core.handle(LoadAdapter(adapter_id=1, path="p"), 0.0)
+    core.handle(LoadAdapter(adapter_id=2, path="q"), 0.0)
+    for number, (prompt, lora) in enumerate([(9, [(1, 1.0)]), (3, [(1, 1.0)]), (9, [(1, 0.5), (2, 0.5)])]):
+        core.handle(generate(number, prompt=prompt, lora=lora), 0.0)
+    card = AdapterState(adapter_id=1, state="host", revision="r1", footprint=Footprint({"qkv": 1}), invocation=[15])
+    sent = core.handle(card, 0.0)
+    core.check()
+    (progress,) = [message for message in sent if isinstance(message, Progress)]
+    assert [update.request_id for update in progress.updates] == [2]
+    assert "cannot be mixed" in (progress.updates[0].error or "")
+    step = plan_of(core)
+    assert [(chunk.length, chunk.lane, chunk.samples) for chunk in step.chunks] == [(5, 0, False), (3, 0, True)]
+    done(core, step)
+    assert [(c.length, c.lane, c.samples) for c in plan_of(core).chunks] == [(1, 0, True), (4, 1, True)]
+
+
 def test_an_unloaded_adapter_leaves_no_page() -> None:
     core = new_core(max_batched_tokens=32)
     add_adapter(core, 1)
@@ -115,6 +193,8 @@ def test_a_new_runner_has_no_prefixes() -> None:
 # --------------------------------------------------------------------------------------- whatever order things come in
 
 CONTENTS = {1: Footprint({"qkv": 1}), 2: Footprint({"qkv": 2}), 3: Footprint({"down": 1, "qkv": 1})}
+CONTENTS |= {4: Footprint({"qkv": 1}), 5: Footprint({"down": 1})}
+INVOCATIONS = {4: [7, 7], 5: [14, 15, 16, 17, 18]}  # within the families, and longer than a page
 FAMILIES = [[7] * 24, list(range(24)), [*range(12), *range(50, 62)]]
 NAMES, TENANTS, WINDOWS = ["a", "b"], 2, 3
 
@@ -152,7 +232,7 @@ class AnyOrder(RuleBasedStateMachine):
             max_lane_pages=4,
         )
         self.window = window
-        self.library = Library(dict(CONTENTS))
+        self.library = Library(dict(CONTENTS), invocations=INVOCATIONS)
         self.runner = FakeRunner(self.capacity, self.library)
         self.core = Scheduler(self.capacity, Bounds(2), window)
         self.asked: dict[int, Asked] = {}
@@ -183,7 +263,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(
         family=st.integers(0, 2),
         length=st.integers(1, 24),
-        tail=st.lists(st.integers(0, 96), max_size=2),
+        tail=st.lists(st.integers(0, 96), max_size=2) | st.sampled_from([*INVOCATIONS.values()]),
         name=st.sampled_from(["", "a", "b", "a+b"]),
         tenant=st.integers(0, TENANTS - 1),
         tokens=st.sampled_from([1, 3, 9]),
@@ -274,10 +354,16 @@ class AnyOrder(RuleBasedStateMachine):
         for number, one in self.asked.items():
             tokens, finish, _ = oracle(one.message, self.library, self.capacity)
             assert one.end, f"request {number} did not end"
+            if one.end in ("stop", "length"):
+                assert not self.library.mixes_activated(one.message.lora)
             if one.end == "abort":
                 assert one.tokens == tokens[: len(one.tokens)]
             elif one.end in ("stop", "length"):
                 assert (one.tokens, one.end) == (tokens, finish)
+            elif "cannot be mixed" in one.end:
+                assert self.library.mixes_activated(one.message.lora, known=False), one.message.lora
+            elif "died again and again" in one.end:
+                assert self.runner.epoch >= 5, "it died alone, each time at the same place"
             else:
                 assert "at most" in one.end, one.end
 

@@ -83,21 +83,47 @@ def test_endless_arrivals_of_running_lanes_starve_nobody(lanes: int, window: int
     assert clock.core.stats().lane_preemptions == 0, "most of the bound was enough to drain a lane"
 
 
-def test_for_a_fifth_of_the_bound_running_lanes_go_on_and_then_one_takes_nobody() -> None:
+def test_a_lane_may_be_joined_until_it_just_meets_a_deadline() -> None:
     clock = Clock().adapters(2)
-    clock.ask(1, 1, max_tokens=40)
+    clock.ask(1, 1, max_tokens=10)
     clock.step()
     clock.ask(2, 2)
-    clock.ask(3, 1, max_tokens=2)
+    clock.ask(3, 1, max_tokens=9)
     clock.step()
     assert clock.running() == {1, 3}, "3 passes 2"
     while clock.now < 0.75:
         clock.step()
-    clock.ask(4, 1)
-    clock.ask(5, 0)
+    clock.ask(4, 1, max_tokens=7)
     clock.step()
-    assert clock.running() == {1, 5}, "the lane of 1 drains for 2; the base needs no lane"
-    assert clock.core.why(4) == "lanes"
+    assert clock.running() == {1, 3, 4}, "with 4 the lane is free in time"
+    clock.ask(5, 1, max_tokens=7)
+    clock.ask(6, 0)
+    clock.step()
+    assert clock.running() == {1, 3, 4, 6}, "with 5 it would not be; the base needs no lane"
+    assert clock.core.why(5) == "lanes"
+    while 2 not in clock.running():
+        clock.step()
+    assert clock.now <= 2.0 + STEP
+    assert clock.core.stats().lane_preemptions == 0
+
+
+def test_rows_of_a_taken_lane_go_behind_whoever_was_passed() -> None:
+    """1 comes back after 2 and 3, which came later but waited for longer; 2 before 4, which came during its turn."""
+    clock = Clock(lanes=1, rows=2).adapters(4)
+    clock.ask(1, 1, max_tokens=50)
+    clock.step()
+    clock.ask(2, 2, max_tokens=50)
+    clock.ask(3, 3, max_tokens=50)
+    turns = [1]
+    while 4 not in turns:
+        clock.step()
+        (running,) = clock.running()
+        if running != turns[-1]:
+            turns.append(running)
+            if len(turns) == 2:
+                clock.ask(4, 4, max_tokens=50)
+        assert clock.now < 10, f"only {turns} had a turn"
+    assert turns == [1, 2, 3, 1, 2, 4]
 
 
 def test_a_lane_that_does_not_drain_is_taken_and_its_row_comes_back() -> None:

@@ -46,6 +46,15 @@ def test_keys_are_found_by_adapter_until_their_last_request_is_gone() -> None:
     assert waiting.keys_of(1) == waiting.keys_of(2) == []
 
 
+def test_the_wait_for_a_lane_begins_when_the_bytes_are_on_the_host() -> None:
+    waiting = Waiting()
+    waiting.push(_request(1, A))
+    for place, now in ((Place.DISK, 1.0), (Place.BLOCKED, 2.0), (Place.COLD, 3.0), (Place.BLOCKED, 4.0)):
+        waiting.put(A, place, now)
+    waiting.put(A, Place.READY, 5.0)
+    assert waiting.since(A) == 3.0, "its fill is a part of the wait"
+
+
 def test_the_audit_sees_a_request_smuggled_in() -> None:
     waiting = Waiting()
     waiting.push(_request(2, A))

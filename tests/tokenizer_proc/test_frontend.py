@@ -510,3 +510,19 @@ def test_open_requests_without_news_are_noticed(monkeypatch: pytest.MonkeyPatch)
             assert not fake.front.is_stuck
 
     run(work)
+
+
+def test_an_adapter_that_acts_from_its_invocation_on_is_not_mixed_and_says_what_it_is() -> None:
+    fake = Fake("sql", "fox")
+    fake.front.handle(AdapterState(adapter_id=1, state="host", revision="r", invocation=[5, 6]))
+
+    async def work() -> None:
+        for mix in ({"sql": 0.5, "fox": 0.5}, {"fox": 1.0, "sql": 0.0}):
+            with pytest.raises(InvalidRequest, match=r"`sql` acts from its invocation on .*: do not mix it"):
+                await fake.front.open(Submit(id=1, prompt="hello", lora=mix)).__aenter__()
+        async with fake.front.open(Submit(id=1, prompt="hello", lora={"sql": 0.5})):
+            assert fake.generates[-1].lora == [(1, 0.5)]
+        cards = {card.name: card.invocation for card in fake.front.adapters.cards()}
+        assert cards == {"sql": [5, 6], "fox": []}
+
+    run(work)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Awaitable, Callable
 from functools import partial
 
 from aiohttp import web
 
 from engine.config import TokenizerConfig
-from tokenizer_proc.api import access, errors, lora, models, native, ops, tokens
+from tokenizer_proc.api import access, errors, lora, models, native, ops, outlet, record, tokens
 from tokenizer_proc.api.chat import chat_completions
 from tokenizer_proc.api.completions import completions
 from tokenizer_proc.api.service import Service
@@ -41,24 +40,16 @@ ROUTES: list[tuple[str, str, Route]] = [
     ("POST", "/abort_request", ops.abort_request),
 ]
 
-_REQUEST_ID = "X-Request-Id"
-_LONGEST_REQUEST_ID = 256
-
 
 def create_app(frontend: Frontend, config: TokenizerConfig) -> web.Application:
     """The door on `frontend`. Serve it with handler cancellation on: a client that is gone ends its handler."""
     service = Service(frontend, config)
-    app = web.Application(middlewares=[errors.middleware, access.gate(config)], client_max_size=config.max_body_bytes)
+    bounded = outlet.bounded(config.max_stream_buffer, config.stream_stall_timeout)
+    middlewares = [record.middleware, bounded, errors.middleware, access.gate(config)]
+    app = web.Application(middlewares=middlewares, client_max_size=config.max_body_bytes)
     for method, path, route in ROUTES:
         app.router.add_route(method, path, partial(route, service))
         if method == "GET":
             app.router.add_route("HEAD", path, partial(route, service))  # load balancers ask this way
-    app.on_response_prepare.append(_name_request)
+    app.on_response_prepare.append(record.name)
     return app
-
-
-async def _name_request(request: web.Request, response: web.StreamResponse) -> None:
-    """Every answer carries its request's id: the client's own, or a new one."""
-    given = request.headers.get(_REQUEST_ID, "")
-    is_sound = given.isascii() and given.isprintable() and 0 < len(given) <= _LONGEST_REQUEST_ID
-    response.headers[_REQUEST_ID] = given if is_sound else uuid.uuid4().hex

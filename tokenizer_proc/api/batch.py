@@ -62,7 +62,7 @@ class Batch:
 
     def __init__(self, frontend: Frontend, submits: Sequence[Submit]) -> None:
         self._frontend = frontend
-        self._submits = submits
+        self.submits = submits
         self._streams: list[Stream] = []
         self._stack = contextlib.AsyncExitStack()
         self.prompts: list[Prompt] = []
@@ -71,8 +71,8 @@ class Batch:
 
     async def __aenter__(self) -> Batch:
         async with self._stack:
-            self._frontend.check_size(sum(submit.params.n for submit in self._submits))
-            for item, submit in enumerate(self._submits):
+            self._frontend.check_size(sum(submit.params.n for submit in self.submits))
+            for item, submit in enumerate(self.submits):
                 await asyncio.sleep(0)  # encoding many prompts must not hold up the streams
                 stream = await self._stack.enter_async_context(self._frontend.open(submit))
                 self._streams.append(stream)

@@ -43,7 +43,8 @@ async def completions(service: Service, request: web.Request) -> web.StreamRespo
     spread_out = spread(body.lora_path, len(asked), "lora_path")
     loras = [access.select(service, request, body.model or None, lora) for lora in spread_out]
     frame = Frame(service, body, "cmpl", "text_completion", "text_completion")
-    writer = CompletionWriter(frame, service.frontend.tokenizer, body, params, asked)
+    tokenizers = [service.frontend.texts_for(lora)[0] for lora in loras]
+    writer = CompletionWriter(frame, tokenizers, body, params, asked)
     submits = _submits(body, _params(body, params), asked, loras)
     names = bodies.spelt(fields, SPELLINGS_OPENAI) | {"prompt_logprobs": "logprobs"}
     call = Call(submits=submits, ids={frame.id: range(len(submits))}, stream=body.stream, names=names)
@@ -85,13 +86,13 @@ class CompletionWriter(Writer):
     def __init__(
         self,
         frame: Frame,
-        tokenizer: Tokenizer,
+        tokenizers: Sequence[Tokenizer],
         body: CompletionBody,
         params: SamplingParams,
         asked: Sequence[str | TokenIds],
     ) -> None:
         self._frame = frame
-        self._tokenizer = tokenizer
+        self._tokenizers = tokenizers
         self._echo = body.echo
         self._scores = body.logprobs is not None
         self._silent = params.max_tokens == 0
@@ -101,7 +102,7 @@ class CompletionWriter(Writer):
     def events(self, batch: Batch, choice: Choice, delta: Delta) -> list[object]:
         """The new part of `choice`, and of those that waited for the same prompt."""
         if choice.number not in self._cursors:
-            self._cursors[choice.number] = _Cursor(choice, self._tokenizer)
+            self._cursors[choice.number] = self._cursor(choice)
         if self._echo and self._scores and choice.prompt.logprobs is None:
             return []
         due = [one for one in self._cursors.values() if one.choice.prompt is choice.prompt and one.has_news]
@@ -113,8 +114,11 @@ class CompletionWriter(Writer):
 
     def whole(self, batch: Batch) -> object:
         """A text_completion."""
-        cursors = [_Cursor(choice, self._tokenizer) for choice in batch.choices]
+        cursors = [self._cursor(choice) for choice in batch.choices]
         return self._frame.whole([self._choice(cursor) for cursor in cursors], self._usage(batch))
+
+    def _cursor(self, choice: Choice) -> _Cursor:
+        return _Cursor(choice, self._tokenizers[choice.item])
 
     def _usage(self, batch: Batch) -> Usage:
         usage = batch.usage()
@@ -141,7 +145,9 @@ class CompletionWriter(Writer):
 
     def _shown(self, choice: Choice) -> str:
         prompt = self._asked[choice.item]
-        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt, skip_special_tokens=False)
+        if isinstance(prompt, str):
+            return prompt
+        return self._tokenizers[choice.item].decode(prompt, skip_special_tokens=False)
 
 
 class _Cursor:

@@ -12,7 +12,8 @@ from aiohttp.typedefs import Handler
 
 from engine.errors import EngineError, InternalError, InvalidRequest, NotFound, Overloaded, RateLimited
 
-logger = logging.getLogger(__name__)
+CAUSE = web.ResponseKey("cause", EngineError)
+"""Where an answer that is, or ends with, an error carries that error, for the log."""
 
 
 def body(error: EngineError) -> dict[str, object]:
@@ -22,8 +23,9 @@ def body(error: EngineError) -> dict[str, object]:
 
 def internal(error: BaseException) -> EngineError:
     """An unexpected exception: its traceback is for the log, the client learns that it is our fault."""
-    logger.error("a request failed unexpectedly", exc_info=error)
-    return InternalError(f"internal error ({type(error).__name__}); the server's log has the details")
+    ours = InternalError(f"internal error ({type(error).__name__}); the server's log has the details")
+    ours.__cause__ = error
+    return ours
 
 
 def response(error: EngineError, *, status: int | None = None, headers: dict[str, str] | None = None) -> web.Response:
@@ -31,12 +33,14 @@ def response(error: EngineError, *, status: int | None = None, headers: dict[str
     headers = dict(headers or {})
     if isinstance(error, Overloaded | RateLimited):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    return web.Response(
+    answer = web.Response(
         body=msgspec.json.encode(body(error)),
         status=status or error.status,
         headers=headers,
         content_type="application/json",
     )
+    answer[CAUSE] = error
+    return answer
 
 
 def is_ours(record: logging.LogRecord) -> bool:

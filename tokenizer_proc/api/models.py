@@ -68,6 +68,11 @@ def _max_length(service: Service) -> int | None:
     return service.frontend.max_length or None
 
 
+def _vocab_size(service: Service) -> int | None:
+    capacity = service.frontend.capacity
+    return None if capacity is None else capacity.vocab_size
+
+
 def _base_card(service: Service, name: str) -> dict[str, object]:
     return _card(name, service.started, service.config.model_path, None, _max_length(service))
 
@@ -84,4 +89,7 @@ def _adapter_card(service: Service, card: AdapterCard) -> dict[str, object]:
         "target_modules": card.target_modules,
         "bytes": card.bytes,
         "running": card.running,
+        "vocab_size": card.vocab_size or _vocab_size(service),
+        "brings": card.brings,
+        "alora_invocation_tokens": card.invocation or None,
     }

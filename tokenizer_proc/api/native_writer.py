@@ -27,10 +27,10 @@ class NativeWriter(Writer):
     """One object for one choice, a list of them for a list. An event of a list says which choice it is of."""
 
     def __init__(
-        self, rids: Sequence[str], scoring: Sequence[Scoring | None], is_list: bool, tokenizer: Tokenizer
+        self, rids: Sequence[str], scoring: Sequence[Scoring | None], is_list: bool, tokenizers: Sequence[Tokenizer]
     ) -> None:
         self._rids = rids
-        self._tokenizer = tokenizer
+        self._tokenizers = tokenizers
         self._scoring = scoring
         self._is_list = is_list
         self._begun = time.monotonic()
@@ -75,7 +75,7 @@ class NativeWriter(Writer):
         if choice.finish_reason is not None:
             meta["e2e_latency"] = time.monotonic() - self._begun
         scoring = self._scoring[choice.item]
-        return meta if scoring is None else meta | _logprobs(choice, scoring, self._tokenizer)
+        return meta if scoring is None else meta | _logprobs(choice, scoring, self._tokenizers[choice.item])
 
 
 def _finish_reason(choice: Choice) -> dict[str, object] | None:

@@ -19,6 +19,7 @@ from engine.errors import InvalidRequest
 from engine.messages import Delta, Submit
 from tokenizer_proc.api import sse
 from tokenizer_proc.api.batch import Batch, Choice
+from tokenizer_proc.api.record import RECORD
 from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.tenants import Tenant
 
@@ -105,7 +106,7 @@ async def answer(service: Service, request: web.Request, call: Call, writer: Wri
     try:
         tenant.admit([submit.lora for submit in call.submits])
         submits = [replace(submit, tenant=tenant.name) for submit in call.submits]
-        async with Batch(service.frontend, submits) as batch, _charged(tenant, batch):
+        async with Batch(service.frontend, submits) as batch, _charged(request, batch):
             writer.check(batch)
             with service.open.listed(call.ids, batch):
                 if call.stream:
@@ -118,13 +119,28 @@ async def answer(service: Service, request: web.Request, call: Call, writer: Wri
 
 
 @contextlib.asynccontextmanager
-async def _charged(tenant: Tenant, batch: Batch) -> AsyncIterator[None]:
-    """The caller pays for what was made, however that ended."""
+async def _charged(request: web.Request, batch: Batch) -> AsyncIterator[None]:
+    """The caller pays for what was made, however that ended, and the log will tell of it."""
+    tenant = holder(request)
     try:
         yield
     finally:
         usage = batch.usage()
         tenant.charge(usage.prompt_tokens + usage.completion_tokens)
+        request[RECORD].facts |= {
+            "lora": _names(batch),
+            "prompt": usage.prompt_tokens,
+            "cached": usage.cached_tokens,
+            "tokens": usage.completion_tokens,
+            "finish": ",".join(sorted({choice.finish_reason or "none" for choice in batch.choices})),
+        }
+
+
+def _names(batch: Batch) -> str | None:
+    """The adapters that a call went through."""
+    loras = [submit.lora for submit in batch.submits]
+    names = {name for lora in loras if lora is not None for name in ([lora] if isinstance(lora, str) else lora)}
+    return ",".join(sorted(names)) or None
 
 
 def as_json(value: object) -> web.Response:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
@@ -11,8 +10,8 @@ from aiohttp import web
 
 from engine.errors import EngineError
 from tokenizer_proc.api import errors
-
-logger = logging.getLogger(__name__)
+from tokenizer_proc.api.outlet import OUTLET, Outlet, SlowReader
+from tokenizer_proc.api.record import RECORD
 
 _HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -30,29 +29,31 @@ def frame(event: object) -> bytes:
 async def respond(request: web.Request, batches: AsyncGenerator[Sequence[object], None]) -> web.StreamResponse:
     """Sends every batch of events with one write, then [DONE]; after an error its event is the last.
 
-    A client that is gone ends it quietly; `batches` is closed before this returns, whatever happens.
+    A client that is gone ends it quietly, one that does not read is cut off; `batches` is closed before this returns,
+    whatever happens.
     """
-    answer = web.StreamResponse(headers=_HEADERS)
+    answer, outlet = web.StreamResponse(headers=_HEADERS), request[OUTLET]
     async with contextlib.aclosing(batches):
         try:
             await answer.prepare(request)
-            await answer.write(await _send(answer, batches))
-            await answer.write_eof()
+            await outlet.write(answer, await _send(answer, outlet, batches))
+        except SlowReader as error:
+            outlet.cut(request, error)
         except ConnectionResetError:
-            logger.debug("the client of %s is gone", request.path)
+            request[RECORD].facts["end"] = "gone"
     return answer
 
 
-async def _send(answer: web.StreamResponse, batches: AsyncGenerator[Sequence[object], None]) -> bytes:
+async def _send(answer: web.StreamResponse, outlet: Outlet, batches: AsyncGenerator[Sequence[object], None]) -> bytes:
     """Sends the events and returns the last bytes."""
     try:
         async for events in batches:
             if events:
-                await answer.write(b"".join(map(frame, events)))
-    except EngineError as error:
-        return frame(errors.body(error))
-    except ConnectionResetError:
+                await outlet.write(answer, b"".join(map(frame, events)))
+    except (SlowReader, ConnectionResetError):
         raise
     except Exception as error:
-        return frame(errors.body(errors.internal(error)))
+        told = error if isinstance(error, EngineError) else errors.internal(error)
+        answer[errors.CAUSE] = told
+        return frame(errors.body(told))
     return _DONE

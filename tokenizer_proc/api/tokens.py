@@ -11,7 +11,7 @@ from tokenizer_proc.api import body as bodies
 from tokenizer_proc.api.messages import TemplateKwargs, Turn, chat_messages
 from tokenizer_proc.api.openai import LoraField
 from tokenizer_proc.api.service import Service, as_json
-from tokenizer_proc.text.chat import ChatTemplate
+from tokenizer_proc.text.chat import Chat
 from tokenizer_proc.text.tokenizer import Tokenizer
 
 _TAKEN = ("self", "messages", "add_generation_prompt", "continue_final_message")
@@ -44,7 +44,7 @@ async def tokenize(service: Service, request: web.Request) -> web.StreamResponse
     """{tokens, count, max_model_len}."""
     body = bodies.decode(await bodies.read(request), TokenizeBody)
     tokenizer, template = await _texts(service, request, body)
-    text = _text(body, template)
+    text = await _text(body, template)
     special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
     ids = await tokenizer.encode_text(text, special)
     return as_json({"tokens": ids, "count": len(ids), "max_model_len": service.frontend.max_length or None})
@@ -68,20 +68,18 @@ def _check(tokens: list[int], vocab_size: int) -> None:
     )
 
 
-async def _texts(
-    service: Service, request: web.Request, body: TokenizeBody | DetokenizeBody
-) -> tuple[Tokenizer, ChatTemplate]:
+async def _texts(service: Service, request: web.Request, body: TokenizeBody | DetokenizeBody) -> tuple[Tokenizer, Chat]:
     await access.fetch(service, request, body.model, body.lora_path)
     return service.frontend.texts_for(access.select(service, request, body.model or None, body.lora_path))
 
 
-def _text(body: TokenizeBody, template: ChatTemplate) -> str:
+async def _text(body: TokenizeBody, template: Chat) -> str:
     given = [name for name in ("prompt", "text", "messages") if getattr(body, name) is not None]
     if len(given) != 1:
         raise InvalidRequest("send exactly one of prompt, text and messages", param=given[1] if given else "prompt")
     if body.messages is None:
         return body.prompt if body.prompt is not None else body.text or ""
-    return template.render(
+    return await template.prompt(
         chat_messages(body.messages),
         add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
         continue_final_message=body.continue_final_message,

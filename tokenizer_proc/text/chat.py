@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +26,9 @@ import msgspec
 from engine.errors import ConfigError, InvalidRequest
 from engine.ipc import UNREADABLE
 from engine.messages import ChatMessage
+from tokenizer_proc.text import files
+
+Value = str | int | float | bool | None
 
 _MOST_CHARACTERS = 1 << 20
 _LARGEST_BASE, _LARGEST_EXPONENT = 1 << 32, 64
@@ -104,9 +108,12 @@ class _Holder(msgspec.Struct):
 
 
 def _from_json(path: Path) -> str | None:
+    raw = files.read(path, files.MAX_CONFIG)
+    if raw is None:
+        return None
     try:
-        template = msgspec.json.decode(path.read_bytes(), type=_Holder).chat_template
-    except (*UNREADABLE, OSError) as error:
+        template = msgspec.json.decode(raw, type=_Holder).chat_template
+    except UNREADABLE as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(template, list):
         return template
@@ -130,16 +137,49 @@ def _given(template: str) -> str:
     return template
 
 
-def _of_directory(directory: Path) -> str | None:
-    if (directory / "chat_template.jinja").is_file():
-        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+def template_of(directory: Path) -> str | None:
+    """The chat template that lies in `directory`, if any. Raises ConfigError for files that make no sense."""
+    path = directory / "chat_template.jinja"
+    raw = files.read(path, files.MAX_TEMPLATE)
+    if raw is not None:
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
     for name in ("chat_template.json", "tokenizer_config.json"):
-        if (directory / name).is_file() and (template := _from_json(directory / name)) is not None:
+        if (template := _from_json(directory / name)) is not None:
             return template
     return None
 
 
-class ChatTemplate:
+class Chat(ABC):
+    """What makes a prompt of messages, wherever it is computed."""
+
+    source: str | None
+
+    @abstractmethod
+    async def prompt(
+        self,
+        messages: Sequence[ChatMessage],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Value,
+    ) -> str:
+        """The prompt text. Raises InvalidRequest when there is none for these messages."""
+
+
+def check_messages(messages: Sequence[ChatMessage], add_generation_prompt: bool, continue_final_message: bool) -> None:
+    """Raises InvalidRequest for what no template could make sense of."""
+    if not messages:
+        raise InvalidRequest("`messages` is empty", param="messages")
+    if continue_final_message and add_generation_prompt:
+        raise InvalidRequest(
+            "`continue_final_message` and `add_generation_prompt` contradict each other: set one of them",
+            param="continue_final_message",
+        )
+
+
+class ChatTemplate(Chat):
     """Messages to prompt text. `source` None: the model has no template, and every chat is refused with a reason."""
 
     def __init__(self, source: str | None, special_tokens: Mapping[str, str] | None = None) -> None:
@@ -159,24 +199,28 @@ class ChatTemplate:
         cls, directory: str | Path, given: str | None = None, special_tokens: Mapping[str, str] | None = None
     ) -> ChatTemplate:
         """The template `given` (a file or literal), else the one of the tokenizer's directory."""
-        source = _given(given) if given is not None else _of_directory(Path(directory))
+        source = _given(given) if given is not None else template_of(Path(directory))
         return cls(source, special_tokens)
+
+    async def prompt(
+        self,
+        messages: Sequence[ChatMessage],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Value,
+    ) -> str:
+        """The same as `render`, which the model's own template is trusted to do at once."""
+        return self.render(messages, add_generation_prompt, continue_final_message, **kwargs)
 
     def render(
         self,
         messages: Sequence[ChatMessage],
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        **kwargs: str | int | float | bool | None,
+        **kwargs: Value,
     ) -> str:
         """The prompt text. Raises InvalidRequest with the template's own words when it refuses the messages."""
-        if not messages:
-            raise InvalidRequest("`messages` is empty", param="messages")
-        if continue_final_message and add_generation_prompt:
-            raise InvalidRequest(
-                "`continue_final_message` and `add_generation_prompt` contradict each other: set one of them",
-                param="continue_final_message",
-            )
+        check_messages(messages, add_generation_prompt, continue_final_message)
         turns: list[dict[str, str]] = [msgspec.to_builtins(message) for message in messages]
         if not continue_final_message:
             return self._render(turns, add_generation_prompt, kwargs)

@@ -52,7 +52,8 @@ class Pieces:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
-        parts = _flat(json.loads(backend.to_str())["decoder"])
+        decoder = backend.decoder
+        parts = _flat(None if decoder is None else json.loads(decoder.__getstate__()))
         kinds = [part["type"] for part in parts]
         self._byte_level = kinds == ["ByteLevel"]
         self._byte_fallback = "ByteFallback" in kinds

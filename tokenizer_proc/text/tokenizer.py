@@ -7,6 +7,7 @@ chat templates, requests or streams.
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import tokenizers
 
 from engine.errors import ConfigError, InvalidRequest
 from engine.ipc import UNREADABLE
+from tokenizer_proc.text import files
 from tokenizer_proc.text.pieces import Pieces
 
 THREAD_ABOVE_CHARACTERS = 8192  # about a millisecond of encoding; longer texts must not hold up the streams
@@ -37,15 +39,17 @@ class _TokenizerConfig(msgspec.Struct):
     mask_token: str | _Named | None = None
 
 
-def _special_tokens(directory: Path) -> dict[str, str]:
+def special_tokens(directory: Path) -> dict[str, str]:
+    """The special tokens that the files of `directory` name. Raises ConfigError for files that make no sense."""
     named: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the later one wins
         path = directory / name
-        if not path.is_file():
+        raw = files.read(path, files.MAX_CONFIG)
+        if raw is None:
             continue
         try:
-            config = msgspec.json.decode(path.read_bytes(), type=_TokenizerConfig)
-        except (*UNREADABLE, OSError) as error:
+            config = msgspec.json.decode(raw, type=_TokenizerConfig)
+        except UNREADABLE as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
         for field in _SPECIAL_NAMES:
             value: str | _Named | None = getattr(config, field)
@@ -54,8 +58,8 @@ def _special_tokens(directory: Path) -> dict[str, str]:
     return named
 
 
-def _is_from_library(error: BaseException) -> bool:
-    """The library raises plain Exception, and where it panics what is none; its class cannot be imported."""
+def is_from_library(error: BaseException) -> bool:
+    """Whether the library may have raised it: plain Exception, and where it panics what is none of these."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
@@ -67,36 +71,60 @@ class Tokenizer:
         backend.no_padding()
         self.backend = backend
         self.pieces = Pieces(backend)
-        self.special_tokens = special_tokens or {}
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self.longest_token = max(map(len, vocab), default=0)  # no token stands for more characters
-        self.bos_id = self._special_id("bos_token")
-        self.eos_id = self._special_id("eos_token")
+        self._origin: Tokenizer | None = None
+        self._name(special_tokens or {})
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
         """The tokenizer in `directory`. Raises ConfigError with what to do when it has none that we can read."""
         path = Path(directory) / "tokenizer.json"
-        if not path.is_file():
+        raw = files.read(path, files.MAX_TOKENIZER)
+        if raw is None:
             raise ConfigError(
                 f"{directory} has no tokenizer.json. Convert its tokenizer once with transformers "
                 "(AutoTokenizer.from_pretrained(directory).save_pretrained(directory)), "
                 "or name another directory with --tokenizer-path."
             )
+        return cls.parse(raw, path, special_tokens(Path(directory)))
+
+    @classmethod
+    def parse(cls, raw: bytes, path: Path, named: dict[str, str]) -> Tokenizer:
+        """The tokenizer of a tokenizer.json, which lay at `path`. Raises ConfigError when it cannot be used."""
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-            made = cls(backend, _special_tokens(Path(directory)))
+            made = cls(tokenizers.Tokenizer.from_str(raw.decode()), named)
             made.backend.decode(made.backend.encode("a").ids)  # parts that refer to nothing show only in use
         except ConfigError:
             raise
         except BaseException as error:
-            if not _is_from_library(error):
+            if not is_from_library(error):
                 raise
             raise ConfigError(f"{path} cannot be read: {error}") from error
         return made
+
+    def named(self, special_tokens: dict[str, str]) -> Tokenizer:
+        """The same tokens, where others of them are the special ones."""
+        if special_tokens == self.special_tokens:
+            return self
+        other = copy.copy(self)
+        other._origin = self.origin  # which is kept for as long as any of the two is
+        other._name(special_tokens)
+        return other
+
+    def unnamed(self) -> Tokenizer:
+        """This one, standing for itself, with no special token named."""
+        self._origin = None
+        self._name({})
+        return self
+
+    @property
+    def origin(self) -> Tokenizer:
+        """What stands for all that share these tokens."""
+        return self._origin or self
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`. Raises InvalidRequest when it is not valid Unicode (a lone surrogate)."""
@@ -106,7 +134,7 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidRequest("the text holds half of a surrogate pair, which is no character") from error
         except BaseException as error:  # a model without an unknown token meets a character that it does not know
-            if not _is_from_library(error):
+            if not is_from_library(error):
                 raise
             raise InvalidRequest(f"the model's tokenizer cannot read this text: {error}") from error
         ids: list[int] = encoding.ids
@@ -136,6 +164,11 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """One token as text; a part of a character shows as U+FFFD."""
         return self.pieces[token_id].decode("utf-8", "replace")
+
+    def _name(self, special_tokens: dict[str, str]) -> None:
+        self.special_tokens = special_tokens
+        self.bos_id = self._special_id("bos_token")
+        self.eos_id = self._special_id("eos_token")
 
     def _special_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)

@@ -18,6 +18,7 @@ from model_runner.lora.catalogue import Place
 from model_runner.lora.formats.dora import row_squares
 from model_runner.lora.formats.regular_file import open_regular
 from model_runner.lora.formats.tensor_file import FLOATS, TensorFile, open_tensors
+from model_runner.packed import dense
 
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 """The tensor that stands for another where a checkpoint has it once."""
@@ -36,7 +37,7 @@ class BaseWeights:
         """[O, I], for the embedding too. Raises AdapterError where it cannot be had."""
         site, piece = place.site, place.slice
         if site.weight.device.type != "meta":
-            return site.weight.t() if site.embeds else site.weight[piece.start : piece.stop]
+            return site.weight.t() if site.embeds else dense(site.weight)[piece.start : piece.stop]
         weight = self._read(f"{place.module}.weight", [place.out_features, place.in_features], turned=site.embeds)
         return weight.t() if site.embeds else weight
 

@@ -12,10 +12,12 @@ import torch
 
 from engine.errors import AdapterError
 from model_runner.lora.adapter import Delta, Deltas
+from model_runner.lora.catalogue import OUTSIDE
 from model_runner.lora.formats import dora
 from model_runner.lora.formats.base_weights import BaseWeights
 from model_runner.lora.formats.landing import BASE_WEIGHT, BIAS, LORA_BIAS, MAGNITUDE, WHOLE, Landing
-from model_runner.lora.formats.names import show
+from model_runner.lora.formats.matrices import merge, replace_tokens
+from model_runner.lora.formats.names import COPY, show
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +36,9 @@ def convert(landing: Landing, tensors: Mapping[str, torch.Tensor], into: Deltas,
 
     Raises AdapterError for values that are not finite, before or after the cast to the dtype of `into`.
     """
+    if landing.has_whole and landing.module.target.module in OUTSIDE:
+        _write_whole(landing, tensors, into, base)
+        return
     if BASE_WEIGHT in tensors:
         _check_untrained(landing, tensors[BASE_WEIGHT], base)
     wide = {part: tensor.float() for part, tensor in tensors.items() if part != BASE_WEIGHT}
@@ -45,6 +50,24 @@ def convert(landing: Landing, tensors: Mapping[str, torch.Tensor], into: Deltas,
         columns = slice(start, start + place.out_features)
         _store(landing, change, delta, columns, tensors)
         start = columns.stop
+
+
+def _write_whole(landing: Landing, tensors: Mapping[str, torch.Tensor], into: Deltas, base: BaseWeights) -> None:
+    """A matrix of the embedding or the head, which has neither rank nor gain nor bias beside it."""
+    place = landing.places[0]
+    delta = into[place.site.name][place.index]
+    assert delta is not None
+    assert delta.whole is not None
+    if COPY in tensors and not torch.equal(tensors[COPY], tensors[WHOLE]):
+        raise AdapterError(f"tensors {show(landing.parts[COPY])} and {show(landing.parts[WHOLE])} are not the same")
+    if landing.format is not None:
+        merge(landing, tensors, delta.whole)
+    elif landing.tokens:
+        replace_tokens(landing, tensors, delta.whole, base)
+    else:
+        delta.whole.copy_(tensors[WHOLE])
+    if not bool(torch.isfinite(delta.whole).all()):
+        raise _not_finite(landing, tensors, delta.whole.dtype)
 
 
 def _serving(landing: Landing, into: Deltas) -> torch.dtype:

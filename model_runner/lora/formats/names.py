@@ -44,9 +44,22 @@ WRAPPERS = frozenset({"base_layer", "modules_to_save", "original_module"})
 
 OWN = ("weight", "bias")
 
+ORIGINAL = "original_module.weight"
+"""What a module in modules_to_save was before training: PEFT saves it where the vocabulary was resized."""
+
+COPY = "modules_to_save.weight"
+"""The trained one once more, saved beside it then."""
+
+TOKENS = "token_adapter.trainable_tokens_delta"
+"""Rows that stand in for those of trained tokens."""
+
+TOKENS_BASE = "token_adapter.base_layer.weight"
+"""All rows, of which those are some: saved where the vocabulary was resized."""
+
+TOKEN_MARKER = "token_adapter"
+
 UNSUPPORTED = {
     "lora_diag": "KaSA",
-    "token_adapter": "trained tokens",
 }
 """Components that tell which unsupported option a tensor belongs to."""
 
@@ -71,8 +84,11 @@ def parse(tensor: str, catalogue: Catalogue) -> Name:
     for piece in pieces:
         if piece in UNSUPPORTED:
             raise AdapterError(f"tensor {show(tensor)} is not supported ({UNSUPPORTED[piece]})")
-    at = next((index for index, piece in enumerate(pieces) if piece in MARKERS or piece in WRAPPERS), None)
-    if at is None:
+    markers = MARKERS | WRAPPERS | {TOKEN_MARKER}
+    at = next((index for index, piece in enumerate(pieces) if piece in markers), None)
+    if at is not None and pieces[at] == TOKEN_MARKER:
+        part, names = _token_part(pieces[at:])
+    elif at is None:
         if pieces[-1] not in OWN:
             raise AdapterError(f"tensor {show(tensor)} belongs to no format; nothing would use it")
         at, part, names = len(pieces) - 1, pieces[-1], []
@@ -119,8 +135,17 @@ def show(name: str) -> str:
     return repr(name if len(name) <= 200 else name[:197] + "...")
 
 
+def _token_part(pieces: list[str]) -> tuple[str, list[str]]:
+    """Trained tokens' part, and an adapter's name behind it."""
+    for part in (TOKENS, TOKENS_BASE):
+        known = part.split(".")
+        if pieces[: len(known)] == known:
+            return part, pieces[len(known) :]
+    return "", []
+
+
 def _part(marker: str, own: str) -> str:
     """lora_A.weight, lora_E, bias; a magnitude is written with and without "weight"."""
     if marker in WRAPPERS:
-        return own and (f"base_layer.{own}" if marker == "base_layer" and own == "weight" else own)
+        return f"{marker}.{own}" if own == "weight" else own
     return f"{marker}.{own}" if own and marker != "lora_magnitude_vector" else marker

@@ -20,10 +20,11 @@ from engine.errors import AdapterError
 from engine.messages import Footprint
 from model_runner.lora.adapter import Deltas, pages_for
 from model_runner.lora.catalogue import Catalogue
+from model_runner.lora.formats.activated import check_activated
 from model_runner.lora.formats.base_weights import BaseWeights
 from model_runner.lora.formats.convert import convert
 from model_runner.lora.formats.landing import FORMATS, Landing, land
-from model_runner.lora.formats.names import adapted_modules, parse, show
+from model_runner.lora.formats.names import ORIGINAL, adapted_modules, parse, show
 from model_runner.lora.formats.peft_config import PeftConfig, read_config
 from model_runner.lora.formats.regular_file import read_bounded
 from model_runner.lora.formats.stacks import Unstacked, unstack
@@ -68,7 +69,13 @@ class Survey:
         if config.peft_type != "LORA":
             return f"PEFT {FORMATS[config.peft_type].name}"
         name = "DoRA" if config.use_dora else "LoRA"
-        return f"PEFT rank-stabilised {name}" if config.use_rslora else f"PEFT {name}"
+        kinds = ["activated"] * bool(self.invocation) + ["rank-stabilised"] * config.use_rslora
+        return " ".join(["PEFT", *kinds, name])
+
+    @property
+    def invocation(self) -> list[int]:
+        """The tokens from which on it acts; none: from the first token on."""
+        return self.config.alora_invocation_tokens or []
 
     @property
     def rank(self) -> int:
@@ -79,6 +86,16 @@ class Survey:
     def targets(self) -> list[str]:
         """Sorted names of the modules it touches ("q_proj")."""
         return sorted({place.slice.module for landing in self.landings for place in landing.places})
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of a vocabulary of its own, 0: the base's."""
+        return max(landing.rows for landing in self.landings)
+
+    @property
+    def added_tokens(self) -> int:
+        """How many tokens more than the base its vocabulary has; below 0: fewer."""
+        return next((landing.rows - landing.places[0].site.vocabulary for landing in self.landings if landing.rows), 0)
 
     @property
     def biased(self) -> str | None:
@@ -120,17 +137,20 @@ class Survey:
         A module is converted when all of its tensors were read: a file that holds them together, as PEFT's do, needs
         memory for one module. Raises AdapterError for values that are not finite in the dtype of `into`.
         """
-        owners = {tensor: (landing, part) for landing in self.landings for part, tensor in landing.parts.items()}
+        owners: dict[str, list[tuple[Landing, str]]] = {}
+        for landing in self.landings:
+            for part, tensor in landing.parts.items():
+                owners.setdefault(tensor, []).append((landing, part))
         waiting: dict[str, dict[str, torch.Tensor]] = {}
         digest = hashlib.sha256(self.config.scale_bytes())
         for file in self.files:
             for stored, whole in file.tensors(digest.update):
-                for name, tensor in self.unstacked.parts(stored, whole):
-                    landing, part = owners[name]
-                    held = waiting.setdefault(landing.name, {})
-                    held[part] = tensor.clone()
-                    if len(held) == len(landing.parts):
-                        convert(landing, waiting.pop(landing.name), into, base)
+                for name, values in self.unstacked.parts(stored, whole):
+                    for landing, part in owners[name]:
+                        held = waiting.setdefault(landing.name, {})
+                        held[part] = values[:0] if part == ORIGINAL else values.clone()  # nothing is made of it
+                        if len(held) == len(landing.parts):
+                            convert(landing, waiting.pop(landing.name), into, base)
         return digest.hexdigest()
 
 
@@ -148,6 +168,7 @@ def survey(root: Path, catalogue: Catalogue) -> Survey:
     if config.target_modules:
         targets = resolve_targets(config, catalogue, adapted_modules(entries, catalogue)) | targets
     landings = land(unstacked.entries, config, targets, catalogue)
+    check_activated(config, landings, catalogue)
     return Survey(config, files, landings, _dialect(unstacked.entries, catalogue), unstacked)
 
 

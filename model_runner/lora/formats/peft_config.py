@@ -20,9 +20,7 @@ CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 4 << 20
 
 REFUSED: dict[str, str] = {
-    "trainable_token_indices": "trained tokens",
-    "alora_invocation_tokens": "activated LoRA",
-    "alora_invocation_string": "activated LoRA",
+    "alora_invocation_string": "an invocation as text; its tokens are served",
     "megatron_config": "Megatron layers",
     "layer_replication": "replicated layers",
     "use_qalora": "QA-LoRA",
@@ -81,12 +79,12 @@ class Kind(msgspec.Struct, frozen=True):
 KINDS = {
     "LORA": Kind(
         frozenset({"r", "lora_alpha", "use_rslora", "use_dora", "bias", "lora_bias", "init_lora_weights"})
-        | {"ensure_weight_tying", "target_parameters"},
+        | {"ensure_weight_tying", "target_parameters", "trainable_token_indices", "alora_invocation_tokens"},
         LORA_TRAINING,
         alpha="lora_alpha",
     ),
     "ADALORA": Kind(
-        frozenset({"init_r", "lora_alpha", "bias", "init_lora_weights"}),
+        frozenset({"init_r", "lora_alpha", "bias", "init_lora_weights", "trainable_token_indices"}),
         LORA_TRAINING
         | {"r", "use_rslora", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}
         | {"total_step", "ensure_weight_tying"},
@@ -105,7 +103,12 @@ VARIANTS = {
     "DoRA": "`use_dora`: A, B and a gain for every output column",
     "biases": '`lora_bias`, `bias="all"`, `bias="lora_only"`: a bias for every output column',
     "embedding and head": "`embed_tokens` and `lm_head` among the targets, tied or not",
-    "whole embedding and head": "the same in `modules_to_save`: a matrix of its own, of the base's vocabulary",
+    "whole embedding and head": "the same in `modules_to_save`, or saved for another reason: a matrix of its own",
+    "norms": "`norm`, `input_layernorm` and the like in `modules_to_save`: weights of its own, of all norms or of some",
+    "added tokens": "a vocabulary larger or smaller than the base's, and `trainable_token_indices`: embedding and head"
+    " become whole matrices with everything in them",
+    "activated": "`alora_invocation_tokens`: it acts from the last invocation in the prompt on; what is before is the"
+    " base's, with its KV pages. For LoRA, rsLoRA and `lora_bias` on linears, and not in a mix",
 }
 """What the options of a format add to it, for people."""
 
@@ -137,6 +140,8 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    alora_invocation_tokens: list[int] | None = None
     init_lora_weights: bool | str = True
 
     def scaling(self, alpha: float, rank: int) -> float:
@@ -152,7 +157,9 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
         """The fields that change the delta and are not in the tensors, for the revision. Pattern order counts."""
         patterns = [list((pattern or {}).items()) for pattern in (self.rank_pattern, self.alpha_pattern)]
         kind = "-".join(["peft", self.peft_type.lower(), *["dora"] * self.use_dora])
-        return msgspec.json.encode([kind, self.r, self.alpha, self.use_rslora, *patterns])
+        tokens = [self.trainable_token_indices] if self.trainable_token_indices else []
+        invocation = [["alora", self.alora_invocation_tokens]] if self.alora_invocation_tokens else []
+        return msgspec.json.encode([kind, self.r, self.alpha, self.use_rslora, *patterns, *tokens, *invocation])
 
 
 def read_config(root: Path) -> PeftConfig:

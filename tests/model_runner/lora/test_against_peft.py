@@ -157,8 +157,6 @@ def test_names_with_the_adapters_name_in_them(tmp_path: Path) -> None:
 
 
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
-    "tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices=[1,2]"),
-    "alora": ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens=[3]"),
     "replication": ({"layer_replication": [(0, 2), (1, 3)]}, "layer_replication"),
     "pissa": ({"init_lora_weights": "pissa"}, 'init_lora_weights="pissa"'),
     "olora": ({"init_lora_weights": "olora"}, 'init_lora_weights="olora"'),

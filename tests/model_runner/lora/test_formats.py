@@ -20,6 +20,7 @@ from engine.errors import AdapterError
 from model_runner.arch import read_arch
 from model_runner.lora.formats.names import MARKERS, UNSUPPORTED, WRAPPERS
 from model_runner.lora.formats.peft_config import COMMON, KINDS, PROVENANCE, REFUSED
+from model_runner.lora.site import NORMS
 from model_runner.lora.store import AdapterStore
 from model_runner.models.decoder import Decoder
 from model_runner.models.load import load_model
@@ -79,6 +80,11 @@ def test_the_effective_weights_are_those_that_peft_merges(
         deltas = adapter.deltas.get(site.name, (None,) * len(site.slices))
         for piece, delta in zip(site.slices, deltas, strict=True):
             module = f"{site.path}.{piece.module}" if site.path else piece.module
+            if site.group == NORMS:
+                weight = site.weight if delta is None or delta.whole is None else delta.whole
+                changed += delta is not None
+                assert torch.equal(weight, expected[f"{module}.weight"])
+                continue
             weight = (site.weight.t() if site.embeds else site.weight)[piece.start : piece.stop].double()
             bias = None if site.bias is None else site.bias[piece.start : piece.stop].clone()
             if delta is not None:
@@ -149,7 +155,7 @@ def test_every_option_of_pefts_config_is_classified(kind: str) -> None:
     known = KINDS[kind].uses | KINDS[kind].harmless | COMMON | PROVENANCE | REFUSED.keys()
     strangers = {field.name for field in dataclasses.fields(CONFIGS[kind])} - known
     if kind == "ADALORA":  # LoRA's options that its layers do not look at are refused where they are set
-        strangers -= {"use_dora", "lora_bias", "target_parameters"}
+        strangers -= {"use_dora", "lora_bias", "target_parameters", "alora_invocation_tokens"}
     assert strangers == set()
     sorts = [KINDS[kind].uses, KINDS[kind].harmless, COMMON, PROVENANCE, frozenset(REFUSED)]
     assert sum(map(len, sorts)) == len(frozenset().union(*sorts)), "an option is of two sorts"
@@ -172,15 +178,26 @@ def test_an_option_that_is_not_served_is_refused_by_name(
 
 
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
+NORM = "base_model.model.model.layers.0.input_layernorm"
 STRAY = [f"{MODULE}.{marker}" for marker in sorted(MARKERS)] + [
     f"{MODULE}.{marker}.default.{own}" for marker in sorted(MARKERS | WRAPPERS) for own in ("weight", "bias")
 ]
 STRAY += [f"{MODULE}.{piece}.default" for piece in UNSUPPORTED]
 STRAY += [
     f"{MODULE}.weight",
+    f"{MODULE}.token_adapter.trainable_tokens_delta",
+    "base_model.model.lm_head.token_adapter.trainable_tokens_delta",
+    "base_model.model.lm_head.modules_to_save.weight",
+    "base_model.model.lm_head.original_module.weight",
     f"{MODULE}.bias",
     f"{MODULE}.lora_A.a.b.weight",
     f"{MODULE}.rotary",
+    f"{NORM}.weight",
+    f"{NORM}.bias",
+    f"{NORM}.modules_to_save.weight",
+    f"{NORM}.base_layer.weight",
+    f"{NORM}.lora_A.weight",
+    f"{NORM}.ia3_l",
     "base_model.model.model.norm.weight",
     "base_model.model.lm_head.weight",
     "base_model.model.model.embed_tokens.weight",
@@ -211,7 +228,7 @@ def test_a_tensor_that_is_missing_is_named(name: str, decoder: Decoder, copy: Ca
     root = copy(name)
     tensors = load_file(root / WEIGHTS)
     prefix = next(key for key in tensors if "base_layer" not in key)
-    module = next(key for key in prefix.split(".") if key.endswith(("_proj", "_tokens", "_head")))
+    module = next(key for key in prefix.split(".") if key.endswith(("_proj", "_tokens", "_head", "norm")))
     for missing in [key for key in tensors if f".{module}." in key and "base_layer" not in key][:4]:
         left = {key: value for key, value in tensors.items() if key != missing}
         save_file(left, root / WEIGHTS)
@@ -220,14 +237,56 @@ def test_a_tensor_that_is_missing_is_named(name: str, decoder: Decoder, copy: Ca
         assert " has no " in said, missing
 
 
-@pytest.mark.parametrize("name", ["dora", "adalora", "loha", "lokr", "lora_bias", "bias all"])
+STRAY_BESIDE_NORMS = {  # with "post_attention_layernorm" in modules_to_save
+    f"{NORM}.weight": "replaces a whole module",
+    "base_model.model.model.norm.weight": "replaces a whole module",
+    "base_model.model.model.layers.9.post_attention_layernorm.weight": "the model has no module",
+    "base_model.model.model.layers.0.post_attention_layernorm.bias": "of the model has no bias",
+    "base_model.model.model.layers.0.post_attention_layernorm.lokr_w1": "does not target",
+    "base_model.model.model.layers.0.post_attention_layernorm.modules_to_save.weight": "has no use beside",
+    "base_model.model.model.layers.0.post_attention_layernorm.scale": "belongs to no format",
+    "base_model.model.model.layers.0.self_attn.q_norm.weight": "the model has no module",
+}
+
+
+def test_a_stray_tensor_beside_norms_is_refused_by_name(decoder: Decoder, copy: Callable[[str], Path]) -> None:
+    root = copy("some norms")
+    tensors = load_file(root / WEIGHTS)
+    for stray, reason in STRAY_BESIDE_NORMS.items():
+        save_file(tensors | {stray: torch.ones(64)}, root / WEIGHTS)
+        said = refusal(decoder, root)
+        assert repr(stray) in said, stray
+        assert reason in said, stray
+    weight = "base_model.model.model.layers.2.post_attention_layernorm.weight"
+    for shape in ((63,), (64, 1), (1, 64), ()):
+        save_file(tensors | {weight: torch.ones(shape)}, root / WEIGHTS)
+        assert f"{weight!r} has shape {list(shape)}, expected [64]" in refusal(decoder, root)
+
+
+def test_norms_are_those_that_modules_to_save_means(decoder: Decoder, copy: Callable[[str], Path]) -> None:
+    root = copy("all norms")
+    assert sum("norm.weight" in name for name in load_file(root / WEIGHTS)) == 7  # PEFT takes whatever ends so
+    held = load(decoder, root)
+    assert held.footprint.pages == {"down": 1, "norms.full": 1}
+    assert set(held.targets) == {"down_proj", "input_layernorm", "norm", "post_attention_layernorm"}
+    store = AdapterStore(decoder.sites, torch.float32, max_rank=None, targets=["down_proj"])
+    with pytest.raises(AdapterError, match=r"targets input_layernorm, norm, .*--lora-target-modules down_proj"):
+        store.load(1, "fox", root)
+    config = json.loads((root / CONFIG).read_text())
+    (root / CONFIG).write_text(json.dumps(config | {"modules_to_save": ["norm", "rotary_emb"]}))
+    assert "modules_to_save names 'rotary_emb', which has no tensor" in refusal(decoder, root)
+    (root / CONFIG).write_text(json.dumps(config | {"target_modules": ["down_proj", "norm"]}))
+    assert "the model has no module 'norm'" in refusal(decoder, root)
+
+
+@pytest.mark.parametrize("name", ["dora", "adalora", "loha", "lokr", "lora_bias", "bias all", "all norms"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_value_that_is_not_finite_is_named(
     name: str, bad: float, decoder: Decoder, copy: Callable[[str], Path]
 ) -> None:
     root = copy(name)
     tensors = load_file(root / WEIGHTS)
-    spoiled = max(tensors, key=lambda key: (key.endswith(("vector", "lora_E", "bias", "w2_b")), key))
+    spoiled = max(tensors, key=lambda key: (key.endswith(("vector", "lora_E", "bias", "w2_b", "norm.weight")), key))
     tensors[spoiled].view(-1)[-1] = bad
     save_file(tensors, root / WEIGHTS)
     assert f"tensor {spoiled!r} holds NaN or infinity" in refusal(decoder, root)

@@ -14,7 +14,7 @@ from model_runner.kernels.gated import gated_kernel
 from model_runner.kernels.norm import KINDS, norm_kernel
 from model_runner.kernels.rope import rope_kernel
 from model_runner.kernels.store_kv import store_kv_kernel
-from model_runner.ops.base import HeadNorms, NormKind, create
+from model_runner.ops.base import HeadNorms, NormKind, Ops, create
 from model_runner.ops.torch_ops import TorchOps
 from model_runner.ops.triton_ops import TritonOps
 
@@ -93,6 +93,42 @@ def test_norms(size: int, kind: NormKind, dtype: torch.dtype) -> None:
     assert torch.equal(ours[1], theirs[1])
 
 
+@pytest.mark.parametrize("kind", KIND_NAMES)
+def test_each_row_has_the_norm_of_its_lane(kind: NormKind) -> None:
+    x, residual, heads = draw(7, 80), draw(7, 80, seed=1), draw(7, 9, 24, seed=2)[:, 2:7]
+    tables, lanes = draw(4, 200, seed=3), torch.tensor([0, 3, 1, 3, 2, 0, 1], device=KERNELS)
+    table, narrow = tables[:, 96:176], tables[:, 8:32]
+    for ops in (TRITON, TORCH):
+        ours, total = ops.add_norm(x, residual, table, EPS, kind, lanes)
+        for row, lane in enumerate(lanes.tolist()):
+            here = slice(row, row + 1)
+            near(ops.norm(x, table, EPS, kind, lanes)[here], TORCH.norm(x[here], table[lane], EPS, kind))
+            near(ours[here], TORCH.norm(x[here] + residual[here], table[lane], EPS, kind))
+            near(ops.norm(heads, narrow, EPS, kind, lanes)[here], TORCH.norm(heads[here], narrow[lane], EPS, kind))
+        assert torch.equal(total, x + residual)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "half"), [(4, 2, 16, 8), (6, 1, 24, 6)])
+def test_each_tokens_heads_have_the_norms_of_its_lane(heads: int, kv_heads: int, size: int, half: int) -> None:
+    qkv, (cos, sin) = draw(5, heads + 2 * kv_heads, size), angles(5, half, torch.float32)
+    tables, lanes = draw(3, 100, seed=3), torch.tensor([2, 0, 1, 2, 0], device=KERNELS)
+    q_table, k_table = tables[:, 8 : 8 + size], tables[:, 40 : 40 + size]
+    slots = torch.tensor([9, 3, 0, 23, 8], dtype=torch.int32, device=KERNELS)
+
+    def answers(ops: Ops, picked: slice, norms: HeadNorms) -> tuple[torch.Tensor, torch.Tensor]:
+        caches = torch.zeros(2, 6, 4, kv_heads, size, device=KERNELS)
+        here = qkv[picked], cos[picked], sin[picked], caches[0], caches[1], slots[picked]
+        return ops.rope_and_store(*here, norms), caches
+
+    for ops in (TRITON, TORCH):
+        q, caches = answers(ops, slice(None), HeadNorms(q_table, k_table, EPS, "plain", lanes))
+        for row, lane in enumerate(lanes.tolist()):
+            alone, cache = answers(TORCH, slice(row, row + 1), HeadNorms(q_table[lane], k_table[lane], EPS))
+            near(q[row], alone[0])
+            slot = int(slots[row])
+            near(caches.flatten(1, 2)[:, slot].contiguous(), cache.flatten(1, 2)[:, slot].contiguous())
+
+
 def test_norms_of_heads_inside_a_wider_tensor() -> None:
     qkv, weight = draw(6, 9, 24), draw(24, seed=1)
     for heads in (qkv[:, :5], qkv[:, 5:7]):
@@ -166,22 +202,26 @@ def test_kernels_compile_without_spills(capability: int) -> None:
     pages = {"page_stride": "i32", "slot_stride": "i32"}
     caches = dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), "*bf16")
     names = ("x_ptr", "residual_ptr", "weight_ptr", "out_ptr", "total_ptr")
-    norms = {**dict.fromkeys(names, "*bf16"), "rows": "i32", "eps": "fp32", "token_stride": "i32", "row_stride": "i32"}
+    norms = {**dict.fromkeys(names, "*bf16"), "rows": "i32", "eps": "fp32"}
+    norms |= {"lanes_ptr": "*i64", **dict.fromkeys(("token_stride", "row_stride", "weight_stride"), "i32")}
     sizes = {"N": 1, "H": 4096, "BLOCK_R": 1, "BLOCK_H": 4096, "ADD": True, "KIND": KINDS["plain"]}
     gates = {"gate_up_ptr": "*bf16", "out_ptr": "*bf16", "tokens": "i32", "token_stride": "i32"}
     names = ("x_ptr", "cos_ptr", "sin_ptr", "q_weight_ptr", "k_weight_ptr", "out_ptr")
     ropes = {**dict.fromkeys(names, "*bf16"), **caches, "slots_ptr": "*i32", **pages}
-    ropes |= {"tokens": "i32", "token_stride": "i32", "eps": "fp32"}
+    ropes |= {"tokens": "i32", "token_stride": "i32", "eps": "fp32", "weight_stride": "i32", "lanes_ptr": "*i64"}
     heads = {"N": 32, "K": 8, "D": 128, "HALF": 64, "PAGE": 16, "ROWS": 16, "BLOCK_E": 64, "BLOCK_S": 1}
     stores = {**dict.fromkeys(("k_ptr", "v_ptr"), "*bf16"), **caches, "slots_ptr": "*i32", **pages}
     stores |= dict.fromkeys(("tokens", "k_stride", "v_stride"), "i32")
-    strides = ("token_stride", "page_stride", "slot_stride")
+    strides = ("token_stride", "page_stride", "slot_stride", "weight_stride")
     compiled = [
-        compile_for(norm_kernel, norms, sizes, capability, aligned=strides),
+        *(
+            compile_for(norm_kernel, norms, {**sizes, "LANES": own}, capability, aligned=strides)
+            for own in (False, True)
+        ),
         compile_for(gated_kernel, gates, {"I": 14336, "BLOCK_T": 1, "BLOCK_I": 1024, "GELU": False}, capability),
         compile_for(store_kv_kernel, stores, {"E": 1024, "BLOCK_E": 1024, "PAGE": 16, "BLOCK_T": 1}, capability),
     ]
-    for normed in (False, True):
-        variant = {**heads, "NORM": normed, "KIND": 0, "STORE": True}
+    for normed, own in ((False, False), (True, False), (True, True)):
+        variant = {**heads, "NORM": normed, "KIND": 0, "STORE": True, "LANES": own}
         compiled.append(compile_for(rope_kernel, ropes, variant, capability, aligned=strides))
-    assert [one.spills for one in compiled] == [0] * 5
+    assert [one.spills for one in compiled] == [0] * 7

@@ -92,6 +92,52 @@ def test_dropping_a_revision_takes_its_mixes_too_and_waits_for_holders() -> None
     assert sorted(tree.pages()) == [5, 6]
 
 
+def _branch(tree: PrefixTree, parent: Node, page: int, owner: Owner = ONE) -> Node:
+    """A page of an activated adapter below one of the base's, with its first holder; the stem has one too."""
+    stem = tree.join(owner, parent.stem.salt)
+    tree.hold(parent)
+    return tree.grow(parent, stem.key(b"a", 1), page, branch=stem)
+
+
+def test_a_branch_leaves_the_bases_pages_and_is_known_by_where_it_begins_too() -> None:
+    tree = PrefixTree()
+    base = _grow(tree, (), b"ab", 1, "t")
+    first = _branch(tree, base, 3)
+    stem = first.stem
+    assert [node.page for node in first.path()] == [1, 2, 3]
+    assert (stem.owner, stem.salt, tree.branching(ONE, "t")) == (ONE, "t", stem)
+    assert tree.branching(MIX, "t") is tree.branching(ONE, "") is tree.find(ONE, "t") is None
+    assert len({stem.key(b"a", 1), stem.key(b"a", 2), stem.key(b"b", 1), tree.join(MIX, "t").key(b"a", 1), b"a"}) == 5
+    second = tree.grow(first, b"c", 4)
+    assert second.stem is stem
+    tree.leave(stem)
+    tree.audit({base: 1, second: 1}, branching={stem: 0, **{s: 1 for s in [tree.branching(MIX, "t")] if s}})
+    assert tree.release(second) == []
+    assert [tree.evict(), tree.evict()] == [4, 3]
+    assert tree.branching(ONE, "t") is None, "no page and no holder"
+    assert base.alive
+
+
+def test_dropping_a_revision_takes_its_branches_and_leaves_the_base() -> None:
+    tree = PrefixTree()
+    base = _grow(tree, (), b"ab", 1)
+    idle, held = _branch(tree, base, 3), _branch(tree, base.path()[0], 4)
+    stem = held.stem
+    assert idle.stem is stem
+    tree.release(idle)
+    tree.release(base)
+    assert tree.drop("r1") == [3]
+    assert (stem.dropped, tree.branching(ONE, ""), held.alive) == (True, None, True)
+    tree.audit({held: 1}, branching={stem: 2})
+    again = _branch(tree, base.path()[0], 5)
+    assert again.key != held.key, "who comes later finds nothing of it"
+    assert tree.release(held) == [4]
+    tree.leave(stem)
+    tree.leave(stem)
+    tree.audit({again: 1}, branching={again.stem: 1})
+    assert sorted(tree.pages()) == [1, 2, 5]
+
+
 def test_misuse_is_seen() -> None:
     tree = PrefixTree()
     end = _grow(tree, (), b"ab", 1)

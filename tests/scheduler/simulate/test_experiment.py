@@ -66,11 +66,12 @@ def test_routers(router: str) -> None:
 
 
 def test_more_machines_do_more() -> None:
+    """More than four times as much, since each serves fewer adapters."""
     asks = SMALL.asks()
     one, four = (
         Experiment(Setup(max_loras=4, pool=8, replicas=count, router="two"), TIGHT).capacity(asks) for count in (1, 4)
     )
-    assert 2.0 < four / one < 4.5
+    assert 2.0 < four / one < 5.0
 
 
 def test_capacity_is_what_a_queue_can_bear() -> None:
@@ -102,17 +103,17 @@ def starving() -> list[Ask]:
     return sorted(hot + [with_fields(one, adapter=f"c{one.adapter}") for one in cold], key=lambda one: one.at)
 
 
-@pytest.mark.parametrize("bound", [2.0, 4.0])
+@pytest.mark.parametrize("bound", [1.0, 2.0, 4.0])
 def test_nobody_starves(bound: float) -> None:
     """Under skip-ahead the others wait for the end of the trace, 18 seconds; under ours for the bound.
 
-    Whose lane was taken for them wait for another, and their turn comes before who came later.
+    Nor does anyone whose lane was taken for them: its stream pauses for the bound, and what it takes to bring it back.
     """
     costs = profile_with(rows=128, kv_tokens=65536, step=QUICK.step)
     setup = Setup(max_loras=8, pool=32, max_wait=bound)
     summary, _ = Experiment(setup, costs).run(starving(), hot=8)
-    assert summary["passed"]["cold"]["max"] <= bound + 0.1
-    assert summary["passed"]["hot"]["max"] <= 2 * bound
+    assert summary["passed"]["all"]["max"] <= bound + 0.05
+    assert summary["itl"]["max"] <= bound + 0.2
     skip, _ = Experiment(replace(setup, rule="skip"), costs).run(starving(), hot=8)
     drain, _ = Experiment(replace(setup, rule="drain"), costs).run(starving(), hot=8)
     assert skip["passed"]["cold"]["max"] > 15
@@ -125,6 +126,6 @@ def test_nobody_is_passed_for_longer_than_the_bound() -> None:
     summary, _ = Experiment(Setup(max_loras=16, pool=48, max_wait=2.0), QUICK).run(asks, load=0.9)
     hot, cold = summary["ttft"]["hot"]["p99"], summary["ttft"]["cold"]["p99"]
     load = QUICK.load.of(8_000_000) + QUICK.fill.of(8_000_000)
-    assert summary["passed"]["all"]["max"] <= 2.0 + 0.1
+    assert summary["passed"]["all"]["max"] <= 2.0 + 0.05
     assert cold <= 2 * hot + load
     assert summary["adapter_evictions"] > 100

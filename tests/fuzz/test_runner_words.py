@@ -1,0 +1,152 @@
+"""Well-typed nonsense from the runner: the scheduler ends at once, or its books balance and each gets but his own."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import msgspec
+import pytest
+from mutations import Mutator
+
+from engine.errors import EngineError
+from engine.messages import (
+    Abort,
+    AdapterState,
+    Capacity,
+    EvictAdapter,
+    Footprint,
+    Generate,
+    Hello,
+    LoadAdapter,
+    LogprobIds,
+    Ping,
+    Progress,
+    RunnerReady,
+    Sampling,
+    Step,
+    StepDone,
+    Stopping,
+    ToScheduler,
+    UnloadAdapter,
+)
+from scheduler.books import Bounds
+from scheduler.core import Scheduler
+
+CASES = 5_000
+VOCAB, ADAPTERS = 97, 5
+CAPACITY = Capacity(
+    kv_pages=24, page_size=4, rows=6, max_length=40, max_batched_tokens=10, vocab_size=VOCAB, max_loras=2,
+    rank_pages={"qkv": 4, "down": 3}, max_lora_rank=32, max_lane_pages=4,
+)  # fmt: skip
+
+
+class Wrong(Exception):
+    """News of somebody who did not ask, or of a token that there is not."""
+
+
+class World:
+    """One scheduler until it ends, and a runner that answers soundly unless a word of his is spoilt."""
+
+    def __init__(self, draw: random.Random, window: int) -> None:
+        self.draw = draw
+        self.core = Scheduler(CAPACITY, Bounds(2, 4, None, "lru"), window)
+        self.words: list[ToScheduler] = []
+        self.open: set[int] = set()
+        self.ended: set[int] = set()
+        self.count = 0
+        self.now = 0.0
+        self._take(self.core.take())
+        for number in range(1, ADAPTERS + 1):
+            self.say(LoadAdapter(adapter_id=number, path=f"adapters/{number}"))
+
+    def ask(self) -> None:
+        """A sound request, or the end of one."""
+        if self.open and self.draw.random() < 0.1:
+            self.say(Abort(0, self.draw.choice(sorted(self.open))))
+            return
+        self.count += 1
+        self.open.add(self.count)
+        prompt = [self.draw.randrange(VOCAB) for _ in range(self.draw.randrange(1, 25))]
+        self.say(Generate(
+            epoch=0, request_id=self.count, prompt=prompt,
+            lora=[(self.draw.randrange(1, ADAPTERS + 1), 1.0)] if self.draw.random() < 0.6 else [],
+            sampling=Sampling(temperature=0.0, logprobs=self.draw.choice([-1, 1])),
+            stopping=Stopping(self.draw.randrange(1, 9), 0, [1]),
+        ))  # fmt: skip
+
+    def say(self, message: ToScheduler) -> None:
+        """One message, then what can be planned; the books are proved after it."""
+        self.now += 1.0
+        self._take(self.core.handle(message, self.now))
+        while (step := self.core.plan(self.now)) is not None:
+            self._take(self.core.take())
+            self._answer(step)
+        self._take(self.core.take())
+        self.core.check()
+
+    def _take(self, messages: list[Any]) -> None:
+        for message in messages:
+            match message:
+                case Progress():
+                    for update in message.updates:
+                        if update.request_id not in self.open or not all(0 <= t < 1 << 31 for t in update.tokens):
+                            raise Wrong(update)
+                        if update.finish is not None or update.error is not None:
+                            self.open.discard(update.request_id)
+                case LoadAdapter():
+                    footprint = Footprint({"qkv": 1, "down": message.adapter_id % 3})
+                    self._hear(message.adapter_id, "host", footprint=footprint, revision="r", bytes=100)
+                case EvictAdapter():
+                    self._hear(message.adapter_id, "disk")
+                case UnloadAdapter():
+                    self._hear(message.adapter_id, "gone")
+
+    def _answer(self, step: Step) -> None:
+        for fill in step.fills:
+            footprint = Footprint({group: len(pages) for group, pages in fill.pages.items()})
+            self._hear(fill.adapter_id, "resident", footprint=footprint, revision="r", bytes=100)
+        tokens = [self.draw.randrange(VOCAB) for chunk in step.chunks if chunk.samples]
+        scored = {at: LogprobIds(5, -1.0, [(6, -2.0)]) for at, chunk in enumerate(step.chunks) if chunk.samples}
+        self.words.append(StepDone(epoch=step.epoch, id=step.id, tokens=tokens, logprobs=scored, seconds=0.01))
+
+    def _hear(self, adapter_id: int, state: Any, **fields: Any) -> None:
+        self.words.append(AdapterState(adapter_id=adapter_id, state=state, **fields))
+
+    def word(self) -> ToScheduler:
+        """What the runner says next; something at least."""
+        if self.words:
+            return self.words.pop(0)
+        return self.draw.choice([
+            RunnerReady(epoch=0, capacity=CAPACITY), Hello("runner", 0, "ipc://x"), Ping(0),
+            StepDone(epoch=0, id=1, tokens=[5]), AdapterState(adapter_id=1, state="host"),
+        ])  # fmt: skip
+
+
+def spoilt(mutator: Mutator, word: ToScheduler) -> ToScheduler:
+    """One to three places of it changed, and still of its type."""
+    plain = msgspec.msgpack.decode(msgspec.msgpack.encode(word))
+    while True:
+        try:
+            return msgspec.msgpack.decode(msgspec.msgpack.encode(mutator.tree(plain)), type=type(word))
+        except (msgspec.MsgspecError, OverflowError, UnicodeDecodeError):
+            continue
+
+
+@pytest.mark.parametrize(("seed", "window"), [(41, 1), (42, 2)])
+def test_the_books_balance_or_the_scheduler_ends(seed: int, window: int) -> None:
+    mutator = Mutator(seed)
+    draw, lives, cases = mutator.draw, 0, 0
+    world = World(draw, window)
+    while cases < CASES:
+        is_spoilt = draw.random() < 0.5
+        cases += is_spoilt
+        try:
+            if draw.random() < 0.3:
+                world.ask()
+            word = world.word()
+            world.say(spoilt(mutator, word) if is_spoilt else word)
+        except (AssertionError, LookupError, ArithmeticError, EngineError):  # its process ends
+            lives += 1
+            world = World(draw, window)
+    assert CASES * 0.01 < lives < CASES * 0.9, f"{lives} ends"

@@ -1,0 +1,148 @@
+"""Well-typed nonsense from the scheduler: the tokenizer process lives on, and no client is told what is another's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import msgspec
+from mutations import Mutator
+from scripted_scheduler import ScriptedScheduler
+
+from engine.errors import EngineError
+from engine.messages import (
+    Abort,
+    AdapterState,
+    Capacity,
+    Footprint,
+    Generate,
+    Hello,
+    LogprobIds,
+    Ping,
+    Progress,
+    SamplingParams,
+    Stats,
+    Submit,
+    ToTokenizer,
+    Update,
+)
+
+CASES, AT_ONCE = 10_000, 12
+CAPACITY = Capacity(
+    kv_pages=64, page_size=16, rows=8, max_length=512, max_batched_tokens=64, vocab_size=258, max_loras=4,
+    max_lane_pages=8,
+)  # fmt: skip
+
+
+class Silent(ScriptedScheduler):
+    """Hears everything, and says only what the test makes it say. Request n has but one word: token n % 200."""
+
+    def __init__(self, *adapters: str) -> None:
+        super().__init__("", *adapters)
+        self.open: dict[int, int] = {}
+        self.said: dict[int, set[int]] = {}
+
+    def send(self, message: msgspec.Struct) -> None:
+        match message:
+            case Generate():
+                self.open[message.request_id] = 0
+                self.said[message.request_id] = set()
+            case Abort():
+                self.open.pop(message.request_id, None)
+            case _:
+                super().send(message)
+
+    def word(self, mutator: Mutator) -> ToTokenizer:
+        """A sound word for now."""
+        draw = mutator.draw
+        waiting = sorted(self.open.keys() & self._frontend.router._requests.keys())
+        if waiting and draw.random() < 0.75:
+            asked = draw.sample(waiting, min(len(waiting), draw.choice([1, 1, 3])))
+            return Progress(0, [self._update(mutator, request_id) for request_id in asked])
+        return draw.choice([
+            Stats(resident=[1], running_adapters={1: 2}, waiting_adapters={2: 1}, step_seconds=[0.5], running=3),
+            AdapterState(adapter_id=1, state="resident", revision="r", footprint=Footprint({"qkv": 1})),
+            AdapterState(adapter_id=draw.choice([1, 2]), state="disk", error="no"),
+            CAPACITY, Hello("scheduler", 0, "ipc://x"), Ping(0),
+        ])  # fmt: skip
+
+    def _update(self, mutator: Mutator, request_id: int) -> Update:
+        index, count = self.open[request_id], mutator.draw.choice([1, 1, 2])
+        self.open[request_id] = index + count
+        ends = index + count > 6
+        token, finish = request_id % 200, "length" if ends else None
+        return Update(
+            request_id=request_id, index=index, tokens=[token] * count, cached_tokens=1, finish=finish,  # type: ignore[arg-type]
+            logprobs=[LogprobIds(token, -1.0, [(token, -1.0)])] * count if mutator.draw.random() < 0.5 else None,
+            prompt_logprobs=[LogprobIds(3, -1.0, [])] if mutator.draw.random() < 0.2 else None,
+        )  # fmt: skip
+
+    def note(self, word: ToTokenizer) -> None:
+        """What is said of whom: a client may be told it."""
+        for update in word.updates if isinstance(word, Progress) else ():
+            self.said.setdefault(update.request_id, set()).update(update.tokens)
+
+
+def spoilt(mutator: Mutator, word: ToTokenizer) -> ToTokenizer:
+    """One to three places of it changed, and still of its type."""
+    plain = msgspec.msgpack.decode(msgspec.msgpack.encode(word))
+    while True:
+        try:
+            return msgspec.msgpack.decode(msgspec.msgpack.encode(mutator.tree(plain)), type=type(word))
+        except (msgspec.MsgspecError, OverflowError, UnicodeDecodeError):
+            continue
+
+
+def test_words() -> None:
+    scheduler = Silent("sql", "poet")
+    frontend = scheduler.frontend(enable_lora=True, max_loras=4)
+    mutator = Mutator(51)
+    ends: Counter[str] = Counter()
+
+    async def client(number: int) -> None:
+        params = SamplingParams(max_tokens=50, logprobs=1 if number % 2 else None, ignore_eos=True)
+        submit = Submit(id=number, prompt=[1, 2, 3], params=params, lora=[None, "sql", "poet"][number % 3])
+        got: list[int] = []
+        stream: Any = frontend.open(submit)
+        try:
+            async with stream:
+                own = stream._running[0].request_id
+                async for delta in stream:
+                    got += delta.token_ids
+                    assert set(got) <= scheduler.said[own], f"{own} was told {got}"
+                    if delta.finish_reason is None and mutator.draw.random() < 0.02:
+                        break
+            ends["told"] += 1
+        except EngineError:
+            ends["failed"] += 1
+
+    async def main() -> None:
+        clients: set[asyncio.Task[None]] = set()
+        number = 0
+        for case in range(CASES):
+            while len(clients) < AT_ONCE:
+                number += 1
+                clients.add(asyncio.ensure_future(client(number)))
+                await asyncio.sleep(0)
+            word = scheduler.word(mutator)
+            if mutator.draw.random() < 0.5:
+                word = spoilt(mutator, word)
+            scheduler.note(word)
+            frontend.handle(word)
+            await asyncio.sleep(0)
+            if case % 100 == 0:
+                frontend.handle(CAPACITY)
+                frontend.metrics.render()
+                msgspec.json.encode(frontend.info())
+                frontend.adapters.cards()
+            for done in [each for each in clients if each.done()]:
+                clients.discard(done)
+                done.result()
+        frontend.router.fail(EngineError("the end"))
+        async with asyncio.timeout(10):
+            await asyncio.gather(*clients)
+        assert frontend.router.open == 0
+
+    asyncio.run(main())
+    assert min(ends.values()) > 100, ends

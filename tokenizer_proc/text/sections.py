@@ -1,0 +1,86 @@
+"""A tokenizer.json in its parts, and a tokenizer that shares the largest of them with another one.
+
+    {"added_tokens": [...], "normalizer", "pre_tokenizer", "post_processor", "decoder": small | "model": nearly all}
+
+Adapters that add tokens have the base's model, byte for byte, and other small parts: to parse all of it again would
+take a second of the interpreter's lock and a hundred megabytes. Knows nothing of adapters.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import msgspec
+import tokenizers
+
+from tokenizer_proc.text.pieces import Pieces
+from tokenizer_proc.text.tokenizer import Tokenizer
+
+ANY_MODEL = {"type": "BPE", "vocab": {}, "merges": []}
+PIPELINE = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+
+
+class Sections(msgspec.Struct):
+    """What a tokenizer.json says; truncation and padding are no business of ours."""
+
+    model: msgspec.Raw = msgspec.Raw()
+    added_tokens: list[dict[str, Any]] = []
+    normalizer: Any = None
+    pre_tokenizer: Any = None
+    post_processor: Any = None
+    decoder: Any = None
+
+    @classmethod
+    def read(cls, raw: bytes) -> Sections:
+        """Raises one of engine.ipc.UNREADABLE for what is no tokenizer.json."""
+        return msgspec.json.decode(raw, type=cls)
+
+    @property
+    def small(self) -> list[Any]:
+        """All but the model."""
+        return [self.added_tokens, *(getattr(self, name) for name in PIPELINE)]
+
+    @property
+    def patterns(self) -> frozenset[str]:
+        """All regular expressions."""
+        found: set[str] = set()
+        waiting: list[Any] = [self.small]
+        while waiting:
+            one = waiting.pop()
+            if isinstance(one, dict):
+                found |= {value for name, value in one.items() if name == "Regex" and isinstance(value, str)}
+                waiting += one.values()
+            elif isinstance(one, list):
+                waiting += one
+        return frozenset(found)
+
+    def over(self, base: Tokenizer) -> Tokenizer | None:
+        """A tokenizer of these small parts and the model of `base`, which must be the same as this one's.
+
+        None where it cannot be made so: an added token would get another id. Raises what the library does.
+        """
+        parts = {name: getattr(self, name) for name in PIPELINE}
+        skeleton = tokenizers.Tokenizer.from_str(msgspec.json.encode({"model": ANY_MODEL, **parts}).decode())
+        backend = tokenizers.Tokenizer(base.backend.model)
+        for name in PIPELINE:
+            if getattr(skeleton, name) is not None:
+                setattr(backend, name, getattr(skeleton, name))
+        wanted = sorted(self.added_tokens, key=lambda token: int(token["id"]))
+        options = [{name: value for name, value in token.items() if name != "id"} for token in wanted]
+        backend.add_tokens([tokenizers.AddedToken(**each) for each in options])
+        found = {number: token.content for number, token in backend.get_added_tokens_decoder().items()}
+        if found != {token["id"]: token["content"] for token in wanted}:
+            return None
+        backend.decode(backend.encode("a").ids)  # parts that refer to nothing show only in use
+        return _like(base, backend)
+
+
+def _like(base: Tokenizer, backend: tokenizers.Tokenizer) -> Tokenizer:
+    """What `Tokenizer(backend)` is, without a look at every token of the model."""
+    made, added = copy.copy(base), backend.get_added_tokens_decoder()
+    made.backend, made.pieces = backend, Pieces(backend)
+    made.special_ids = frozenset(number for number, token in added.items() if token.special)
+    made.vocab_size = max([base.vocab_size, *(number + 1 for number in added)])
+    made.longest_token = max([base.longest_token, *(len(token.content) for token in added.values())])
+    return made.unnamed()
