@@ -2,9 +2,10 @@
 
 torch's linear hands oneDNN a plain weight, which is rearranged again at every call. A packed weight is the only copy:
 its shape is the plain one's, `dense` gives the plain values back, and nothing but `linear` multiplies by it. Knows
-nothing of models. Measured on a Zen 5 with AVX512_BF16, 24 layers of hidden 896 and intermediate 4864, bfloat16: packed
-takes 0.96 / 0.62 / 0.55 / 0.79 / 0.86 of the time at 1 / 8 / 32 / 128 / 512 rows. In float32 it depends on the number
-of rows that the weight was packed for (5 times slower at one row to 2 times faster), so float32 stays plain.
+nothing of models.
+Measured once on a Zen 5 with AVX512_BF16, 24 layers of hidden 896 and intermediate 4864, bfloat16: packed took 0.96 /
+0.62 / 0.55 / 0.79 / 0.86 of the time at 1 / 8 / 32 / 128 / 512 rows. In float32, packed alike for 32 rows, it took 5.2
+of the time at one row and 0.23 to 0.50 at the others, so float32, whose decodes are often alone, stays plain.
 
 Legend: T tokens, I in features, O out features.
 """

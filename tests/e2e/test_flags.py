@@ -40,8 +40,8 @@ def test_a_launch_with_every_flag(tiny_model: Callable[[str], Path], adapter: Pa
         assert capacity["device"] == "cpu"
         assert capacity["max_loras"] == 3
         assert capacity["max_lora_rank"] == 20
-        pages = {"qkv": 6, "o": 6}  # three adapters of rank 20, in pages of 16; gains and biases have slots
-        assert capacity["rank_pages"] == {**pages, "qkv.vectors": 3, "o.vectors": 3}
+        pages = {"qkv": 6, "o": 6}  # three adapters of rank 20, in pages of 16; gains, biases and norms have slots
+        assert capacity["rank_pages"] == {**pages, "qkv.vectors": 3, "o.vectors": 3, "norms.full": 3}
         assert set(capacity["lora_targets"]) == {"q_proj", "v_proj", "o_proj"}
         assert capacity["max_batched_tokens"] == 40
         assert capacity["rows"] == 5
@@ -103,6 +103,6 @@ def test_lora_without_adapters_makes_room_for_rank_64_everywhere(tiny_model: Cal
     with RunningServer("--model-path", tiny_model("llama3"), "--enable-lora", "--max-loras", 2) as server:
         capacity = server.get("/server_info")["capacity"]
         assert capacity["max_lora_rank"] == 64
-        pages, slots = dict.fromkeys(GROUPS, 8), {f"{group}.vectors": 2 for group in GROUPS}
+        pages, slots = dict.fromkeys(GROUPS, 8), {f"{group}.vectors": 2 for group in GROUPS} | {"norms.full": 2}
         assert capacity["rank_pages"] == {**pages, **slots}
         assert "rank up to 64" in server.announcement
