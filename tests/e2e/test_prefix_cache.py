@@ -160,7 +160,8 @@ def test_usage_tells_cached_tokens_and_a_re_pointed_name_never_reads_old_pages(w
         status, answer = server.post("/v1/completions", body)
         assert (status, answer["usage"]["prompt_tokens_details"]) == (200, {"cached_tokens": PREFIX})
         assert asyncio.run(point("two")) == (world.expected(first, "two"), PREFIX), "the bytes of `other`: its pages"
+        server.wait_stats(lambda stats: stats["host_adapters"] == 1)  # until then it could still be taken up again
         assert asyncio.run(point("one")) == (world.expected(first, "one"), 0), "its pages went with its revision"
-        stats = server.wait_stats(lambda stats: stats["cached_tokens"] == 3 * PREFIX)
-        assert stats["kv_pages_cached"] >= 3 * PREFIX // 32
+        stats = server.wait_stats(lambda stats: stats["kv_pages_cached"] >= 3 * PREFIX // 32)
+        assert stats["cached_tokens"] == 3 * PREFIX
         assert server.get("/server_info")["capacity"]["page_size"] == 32
