@@ -79,6 +79,9 @@ class Custody:
 
     def hear(self, message: AdapterState) -> None:
         """News of one copy, under the id that the runner knows it by."""
+        assert all(0 <= token < 1 << 32 for token in message.invocation), (
+            f"the invocation of adapter {message.adapter_id}"
+        )
         freeing = self._books.directory.freeing
         self._books.stirred = True
         if message.state == "gone" and message.adapter_id in freeing:
