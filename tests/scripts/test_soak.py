@@ -1,4 +1,4 @@
-"""The soak runs clean for a minute of everything at once; and it notices an answer that is wrong."""
+"""The soak runs clean for two minutes of everything at once; and it notices an answer that is wrong."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.e2e
 @pytest.mark.slow
-def test_a_minute_of_everything() -> None:
+def test_two_minutes_of_everything() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "scripts/soak.py", "--minutes", "1"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    command = [sys.executable, "scripts/soak.py", "--minutes", "2"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "SIGKILL" in done.stdout
     assert "deaf" in done.stdout
