@@ -332,8 +332,8 @@ def _inputs(chunks: list[Chunk], layout: Layout) -> NDArray[np.int64]:
 
 
 def _check_numbers(chunk: Chunk, lanes: Container[int], kv_pages: int) -> None:
-    """What would be another row's, counted from the end or as scratch, or silently the base's."""
-    if chunk.start < 0 or (chunk.pages and not 1 <= min(chunk.pages) <= max(chunk.pages) <= kv_pages):
+    """What would be another row's, counted from the end, or silently the base's. Page 0 is scratch: it is nobody's."""
+    if chunk.start < 0 or (chunk.pages and not 0 <= min(chunk.pages) <= max(chunk.pages) <= kv_pages):
         raise InternalError(f"row {chunk.row}: start {chunk.start}, pages {chunk.pages[:8]} of {kv_pages}")
     if chunk.lane and chunk.lane not in lanes:
         raise InternalError(f"row {chunk.row}: lane {chunk.lane} was never told of")
