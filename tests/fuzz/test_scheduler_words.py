@@ -84,16 +84,6 @@ class Silent(ScriptedScheduler):
             self.said.setdefault(update.request_id, set()).update(update.tokens)
 
 
-def spoilt(mutator: Mutator, word: ToTokenizer) -> ToTokenizer:
-    """One to three places of it changed, and still of its type."""
-    plain = msgspec.msgpack.decode(msgspec.msgpack.encode(word))
-    while True:
-        try:
-            return msgspec.msgpack.decode(msgspec.msgpack.encode(mutator.tree(plain)), type=type(word))
-        except (msgspec.MsgspecError, OverflowError, UnicodeDecodeError):
-            continue
-
-
 def test_words() -> None:
     scheduler = Silent("sql", "poet")
     frontend = scheduler.frontend(enable_lora=True, max_loras=4)
@@ -127,7 +117,7 @@ def test_words() -> None:
                 await asyncio.sleep(0)
             word = scheduler.word(mutator)
             if mutator.draw.random() < 0.5:
-                word = spoilt(mutator, word)
+                word = mutator.word(word)
             scheduler.note(word)
             frontend.handle(word)
             await asyncio.sleep(0)
