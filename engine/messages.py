@@ -409,11 +409,23 @@ class Capacity(Message, frozen=True, kw_only=True):
     host_bytes: int = 0
 
 
-WaitReason = Literal["load", "fill", "rank_pages", "lanes", "rows", "pages"]
+WaitReason = Literal["load", "fill", "rank_pages", "lanes", "rows", "pages", "turn", "trial"]
+
+
+class WaitingRequest(Part, frozen=True):
+    """A request that waits: for how many seconds since it last came to the queue, for what, with how many tokens."""
+
+    request_id: int
+    seconds: float
+    reason: WaitReason
+    generated: int = 0
 
 
 class Stats(Message, frozen=True, kw_only=True):
-    """scheduler -> tokenizer_proc, each second while anything changes: a picture of the scheduler, and sums."""
+    """scheduler -> tokenizer_proc, each second while anything changes: a picture of the scheduler, and sums.
+
+    `oldest_waiting` are those of the waiting requests that arrived first, in this order; all, if they are not many.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -441,6 +453,7 @@ class Stats(Message, frozen=True, kw_only=True):
     cached_tokens: int = 0
     kv_pages_cached: int = 0
     kv_evictions: int = 0
+    oldest_waiting: list[WaitingRequest] = []
 
 
 # ------------------------------------------------------------------------------------------------ scheduler <-> ranks

@@ -198,6 +198,7 @@ class Scheduler:
         adapters = books.directory.adapters.values()
         running = Counter(adapter_id for request in books.running.ordered for adapter_id in request.names)
         waiting = {a.id: a.requests - running[a.id] for a in adapters if a.requests > running[a.id]}
+        survey = reasons.survey(books)
         return Stats(
             running=len(books.running),
             waiting=len(books.waiting),
@@ -223,7 +224,8 @@ class Scheduler:
             cached_tokens=counters.cached_tokens,
             kv_pages_cached=len(books.kv.tree),
             kv_evictions=books.kv.evictions,
-            waiting_reasons=reasons.counts(books),
+            waiting_reasons=survey.counts,
+            oldest_waiting=survey.oldest,
             lane_preemptions=counters.lane_preemptions,
         )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from engine.config import AdapterSource
 from engine.errors import AdapterError, InvalidRequest, NotFound
@@ -152,6 +152,10 @@ class AdapterDirectory:
                 name = self._by_id[adapter_id].name
                 names[name] = names.get(name, 0) + count
         return names
+
+    def names(self, lora: Iterable[tuple[int, float]]) -> list[str]:
+        """The adapters of a selection, as they are or were called."""
+        return [self._by_id[adapter_id].name for adapter_id, _ in lora if adapter_id in self._by_id]
 
     def stages(self) -> dict[str, str]:
         """Where the adapters are that can be named."""

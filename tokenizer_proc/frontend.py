@@ -149,6 +149,7 @@ class Frontend:
             "lora_pool": self._pool(),
             "capacity": _plain(self.capacity),
             "stats": _plain(msgspec.structs.replace(self.stats, step_seconds=[])),  # those are for /metrics
+            "long_waiting": self._long_waiting(),
         }
 
     # ---------------------------------------------------------------------------------------- for the scheduler
@@ -161,11 +162,12 @@ class Frontend:
                 self.router.handle(message)
             case Stats():
                 self.stats = message
+                self.router.look(message)
                 self.metrics.steps(message.step_seconds)
             case AdapterState():
                 self._adapter_news(message)
             case Capacity():
-                self.capacity = message
+                self.capacity = self.router.waits.capacity = message
                 self.adapters.load(self._send)
                 self.adapters.unload(self._send)
             case Hello() | Ping():
@@ -226,6 +228,22 @@ class Frontend:
             }
             for group, pages in capacity.rank_pages.items()
         }
+
+    def _long_waiting(self) -> list[dict[str, Any]]:
+        """The oldest requests that wait for long, and for what, of plain JSON types."""
+        waits = self.router.waits
+        return [
+            {
+                "request_id": waiting.request_id,
+                "adapters": self.adapters.names(lora),
+                "seconds": round(waiting.seconds, 3),
+                "tokens": waiting.generated,
+                "reason": waiting.reason,
+                "waits_for": waits.want(waiting.reason),
+            }
+            for waiting in waits.long()
+            if (lora := self.router.lora(waiting.request_id)) is not None
+        ]
 
     # --------------------------------------------------------------------------------------------- for a stream
 
@@ -306,8 +324,10 @@ class Frontend:
 
 
 def _plain(value: object) -> Any:
-    """Structs are array-like on the wire; for people their fields have names."""
-    return msgspec.structs.asdict(value) if isinstance(value, msgspec.Struct) else value
+    """Structs are array-like on the wire; for people their fields have names. Who waits is told apart."""
+    if not isinstance(value, msgspec.Struct):
+        return value
+    return {name: field for name, field in msgspec.structs.asdict(value).items() if name != "oldest_waiting"}
 
 
 def _with_texts(config: TokenizerConfig, library: Library) -> tuple[TokenizerConfig, dict[int, Texts]]:

@@ -4,7 +4,8 @@
     stream <--Update-- id <--Progress-- scheduler       an id that is not open any more is nobody's: dropped
 
 Counts what is open and refuses more than the bound. When another scheduler takes over, `resubmit` tells it of all that
-is open, with the tokens each request has; what the one before said last is dropped. Knows nothing of text.
+is open, with the tokens each request has; what the one before said last is dropped. A refusal says what those wait for
+who are open. Knows nothing of text.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import msgspec
 from msgspec.structs import replace
 
 from engine.errors import EngineError, InternalError, Overloaded
-from engine.messages import Abort, Generate, Progress, Sampling, Stopping, Update
+from engine.messages import Abort, Generate, Progress, Sampling, Stats, Stopping, Update
+from tokenizer_proc.waits import Wait, Waits
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,8 @@ class Router:
         self._epoch = epoch
         self._max_open = max_open
         self._ids = itertools.count(epoch * _IDS_BY_EPOCH + 1)
+        self._newest = 0
+        self.waits = Waits()
         self._requests: dict[int, _Open] = {}
         self._scheduler = 0
         self.began = 0.0
@@ -70,7 +74,7 @@ class Router:
     def reserved(self, count: int) -> Iterator[None]:
         """Room for `count` requests while entered. Raises Overloaded when there is none."""
         if self._reserved + count > self._max_open:
-            raise Overloaded(f"{self._max_open} requests are open already, which is the bound: try again soon")
+            raise self._full(f"{self._max_open} requests are open already, which is the bound (--max-open-requests)")
         self._reserved += count
         self._idle.clear()
         try:
@@ -84,9 +88,8 @@ class Router:
     def queued(self, tokens: int) -> Iterator[None]:
         """Room for a prompt of so many tokens while entered. Raises Overloaded when there is none beside the others."""
         if self._max_tokens is not None and self._tokens and self._tokens + tokens > self._max_tokens:
-            raise Overloaded(
-                f"{self._tokens} prompt tokens are open already and {self._max_tokens} is the bound: try again soon"
-            )
+            bound = f"{self._max_tokens} is the bound (--max-queued-tokens)"
+            raise self._full(f"{self._tokens} prompt tokens are open already and {bound}")
         self._tokens += tokens
         try:
             yield
@@ -112,7 +115,7 @@ class Router:
         salt: str = "",
     ) -> int:
         """Sends a Generate; `receiver` hears of it until `stop`, and adds to `tokens` what comes. Returns its id."""
-        request_id = next(self._ids)
+        request_id = self._newest = next(self._ids)
         message = Generate(
             epoch=self._epoch,
             request_id=request_id,
@@ -132,6 +135,7 @@ class Router:
     def resubmit(self, scheduler: int) -> None:
         """The scheduler of this incarnation knows nothing: it is told of every open request."""
         self._scheduler = scheduler
+        self.waits.forget()
         for request in self._requests.values():
             self._send(replace(request.message, generated=list(request.tokens)))
 
@@ -154,6 +158,26 @@ class Router:
                 log.exception("request %d: its news could not be taken", update.request_id)
                 self.stop(update.request_id, abort=True)
                 request.receiver(InternalError(f"the answer could not be made: {type(error).__name__}: {error}"))
+
+    def look(self, stats: Stats) -> None:
+        """A picture of who waits."""
+        listed = [self._requests.get(waiting.request_id) for waiting in stats.oldest_waiting]
+        loras = {request.message.request_id: request.message.lora for request in listed if request is not None}
+        self.waits.take(stats, self._newest, loras)
+
+    def wait(self, request_id: int) -> Wait | None:
+        """What a request waits for; None: it runs, is not open, or nobody knows."""
+        request = self._requests.get(request_id)
+        return None if request is None else self.waits.of(request_id, len(request.tokens), request.message.lora)
+
+    def lora(self, request_id: int) -> list[tuple[int, float]] | None:
+        """What an open request runs through; None: it is not open."""
+        request = self._requests.get(request_id)
+        return None if request is None else request.message.lora
+
+    def _full(self, bound: str) -> Overloaded:
+        waits = self.waits.mostly()
+        return Overloaded(f"{bound}: {waits}. Try again soon" if waits else f"{bound}: try again soon")
 
     def fail(self, error: EngineError) -> None:
         """Ends every open request with an error; the scheduler is not told."""

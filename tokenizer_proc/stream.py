@@ -94,6 +94,11 @@ class Stream:
     def __aiter__(self) -> Stream:
         return self
 
+    @property
+    def request_ids(self) -> list[int]:
+        """Of its choices, for the scheduler."""
+        return [running.request_id for running in self._running]
+
     async def __anext__(self) -> Delta:
         if not self._unread:
             raise StopAsyncIteration
@@ -194,8 +199,21 @@ class Stream:
 
     def _expire(self) -> None:
         """Its time is up: what has not finished never will."""
-        if any(running.choice.finish is None for running in self._running):
-            self._fail(TimedOut(f"the request was not done after {self._timeout:g} seconds, and is ended"))
+        late = [running for running in self._running if running.choice.finish is None]
+        if late:
+            bound = f"the request was not done after {self._timeout:g} seconds (--request-timeout), and is ended"
+            self._fail(TimedOut(f"{bound}. {self._progress(late)}"))
+
+    def _progress(self, late: list[_Running]) -> str:
+        """How far it came, and what those who have not finished wait for, as far as that is known."""
+        tokens = sum(len(running.choice.generated) for running in self._running)
+        told = f"{tokens or 'No'} {'tokens' if tokens > 1 else 'token'} had been generated"
+        waits = [wait for running in late if (wait := self._router.wait(running.request_id)) is not None]
+        if not waits:
+            return told
+        wait = max(waits, key=lambda wait: wait.seconds or 0.0)
+        since = "" if wait.seconds is None else f", after {wait.seconds:.1f} s in the queue,"
+        return f"{told}. It still waited{since} for {self._router.waits.want(wait.reason)}"
 
     def _fail(self, error: EngineError) -> None:
         """The whole submit ends with `error`; its other choices are aborted."""

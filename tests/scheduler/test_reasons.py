@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from by_hand import add_adapter, done, generate, new_core, plan_of
+import pytest
+from by_hand import add_adapter, capacity_of, done, generate, new_core, plan_of
+from seeded_world import World
+from simulation import Simulation
 
-from engine.messages import AdapterState, Footprint, LoadAdapter
+from engine.messages import Abort, AdapterState, Footprint, LoadAdapter, RunnerReady, ToScheduler, WaitingRequest
+from scheduler import reasons
 from scheduler.core import Scheduler
 
 
@@ -54,3 +58,73 @@ def test_rank_pages() -> None:
     core.handle(generate(2, lora=[(2, 1.0)]), 0.0)
     done(core, plan_of(core))
     assert (core.why(2), _reasons(core)) == ("rank_pages", {"rank_pages": 1})
+
+
+def test_a_turn() -> None:
+    core = new_core(max_batched_tokens=4)
+    core.handle(generate(1, prompt=9), 0.0)
+    core.handle(generate(2), 0.0)
+    plan_of(core)
+    assert (core.why(1), core.why(2)) == (None, "turn"), "rows and pages are there, and the prompt before it is long"
+
+
+def test_pages_that_are_shared_are_not_lacking() -> None:
+    core = new_core(kv_pages=8, max_batched_tokens=32)
+    core.handle(generate(1, prompt=19, salt="same"), 0.0)
+    done(core, plan_of(core))
+    plan_of(core)
+    core.handle(generate(2, prompt=19, salt="same"), 0.0)
+    core.handle(generate(3, prompt=19, salt="other"), 0.0)
+    assert core.why(2) == "turn"
+    core.handle(Abort(0, 2), 0.0)
+    assert core.why(3) == "pages"
+
+
+def test_a_trial() -> None:
+    core = new_core()
+    core.handle(generate(1), 0.0)
+    plan_of(core)
+    core.handle(RunnerReady(epoch=1, capacity=capacity_of(), after_fault=True), 0.0)
+    core.handle(generate(2), 0.0)
+    plan_of(core)
+    assert (core.why(1), core.why(2), _reasons(core)) == (None, "trial", {"trial": 1})
+
+
+def test_the_oldest_are_told_of_in_the_order_of_their_arrival() -> None:
+    core = new_core(rows=1)
+    add_adapter(core, 1)
+    core.handle(generate(1), 1.0)
+    plan_of(core)
+    core.handle(generate(2, lora=[(1, 1.0)], generated=[5, 6]), 2.0)
+    core.handle(generate(3, priority=-1), 3.5)
+    core.plan(10.0)
+    assert core.stats().oldest_waiting == [WaitingRequest(2, 8.0, "rows", 2), WaitingRequest(3, 6.5, "rows", 0)]
+
+
+def test_no_more_than_so_many_are_told_of() -> None:
+    core = new_core(rows=1)
+    for number in range(1, 2 * reasons.LISTED):
+        core.handle(generate(number), 0.0)
+    plan_of(core)
+    stats = core.stats()
+    assert [waiting.request_id for waiting in stats.oldest_waiting] == list(range(2, reasons.LISTED + 2))
+    assert stats.waiting == 2 * reasons.LISTED - 2
+
+
+class Looking(Simulation):
+    """Proves every picture against the requests one by one."""
+
+    def _send(self, message: ToScheduler) -> None:
+        super()._send(message)
+        stats, requests = self.core.stats(), self.core._books.requests
+        waiting = {number: reason for number in requests if (reason := self.core.why(number)) is not None}
+        assert {each.request_id: each.reason for each in stats.oldest_waiting} == dict(
+            list(waiting.items())[: reasons.LISTED]
+        )
+        assert sum(stats.waiting_reasons.values()) == stats.waiting == len(waiting)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pictures_of_a_busy_world(seed: int) -> None:
+    faults = {"abort_rate": 0.1, "reset_rate": 0.02, "churn_rate": 0.1, "mix_rate": 0.3}
+    Looking(World(900 + seed, 2, requests=40, adapters=8, max_loras=2, rows=4, kv_pages=30, **faults)).run()

@@ -123,6 +123,22 @@ def _generate(request_id: int, lora: list[tuple[int, float]]) -> Generate:
     )
 
 
+def test_who_waits_is_told_of(house: House) -> None:
+    """The runner answers nothing: four rows are taken, and the picture comes though nothing happens any more."""
+    house.scheduler.send(RunnerReady(epoch=0, capacity=CAPACITY))
+    for number in range(1, 7):
+        house.scheduler.send(_generate(number, []))
+    end = time.monotonic() + 20
+    while True:
+        assert time.monotonic() < end
+        told = [message for message in house.tokenizer.receive(0.1) if isinstance(message, Stats)]
+        if told and told[-1].waiting:
+            break
+    waiting = told[-1].oldest_waiting
+    assert [each.request_id for each in waiting] == list(range(1, 7))[-told[-1].waiting :]
+    assert len({each.reason for each in waiting}) == 1
+
+
 def test_a_request_through_real_sockets(house: House) -> None:
     assert house.ready.startswith(b'{"type":"Ready"'), "ready as soon as the inbox is bound, without a runner"
     assert house.until(Hello)[0].process == "scheduler"

@@ -90,6 +90,10 @@ class Batch:
         for item in items:
             self._streams[item].cancel()
 
+    def request_ids(self, items: Iterable[int]) -> list[int]:
+        """Those of these submits' choices, for the scheduler."""
+        return [request_id for item in items for request_id in self._streams[item].request_ids]
+
     async def finish(self) -> None:
         """Waits for the last delta of every choice."""
         async with contextlib.aclosing(self.deltas()) as deltas:

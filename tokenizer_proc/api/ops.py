@@ -44,8 +44,11 @@ async def metrics(service: Service, request: web.Request) -> web.StreamResponse:
 
 
 async def server_info(service: Service, request: web.Request) -> web.StreamResponse:
-    """Plain facts on what is served and how."""
-    return as_json(service.frontend.info())
+    """Plain facts on what is served and how. Who waits for long is told with the ids that /abort_request takes."""
+    facts, names = service.frontend.info(), service.open.names()
+    for waiting in facts.get("long_waiting", ()):
+        waiting["ids"] = names.get(waiting["request_id"], [])
+    return as_json(facts)
 
 
 async def version(service: Service, request: web.Request) -> web.StreamResponse:

@@ -51,6 +51,14 @@ class Open:
                 if not self._running[name]:
                     del self._running[name]
 
+    def names(self) -> dict[int, list[str]]:
+        """The clients' ids of every open request, by the scheduler's."""
+        found: dict[int, list[str]] = {}
+        for name, calls in self._running.items():
+            for request_id in (each for batch, items in calls for each in batch.request_ids(items)):
+                found.setdefault(request_id, []).append(name)
+        return found
+
     def abort(self, name: str | None) -> int:
         """Cancels what is called `name`, or all. Returns how many calls that concerns."""
         found = [self._running.get(name, [])] if name is not None else list(self._running.values())
