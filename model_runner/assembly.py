@@ -24,7 +24,10 @@ from model_runner.adapters import Adapters
 from model_runner.arch import Arch, read_arch
 from model_runner.attention import base as attention
 from model_runner.attention.base import AttentionBackend
-from model_runner.device import DTYPES, host_memory, resolve_device, resolve_dtype
+from model_runner.compiled import kernels as compiled
+from model_runner.compiled.caller import Caller
+from model_runner.compiled.kernels import Kernels
+from model_runner.device import DTYPES, dtype_name, host_memory, resolve_device, resolve_dtype
 from model_runner.device import memory as device_memory
 from model_runner.graphs import Graphs
 from model_runner.kv_pool import KvPool
@@ -68,6 +71,7 @@ class Parts:
     rows: RowTable
     sampler: Sampler
     capacity: Capacity
+    kernels: Kernels
     graphs: Graphs | None = None
 
 
@@ -76,12 +80,13 @@ def assemble(config: RunnerConfig, *, progress: bool) -> Parts:
     path, shard = Path(config.model_path), Shard(config.rank, config.tp_size)
     device, arch = resolve_device(config.device), read_arch(path)
     dtype = resolve_dtype(config.dtype, arch.dtype, device)
+    kernels = Kernels(compiled.resolve(config.torch_compile, device, dtype), log_level=config.log_level)
     length = memory.resolve_length(arch.max_length, config.context_length)
     arch = arch.serving(length)
     decoder = load_model(path, arch, device=device, dtype=dtype, shard=shard, progress=progress)
     if device.type == "cpu":
         packs = can_pack(dtype, device)
-        log.info("linears on this CPU: %s, %s", str(dtype).removeprefix("torch."), "packed" if packs else "plain")
+        log.info("linears on this CPU: %s, %s", dtype_name(dtype), "packed" if packs else "plain")
         if packs:
             decoder.pack()
     lora = _lora(config, decoder.sites, dtype, device, progress=progress) if config.enable_lora else None
@@ -93,7 +98,11 @@ def assemble(config: RunnerConfig, *, progress: bool) -> Parts:
     sampler = Sampler(kv.rows, arch.vocab_size + (lora.pages.extra_vocab if lora else 0), device)
     capacity = _capacity(config, arch, device, dtype, decoder, pool, kv, lora)
     graphs = _graphs(config, decoder, backend, lora, rows, device)
-    return Parts(device, dtype, decoder, backend, pool, lora, rows, sampler, capacity, graphs)
+    callers: list[Caller] = [decoder.weights.ops, backend, *([lora.backend] if lora else [])]
+    for caller in callers:
+        caller.use(kernels)
+    kernels.want([function for caller in callers for function in caller.functions(arch, dtype)], progress=progress)
+    return Parts(device, dtype, decoder, backend, pool, lora, rows, sampler, capacity, kernels, graphs)
 
 
 def _graphs(
@@ -280,7 +289,7 @@ def _capacity(
         max_lora_rank=lora.max_rank if lora else 0,
         max_lane_pages=memory.lane_pages(lora.max_rank) if lora else 0,
         device=device.type,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         attention_backend=attention.resolve(config.attention_backend, device),
         lora_backend=lora_backends.resolve(config.lora_backend, device),
         lora_targets=lora.targets if lora else [],

@@ -45,6 +45,11 @@ def resolve_dtype(name: str, checkpoint: torch.dtype, device: torch.device) -> t
     return torch.bfloat16 if checkpoint is torch.bfloat16 and cpu_has_bfloat16() else torch.float32
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As it is named in a flag."""
+    return str(dtype).removeprefix("torch.")
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 in hardware."""
     try:

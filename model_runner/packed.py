@@ -41,5 +41,5 @@ def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | N
     """[T, I] -> [T, O], by a plain or a packed weight."""
     if not weight_OI.is_mkldnn:
         return functional.linear(x_TI, weight_OI, bias_O)
-    y_TO: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
+    y_TO: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x_TI, weight_OI, bias_O, "none", [], "")
     return y_TO

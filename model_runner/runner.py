@@ -170,8 +170,9 @@ class Runner:
 
     def advance(self) -> list[AdapterState]:
         """Goes on with fills and loads, for a tenth of the last step (or as long, if nobody decoded in it); what has
-        ended. Never waits.
+        ended; and takes what was compiled meanwhile. Never waits.
         """
+        self._parts.kernels.poll()
         if self._parts.lora is None:
             return []
         share = FILL_SHARE if self._decoding else FILL_SHARE_ALONE
@@ -181,7 +182,8 @@ class Runner:
     @property
     def wait(self) -> float | None:
         """For how many seconds `advance` need not be called unless `descriptor` is readable; None: for ever."""
-        return None if self._parts.lora is None else self._parts.lora.wait
+        waits = [self._parts.kernels.wait, None if self._parts.lora is None else self._parts.lora.wait]
+        return min((seconds for seconds in waits if seconds is not None), default=None)
 
     @property
     def descriptor(self) -> int | None:
@@ -194,7 +196,8 @@ class Runner:
             self._parts.lora.loaders.start()
 
     def close(self) -> None:
-        """Ends the loader processes."""
+        """Ends the loader processes, and the builder."""
+        self._parts.kernels.close()
         if self._parts.lora is not None:
             self._parts.lora.loaders.close()
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from engine.errors import ConfigError
+from model_runner.compiled.caller import Caller
 from model_runner.layout import Layout
 
 BACKENDS = {
@@ -21,7 +22,7 @@ BACKENDS = {
 }
 
 
-class AttentionBackend(ABC):
+class AttentionBackend(Caller, ABC):
     """Causal attention of a step's chunks over their paged caches."""
 
     @abstractmethod

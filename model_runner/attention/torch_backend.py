@@ -1,4 +1,4 @@
-"""Paged attention in plain torch, on any device: the reference, and the fast path on a CPU.
+"""Paged attention in torch, on any device: the reference, and with what is compiled of it the fast path on a CPU.
 
 Chunks of length 1 (decodes) of a step go together, padded to a common length; longer chunks (prefills) one by one. A
 padded place points at the row's own newest token and is masked, so nothing but a row's own pages is ever read for it.
@@ -7,7 +7,7 @@ padded place points at the row's own newest token and is masked, so nothing but 
             row b  [k0 k1 k2 k2 k2]  <- masked repeats
 
 Legend: T tokens of the step, C chunks, L gathered positions, n tokens of a chunk, N query heads, K key/value heads,
-G = N / K, D head size, P pages, S page size.
+D head size, P pages, S page size, M = P S slots.
 """
 
 from __future__ import annotations
@@ -18,34 +18,53 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import scaled_dot_product_attention
 
+from model_runner.arch import Arch
+from model_runner.attention import dense
 from model_runner.attention.base import AttentionBackend
+from model_runner.attention.dense import Scores
+from model_runner.compiled.attending import UNSEEN
+from model_runner.compiled.found import Found
+from model_runner.compiled.kernels import Kernels
+from model_runner.compiled.program import Function, Kernel
+from model_runner.device import dtype_name
 from model_runner.layout import Layout
 
 _SHORTEST_BUCKET = 64
 
+FEW_ROWS = 4
+"""So many decodes are multiplied in float32 where attention is compiled: it takes less time (17 us instead of 32 for
+one row of 161 positions; 70 instead of 56 for eight)."""
+
+MOST_SCORES = 1 << 18
+"""Scores of a head that a compiled prefill writes down; longer ones go through torch's, which never holds them all."""
+
 
 @dataclass(frozen=True)
 class _Decode:
-    """Some chunks of length 1: their tokens [C], the slots they see [C, L], which of these are real [C, 1, 1, L]."""
+    """Some chunks of length 1: their tokens [C], None where the step has no others; the slots they see [C, L], which of
+    these are real [C, L], and the same as what is added to a score.
+    """
 
-    tokens_C: torch.Tensor
+    tokens_C: torch.Tensor | None
     slots_CL: torch.Tensor
-    seen_C11L: torch.Tensor
+    seen_CL: torch.Tensor
+    bias_CL: torch.Tensor
 
 
 @dataclass(frozen=True)
 class _Prefill:
-    """One longer chunk: its tokens, and the slots [L] it sees, or None where the chunk itself is all it sees.
+    """One longer chunk: its tokens, and the slots [L] it sees.
 
-    `seen_nL` is None where plain causality is enough.
+    seen_nL   None where plain causality is enough, and the chunk itself is all it sees
+    plain     a token sees all slots but those of the tokens behind it
     """
 
     begin: int
     end: int
-    slots_L: torch.Tensor | None
+    slots_L: torch.Tensor
     seen_nL: torch.Tensor | None
+    plain: bool
 
 
 @dataclass(frozen=True)
@@ -66,16 +85,30 @@ class Meta:
 
 
 class TorchAttention(AttentionBackend):
-    """Gathers by slot, attends by scaled_dot_product_attention."""
+    """Gathers by slot, attends by scaled_dot_product_attention, or by what is compiled of both."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._found = Found()
+
+    def use(self, kernels: Kernels) -> None:
+        self._found.use(kernels)
+
+    def functions(self, arch: Arch, dtype: torch.dtype) -> list[Function]:
+        if arch.attention_cap is not None:
+            return []
+        heads, name = (arch.num_heads, arch.num_kv_heads, arch.head_dim), dtype_name(dtype)
+        decodes = [Function("decodes", (*heads, wide), name, (arch.scale,), wide) for wide in (1, 0)]
+        return [*decodes, Function("prefill", heads, name, (arch.scale,))]
 
     def plan(self, layout: Layout, into: Any | None = None) -> Meta:
         """Slots of the step's tokens; `into` is for backends that graphs replay."""
         assert into is None, "this backend has no static buffers"
         return Meta(layout, self._tensor(layout.slots()))
+
+    def slots(self, meta: Meta) -> torch.Tensor | None:
+        return meta.slots_T
 
     def attend(
         self,
@@ -90,25 +123,62 @@ class TorchAttention(AttentionBackend):
         window: int | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        k_cache, v_cache = k_cache_PSKD.flatten(0, 1), v_cache_PSKD.flatten(0, 1)
-        k_cache.index_copy_(0, meta.slots_T, k_TKD)
-        v_cache.index_copy_(0, meta.slots_T, v_TKD)
+        k_cache_PSKD.flatten(0, 1).index_copy_(0, meta.slots_T, k_TKD)
+        v_cache_PSKD.flatten(0, 1).index_copy_(0, meta.slots_T, v_TKD)
+        return self.attend_stored(q_TND, k_cache_PSKD, v_cache_PSKD, meta, scale=scale, window=window, softcap=softcap)
+
+    def attend_stored(
+        self,
+        q_TND: torch.Tensor,
+        k_cache_PSKD: torch.Tensor,
+        v_cache_PSKD: torch.Tensor,
+        meta: Meta,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        caches = k_cache_PSKD.flatten(0, 1), v_cache_PSKD.flatten(0, 1)
         if window not in meta.plans:
             meta.plans[window] = self._plan(meta.layout, window)
-        plan = meta.plans[window]
+        plan, scores = meta.plans[window], Scores(scale, softcap)
+        if len(plan.decodes) == 1 and plan.decodes[0].tokens_C is None:
+            return self._decode(q_TND, *caches, plan.decodes[0], scores)
         out_TND = torch.empty_like(q_TND, memory_format=torch.contiguous_format)
         for decode in plan.decodes:
-            k = self._gather("k", k_cache, decode.slots_CL)
-            v = self._gather("v", v_cache, decode.slots_CL)
-            out_TND[decode.tokens_C] = _decode(q_TND[decode.tokens_C], k, v, decode.seen_C11L, scale, softcap)
+            out_TND[decode.tokens_C] = self._decode(q_TND[decode.tokens_C], *caches, decode, scores)
         for prefill in plan.prefills:
             here = slice(prefill.begin, prefill.end)
-            if prefill.slots_L is None:
-                k, v = k_TKD[here], v_TKD[here]
-            else:
-                k, v = k_cache[prefill.slots_L], v_cache[prefill.slots_L]
-            out_TND[here] = _prefill(q_TND[here], k, v, prefill.seen_nL, scale, softcap)
+            out_TND[here] = self._prefill(q_TND[here], *caches, prefill, scores)
         return out_TND
+
+    def _decode(
+        self, q_CND: torch.Tensor, k_MKD: torch.Tensor, v_MKD: torch.Tensor, decode: _Decode, scores: Scores
+    ) -> torch.Tensor:
+        _, heads, size = q_CND.shape
+        wide = int(len(q_CND) <= FEW_ROWS)
+        kernel = self._kernel("decodes", (heads, k_MKD.shape[1], size, wide), q_CND, scores, threads=wide)
+        if kernel is not None:
+            return kernel([q_CND.contiguous(), k_MKD, v_MKD, decode.slots_CL, decode.bias_CL])[0]
+        k = self._gather("k", k_MKD, decode.slots_CL)
+        v = self._gather("v", v_MKD, decode.slots_CL)
+        return dense.decode(q_CND, k, v, decode.seen_CL, scores)
+
+    def _prefill(
+        self, q_nND: torch.Tensor, k_MKD: torch.Tensor, v_MKD: torch.Tensor, prefill: _Prefill, scores: Scores
+    ) -> torch.Tensor:
+        length, heads, size = q_nND.shape
+        if prefill.plain and length * len(prefill.slots_L) <= MOST_SCORES:
+            kernel = self._kernel("prefill", (heads, k_MKD.shape[1], size), q_nND, scores)
+            if kernel is not None:
+                return kernel([q_nND.contiguous(), k_MKD, v_MKD, prefill.slots_L])[0]
+        k, v = (cache.index_select(0, prefill.slots_L) for cache in (k_MKD, v_MKD))
+        return dense.prefill(q_nND, k, v, prefill.seen_nL, scores)
+
+    def _kernel(
+        self, name: str, sizes: tuple[int, ...], q: torch.Tensor, scores: Scores, threads: int = 0
+    ) -> Kernel | None:
+        return self._found.get(name, sizes, q.dtype, (scores.scale,), threads) if scores.softcap is None else None
 
     def _plan(self, layout: Layout, window: int | None) -> _Plan:
         single = layout.lengths_C == 1
@@ -132,23 +202,25 @@ class TorchAttention(AttentionBackend):
         positions_CL = np.minimum(positions_CL, last_C[:, None])
         slots_CL = _slots(layout, layout.rows_C[chunks_C][:, None], positions_CL)
         return _Decode(
-            self._tensor(offsets[chunks_C].astype(np.int64)),
+            None if len(chunks_C) == layout.chunks else self._tensor(offsets[chunks_C].astype(np.int64)),
             self._tensor(slots_CL),
-            self._tensor(seen_CL[:, None, None, :]),
+            self._tensor(seen_CL),
+            self._tensor(np.where(seen_CL, np.float32(0), np.float32(UNSEEN))),
         )
 
     def _plan_prefill(self, layout: Layout, chunk: int, offsets: Any, window: int | None) -> _Prefill:
         start, length = int(layout.starts_C[chunk]), int(layout.lengths_C[chunk])
         begin, stop = int(offsets[chunk]), start + length
-        if start == 0 and (window is None or window >= length):
-            return _Prefill(begin, begin + length, None, None)
+        plain = window is None or window >= stop
         first = 0 if window is None else max(0, start - window + 1)
         keys_L, queries_n = np.arange(first, stop), np.arange(start, stop)[:, None]
-        seen_nL = keys_L <= queries_n
-        if window is not None:
-            seen_nL &= keys_L > queries_n - window
-        slots_L = self._tensor(_slots(layout, layout.rows_C[chunk], keys_L)) if start else None
-        return _Prefill(begin, begin + length, slots_L, self._tensor(seen_nL))
+        seen_nL = None
+        if start or not plain:
+            seen_nL = keys_L <= queries_n
+            if window is not None:
+                seen_nL &= keys_L > queries_n - window
+        slots_L = self._tensor(_slots(layout, layout.rows_C[chunk], keys_L))
+        return _Prefill(begin, begin + length, slots_L, None if seen_nL is None else self._tensor(seen_nL), plain)
 
     def _gather(self, name: str, cache: torch.Tensor, slots_CL: torch.Tensor) -> torch.Tensor:
         """[C, K, L, D] of the flat cache [P * S, K, D], in a buffer that lives until the next gather of this name.
@@ -178,48 +250,3 @@ def _slots(layout: Layout, rows: Any, positions: NDArray[np.int64]) -> NDArray[n
     pages: NDArray[np.int64] = layout.tables[rows, positions // layout.page_size].astype(np.int64)
     slots: NDArray[np.int64] = pages * layout.page_size + positions % layout.page_size
     return slots
-
-
-def _decode(
-    q_CND: torch.Tensor,
-    k_CKLD: torch.Tensor,
-    v_CKLD: torch.Tensor,
-    seen_C11L: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    """[C, N, D]. The G query heads of a key/value head stand where a prefill has its tokens, so K is not repeated."""
-    chunks, heads, _, size = k_CKLD.shape
-    q_CKGD = q_CND.reshape(chunks, heads, -1, size)
-    seen = seen_C11L.expand(-1, 1, q_CKGD.shape[2], -1)
-    if softcap is not None:
-        return _softcapped(q_CKGD, k_CKLD, v_CKLD, seen, scale, softcap).flatten(1, 2)
-    return scaled_dot_product_attention(q_CKGD, k_CKLD, v_CKLD, attn_mask=seen, scale=scale).flatten(1, 2)
-
-
-def _prefill(
-    q_nND: torch.Tensor,
-    k_LKD: torch.Tensor,
-    v_LKD: torch.Tensor,
-    seen_nL: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    """[n, N, D], with K as the batch, G as the heads, and each key/value head seen G times without a copy."""
-    _, heads, size = k_LKD.shape
-    q_KGnD = q_nND.reshape(len(q_nND), heads, -1, size).permute(1, 2, 0, 3)
-    k, v = (x.transpose(0, 1)[:, None].expand(-1, q_KGnD.shape[1], -1, -1) for x in (k_LKD, v_LKD))
-    if softcap is not None:
-        causal = torch.ones(len(q_nND), len(k_LKD), dtype=torch.bool, device=q_nND.device).tril()
-        out = _softcapped(q_KGnD, k, v, causal if seen_nL is None else seen_nL, scale, softcap)
-    else:
-        out = scaled_dot_product_attention(q_KGnD, k, v, attn_mask=seen_nL, is_causal=seen_nL is None, scale=scale)
-    return out.permute(2, 0, 1, 3).flatten(1, 2)
-
-
-def _softcapped(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float, softcap: float
-) -> torch.Tensor:
-    """What scaled_dot_product_attention cannot do: a score s becomes softcap * tanh(s / softcap) before the mask."""
-    scores = softcap * torch.tanh((q @ k.transpose(-1, -2)).float() * (scale / softcap))
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v

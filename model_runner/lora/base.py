@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.errors import ConfigError
+from model_runner.compiled.caller import Caller
 from model_runner.layout import Layout
 from model_runner.lora.site import Site
 
@@ -42,7 +43,7 @@ class Options:
 DEFAULTS = Options()
 
 
-class LoraBackend(ABC):
+class LoraBackend(Caller, ABC):
     """How a site's answer is computed, each token through its own lane.
 
         y = x W^T + b  +  sum over rank pages    scale * (x A^T) B

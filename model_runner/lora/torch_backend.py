@@ -1,26 +1,17 @@
-"""LoRA in plain torch: the reference on any device, and the fast path on a CPU.
+"""LoRA in torch: the reference on any device, and with what is compiled of it the fast path on a CPU.
 
-A step becomes, per group of sites, a few reads. A read is one batched matmul pair over lanes that hold equally many
-pages and have about equally many tokens; a lane with a long prefill is a read of its own:
+A step becomes, per group of sites, a few parts, each of lanes that hold equally many pages:
 
-    L = 3 lanes, 1 page each, m = 2      x rows [L, m]    page [L, k]
-      lane 4, 2 tokens                     0  7             3        h [L, m, k, S, 16] = x A^T * scale
-      lane 1, 1 token                      5  5 (again)     0        y [L, m, O]       += h B, slice by slice
-      lane 2, 2 tokens                     2  3             8
+    lane of few tokens  --> Tokens   the compiled delta, each token by itself, once it is there
+    all other lanes     --> Read     batched matmuls over lanes with about equally many tokens
 
-Every lane is a batch entry of its own and short ones repeat their own first token, so nothing of one lane can reach a
-row of another. The shrunk values are rounded to the LoRA dtype between A and B, as PEFT does; sums inside a matmul
-are float32. Measured on one core, bfloat16 and float32, against a loop over lanes (hidden 896, 8 lanes of rank 16, a
-decode each): the deltas take 0.38 and 0.56 of the time; one matmul over all lanes with a mask takes 0.32 and 1.19, and
-loses in both from 32 rows on.
-
-Knows nothing of adapters and formats. Legend: T tokens of the step, n = L * m rows of a read, L lanes, m tokens of
-each, k pages of each, S slices, R = 16 units of a page, I in features, O out features, W columns of a slice.
+A lane with a long prefill is a read of its own; gains, biases and the embedding are reads always. Nothing of one lane
+can reach a row of another. Knows nothing of adapters and formats. Legend: T tokens of the step, I in features, O out
+features.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,62 +19,43 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from model_runner.arch import Arch
+from model_runner.compiled.kernels import Kernels
+from model_runner.compiled.program import Function
 from model_runner.layout import Layout
 from model_runner.lora.base import DEFAULTS, LoraBackend, Options
 from model_runner.lora.pages import RankPages
+from model_runner.lora.reads import LaneTokens, Read, add_delta, add_vectors, plan_read
 from model_runner.lora.site import Site, Slice, vectors_of
+from model_runner.lora.tokens import FEW, Deltas, Tokens, plan_tokens
 from model_runner.packed import linear
 
 TOGETHER = (4, 16, 64)
-"""Lanes with at most so many tokens in a step share reads; above the last, a lane is a read of its own."""
+"""Lanes of at most so many tokens in a step share reads; above the last, a lane is a read of its own."""
 
 MAX_TOUCHED = 1 << 14
 """Entries of the cache of touched slices (site and pages), which is cleared above."""
 
-Index = slice | torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Read:
-    """Some lanes' tokens and pages in one group.
-
-    rows_n      where the tokens are in the batch
-    real        the entries of rows_n that are no repetition, None: all
-    real_rows   where they are in the batch, None: rows_n is a run, and y was changed in place
-    pages       the lanes' pages, one lane after the other; `numbers` is the same on the host
-    scales      [L, 1, k, 1, 1], None: 1 everywhere
-    """
-
-    lanes: int
-    rows_n: Index
-    real: torch.Tensor | None
-    real_rows: torch.Tensor | None
-    pages: Index
-    numbers: tuple[int, ...]
-    scales: torch.Tensor | None
-
-
-Meta = dict[str, list[Read]]
-
-
-@dataclass(frozen=True, eq=False)
-class LaneTokens:
-    """One lane of the step: where its tokens are, and its (page, scale) pairs in one group."""
-
-    rows: NDArray[np.int64]
-    pairs: list[tuple[int, float]]
+Meta = dict[str, list[Read | Tokens]]
 
 
 class TorchLora(LoraBackend):
-    """Base linear by torch, then each read's vectors and delta on its rows. Rows of lane 0 are never touched."""
+    """Base linear by torch, then each part's vectors and delta on its rows. Rows of lane 0 are never touched."""
 
     def __init__(self, pages: RankPages, options: Options = DEFAULTS) -> None:
         super().__init__(pages, options)
         self._version = pages.version
         self._touched: dict[tuple[str, tuple[int, ...]], list[tuple[int, Slice]]] = {}
+        self._deltas = Deltas(pages)
+
+    def use(self, kernels: Kernels) -> None:
+        self._deltas.use(kernels)
+
+    def functions(self, arch: Arch, dtype: torch.dtype) -> list[Function]:
+        return self._deltas.functions(dtype)
 
     def plan(self, layout: Layout, into: Any | None = None) -> Meta | None:
-        """The step's reads by group, or None when no chunk has a delta."""
+        """The step's parts by group, or None when no chunk has a delta."""
         if not layout.lanes_C.any():
             return None
         if self._version != self.pages.version or len(self._touched) > MAX_TOUCHED:
@@ -92,7 +64,7 @@ class TorchLora(LoraBackend):
         lanes_T = np.repeat(layout.lanes_C, layout.lengths_C)
         rows = {int(lane): np.flatnonzero(lanes_T == lane) for lane in np.unique(lanes_T) if lane}
         meta = {group: self._plan_group(group, rows) for group, count in self.pages.pages.items() if count}
-        return {group: reads for group, reads in meta.items() if reads} or None
+        return {group: parts for group, parts in meta.items() if parts} or None
 
     def linear(self, x_TI: torch.Tensor, site: Site, meta: Meta | None) -> torch.Tensor:
         """[T, I] -> [T, O]."""
@@ -107,129 +79,42 @@ class TorchLora(LoraBackend):
     def _adapt(self, y_TO: torch.Tensor, x: torch.Tensor, site: Site, meta: Meta) -> torch.Tensor:
         """Gains and biases before the deltas: a gain is of the base alone."""
         for read in meta.get(vectors_of(site.group), ()):
-            if self.pages.vectors[site.name].held_V[list(read.numbers)].any():
-                self._add_vectors(y_TO, site, read)
-        for read in meta.get(site.group, ()):
-            self._add(y_TO, x, site, read)
+            assert isinstance(read, Read)
+            pool = self.pages.vectors[site.name]
+            if pool.held_V[list(read.numbers)].any():
+                add_vectors(y_TO, site, pool, read)
+        for part in meta.get(site.group, ()):
+            touched = self._slices(site, part)
+            if not touched:
+                continue
+            if isinstance(part, Tokens):
+                self._deltas.add(y_TO, x, site, part)
+            else:
+                add_delta(y_TO, x, site, self.pages.pools[site.name], touched, part)
         return y_TO
 
-    def _plan_group(self, group: str, rows: dict[int, NDArray[np.int64]]) -> list[Read]:
+    def _plan_group(self, group: str, rows: dict[int, NDArray[np.int64]]) -> list[Read | Tokens]:
         shared: dict[tuple[int, int], list[LaneTokens]] = {}
+        few = FEW if self._deltas.ready(group) else 0
         for lane, rows_n in rows.items():
             pairs = [(page, scale) for page, scale in self.pages.lanes[lane].get(group, ()) if scale]
-            bound = next((bound for bound in TOGETHER if len(rows_n) <= bound), -lane)
             if pairs:
-                shared.setdefault((bound, len(pairs)), []).append(LaneTokens(rows_n, pairs))
-        return [_read(tokens, self.pages.device) for tokens in shared.values()]
+                shared.setdefault((_bound(lane, len(rows_n), few), len(pairs)), []).append(LaneTokens(rows_n, pairs))
+        return [
+            plan_read(lanes, self.pages.device) if bound else plan_tokens(lanes) for (bound, _), lanes in shared.items()
+        ]
 
-    def _add_vectors(self, y_TO: torch.Tensor, site: Site, read: Read) -> None:
-        """Adds gain_less_one * (y - b) + bias to the read's rows of y, in float32, in place."""
-        pool = self.pages.vectors[site.name]
-        y_nO = _take(y_TO, read.rows_n)
-        y_LmO = y_nO.float().view(read.lanes, -1, site.out_features)
-        gain_L1O, bias_L1O = (
-            _weighted(_take(vectors_VO, read.pages), read) for vectors_VO in (pool.gain_VO, pool.bias_VO)
-        )
-        bare_LmO = y_LmO if site.bias is None else y_LmO - site.bias.float()
-        y_nO.copy_((y_LmO + (gain_L1O * bare_LmO + bias_L1O)).view_as(y_nO))
-        _put(y_TO, y_nO, read)
-
-    def _add(self, y_TO: torch.Tensor, x: torch.Tensor, site: Site, read: Read) -> None:
-        """Adds the read's delta to its rows of y, slice by slice, in place."""
-        touched = self._slices(site, read)
-        if not touched:
-            return
-        pool = self.pages.pools[site.name]
-        x_n = _take(x, read.rows_n)
-        if site.embeds:
-            h_LmkSR = _look_up(x_n, pool.a_PSRI, read)
-        else:
-            h_LmkSR = _shrink(x_n, _take(pool.a_PSRI, read.pages), read)
-        b_LQO = _take(pool.b_PRO, read.pages).view(read.lanes, -1, site.out_features)
-        y_nO = _take(y_TO, read.rows_n)
-        y_LmO = y_nO.view(read.lanes, -1, site.out_features)
-        for index, piece in touched:
-            _expand(y_LmO[:, :, piece.start : piece.stop], h_LmkSR[..., index, :], b_LQO[..., piece.start : piece.stop])
-        _put(y_TO, y_nO, read)
-
-    def _slices(self, site: Site, read: Read) -> list[tuple[int, Slice]]:
-        """The slices of the site in which any of the read's pages holds something."""
-        key = (site.name, read.numbers)
+    def _slices(self, site: Site, part: Read | Tokens) -> list[tuple[int, Slice]]:
+        """The slices of the site in which any of the part's pages holds something."""
+        key = (site.name, part.numbers)
         if key not in self._touched:
-            units_S = self.pages.pools[site.name].units_PS[list(read.numbers)].max(axis=0).tolist()
+            units_S = self.pages.pools[site.name].units_PS[list(part.numbers)].max(axis=0).tolist()
             self._touched[key] = [(index, piece) for index, piece in enumerate(site.slices) if units_S[index]]
         return self._touched[key]
 
 
-def _read(lanes: list[LaneTokens], device: torch.device) -> Read:
-    """The read of lanes that hold equally many pages, in page order, so that neighbours are read as a view."""
-    lanes = sorted(lanes, key=lambda lane: lane.pairs[0][0])
-    longest = max(len(lane.rows) for lane in lanes)
-    rows_Lm = np.stack(
-        [np.pad(lane.rows, (0, longest - len(lane.rows)), constant_values=lane.rows[0]) for lane in lanes]
-    )
-    real_Lm = np.stack([np.arange(longest) < len(lane.rows) for lane in lanes])
-    numbers = np.array([page for lane in lanes for page, _ in lane.pairs])
-    scales_Lk = np.array([[scale for _, scale in lane.pairs] for lane in lanes], dtype=np.float32)
-    rows_n = _index(rows_Lm.ravel(), device)
-    return Read(
-        lanes=len(lanes),
-        rows_n=rows_n,
-        real=None if real_Lm.all() else torch.from_numpy(np.flatnonzero(real_Lm)).to(device),
-        real_rows=None if isinstance(rows_n, slice) else torch.from_numpy(rows_Lm[real_Lm]).to(device),
-        pages=_index(numbers, device),
-        numbers=tuple(numbers.tolist()),
-        scales=None if (scales_Lk == 1).all() else torch.from_numpy(scales_Lk[:, None, :, None, None]).to(device),
-    )
-
-
-def _shrink(x_nI: torch.Tensor, a_PSRI: torch.Tensor, read: Read) -> torch.Tensor:
-    """[L, m, k, S, R]: each lane's tokens times its own pages of A, scaled."""
-    _, slices, units, features = a_PSRI.shape
-    x_LmI = x_nI.to(a_PSRI.dtype).reshape(read.lanes, -1, features)
-    a_LQI = a_PSRI.view(read.lanes, -1, features)
-    h_LmQ = torch.bmm(x_LmI, a_LQI.transpose(1, 2))
-    h_LmkSR = h_LmQ.view(read.lanes, x_LmI.shape[1], -1, slices, units)
-    return h_LmkSR if read.scales is None else (h_LmkSR * read.scales).to(a_PSRI.dtype)
-
-
-def _look_up(tokens_n: torch.Tensor, a_PSVR: torch.Tensor, read: Read) -> torch.Tensor:
-    """[L, m, k, 1, R]: what `_shrink` would make of one-hot tokens."""
-    pages_L1k = torch.tensor(read.numbers, device=a_PSVR.device).view(read.lanes, 1, -1)
-    h_LmkSR = a_PSVR[pages_L1k, :, tokens_n.view(read.lanes, -1, 1)]
-    return h_LmkSR if read.scales is None else (h_LmkSR * read.scales).to(a_PSVR.dtype)
-
-
-def _weighted(vectors_QO: torch.Tensor, read: Read) -> torch.Tensor:
-    """[L, 1, O]: the sum of each lane's own vectors, scaled."""
-    vectors_LkO = vectors_QO.view(read.lanes, -1, vectors_QO.shape[1])
-    if read.scales is not None:
-        vectors_LkO = vectors_LkO * read.scales.view(read.lanes, -1, 1)
-    return vectors_LkO.sum(1, keepdim=True)
-
-
-def _put(y_TO: torch.Tensor, y_nO: torch.Tensor, read: Read) -> None:
-    """The rows of a read back into y, each once; a run was changed in place."""
-    if read.real_rows is not None:
-        y_TO.index_copy_(0, read.real_rows, y_nO if read.real is None else y_nO.index_select(0, read.real))
-
-
-def _expand(y_LmW: torch.Tensor, h_LmkR: torch.Tensor, b_LQW: torch.Tensor) -> None:
-    """Adds each lane's shrunk values times its own pages of B, in place; a LoRA dtype of its own is rounded to y's."""
-    h_LmQ = h_LmkR.flatten(2)
-    if y_LmW.dtype == b_LQW.dtype:
-        y_LmW.baddbmm_(h_LmQ, b_LQW)
-    else:
-        y_LmW += torch.bmm(h_LmQ, b_LQW)
-
-
-def _take(source: torch.Tensor, index: Index) -> torch.Tensor:
-    """A view for a run, a gathered copy otherwise."""
-    return source[index] if isinstance(index, slice) else source.index_select(0, index)
-
-
-def _index(numbers: NDArray[np.int64], device: torch.device) -> Index:
-    """Numbers as a slice where they ascend by one, else as an index."""
-    if (np.diff(numbers) == 1).all():
-        return slice(int(numbers[0]), int(numbers[-1]) + 1)
-    return torch.from_numpy(numbers).to(device)
+def _bound(lane: int, tokens: int, few: int) -> int:
+    """What lanes of one part have in common: 0 for the compiled delta, the bound of their reads, or the lane alone."""
+    if tokens <= few:
+        return 0
+    return next((bound for bound in TOGETHER if tokens <= bound), -lane)

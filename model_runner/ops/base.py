@@ -15,8 +15,10 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from model_runner.compiled.caller import Caller
+
 BACKENDS = {
-    "torch": "model_runner.ops.torch_ops:TorchOps",
+    "compiled": "model_runner.ops.compiled_ops:CompiledOps",
     "triton": "model_runner.ops.triton_ops:TritonOps",
 }
 
@@ -33,8 +35,8 @@ class HeadNorms(NamedTuple):
     lanes_T: torch.Tensor | None = None
 
 
-class Ops(ABC):
-    """Stateless: tensors in, fresh tensors out (and the caches, where a call says so)."""
+class Ops(Caller, ABC):
+    """Tensors in, fresh tensors out (and the caches, where a call says so)."""
 
     @abstractmethod
     def norm(
@@ -86,7 +88,7 @@ class Ops(ABC):
 
 
 def create(device: torch.device) -> Ops:
-    """Kernels on CUDA, torch elsewhere."""
-    module, _, attribute = BACKENDS["triton" if device.type == "cuda" else "torch"].partition(":")
+    """Kernels on CUDA, torch and what is compiled of it elsewhere."""
+    module, _, attribute = BACKENDS["triton" if device.type == "cuda" else "compiled"].partition(":")
     ops: Ops = getattr(importlib.import_module(module), attribute)()
     return ops

@@ -39,7 +39,7 @@ def test_an_example_runs(kind: str, text: str, demo: RunningServer) -> None:
         timeout=120,
         check=False,
         cwd="/",
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": os.devnull},
     )
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout, done.stdout
