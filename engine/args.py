@@ -33,6 +33,7 @@ class Args(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     dtype: Dtype = "auto"
     attention_backend: Literal["auto", "torch", "triton"] = "auto"
     torch_compile: TorchCompile = "auto"
+    cpu_threads: int | None = None
     enable_lora: bool | None = None
     lora_paths: list[str] = []
     max_loras_per_batch: int = 8
@@ -86,6 +87,7 @@ class Args(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 def _check_ranges(args: Args) -> None:
     bounds: list[tuple[str, float | None, float, float]] = [
         ("--port", args.port, 0, 65535),
+        ("--cpu-threads", args.cpu_threads, 1, 1024),
         ("--max-loras-per-batch", args.max_loras_per_batch, 1, 1024),
         ("--max-lora-rank", args.max_lora_rank, 1, 512),
         ("--lora-extra-vocab-size", args.lora_extra_vocab_size, 0, 1 << 20),

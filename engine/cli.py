@@ -19,7 +19,6 @@ LATER = {
     "--tokenizer": "the model's own tokenizer is used",
     "--revision": "write org/name@revision instead",
     "--fully-sharded-loras": "tensor parallelism is not available yet",
-    "--cpu-threads": "all cores up to 4 are used",
 }
 NEVER = {
     "--trust-remote-code": "no code from a model or adapter directory is ever run",
@@ -147,6 +146,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default=None, help="the same as --model-path")
     add("--model-path", "--model", dest="model_path", metavar="MODEL", help="directory or hub id, org/name[@revision]")
     add("--device", choices=["auto", "cpu", "cuda"], help="(auto: cuda where there is one)")
+    add("--cpu-threads", type=int, metavar="N", help="threads that compute on a CPU (4 cores, or all but 1)")
     add("--dtype", type=_dtype, choices=["auto", "bfloat16", "float16", "float32"], help="(auto: the checkpoint's)")
     add("--attention-backend", type=_attention, choices=["auto", "torch", "triton"], help="(auto: triton on CUDA)")
     add(

@@ -111,6 +111,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     The pool holds `lora_pool_adapters` of the largest rank, or `lora_pool_bytes`; both None: by memory.
     Decode steps of up to `cuda_graph_max_rows` rows (None: 256) are captured on CUDA, unless `cuda_graphs` is off.
     `torch_compile`: compile small operations; auto means on a CPU in bfloat16, beside the serving; on: before it.
+    `cpu_threads` None means: OMP_NUM_THREADS, or all cores up to four, then all but one.
     `device` auto means: cuda where there is one. `max_batched_tokens` None means: 512 on a CPU, 8192 on CUDA.
     `max_running_requests` and `max_total_tokens` None mean: from memory; `context_length` None: the model's.
     `after_fault`: the incarnation before ended by itself, perhaps because of what it was asked to do.
@@ -124,6 +125,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     tp_size: int = 1
     attention_backend: str = "auto"
     torch_compile: TorchCompile = "off"
+    cpu_threads: int | None = None
     enable_lora: bool = False
     lora_backend: str = "auto"
     max_lora_chunk_size: int = 16
@@ -209,6 +211,7 @@ def sections(
         dtype=args.dtype,
         attention_backend=args.attention_backend,
         torch_compile=args.torch_compile,
+        cpu_threads=args.cpu_threads,
         tp_size=args.tp_size,
         enable_lora=enable_lora,
         lora_backend=args.lora_backend,

@@ -59,9 +59,11 @@ def cpu_has_bfloat16() -> bool:
     return any(BF16_FLAGS & set(line.partition(":")[2].split()) for line in lines if line.startswith("flags"))
 
 
-def set_threads() -> None:
-    """All cores up to four, then all but one; OMP_NUM_THREADS, where it is set, is left alone."""
-    if "OMP_NUM_THREADS" not in os.environ:
+def set_threads(count: int | None = None) -> None:
+    """So many threads compute on a CPU; None: as OMP_NUM_THREADS says, else all cores up to four, then all but one."""
+    if count is not None:
+        torch.set_num_threads(count)
+    elif "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(cores if cores <= 4 else cores - 1)
 

@@ -60,7 +60,7 @@ def serve(child: Child, config: RunnerConfig) -> None:
     inbox: Inbox[Any] = Inbox(context, links.runner, ToRunner, links.max_frame_bytes)  # first: nothing sent is lost
     try:
         began = time.perf_counter()
-        set_threads()
+        set_threads(config.cpu_threads)
         compilations = Compilations().install()
         runner = Runner.load(config, progress=True)
         if runner.capacity.device == "cuda":

@@ -37,6 +37,9 @@ from cpu.picture import draw
 
 IDLE_REQUESTS = 11
 
+SETTLE = 2.0
+"""Seconds before each run: threads of a server that was just measured may spin on for more than half a second."""
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -80,6 +83,7 @@ class Bench:
         )
         if turn < 0:  # a warm-up that nobody counts
             asks = [replace(ask, output_len=8) for ask in asks[:concurrency]]
+        await asyncio.sleep(SETTLE)
         run = await closed_loop(peer.server, asks, concurrency, f"{peer.label}, {load}, {concurrency}")
         found = summarise([run])
         if found.answered < found.requests or found.short:
@@ -131,7 +135,7 @@ async def measure(bench: Bench, urls: Sequence[tuple[str, str]], args: argparse.
 
 
 def flags(shape: Shape, directory: Path) -> list[object]:
-    """Of our server: every adapter resident, and as many in a step as are asked for."""
+    """Of our server: all adapters resident, as many in a step as are asked for, nothing left to compile."""
     pages = sum(-(-rank // 16) for rank in RANKS.values())
     pool = -(-pages // (MAX_RANK // 16)) + 2  # counted in adapters of the highest rank
     named = [f"{name}={path}" for name, path in adapters(shape, directory).items()]
@@ -141,6 +145,8 @@ def flags(shape: Shape, directory: Path) -> list[object]:
         make_model(shape, directory / "model"),
         "--dtype",
         "bfloat16",
+        "--torch-compile",
+        "on",
         "--lora-paths",
         *named,
         *lanes,

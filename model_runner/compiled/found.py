@@ -23,6 +23,10 @@ class Found:
         """From now on functions come from there, once they are ready."""
         self._kernels = kernels if kernels.when != "never" else None
 
+    def look(self, function: Function) -> Kernel | None:
+        """The compiled function, where there is one by now; for whoever keeps what it is given."""
+        return None if self._kernels is None else self._kernels.get(function)
+
     def get(
         self, name: str, sizes: tuple[int, ...], dtype: torch.dtype, numbers: tuple[float, ...] = (), threads: int = 0
     ) -> Kernel | None:
@@ -32,7 +36,7 @@ class Found:
         key = name, sizes, dtype, numbers, threads
         kernel = self._found.get(key)
         if kernel is None:
-            kernel = self._kernels.get(Function(name, sizes, dtype_name(dtype), numbers, threads))
+            kernel = self.look(Function(name, sizes, dtype_name(dtype), numbers, threads))
             if kernel is not None:
                 self._found[key] = kernel
         return kernel

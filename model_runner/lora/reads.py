@@ -112,7 +112,7 @@ def _shrink(x_nI: torch.Tensor, a_PSRI: torch.Tensor, read: Read) -> torch.Tenso
     _, slices, units, features = a_PSRI.shape
     x_LmI = x_nI.to(a_PSRI.dtype).reshape(read.lanes, -1, features)
     a_LQI = _take(a_PSRI, read.pages).view(read.lanes, -1, features)
-    h_LmQ = torch.bmm(x_LmI, a_LQI.transpose(1, 2))
+    h_LmQ = _multiply(x_LmI, a_LQI.transpose(1, 2))
     h_LmkSR = h_LmQ.view(read.lanes, x_LmI.shape[1], -1, slices, units)
     return h_LmkSR if read.scales is None else (h_LmkSR * read.scales).to(a_PSRI.dtype)
 
@@ -127,10 +127,19 @@ def _look_up(tokens_n: torch.Tensor, a_PSVR: torch.Tensor, read: Read) -> torch.
 def _expand(y_LmW: torch.Tensor, h_LmkR: torch.Tensor, b_LQW: torch.Tensor) -> None:
     """Adds each lane's shrunk values times its own pages of B, in place; a LoRA dtype of its own is rounded to y's."""
     h_LmQ = h_LmkR.flatten(2)
-    if y_LmW.dtype == b_LQW.dtype:
-        y_LmW.baddbmm_(h_LmQ, b_LQW)
+    if y_LmW.dtype != b_LQW.dtype:
+        y_LmW += _multiply(h_LmQ, b_LQW)
+    elif len(y_LmW) == 1:
+        y_LmW[0].addmm_(h_LmQ[0], b_LQW[0])
     else:
-        y_LmW += torch.bmm(h_LmQ, b_LQW)
+        y_LmW.baddbmm_(h_LmQ, b_LQW)
+
+
+def _multiply(left_Lmn: torch.Tensor, right_Lnk: torch.Tensor) -> torch.Tensor:
+    """[L, m, k]. One lane's is a plain matmul: as a batch of one, a prefill's expand takes 1.3 times the time."""
+    if len(left_Lmn) == 1:
+        return torch.mm(left_Lmn[0], right_Lnk[0])[None]
+    return torch.bmm(left_Lmn, right_Lnk)
 
 
 def _weighted(vectors_QO: torch.Tensor, read: Read) -> torch.Tensor:

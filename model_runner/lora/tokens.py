@@ -26,8 +26,10 @@ from model_runner.lora.site import Site
 FEW = 32
 """Lanes of at most so many tokens in a step go through the compiled delta, where there is one; beyond, matmuls win."""
 
-LONE_BLOCKS = 2
-"""A lone token's columns are computed in so many parts at once: gate and up of a cold page in 30 us instead of 45."""
+WIDE = 4096
+"""From so many columns on, a lone token's are computed in two parts at once: gate and up of a cold page take 30 us
+instead of 45. A lone token's fewer columns are done before a second thread has heard of them.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,15 +77,14 @@ class Deltas:
         if self._pages.dtype is not dtype:
             return []
         sites = [site for site in self._pages.sites if site.name in self._pages.pools and not site.embeds]
-        functions = (Function("delta", sizes, dtype_name(dtype)) for site in sites for sizes in _sizes(site))
-        return list(dict.fromkeys(functions))
+        return list(dict.fromkeys(function for site in sites for function in _functions(site, dtype)))
 
     def ready(self, group: str) -> bool:
         """Whether the delta of every site of the group is compiled by now."""
         if group not in self._groups:
             sites = [site for site in self._pages.sites if site.group == group and site.name in self._pages.pools]
             found = {
-                site.name: [self._found.get("delta", sizes, self._pages.dtype) for sizes in _sizes(site)]
+                site.name: [self._found.look(function) for function in _functions(site, self._pages.dtype)]
                 for site in sites
             }
             if not found or any(kernel is None for kernels in found.values() for kernel in kernels):
@@ -100,6 +101,9 @@ class Deltas:
         kernel([y_TO, x_TI.contiguous(), pool.a_PSRI, pool.b_PRO, *weights])
 
 
-def _sizes(site: Site) -> list[tuple[int, ...]]:
-    """What the compiled deltas hold as constants: of the one for several tokens, and of the one for a lone one."""
-    return [(blocks, site.in_features, *(piece.stop for piece in site.slices)) for blocks in (1, LONE_BLOCKS)]
+def _functions(site: Site, dtype: torch.dtype) -> list[Function]:
+    """The delta for several tokens, and that for a lone one."""
+    name, stops = dtype_name(dtype), [piece.stop for piece in site.slices]
+    blocks, threads = (2, 0) if site.out_features >= WIDE else (1, 1)
+    many = Function("delta", (1, site.in_features, *stops), name)
+    return [many, Function("delta", (blocks, site.in_features, *stops), name, threads=threads)]

@@ -62,3 +62,27 @@ def test_memory_is_measured_and_a_container_limits_it(tmp_path: Path, monkeypatc
     assert device.memory(CPU) == (123456, 123456 - 20000)
     (tmp_path / "memory.max").write_text("max\n")
     assert device.memory(CPU)[0] > 10**8
+
+
+@pytest.mark.parametrize(
+    ("count", "environment", "cores", "expected"),
+    [
+        (3, {"OMP_NUM_THREADS": "7"}, 16, [3]),
+        (None, {"OMP_NUM_THREADS": "7"}, 16, []),
+        (None, {}, 4, [4]),
+        (None, {}, 16, [15]),
+    ],
+)
+def test_threads_are_the_flag_then_the_environment_then_the_cores(
+    count: int | None,
+    environment: dict[str, str],
+    cores: int,
+    expected: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", said.append)
+    monkeypatch.setattr(device.os, "environ", environment)
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: set(range(cores)))
+    device.set_threads(count)
+    assert said == expected
