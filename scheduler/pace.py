@@ -7,6 +7,8 @@ held until shortly before the step in flight is expected to end:
     step n     |==========================|
     plan n+1                        ^ LEAD before the end
     arrivals   ....... in n+1 ......|. in n+2
+
+What an early plan hides is the host's part, about a millisecond. Of a long step that is nothing: it is waited for.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from engine.messages import Step, StepDone
 
 LEAD_SECONDS = 0.003
 LEAD_SHARE = 0.2  # of the step, where that is more: long steps vary by more than milliseconds
+LONG_SECONDS = 0.15  # of such a step the host's part is less than a hundredth
 MEMORY = 4  # steps of a kind that the expectation looks back on: their shortest
 
 
@@ -47,7 +50,7 @@ class Pace:
 
     @property
     def due(self) -> float:
-        """The time from which one more step may be planned; infinite while the window is full."""
+        """The time from which one more step may be planned; infinite where only a step's end can allow it."""
         if len(self._flights) >= self._window:
             return float("inf")
         if not self._flights or not self._holds:
@@ -55,4 +58,6 @@ class Pace:
         _, decodes, tokens = self._flights[0]
         known = self._decodes if decodes else self._prefills
         expected = min(known, default=0.0) * (min(tokens, 1) if decodes else tokens)  # without tokens: fills only
+        if expected > LONG_SECONDS:
+            return float("inf")
         return self._began + expected - max(LEAD_SECONDS, LEAD_SHARE * expected)

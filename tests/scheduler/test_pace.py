@@ -9,7 +9,7 @@ import pytest
 from engine.config import Links, SchedulerConfig
 from engine.messages import Capacity, Chunk, Generate, RunnerReady, Sampling, Step, StepDone, Stopping
 from scheduler import serve
-from scheduler.pace import LEAD_SECONDS, LEAD_SHARE, Pace
+from scheduler.pace import LEAD_SECONDS, LEAD_SHARE, LONG_SECONDS, Pace
 from scheduler.serve import Loop
 
 
@@ -59,13 +59,22 @@ def test_short_steps_are_planned_at_once() -> None:
     assert pace.due < 1.0
 
 
+def test_the_end_of_a_long_step_is_waited_for() -> None:
+    pace = Pace(window=2, holds=True)
+    run(pace, 1, 0.0, 2 * LONG_SECONDS, 1)
+    pace.sent(step(2, 1), 1.0)
+    assert pace.due == float("inf")
+    pace.done(StepDone(epoch=0, id=2, seconds=2 * LONG_SECONDS), 1.4)
+    assert pace.due == float("-inf")
+
+
 def test_prefills_are_judged_by_their_tokens_and_fills_by_nothing() -> None:
     pace = Pace(window=2, holds=True)
     run(pace, 1, 0.0, 0.010, 1)
     run(pace, 2, 1.0, 0.400, 1, 399)
-    pace.sent(step(3, 200), 2.0)
-    assert pace.due == pytest.approx(2.0 + 0.200 * (1 - LEAD_SHARE))
-    pace.done(StepDone(epoch=0, id=3, seconds=0.2), 2.2)
+    pace.sent(step(3, 100), 2.0)
+    assert pace.due == pytest.approx(2.0 + 0.100 * (1 - LEAD_SHARE))
+    pace.done(StepDone(epoch=0, id=3, seconds=0.1), 2.1)
     pace.sent(step(4), 3.0)  # fills only
     assert pace.due <= 3.0
 
