@@ -46,7 +46,7 @@ def _do(job: Job, library: Path, threads: int) -> Report:
     try:
         program = FUNCTIONS[job.function.name](job.function)
         compile_program(program, library, min(threads, job.function.threads or threads))
-        if found := differs(load(library), program):
+        if found := differs(load(library, program), program):
             return Report(f"its results differ {found}")
         seal(library, Path(job.path))
     except Exception as error:

@@ -24,7 +24,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from model_runner.compiled import compiler, functions
+from model_runner.compiled import compiler, functions, native
 from model_runner.compiled.program import Function
 from model_runner.device import CPU_INFO
 
@@ -133,10 +133,14 @@ def seal(library: Path, path: Path) -> None:
 def _fingerprint(function: Function, threads: int) -> str:
     """All that the code depends on: the function, how it is written and compiled, torch, Python, processor, threads."""
     maker = functions.FUNCTIONS[function.name]
+    source = maker(function).source
+    written = [source, *sorted(source.parent.glob("*.h"))] if source else []
     parts = [
         msgspec.json.encode(function),
         _source(sys.modules[maker.__module__].__file__),
+        *(path.read_bytes() for path in written),
         _source(compiler.__file__),
+        _source(native.__file__),
         f"{torch.__version__} {torch.version.git_version} {sys.version} {platform.machine()}".encode(),
         f"{torch.backends.cpu.get_cpu_capability()} {processor()}".encode(),
         str(threads).encode(),

@@ -1,4 +1,4 @@
-"""One function to one shared library, by torch's Inductor ahead of time and the machine's C++ compiler.
+"""One function to one shared library, by the machine's C++ compiler: from torch's Inductor ahead of time, or from C++.
 
 Unless a program says otherwise intermediate results are rounded where torch rounds them, so that a function gives the
 same bits as before it was compiled, wherever its sums run in the same order. Knows nothing of who asks and where the
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from model_runner.compiled import native
 from model_runner.compiled.program import Kernel, Program
 
 EXAMPLE = 8
@@ -34,8 +35,10 @@ def find_compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
 
 
-def load(library: Path) -> Kernel:
+def load(library: Path, program: Program) -> Kernel:
     """What can be called of a library. Loading it runs code in it. Raises whatever torch does."""
+    if program.source is not None:
+        return native.load(library, len(program.arguments(1)))
     runner: Any = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
     kernel: Kernel = runner.run
     return kernel
@@ -43,6 +46,13 @@ def load(library: Path) -> Kernel:
 
 def compile_program(program: Program, library: Path, threads: int) -> None:
     """Writes the library, an absolute path that ends in .so, for so many threads. Raises whatever torch does."""
+    if program.source is not None:
+        native.build(find_compiler() or "g++", program.source, program.defines, library)
+    else:
+        _compile_module(program, library, threads)
+
+
+def _compile_module(program: Program, library: Path, threads: int) -> None:
     import torch._inductor
     from torch._inductor import config
 

@@ -151,8 +151,9 @@ class Kernels:
         if self._cache is None or not self._cache.sound(path):
             return False
         try:
-            kernel = compiler.load(path)
-            found = differs(kernel, FUNCTIONS[job.function.name](job.function), TRIES)
+            program = FUNCTIONS[job.function.name](job.function)
+            kernel = compiler.load(path, program)
+            found = differs(kernel, program, TRIES)
         except Exception as error:
             found = str(error).partition("\n")[0]
         if found:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import torch
@@ -42,6 +43,9 @@ class Program:
     arguments       valid ones for a size, drawn by `Draw`: all dynamic dimensions follow from that one number
     dynamic         for each argument its dimensions that vary, by number: {0: "T"}; None: none does. Those of one
                     name are equal, and may be anything from 1 on
+    source          C++ that computes the same, where the module's own code would be slow: then the module is only what
+                    it is held against, may do whatever it likes, and `dynamic` says nothing
+    defines         what the source is compiled with
     sizes           those it is tried on
     tolerance       of an element, as a share of the largest; None: the dtype's rounding
     exact           rounds intermediate results where torch does: the same bits, in up to 1.4 of the time
@@ -49,7 +53,9 @@ class Program:
 
     module: nn.Module
     arguments: Callable[[int], tuple[torch.Tensor, ...]]
-    dynamic: tuple[dict[int, str] | None, ...]
+    dynamic: tuple[dict[int, str] | None, ...] = ()
+    source: Path | None = None
+    defines: tuple[str, ...] = ()
     sizes: tuple[int, ...] = (1, 2, 7, 32)
     tolerance: float | None = None
     exact: bool = True

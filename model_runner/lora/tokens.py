@@ -1,11 +1,9 @@
-"""Tokens: how the compiled delta computes some lanes' deltas, each token by itself, straight from the pool.
+"""Tokens: how the compiled delta computes all lanes' deltas in one call, straight from the pool.
 
-    lane 4, pages 3 9   row 0, row 7         rows_n [0 7 5]     pages_nk 3 9     scales_nk  1  1
-    lane 1, pages 0 2   row 5                                            3 9                1  1
-                                                                         0 2               .5 .5
+    lane 4, pages 3 9   row 0, row 7         plan   2 lanes | 2 tokens 2 uses, 1 token 2 uses | 0 7  5 | 3 9  0 2
+    lane 1, pages 0 2   row 5                scales                                                      1 1 .5 .5
 
-Knows nothing of how the delta is compiled, nor of the lanes that have none of it. Legend: T tokens of the step, n of
-them that are adapted, k pages of each, L lanes, I in features, O out features.
+Knows nothing of how the delta is compiled. Legend: q uses of pages by lanes.
 """
 
 from __future__ import annotations
@@ -17,93 +15,70 @@ import torch
 
 from model_runner.compiled.found import Found
 from model_runner.compiled.kernels import Kernels
-from model_runner.compiled.program import Function, Kernel
+from model_runner.compiled.program import Function
 from model_runner.device import dtype_name
 from model_runner.lora.pages import RankPages
 from model_runner.lora.reads import LaneTokens
 from model_runner.lora.site import Site
 
-FEW = 32
-"""Lanes of at most so many tokens in a step go through the compiled delta, where there is one; beyond, matmuls win."""
-
-WIDE = 4096
-"""From so many columns on, a lone token's are computed in two parts at once: gate and up of a cold page take 30 us
-instead of 45. A lone token's fewer columns are done before a second thread has heard of them.
-"""
+DTYPES = (torch.bfloat16, torch.float32)
+"""What the delta is written for."""
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Tokens of lanes that hold equally many pages, for the compiled delta: each for itself.
+    """The adapted tokens of a step in one group, and whose pages they go by.
 
-    rows_n      where they are in the batch
-    pages_nk    their lanes' pages; `numbers` are those of all these lanes
-    scales_nk   the pages' scales, float32
+    plan        int64: the number of lanes, each one's tokens and uses, their rows in the batch, their pages
+    scales_q    of each use of a page, float32; `numbers` are the pages
     """
 
-    rows_n: torch.Tensor
-    pages_nk: torch.Tensor
-    scales_nk: torch.Tensor
+    plan: torch.Tensor
+    scales_q: torch.Tensor
     numbers: tuple[int, ...]
 
 
 def plan_tokens(lanes: list[LaneTokens]) -> Tokens:
-    """Every token of lanes that hold equally many pages, with its lane's pages and scales."""
-    counts = [len(lane.rows) for lane in lanes]
-    pairs_nk2 = np.array([lane.pairs for lane in lanes], dtype=np.float64).repeat(counts, axis=0)
-    return Tokens(
-        rows_n=torch.from_numpy(np.concatenate([lane.rows for lane in lanes])),
-        pages_nk=torch.from_numpy(pairs_nk2[..., 0].astype(np.int64)),
-        scales_nk=torch.from_numpy(pairs_nk2[..., 1].astype(np.float32)),
-        numbers=tuple(sorted(page for lane in lanes for page, _ in lane.pairs)),
-    )
+    """All tokens of these lanes, in the order of the lanes."""
+    counts = [count for lane in lanes for count in (len(lane.rows), len(lane.pairs))]
+    numbers = [page for lane in lanes for page, _ in lane.pairs]
+    plan = np.concatenate([np.array([len(lanes), *counts]), *(lane.rows for lane in lanes), np.array(numbers)])
+    scales = np.array([scale for lane in lanes for _, scale in lane.pairs], dtype=np.float32)
+    return Tokens(torch.from_numpy(plan.astype(np.int64)), torch.from_numpy(scales), tuple(sorted(numbers)))
 
 
 class Deltas:
-    """The compiled deltas of the sites: one for several tokens, one for a lone one."""
+    """The compiled delta, and what it reads of each site."""
 
     def __init__(self, pages: RankPages) -> None:
         self._pages = pages
+        self._function = Function("delta", (), dtype_name(pages.dtype))
         self._found = Found()
-        self._kernels: dict[str, list[Kernel]] = {}
-        self._groups: set[str] = set()  # all of whose deltas are there
+        linears = [site for site in pages.sites if site.name in pages.pools and not site.embeds]
+        self._weights = {site.name: _weights(site, pages) for site in linears}
+        self._groups = {site.group for site in linears}
 
     def use(self, kernels: Kernels) -> None:
-        """Where they are to be found, once they are compiled."""
+        """Where it is to be found, once it is compiled."""
         self._found.use(kernels)
 
     def functions(self, dtype: torch.dtype) -> list[Function]:
-        """The delta of each shape of linear that adapters may touch, if they compute in the model's dtype."""
-        if self._pages.dtype is not dtype:
-            return []
-        sites = [site for site in self._pages.sites if site.name in self._pages.pools and not site.embeds]
-        return list(dict.fromkeys(function for site in sites for function in _functions(site, dtype)))
+        """The delta, if adapters may touch a linear and compute in the model's dtype."""
+        return [self._function] if self._weights and dtype is self._pages.dtype and dtype in DTYPES else []
 
     def ready(self, group: str) -> bool:
-        """Whether the delta of every site of the group is compiled by now."""
-        if group not in self._groups:
-            sites = [site for site in self._pages.sites if site.group == group and site.name in self._pages.pools]
-            found = {
-                site.name: [self._found.look(function) for function in _functions(site, self._pages.dtype)]
-                for site in sites
-            }
-            if not found or any(kernel is None for kernels in found.values() for kernel in kernels):
-                return False
-            self._kernels |= {name: [kernel for kernel in kernels if kernel] for name, kernels in found.items()}
-            self._groups.add(group)
-        return True
+        """Whether the group's deltas can be computed by now."""
+        return group in self._groups and self._found.look(self._function) is not None
 
     def add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, site: Site, tokens: Tokens) -> None:
-        """Adds each token's delta to its row of y, in place. The site's group is ready."""
-        pool, weights = self._pages.pools[site.name], (tokens.rows_n, tokens.pages_nk, tokens.scales_nk)
-        many, lone = self._kernels[site.name]
-        kernel = lone if len(tokens.rows_n) == 1 else many
-        kernel([y_TO, x_TI.contiguous(), pool.a_PSRI, pool.b_PRO, *weights])
+        """Adds the tokens' deltas to their rows of y, in place. The site's group is ready."""
+        kernel = self._found.look(self._function)
+        assert kernel is not None
+        kernel([y_TO, x_TI.contiguous(), *self._weights[site.name], tokens.plan, tokens.scales_q])
 
 
-def _functions(site: Site, dtype: torch.dtype) -> list[Function]:
-    """The delta for several tokens, and that for a lone one."""
-    name, stops = dtype_name(dtype), [piece.stop for piece in site.slices]
-    blocks, threads = (2, 0) if site.out_features >= WIDE else (1, 1)
-    many = Function("delta", (1, site.in_features, *stops), name)
-    return [many, Function("delta", (blocks, site.in_features, *stops), name, threads=threads)]
+def _weights(site: Site, pages: RankPages) -> tuple[torch.Tensor, ...]:
+    """The site's pool, how many units its pages have, and its sizes: in, out, slices, where each slice ends."""
+    pool, stops = pages.pools[site.name], [piece.stop for piece in site.slices]
+    sizes = torch.tensor([site.in_features, site.out_features, len(stops), *stops])
+    return pool.a_PSRI, pool.b_PRO, torch.from_numpy(pool.units_PS), sizes

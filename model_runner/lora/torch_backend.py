@@ -1,9 +1,9 @@
 """LoRA in torch: the reference on any device, and with what is compiled of it the fast path on a CPU.
 
-A step becomes, per group of sites, a few parts, each of lanes that hold equally many pages:
+A step becomes, per group of sites, one part or a few:
 
-    lane of few tokens  --> Tokens   the compiled delta, each token by itself, once it is there
-    all other lanes     --> Read     batched matmuls over lanes with about equally many tokens
+    Tokens   all lanes in one call of the compiled delta, once it is there
+    Read     until then: batched matmuls over lanes that hold equally many pages and have about equally many tokens
 
 A lane with a long prefill is a read of its own; gains, biases and the embedding are reads always. Nothing of one lane
 can reach a row of another. Knows nothing of adapters and formats. Legend: T tokens of the step, I in features, O out
@@ -27,7 +27,7 @@ from model_runner.lora.base import DEFAULTS, LoraBackend, Options
 from model_runner.lora.pages import RankPages
 from model_runner.lora.reads import LaneTokens, Read, add_delta, add_vectors, plan_read
 from model_runner.lora.site import Site, Slice, vectors_of
-from model_runner.lora.tokens import FEW, Deltas, Tokens, plan_tokens
+from model_runner.lora.tokens import Deltas, Tokens, plan_tokens
 from model_runner.packed import linear
 
 TOGETHER = (4, 16, 64)
@@ -94,15 +94,14 @@ class TorchLora(LoraBackend):
         return y_TO
 
     def _plan_group(self, group: str, rows: dict[int, NDArray[np.int64]]) -> list[Read | Tokens]:
+        held = {lane: [pair for pair in self.pages.lanes[lane].get(group, ()) if pair[1]] for lane in rows}
+        lanes = {lane: LaneTokens(rows[lane], pairs) for lane, pairs in held.items() if pairs}
+        if lanes and self._deltas.ready(group):
+            return [plan_tokens(list(lanes.values()))]
         shared: dict[tuple[int, int], list[LaneTokens]] = {}
-        few = FEW if self._deltas.ready(group) else 0
-        for lane, rows_n in rows.items():
-            pairs = [(page, scale) for page, scale in self.pages.lanes[lane].get(group, ()) if scale]
-            if pairs:
-                shared.setdefault((_bound(lane, len(rows_n), few), len(pairs)), []).append(LaneTokens(rows_n, pairs))
-        return [
-            plan_read(lanes, self.pages.device) if bound else plan_tokens(lanes) for (bound, _), lanes in shared.items()
-        ]
+        for lane, tokens in lanes.items():
+            shared.setdefault((_bound(lane, len(tokens.rows)), len(tokens.pairs)), []).append(tokens)
+        return [plan_read(together, self.pages.device) for together in shared.values()]
 
     def _slices(self, site: Site, part: Read | Tokens) -> list[tuple[int, Slice]]:
         """The slices of the site in which any of the part's pages holds something."""
@@ -113,8 +112,6 @@ class TorchLora(LoraBackend):
         return self._touched[key]
 
 
-def _bound(lane: int, tokens: int, few: int) -> int:
-    """What lanes of one part have in common: 0 for the compiled delta, the bound of their reads, or the lane alone."""
-    if tokens <= few:
-        return 0
+def _bound(lane: int, tokens: int) -> int:
+    """What lanes of one read have in common: the bound of their tokens, or the lane alone."""
     return next((bound for bound in TOGETHER if tokens <= bound), -lane)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,15 +25,14 @@ from model_runner.arch import read_arch
 from model_runner.compiled import compiler
 from model_runner.compiled.kernels import Kernels
 from model_runner.compiled.program import Function, Kernel
-from model_runner.lora.tokens import FEW
 from model_runner.models.load import load_model
 
 FAMILY = "qwen2"
 """Calls all there is: plain norms, SiLU, heads that share keys and have no norms. Its biases let all formats in."""
 
-WIDE = 100
 N = 6
-LENGTHS = (1, 5, 20, FEW + 9)
+LONG = 41
+LENGTHS = (1, 5, 20, LONG)
 MIXES: list[dict[str, float]] = [
     {"lora": 0.5, "rslora": -0.75},
     {"dora rslora": 0.5, "lora": 1.0, "lokr full": 0.25},
@@ -97,14 +96,6 @@ class Counted(Kernels):
         return [function for function in self.wanted if not self.calls[function]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def wide() -> Iterator[None]:
-    """A lone token's columns come in two parts from so few on that a tiny model has functions for that."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model_runner.lora.tokens.WIDE", WIDE)
-        yield
-
-
 @pytest.fixture(scope="module")
 def world(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> World:
     path, root = tiny_model(FAMILY), tmp_path_factory.mktemp("compiled-world")
@@ -150,7 +141,6 @@ def compiled(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ke
     assert {function.name for function in wanted} == {
         *("add_norm", "silu_mul", "rope_and_store", "decodes", "prefill", "delta")
     }
-    assert {function.sizes[0] for function in wanted if function.name == "delta"} == {1, 2}
     kernels = Kernels("first", tmp_path_factory.mktemp("compiled") / "kept")
     kernels.want(map(code_of, wanted))
     assert [function for function in wanted if kernels.get(code_of(function)) is None] == []
@@ -206,13 +196,13 @@ def test_functions_that_come_in_mid_stream_change_no_token(
 NAMES = ("lora", "dora", "dora rslora", "rslora", "lokr full", "head", "bias all", "lokr thin")
 """The adapters in lanes 1, 2, ...: of 1, 2 and 4 pages in a group."""
 
-PLACED = [(0, 20), (1, 5), (2, FEW + 9), (3, 1), (3, 20), (4, 1), (5, 2), (6, FEW + 9), (7, 5), (8, 1), (1, 3), (0, 1)]
+PLACED = [(0, 20), (1, 5), (2, LONG), (3, 1), (3, 20), (4, 1), (5, 2), (6, LONG), (7, 5), (8, 1), (1, 3), (0, 1)]
 """Lane and prompt length of each row."""
 
 STEPS = [
     {row: PLACED[row][1] for row in range(11)},  # prefills, the last row comes later
     {**dict.fromkeys(range(10), 1), 11: 1},  # a row less
-    {0: 1, 2: 7, 3: 1, 4: FEW + 1, 5: 1, 7: 6, 8: 1, 9: 2, 10: 1},  # decodes beside chunks of all sizes
+    {0: 1, 2: 7, 3: 1, 4: 33, 5: 1, 7: 6, 8: 1, 9: 2, 10: 1},  # decodes beside chunks of all sizes
     {1: 1, 3: 1, 6: 1},  # few rows
     {4: 1},
 ]

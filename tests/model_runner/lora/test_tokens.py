@@ -1,4 +1,4 @@
-"""Lanes of few tokens go through the delta: which, in what order, and what comes out of it, against dense float64.
+"""All lanes go through the delta, once it is there: in what order, and what comes out of it, against dense float64.
 
 The kernel here is the delta as torch computes it, uncompiled; tests/model_runner/test_compiled_model.py compiles it.
 """
@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_sites import changed, random_adapter, random_sites, site_of, with_vectors
+from lora_sites import changed, random_adapter, random_sites, with_vectors
 
 from engine.messages import LanePages
 from model_runner.compiled.functions import FUNCTIONS
@@ -22,7 +22,7 @@ from model_runner.layout import Layout
 from model_runner.lora.pages import RankPages
 from model_runner.lora.reads import LaneTokens, Read
 from model_runner.lora.site import Site, vectors_of
-from model_runner.lora.tokens import FEW, WIDE, Deltas, Tokens, plan_tokens
+from model_runner.lora.tokens import Deltas, Tokens, plan_tokens
 from model_runner.lora.torch_backend import TorchLora
 
 CPU = torch.device("cpu")
@@ -115,41 +115,30 @@ def check(lora: TorchLora, chunks: list[tuple[int, int]]) -> None:
         torch.testing.assert_close(lora.linear(x, site, meta).double(), y, atol=2e-4, rtol=2e-4)
 
 
-def test_each_token_has_its_own_lanes_pages_in_the_order_of_its_row() -> None:
+def test_a_plan_counts_lanes_and_then_names_their_rows_and_pages() -> None:
     tokens = plan_tokens(
         [
             LaneTokens(np.array([0, 7]), [(3, 1.0), (9, 1.5)]),
-            LaneTokens(np.array([5]), [(8, 0.5), (2, -0.25)]),
-            LaneTokens(np.array([1, 2, 3]), [(9, 2.0), (4, 1.0)]),
+            LaneTokens(np.array([5]), [(8, 0.5)]),
+            LaneTokens(np.array([1, 2, 3]), [(9, 2.0), (4, 1.0), (0, -0.25)]),
         ]
     )
-    assert tokens.rows_n.tolist() == [0, 7, 5, 1, 2, 3]
-    assert tokens.pages_nk.tolist() == [[3, 9], [3, 9], [8, 2], [9, 4], [9, 4], [9, 4]]
-    assert tokens.scales_nk.tolist() == [[1, 1.5], [1, 1.5], [0.5, -0.25], [2, 1], [2, 1], [2, 1]]
-    assert tokens.numbers == (2, 3, 4, 8, 9, 9)
-    assert [part.dtype for part in (tokens.rows_n, tokens.pages_nk, tokens.scales_nk)] == [
-        torch.int64,
-        torch.int64,
-        torch.float32,
-    ]
-    assert tokens.pages_nk.is_contiguous()
-    assert tokens.scales_nk.is_contiguous()
+    assert tokens.plan.tolist() == [3, 2, 2, 1, 1, 3, 3, *(0, 7, 5, 1, 2, 3), *(3, 9, 8, 9, 4, 0)]
+    assert tokens.scales_q.tolist() == [1, 1.5, 0.5, 2, 1, -0.25]
+    assert tokens.numbers == (0, 3, 4, 8, 9, 9)
+    assert (tokens.plan.dtype, tokens.scales_q.dtype) == (torch.int64, torch.float32)
 
 
-def test_lanes_of_few_tokens_go_by_their_number_of_pages_and_the_rest_are_read() -> None:
+def test_all_lanes_of_a_group_are_one_part() -> None:
     lora = backend(Eager())
-    meta = lora.plan(layout([(1, 2), (3, FEW + 1), (0, 3), (2, 1), (6, FEW), (1, FEW - 2), (7, 1), (5, 1)]))
+    meta = lora.plan(layout([(1, 2), (3, 40), (0, 3), (2, 1), (6, 33), (1, 30), (7, 1), (5, 1)]))
     assert meta is not None
-    first = {1: 0, 3: 2, 2: FEW + 6, 6: FEW + 7, 5: 3 * FEW + 6}  # of each lane's rows
-    found = [(part.pages_nk.shape[1], part.rows_n.tolist()) for part in meta["qkv"] if isinstance(part, Tokens)]
-    ones = [0, 1, *range(2 * FEW + 7, 3 * FEW + 5), first[2]]
-    assert sorted(found) == [
-        (1, ones),  # lane 1 in both its chunks, and lane 2
-        (2, [first[5]]),  # lane 7 has scale 0
-        (3, list(range(first[6], first[6] + FEW))),
-    ]
-    (read,) = (part for part in meta["qkv"] if isinstance(part, Read))
-    assert read.rows_n == slice(first[3], first[3] + FEW + 1)
+    (part,) = meta["qkv"]
+    assert isinstance(part, Tokens)
+    lanes, *counts = part.plan[:11].tolist()
+    assert lanes == 5  # lane 7 has scale 0
+    assert counts == [*(32, 1), *(1, 1), *(40, 3), *(1, 2), *(33, 3)]
+    assert part.plan[11:43].tolist() == [0, 1, *range(79, 109)]  # lane 1 in both its chunks
     assert [type(part) for part in meta[vectors_of("qkv")]] == [Read]
 
 
@@ -161,35 +150,23 @@ def test_without_functions_everything_is_read() -> None:
         assert {type(part) for parts in meta.values() for part in parts} == {Read}
 
 
-def test_a_group_waits_for_the_last_of_its_functions() -> None:
-    kernels = Eager()
+def test_a_function_that_comes_while_it_runs_is_used_from_the_next_step_on() -> None:
+    kernels = Eager({Function("delta", (), "float32")})
     lora = backend(kernels)
-    site = next(site for site in SITES if site.group == "gate_up")
-    lone = Function("delta", (1, site.in_features, *(piece.stop for piece in site.slices)), "float32", threads=1)
-    kernels.missing.add(lone)
     chunks = [(1, 2), (4, 1)]
 
-    def kinds(group: str) -> set[type]:
+    def kinds() -> set[type]:
         meta = lora.plan(layout(chunks))
         assert meta is not None
-        return {type(part) for part in meta[group]}
+        return {type(part) for group in GROUPS for part in meta[group]}
 
-    assert (kinds("gate_up"), kinds("qkv"), kinds("down")) == ({Read}, {Tokens}, {Tokens})
+    assert kinds() == {Read}
     check(lora, chunks)
-    assert {function.sizes[1:] for function, _ in kernels.calls}.isdisjoint({lone.sizes[1:]})
+    assert kernels.calls == []
     kernels.missing.clear()
-    assert kinds("gate_up") == {Tokens}
+    assert kinds() == {Tokens}
     check(lora, chunks)
-
-
-def test_a_lone_token_has_a_function_of_its_own() -> None:
-    kernels = Eager()
-    lora = backend(kernels)
-    check(lora, [(0, 2), (1, 1)])
-    assert {function.threads for function, _ in kernels.calls} == {1}
-    kernels.calls.clear()
-    check(lora, [(0, 2), (1, 2)])
-    assert {function.threads for function, _ in kernels.calls} == {0}
+    assert kernels.calls
 
 
 def test_what_no_page_touches_is_not_computed() -> None:
@@ -223,33 +200,19 @@ def test_the_pool_is_handed_over_where_it_lies_and_so_is_a_strided_input() -> No
 
 
 def test_what_is_asked_for() -> None:
-    deltas = Deltas(backend().pages)
-    shapes = ((24, 32, 40, 48), (32, 24), (24, 40, 80), (40, 24))
-    wanted = [Function("delta", (1, *shape), "float32", threads=threads) for shape in shapes for threads in (0, 1)]
-    assert deltas.functions(torch.float32) == wanted
-    assert deltas.functions(torch.bfloat16) == []
-    assert Deltas(RankPages(SITES, {"down": 1}, 1, torch.float32, CPU)).functions(torch.float32) == wanted[-2:]
-
-
-def test_a_lone_tokens_many_columns_are_shared_by_threads() -> None:
-    sites = [
-        site_of(0, "down", [torch.zeros(WIDE, 3)]),
-        site_of(0, "gate_up", [torch.zeros(WIDE // 2 - 1, 3), torch.zeros(WIDE // 2, 3)]),
-    ]
-    deltas = Deltas(RankPages(sites, {"down": 1, "gate_up": 1}, 1, torch.float32, CPU))
-    assert [(function.sizes, function.threads) for function in deltas.functions(torch.float32)] == [
-        ((1, 3, WIDE), 0),
-        ((2, 3, WIDE), 0),
-        ((1, 3, WIDE // 2 - 1, WIDE - 1), 0),
-        ((1, 3, WIDE // 2 - 1, WIDE - 1), 1),
-    ]
+    for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
+        deltas = Deltas(RankPages(SITES, {"down": 1}, 1, dtype, CPU))
+        assert deltas.functions(dtype) == [Function("delta", (), name)]
+    assert Deltas(backend().pages).functions(torch.bfloat16) == []
+    assert Deltas(RankPages(SITES, {}, 1, torch.float32, CPU)).functions(torch.float32) == []
+    assert Deltas(RankPages(SITES, {"down": 1}, 1, torch.float16, CPU)).functions(torch.float16) == []
 
 
 STEPS = {
     "one token": [(1, 1)],
     "one lane in pieces": [(2, 3), (0, 2), (2, 1)],
     "decodes": [(0, 1), (1, 1), (2, 1), (1, 1), (3, 1), (0, 1), (4, 1), (5, 1), (6, 1)],
-    "beside reads": [(1, FEW), (3, FEW + 1), (2, 1), (5, 70), (0, 4), (6, 2)],
+    "beside prefills": [(1, 32), (3, 33), (2, 1), (5, 70), (0, 4), (6, 2)],
     "scale 0": [(7, 2), (1, 1)],
 }
 

@@ -1,0 +1,133 @@
+// Vectors of 16 floats, whatever the processor makes of them, and bfloat16 in and out. Compiled with BFLOAT16 a Scalar is
+// one; where the processor multiplies pairs of them, and NO_PAIRS does not forbid it, a vector may hold 16 pairs instead.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(BFLOAT16) && defined(__AVX512BF16__) && !defined(NO_PAIRS)
+#define PAIRS 1
+#include <immintrin.h>
+#else
+#define PAIRS 0
+#endif
+
+namespace {
+
+#ifdef BFLOAT16
+using Scalar = uint16_t;
+#else
+using Scalar = float;
+#endif
+
+constexpr long WIDTH = 16;            // floats of a vector
+constexpr long STEP = PAIRS ? 2 : 1;  // values multiplied at once
+
+using Wide = float __attribute__((vector_size(4 * WIDTH)));
+using Bits = uint32_t __attribute__((vector_size(4 * WIDTH)));
+using Halves = uint16_t __attribute__((vector_size(2 * WIDTH)));
+
+template <class To, class From> inline To copied(const From* from) {
+    To to;
+    std::memcpy(&to, from, sizeof to);
+    return to;
+}
+
+inline Wide load(const float* from) { return copied<Wide>(from); }
+inline Wide load(const uint16_t* from) {
+    return (Wide)(__builtin_convertvector(copied<Halves>(from), Bits) << 16);
+}
+inline float widen(float value) { return value; }
+inline float widen(uint16_t value) {
+    const uint32_t bits = uint32_t(value) << 16;
+    return copied<float>(&bits);
+}
+
+inline Halves rounded(Wide value) {  // to nearest, ties to even; a NaN stays one
+#if PAIRS
+    return (Halves)_mm512_cvtneps_pbh((__m512)value);
+#else
+    const Bits bits = (Bits)value, even = (bits >> 16) & 1;
+    const Bits kept = value == value ? (bits + 0x7fff + even) >> 16 : (bits >> 16) | 0x40;
+    return __builtin_convertvector(kept, Halves);
+#endif
+}
+inline void store(float* to, Wide value) { std::memcpy(to, &value, sizeof value); }
+inline void store(uint16_t* to, Wide value) {
+    const Halves halves = rounded(value);
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+// Element i is the sum of vector i, of sixteen.
+inline Wide sums(const Wide* of) {
+    Wide vectors[WIDTH];
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; i++) vectors[i] = of[i];
+#pragma GCC unroll 4
+    for (int step = 1; step < WIDTH; step *= 2)
+#pragma GCC unroll 8
+        for (int at = 0; at < WIDTH; at += 2 * step) {
+            Bits even, odd;
+#pragma GCC unroll 16
+            for (int i = 0; i < WIDTH; i++) {
+                even[i] = i & step ? WIDTH + (i ^ step) : i;
+                odd[i] = i & step ? WIDTH + i : i ^ step;
+            }
+            const Wide one = vectors[at], two = vectors[at + step];
+            vectors[at] = __builtin_shuffle(one, two, even) + __builtin_shuffle(one, two, odd);
+        }
+    return vectors[0];
+}
+
+// total + the products of 16 pairs, or of 16 floats, summed pair by pair.
+inline Wide add_products(Wide total, Wide one, Wide two) {
+#if PAIRS
+    return (Wide)_mm512_dpbf16_ps((__m512)total, (__m512bh)one, (__m512bh)two);
+#else
+    return total + one * two;
+#endif
+}
+
+// WIDTH * STEP values: pairs as they lie, or floats.
+inline Wide load_steps(const Scalar* from) {
+#if PAIRS
+    return copied<Wide>(from);
+#else
+    return load(from);
+#endif
+}
+
+// The same of which so many are there, the others 0.
+inline Wide load_steps(const Scalar* from, long there) {
+#if PAIRS
+    const __mmask32 mask = there >= 2 * WIDTH ? ~0u : (1u << there) - 1;
+    return (Wide)_mm512_maskz_loadu_epi16(mask, from);
+#else
+    if (there >= WIDTH) return load_steps(from);
+    Wide some = {};
+    for (long i = 0; i < there; i++) some[i] = widen(from[i]);
+    return some;
+#endif
+}
+
+// WIDTH values of one row, or pairs of these and of those below them.
+inline Wide load_column(const Scalar* one, [[maybe_unused]] const Scalar* below) {
+#if PAIRS
+    const auto low = copied<Halves>(one), high = copied<Halves>(below);
+    return (Wide)(__builtin_convertvector(low, Bits) | __builtin_convertvector(high, Bits) << 16);
+#else
+    return load(one);
+#endif
+}
+
+// The same step, a pair or a value, WIDTH times.
+inline Wide spread(const Scalar* step) {
+#if PAIRS
+    return (Wide)_mm512_set1_epi32(copied<int>(step));
+#else
+    return widen(*step) - Wide{};
+#endif
+}
+
+}  // namespace
