@@ -55,7 +55,7 @@ class Incarnations:
     def _runner(self, incarnation: int, after_fault: bool) -> Spec:
         links = self._addresses.begin("runner", incarnation)
         config = replace(self._resolved.runner, links=links, after_fault=after_fault)
-        return Spec("model_runner", "model_runner", config, environment=_computing())
+        return Spec("model_runner", "model_runner", config, environment=computing())
 
     def _scheduler(self, incarnation: int, _: bool) -> Spec:
         config = replace(self._resolved.scheduler, links=self._addresses.begin("scheduler", incarnation))
@@ -69,7 +69,7 @@ class Incarnations:
         return Spec("tokenizer", "tokenizer_proc", config, descriptors=[] if listen_fd is None else [listen_fd])
 
 
-def _computing() -> dict[str, str]:
+def computing() -> dict[str, str]:
     """How the runner's threads wait for one another and where its memory comes from, unless the environment says so.
 
     They spin for some 50 us, which is longer than what lies between two operations, then sleep: threads that spin on

@@ -3,33 +3,38 @@
 python scripts/measure_profile.py --out measured.json                     the 0.5B shape; some minutes on two cores
 python scripts/measure_profile.py --shape 1b --device cuda --out h.json
 
-A runner in this process gets hand-made steps: prompts of several lengths, then decodes with several numbers of rows,
-lengths of context and adapters. Their times are fitted by least squares, with no cost below 0; what the fit leaves
-over is printed. Ranks and rows of the profile are those given here, its memory what the runner reports.
+A runner in this process, in the environment that a launch gives it, gets hand-made steps: prompts of several lengths,
+then decodes with several numbers of rows, lengths of context and adapters. The median times of each kind of step are
+fitted by least squares, with no cost below 0, and printed beside the fit. Ranks and rows of the profile are those given
+here, its memory what the runner reports.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import torch
 from bench.launched import scratch
 from bench.shapes import SHAPES, Shape, make_adapter, make_model
 from msgspec.structs import replace
 from tqdm import tqdm
 
+from engine import incarnations
 from engine.config import AdapterSource, Links, RunnerConfig
 from engine.messages import (
     AdapterState,
     Capacity,
     Chunk,
+    EvictAdapter,
     Fill,
     LanePages,
     LoadAdapter,
@@ -61,7 +66,7 @@ class Rig:
     page_bytes: dict[str, int]
     step: int = 0
     generation: int = 0
-    points: list[Point] = field(default_factory=list)
+    points: dict[tuple[int, ...], list[Point]] = field(default_factory=dict)  # by kind of step
 
     def lane_bytes(self, adapter_id: int) -> int:
         pages = self.states[adapter_id].footprint.pages
@@ -100,7 +105,7 @@ class Rig:
             ]
             seconds = self.run(chunks=chunks)
             read = rows * (context + number + 1)
-            self._note(rows, 0, read, used, seconds)
+            self._note((rows, context, len(used)), rows, 0, read, used, seconds)
 
     def _prompt(self, row: int, context: int, decodes: int, lane: int, pages: Iterator[int]) -> None:
         capacity = self.runner.capacity
@@ -119,11 +124,34 @@ class Rig:
                 samples=start + length == context,
             )
             seconds = self.run(new_rows=new if start == 0 else [], chunks=[chunk])
-            self._note(0, length, start + length, [lane] if lane else [], seconds)
+            used = [lane] if lane else []
+            self._note((0, start, length, sum(map(self.lane_bytes, used))), 0, length, start + length, used, seconds)
 
-    def _note(self, rows: int, tokens: int, context: int, lanes: Sequence[int], seconds: float) -> None:
-        size = sum(self.lane_bytes(lane) for lane in lanes)
-        self.points.append(Point((1.0, rows, tokens, context, len(lanes), size), seconds))
+    def _note(
+        self, kind: tuple[int, ...], rows: int, tokens: int, context: int, lanes: Sequence[int], seconds: float
+    ) -> None:
+        size = sum(map(self.lane_bytes, lanes))
+        point = Point((1.0, rows, tokens, context, len(lanes), size), seconds)
+        self.points.setdefault(kind, []).append(point)
+
+
+def medians(kinds: Iterable[Sequence[Point]]) -> list[Point]:
+    """The point in the middle of each kind, by what is in it."""
+    middles = (sorted(kind, key=lambda point: point.seconds)[len(kind) // 2] for kind in kinds)
+    return sorted(middles, key=lambda point: point.features)
+
+
+def table(points: Sequence[Point], costs: dict[str, float]) -> str:
+    """Measured and fitted milliseconds, step by step."""
+    lines = ["rows  prompt  KV read  lanes  lane MB       ms      fit"]
+    for point in points:
+        _, rows, tokens, context, lanes, size = point.features
+        fitted = sum(cost * amount for cost, amount in zip(costs.values(), point.features, strict=True))
+        lines.append(
+            f"{rows:4.0f}{tokens:8.0f}{context:9.0f}{lanes:7.0f}{size / 1e6:9.1f}"
+            f"{point.seconds * 1000:9.1f}{fitted * 1000:9.1f}"
+        )
+    return "\n".join(lines)
 
 
 def fit(points: Sequence[Point]) -> tuple[dict[str, float], float]:
@@ -131,24 +159,37 @@ def fit(points: Sequence[Point]) -> tuple[dict[str, float], float]:
     kept = list(range(len(FEATURES)))
     matrix = np.array([[*point.features] for point in points])
     times = np.array([point.seconds for point in points])
+    there = matrix[:, matrix.any(axis=0)]
+    if np.linalg.matrix_rank(there / np.linalg.norm(there, axis=0)) < there.shape[1]:
+        kept.remove(FEATURES.index("lane"))  # every lane has as many bytes: they tell it all
     while True:
         scaled = matrix[:, kept] / times[:, None]
         costs = np.linalg.lstsq(scaled, np.ones(len(points)), rcond=None)[0]
         if costs.min() >= 0 or len(kept) == 1:
             break
         del kept[int(costs.argmin())]
-    found = dict.fromkeys(FEATURES, 0.0) | {FEATURES[k]: float(cost) for k, cost in zip(kept, costs, strict=True)}
+    found = dict.fromkeys(FEATURES, 0.0) | {FEATURES[k]: rounded(cost) for k, cost in zip(kept, costs, strict=True)}
     error = float(np.median(np.abs(matrix[:, kept] @ costs - times) / times))
     return found, error
 
 
-def line(sizes: Sequence[float], seconds: Sequence[float]) -> CopyCost:
-    """seconds + bytes / bytes_per_second through measured copies."""
-    slope, start = np.polyfit(sizes, seconds, 1)
-    return CopyCost(seconds=max(0.0, float(start)), bytes_per_second=1 / max(float(slope), 1e-15))
+def rounded(figure: float) -> float:
+    """To four digits: no more are measured."""
+    return float(f"{figure:.4g}")
 
 
-def start(shape: Shape, directory: Path, ranks: Sequence[int], lanes: int, device: str) -> Runner:
+def line(copies: dict[int, list[float]]) -> CopyCost:
+    """seconds + bytes / bytes_per_second through the median of the copies of each size."""
+    sizes = sorted(copies)
+    slope, start = np.polyfit(sizes, [statistics.median(copies[size]) for size in sizes], 1)
+    if slope <= 0 or start < 0:  # too little between the sizes: it is all in the bytes
+        slope, start = statistics.median(statistics.median(copies[size]) / size for size in sizes), 0.0
+    return CopyCost(seconds=rounded(start), bytes_per_second=rounded(1 / slope))
+
+
+def start(
+    shape: Shape, directory: Path, ranks: Sequence[int], lanes: int, device: str, most_rows: int | None
+) -> Runner:
     """A runner with its adapters on the host."""
     sources = []
     for number in range(1, lanes + 1):
@@ -158,6 +199,8 @@ def start(shape: Shape, directory: Path, ranks: Sequence[int], lanes: int, devic
         links=Links(tokenizer="", scheduler="", runner="", door=""),
         model_path=str(make_model(shape, directory / "model")),
         device=device,  # type: ignore[arg-type]
+        torch_compile="auto",
+        max_running_requests=most_rows,
         enable_lora=True,
         max_loras=lanes,
         max_lora_rank=max(ranks),
@@ -167,33 +210,43 @@ def start(shape: Shape, directory: Path, ranks: Sequence[int], lanes: int, devic
     return Runner.load(config, progress=True)
 
 
-def residents(runner: Runner, directory: Path, lanes: int) -> tuple[Rig, CopyCost, CopyCost]:
-    """Loads and fills every adapter, timing both, and points lane n at adapter n."""
-    capacity = runner.capacity
-    rig = Rig(runner, {}, dict(capacity.rank_page_bytes))
-    free = {group: iter(range(count)) for group, count in capacity.rank_pages.items()}
-    sizes, loads, fills = [], [], []
+def residents(runner: Runner, directory: Path, lanes: int, rounds: int) -> tuple[Rig, CopyCost, CopyCost]:
+    """Points lane n at adapter n, after loads and fills of every adapter, again and again: what each of both costs.
+
+    The first round is a warm-up: loaders start, and nobody has touched the rank pages yet.
+    """
+    rig = Rig(runner, {}, dict(runner.capacity.rank_page_bytes))
+    free = {group: iter(range(count)) for group, count in runner.capacity.rank_pages.items()}
+    pages: dict[int, dict[str, list[int]]] = {}
+    loads: dict[int, list[float]] = {}
+    fills: dict[int, list[float]] = {}
     runner.start_loader()
-    for number in tqdm(range(1, lanes + 1), desc="adapters", leave=False):
+    rig.settle()  # all that is compiled beside the serving
+    for number in tqdm(list(range(1, lanes + 1)) * (1 + rounds), desc="adapters", leave=False):
+        runner.evict_adapter(EvictAdapter(number))
         began = time.perf_counter()
         state = runner.load_adapter(LoadAdapter(adapter_id=number, path=str(directory / f"p{number}")))
-        state = state or rig.settle()[-1]
-        loads.append(time.perf_counter() - began)
-        rig.states[number] = state
-        sizes.append(state.bytes)
-        pages = {group: [next(free[group]) for _ in range(count)] for group, count in state.footprint.pages.items()}
+        state = rig.states[number] = state or rig.settle()[-1]
+        assert state.state == "host", state
+        took = time.perf_counter() - began
+        if warm := number in pages:
+            loads.setdefault(state.bytes, []).append(took)
+        else:
+            pages[number] = {group: [next(free[group]) for _ in range(n)] for group, n in state.footprint.pages.items()}
         began = time.perf_counter()
-        rig.run(fills=[Fill(number, pages)])
+        rig.run(fills=[Fill(number, pages[number], now=True)])
+        if warm:
+            fills.setdefault(state.bytes, []).append(time.perf_counter() - began)
         rig.settle()
-        fills.append(time.perf_counter() - began)
-        rig.run(lanes=[LanePages(number, {group: [(page, 1.0) for page in pages[group]] for group in pages})])
-    return rig, line(sizes, loads), line(sizes, fills)
+        rig.run(lanes=[LanePages(number, {group: [(n, 1.0) for n in some] for group, some in pages[number].items()})])
+    return rig, line(loads), line(fills)
 
 
-def describe(shape: str, capacity: Capacity, ranks: Sequence[int], source: str) -> Profile:
-    """A profile of what the runner says of itself; its costs are still to be filled in."""
+def describe(shape: str, capacity: Capacity, ranks: Sequence[int], groups: Iterable[str], source: str) -> Profile:
+    """A profile of what the runner says of itself; its costs are still to be filled in. `groups`: the adapters'."""
     return Profile(
-        name=f"{shape} shape, {capacity.dtype}, {capacity.device}",
+        name=f"{shape} shape, {capacity.dtype}, {capacity.device}"
+        + (f", {torch.get_num_threads()} threads" if capacity.device == "cpu" else ""),
         source=source,
         step=StepCost(base=0.0),
         fill=CopyCost(bytes_per_second=1.0),
@@ -207,7 +260,7 @@ def describe(shape: str, capacity: Capacity, ranks: Sequence[int], source: str) 
             page_size=capacity.page_size,
             host_bytes=capacity.host_bytes,
         ),
-        unit_bytes={group: size // UNITS for group, size in capacity.rank_page_bytes.items()},
+        unit_bytes={group: capacity.rank_page_bytes[group] // UNITS for group in groups},
         lora_ranks=list(ranks),
         fill_share=0.1 if capacity.device == "cpu" else 0.0,
     )
@@ -222,32 +275,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--ranks", type=int, nargs="+", default=[4, 8, 12, 16])
     add("--lanes", type=int, default=16)
     add("--rows", type=int, nargs="+", default=[1, 4, 16, 32])
-    add("--contexts", type=int, nargs="+", default=[64, 384])
+    add("--max-running-requests", type=int, help="rows of the profile (the runner's own number)")
+    add("--contexts", type=int, nargs="+", default=[32, 96, 384])
     add("--decodes", type=int, default=8)
+    add("--rounds", type=int, default=3, help="everything is measured so often, one round after the other")
     add("--gap", type=float, default=0.0008, help="seconds between steps that a second one in flight hides (0.0008)")
     add("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     shape, directory = SHAPES[args.shape], scratch() / f"bench-{args.shape}"
-    runner = start(shape, directory, args.ranks, args.lanes, args.device)
+    runner = start(shape, directory, args.ranks, args.lanes, args.device, args.max_running_requests)
     try:
-        rig, load, fill = residents(runner, directory, args.lanes)
+        rig, load, fill = residents(runner, directory, args.lanes, args.rounds)
         rig.measure(2, 64, 1, args.decodes)  # a warm-up
         rig.points.clear()
         plan = [(r, c, n) for r in args.rows for c in args.contexts for n in sorted({0, 1, min(r, args.lanes)})]
-        for rows, context, lanes in tqdm(plan, desc="steps", leave=False):
+        for rows, context, lanes in tqdm(plan * args.rounds, desc="steps", leave=False):
             rig.measure(rows, context, lanes, args.decodes)
     finally:
         runner.close()
-    costs, error = fit(rig.points)
-    source = f"scripts/measure_profile.py: {len(rig.points)} steps, median error of the fit {error:.0%}"
-    profile = describe(args.shape, runner.capacity, args.ranks, source)
+    kinds = medians(rig.points.values())
+    costs, error = fit(kinds)
+    steps = [point.seconds for points in rig.points.values() for point in points]
+    source = (
+        f"scripts/measure_profile.py: {len(steps)} steps of {len(kinds)} kinds, median error of the fit {error:.0%}"
+    )
+    profile = describe(args.shape, runner.capacity, args.ranks, rig.states[1].footprint.pages, source)
     profile = replace(profile, step=StepCost(**costs), load=load, fill=fill, gap=args.gap)
     args.out.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")
-    step = statistics.median(p.seconds for p in rig.points)
-    print(f"{args.out}: {len(rig.points)} steps, median {step * 1000:.1f} ms, median error of the fit {error:.1%}")
+    print(table(kinds, costs))
+    step = statistics.median(steps) * 1000
+    print(f"{args.out}: {len(steps)} steps, median {step:.1f} ms, median error of the fit {error:.1%}")
     print(", ".join(f"{name} {cost * 1e6:.3g} us" for name, cost in costs.items()))
+    for name, copy in (("load", load), ("fill", fill)):
+        print(f"{name}: {copy.seconds * 1000:.2f} ms + {copy.bytes_per_second / 1e9:.2f} GB/s")
     return 0
 
 
+def as_served() -> None:
+    """Starts this process anew in the environment of a launch's runner: how threads wait is decided at their start."""
+    wanted = incarnations.computing()
+    if wanted:
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **wanted})
+
+
 if __name__ == "__main__":
+    as_served()
     sys.exit(main())

@@ -6,12 +6,8 @@ Knows nothing of adapters: jobs go in, packets come out.
 from __future__ import annotations
 
 import array
-import contextlib
-import fcntl
 import os
 import socket
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 
@@ -19,11 +15,9 @@ import msgspec
 from msgspec.structs import replace
 
 from engine.ipc import UNREADABLE
+from model_runner.child_process import ChildProcess
 from model_runner.load.messages import MAX_PACKET, Job, Loaded, LoaderConfig, Refused, Surveyed
 from model_runner.lora.parcel import Parcel
-
-PIPE_BYTES = 1 << 20
-"""Room for the config of a deep model, so that writing it does not wait for the child to read."""
 
 Reply = Surveyed | Refused | Loaded
 _REPLY: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
@@ -44,16 +38,17 @@ class Loader:
         self._socket = ours
         try:
             with theirs:
-                self._process = _start(replace(config, socket=theirs.fileno()))
+                told = replace(config, socket=theirs.fileno())
+                self._child = ChildProcess("model_runner.load", told, theirs.fileno())
         except BaseException:
             ours.close()
             raise
-        self._end = weakref.finalize(self, _end, self._process, ours)
+        self._end = weakref.finalize(self, _end, self._child, ours)
 
     @property
     def pid(self) -> int:
         """Its process id."""
-        return self._process.pid
+        return self._child.pid
 
     def fileno(self) -> int:
         """Readable when there is something to hear."""
@@ -89,10 +84,7 @@ class Loader:
     def kill(self) -> str:
         """Ends it at once, if it runs; says how it ended."""
         self._end()
-        code = self._process.returncode
-        if code is None:
-            return "does not end"
-        return f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+        return self._child.ending
 
     def _read(self, packet: bytes, descriptors: list[int]) -> tuple[Reply, Parcel | None]:
         try:
@@ -107,29 +99,6 @@ class Loader:
         return reply, Parcel(descriptors[0], reply.size, reply.label) if isinstance(reply, Loaded) else None
 
 
-def _start(config: LoaderConfig) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "model_runner.load"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        pass_fds=(config.socket,),
-        env={**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert process.stdin is not None
-    with contextlib.suppress(OSError):
-        fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    with contextlib.suppress(OSError):  # it died already: the first answer says so
-        process.stdin.write(msgspec.json.encode(config) + b"\n")
-        process.stdin.flush()
-    return process
-
-
-def _end(process: subprocess.Popen[bytes], link: socket.socket) -> None:
-    if process.poll() is None:
-        process.kill()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(END_SECONDS)
+def _end(child: ChildProcess, link: socket.socket) -> None:
+    child.kill(END_SECONDS)
     link.close()
-    if process.stdin is not None:
-        with contextlib.suppress(OSError):
-            process.stdin.close()

@@ -7,20 +7,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from watched import PATIENCE, runs, wait_for
 
 from engine.child import Failed, Ready
 from engine.config import Links, RunnerConfig
 from engine.errors import ConfigError
 from model_runner.runner import Runner
-
-PATIENCE = 120.0
 
 
 def config(model: Path, tmp_path: Path, **fields: Any) -> RunnerConfig:
@@ -49,33 +47,15 @@ def report(process: subprocess.Popen[bytes]) -> Ready | Failed:
     return msgspec.json.decode(process.stdout.readline(), type=Ready | Failed)
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def runs(pid: int) -> bool:
-    """Whether the process is there, and not merely its remains."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_it_serves_while_a_compiler_hangs_and_takes_it_along(
-    tiny_model: Callable[[str], Path], tmp_path: Path, end: signal.Signals
+    tiny_model: Callable[[str], Path], tmp_path: Path, hanging_compiler: Path, end: signal.Signals
 ) -> None:
-    told, script = tmp_path / "told", tmp_path / "c++"
-    script.write_text(f"#!/bin/sh\necho $$ > {told}.new && mv {told}.new {told}\nexec sleep 1000\n")
-    script.chmod(0o700)
     beside = config(tiny_model("llama3"), tmp_path, dtype="bfloat16", torch_compile="auto")
-    with runner_process(beside, CXX=str(script), XDG_CACHE_HOME=str(tmp_path)) as process:
+    with runner_process(beside, XDG_CACHE_HOME=str(tmp_path)) as process:
         assert isinstance(report(process), Ready)
-        wait_for(told.exists)
-        compiler = int(told.read_text())
+        wait_for(hanging_compiler.exists)
+        compiler = int(hanging_compiler.read_text())
         assert runs(compiler)
         process.send_signal(end)
         wait_for(lambda: not runs(compiler))

@@ -322,7 +322,7 @@ def test_a_child_that_cannot_be_started(own: Callable[..., Loaders], monkeypatch
 def test_a_child_ends_with_its_parent(own: Callable[..., Loaders], tmp_path: Path) -> None:
     loaders = own()
     loads(loaders, adapter(tmp_path))
-    process = loaders._workers[0].loader._process
-    assert process.stdin is not None
-    process.stdin.close()
-    assert process.wait(timeout=10) == 0
+    child = loaders._workers[0].loader._child
+    child._lifeline.close()
+    child.wait(10)
+    assert child.ending == "ended with status 0"
