@@ -1,7 +1,8 @@
 """Paged attention in torch, on any device: the reference, and with what is compiled of it the fast path on a CPU.
 
-Chunks of length 1 (decodes) of a step go together, padded to a common length; longer chunks (prefills) one by one. A
-padded place points at the row's own newest token and is masked, so nothing but a row's own pages is ever read for it.
+Chunks of length 1 (decodes) of a step go together: in one call of what is compiled, or padded to a common length.
+Longer chunks (prefills) go one by one. A padded place points at the row's own newest token and is masked, so nothing
+but a row's own pages is ever read for it.
 
     decode  row a  [k0 k1 k2 k3 k4]        window w: the gather begins at the first position that is seen
             row b  [k0 k1 k2 k2 k2]  <- masked repeats
@@ -23,7 +24,7 @@ from model_runner.arch import Arch
 from model_runner.attention import dense
 from model_runner.attention.base import AttentionBackend
 from model_runner.attention.dense import Scores
-from model_runner.compiled.attending import UNSEEN
+from model_runner.compiled.decoding import fits
 from model_runner.compiled.found import Found
 from model_runner.compiled.kernels import Kernels
 from model_runner.compiled.program import Function, Kernel
@@ -32,24 +33,19 @@ from model_runner.layout import Layout
 
 _SHORTEST_BUCKET = 64
 
-FEW_ROWS = 4
-"""So many decodes are multiplied in float32 where attention is compiled: it takes less time (17 us instead of 32 for
-one row of 161 positions; 70 instead of 56 for eight)."""
-
 MOST_SCORES = 1 << 18
 """Scores of a head that a compiled prefill writes down; longer ones go through torch's, which never holds them all."""
 
 
 @dataclass(frozen=True)
 class _Decode:
-    """Some chunks of length 1: their tokens [C], None where the step has no others; the slots they see [C, L], which of
-    these are real [C, L], and the same as what is added to a score.
+    """Some chunks of length 1: their tokens [C], None where the step has no others; the slots they see [C, L], and
+    which of these are real [C, L].
     """
 
     tokens_C: torch.Tensor | None
     slots_CL: torch.Tensor
     seen_CL: torch.Tensor
-    bias_CL: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -69,10 +65,11 @@ class _Prefill:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a step gathers, for layers of one window."""
+    """What a step reads, for layers of one window. `compiled`: the decodes as the compiled function takes them."""
 
     decodes: list[_Decode]
     prefills: list[_Prefill]
+    compiled: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -91,6 +88,7 @@ class TorchAttention(AttentionBackend):
         self._device = device
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self._found = Found()
+        self._sizes: dict[tuple[int, int, int, float], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def use(self, kernels: Kernels) -> None:
         self._found.use(kernels)
@@ -99,7 +97,7 @@ class TorchAttention(AttentionBackend):
         if arch.attention_cap is not None:
             return []
         heads, name = (arch.num_heads, arch.num_kv_heads, arch.head_dim), dtype_name(dtype)
-        decodes = [Function("decodes", (*heads, wide), name, (arch.scale,), wide) for wide in (1, 0)]
+        decodes = [Function("decodes", (), name)] if fits(*heads, dtype) else []
         return [*decodes, Function("prefill", heads, name, (arch.scale,))]
 
     def plan(self, layout: Layout, into: Any | None = None) -> Meta:
@@ -139,12 +137,18 @@ class TorchAttention(AttentionBackend):
         softcap: float | None = None,
     ) -> torch.Tensor:
         caches = k_cache_PSKD.flatten(0, 1), v_cache_PSKD.flatten(0, 1)
+        scores = Scores(scale, softcap)
+        decodes = self._decodes(q_TND, k_cache_PSKD, scores)
         if window not in meta.plans:
-            meta.plans[window] = self._plan(meta.layout, window)
-        plan, scores = meta.plans[window], Scores(scale, softcap)
+            meta.plans[window] = self._plan(meta.layout, window, compiled=decodes is not None)
+        plan = meta.plans[window]
         if len(plan.decodes) == 1 and plan.decodes[0].tokens_C is None:
             return self._decode(q_TND, *caches, plan.decodes[0], scores)
         out_TND = torch.empty_like(q_TND, memory_format=torch.contiguous_format)
+        if plan.compiled is not None:
+            assert decodes is not None
+            sizes = self._heads(q_TND.shape[1], k_cache_PSKD.shape[2], q_TND.shape[2], scale)
+            decodes([q_TND.contiguous(), *caches, out_TND, *sizes, plan.compiled])
         for decode in plan.decodes:
             out_TND[decode.tokens_C] = self._decode(q_TND[decode.tokens_C], *caches, decode, scores)
         for prefill in plan.prefills:
@@ -155,11 +159,6 @@ class TorchAttention(AttentionBackend):
     def _decode(
         self, q_CND: torch.Tensor, k_MKD: torch.Tensor, v_MKD: torch.Tensor, decode: _Decode, scores: Scores
     ) -> torch.Tensor:
-        _, heads, size = q_CND.shape
-        wide = int(len(q_CND) <= FEW_ROWS)
-        kernel = self._kernel("decodes", (heads, k_MKD.shape[1], size, wide), q_CND, scores, threads=wide)
-        if kernel is not None:
-            return kernel([q_CND.contiguous(), k_MKD, v_MKD, decode.slots_CL, decode.bias_CL])[0]
         k = self._gather("k", k_MKD, decode.slots_CL)
         v = self._gather("v", v_MKD, decode.slots_CL)
         return dense.decode(q_CND, k, v, decode.seen_CL, scores)
@@ -169,20 +168,32 @@ class TorchAttention(AttentionBackend):
     ) -> torch.Tensor:
         length, heads, size = q_nND.shape
         if prefill.plain and length * len(prefill.slots_L) <= MOST_SCORES:
-            kernel = self._kernel("prefill", (heads, k_MKD.shape[1], size), q_nND, scores)
-            if kernel is not None:
+            kernel = self._found.get("prefill", (heads, k_MKD.shape[1], size), q_nND.dtype, (scores.scale,))
+            if kernel is not None and scores.softcap is None:
                 return kernel([q_nND.contiguous(), k_MKD, v_MKD, prefill.slots_L])[0]
         k, v = (cache.index_select(0, prefill.slots_L) for cache in (k_MKD, v_MKD))
         return dense.prefill(q_nND, k, v, prefill.seen_nL, scores)
 
-    def _kernel(
-        self, name: str, sizes: tuple[int, ...], q: torch.Tensor, scores: Scores, threads: int = 0
-    ) -> Kernel | None:
-        return self._found.get(name, sizes, q.dtype, (scores.scale,), threads) if scores.softcap is None else None
+    def _decodes(self, q_TND: torch.Tensor, k_cache_PSKD: torch.Tensor, scores: Scores) -> Kernel | None:
+        """What computes all decodes of a step at once, where it is compiled and these can be."""
+        sizes = q_TND.shape[1], k_cache_PSKD.shape[2], q_TND.shape[2]
+        if scores.softcap is not None or q_TND.dtype is not k_cache_PSKD.dtype or not fits(*sizes, q_TND.dtype):
+            return None
+        return self._found.get("decodes", (), q_TND.dtype)
 
-    def _plan(self, layout: Layout, window: int | None) -> _Plan:
+    def _heads(self, heads: int, kv_heads: int, size: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        key = heads, kv_heads, size, scale
+        if key not in self._sizes:
+            self._sizes[key] = torch.tensor(key[:3]), torch.tensor([scale])
+        return self._sizes[key]
+
+    def _plan(self, layout: Layout, window: int | None, *, compiled: bool) -> _Plan:
         single = layout.lengths_C == 1
         offsets = layout.offsets()
+        prefills = [self._plan_prefill(layout, chunk, offsets, window) for chunk in np.flatnonzero(~single).tolist()]
+        if compiled:
+            rows = self._plan_rows(layout, np.flatnonzero(single), offsets, window) if single.any() else None
+            return _Plan([], prefills, rows)
         buckets: dict[int, list[int]] = {}
         for chunk in np.flatnonzero(single).tolist():
             seen = int(layout.starts_C[chunk]) + 1
@@ -190,8 +201,17 @@ class TorchAttention(AttentionBackend):
         decodes = [
             self._plan_decode(layout, np.array(chunks), offsets, window) for _, chunks in sorted(buckets.items())
         ]
-        prefills = [self._plan_prefill(layout, chunk, offsets, window) for chunk in np.flatnonzero(~single).tolist()]
-        return _Plan(decodes, prefills)
+        return _Plan(decodes, prefills, None)
+
+    def _plan_rows(self, layout: Layout, chunks_C: Any, offsets: Any, window: int | None) -> torch.Tensor:
+        """The number of rows, their tokens, where each one's slots end, and the slots, row after row."""
+        last_C = layout.starts_C[chunks_C].astype(np.int64)
+        first_C = np.zeros_like(last_C) if window is None else np.maximum(last_C - window + 1, 0)
+        seen_C = last_C - first_C + 1
+        stops_C = seen_C.cumsum()
+        positions = np.arange(stops_C[-1]) + np.repeat(first_C - (stops_C - seen_C), seen_C)
+        slots = _slots(layout, np.repeat(layout.rows_C[chunks_C], seen_C), positions)
+        return torch.from_numpy(np.concatenate([[len(chunks_C)], offsets[chunks_C], stops_C, slots]).astype(np.int64))
 
     def _plan_decode(self, layout: Layout, chunks_C: Any, offsets: Any, window: int | None) -> _Decode:
         last_C = layout.starts_C[chunks_C].astype(np.int64)
@@ -205,7 +225,6 @@ class TorchAttention(AttentionBackend):
             None if len(chunks_C) == layout.chunks else self._tensor(offsets[chunks_C].astype(np.int64)),
             self._tensor(slots_CL),
             self._tensor(seen_CL),
-            self._tensor(np.where(seen_CL, np.float32(0), np.float32(UNSEEN))),
         )
 
     def _plan_prefill(self, layout: Layout, chunk: int, offsets: Any, window: int | None) -> _Prefill:

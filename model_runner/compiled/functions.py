@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from model_runner.compiled import attending, deltas, gates, norms, ropes
+from model_runner.compiled import attending, decoding, deltas, gates, norms, ropes
 from model_runner.compiled.program import Function, Program
 
 FUNCTIONS: dict[str, Callable[[Function], Program]] = {
     "add_norm": norms.add_norm,
     "silu_mul": gates.silu_mul,
     "rope_and_store": ropes.rope_and_store,
-    "decodes": attending.decodes,
+    "decodes": decoding.decodes,
     "prefill": attending.prefill,
     "delta": deltas.delta,
 }

@@ -59,6 +59,19 @@ inline void store(uint16_t* to, Wide value) {
     std::memcpy(to, &halves, sizeof halves);
 }
 
+// One step of turning 16 rows of 16 into columns: of every other element of two rows, those at even and at odd places.
+inline void part(Wide& one, Wide& two, int step) {
+    Bits even, odd;
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; i++) {
+        even[i] = i & step ? WIDTH + (i ^ step) : i;
+        odd[i] = i & step ? WIDTH + i : i ^ step;
+    }
+    const Wide first = one, second = two;
+    one = __builtin_shuffle(first, second, even);
+    two = __builtin_shuffle(first, second, odd);
+}
+
 // Element i is the sum of vector i, of sixteen.
 inline Wide sums(const Wide* of) {
     Wide vectors[WIDTH];
@@ -68,14 +81,8 @@ inline Wide sums(const Wide* of) {
     for (int step = 1; step < WIDTH; step *= 2)
 #pragma GCC unroll 8
         for (int at = 0; at < WIDTH; at += 2 * step) {
-            Bits even, odd;
-#pragma GCC unroll 16
-            for (int i = 0; i < WIDTH; i++) {
-                even[i] = i & step ? WIDTH + (i ^ step) : i;
-                odd[i] = i & step ? WIDTH + i : i ^ step;
-            }
-            const Wide one = vectors[at], two = vectors[at + step];
-            vectors[at] = __builtin_shuffle(one, two, even) + __builtin_shuffle(one, two, odd);
+            part(vectors[at], vectors[at + step], step);
+            vectors[at] += vectors[at + step];
         }
     return vectors[0];
 }
