@@ -7,7 +7,8 @@
 //
 // No row's slots are gathered, padded or looked at by another row. Compiled with BFLOAT16 or without, for float32.
 //
-// Legend: C rows, L slots that a row sees, N query heads, K key/value heads, G = N / K, D head size, a multiple of WIDTH * STEP.
+// Legend: C rows, L slots that a row sees, N query heads, K key/value heads, G = N / K, D head size, a multiple of
+// WIDTH * STEP.
 
 #include <algorithm>
 #include <vector>
@@ -97,7 +98,8 @@ template <int H> void score(const Wide* keys, long D, const Scalar* q, float sca
     for (int g = 0; g < H; g++) store(scores + g * room, acc[g] * scale);
 }
 
-constexpr decltype(&score<1>) SCORE[] = {score<1>, score<2>, score<3>, score<4>, score<5>, score<6>, score<7>, score<8>};
+constexpr decltype(&score<1>) SCORE[] = {score<1>, score<2>, score<3>, score<4>,
+                                         score<5>, score<6>, score<7>, score<8>};
 
 // Scores to shares of one query head: `room` of both, of which `seen` are real. What is behind them becomes nothing.
 void soften(float* scores, Scalar* shares, long seen, long room) {

@@ -1,15 +1,14 @@
 // LoRA on a CPU: adds scale * (x A^T) B of its own pages to each adapted row of y, for all lanes of a step at once.
 //
-//   shrink   a task is four units of a page: their dot products with every token of the lane    h[slice][token][unit]
+//   shrink   a task is eight units of a page: their dot products with every token of the lane, which are its h
 //   expand   a task is some columns of a lane: its tokens' h times these columns of its pages, summed in float32 and
 //            added to y with one rounding
 //
-// Weights are read where they lie, by one thread and, but for the tokens beyond four at a time, once; units that a page
-// does not have are skipped. h is rounded to the dtype of the weights, as PEFT rounds it. Compiled with BFLOAT16 or
-// without, for float32; where the processor multiplies pairs of bfloat16, they are its dot products.
+// A weight comes from memory once, where it lies, to one thread; units that a page does not have are skipped. h is
+// rounded to the dtype of the weights, as PEFT rounds it. Compiled with BFLOAT16, or without it for float32.
 //
-// Legend: P pages of the pool, S slices, R = 16 units of a page, I in features, O out features, L lanes, q uses of pages
-// by lanes, n adapted tokens.
+// Legend: P pages of the pool, S slices, R = 16 units of a page, I in features, O out features, L lanes, q uses of
+// pages by lanes, n adapted tokens.
 
 #include <vector>
 
@@ -42,7 +41,7 @@ struct Pool {
     const int32_t* units;  // [P, S]
 };
 
-// Four units of one page for T tokens of a lane; h is where the first unit of the lane's first token goes.
+// Eight units of one page for T tokens of a lane; h is where the first unit of the lane's first token goes.
 template <int T> void shrink_tokens(const Lane& lane, long first, const Scalar* x, const Scalar* a, long I, float scale,
                                     Scalar* h) {
     const Scalar* tokens[T];
@@ -68,6 +67,7 @@ template <int T> void shrink_tokens(const Lane& lane, long first, const Scalar* 
         std::memcpy(h + (step * lane.tokens + first) * STEP, all + step * T * STEP, T * STEP * sizeof(Scalar));
 }
 
+// The same for all tokens of the lane.
 void shrink(const Lane& lane, const Scalar* x, const Scalar* a, long I, float scale, Scalar* h) {
     long first = 0;
     for (; first + 2 <= lane.tokens; first += 2) shrink_tokens<2>(lane, first, x, a, I, scale, h);
@@ -124,7 +124,8 @@ template <int V> void expand_block(Tile& tile, const Lane& lane, const Scalar* h
 }
 
 // The columns behind the last whole block.
-void expand_rest(const Tile& tile, const Lane& lane, const Scalar* h, const Pool& pool, Scalar* y, long O, long columns) {
+void expand_rest(const Tile& tile, const Lane& lane, const Scalar* h, const Pool& pool, Scalar* y, long O,
+                 long columns) {
     for (long token = 0; token < lane.tokens; token++)
         for (long column = 0; column < columns; column++) {
             float total = 0;
@@ -151,6 +152,52 @@ void expand(Tile& tile, const Lane& lane, const Scalar* h, const Pool& pool, Sca
     if (column < end) expand_rest(tile, lane, h, rest, y + column, O, end - column);
 }
 
+// The lanes of a plan, their h side by side in `room`. Gives the size of one slice of it.
+long read_plan(const int64_t* plan, const float* scales, long S, std::vector<Lane>& lanes,
+               std::vector<Scalar>& room) {
+    lanes.assign(plan[0], Lane{});
+    const int64_t* counts = plan + 1;
+    long n = 0, apart = 0;
+    for (Lane& lane : lanes) {
+        lane.tokens = *counts++, lane.uses = *counts++;
+        n += lane.tokens, apart += lane.tokens * lane.uses * R;
+    }
+    room.resize(S * apart);
+    const int64_t *rows = counts, *pages = counts + n;
+    Scalar* h = room.data();
+    for (Lane& lane : lanes) {
+        lane.rows = rows, lane.pages = pages, lane.scales = scales, lane.h = h;
+        rows += lane.tokens, pages += lane.uses, scales += lane.uses, h += lane.tokens * lane.uses * R;
+    }
+    return apart;
+}
+
+// What one of the threads does of both halves for a lane: all threads call it with the same.
+void shrink_lane(const Lane& lane, const Site& site, const Pool& pool, const Scalar* x, long apart) {
+    const long blocks = R / UNITS, tasks = lane.uses * site.S * blocks;
+#pragma omp for schedule(static, 1) nowait
+    for (long task = 0; task < tasks; task++) {
+        const long use = task / (site.S * blocks), slice = task / blocks % site.S, unit = task % blocks * UNITS;
+        const long held = lane.pages[use] * site.S + slice;
+        if (unit < pool.units[held])
+            shrink(lane, x, pool.a + (held * R + unit) * site.I, site.I, lane.scales[use],
+                   lane.units(slice, apart, use * R + unit));
+    }
+}
+
+void expand_lane(Tile& tile, const Lane& lane, const Site& site, const Pool& pool, Scalar* y, long apart) {
+    for (long slice = 0; slice < site.S; slice++) {
+        tile.pick(lane, pool, site, slice);
+        if (tile.where.empty()) continue;
+        const long begin = site.start(slice), end = site.stops[slice], tasks = (end - begin + CHUNK - 1) / CHUNK;
+#pragma omp for schedule(static) nowait
+        for (long task = 0; task < tasks; task++) {
+            const long from = begin + task * CHUNK, to = from + CHUNK < end ? from + CHUNK : end;
+            expand(tile, lane, lane.units(slice, apart, 0), pool, y, site.O, from, to);
+        }
+    }
+}
+
 }  // namespace
 
 // y [T, O], x [T, I]; a, b, units: the pool; site [I, O, S, where each slice ends]; plan [L, then for each lane its
@@ -159,50 +206,16 @@ extern "C" void run(Scalar* y, const Scalar* x, const Scalar* a, const Scalar* b
                     const int64_t* site_at, const int64_t* plan, const float* scales) {
     const Site site{site_at[0], site_at[1], site_at[2], site_at + 3};
     const Pool pool{a, b, units};
-    static thread_local std::vector<Lane> lanes;
+    static thread_local std::vector<Lane> own_lanes;
     static thread_local std::vector<Scalar> room;
-    lanes.assign(plan[0], Lane{});
-    const int64_t* counts = plan + 1;
-    long n = 0, q = 0, apart = 0, work = 0;
-    for (auto& lane : lanes) {
-        lane.tokens = *counts++, lane.uses = *counts++;
-        n += lane.tokens, q += lane.uses, apart += lane.tokens * lane.uses * R;
-    }
-    room.resize(site.S * apart);
-    const int64_t *rows = counts, *pages = counts + n;
-    Scalar* h = room.data();
-    for (auto& lane : lanes) {
-        lane.rows = rows, lane.pages = pages, lane.scales = scales, lane.h = h;
-        rows += lane.tokens, pages += lane.uses, scales += lane.uses, h += lane.tokens * lane.uses * R;
-    }
-    work = apart * (site.S * site.I + site.O);
-    const std::vector<Lane>& all = lanes;  // of the calling thread
-#pragma omp parallel if (work >= LEAST)
+    const std::vector<Lane>& lanes = own_lanes;  // the calling thread's, for all
+    const long apart = read_plan(plan, scales, site.S, own_lanes, room);
+#pragma omp parallel if (apart * (site.S * site.I + site.O) >= LEAST)
     {
         static thread_local Tile own;
         Tile& tile = own;
-        for (const Lane& lane : all) {
-            const long blocks = R / UNITS, tasks = lane.uses * site.S * blocks;
-#pragma omp for schedule(static, 1) nowait
-            for (long task = 0; task < tasks; task++) {
-                const long use = task / (site.S * blocks), slice = task / blocks % site.S, unit = task % blocks * UNITS;
-                const long page = lane.pages[use];
-                if (unit < units[page * site.S + slice])
-                    shrink(lane, x, a + ((page * site.S + slice) * R + unit) * site.I, site.I, lane.scales[use],
-                           lane.units(slice, apart, use * R + unit));
-            }
-        }
+        for (const Lane& lane : lanes) shrink_lane(lane, site, pool, x, apart);
 #pragma omp barrier
-        for (const Lane& lane : all)
-            for (long slice = 0; slice < site.S; slice++) {
-                tile.pick(lane, pool, site, slice);
-                if (tile.where.empty()) continue;
-                const long begin = site.start(slice), end = site.stops[slice], tasks = (end - begin + CHUNK - 1) / CHUNK;
-#pragma omp for schedule(static) nowait
-                for (long task = 0; task < tasks; task++) {
-                    const long from = begin + task * CHUNK, to = from + CHUNK < end ? from + CHUNK : end;
-                    expand(tile, lane, lane.units(slice, apart, 0), pool, y, site.O, from, to);
-                }
-            }
+        for (const Lane& lane : lanes) expand_lane(tile, lane, site, pool, y, apart);
     }
 }

@@ -1,5 +1,5 @@
-// Vectors of 16 floats, whatever the processor makes of them, and bfloat16 in and out. Compiled with BFLOAT16 a Scalar is
-// one; where the processor multiplies pairs of them, and NO_PAIRS does not forbid it, a vector may hold 16 pairs instead.
+// Vectors of 16 floats, whatever the processor makes of them, and bfloat16 in and out. Compiled with BFLOAT16 a Scalar
+// is one; where the processor multiplies pairs of them, and NO_PAIRS does not forbid it, a vector may hold 16 pairs.
 
 #pragma once
 
