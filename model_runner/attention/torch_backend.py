@@ -205,8 +205,7 @@ class TorchAttention(AttentionBackend):
 
     def _plan_rows(self, layout: Layout, chunks_C: Any, offsets: Any, window: int | None) -> torch.Tensor:
         """The number of rows, their tokens, where each one's slots end, and the slots, row after row."""
-        last_C = layout.starts_C[chunks_C].astype(np.int64)
-        first_C = np.zeros_like(last_C) if window is None else np.maximum(last_C - window + 1, 0)
+        first_C, last_C = _seen(layout, chunks_C, window)
         seen_C = last_C - first_C + 1
         stops_C = seen_C.cumsum()
         positions = np.arange(stops_C[-1]) + np.repeat(first_C - (stops_C - seen_C), seen_C)
@@ -214,8 +213,7 @@ class TorchAttention(AttentionBackend):
         return torch.from_numpy(np.concatenate([[len(chunks_C)], offsets[chunks_C], stops_C, slots]).astype(np.int64))
 
     def _plan_decode(self, layout: Layout, chunks_C: Any, offsets: Any, window: int | None) -> _Decode:
-        last_C = layout.starts_C[chunks_C].astype(np.int64)
-        first_C = np.zeros_like(last_C) if window is None else np.maximum(last_C - window + 1, 0)
+        first_C, last_C = _seen(layout, chunks_C, window)
         longest = int((last_C - first_C).max()) + 1
         positions_CL = first_C[:, None] + np.arange(longest)
         seen_CL = positions_CL <= last_C[:, None]
@@ -262,6 +260,12 @@ class TorchAttention(AttentionBackend):
 def _bucket(length: int) -> int:
     """Rows whose lengths round up to one power of two share a gather: at most half of it is padding."""
     return max(_SHORTEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+def _seen(layout: Layout, chunks_C: Any, window: int | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The first and the last position that the token of each of these chunks sees."""
+    last_C = layout.starts_C[chunks_C].astype(np.int64)
+    return np.zeros_like(last_C) if window is None else np.maximum(last_C - window + 1, 0), last_C
 
 
 def _slots(layout: Layout, rows: Any, positions: NDArray[np.int64]) -> NDArray[np.int64]:

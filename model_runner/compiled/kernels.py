@@ -35,7 +35,7 @@ When = Literal["never", "beside", "first"]
 """Nothing is compiled; while the runner serves; before it serves."""
 
 SECONDS = 6
-"""What one function takes to compile, about."""
+"""What one function takes Inductor to compile, about."""
 
 TRIES = 2
 """Of the sizes that the builder has tried, before somebody waits for it."""
@@ -56,6 +56,11 @@ def resolve(mode: TorchCompile, device: torch.device, dtype: torch.dtype) -> Whe
         return "beside"
     log.info("small operations are not compiled: --torch-compile %s", "is off" if mode == "off" else "on would do so")
     return "never"
+
+
+def _slow(function: Function) -> bool:
+    """Whether Inductor compiles it; C++ of our own takes half a second."""
+    return FUNCTIONS[function.name](function).source is None
 
 
 class Kernels:
@@ -105,6 +110,7 @@ class Kernels:
         except Unsafe as unsafe:
             self._without(str(unsafe))
             return
+        wanted.sort(key=_slow)  # what takes half a second first
         jobs = [Job(function, str(self._cache.path(function, torch.get_num_threads()))) for function in wanted]
         missing = [job for job in jobs if not self._adopt(job)]
         if self._kernels:
@@ -174,7 +180,8 @@ class Kernels:
         self._jobs = deque(jobs)
         first = self.when == "first"
         how = "before" if first else "beside"
-        log.info("compiling %d small functions %s the serving, about %d s", len(jobs), how, len(jobs) * SECONDS)
+        seconds = max(1, SECONDS * sum(_slow(job.function) for job in jobs))
+        log.info("compiling %d small functions %s the serving, about %d s", len(jobs), how, seconds)
         if first:
             self._finish(progress=progress)
 

@@ -18,6 +18,7 @@ from engine.errors import ConfigError
 from model_runner.compiled import compiler, functions
 from model_runner.compiled.cache import Cache
 from model_runner.compiled.kernels import Kernels, resolve
+from model_runner.compiled.messages import Order
 from model_runner.compiled.program import Function, Kernel, Program
 from model_runner.ops.torch_ops import TorchOps
 
@@ -229,3 +230,17 @@ def test_what_the_flag_means() -> None:
     assert resolve("auto", cuda, bf16) == resolve("off", cuda, bf16) == "never"
     with pytest.raises(ConfigError, match="--torch-compile on: compiles for a CPU only"):
         resolve("on", cuda, bf16)
+
+
+@needs_compiler
+def test_what_takes_half_a_second_is_compiled_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ordered: list[Function] = []
+
+    def builder(order: Order) -> None:
+        ordered.extend(job.function for job in order.jobs)
+        raise OSError("no more")
+
+    monkeypatch.setattr("model_runner.compiled.kernels.Builder", builder)
+    delta, decodes = Function("delta", (), "float32"), Function("decodes", (), "float32")
+    Kernels("beside", tmp_path / "compiled").want((NORM, decodes, GATE, delta))
+    assert ordered == [decodes, delta, NORM, GATE]
