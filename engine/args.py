@@ -14,7 +14,7 @@ from engine.errors import ConfigError
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-TorchCompile = Literal["auto", "on", "off"]
+CpuKernels = Literal["auto", "on", "off"]
 
 DEMO = Path(__file__).parent / "demo"
 DEMO_NAME = "chorus-demo"
@@ -32,7 +32,7 @@ class Args(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Dtype = "auto"
     attention_backend: Literal["auto", "torch", "triton"] = "auto"
-    torch_compile: TorchCompile = "auto"
+    cpu_kernels: CpuKernels = "auto"
     cpu_threads: int | None = None
     enable_lora: bool | None = None
     lora_paths: list[str] = []

@@ -150,11 +150,11 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--dtype", type=_dtype, choices=["auto", "bfloat16", "float16", "float32"], help="(auto: the checkpoint's)")
     add("--attention-backend", type=_attention, choices=["auto", "torch", "triton"], help="(auto: triton on CUDA)")
     add(
-        "--torch-compile",
+        "--cpu-kernels",
         choices=["auto", "on", "off"],
         help="compile small operations on a CPU: beside the serving if it is in bfloat16, before it, never (auto)",
     )
-    add("--enable-torch-compile", dest="torch_compile", action="store_const", const="on", help="--torch-compile on")
+    add("--enable-torch-compile", dest="cpu_kernels", action="store_const", const="on", help="--cpu-kernels on")
     add("--context-length", "--max-model-len", type=int, metavar="N", help="longest prompt and answer (the model's)")
     add(
         "--max-num-batched-tokens",

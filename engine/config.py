@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from engine.args import Args, Dtype, LogLevel, TorchCompile, served_names
+from engine.args import Args, CpuKernels, Dtype, LogLevel, served_names
 from engine.errors import ConfigError
 from engine.keys import ApiKey, read_keys
 from engine.shares import parse_weights
@@ -110,7 +110,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     `lora_extra_vocab`: tokens that an adapter may have beyond the base's, None: as many as one of `adapters` has.
     The pool holds `lora_pool_adapters` of the largest rank, or `lora_pool_bytes`; both None: by memory.
     Decode steps of up to `cuda_graph_max_rows` rows (None: 256) are captured on CUDA, unless `cuda_graphs` is off.
-    `torch_compile`: compile small operations; auto means on a CPU in bfloat16, beside the serving; on: before it.
+    `cpu_kernels`: compile small operations; auto means on a CPU in bfloat16, beside the serving; on: before it.
     `cpu_threads` None means: OMP_NUM_THREADS, or all cores up to four, then all but one.
     `device` auto means: cuda where there is one. `max_batched_tokens` None means: 512 on a CPU, 8192 on CUDA.
     `max_running_requests` and `max_total_tokens` None mean: from memory; `context_length` None: the model's.
@@ -124,7 +124,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     rank: int = 0
     tp_size: int = 1
     attention_backend: str = "auto"
-    torch_compile: TorchCompile = "off"
+    cpu_kernels: CpuKernels = "off"
     cpu_threads: int | None = None
     enable_lora: bool = False
     lora_backend: str = "auto"
@@ -210,7 +210,7 @@ def sections(
         device=args.device,
         dtype=args.dtype,
         attention_backend=args.attention_backend,
-        torch_compile=args.torch_compile,
+        cpu_kernels=args.cpu_kernels,
         cpu_threads=args.cpu_threads,
         tp_size=args.tp_size,
         enable_lora=enable_lora,

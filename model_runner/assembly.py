@@ -80,7 +80,7 @@ def assemble(config: RunnerConfig, *, progress: bool) -> Parts:
     path, shard = Path(config.model_path), Shard(config.rank, config.tp_size)
     device, arch = resolve_device(config.device), read_arch(path)
     dtype = resolve_dtype(config.dtype, arch.dtype, device)
-    kernels = Kernels(compiled.resolve(config.torch_compile, device, dtype), log_level=config.log_level)
+    kernels = Kernels(compiled.resolve(config.cpu_kernels, device, dtype), log_level=config.log_level)
     length = memory.resolve_length(arch.max_length, config.context_length)
     arch = arch.serving(length)
     decoder = load_model(path, arch, device=device, dtype=dtype, shard=shard, progress=progress)

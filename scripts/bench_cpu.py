@@ -145,7 +145,7 @@ def flags(shape: Shape, directory: Path) -> list[object]:
         make_model(shape, directory / "model"),
         "--dtype",
         "bfloat16",
-        "--torch-compile",
+        "--cpu-kernels",
         "on",
         "--lora-paths",
         *named,

@@ -199,7 +199,7 @@ def start(
         links=Links(tokenizer="", scheduler="", runner="", door=""),
         model_path=str(make_model(shape, directory / "model")),
         device=device,  # type: ignore[arg-type]
-        torch_compile="auto",
+        cpu_kernels="auto",
         max_running_requests=most_rows,
         enable_lora=True,
         max_loras=lanes,

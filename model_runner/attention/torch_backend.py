@@ -1,8 +1,8 @@
 """Paged attention in torch, on any device: the reference, and with what is compiled of it the fast path on a CPU.
 
-Chunks of length 1 (decodes) of a step go together: in one call of what is compiled, or padded to a common length.
-Longer chunks (prefills) go one by one. A padded place points at the row's own newest token and is masked, so nothing
-but a row's own pages is ever read for it.
+What is compiled takes a whole step in one call; only longer chunks that slide over a window are not for it. Without it
+chunks of length 1 (decodes) go together, padded to a common length, and longer ones (prefills) one by one. A padded
+place points at the row's own newest token and is masked, so nothing but a row's own pages is ever read for it.
 
     decode  row a  [k0 k1 k2 k3 k4]        window w: the gather begins at the first position that is seen
             row b  [k0 k1 k2 k2 k2]  <- masked repeats
@@ -24,7 +24,7 @@ from model_runner.arch import Arch
 from model_runner.attention import dense
 from model_runner.attention.base import AttentionBackend
 from model_runner.attention.dense import Scores
-from model_runner.compiled.decoding import fits
+from model_runner.compiled.attending import fits
 from model_runner.compiled.found import Found
 from model_runner.compiled.kernels import Kernels
 from model_runner.compiled.program import Function, Kernel
@@ -32,9 +32,6 @@ from model_runner.device import dtype_name
 from model_runner.layout import Layout
 
 _SHORTEST_BUCKET = 64
-
-MOST_SCORES = 1 << 18
-"""Scores of a head that a compiled prefill writes down; longer ones go through torch's, which never holds them all."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +50,17 @@ class _Prefill:
     """One longer chunk: its tokens, and the slots [L] it sees.
 
     seen_nL   None where plain causality is enough, and the chunk itself is all it sees
-    plain     a token sees all slots but those of the tokens behind it
     """
 
     begin: int
     end: int
     slots_L: torch.Tensor
     seen_nL: torch.Tensor | None
-    plain: bool
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a step reads, for layers of one window. `compiled`: the decodes as the compiled function takes them."""
+    """What a step reads, for layers of one window. `compiled`: the part of the compiled function, as that takes it."""
 
     decodes: list[_Decode]
     prefills: list[_Prefill]
@@ -88,17 +83,13 @@ class TorchAttention(AttentionBackend):
         self._device = device
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self._found = Found()
-        self._sizes: dict[tuple[int, int, int, float], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def use(self, kernels: Kernels) -> None:
         self._found.use(kernels)
 
     def functions(self, arch: Arch, dtype: torch.dtype) -> list[Function]:
-        if arch.attention_cap is not None:
-            return []
-        heads, name = (arch.num_heads, arch.num_kv_heads, arch.head_dim), dtype_name(dtype)
-        decodes = [Function("decodes", (), name)] if fits(*heads, dtype) else []
-        return [*decodes, Function("prefill", heads, name, (arch.scale,))]
+        serves = arch.attention_cap is None and fits(arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype)
+        return [Function("attend", dtype_name(dtype))] if serves else []
 
     def plan(self, layout: Layout, into: Any | None = None) -> Meta:
         """Slots of the step's tokens; `into` is for backends that graphs replay."""
@@ -138,17 +129,17 @@ class TorchAttention(AttentionBackend):
     ) -> torch.Tensor:
         caches = k_cache_PSKD.flatten(0, 1), v_cache_PSKD.flatten(0, 1)
         scores = Scores(scale, softcap)
-        decodes = self._decodes(q_TND, k_cache_PSKD, scores)
+        kernel = self._kernel(q_TND, k_cache_PSKD, scores)
         if window not in meta.plans:
-            meta.plans[window] = self._plan(meta.layout, window, compiled=decodes is not None)
+            meta.plans[window] = self._plan(meta.layout, window, compiled=kernel is not None)
         plan = meta.plans[window]
         if len(plan.decodes) == 1 and plan.decodes[0].tokens_C is None:
             return self._decode(q_TND, *caches, plan.decodes[0], scores)
         out_TND = torch.empty_like(q_TND, memory_format=torch.contiguous_format)
         if plan.compiled is not None:
-            assert decodes is not None
-            sizes = self._heads(q_TND.shape[1], k_cache_PSKD.shape[2], q_TND.shape[2], scale)
-            decodes([q_TND.contiguous(), *caches, out_TND, *sizes, plan.compiled])
+            assert kernel is not None
+            heads = q_TND.shape[1], *k_cache_PSKD.shape[2:]
+            kernel(q_TND.contiguous(), *caches, out_TND, plan.compiled, *heads, scale)
         for decode in plan.decodes:
             out_TND[decode.tokens_C] = self._decode(q_TND[decode.tokens_C], *caches, decode, scores)
         for prefill in plan.prefills:
@@ -166,51 +157,41 @@ class TorchAttention(AttentionBackend):
     def _prefill(
         self, q_nND: torch.Tensor, k_MKD: torch.Tensor, v_MKD: torch.Tensor, prefill: _Prefill, scores: Scores
     ) -> torch.Tensor:
-        length, heads, size = q_nND.shape
-        if prefill.plain and length * len(prefill.slots_L) <= MOST_SCORES:
-            kernel = self._found.get("prefill", (heads, k_MKD.shape[1], size), q_nND.dtype, (scores.scale,))
-            if kernel is not None and scores.softcap is None:
-                return kernel([q_nND.contiguous(), k_MKD, v_MKD, prefill.slots_L])[0]
         k, v = (cache.index_select(0, prefill.slots_L) for cache in (k_MKD, v_MKD))
         return dense.prefill(q_nND, k, v, prefill.seen_nL, scores)
 
-    def _decodes(self, q_TND: torch.Tensor, k_cache_PSKD: torch.Tensor, scores: Scores) -> Kernel | None:
-        """What computes all decodes of a step at once, where it is compiled and these can be."""
+    def _kernel(self, q_TND: torch.Tensor, k_cache_PSKD: torch.Tensor, scores: Scores) -> Kernel | None:
+        """What computes a step at once, where it is compiled and can."""
         sizes = q_TND.shape[1], k_cache_PSKD.shape[2], q_TND.shape[2]
         if scores.softcap is not None or q_TND.dtype is not k_cache_PSKD.dtype or not fits(*sizes, q_TND.dtype):
             return None
-        return self._found.get("decodes", (), q_TND.dtype)
-
-    def _heads(self, heads: int, kv_heads: int, size: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        key = heads, kv_heads, size, scale
-        if key not in self._sizes:
-            self._sizes[key] = torch.tensor(key[:3]), torch.tensor([scale])
-        return self._sizes[key]
+        return self._found.get("attend", q_TND.dtype)
 
     def _plan(self, layout: Layout, window: int | None, *, compiled: bool) -> _Plan:
-        single = layout.lengths_C == 1
-        offsets = layout.offsets()
-        prefills = [self._plan_prefill(layout, chunk, offsets, window) for chunk in np.flatnonzero(~single).tolist()]
-        if compiled:
-            rows = self._plan_rows(layout, np.flatnonzero(single), offsets, window) if single.any() else None
-            return _Plan([], prefills, rows)
-        buckets: dict[int, list[int]] = {}
-        for chunk in np.flatnonzero(single).tolist():
-            seen = int(layout.starts_C[chunk]) + 1
-            buckets.setdefault(_bucket(seen if window is None else min(seen, window)), []).append(chunk)
-        decodes = [
-            self._plan_decode(layout, np.array(chunks), offsets, window) for _, chunks in sorted(buckets.items())
-        ]
-        return _Plan(decodes, prefills, None)
+        offsets, single = layout.offsets(), layout.lengths_C == 1
+        rest = np.full(layout.chunks, not compiled)
+        if compiled and window is not None:
+            rest = ~single & (layout.starts_C + layout.lengths_C > window)  # tokens of a chunk begin at the same slot
+        rows = None if rest.all() else self._plan_rows(layout, np.flatnonzero(~rest), offsets, window)
+        prefills = np.flatnonzero(rest & ~single).tolist()
+        return _Plan(
+            [self._plan_decode(layout, chunks, offsets, window) for chunks in _buckets(layout, rest & single, window)],
+            [self._plan_prefill(layout, chunk, offsets, window) for chunk in prefills],
+            rows,
+        )
 
     def _plan_rows(self, layout: Layout, chunks_C: Any, offsets: Any, window: int | None) -> torch.Tensor:
-        """The number of rows, their tokens, where each one's slots end, and the slots, row after row."""
-        first_C, last_C = _seen(layout, chunks_C, window)
-        seen_C = last_C - first_C + 1
-        stops_C = seen_C.cumsum()
-        positions = np.arange(stops_C[-1]) + np.repeat(first_C - (stops_C - seen_C), seen_C)
+        """The number of rows, their first tokens, how many each has, where each one's slots end, and the slots, row
+        after row. A chunk of more than one token sees all that is before it.
+        """
+        lengths_C = layout.lengths_C[chunks_C].astype(np.int64)
+        stops_C = layout.starts_C[chunks_C].astype(np.int64) + lengths_C
+        seen_C = stops_C if window is None else np.minimum(stops_C, window)
+        ends_C = seen_C.cumsum()
+        positions = np.arange(ends_C[-1]) + np.repeat(stops_C - ends_C, seen_C)
         slots = _slots(layout, np.repeat(layout.rows_C[chunks_C], seen_C), positions)
-        return torch.from_numpy(np.concatenate([[len(chunks_C)], offsets[chunks_C], stops_C, slots]).astype(np.int64))
+        parts = [[len(chunks_C)], offsets[chunks_C], lengths_C, ends_C, slots]
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
     def _plan_decode(self, layout: Layout, chunks_C: Any, offsets: Any, window: int | None) -> _Decode:
         first_C, last_C = _seen(layout, chunks_C, window)
@@ -228,16 +209,15 @@ class TorchAttention(AttentionBackend):
     def _plan_prefill(self, layout: Layout, chunk: int, offsets: Any, window: int | None) -> _Prefill:
         start, length = int(layout.starts_C[chunk]), int(layout.lengths_C[chunk])
         begin, stop = int(offsets[chunk]), start + length
-        plain = window is None or window >= stop
         first = 0 if window is None else max(0, start - window + 1)
         keys_L, queries_n = np.arange(first, stop), np.arange(start, stop)[:, None]
         seen_nL = None
-        if start or not plain:
+        if start or (window is not None and window < stop):
             seen_nL = keys_L <= queries_n
             if window is not None:
                 seen_nL &= keys_L > queries_n - window
         slots_L = self._tensor(_slots(layout, layout.rows_C[chunk], keys_L))
-        return _Prefill(begin, begin + length, slots_L, None if seen_nL is None else self._tensor(seen_nL), plain)
+        return _Prefill(begin, begin + length, slots_L, None if seen_nL is None else self._tensor(seen_nL))
 
     def _gather(self, name: str, cache: torch.Tensor, slots_CL: torch.Tensor) -> torch.Tensor:
         """[C, K, L, D] of the flat cache [P * S, K, D], in a buffer that lives until the next gather of this name.
@@ -257,9 +237,14 @@ class TorchAttention(AttentionBackend):
         return torch.from_numpy(host).to(self._device, non_blocking=True)
 
 
-def _bucket(length: int) -> int:
+def _buckets(layout: Layout, which_C: NDArray[np.bool_], window: int | None) -> list[NDArray[np.intp]]:
     """Rows whose lengths round up to one power of two share a gather: at most half of it is padding."""
-    return max(_SHORTEST_BUCKET, 1 << (length - 1).bit_length())
+    buckets: dict[int, list[int]] = {}
+    for chunk in np.flatnonzero(which_C).tolist():
+        seen = int(layout.starts_C[chunk]) + 1
+        length = seen if window is None else min(seen, window)
+        buckets.setdefault(max(_SHORTEST_BUCKET, 1 << (length - 1).bit_length()), []).append(chunk)
+    return [np.array(chunks) for _, chunks in sorted(buckets.items())]
 
 
 def _seen(layout: Layout, chunks_C: Any, window: int | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

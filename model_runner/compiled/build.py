@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
-import warnings
 from pathlib import Path
 from typing import NoReturn
 
 import msgspec
 import torch
 
+from model_runner.compiled import compiler, functions
 from model_runner.compiled.cache import Cache, seal
-from model_runner.compiled.compiler import compile_program, load
-from model_runner.compiled.functions import FUNCTIONS
 from model_runner.compiled.leaving import Leaving
 from model_runner.compiled.messages import Job, Order, Report
 from model_runner.compiled.program import differs
@@ -28,25 +25,21 @@ log = logging.getLogger(__name__)
 def build(order: Order, leaving: Leaving) -> NoReturn:
     """Builds and reports, then ends the process."""
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # Inductor's, of itself
-    for chatty in ("filelock", "torch"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
     root = Path(order.jobs[0].path).parent
     with os.fdopen(order.pipe, "wb") as pipe, Cache(root).workshop() as workshop:
         leaving.workshop = workshop
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TMPDIR"] = str(workshop)
-        tempfile.tempdir = None
+        os.environ["TMPDIR"] = str(workshop)  # the compiler's
         for number, job in enumerate(order.jobs):
-            pipe.write(msgspec.json.encode(_do(job, workshop / f"{number}.so", order.threads)) + b"\n")
+            pipe.write(msgspec.json.encode(_do(job, workshop / f"{number}.so")) + b"\n")
             pipe.flush()
     os._exit(0)  # nobody waits for an orderly end of torch
 
 
-def _do(job: Job, library: Path, threads: int) -> Report:
+def _do(job: Job, library: Path) -> Report:
     try:
-        program = FUNCTIONS[job.function.name](job.function)
-        compile_program(program, library, min(threads, job.function.threads or threads))
-        if found := differs(load(library, program), program):
+        program = functions.program(job.function)
+        compiler.build(program.source, compiler.DEFINES[job.function.dtype], library)
+        if found := differs(compiler.load(library, program.arguments(1)), program):
             return Report(f"its results differ {found}")
         seal(library, Path(job.path))
     except Exception as error:

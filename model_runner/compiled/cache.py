@@ -24,7 +24,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from model_runner.compiled import compiler, functions, native
+from model_runner.compiled import compiler, functions
 from model_runner.compiled.program import Function
 from model_runner.device import CPU_INFO
 
@@ -69,9 +69,9 @@ class Cache:
                 f"(chmod 700; it is {stat.S_IMODE(found.st_mode):o} of user {found.st_uid}); nothing is compiled"
             )
 
-    def path(self, function: Function, threads: int) -> Path:
-        """The file of a function for this machine, this torch and so many threads."""
-        return self.root / f"{function.name}-{_fingerprint(function, threads)}.so"
+    def path(self, function: Function) -> Path:
+        """The file of a function for this machine and this torch."""
+        return self.root / f"{function.name}-{_fingerprint(function)}.so"
 
     def sound(self, path: Path) -> bool:
         """Whether the file is there as it was sealed, which counts as a use of it; a broken one is removed."""
@@ -130,20 +130,16 @@ def seal(library: Path, path: Path) -> None:
     library.replace(path)
 
 
-def _fingerprint(function: Function, threads: int) -> str:
-    """All that the code depends on: the function, how it is written and compiled, torch, Python, processor, threads."""
-    maker = functions.FUNCTIONS[function.name]
-    source = maker(function).source
-    written = [source, *sorted(source.parent.glob("*.h"))] if source else []
+def _fingerprint(function: Function) -> str:
+    """All that the code depends on: the function, how it is written and compiled, torch, Python, the processor."""
+    source = functions.program(function).source
     parts = [
         msgspec.json.encode(function),
-        _source(sys.modules[maker.__module__].__file__),
-        *(path.read_bytes() for path in written),
+        _source(sys.modules[functions.FUNCTIONS[function.name].__module__].__file__),
+        *(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))),
         _source(compiler.__file__),
-        _source(native.__file__),
         f"{torch.__version__} {torch.version.git_version} {sys.version} {platform.machine()}".encode(),
         f"{torch.backends.cpu.get_cpu_capability()} {processor()}".encode(),
-        str(threads).encode(),
     ]
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:32]
 

@@ -1,73 +1,65 @@
-"""One function to one shared library, by the machine's C++ compiler: from torch's Inductor ahead of time, or from C++.
+"""One function to one shared library, by the machine's C++ compiler, and from there to a call.
 
-Unless a program says otherwise intermediate results are rounded where torch rounds them, so that a function gives the
-same bits as before it was compiled, wherever its sums run in the same order. Knows nothing of who asks and where the
-library is kept.
+A library is linked to torch's own and to no other, so its threads are torch's threads. Knows nothing of what is
+computed, of who asks and where the library is kept.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from model_runner.compiled import native
-from model_runner.compiled.program import Kernel, Program
+from model_runner.compiled.program import Argument, Kernel
 
-EXAMPLE = 8
-"""The size that a function is compiled from, where it may be any: not 1, which torch would take for a constant."""
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-w")
+DEFINES = {"bfloat16": ("BFLOAT16",), "float32": ()}
 
-SETTINGS = {
-    "compile_threads": 1,
-    "cpp_cache_precompile_headers": False,
-    "aot_inductor.precompile_headers": False,
-    "aot_inductor.enable_line_tables": False,
-}
-"""Inductor's, where this torch has them. Precompiled headers save 1.4 s a function, and take 5 s and 288 MB first."""
+
+class BuildError(Exception):
+    """What the compiler said first."""
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler that Inductor would call; None where there is none."""
+    """The C++ compiler: $CXX, or the system's; None where there is none."""
     return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
 
 
-def load(library: Path, program: Program) -> Kernel:
-    """What can be called of a library. Loading it runs code in it. Raises whatever torch does."""
-    if program.source is not None:
-        return native.load(library, len(program.arguments(1)))
-    runner: Any = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
-    kernel: Kernel = runner.run
+def build(source: Path, defines: Sequence[str], library: Path) -> None:
+    """Writes the library. Raises BuildError."""
+    compiler, code, torch_lib = find_compiler() or "g++", library.with_suffix(".o"), Path(torch.__file__).parent / "lib"
+    _call([compiler, *FLAGS, *(f"-D{name}" for name in defines), "-c", str(source), "-o", str(code)])
+    _call([compiler, "-shared", str(code), "-o", str(library), f"-L{torch_lib}", "-ltorch_cpu"])
+
+
+def load(library: Path, arguments: Sequence[Argument]) -> Kernel:
+    """What can be called of a library, with such arguments. Loading it runs code in it. Raises OSError."""
+    run = ctypes.CDLL(str(library)).run
+    run.argtypes, run.restype = [_type(argument) for argument in arguments], None
+
+    def kernel(*given: Argument) -> None:
+        run(*[one.data_ptr() if isinstance(one, torch.Tensor) else one for one in given])
+
     return kernel
 
 
-def compile_program(program: Program, library: Path, threads: int) -> None:
-    """Writes the library, an absolute path that ends in .so, for so many threads. Raises whatever torch does."""
-    if program.source is not None:
-        native.build(find_compiler() or "g++", program.source, program.defines, library)
-    else:
-        _compile_module(program, library, threads)
+def _type(argument: Argument) -> type[ctypes.c_void_p] | type[ctypes.c_int64] | type[ctypes.c_float]:
+    if isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p
+    return ctypes.c_int64 if isinstance(argument, int) else ctypes.c_float
 
 
-def _compile_module(program: Program, library: Path, threads: int) -> None:
-    import torch._inductor
-    from torch._inductor import config
-
-    arguments = program.arguments(EXAMPLE)
-    settings: dict[str, Any] = {name: value for name, value in SETTINGS.items() if _known(config, name)}
-    settings["cpp.threads"] = threads
-    settings["emulate_precision_casts"] = program.exact
-    names = {name for dimensions in program.dynamic for name in (dimensions or {}).values()}
-    dims = {name: torch.export.Dim(name, min=1) for name in names}
-    shapes = tuple({number: dims[name] for number, name in (entry or {}).items()} for entry in program.dynamic)
-    with torch.no_grad(), config.patch(settings):
-        module: Any = torch.export.export(program.module, arguments, dynamic_shapes=shapes).module()
-        torch._inductor.aot_compile(module, arguments, options={"aot_inductor.output_path": str(library)})
-
-
-def _known(config: Any, name: str) -> bool:
-    group, _, leaf = name.rpartition(".")
-    return hasattr(getattr(config, group) if group else config, leaf)
+def _call(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        raise BuildError(str(error)) from error
+    if done.returncode:
+        said = (line for line in done.stderr.splitlines() if "error" in line)
+        raise BuildError(next(said, f"{command[0]} ended with {done.returncode}"))

@@ -17,26 +17,20 @@ class Found:
 
     def __init__(self) -> None:
         self._kernels: Kernels | None = None
-        self._found: dict[tuple[str, tuple[int, ...], torch.dtype, tuple[float, ...], int], Kernel] = {}
+        self._found: dict[tuple[str, torch.dtype], Kernel] = {}
 
     def use(self, kernels: Kernels) -> None:
         """From now on functions come from there, once they are ready."""
         self._kernels = kernels if kernels.when != "never" else None
+        self._found.clear()
 
-    def look(self, function: Function) -> Kernel | None:
-        """The compiled function, where there is one by now; for whoever keeps what it is given."""
-        return None if self._kernels is None else self._kernels.get(function)
-
-    def get(
-        self, name: str, sizes: tuple[int, ...], dtype: torch.dtype, numbers: tuple[float, ...] = (), threads: int = 0
-    ) -> Kernel | None:
+    def get(self, name: str, dtype: torch.dtype) -> Kernel | None:
         """The compiled function, where there is one by now."""
         if self._kernels is None:
             return None
-        key = name, sizes, dtype, numbers, threads
-        kernel = self._found.get(key)
+        kernel = self._found.get((name, dtype))
         if kernel is None:
-            kernel = self.look(Function(name, sizes, dtype_name(dtype), numbers, threads))
+            kernel = self._kernels.get(Function(name, dtype_name(dtype)))
             if kernel is not None:
-                self._found[key] = kernel
+                self._found[name, dtype] = kernel
         return kernel

@@ -1,19 +1,26 @@
-"""Every function that can be compiled, by name. A maker's module is the whole truth of it: a change there, and nowhere
-else, makes what was compiled before stale.
+"""Every function that can be compiled, by name. A maker's module, its C++ and the headers beside it are the whole truth
+of it: a change there, and nowhere else, makes what was compiled before stale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from model_runner.compiled import attending, decoding, deltas, gates, norms, ropes
-from model_runner.compiled.program import Function, Program
+import torch
 
-FUNCTIONS: dict[str, Callable[[Function], Program]] = {
+from model_runner.compiled import attending, deltas, gates, norms, ropes
+from model_runner.compiled.program import Function, Program
+from model_runner.device import DTYPES
+
+FUNCTIONS: dict[str, Callable[[torch.dtype], Program]] = {
     "add_norm": norms.add_norm,
     "silu_mul": gates.silu_mul,
     "rope_and_store": ropes.rope_and_store,
-    "decodes": decoding.decodes,
-    "prefill": attending.prefill,
+    "attend": attending.attend,
     "delta": deltas.delta,
 }
+
+
+def program(function: Function) -> Program:
+    """What is to be compiled of it."""
+    return FUNCTIONS[function.name](DTYPES[function.dtype])

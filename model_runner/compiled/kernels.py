@@ -20,22 +20,22 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from engine.args import LogLevel, TorchCompile
+from engine.args import CpuKernels, LogLevel
 from engine.errors import ConfigError
-from model_runner.compiled import compiler
+from model_runner.compiled import compiler, functions
 from model_runner.compiled.builder import Builder, Gone
 from model_runner.compiled.cache import Cache, Unsafe, directory
-from model_runner.compiled.functions import FUNCTIONS
 from model_runner.compiled.messages import Job, Order, Report
-from model_runner.compiled.program import Function, Kernel, differs
+from model_runner.compiled.program import ROUNDING, Function, Kernel, differs
+from model_runner.device import dtype_name
 
 log = logging.getLogger(__name__)
 
 When = Literal["never", "beside", "first"]
 """Nothing is compiled; while the runner serves; before it serves."""
 
-SECONDS = 6
-"""What one function takes Inductor to compile, about."""
+SECONDS = 1
+"""What one function takes a compiler, about."""
 
 TRIES = 2
 """Of the sizes that the builder has tried, before somebody waits for it."""
@@ -44,23 +44,23 @@ LOOK_SECONDS = 1.0
 """How often an idle runner looks whether a function has become ready."""
 
 
-def resolve(mode: TorchCompile, device: torch.device, dtype: torch.dtype) -> When:
-    """What `--torch-compile` means here. Raises ConfigError on CUDA if it is on."""
+def resolve(mode: CpuKernels, device: torch.device, dtype: torch.dtype) -> When:
+    """What `--cpu-kernels` means here. Raises ConfigError where it is on and cannot be."""
     if device.type != "cpu":
         if mode == "on":
-            raise ConfigError("--torch-compile on: compiles for a CPU only, CUDA has kernels of its own; leave it out")
+            raise ConfigError("--cpu-kernels on: they are for a CPU, CUDA has kernels of its own; leave it out")
         return "never"
     if mode == "on":
+        if dtype not in ROUNDING:
+            raise ConfigError(f"--cpu-kernels on: they compute in bfloat16 and float32, not in {dtype_name(dtype)}")
         return "first"
     if mode == "auto" and dtype is torch.bfloat16:
         return "beside"
-    log.info("small operations are not compiled: --torch-compile %s", "is off" if mode == "off" else "on would do so")
+    reason = (
+        "is off" if mode == "off" else "on would do so" if dtype in ROUNDING else f"has none for {dtype_name(dtype)}"
+    )
+    log.info("nothing is compiled for this CPU: --cpu-kernels %s", reason)
     return "never"
-
-
-def _slow(function: Function) -> bool:
-    """Whether Inductor compiles it; C++ of our own takes half a second."""
-    return FUNCTIONS[function.name](function).source is None
 
 
 class Kernels:
@@ -110,12 +110,11 @@ class Kernels:
         except Unsafe as unsafe:
             self._without(str(unsafe))
             return
-        wanted.sort(key=_slow)  # what takes half a second first
-        jobs = [Job(function, str(self._cache.path(function, torch.get_num_threads()))) for function in wanted]
+        jobs = [Job(function, str(self._cache.path(function))) for function in wanted]
         missing = [job for job in jobs if not self._adopt(job)]
         if self._kernels:
             milliseconds = 1e3 * (time.perf_counter() - self._began)
-            log.info("%d small functions compiled earlier, loaded in %.0f ms", len(self._kernels), milliseconds)
+            log.info("%d kernels compiled earlier, loaded in %.0f ms", len(self._kernels), milliseconds)
         if missing:
             self._build(missing, progress=progress)
 
@@ -127,7 +126,7 @@ class Kernels:
             report = self._builder.hear()
         except Gone as gone:
             if self._jobs:
-                log.warning("the builder %s: %d small functions stay as they are", gone, len(self._jobs))
+                log.warning("the builder %s: %d kernels stay as they are", gone, len(self._jobs))
             self._builder = None
             return
         if report is not None and self._jobs:
@@ -149,7 +148,7 @@ class Kernels:
             log.warning("%s was compiled, and cannot be loaded", job.function)
         if not self._jobs:
             seconds = time.perf_counter() - self._began
-            log.info("compiled: %d of %d small functions in place, %.0f s", len(self._kernels), self._wanted, seconds)
+            log.info("compiled: %d of %d kernels in place, %.0f s", len(self._kernels), self._wanted, seconds)
 
     def _adopt(self, job: Job) -> bool:
         """Loads what is there, and takes it if it computes what it should. False: there is nothing to load."""
@@ -157,8 +156,8 @@ class Kernels:
         if self._cache is None or not self._cache.sound(path):
             return False
         try:
-            program = FUNCTIONS[job.function.name](job.function)
-            kernel = compiler.load(path, program)
+            program = functions.program(job.function)
+            kernel = compiler.load(path, program.arguments(1))
             found = differs(kernel, program, TRIES)
         except Exception as error:
             found = str(error).partition("\n")[0]
@@ -170,18 +169,17 @@ class Kernels:
 
     def _build(self, jobs: list[Job], *, progress: bool) -> None:
         if compiler.find_compiler() is None:
-            self._without("no C++ compiler found: the small operations stay as they are; install g++")
+            self._without("no C++ compiler found: plain torch computes, which is slower; install g++")
             return
         try:
-            self._builder = Builder(Order(jobs, torch.get_num_threads(), log_level=self._log_level))
+            self._builder = Builder(Order(jobs, log_level=self._log_level))
         except OSError as error:
             self._without(f"nothing can be compiled: {error}")
             return
         self._jobs = deque(jobs)
         first = self.when == "first"
         how = "before" if first else "beside"
-        seconds = max(1, SECONDS * sum(_slow(job.function) for job in jobs))
-        log.info("compiling %d small functions %s the serving, about %d s", len(jobs), how, seconds)
+        log.info("compiling %d kernels %s the serving, about %d s", len(jobs), how, SECONDS * len(jobs))
         if first:
             self._finish(progress=progress)
 
@@ -194,5 +192,5 @@ class Kernels:
 
     def _without(self, reason: str) -> None:
         if self.when == "first":
-            raise ConfigError(f"--torch-compile on: {reason}")
+            raise ConfigError(f"--cpu-kernels on: {reason}")
         log.warning("%s", reason)

@@ -21,10 +21,9 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class Order(msgspec.Struct, frozen=True):
-    """What is to be built, for so many threads; `pipe` is the descriptor to report on."""
+    """What is to be built; `pipe` is the descriptor to report on."""
 
     jobs: list[Job]
-    threads: int
     pipe: int = -1
     log_level: LogLevel = "info"
 

@@ -1,36 +1,39 @@
-"""Norms to be compiled, with what they are added to. Legend: T tokens, H hidden size."""
+"""The plain RMSNorm with what it is added to, to be compiled from norm.cpp. Legend: T tokens, H hidden size."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
 
-from model_runner.compiled.program import Draw, Function, Program
-from model_runner.device import DTYPES
+from model_runner.compiled.program import Argument, Draw, Program, source
 
-
-class AddNorm(nn.Module):
-    """The plain RMSNorm of residual + x, and residual + x."""
-
-    def __init__(self, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-
-    def forward(
-        self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        total = residual_TH + x_TH
-        wide = total.float()
-        even = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return weight_H * even.to(total.dtype), total
+HIDDEN = (48, 7, 96, 41)
+"""Whole vectors, and others."""
 
 
-def add_norm(function: Function) -> Program:
-    """`sizes` (hidden size,), `numbers` (eps,): [x [T, H], residual [T, H], weight [H]] -> [normed, total]."""
-    (hidden,), (eps,) = function.sizes, function.numbers
+def add_norm(dtype: torch.dtype) -> Program:
+    """(x [T, H], residual [T, H], weight [H], normed [T, H], total [T, H], T, H, eps): writes total, which is residual
+    + x, and its norm: both rounded where torch rounds.
+    """
 
-    def arguments(size: int) -> tuple[torch.Tensor, ...]:
-        draw = Draw(DTYPES[function.dtype])
-        return draw(size, hidden), draw(size, hidden), draw(hidden)
+    def arguments(size: int) -> tuple[Argument, ...]:
+        draw, hidden = Draw(dtype), HIDDEN[size % len(HIDDEN)]
+        x, residual, normed, total = (draw(size, hidden) for _ in range(4))
+        return x, residual, draw(hidden), normed, total, size, hidden, 1e-5
 
-    return Program(AddNorm(eps), arguments, ({0: "T"}, {0: "T"}, None))
+    return Program(source("norm.cpp"), _add_norm, arguments)
+
+
+def _add_norm(
+    x_TH: torch.Tensor,
+    residual_TH: torch.Tensor,
+    weight_H: torch.Tensor,
+    normed_TH: torch.Tensor,
+    total_TH: torch.Tensor,
+    tokens: int,
+    hidden: int,
+    eps: float,
+) -> None:
+    torch.add(residual_TH, x_TH, out=total_TH)
+    wide = total_TH.float()
+    even = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    torch.mul(weight_H, even.to(total_TH.dtype), out=normed_TH)

@@ -1,64 +1,62 @@
-"""What is compiled: a Function names it in numbers, its Program is the arithmetic and sane arguments to try it on.
+"""What is compiled: a Function names it, its Program is C++ and what that is held against.
 
 Knows nothing of compilers, files and processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import torch
-from torch import nn
 
-Kernel = Callable[[list[torch.Tensor]], list[torch.Tensor]]
-"""Tensors in, fresh tensors out; what the function writes to is written in place. Nothing is checked at a call: dtypes,
-static sizes and contiguity must be those of the program's arguments."""
+Argument = torch.Tensor | int | float
 
-ROUNDING = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}
+ROUNDING = {torch.bfloat16: 2**-7, torch.float32: 1e-5}
+"""Of the dtypes that functions are written for."""
+
+
+class Kernel(Protocol):
+    """Takes tensors, ints and floats, and writes its results to some of the tensors. Nothing is checked at a call:
+    how many they are, their dtypes and contiguity must be those of the program's arguments.
+    """
+
+    def __call__(self, *arguments: Argument) -> None: ...
 
 
 class Function(msgspec.Struct, frozen=True):
-    """One pure function: its name in FUNCTIONS, and what its code holds as constants: sizes, a dtype, numbers; at most
-    so many `threads` compute one call, 0: as many as the runner has.
-    """
+    """One function, by its name in FUNCTIONS and the dtype that it computes in."""
 
     name: str
-    sizes: tuple[int, ...] = ()
     dtype: str = "bfloat16"
-    numbers: tuple[float, ...] = ()
-    threads: int = 0
 
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(map(str, (*self.sizes, *self.numbers)))}) in {self.dtype}"
+        return f"{self.name} in {self.dtype}"
 
 
 @dataclass(frozen=True)
 class Program:
-    """A function as torch computes it.
+    """A function in C++ and in torch.
 
-    module          tensors in, one tensor, a tuple of them, or () out; no control flow that depends on values
-    arguments       valid ones for a size, drawn by `Draw`: all dynamic dimensions follow from that one number
-    dynamic         for each argument its dimensions that vary, by number: {0: "T"}; None: none does. Those of one
-                    name are equal, and may be anything from 1 on
-    source          C++ that computes the same, where the module's own code would be slow: then the module is only what
-                    it is held against, may do whatever it likes, and `dynamic` says nothing
-    defines         what the source is compiled with
+    source          exports `run`, which takes the address of each tensor, an int64 for an int, a float for a float;
+                    for bfloat16 it is compiled with BFLOAT16
+    reference       computes the same: what the source is held against, however slow
+    arguments       valid ones for a size, drawn by `Draw`: all their dimensions follow from that one number
     sizes           those it is tried on
-    tolerance       of an element, as a share of the largest; None: the dtype's rounding
-    exact           rounds intermediate results where torch does: the same bits, in up to 1.4 of the time
     """
 
-    module: nn.Module
-    arguments: Callable[[int], tuple[torch.Tensor, ...]]
-    dynamic: tuple[dict[int, str] | None, ...] = ()
-    source: Path | None = None
-    defines: tuple[str, ...] = ()
+    source: Path
+    reference: Callable[..., None]
+    arguments: Callable[[int], tuple[Argument, ...]]
     sizes: tuple[int, ...] = (1, 2, 7, 32)
-    tolerance: float | None = None
-    exact: bool = True
+
+
+def source(name: str) -> Path:
+    """The file of this name beside this one."""
+    return Path(__file__).with_name(name)
 
 
 class Draw:
@@ -80,20 +78,19 @@ def differs(kernel: Kernel, program: Program, tries: int | None = None) -> str:
 
 
 def _differs(kernel: Kernel, program: Program, size: int) -> str:
-    ours = list(program.arguments(size))
-    theirs = [tensor.clone() for tensor in ours]
-    given = program.module(*ours)
-    wanted = [given] if isinstance(given, torch.Tensor) else list(given)
-    got = kernel(theirs)
-    if [(tensor.shape, tensor.dtype) for tensor in got] != [(tensor.shape, tensor.dtype) for tensor in wanted]:
-        return f"{[tuple(tensor.shape) for tensor in got]} instead of {[tuple(tensor.shape) for tensor in wanted]}"
-    for mine, other in zip([*wanted, *ours], [*got, *theirs], strict=True):  # arguments too: they may be written to
-        bound = program.tolerance if program.tolerance is not None else ROUNDING.get(mine.dtype, 0.0)
+    wanted, got = program.arguments(size), program.arguments(size)
+    program.reference(*wanted)
+    kernel(*got)
+    for mine, other in zip(_tensors(wanted), _tensors(got), strict=True):
         largest = _largest(mine.masked_fill(~mine.isfinite(), 0))
         error = _largest((mine.double() - other.double()).masked_fill(mine == other, 0.0))
-        if not error <= bound * largest:
+        if not error <= ROUNDING.get(mine.dtype, 0.0) * largest:
             return f"off by {error:.3g} where the largest is {largest:.3g}"
     return ""
+
+
+def _tensors(arguments: Iterable[Argument]) -> list[torch.Tensor]:
+    return [argument for argument in arguments if isinstance(argument, torch.Tensor)]
 
 
 def _largest(tensor: torch.Tensor) -> float:

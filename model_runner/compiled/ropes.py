@@ -1,4 +1,4 @@
-"""What stands between qkv and attention, to be compiled: heads turned, K and V put into their slots.
+"""What stands between qkv and attention, to be compiled from rope.cpp: heads turned, K and V put into their slots.
 
 Legend: T tokens, N query heads, K key/value heads, J = N + 2 K, D head size, E half of what is turned of a head, M
 slots of the cache.
@@ -7,51 +7,44 @@ slots of the cache.
 from __future__ import annotations
 
 import torch
-from torch import nn
 
-from model_runner.compiled.program import Draw, Function, Program
-from model_runner.device import DTYPES
+from model_runner.compiled.program import Argument, Draw, Program, source
 
-
-class RopeAndStore(nn.Module):
-    """q turned; k turned and v are stored."""
-
-    def __init__(self, kv_heads: int, half: int) -> None:
-        super().__init__()
-        self.kv_heads = kv_heads
-        self.turns = half
-
-    def forward(
-        self,
-        qkv_TJD: torch.Tensor,
-        cos_T1E: torch.Tensor,
-        sin_T1E: torch.Tensor,
-        k_MKD: torch.Tensor,
-        v_MKD: torch.Tensor,
-        slots_T: torch.Tensor,
-    ) -> torch.Tensor:
-        turned = self._turn(qkv_TJD[:, : -self.kv_heads], cos_T1E, sin_T1E)
-        k_MKD.index_put_((slots_T,), turned[:, -self.kv_heads :])
-        v_MKD.index_put_((slots_T,), qkv_TJD[:, -self.kv_heads :])
-        return turned[:, : -self.kv_heads].clone()
-
-    def _turn(self, x_TND: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor) -> torch.Tensor:
-        first, second, still = torch.split(x_TND, [self.turns, self.turns, x_TND.shape[-1] - 2 * self.turns], -1)
-        turned = (first * cos_T1E - second * sin_T1E, second * cos_T1E + first * sin_T1E)
-        return torch.cat((*turned, still), -1)
+SHAPES = ((6, 2, 64, 32), (4, 1, 20, 10), (3, 3, 40, 8), (2, 1, 48, 20))
+"""N, K, D, E."""
 
 
-def rope_and_store(function: Function) -> Program:
-    """`sizes` (N, K, D, E): [qkv [T, J, D], cos, sin [T, 1, E], k and v [M, K, D], slots [T]] -> [q [T, N, D]], the
-    caches changed. Slots are distinct.
+def rope_and_store(dtype: torch.dtype) -> Program:
+    """(qkv [T, J, D], cos, sin [T, 1, E], k and v [M, K, D], slots [T] int64, q [T, N, D], T, N, K, D, E): writes q
+    turned; k turned and v go to their slots, which are distinct. Rounded where torch rounds.
     """
-    heads, kv_heads, size_D, half = function.sizes
 
-    def arguments(size: int) -> tuple[torch.Tensor, ...]:
-        draw = Draw(DTYPES[function.dtype])
-        caches = (draw(2 * size, kv_heads, size_D) for _ in range(2))
-        turns = (draw(size, 1, half) for _ in range(2))
-        return draw(size, heads + 2 * kv_heads, size_D), *turns, *caches, torch.arange(size).flip(0) * 2
+    def arguments(size: int) -> tuple[Argument, ...]:
+        draw, (heads, kv_heads, width, half) = Draw(dtype), SHAPES[size % len(SHAPES)]
+        cos, sin = (draw(size, 1, half) for _ in range(2))
+        caches = [draw(2 * size, kv_heads, width) for _ in range(2)]
+        qkv, slots = draw(size, heads + 2 * kv_heads, width), torch.arange(size).flip(0) * 2
+        return qkv, cos, sin, *caches, slots, draw(size, heads, width), size, heads, kv_heads, width, half
 
-    tokens, slots = {0: "T"}, {0: "M"}
-    return Program(RopeAndStore(kv_heads, half), arguments, (tokens, tokens, tokens, slots, slots, tokens))
+    return Program(source("rope.cpp"), _rope_and_store, arguments)
+
+
+def _rope_and_store(
+    qkv_TJD: torch.Tensor,
+    cos_T1E: torch.Tensor,
+    sin_T1E: torch.Tensor,
+    k_MKD: torch.Tensor,
+    v_MKD: torch.Tensor,
+    slots_T: torch.Tensor,
+    q_TND: torch.Tensor,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    half: int,
+) -> None:
+    first, second, still = torch.split(qkv_TJD[:, :-kv_heads], [half, half, size - 2 * half], -1)
+    turned = torch.cat((first * cos_T1E - second * sin_T1E, second * cos_T1E + first * sin_T1E, still), -1)
+    q_TND.copy_(turned[:, :heads])
+    k_MKD[slots_T] = turned[:, heads:]
+    v_MKD[slots_T] = qkv_TJD[:, -kv_heads:]

@@ -26,6 +26,7 @@ constexpr long STEP = PAIRS ? 2 : 1;  // values multiplied at once
 
 using Wide = float __attribute__((vector_size(4 * WIDTH)));
 using Bits = uint32_t __attribute__((vector_size(4 * WIDTH)));
+using Ints = int32_t __attribute__((vector_size(4 * WIDTH)));
 using Halves = uint16_t __attribute__((vector_size(2 * WIDTH)));
 
 template <class To, class From> inline To copied(const From* from) {
@@ -35,9 +36,14 @@ template <class To, class From> inline To copied(const From* from) {
 }
 
 inline Wide load(const float* from) { return copied<Wide>(from); }
-inline Wide load(const uint16_t* from) {
-    return (Wide)(__builtin_convertvector(copied<Halves>(from), Bits) << 16);
+inline Bits longer(Halves value) {
+#if PAIRS
+    return (Bits)_mm512_cvtepu16_epi32((__m256i)value);  // one instruction, which compilers do not find
+#else
+    return __builtin_convertvector(value, Bits);
+#endif
 }
+inline Wide load(const uint16_t* from) { return (Wide)(longer(copied<Halves>(from)) << 16); }
 inline float widen(float value) { return value; }
 inline float widen(uint16_t value) {
     const uint32_t bits = uint32_t(value) << 16;
@@ -59,6 +65,52 @@ inline void store(uint16_t* to, Wide value) {
     std::memcpy(to, &halves, sizeof halves);
 }
 
+// The same of which only so many are there, the others 0.
+template <class Value> inline Wide load(const Value* from, long there) {
+    Value some[WIDTH] = {};
+    std::memcpy(some, from, there * sizeof(Value));
+    return load(some);
+}
+template <class Value> inline void store(Value* to, Wide value, long there) {
+    Value some[WIDTH];
+    store(some, value);
+    std::memcpy(to, some, there * sizeof(Value));
+}
+
+// A whole vector, where that is known beforehand.
+struct Whole {};
+template <class Value> inline Wide load(const Value* from, Whole) { return load(from); }
+template <class Value> inline void store(Value* to, Wide value, Whole) { store(to, value); }
+
+// Calls `act` with where each vector of so many values begins, and how much of it is there.
+template <class Act> inline void each(long values, Act act) {
+    long at = 0;
+    for (; at + WIDTH <= values; at += WIDTH) act(at, Whole{});
+    if (at < values) act(at, values - at);
+}
+
+// As it is once it has been stored.
+inline Wide as_stored(Wide value) {
+#ifdef BFLOAT16
+    return (Wide)(longer(rounded(value)) << 16);
+#else
+    return value;
+#endif
+}
+
+// e to the power of x: 2^n e^r with |r| <= ln 2 / 2, e^r by its series to the sixth power, off by 1e-7 of itself. An x
+// below -87 or above 88 counts as that; what comes of a NaN is some number.
+inline Wide power(Wide given) {
+    const Wide some = given < -87.0f ? -87.0f - Wide{} : given, x = some > 88.0f ? 88.0f - Wide{} : some;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number
+    const Wide shifted = x * 1.44269504f + magic, n = shifted - magic;
+    const Wide r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Wide series = r * (1.0f / 720) + 1.0f / 120;
+    series = series * r + 1.0f / 24, series = series * r + 1.0f / 6, series = series * r + 0.5f;
+    series = (series * r + 1.0f) * r + 1.0f;
+    return (Wide)((Ints)series + ((Ints)shifted << 23));
+}
+
 // One step of turning 16 rows of 16 into columns: of every other element of two rows, those at even and at odd places.
 inline void part(Wide& one, Wide& two, int step) {
     Bits even, odd;
@@ -70,6 +122,18 @@ inline void part(Wide& one, Wide& two, int step) {
     const Wide first = one, second = two;
     one = __builtin_shuffle(first, second, even);
     two = __builtin_shuffle(first, second, odd);
+}
+
+// All elements taken together, two by two, at every place.
+template <class Take> inline Wide fold(Wide value, Take take) {
+#pragma GCC unroll 4
+    for (int step = WIDTH / 2; step; step /= 2) {
+        Bits other;
+#pragma GCC unroll 16
+        for (int i = 0; i < WIDTH; i++) other[i] = i ^ step;
+        value = take(value, __builtin_shuffle(value, other));
+    }
+    return value;
 }
 
 // Element i is the sum of vector i, of sixteen.
@@ -122,7 +186,7 @@ inline Wide load_steps(const Scalar* from, long there) {
 inline Wide load_column(const Scalar* one, [[maybe_unused]] const Scalar* below) {
 #if PAIRS
     const auto low = copied<Halves>(one), high = copied<Halves>(below);
-    return (Wide)(__builtin_convertvector(low, Bits) | __builtin_convertvector(high, Bits) << 16);
+    return (Wide)(longer(low) | longer(high) << 16);
 #else
     return load(one);
 #endif

@@ -15,14 +15,11 @@ import torch
 
 from model_runner.compiled.found import Found
 from model_runner.compiled.kernels import Kernels
-from model_runner.compiled.program import Function
+from model_runner.compiled.program import ROUNDING, Function
 from model_runner.device import dtype_name
 from model_runner.lora.pages import RankPages
 from model_runner.lora.reads import LaneTokens
 from model_runner.lora.site import Site
-
-DTYPES = (torch.bfloat16, torch.float32)
-"""What the delta is written for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +49,6 @@ class Deltas:
 
     def __init__(self, pages: RankPages) -> None:
         self._pages = pages
-        self._function = Function("delta", (), dtype_name(pages.dtype))
         self._found = Found()
         linears = [site for site in pages.sites if site.name in pages.pools and not site.embeds]
         self._weights = {site.name: _weights(site, pages) for site in linears}
@@ -64,17 +60,18 @@ class Deltas:
 
     def functions(self, dtype: torch.dtype) -> list[Function]:
         """The delta, if adapters may touch a linear and compute in the model's dtype."""
-        return [self._function] if self._weights and dtype is self._pages.dtype and dtype in DTYPES else []
+        fits = self._weights and dtype is self._pages.dtype and dtype in ROUNDING
+        return [Function("delta", dtype_name(dtype))] if fits else []
 
     def ready(self, group: str) -> bool:
         """Whether the group's deltas can be computed by now."""
-        return group in self._groups and self._found.look(self._function) is not None
+        return group in self._groups and self._found.get("delta", self._pages.dtype) is not None
 
     def add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, site: Site, tokens: Tokens) -> None:
         """Adds the tokens' deltas to their rows of y, in place. The site's group is ready."""
-        kernel = self._found.look(self._function)
+        kernel = self._found.get("delta", self._pages.dtype)
         assert kernel is not None
-        kernel([y_TO, x_TI.contiguous(), *self._weights[site.name], tokens.plan, tokens.scales_q])
+        kernel(y_TO, x_TI.contiguous(), *self._weights[site.name], tokens.plan, tokens.scales_q)
 
 
 def _weights(site: Site, pages: RankPages) -> tuple[torch.Tensor, ...]:

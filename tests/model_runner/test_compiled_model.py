@@ -16,15 +16,15 @@ import torch
 import transformers
 from adapter_zoo import ZOO, merged, save
 from drive import Driver, Row
-from msgspec.structs import replace
 from oracle import Oracle
 from resident import attach_adapters
 from tiny_models import VOCAB
 
 from model_runner.arch import read_arch
 from model_runner.compiled import compiler
+from model_runner.compiled.functions import FUNCTIONS
 from model_runner.compiled.kernels import Kernels
-from model_runner.compiled.program import Function, Kernel
+from model_runner.compiled.program import Argument, Function, Kernel
 from model_runner.models.load import load_model
 
 FAMILY = "qwen2"
@@ -82,13 +82,13 @@ class Counted(Kernels):
         self._compiled = compiled
 
     def get(self, function: Function) -> Kernel | None:
-        kernel = self._compiled.get(code_of(function))
+        kernel = self._compiled.get(function)
         if kernel is None or function not in self.wanted[: self.known]:
             return None
 
-        def counted(given: list[torch.Tensor]) -> list[torch.Tensor]:
+        def counted(*given: Argument) -> None:
             self.calls[function] += 1
-            return kernel(given)
+            kernel(*given)
 
         return counted
 
@@ -128,22 +128,14 @@ def write_mixes(path: Path, adapters: dict[str, Path], root: Path) -> list[Path]
     return paths
 
 
-def code_of(function: Function) -> Function:
-    """What is compiled for it: where one thread computes, functions that differ in their threads alone are the same."""
-    assert torch.get_num_threads() == 1
-    return replace(function, threads=0)
-
-
 @pytest.fixture(scope="module")
 def compiled(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Kernels, list[Function]]:
     """All that the model calls, and that it is there."""
     wanted = world.driver().functions()
-    assert {function.name for function in wanted} == {
-        *("add_norm", "silu_mul", "rope_and_store", "decodes", "prefill", "delta")
-    }
+    assert {function.name for function in wanted} == set(FUNCTIONS)
     kernels = Kernels("first", tmp_path_factory.mktemp("compiled") / "kept")
-    kernels.want(map(code_of, wanted))
-    assert [function for function in wanted if kernels.get(code_of(function)) is None] == []
+    kernels.want(wanted)
+    assert [function for function in wanted if kernels.get(function) is None] == []
     return kernels, wanted
 
 

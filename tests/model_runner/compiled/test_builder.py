@@ -16,7 +16,7 @@ from model_runner.compiled.cache import Cache
 from model_runner.compiled.messages import Job, Order
 from model_runner.compiled.program import Function
 
-NORM = Function("add_norm", (48,), "bfloat16", (1e-5,))
+NORM = Function("add_norm")
 
 PARENT = """
 import sys, time
@@ -24,7 +24,7 @@ from pathlib import Path
 from model_runner.compiled.builder import Builder
 from model_runner.compiled.messages import Job, Order
 from model_runner.compiled.program import Function
-builder = Builder(Order([Job(Function("add_norm", (48,), "bfloat16", (1e-5,)), sys.argv[1])], 1))
+builder = Builder(Order([Job(Function("add_norm"), sys.argv[1])]))
 print(builder.pid, flush=True)
 time.sleep(1000)
 """
@@ -32,7 +32,7 @@ time.sleep(1000)
 
 def test_a_killed_parent_takes_builder_and_compiler_along(hanging_compiler: Path, tmp_path: Path) -> None:
     cache = Cache(tmp_path / "compiled")
-    command = [sys.executable, "-c", PARENT, str(cache.path(NORM, 1))]
+    command = [sys.executable, "-c", PARENT, str(cache.path(NORM))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         builder = int(parent.stdout.readline())
@@ -52,7 +52,7 @@ def test_a_killed_parent_takes_builder_and_compiler_along(hanging_compiler: Path
 
 def test_one_that_is_ended_leaves_nothing(hanging_compiler: Path, tmp_path: Path) -> None:
     cache = Cache(tmp_path / "compiled")
-    builder = Builder(Order([Job(NORM, str(cache.path(NORM, 1)))], 1))
+    builder = Builder(Order([Job(NORM, str(cache.path(NORM)))]))
     wait_for(hanging_compiler.exists)
     assert builder.hear() is None
     builder.end()

@@ -12,18 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from engine.errors import ConfigError
 from model_runner.compiled import compiler, functions
 from model_runner.compiled.cache import Cache
 from model_runner.compiled.kernels import Kernels, resolve
-from model_runner.compiled.messages import Order
 from model_runner.compiled.program import Function, Kernel, Program
 from model_runner.ops.torch_ops import TorchOps
 
-NORM = Function("add_norm", (48,), "bfloat16", (1e-5,))
-GATE = Function("silu_mul", (40,), "float32")
+NORM = Function("add_norm")
+GATE = Function("silu_mul", "float32")
 CPU = torch.device("cpu")
 PATIENCE = 120.0
 
@@ -80,13 +78,13 @@ def test_they_compute_what_torch_does(kept: Path, no_compiler: None, tokens: int
     kernels = load(kept, NORM, GATE)
     with torch.inference_mode():
         x, residual = (draw(tokens, 48, dtype=torch.bfloat16) * factor for factor in (1, 3))
-        weight = draw(48, dtype=torch.bfloat16)
-        wanted = TorchOps().add_norm(x, residual, weight, 1e-5)
-        for got, right in zip(there(kernels, NORM)([x, residual, weight]), wanted, strict=True):
+        weight, normed, total = draw(48, dtype=torch.bfloat16), torch.empty_like(x), torch.empty_like(x)
+        there(kernels, NORM)(x, residual, weight, normed, total, tokens, 48, 1e-5)
+        for got, right in zip((normed, total), TorchOps().add_norm(x, residual, weight, 1e-5), strict=True):
             torch.testing.assert_close(got, right, rtol=2**-7, atol=0)
-        gate_up = draw(tokens, 80, dtype=torch.float32)
-        (got,) = there(kernels, GATE)([gate_up])
-        torch.testing.assert_close(got, TorchOps().silu_mul(gate_up))
+        gate_up, out = draw(tokens, 80, dtype=torch.float32), torch.empty(tokens, 40)
+        there(kernels, GATE)(gate_up, out, tokens, 40)
+        torch.testing.assert_close(out, TorchOps().silu_mul(gate_up))
 
 
 @needs_compiler
@@ -96,7 +94,7 @@ def test_a_second_start_compiles_nothing(kept: Path, no_compiler: None, caplog: 
         kernels = Kernels("first", kept)
         kernels.want((NORM, GATE))
     assert (kernels.get(NORM) is not None, kernels.get(GATE) is not None) == (True, True)
-    assert "2 small functions compiled earlier" in caplog.text
+    assert "2 kernels compiled earlier" in caplog.text
     assert {path: path.read_bytes() for path in kept.glob("*.so")} == before
     assert not list(kept.glob("build-*"))
 
@@ -109,7 +107,7 @@ def test_a_broken_file_is_removed_and_not_loaded(
     kept: Path, no_compiler: None, tmp_path: Path, spoil: Callable[[bytes], bytes]
 ) -> None:
     root = shutil.copytree(kept, tmp_path / "compiled")
-    broken = Cache(root).path(GATE, torch.get_num_threads())
+    broken = Cache(root).path(GATE)
     broken.write_bytes(spoil(broken.read_bytes()))
     kernels = load(root, NORM, GATE)
     assert kernels.get(GATE) is None
@@ -124,22 +122,20 @@ def test_a_file_that_is_no_library_is_not_used(kept: Path, no_compiler: None, tm
     root = shutil.copytree(kept, tmp_path / "compiled")
     nonsense = root / "nonsense"
     nonsense.write_bytes(b"nonsense" * 100)
-    seal(nonsense, Cache(root).path(GATE, torch.get_num_threads()))
+    seal(nonsense, Cache(root).path(GATE))
     kernels = load(root, NORM, GATE)
     assert kernels.get(GATE) is None
     assert kernels.get(NORM) is not None
 
 
-class Otherwise(nn.Module):
+def otherwise(dtype: torch.dtype) -> Program:
     """What the compiled gate does not compute."""
 
-    def forward(self, gate_up_TJ: torch.Tensor) -> torch.Tensor:
+    def reference(gate_up_TJ: torch.Tensor, out_TI: torch.Tensor, tokens: int, inner: int) -> None:
         gate, up = gate_up_TJ.chunk(2, dim=-1)
-        return gate * up
+        torch.mul(gate, up, out=out_TI)
 
-
-def otherwise(function: Function) -> Program:
-    return replace(functions.gates.silu_mul(function), module=Otherwise())
+    return replace(functions.gates.silu_mul(dtype), reference=reference)
 
 
 @needs_compiler
@@ -147,15 +143,15 @@ def test_one_that_computes_something_else_is_not_used(
     kept: Path, no_compiler: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = shutil.copytree(kept, tmp_path / "compiled")
-    right = Cache(root).path(GATE, torch.get_num_threads())
+    right = Cache(root).path(GATE)
     monkeypatch.setitem(functions.FUNCTIONS, "silu_mul", otherwise)
-    right.rename(Cache(root).path(GATE, torch.get_num_threads()))
+    right.rename(Cache(root).path(GATE))
     with caplog.at_level(logging.WARNING):
         kernels = load(root, NORM, GATE)
     assert kernels.get(GATE) is None
     assert kernels.get(NORM) is not None
     (line,) = (record.message for record in caplog.records)
-    assert "silu_mul(40) in float32 as compiled is not used: at size 1: off by" in line
+    assert "silu_mul in float32 as compiled is not used: at size 1: off by" in line
 
 
 @pytest.mark.skipif(not shutil.which("false"), reason="no such command")
@@ -173,10 +169,10 @@ def test_a_compiler_that_fails_costs_one_line(
     assert kernels.wait is None
     assert (kernels.get(NORM), kernels.get(GATE)) == (None, None)
     first, *failed, last = [record.message for record in caplog.records]
-    assert first == "compiling 2 small functions beside the serving, about 12 s"
+    assert first == "compiling 2 kernels beside the serving, about 2 s"
     assert failed
-    assert failed[0].startswith("add_norm(48, 1e-05) in bfloat16 is not compiled: ")
-    assert last.startswith("compiled: 0 of 2 small functions in place")
+    assert failed[0].startswith("add_norm in bfloat16 is not compiled: ")
+    assert last.startswith("compiled: 0 of 2 kernels in place")
     assert {path.name for path in (tmp_path / "compiled").iterdir()} == {"lock"}
 
 
@@ -185,8 +181,8 @@ def test_without_a_compiler_a_line_says_what_to_install(
 ) -> None:
     kernels = load(tmp_path / "compiled", NORM)
     assert kernels.get(NORM) is None
-    assert "no C++ compiler found: the small operations stay as they are; install g++" in caplog.text
-    with pytest.raises(ConfigError, match=r"--torch-compile on: no C\+\+ compiler found"):
+    assert "no C++ compiler found: plain torch computes, which is slower; install g++" in caplog.text
+    with pytest.raises(ConfigError, match=r"--cpu-kernels on: no C\+\+ compiler found"):
         Kernels("first", tmp_path / "compiled").want((NORM,))
 
 
@@ -199,7 +195,7 @@ def test_a_builder_that_dies_costs_one_line(
     assert kernels.pid is not None
     os.kill(kernels.pid, 9)
     settle(kernels)
-    assert caplog.records[-1].message == "the builder was killed by signal 9: 2 small functions stay as they are"
+    assert caplog.records[-1].message == "the builder was killed by signal 9: 2 kernels stay as they are"
     assert kernels.get(NORM) is None
 
 
@@ -211,7 +207,7 @@ def test_a_directory_that_others_can_write_to_is_refused(
     root.chmod(0o770)
     load(root, NORM)
     assert f"{root}: code is loaded from there, so it must be this user's and closed to others" in caplog.text
-    with pytest.raises(ConfigError, match=r"--torch-compile on: .*chmod 700"):
+    with pytest.raises(ConfigError, match=r"--cpu-kernels on: .*chmod 700"):
         Kernels("first", root).want((NORM,))
 
 
@@ -228,19 +224,8 @@ def test_what_the_flag_means() -> None:
     assert [resolve(mode, CPU, bf16) for mode in ("auto", "on", "off")] == ["beside", "first", "never"]
     assert [resolve(mode, CPU, f32) for mode in ("auto", "on", "off")] == ["never", "first", "never"]
     assert resolve("auto", cuda, bf16) == resolve("off", cuda, bf16) == "never"
-    with pytest.raises(ConfigError, match="--torch-compile on: compiles for a CPU only"):
+    assert resolve("auto", CPU, torch.float16) == "never"
+    with pytest.raises(ConfigError, match="--cpu-kernels on: they compute in bfloat16 and float32, not in float16"):
+        resolve("on", CPU, torch.float16)
+    with pytest.raises(ConfigError, match="--cpu-kernels on: they are for a CPU"):
         resolve("on", cuda, bf16)
-
-
-@needs_compiler
-def test_what_takes_half_a_second_is_compiled_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ordered: list[Function] = []
-
-    def builder(order: Order) -> None:
-        ordered.extend(job.function for job in order.jobs)
-        raise OSError("no more")
-
-    monkeypatch.setattr("model_runner.compiled.kernels.Builder", builder)
-    delta, decodes = Function("delta", (), "float32"), Function("decodes", (), "float32")
-    Kernels("beside", tmp_path / "compiled").want((NORM, decodes, GATE, delta))
-    assert ordered == [decodes, delta, NORM, GATE]

@@ -2,47 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
 
-from model_runner.compiled.program import Draw, Kernel, Program, differs
-
-
-class AddInto(nn.Module):
-    """Writes to its first argument; gives the largest of the second."""
-
-    def forward(self, into: torch.Tensor, what: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        into += what
-        return (what.max(),)
+from model_runner.compiled.program import Argument, Draw, Program, differs
 
 
-def arguments(size: int) -> tuple[torch.Tensor, ...]:
+def add_into(into: torch.Tensor, what: torch.Tensor, factor: float) -> None:
+    into += what * factor
+
+
+def arguments(size: int) -> tuple[Argument, ...]:
     draw = Draw(torch.bfloat16)
     first = draw(size, 5)
     first[0, 0] = -torch.inf
-    return first, draw(size, 5)
+    return first, draw(size, 5), 2.0
 
 
-PROGRAM = Program(AddInto(), arguments, ({0: "T"}, {0: "T"}), sizes=(1, 4))
+PROGRAM = Program(Path("add.cpp"), add_into, arguments, sizes=(1, 4))
 
 
 def test_the_same_is_right() -> None:
-    assert differs(lambda given: list(PROGRAM.module(*given)), PROGRAM) == ""
+    assert differs(add_into, PROGRAM) == ""
 
 
-WRONG: list[tuple[Kernel, str]] = [
-    (lambda given: [given[1].max()], "off by"),  # nothing is written
-    (lambda given: [given[1].min() - 1, given[0].add_(given[1])][:1], "off by"),
-    (lambda given: [], "[] instead of [()]"),
-    (lambda given: [PROGRAM.module(*given)[0].float()], "instead of"),
-    (lambda given: [PROGRAM.module(*given)[0] * torch.nan], "off by nan"),
+def add_once(into: torch.Tensor, what: torch.Tensor, factor: float) -> None:
+    into += what
+
+
+def add_and_spoil(into: torch.Tensor, what: torch.Tensor, factor: float) -> None:
+    into += what * factor
+    what += 1
+
+
+def add_nothing_that_is_finite(into: torch.Tensor, what: torch.Tensor, factor: float) -> None:
+    into *= torch.nan
+
+
+WRONG: list[tuple[Callable[..., None], str]] = [
+    (lambda into, what, factor: None, "at size 1: off by"),
+    (add_once, "off by"),
+    (add_and_spoil, "off by"),
+    (add_nothing_that_is_finite, "off by nan"),
 ]
 
 
 @pytest.mark.parametrize(("kernel", "words"), WRONG)
-def test_another_is_not(kernel: Kernel, words: str) -> None:
+def test_another_is_not(kernel: Callable[..., None], words: str) -> None:
     assert words in differs(kernel, PROGRAM)
+
+
+def test_only_so_many_sizes_are_tried() -> None:
+    def right_at_one(into: torch.Tensor, what: torch.Tensor, factor: float) -> None:
+        into += what * (factor if len(into) == 1 else 0)
+
+    assert differs(right_at_one, PROGRAM, tries=1) == ""
+    assert "at size 4" in differs(right_at_one, PROGRAM)
 
 
 def test_a_draw_is_the_same_everywhere_and_leaves_torchs_own_alone() -> None:

@@ -51,7 +51,7 @@ def report(process: subprocess.Popen[bytes]) -> Ready | Failed:
 def test_it_serves_while_a_compiler_hangs_and_takes_it_along(
     tiny_model: Callable[[str], Path], tmp_path: Path, hanging_compiler: Path, end: signal.Signals
 ) -> None:
-    beside = config(tiny_model("llama3"), tmp_path, dtype="bfloat16", torch_compile="auto")
+    beside = config(tiny_model("llama3"), tmp_path, dtype="bfloat16", cpu_kernels="auto")
     with runner_process(beside, XDG_CACHE_HOME=str(tmp_path)) as process:
         assert isinstance(report(process), Ready)
         wait_for(hanging_compiler.exists)
@@ -69,8 +69,8 @@ def test_it_does_not_start_without_what_was_asked_for(
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match="--torch-compile on: no C"):
-        Runner.load(config(tiny_model("llama3"), tmp_path, dtype="float32", torch_compile="on"))
+    with pytest.raises(ConfigError, match="--cpu-kernels on: no C"):
+        Runner.load(config(tiny_model("llama3"), tmp_path, dtype="float32", cpu_kernels="on"))
 
 
 @pytest.mark.parametrize("mode", ["auto", "off"])
@@ -78,7 +78,7 @@ def test_in_float32_nothing_is_compiled_by_itself(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    runner = Runner.load(config(tiny_model("llama3"), tmp_path, dtype="float32", torch_compile=mode))
+    runner = Runner.load(config(tiny_model("llama3"), tmp_path, dtype="float32", cpu_kernels=mode))
     assert runner.wait is None
     runner.close()
     assert not (tmp_path / "chorus").exists()

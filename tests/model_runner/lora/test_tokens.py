@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from lora_sites import changed, random_adapter, random_sites, with_vectors
 
 from engine.messages import LanePages
-from model_runner.compiled.functions import FUNCTIONS
+from model_runner.compiled.functions import program
 from model_runner.compiled.kernels import Kernels
-from model_runner.compiled.program import Function, Kernel
+from model_runner.compiled.program import Argument, Function, Kernel
 from model_runner.layout import Layout
 from model_runner.lora.pages import RankPages
 from model_runner.lora.reads import LaneTokens, Read
@@ -58,12 +58,12 @@ class Eager(Kernels):
     def get(self, function: Function) -> Kernel | None:
         if function in self.missing:
             return None
-        module = FUNCTIONS[function.name](function).module
+        reference = program(function).reference
 
-        def kernel(given: list[torch.Tensor]) -> list[torch.Tensor]:
-            self.calls.append((function, given))
-            assert all(tensor.is_contiguous() for tensor in given)
-            return list(module(*given))
+        def kernel(*given: Argument) -> None:
+            self.calls.append((function, [tensor for tensor in given if isinstance(tensor, torch.Tensor)]))
+            assert all(tensor.is_contiguous() for tensor in self.calls[-1][1])
+            reference(*given)
 
         return kernel
 
@@ -151,7 +151,7 @@ def test_without_functions_everything_is_read() -> None:
 
 
 def test_a_function_that_comes_while_it_runs_is_used_from_the_next_step_on() -> None:
-    kernels = Eager({Function("delta", (), "float32")})
+    kernels = Eager({Function("delta", "float32")})
     lora = backend(kernels)
     chunks = [(1, 2), (4, 1)]
 
@@ -202,7 +202,7 @@ def test_the_pool_is_handed_over_where_it_lies_and_so_is_a_strided_input() -> No
 def test_what_is_asked_for() -> None:
     for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
         deltas = Deltas(RankPages(SITES, {"down": 1}, 1, dtype, CPU))
-        assert deltas.functions(dtype) == [Function("delta", (), name)]
+        assert deltas.functions(dtype) == [Function("delta", name)]
     assert Deltas(backend().pages).functions(torch.bfloat16) == []
     assert Deltas(RankPages(SITES, {}, 1, torch.float32, CPU)).functions(torch.float32) == []
     assert Deltas(RankPages(SITES, {"down": 1}, 1, torch.float16, CPU)).functions(torch.float16) == []
