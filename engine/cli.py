@@ -152,7 +152,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--cpu-kernels",
         choices=["auto", "on", "off"],
-        help="compile small operations on a CPU: beside the serving if it is in bfloat16, before it, never (auto)",
+        help="compile C++ for this CPU: beside the serving if it is in bfloat16, before it, never (auto)",
     )
     add("--enable-torch-compile", dest="cpu_kernels", action="store_const", const="on", help="--cpu-kernels on")
     add("--context-length", "--max-model-len", type=int, metavar="N", help="longest prompt and answer (the model's)")

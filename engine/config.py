@@ -110,7 +110,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     `lora_extra_vocab`: tokens that an adapter may have beyond the base's, None: as many as one of `adapters` has.
     The pool holds `lora_pool_adapters` of the largest rank, or `lora_pool_bytes`; both None: by memory.
     Decode steps of up to `cuda_graph_max_rows` rows (None: 256) are captured on CUDA, unless `cuda_graphs` is off.
-    `cpu_kernels`: compile small operations; auto means on a CPU in bfloat16, beside the serving; on: before it.
+    `cpu_kernels`: compile C++ for a CPU; auto means in bfloat16, beside the serving; on: before it.
     `cpu_threads` None means: OMP_NUM_THREADS, or all cores up to four, then all but one.
     `device` auto means: cuda where there is one. `max_batched_tokens` None means: 512 on a CPU, 8192 on CUDA.
     `max_running_requests` and `max_total_tokens` None mean: from memory; `context_length` None: the model's.
