@@ -21,7 +21,7 @@ namespace {
 constexpr int SCORED = 8;        // queries whose scores are computed together
 constexpr int WEIGHED = 4;       // queries that go through the values together
 constexpr long TOKENS = 16;      // of a task, at most
-constexpr long ROOM = 1 << 16;   // scores of a task, about: they stay near
+constexpr long ROOM = 1 << 21;   // scores of a task of several tokens, at most
 constexpr long AHEAD = 16;       // slots
 constexpr long BLOCK = 64;       // slots whose values are read together
 constexpr long LEAST = 1 << 19;  // multiplications that a second thread is worth
