@@ -139,6 +139,7 @@ class Loop:
                 break
             step = core.plan(now)
             if step is None:
+                self._pace.rests()
                 break
             self._pace.sent(step, now)
             self._post.send(step)
