@@ -14,9 +14,11 @@ def draw(path: Path, book: Book, titles: dict[str, str], shape: str) -> str | No
         from matplotlib.figure import Figure
     except ImportError:
         return "--plot needs matplotlib: pip install matplotlib"
-    concurrencies = sorted({entry.concurrency for entry in book.entries if entry.shape == shape})
-    if not concurrencies:
+    entries = [entry for entry in book.entries if entry.shape == shape]
+    if not entries:
         return f"--plot: nothing was measured of {shape}"
+    concurrencies, loads = sorted({entry.concurrency for entry in entries}), {entry.load for entry in entries}
+    titles = {load: title for load, title in titles.items() if load in loads}
     figure = Figure(figsize=(4.6 * len(concurrencies), 4.4), layout="constrained")
     panels = figure.subplots(1, len(concurrencies), squeeze=False)[0]
     for panel, concurrency in zip(panels, concurrencies, strict=True):
