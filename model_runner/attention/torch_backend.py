@@ -77,7 +77,7 @@ class Meta:
 
 
 class TorchAttention(AttentionBackend):
-    """Gathers by slot, attends by scaled_dot_product_attention, or by what is compiled of both."""
+    """Gathers by slot, attends by scaled_dot_product_attention; or lets what is compiled do both."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -194,7 +194,8 @@ class TorchAttention(AttentionBackend):
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
     def _plan_decode(self, layout: Layout, chunks_C: Any, offsets: Any, window: int | None) -> _Decode:
-        first_C, last_C = _seen(layout, chunks_C, window)
+        last_C = layout.starts_C[chunks_C].astype(np.int64)
+        first_C = np.zeros_like(last_C) if window is None else np.maximum(last_C - window + 1, 0)
         longest = int((last_C - first_C).max()) + 1
         positions_CL = first_C[:, None] + np.arange(longest)
         seen_CL = positions_CL <= last_C[:, None]
@@ -245,12 +246,6 @@ def _buckets(layout: Layout, which_C: NDArray[np.bool_], window: int | None) -> 
         length = seen if window is None else min(seen, window)
         buckets.setdefault(max(_SHORTEST_BUCKET, 1 << (length - 1).bit_length()), []).append(chunk)
     return [np.array(chunks) for _, chunks in sorted(buckets.items())]
-
-
-def _seen(layout: Layout, chunks_C: Any, window: int | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The first and the last position that the token of each of these chunks sees."""
-    last_C = layout.starts_C[chunks_C].astype(np.int64)
-    return np.zeros_like(last_C) if window is None else np.maximum(last_C - window + 1, 0), last_C
 
 
 def _slots(layout: Layout, rows: Any, positions: NDArray[np.int64]) -> NDArray[np.int64]:
