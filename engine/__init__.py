@@ -3,8 +3,9 @@
 Importing it is light (no torch). The names below are the public face; everything else is a room of its own.
 """
 
-from engine.client import Engine
-from engine.completion import Completion
+from engine.client.completion import Completion
+from engine.client.engine import Engine
+from engine.client.lora_request import LoRARequest
 from engine.errors import (
     AdapterError,
     ConfigError,
@@ -17,7 +18,6 @@ from engine.errors import (
     Overloaded,
     Unauthorized,
 )
-from engine.lora_request import LoRARequest
 from engine.messages import AdapterCard, ChatMessage, Delta, SamplingParams, Usage
 
 __all__ = [

@@ -25,16 +25,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine import hub, logs
-from engine.args import DEMO, Args, served_names
-from engine.banner import banner
-from engine.child import Child, Facts
-from engine.cli import parse
-from engine.config import AdapterSource, Sections, sections
+from engine.config.args import DEMO, Args, served_names
+from engine.config.flags import parse
+from engine.config.lora_paths import AdapterSpec, adapter_specs
+from engine.config.sections import AdapterSource, Sections, sections
 from engine.errors import ConfigError, EngineDead, EngineError
-from engine.incarnations import Addresses, Incarnations
-from engine.lora_paths import AdapterSpec, adapter_specs
+from engine.processes.banner import banner
+from engine.processes.child import Child, Facts
+from engine.processes.incarnations import Addresses, Incarnations
+from engine.processes.supervisor import Supervisor
 from engine.roots import check_files
-from engine.supervisor import Supervisor
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from typing import Any, Self
 
 import msgspec
 
-from engine.adapter_calls import CommandName, not_found
-from engine.client import Engine, Lora, Prompt
+from engine.client.adapter_calls import CommandName, not_found
+from engine.client.engine import Engine, Lora, Prompt
 from engine.errors import InvalidRequest
 from engine.messages import AdapterCard, Answer, Delta, FinishReason, SamplingParams, Usage
 

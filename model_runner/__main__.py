@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from engine import logs
-from engine.child import Child
-from engine.config import RunnerConfig
+from engine.config.sections import RunnerConfig
+from engine.processes.child import Child
 
 
 def main() -> None:
@@ -13,7 +13,7 @@ def main() -> None:
     config = child.config(RunnerConfig)
     logs.setup("runner", config.log_level)
     try:
-        from model_runner.serve import serve
+        from model_runner.server import serve
     except Exception as error:
         child.failed(error)
         raise

@@ -16,39 +16,40 @@ import msgspec
 import torch
 from tqdm import tqdm
 
-from engine.config import AdapterSource, RunnerConfig
+from engine.config.sections import AdapterSource, RunnerConfig
 from engine.errors import ConfigError
 from engine.messages import Capacity
-from model_runner import kv_pool, memory
-from model_runner.adapters import Adapters
-from model_runner.arch import Arch, read_arch
-from model_runner.attention import base as attention
-from model_runner.attention.base import AttentionBackend
-from model_runner.compiled import kernels as compiled
-from model_runner.compiled.caller import Caller
-from model_runner.compiled.kernels import Kernels
-from model_runner.device import DTYPES, dtype_name, host_memory, resolve_device, resolve_dtype
-from model_runner.device import memory as device_memory
+from model_runner import memory_plan
+from model_runner.compute.attention import base as attention
+from model_runner.compute.attention.base import AttentionBackend
+from model_runner.compute.kernels.cpu import kernels as compiled
+from model_runner.compute.kernels.cpu.caller import Caller
+from model_runner.compute.kernels.cpu.kernels import Kernels
+from model_runner.compute.sampler.sampler import Sampler
+from model_runner.config import Arch, read_arch
 from model_runner.graphs import Graphs
-from model_runner.kv_pool import KvPool
-from model_runner.load.loaders import Loaders
-from model_runner.load.messages import LoaderConfig, SiteShape
-from model_runner.lora import base as lora_backends
-from model_runner.lora.adapter import Adapter
-from model_runner.lora.base import LoraBackend
-from model_runner.lora.fills import Fills
-from model_runner.lora.formats.peft import Survey
-from model_runner.lora.pages import RankPages, page_bytes
-from model_runner.lora.reader import Limits
+from model_runner.lora.adapters import Adapters
+from model_runner.lora.backends import base as lora_backends
+from model_runner.lora.backends.base import LoraBackend
+from model_runner.lora.normal_form import Adapter, lane_pages
+from model_runner.lora.peft.survey import Survey
+from model_runner.lora.pool.fills import Fills
+from model_runner.lora.pool.pages import RankPages, page_bytes
 from model_runner.lora.site import EMBED, EXPERTS, HEAD, NORMS, Site
 from model_runner.lora.store import AdapterStore
-from model_runner.models.decoder import Decoder
-from model_runner.models.load import load_model
-from model_runner.packed import can_pack
-from model_runner.parallel import Shard
-from model_runner.recorder import recorder_for
-from model_runner.rows import RowTable
-from model_runner.sampler.sampler import Sampler
+from model_runner.lora.transfer.loaders import Loaders
+from model_runner.lora.transfer.messages import LoaderConfig, SiteShape
+from model_runner.lora.transfer.reader import Limits
+from model_runner.model.families.decoder import Decoder
+from model_runner.model.load import load_model
+from model_runner.platform.device import DTYPES, dtype_name, host_memory, resolve_device, resolve_dtype
+from model_runner.platform.device import memory as device_memory
+from model_runner.platform.shard import Shard
+from model_runner.step import kv_pool
+from model_runner.step.kv_pool import KvPool
+from model_runner.step.recorder import recorder_for
+from model_runner.step.rows import RowTable
+from model_runner.weights.packed import can_pack
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def assemble(config: RunnerConfig, *, progress: bool) -> Parts:
     device, arch = resolve_device(config.device), read_arch(path)
     dtype = resolve_dtype(config.dtype, arch.dtype, device)
     kernels = Kernels(compiled.resolve(config.cpu_kernels, device, dtype), log_level=config.log_level)
-    length = memory.resolve_length(arch.max_length, config.context_length)
+    length = memory_plan.resolve_length(arch.max_length, config.context_length)
     arch = arch.serving(length)
     decoder = load_model(path, arch, device=device, dtype=dtype, shard=shard, progress=progress)
     if device.type == "cpu":
@@ -127,7 +128,7 @@ def _graphs(
         except NotImplementedError as reason:
             log.warning("without CUDA graphs: %s", reason)
             return None
-    sizes = memory.graph_sizes(rows.scratch, config.cuda_graph_max_rows)
+    sizes = memory_plan.graph_sizes(rows.scratch, config.cuda_graph_max_rows)
     return Graphs(decoder, backend, lora.backend if lora else None, rows, sizes, recorder)
 
 
@@ -137,22 +138,22 @@ def _batched_tokens(config: RunnerConfig, device: torch.device) -> int:
 
 def _plan_kv(
     config: RunnerConfig, arch: Arch, page_size_bytes: int, length: int, dtype: torch.dtype, device: torch.device
-) -> memory.KvPlan:
+) -> memory_plan.KvPlan:
     total, free = device_memory(device)
-    margin = memory.activation_margin(
+    margin = memory_plan.activation_margin(
         _batched_tokens(config, device),
-        config.max_running_requests or memory.MAX_ROWS,
+        config.max_running_requests or memory_plan.MAX_ROWS,
         arch.hidden_size,
         arch.widest,
         arch.vocab_size,
         dtype.itemsize,
     )
     if config.cuda_graphs:
-        sizes = memory.graph_sizes(config.max_running_requests or memory.MAX_ROWS, config.cuda_graph_max_rows)
+        sizes = memory_plan.graph_sizes(config.max_running_requests or memory_plan.MAX_ROWS, config.cuda_graph_max_rows)
         kinds = 2 if config.enable_lora else 1
-        margin += memory.graph_bytes(sizes, kinds, arch.hidden_size, arch.widest, dtype.itemsize)
-    return memory.plan_kv(
-        memory.kv_budget(device.type, total, free, config.mem_fraction, margin),
+        margin += memory_plan.graph_bytes(sizes, kinds, arch.hidden_size, arch.widest, dtype.itemsize)
+    return memory_plan.plan_kv(
+        memory_plan.kv_budget(device.type, total, free, config.mem_fraction, margin),
         page_size_bytes,
         config.page_size,
         length=length,
@@ -185,19 +186,19 @@ def _lora(
     groups = _groups(sites, targets, set(config.lora_targets or ()), given)
     extra_vocab = max(config.lora_extra_vocab or 0, *(_added_tokens(one, sites) for one in given), 0)
     sizes = page_bytes(sites, lora_dtype, extra_vocab)
-    room = memory.pool_room(device.type, *device_memory(device), config.mem_fraction)
-    wholes, room = memory.plan_matrices(sizes, [one.footprint for one in given], config.max_loras, room)
-    pages = memory.plan_rank_pages(
+    room = memory_plan.pool_room(device.type, *device_memory(device), config.mem_fraction)
+    wholes, room = memory_plan.plan_matrices(sizes, [one.footprint for one in given], config.max_loras, room)
+    pages = memory_plan.plan_rank_pages(
         sizes,
         groups,
         max_rank=max_rank,
         default=config.max_loras,
         room=room,
-        asked=memory.PoolSize(config.lora_pool_adapters, config.lora_pool_bytes),
+        asked=memory_plan.PoolSize(config.lora_pool_adapters, config.lora_pool_bytes),
     )
     pages |= wholes
     rank_pages = RankPages(sites, pages, config.max_loras, lora_dtype, device, extra_vocab)
-    options = lora_backends.Options(config.max_lora_chunk_size, memory.lane_pages(max_rank))
+    options = lora_backends.Options(config.max_lora_chunk_size, lane_pages(max_rank))
     backend = lora_backends.create(lora_backends.resolve(config.lora_backend, device), rank_pages, options)
     names = {source.adapter_id: source.name for source in config.adapters}
     limits = msgspec.structs.replace(store.limits, extra_vocab=extra_vocab)
@@ -274,7 +275,7 @@ def _capacity(
     dtype: torch.dtype,
     decoder: Decoder,
     pool: KvPool,
-    kv: memory.KvPlan,
+    kv: memory_plan.KvPlan,
     lora: Adapters | None,
 ) -> Capacity:
     return Capacity(
@@ -287,7 +288,7 @@ def _capacity(
         max_loras=config.max_loras if lora else 0,
         rank_pages=lora.pages.pages if lora else {},
         max_lora_rank=lora.max_rank if lora else 0,
-        max_lane_pages=memory.lane_pages(lora.max_rank) if lora else 0,
+        max_lane_pages=lane_pages(lora.max_rank) if lora else 0,
         device=device.type,
         dtype=dtype_name(dtype),
         attention_backend=attention.resolve(config.attention_backend, device),

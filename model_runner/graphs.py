@@ -27,14 +27,14 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from model_runner.attention.base import AttentionBackend
-from model_runner.batch import Batch
-from model_runner.device import send
-from model_runner.layout import Ints, Layout
-from model_runner.lora.base import LoraBackend
-from model_runner.models.decoder import Decoder
-from model_runner.recorder import Recorder, Work
-from model_runner.rows import RowTable
+from model_runner.compute.attention.base import AttentionBackend
+from model_runner.lora.backends.base import LoraBackend
+from model_runner.model.families.decoder import Decoder
+from model_runner.platform.device import send
+from model_runner.step.batch import Batch
+from model_runner.step.layout import Ints, Layout
+from model_runner.step.recorder import Recorder, Work
+from model_runner.step.rows import RowTable
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.config import RunnerConfig
+from engine.config.sections import RunnerConfig
 from engine.errors import InternalError
 from engine.messages import (
     AdapterState,
@@ -31,15 +31,15 @@ from engine.messages import (
     UnloadAdapter,
 )
 from model_runner.assembly import Parts, assemble
-from model_runner.batch import Batch
-from model_runner.device import Arrival, upload
-from model_runner.device import memory as device_memory
-from model_runner.layout import Layout
-from model_runner.lora.pages import RankPages
+from model_runner.compute.sampler import logprobs
+from model_runner.compute.sampler.logprobs import Logprobs
+from model_runner.compute.sampler.sampler import Sampled
+from model_runner.lora.pool.pages import RankPages
 from model_runner.lora.site import EMBED, EXPERTS, HEAD, whole_of
-from model_runner.sampler import logprobs
-from model_runner.sampler.logprobs import Logprobs
-from model_runner.sampler.sampler import Sampled
+from model_runner.platform.device import Arrival, upload
+from model_runner.platform.device import memory as device_memory
+from model_runner.step.batch import Batch
+from model_runner.step.layout import Layout
 
 SCORED_ELEMENTS = 1 << 25  # logits of a prompt that are held at once; 128 MiB in float32
 FILL_SHARE = 0.1  # of a step's time may be spent on fills after it

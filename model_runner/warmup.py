@@ -17,8 +17,8 @@ from itertools import count
 from tqdm import tqdm
 
 from engine.messages import Capacity, Chunk, LanePages, NewRow, Sampling, Step
-from model_runner.lora.adapter import PAGE_RANK
-from model_runner.lora.pages import RankPages
+from model_runner.lora.normal_form import PAGE_RANK
+from model_runner.lora.pool.pages import RankPages
 from model_runner.lora.site import EMBED, EXPERTS, vectors_of, whole_of
 from model_runner.runner import Runner
 

@@ -6,10 +6,10 @@ import signal
 import sys
 
 from engine import logs
-from engine.child import Child
-from engine.config import SchedulerConfig
+from engine.config.sections import SchedulerConfig
 from engine.errors import EngineError
-from scheduler.serve import serve
+from engine.processes.child import Child
+from scheduler.server import serve
 
 
 def main() -> None:

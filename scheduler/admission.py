@@ -7,13 +7,14 @@ arrive --> waiting: DISK (an adapter is to be read) --> BLOCKED (it loads) --> C
 from __future__ import annotations
 
 from engine.messages import EvictAdapter, FinishReason, Generate, Update
-from scheduler.adapter import Copy, Device, Host
-from scheduler.books import Books
-from scheduler.invocation import invoked_at
-from scheduler.request import BASE, LaneKey, Order, Request, from_message
-from scheduler.stopping import finish_of, fit
+from scheduler.adapters.copies import Copy, Device, Host
+from scheduler.requests.alora import invoked_at
+from scheduler.requests.queue import Place
+from scheduler.requests.request import Request, from_message
+from scheduler.requests.stopping import finish_of, fit
+from scheduler.state import Books
+from scheduler.types import BASE, LaneKey, Order
 from scheduler.unloading import Unloading
-from scheduler.waiting import Place
 
 MAX_SCALE = 1e38  # float32 holds any sum of them
 

@@ -12,7 +12,7 @@ them: the runner executes steps strictly in order, so whatever a later step does
     step n    writes KV page 7, row 3 (the overshoot of a request that ended at step n-1: its token is dropped)
     step n+1  NewRow 3 (next generation), page 7 appended to another row, written from its first position on, then read
 
-Rank pages are different, see scheduler.rank_pages. Epochs: what the tokenizer process sends carries its epoch and is
+Rank pages are different, see adapters/rank_pages. Epochs: what the tokenizer process sends carries its epoch and is
 answered with it; steps carry the runner's. Words of an older epoch are dropped, a newer one replaces what was.
 """
 
@@ -42,18 +42,18 @@ from engine.messages import (
     Update,
     WaitReason,
 )
-from scheduler import reasons
-from scheduler.adapter import Device
+from scheduler import wait_reasons
+from scheduler.adapters.copies import Device
 from scheduler.admission import Admission
-from scheduler.books import Books, Bounds
-from scheduler.custody import Custody
-from scheduler.filling import Filling
-from scheduler.loading import Loading
-from scheduler.planner import Planner
-from scheduler.quarantine import Quarantine
-from scheduler.request import Request
-from scheduler.stopping import finish_of
-from scheduler.turns import Turns
+from scheduler.batching.admission_order import Turns
+from scheduler.batching.isolation import Quarantine
+from scheduler.batching.planner import Planner
+from scheduler.loading.device_loader import Filling
+from scheduler.loading.disk_loader import Loading
+from scheduler.loading.lifecycle import Custody
+from scheduler.requests.request import Request
+from scheduler.requests.stopping import finish_of
+from scheduler.state import Books, Bounds
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ class Scheduler:
     def why(self, request_id: int) -> WaitReason | None:
         """Why a request waits; None if it does not."""
         request = self._books.requests.get(request_id)
-        return None if request is None else reasons.why(self._books, request)
+        return None if request is None else wait_reasons.why(self._books, request)
 
     def stats(self) -> Stats:
         """A picture, and the sums."""
@@ -198,7 +198,7 @@ class Scheduler:
         adapters = books.directory.adapters.values()
         running = Counter(adapter_id for request in books.running.ordered for adapter_id in request.names)
         waiting = {a.id: a.requests - running[a.id] for a in adapters if a.requests > running[a.id]}
-        survey = reasons.survey(books)
+        survey = wait_reasons.survey(books)
         return Stats(
             running=len(books.running),
             waiting=len(books.waiting),
@@ -290,7 +290,7 @@ class Scheduler:
         """A runner that holds nothing of ours: its rows go back to the queue with their tokens, adapters load again.
 
         Tokens of steps in flight are lost and will be sampled again; nothing of them was told to anyone. Who was in
-        flight may have ended the one before: see scheduler.quarantine.
+        flight may have ended the one before: see scheduler.batching.isolation.
         """
         if message.epoch < self._runner_epoch:
             return

@@ -5,8 +5,8 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from engine.messages import UnloadAdapter
-from scheduler.adapter import Adapter, Copy, Host
-from scheduler.books import Books
+from scheduler.adapters.copies import Adapter, Copy, Host
+from scheduler.state import Books
 
 
 class Unloading:

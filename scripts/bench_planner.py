@@ -30,8 +30,8 @@ from engine.messages import (
     StepDone,
     Stopping,
 )
-from scheduler.books import Bounds
 from scheduler.core import Scheduler
+from scheduler.state import Bounds
 
 BUDGET_US = 200.0
 SAMPLING = Sampling()

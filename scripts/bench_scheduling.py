@@ -19,8 +19,9 @@ from pathlib import Path
 from msgspec.structs import replace as with_fields
 from tqdm import tqdm
 
-from scheduler.simulate import profile, report
+from scheduler.simulate import profile
 from scheduler.simulate.experiment import Experiment, Setup
+from scheduler.simulate.results import report
 from scheduler.simulate.trace import Ask, rescale
 from scheduler.simulate.workload import Workload
 

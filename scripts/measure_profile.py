@@ -28,8 +28,7 @@ from bench.shapes import SHAPES, Shape, make_adapter, make_model
 from msgspec.structs import replace
 from tqdm import tqdm
 
-from engine import incarnations
-from engine.config import AdapterSource, Links, RunnerConfig
+from engine.config.sections import AdapterSource, Links, RunnerConfig
 from engine.messages import (
     AdapterState,
     Capacity,
@@ -42,6 +41,7 @@ from engine.messages import (
     Sampling,
     Step,
 )
+from engine.processes import incarnations
 from model_runner.runner import Runner
 from scheduler.simulate.profile import UNITS, CopyCost, Profile, Room, StepCost
 

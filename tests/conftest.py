@@ -1,7 +1,7 @@
 """What every test stands on: one torch thread, no network, a fixed hypothesis profile, tiny models built once.
 
 Without a GPU, triton's kernels run in its interpreter, here and in every process a test starts; compiling them ahead
-of time is done by a child of its own (tests/fixtures/ahead_of_time.py).
+of time is done by a child of its own (tests/fixtures/models/ahead_of_time.py).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ settings.load_profile("chorus")
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny_model("llama3")`: the directory of that family's tiny model (seed 0, float32), built once a session."""
-    from tiny_models import build
+    from fixtures.models.tiny_models import build
 
     built: dict[str, Path] = {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from engine.child import Child
+from engine.processes.child import Child
 
 
 def main() -> int:
@@ -15,8 +15,8 @@ def main() -> int:
         import uvloop
 
         from engine import logs
-        from engine.config import TokenizerConfig
-        from tokenizer_proc.serve import serve
+        from engine.config.sections import TokenizerConfig
+        from tokenizer_proc.server import serve
 
         config = child.config(TokenizerConfig)
         logs.setup("tokenizer", config.log_level)

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from engine.config import TokenizerConfig
+from engine.config.sections import TokenizerConfig
 from engine.errors import AdapterError, EngineDead, InvalidRequest, Overloaded
 from engine.messages import (
     AdapterMix,
@@ -28,18 +28,18 @@ from engine.messages import (
     ToTokenizer,
     UnloadAdapter,
 )
-from tokenizer_proc.adapters import AdapterDirectory
-from tokenizer_proc.defaults import Defaults
-from tokenizer_proc.lifecycle import Lifecycle
-from tokenizer_proc.metrics import Metrics, Picture
-from tokenizer_proc.params import SEEDS, check_priority, plan
-from tokenizer_proc.resolver import Resolver
-from tokenizer_proc.router import Router
-from tokenizer_proc.stream import Prepared, Stream
-from tokenizer_proc.text.chat import Chat, ChatTemplate
+from tokenizer_proc.adapters.lifecycle import Lifecycle
+from tokenizer_proc.adapters.registry import AdapterDirectory
+from tokenizer_proc.adapters.resolver import Resolver
+from tokenizer_proc.adapters.selection import Entry, Voice
+from tokenizer_proc.adapters.tokenizers import Library, Texts
+from tokenizer_proc.requests.stream import Prepared, Stream
+from tokenizer_proc.requests.validation import SEEDS, check_priority, plan
+from tokenizer_proc.telemetry.metrics import Metrics, Picture
+from tokenizer_proc.text.generation_config import Defaults
+from tokenizer_proc.text.templates.chat_template import Chat, ChatTemplate
 from tokenizer_proc.text.tokenizer import Tokenizer
-from tokenizer_proc.texts import Library, Texts
-from tokenizer_proc.voice import Entry, Voice
+from tokenizer_proc.upstream.router import Router
 
 __all__ = ["Frontend", "Stream"]
 

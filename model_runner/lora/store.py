@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from engine.errors import AdapterError
-from model_runner.lora.adapter import Adapter, Deltas, footprint, vocabulary
 from model_runner.lora.catalogue import Catalogue
-from model_runner.lora.formats.peft import Survey
-from model_runner.lora.parcel import Parcel
-from model_runner.lora.reader import Limits, Reader
+from model_runner.lora.normal_form import Adapter, Deltas, footprint, vocabulary
+from model_runner.lora.peft.survey import Survey
 from model_runner.lora.site import Site
+from model_runner.lora.transfer.reader import Limits, Reader
+from model_runner.lora.transfer.shm_adapter import Parcel
 
 log = logging.getLogger(__name__)
 

@@ -17,11 +17,12 @@ import msgspec
 from tqdm import tqdm
 
 from engine.errors import ConfigError, EngineError
-from scheduler.simulate import plot, profile, report, trace
+from scheduler.simulate import profile, trace
 from scheduler.simulate.experiment import RULES, Experiment, Setup
 from scheduler.simulate.fleet import ROUTERS
-from scheduler.simulate.journal import Journal
-from scheduler.simulate.report import Summary
+from scheduler.simulate.results import plot, report
+from scheduler.simulate.results.journal import Journal
+from scheduler.simulate.results.report import Summary
 
 POLICIES = ("fcfs", "priority", "fair")
 PROFILES = Path(__file__).parent / "profiles"

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from scheduler.books import Bounds
 from scheduler.core import Scheduler
-from scheduler.order import SchedulePolicy
+from scheduler.requests.policy import SchedulePolicy
+from scheduler.simulate.baselines.plain import Plain
+from scheduler.simulate.baselines.rules import Drain, Skip
+from scheduler.simulate.baselines.shelf import Shelf
 from scheduler.simulate.fleet import Fleet
-from scheduler.simulate.journal import Journal
 from scheduler.simulate.machine import Machine, weigh
-from scheduler.simulate.plain import Plain
 from scheduler.simulate.profile import Profile
 from scheduler.simulate.replica import Core, Replica
-from scheduler.simulate.report import Summary, summarise
-from scheduler.simulate.rules import Drain, Skip
-from scheduler.simulate.shelf import Shelf
+from scheduler.simulate.results.journal import Journal
+from scheduler.simulate.results.report import Summary, summarise
 from scheduler.simulate.trace import Ask, hot_adapters, rescale
+from scheduler.state import Bounds
 
 RULES = ("chorus", "skip", "drain")
 

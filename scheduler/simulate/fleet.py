@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from zlib import crc32
 
-from scheduler.simulate.journal import Journal
 from scheduler.simulate.replica import Replica
+from scheduler.simulate.results.journal import Journal
 from scheduler.simulate.trace import Ask
 
 ROUTERS = ("hash", "two", "least")

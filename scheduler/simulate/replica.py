@@ -22,8 +22,8 @@ from engine.messages import (
     ToScheduler,
     UnloadAdapter,
 )
-from scheduler.simulate.journal import Journal
 from scheduler.simulate.machine import NEVER, Machine
+from scheduler.simulate.results.journal import Journal
 from scheduler.simulate.trace import Ask
 
 PATIENCE = 0.05  # with requests open and nothing under way, the core is asked again after so long

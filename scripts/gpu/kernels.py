@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gpu.case import Case, make_case
-from gpu.columns import Column
+from gpu.columns.registry import Column
 from gpu.grid import SITES, Point, SiteShape, floor_us, points
 from gpu.results import Results
 from gpu.timing import bytes_per_us, l2_bytes, replay_us

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpu.columns import Column
+from gpu.columns.registry import Column
 from gpu.grid import Point, points
 
 WIDTH = 15

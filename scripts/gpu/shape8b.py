@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from engine.config import Links, RunnerConfig
+from engine.config.sections import Links, RunnerConfig
 from engine.messages import Footprint
 from model_runner import assembly
-from model_runner.arch import Arch
-from model_runner.layers.weights import Weights
-from model_runner.lora.adapter import Adapter, Delta, footprint
-from model_runner.models.decoder import Decoder
-from model_runner.models.load import build_decoder
-from model_runner.parallel import Shard
+from model_runner.config import Arch
+from model_runner.lora.normal_form import Adapter, Delta, footprint
+from model_runner.model.families.decoder import Decoder
+from model_runner.model.layers.weights import Weights
+from model_runner.model.load import build_decoder
+from model_runner.platform.shard import Shard
 from model_runner.runner import Runner
 
 CONFIG: dict[str, Any] = {

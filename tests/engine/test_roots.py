@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.args import DEMO, Args
+from engine.config.args import DEMO, Args
+from engine.config.lora_paths import AdapterSpec
 from engine.errors import ConfigError
 from engine.launch import _source, main
-from engine.lora_paths import AdapterSpec
 from engine.roots import check_files, check_place
 
 

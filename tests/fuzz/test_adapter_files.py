@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from lora_sites import plain_tensors, random_sites, write_adapter
-from mutations import NUMBERS, TEXTS, Mutator
+from fixtures.adapters.lora_sites import plain_tensors, random_sites, write_adapter
+from fixtures.adapters.mutations import NUMBERS, TEXTS, Mutator
 from safetensors import SafetensorError
 from safetensors.torch import load
 
 from engine.errors import AdapterError
-from model_runner.lora import patience
-from model_runner.lora.adapter import Adapter
+from model_runner.lora.normal_form import Adapter
 from model_runner.lora.store import AdapterStore
+from model_runner.lora.transfer import cpu_limit
 
 CASES = 10_000
 SITES = random_sites()
@@ -179,7 +179,7 @@ def test_patterns_that_never_end(
     place: str, pattern: str, root: Path, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of what a config may match names with; the interpreter itself sets no bound."""
-    monkeypatch.setattr(patience, "SECONDS", 0.3)
+    monkeypatch.setattr(cpu_limit, "SECONDS", 0.3)
     fields = LORA | {"layers_to_transform": [0]} if place == "layers_pattern" else dict(LORA)
     fields[place] = {pattern: 4} if place in ("rank_pattern", "alpha_pattern") else pattern
     if place == "target_modules":

@@ -11,13 +11,13 @@ import msgspec
 import pytest
 from aiohttp import ClientError, ClientTimeout
 from aiohttp.test_utils import TestClient
-from api_calls import serve
-from loading_front import adapter_dir
-from mutations import Mutator
-from scripted_scheduler import ScriptedScheduler
+from fixtures.adapters.mutations import Mutator
+from fixtures.serving.api_calls import serve
+from fixtures.serving.loading_front import adapter_dir
+from fixtures.serving.scripted_scheduler import ScriptedScheduler
 
 from engine.messages import AdapterState, LoadAdapter, UnloadAdapter
-from tokenizer_proc.api.app import ROUTES
+from tokenizer_proc.http.app import ROUTES
 
 CASES, AT_ONCE = 10_000, 8
 SECONDS = 15.0

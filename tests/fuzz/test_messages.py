@@ -13,8 +13,8 @@ import msgspec
 import pytest
 import zmq
 import zmq.asyncio
-from mutations import Mutator
-from scripted_scheduler import ScriptedScheduler
+from fixtures.adapters.mutations import Mutator
+from fixtures.serving.scripted_scheduler import ScriptedScheduler
 
 from engine import messages
 from engine.ipc import AsyncInbox, Inbox
@@ -47,7 +47,7 @@ from engine.messages import (
     Update,
     Usage,
 )
-from tokenizer_proc.door import Door
+from tokenizer_proc.zmq_server import Door
 
 CASES = 10_000
 INBOXES = ("ToTokenizer", "ToScheduler", "ToRunner", "ToDoor", "ToHost")
@@ -128,7 +128,7 @@ def frame(mutator: Mutator, samples: list[msgspec.Struct]) -> bytes:
 def _bounded_memory(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """A frame that claims a billion elements must not take room for them."""
     caplog.set_level("CRITICAL", "engine.ipc")
-    caplog.set_level("CRITICAL", "tokenizer_proc.door")
+    caplog.set_level("CRITICAL", "tokenizer_proc.zmq_server")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10, "more than 100 MiB"

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from mutations import Mutator
+from fixtures.adapters.mutations import Mutator
 
 from engine.errors import EngineError
 from engine.messages import (
@@ -29,8 +29,8 @@ from engine.messages import (
     ToScheduler,
     UnloadAdapter,
 )
-from scheduler.books import Bounds
 from scheduler.core import Scheduler
+from scheduler.state import Bounds
 
 CASES = 5_000
 VOCAB, ADAPTERS = 97, 5

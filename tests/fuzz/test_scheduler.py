@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fake_runner import FakeRunner, Library
-from mutations import NUMBERS, Mutator
+from fixtures.adapters.mutations import NUMBERS, Mutator
+from fixtures.scheduling.fake_runner import FakeRunner, Library
 
 from engine.messages import (
     Abort,
@@ -27,8 +27,8 @@ from engine.messages import (
     ToScheduler,
     UnloadAdapter,
 )
-from scheduler.books import Bounds
 from scheduler.core import Scheduler
+from scheduler.state import Bounds
 
 CASES = 2_500
 ADAPTERS, VOCAB = 6, 97

@@ -7,8 +7,8 @@ from collections import Counter
 from typing import Any
 
 import msgspec
-from mutations import Mutator
-from scripted_scheduler import ScriptedScheduler
+from fixtures.adapters.mutations import Mutator
+from fixtures.serving.scripted_scheduler import ScriptedScheduler
 
 from engine.errors import EngineError
 from engine.messages import (

@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from mutations import Mutator
-from step_driver import load, settle
-from tiny_models import make_adapter
+from fixtures.adapters.mutations import Mutator
+from fixtures.models.tiny_models import make_adapter
+from fixtures.scheduling.step_driver import load, settle
 
-from engine.config import Links, RunnerConfig
+from engine.config.sections import Links, RunnerConfig
 from engine.errors import EngineError
 from engine.messages import Chunk, EvictAdapter, Fill, LanePages, LoadAdapter, NewRow, Sampling, Step, UnloadAdapter
 from model_runner.runner import Runner

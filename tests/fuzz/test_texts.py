@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from mutations import Mutator
+from fixtures.adapters.mutations import Mutator
 from safetensors.torch import save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from engine.errors import ConfigError, InvalidRequest
 from engine.messages import ChatMessage
-from model_runner.checkpoint import SINGLE, Placement, load_checkpoint
-from tokenizer_proc.text.chat import ChatTemplate
+from model_runner.weights.checkpoint import SINGLE, Placement, load_checkpoint
+from tokenizer_proc.text.templates.chat_template import ChatTemplate
 from tokenizer_proc.text.tokenizer import Tokenizer
 
 CASES = 10_000

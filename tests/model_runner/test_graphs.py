@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_zoo import ZOO, save
-from oracle import Oracle
-from step_driver import Ask, Driver
-from step_driver import load as bring
-from tiny_models import VOCAB, make_adapter
+from fixtures.adapters.adapter_zoo import ZOO, save
+from fixtures.models.oracle import Oracle
+from fixtures.models.tiny_models import VOCAB, make_adapter
+from fixtures.scheduling.step_driver import Ask, Driver
+from fixtures.scheduling.step_driver import load as bring
 
-from engine.config import AdapterSource, Links, RunnerConfig
+from engine.config.sections import AdapterSource, Links, RunnerConfig
 from engine.messages import AdapterState, LoadAdapter, Sampling
-from model_runner import memory
-from model_runner.attention import base as attention
-from model_runner.compilations import Compilations
-from model_runner.lora import base as lora_backends
-from model_runner.recorder import EagerRecorder, Recorder, Work
+from model_runner import memory_plan
+from model_runner.compute.attention import base as attention
+from model_runner.lora.backends import base as lora_backends
+from model_runner.platform.compilations import Compilations
 from model_runner.runner import Runner
+from model_runner.step.recorder import EagerRecorder, Recorder, Work
 from model_runner.warmup import warm_up
 
 LINKS = Links(tokenizer="", scheduler="", runner="", door="")
@@ -161,7 +161,7 @@ def test_the_kernels_static_metadata_is_all_a_replay_needs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In triton's interpreter, so few steps: one size, and rows that join late or are left out."""
-    monkeypatch.setattr(memory, "graph_sizes", lambda rows, asked: [4])
+    monkeypatch.setattr(memory_plan, "graph_sizes", lambda rows, asked: [4])
     chosen = {"attention_backend": "triton", "lora_backend": lora_backend, "max_running_requests": 4}
     runner = load(model, sources, **chosen, context_length=64)
     driver = Driver(runner, states(runner, sources), seed=2)
@@ -226,7 +226,7 @@ def test_a_warm_up_tries_everything_and_leaves_nothing(
 
 
 def test_sizes_grow_coarser_and_end_with_all_rows() -> None:
-    assert memory.graph_sizes(256, None) == [
+    assert memory_plan.graph_sizes(256, None) == [
         1,
         2,
         4,
@@ -247,12 +247,12 @@ def test_sizes_grow_coarser_and_end_with_all_rows() -> None:
         224,
         256,
     ]
-    assert memory.graph_sizes(4096, None)[-1] == 256
-    assert memory.graph_sizes(4096, 1000)[-3:] == [960, 992, 1000]
-    assert memory.graph_sizes(20, None) == [1, 2, 4, 8, 16, 20]
-    assert memory.graph_sizes(1, 64) == [1]
-    one, two = (memory.graph_bytes([1, 256], kinds, 4096, 14336, 2) for kinds in (1, 2))
-    assert two - one == 2 * memory.GRAPH_BYTES
+    assert memory_plan.graph_sizes(4096, None)[-1] == 256
+    assert memory_plan.graph_sizes(4096, 1000)[-3:] == [960, 992, 1000]
+    assert memory_plan.graph_sizes(20, None) == [1, 2, 4, 8, 16, 20]
+    assert memory_plan.graph_sizes(1, 64) == [1]
+    one, two = (memory_plan.graph_bytes([1, 256], kinds, 4096, 14336, 2) for kinds in (1, 2))
+    assert two - one == 2 * memory_plan.GRAPH_BYTES
 
 
 def test_a_compile_while_serving_is_counted_and_told(caplog: pytest.LogCaptureFixture) -> None:

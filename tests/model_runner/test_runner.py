@@ -9,14 +9,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from fixtures.models.oracle import Oracle
+from fixtures.models.tiny_models import VOCAB, make_adapter
+from fixtures.scheduling.step_driver import GREEDY, Ask, Driver
+from fixtures.scheduling.step_driver import load as bring
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Oracle
-from step_driver import GREEDY, Ask, Driver
-from step_driver import load as bring
-from tiny_models import VOCAB, make_adapter
 
-from engine.config import AdapterSource, Links, RunnerConfig
+from engine.config.sections import AdapterSource, Links, RunnerConfig
 from engine.errors import AdapterError, ConfigError, InternalError
 from engine.messages import AdapterState, Chunk, Fill, LoadAdapter, NewRow, Sampling, UnloadAdapter
 from model_runner.runner import Runner
@@ -121,7 +121,7 @@ def test_a_step_of_the_base_alone_never_plans_lora(
     def plan(*_: object) -> None:
         raise AssertionError("planned")
 
-    monkeypatch.setattr("model_runner.lora.torch_backend.TorchLora.plan", plan)
+    monkeypatch.setattr("model_runner.lora.backends.torch_backend.TorchLora.plan", plan)
     requests = asks(oracle, 2, [0], seed=9, tokens=3)
     assert driver.serve(requests) == expected(oracle, requests)
     with pytest.raises(AssertionError, match="planned"):

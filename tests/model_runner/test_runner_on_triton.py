@@ -9,18 +9,18 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from adapter_zoo import ZOO, save
-from oracle import Oracle
-from step_driver import Ask, Driver
-from step_driver import load as bring
-from tiny_models import VOCAB
+from fixtures.adapters.adapter_zoo import ZOO, save
+from fixtures.models.oracle import Oracle
+from fixtures.models.tiny_models import VOCAB
+from fixtures.scheduling.step_driver import Ask, Driver
+from fixtures.scheduling.step_driver import load as bring
 
-from engine.config import AdapterSource, Links, RunnerConfig
+from engine.config.sections import AdapterSource, Links, RunnerConfig
 from engine.errors import ConfigError
 from engine.messages import LoadAdapter
-from model_runner.attention import triton_backend
-from model_runner.ops import base
-from model_runner.ops.triton_ops import TritonOps
+from model_runner.compute.attention import triton_backend
+from model_runner.compute.ops import base
+from model_runner.compute.ops.triton_ops import TritonOps
 from model_runner.runner import Runner
 
 LINKS = Links(tokenizer="", scheduler="", runner="", door="")

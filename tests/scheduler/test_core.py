@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from by_hand import add_adapter, capacity_of, done, generate, new_core, plan_of
+from fixtures.scheduling.by_hand import add_adapter, capacity_of, done, generate, new_core, plan_of
 
 from engine.messages import (
     Abort,
@@ -21,7 +21,7 @@ from engine.messages import (
     StepDone,
     Update,
 )
-from scheduler.books import Bounds
+from scheduler.state import Bounds
 
 
 def test_prefill_then_decode_then_length() -> None:

@@ -6,10 +6,10 @@ import gc
 from typing import Any
 
 import pytest
-from seeded_world import World
-from simulation import Simulation
+from fixtures.scheduling.seeded_world import World
+from fixtures.scheduling.simulation import Simulation
 
-from scheduler.eviction import Policy
+from scheduler.adapters.eviction import Policy
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])

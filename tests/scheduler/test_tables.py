@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from engine.messages import Sampling, Stopping
-from scheduler.lanes import Lanes
-from scheduler.preemption import choose_victim
-from scheduler.rank_pages import RankPages
-from scheduler.request import BASE, LaneKey, Request
-from scheduler.running import Running
+from scheduler.adapters.lanes import Lanes
+from scheduler.adapters.rank_pages import RankPages
+from scheduler.batching.preemption import choose_victim
+from scheduler.requests.request import Request
+from scheduler.requests.rows import Running
+from scheduler.types import BASE, LaneKey
 
 
 def _request(arrival: int, priority: int = 0) -> Request:

@@ -12,14 +12,14 @@ import pytest
 import torch
 from gpu import end_to_end, kernels, report
 from gpu.case import Case, Run, make_case
-from gpu.columns import Column, columns
-from gpu.fetch import extract
+from gpu.check import listing, main
+from gpu.columns.fetch import extract
+from gpu.columns.registry import Column, columns
+from gpu.columns.stubs import Nothing, Stubbed
 from gpu.grid import SITES, Point, SiteShape, floor_us, points
 from gpu.results import Results, about, file_name
 from gpu.rows import Rows
 from gpu.shape8b import host_adapters, load
-from gpu.stubs import Nothing, Stubbed
-from gpu_check import listing, main
 
 CPU = torch.device("cpu")
 SMALL = (SiteShape("qkv", 48, (32, 16, 16)), SiteShape("gate_up", 32, (48, 48)))

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 import pytest
-from tokenizer_front import END, LINKS, Fake, capacity, scores
+from fixtures.serving.tokenizer_front import END, LINKS, Fake, capacity, scores
 
 from engine.errors import (
     AdapterError,

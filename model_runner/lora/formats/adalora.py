@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from model_runner.lora.formats.format import Format, Module, Shape, missing
+from model_runner.lora.formats.base import Format, Module, Shape, missing
 
 EPSILON = 1e-5
 

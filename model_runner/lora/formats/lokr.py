@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 
 from engine.errors import AdapterError
-from model_runner.lora.formats.format import Format, Module, Shape, missing
+from model_runner.lora.formats.base import Format, Module, Shape, missing
 
 
 class LoKr(Format):

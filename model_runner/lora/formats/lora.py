@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from model_runner.lora.formats.format import Format, Module, Shape
+from model_runner.lora.formats.base import Format, Module, Shape
 
 
 class Lora(Format):

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from lora_sites import llama_sites
+from fixtures.adapters.lora_sites import llama_sites
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.errors import AdapterError
-from model_runner.lora.adapter import pages_for
+from model_runner.lora.normal_form import pages_for
 from model_runner.lora.store import AdapterStore
 
 torch.set_num_threads(1)

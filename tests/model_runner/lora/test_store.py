@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_sites import plain_tensors, random_sites, write_adapter
+from fixtures.adapters.lora_sites import plain_tensors, random_sites, write_adapter
 from safetensors.torch import load_file, save_file
 
 from engine.errors import AdapterError
 from engine.messages import Footprint
-from model_runner.lora.formats.tensor_file import TensorFile
+from model_runner.lora.files.tensor_file import TensorFile
 from model_runner.lora.store import AdapterStore
 
 SITES = random_sites()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from fixtures.scheduling.small_world import PROFILE, ask, profile_with
 from msgspec.structs import replace as with_fields
-from small_world import PROFILE, ask, profile_with
 
 from scheduler.simulate.experiment import Experiment, Setup
 from scheduler.simulate.profile import StepCost

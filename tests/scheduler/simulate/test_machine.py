@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from small_world import PROFILE, profile_with
+from fixtures.scheduling.small_world import PROFILE, profile_with
 
 from engine.messages import (
     AdapterState,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from small_world import PROFILE
+from fixtures.scheduling.small_world import PROFILE
 
 from scheduler.simulate import profile
 from scheduler.simulate.__main__ import PROFILES, main

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import small_tokenizers
+from fixtures.models import small_tokenizers
 from hypothesis import assume, given
 from hypothesis import strategies as st
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import small_tokenizers
 import tokenizers
+from fixtures.models import small_tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -7,8 +7,8 @@ from collections.abc import Awaitable
 from pathlib import Path
 
 import pytest
-import small_tokenizers
 import transformers
+from fixtures.models import small_tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,0 +1,1 @@
+"""The embedded client: Engine, and the link to a server that it speaks over."""

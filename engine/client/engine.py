@@ -1,0 +1,177 @@
+"""The embedded engine: the whole server as a child process, behind one class, without importing torch.
+
+    async with Engine(model_path=..., lora_paths=[...]) as engine:
+        async for delta in engine.generate("Hello", lora="pirate"):
+            print(delta.text, end="")
+
+`Engine.connect(address)` joins an engine that runs already. Both speak to the same front end as HTTP does. Knows
+nothing of text or tensors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Self
+
+import msgspec
+
+from engine.client.adapter_calls import AdapterCalls, CommandName
+from engine.client.completion import Completion, join
+from engine.client.link import Link
+from engine.client.lora_request import LoRARequest
+from engine.config.args import Args
+from engine.errors import ConfigError, EngineDead, InvalidRequest
+from engine.messages import AdapterMix, Answer, ChatMessage, Command, Delta, SamplingParams, Submit
+from engine.processes.process import Process, Spec
+
+Prompt = str | Sequence[int] | Sequence[ChatMessage] | Sequence[Mapping[str, str]]
+Lora = str | Mapping[str, float] | LoRARequest | None
+
+STOP_SECONDS = 30.0
+
+
+class Engine(AdapterCalls):
+    """A running engine: owned (started and ended by `async with`) or joined (`connect`).
+
+    The keyword arguments are the command line's flags with underscores (engine.config.args); no `port` means no HTTP.
+    Raises ConfigError for a bad one, and, on entering, whatever kept the engine from serving.
+    """
+
+    def __init__(self, model_path: str | None = None, **flags: Any) -> None:
+        super().__init__()
+        self._args: Args | None = _args({"port": None, "log_level": "warning", **flags, "model_path": model_path})
+        self._address = ""
+        self._process: Process | None = None
+        self._link: Link | None = None
+
+    @classmethod
+    def connect(cls, address: str) -> Engine:
+        """An engine that runs already; `address` is what its announcement shows as Engine.connect(...)."""
+        engine = cls()
+        engine._args, engine._address = None, address
+        return engine
+
+    async def __aenter__(self) -> Self:
+        if self._args is not None:
+            self._process = await Process.start(Spec("engine", "engine.launch", self._args, ["--embedded"]))
+            try:
+                self._address = str((await self._process.report()).facts["door"])
+            except BaseException:
+                await self._process.stop(STOP_SECONDS)
+                raise
+        self._link = Link(self._address)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        link, self._link = self._link, None
+        if link is not None:
+            await link.close()
+        if self._process is not None:
+            await self._process.stop(STOP_SECONDS)
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, lora: Lora = None, **options: Any
+    ) -> AsyncIterator[Delta]:
+        """Streams an answer; leaving the loop early cancels it.
+
+        `prompt` is text, token ids, or a chat (messages as dicts or ChatMessage). `lora` is an adapter's name, a
+        LoRARequest (loaded on first use), a weighted mix {name: scale}, or None for the base. `options` are further
+        fields of messages.Submit. With n > 1 the choices' deltas are interleaved. Raises InvalidRequest, NotFound,
+        Overloaded, EngineDead. Who does not go on with the loop holds up nobody: what comes meanwhile is kept for him,
+        at most the rest of the answer, which `max_tokens` and the context bound.
+        """
+        link = self._open()
+        submit = Submit(
+            id=link.new_id(),
+            prompt=_prompt(prompt),
+            params=params or SamplingParams(),
+            lora=await self._adapter(lora),
+            **options,
+        )
+        async with link.call(submit) as call:
+            unfinished = submit.params.n
+            while True:  # an n that makes no sense is answered with a Failure
+                delta = await call.next()
+                assert isinstance(delta, Delta)
+                unfinished -= delta.finish_reason is not None
+                yield delta
+                if not unfinished:
+                    return
+
+    async def generate_all(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora: Lora | Sequence[Lora] = None,
+        **options: Any,
+    ) -> list[Completion]:
+        """Answers a list of prompts at once, in order. `params` and `lora` are one for all, or a list as long."""
+        each_params = _each(params, len(prompts), "params")
+        each_lora = _each(lora, len(prompts), "lora")
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._complete(prompt, own_params, own_lora, options))
+                    for prompt, own_params, own_lora in zip(prompts, each_params, each_lora, strict=True)
+                ]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def info(self) -> dict[str, Any]:
+        """What the engine is and how it does: configuration, capacity, counts."""
+        answer = await self._command("info")
+        return {name: msgspec.msgpack.decode(value) for name, value in answer.info.items()}
+
+    def _open(self) -> Link:
+        if self._link is None:
+            raise EngineDead("the engine is not open: use `async with Engine(...) as engine`")
+        return self._link
+
+    async def _command(self, call: CommandName, **fields: Any) -> Answer:
+        link = self._open()
+        async with link.call(Command(id=link.new_id(), call=call, **fields)) as open_call:
+            answer = await open_call.next()
+            assert isinstance(answer, Answer)
+            return answer
+
+    async def _adapter(self, lora: Lora) -> str | AdapterMix | None:
+        if isinstance(lora, LoRARequest):
+            await self._first_use(lora)
+            return lora.lora_name
+        return dict(lora) if isinstance(lora, Mapping) else lora
+
+    async def _complete(
+        self, prompt: Prompt, params: SamplingParams | None, lora: Lora, options: dict[str, Any]
+    ) -> Completion:
+        if params is not None and params.n != 1:
+            raise InvalidRequest("generate_all takes n=1: repeat the prompt, or use generate", param="n")
+        return join([delta async for delta in self.generate(prompt, params, lora=lora, **options)])
+
+
+def _args(flags: dict[str, Any]) -> Args:
+    try:
+        return msgspec.convert(flags, Args)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"Engine(...): {error}") from error
+
+
+def _prompt(prompt: Prompt) -> str | list[int | ChatMessage]:
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, bytes | bytearray):
+        raise InvalidRequest("prompt: bytes are neither text nor token ids; decode them first", param="prompt")
+    try:
+        return msgspec.convert(list(prompt), list[int | ChatMessage])
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"prompt: {error}", param="prompt") from error
+
+
+def _each(value: Any, count: int, name: str) -> Sequence[Any]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return [value] * count
+    if len(value) != count:
+        raise InvalidRequest(f"{name}: {len(value)} for {count} prompts", param=name)
+    return value

@@ -1,0 +1,157 @@
+"""What a user asks for: Args, one field a flag, with the flag's default. Checked as soon as it exists.
+
+Knows nothing of argv (engine.config.flags), nor of what the values become (engine.config.sections).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from engine.errors import ConfigError
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+CpuKernels = Literal["auto", "on", "off"]
+
+DEMO = Path(__file__).parents[1] / "demo"
+DEMO_NAME = "chorus-demo"
+
+
+class Args(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a user asked for: one field a flag, with the flag's default. Also what an embedding host sends.
+
+    `lora_paths` items are `path`, `name=path` or a JSON object; see `parse_adapter`. `port` None means no HTTP.
+    """
+
+    model_path: str | None = None
+    host: str = "127.0.0.1"
+    port: int | None = 30000
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Dtype = "auto"
+    attention_backend: Literal["auto", "torch", "triton"] = "auto"
+    cpu_kernels: CpuKernels = "auto"
+    cpu_threads: int | None = None
+    enable_lora: bool | None = None
+    lora_paths: list[str] = []
+    max_loras_per_batch: int = 8
+    max_lora_rank: int | None = None
+    lora_target_modules: list[str] | None = None
+    lora_backend: Literal["auto", "torch", "triton", "csgmv"] = "auto"
+    max_lora_chunk_size: int = 16
+    lora_dtype: Dtype = "auto"
+    enable_lora_bias: bool = True
+    lora_extra_vocab_size: int | None = None
+    lora_pool_size: str | None = None
+    lora_eviction_policy: Literal["lru", "fifo"] = "lru"
+    lora_max_wait: float = 5.0
+    schedule_policy: Literal["fcfs", "priority", "fair"] = "fcfs"
+    tenant_weights: list[str] = []
+    max_loaded_loras: int | None = None
+    lora_host_memory: str | None = None
+    lora_root: list[str] = []
+    lora_resolve_root: str | None = None
+    allow_runtime_lora_updating: bool = False
+    max_open_requests: int = 4096
+    max_queued_tokens: int | None = None
+    request_timeout: float | None = None
+    max_stream_buffer: str = "4MiB"
+    stream_stall_timeout: float = 60.0
+    api_key: list[str] = []
+    api_key_file: str | None = None
+    admin_api_key: str | None = None
+    max_num_batched_tokens: int | None = None
+    max_prefill_tokens: int | None = None
+    max_running_requests: int | None = None
+    mem_fraction_static: float = 0.9
+    context_length: int | None = None
+    page_size: int = 16
+    max_total_tokens: int | None = None
+    disable_radix_cache: bool = False
+    cuda_graph_max_bs: int | None = None
+    disable_cuda_graph: bool = False
+    disable_overlap_schedule: bool = False
+    served_model_name: list[str] = []
+    chat_template: str | None = None
+    seed: int | None = None
+    log_level: LogLevel = "info"
+    tp_size: int = 1
+
+    def __post_init__(self) -> None:
+        _check_ranges(self)
+        _check_contradictions(self)
+
+
+def _check_ranges(args: Args) -> None:
+    bounds: list[tuple[str, float | None, float, float]] = [
+        ("--port", args.port, 0, 65535),
+        ("--cpu-threads", args.cpu_threads, 1, 1024),
+        ("--max-loras-per-batch", args.max_loras_per_batch, 1, 1024),
+        ("--max-lora-rank", args.max_lora_rank, 1, 512),
+        ("--lora-extra-vocab-size", args.lora_extra_vocab_size, 0, 1 << 20),
+        ("--max-loaded-loras", args.max_loaded_loras, 1, 1 << 20),
+        ("--max-num-batched-tokens", args.max_num_batched_tokens, 1, 1 << 20),
+        ("--max-prefill-tokens", args.max_prefill_tokens, 1, 1 << 20),
+        ("--lora-max-wait", args.lora_max_wait, 0.05, 86400),
+        ("--max-running-requests", args.max_running_requests, 1, 1 << 16),
+        ("--cuda-graph-max-bs", args.cuda_graph_max_bs, 1, 1 << 16),
+        ("--context-length", args.context_length, 2, 1 << 30),
+        ("--page-size", args.page_size, 1, 256),
+        ("--max-total-tokens", args.max_total_tokens, 1, 1 << 40),
+        ("--max-open-requests", args.max_open_requests, 1, 1 << 20),
+        ("--max-queued-tokens", args.max_queued_tokens, 1, 1 << 40),
+        ("--request-timeout", args.request_timeout, 0.001, 1e9),
+        ("--stream-stall-timeout", args.stream_stall_timeout, 0.1, 1e9),
+        ("--seed", args.seed, 0, (1 << 63) - 1),
+        ("--tp-size", args.tp_size, 1, 1 << 10),
+    ]
+    for flag, value, low, high in bounds:
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"{flag} {value}: must be from {low} to {high}")
+    if args.max_lora_chunk_size not in (16, 32, 64, 128):
+        raise ConfigError(f"--max-lora-chunk-size {args.max_lora_chunk_size}: must be 16, 32, 64 or 128")
+    if not 0.0 < args.mem_fraction_static <= 1.0:
+        raise ConfigError(f"--mem-fraction-static {args.mem_fraction_static}: must be above 0 and at most 1")
+    if args.tp_size > 1:
+        raise ConfigError(f"--tp-size {args.tp_size}: tensor parallelism is not available yet; leave it at 1")
+
+
+def _check_contradictions(args: Args) -> None:
+    if args.enable_lora is False:
+        for flag, value in (
+            ("--lora-paths", args.lora_paths),
+            ("--max-lora-rank", args.max_lora_rank),
+            ("--lora-target-modules", args.lora_target_modules),
+            ("--lora-pool-size", args.lora_pool_size),
+            ("--max-loaded-loras", args.max_loaded_loras),
+            ("--lora-host-memory", args.lora_host_memory),
+            ("--lora-resolve-root", args.lora_resolve_root),
+        ):
+            if value:
+                raise ConfigError(f"--no-enable-lora contradicts {flag}: drop one of them")
+    if args.max_loaded_loras is not None and args.max_loaded_loras < args.max_loras_per_batch:
+        raise ConfigError(
+            f"--max-loaded-loras {args.max_loaded_loras} is below --max-loras-per-batch {args.max_loras_per_batch}: "
+            "a step's adapters must fit the host tier"
+        )
+    if args.disable_cuda_graph and args.cuda_graph_max_bs is not None:
+        raise ConfigError("--disable-cuda-graph contradicts --cuda-graph-max-bs: drop one of them")
+    if args.tenant_weights and args.schedule_policy != "fair":
+        raise ConfigError("--tenant-weights: weighs nothing without --schedule-policy fair; add it")
+    targets = args.lora_target_modules or []
+    if "all" in targets and not {"all", "embed_tokens", "lm_head"}.issuperset(targets):
+        raise ConfigError(
+            "--lora-target-modules all: already means every linear; only embed_tokens and lm_head go beside it"
+        )
+    for name in args.served_model_name:
+        if not name:
+            raise ConfigError("--served-model-name: a name must not be empty")
+        if args.served_model_name.count(name) > 1:
+            raise ConfigError(f"--served-model-name: {name} is given twice")
+
+
+def served_names(args: Args) -> list[str]:
+    """The base model's names, the first of which is shown."""
+    return list(args.served_model_name) or [args.model_path or DEMO_NAME]

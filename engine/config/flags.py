@@ -1,0 +1,295 @@
+"""The command line: flags to Args. SGLang's names, with vLLM's as aliases, so that a command line moves over unchanged.
+
+A flag that the design has but the code has not yet is in `LATER`: it ends the launch with one line, as any other
+mistake does. Imports nothing heavy, so --help is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import NoReturn
+
+from engine.config.args import Args
+from engine.errors import ConfigError
+
+LATER = {
+    "--tokenizer-path": "the model's own tokenizer is used",
+    "--tokenizer": "the model's own tokenizer is used",
+    "--revision": "write org/name@revision instead",
+    "--fully-sharded-loras": "tensor parallelism is not available yet",
+}
+NEVER = {
+    "--trust-remote-code": "no code from a model or adapter directory is ever run",
+    "--quantization": "quantized bases are not served yet",
+}
+_DTYPES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
+
+
+_NOT_SERVED = {
+    "flashinfer": "its kernels are not served",
+    "varlen": "torch's varlen_attn reads pages only with flash-attention 3 or 4 installed beside it",
+    "fa3": "flash-attention is not served",
+    "flash_attn": "flash-attention is not served",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+class _Refuse(argparse.Action):
+    """A flag that is known, and not served: the line says why."""
+
+    def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
+        flag = str(option_string)
+        if flag in NEVER:
+            raise ConfigError(f"{flag} is refused: {NEVER[flag]}")
+        raise ConfigError(f"{flag} is not available yet: {LATER[flag]}")
+
+
+_POLICIES = {
+    "lpm": "prefixes are shared whatever the order",
+    "dfs-weight": "prefixes are shared whatever the order",
+    "lof": "long answers do not go first",
+    "random": "the order is never left to chance",
+}
+
+
+def _policy(text: str) -> str:
+    if text in _POLICIES:
+        raise argparse.ArgumentTypeError(f"{text}: {_POLICIES[text]}; fcfs, priority and fair are there")
+    return text
+
+
+def _attention(text: str) -> str:
+    name = text.lower()
+    if name in _NOT_SERVED:
+        raise argparse.ArgumentTypeError(f"{text}: {_NOT_SERVED[name]}; auto, torch and triton are there")
+    return name
+
+
+def _dtype(text: str) -> str:
+    return _DTYPES.get(text, text)
+
+
+def parse(argv: Sequence[str]) -> Args:
+    """Reads a command line (without the program's name). Raises ConfigError with one line for people."""
+    fields = vars(_parser().parse_args(argv))
+    positional = fields.pop("model")
+    if positional is not None and fields.get("model_path") not in (None, positional):
+        raise ConfigError(f"the model is given twice: {positional} and --model-path {fields['model_path']}")
+    if positional is not None:
+        fields["model_path"] = positional
+    return Args(**{**_from_environment(), **fields})
+
+
+def _from_environment() -> dict[str, object]:
+    """What may also be said by a variable: a key that a process list must not show, and vLLM's switch."""
+    fields: dict[str, object] = {}
+    if key := os.environ.get("CHORUS_ADMIN_API_KEY"):
+        fields["admin_api_key"] = key
+    if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "").lower() in ("1", "true"):
+        fields["allow_runtime_lora_updating"] = True
+    return fields
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m engine.launch",
+        description="Chorus: serve one base model and many LoRA adapters. Without a model it serves a small demo.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    )
+    _add_server_flags(parser)
+    _add_model_flags(parser)
+    _add_lora_flags(parser)
+    _add_runtime_flags(parser)
+    for flag in (*LATER, *NEVER):
+        parser.add_argument(flag, action=_Refuse, nargs="*", help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_server_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    add = group.add_argument
+    add("--host", help="address to bind (127.0.0.1)")
+    add("--port", type=int, help="port to bind, 0 = any free one (30000)")
+    add(
+        "--api-key",
+        nargs="+",
+        metavar="KEY",
+        help="bearer keys for all but /health, /ready and /metrics; or CHORUS_API_KEY, which no process list shows",
+    )
+    add("--api-key-file", metavar="FILE", help="keys with rules, a JSON object a line: key, tenant, adapters, rates")
+    add("--max-open-requests", type=int, metavar="N", help="answers in the making; more are a 503 at once (4096)")
+    add("--max-queued-tokens", type=int, metavar="N", help="prompt tokens of open requests; more are a 503 (no bound)")
+    add("--request-timeout", type=float, metavar="S", help="seconds a request may take; then it is a 504 (no bound)")
+    add(
+        "--max-stream-buffer",
+        metavar="SIZE",
+        help="bytes that may wait for a client that does not read its answer; then it is cut off (4MiB)",
+    )
+    add("--stream-stall-timeout", type=float, metavar="S", help="seconds without reading until the same (60)")
+    add("--served-model-name", nargs="+", metavar="NAME", help="names of the base model (the model path)")
+    add("--chat-template", metavar="FILE", help="a jinja file, or the template itself (the model's)")
+    add("--seed", "--random-seed", type=int, help="makes requests without a seed of their own repeatable")
+    add("--log-level", choices=["debug", "info", "warning", "error"], help="(info)")
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    parser.add_argument("model", nargs="?", default=None, help="the same as --model-path")
+    add("--model-path", "--model", dest="model_path", metavar="MODEL", help="directory or hub id, org/name[@revision]")
+    add("--device", choices=["auto", "cpu", "cuda"], help="(auto: cuda where there is one)")
+    add("--cpu-threads", type=int, metavar="N", help="threads that compute on a CPU (4 cores, or all but 1)")
+    add("--dtype", type=_dtype, choices=["auto", "bfloat16", "float16", "float32"], help="(auto: the checkpoint's)")
+    add("--attention-backend", type=_attention, choices=["auto", "torch", "triton"], help="(auto: triton on CUDA)")
+    add(
+        "--cpu-kernels",
+        choices=["auto", "on", "off"],
+        help="compile C++ for this CPU: beside the serving if it is in bfloat16, before it, never (auto)",
+    )
+    add("--enable-torch-compile", dest="cpu_kernels", action="store_const", const="on", help="--cpu-kernels on")
+    add("--context-length", "--max-model-len", type=int, metavar="N", help="longest prompt and answer (the model's)")
+    add(
+        "--max-num-batched-tokens",
+        "--chunked-prefill-size",
+        type=int,
+        metavar="N",
+        help="tokens in one step (512 on a CPU, 8192 on CUDA)",
+    )
+    add(
+        "--max-prefill-tokens",
+        type=int,
+        metavar="N",
+        help="prompt tokens in a step while somebody decodes (a quarter of --max-num-batched-tokens, at least 64)",
+    )
+    add("--max-running-requests", "--max-num-seqs", type=int, metavar="N", help="requests in one step (from memory)")
+    add(
+        "--mem-fraction-static",
+        "--gpu-memory-utilization",
+        type=float,
+        metavar="F",
+        help="share of the device's memory to use (0.9)",
+    )
+    add("--max-total-tokens", type=int, metavar="N", help="tokens in the KV cache, at most (from memory)")
+    add("--page-size", "--block-size", type=int, metavar="N", help="tokens in a page of the KV cache, 1 to 256 (16)")
+    prefixes = group.add_mutually_exclusive_group()
+    prefixes.add_argument(
+        "--disable-radix-cache",
+        "--no-enable-prefix-caching",
+        action="store_true",
+        help="compute every prompt from its first token; what requests have in common is not shared",
+    )
+    prefixes.add_argument("--enable-prefix-caching", dest="disable_radix_cache", action="store_false", help="(on)")
+    add(
+        "--cuda-graph-max-bs",
+        type=int,
+        metavar="N",
+        help="rows that decode steps are captured for (256, or all rows); nothing on a CPU",
+    )
+    add(
+        "--disable-cuda-graph",
+        "--enforce-eager",
+        action="store_true",
+        help="launch every kernel by itself; nothing changes on a CPU",
+    )
+    add(
+        "--disable-overlap-schedule",
+        "--no-async-scheduling",
+        action="store_true",
+        help="one step in flight instead of two: the next is planned when the last one's tokens are known",
+    )
+    add("--tp-size", "--tensor-parallel-size", type=int, metavar="N", help="GPUs; only 1 for now (1)")
+
+
+def _add_lora_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("LoRA")
+    add = group.add_argument
+    add("--enable-lora", action=argparse.BooleanOptionalAction, help="serve adapters (on when some are given)")
+    add(
+        "--lora-paths",
+        "--lora-modules",
+        nargs="+",
+        action="extend",
+        metavar="ADAPTER",
+        help='path, name=path, {"lora_name", "lora_path", "pinned"} or {"name", "path", "base_model_name"}',
+    )
+    add(
+        "--max-loras-per-batch",
+        "--max-loras",
+        type=int,
+        metavar="N",
+        help="adapters in one step, the base not counted (8)",
+    )
+    add("--max-lora-rank", type=int, metavar="R", help="largest rank, 1 to 512 (the given adapters', else 64)")
+    add(
+        "--lora-target-modules",
+        nargs="+",
+        metavar="MODULE",
+        help="modules adapters may touch, or `all` (the given adapters', else all)",
+    )
+    add(
+        "--lora-backend",
+        choices=["auto", "torch", "triton", "csgmv"],
+        help="how adapters are computed (auto: csgmv on CUDA, torch on a CPU)",
+    )
+    add(
+        "--max-lora-chunk-size",
+        type=int,
+        metavar="N",
+        help="csgmv: tokens of one adapter that are computed together, 16 to 128, a power of two (16)",
+    )
+    add("--lora-dtype", type=_dtype, choices=["auto", "bfloat16", "float16", "float32"], help="(auto: the model's)")
+    add("--enable-lora-bias", action=argparse.BooleanOptionalAction, help="serve adapters with biases (on)")
+    add(
+        "--lora-extra-vocab-size",
+        type=int,
+        metavar="N",
+        help="tokens that an adapter may add to the vocabulary (the most of a given adapter)",
+    )
+    add(
+        "--lora-pool-size",
+        metavar="SIZE",
+        help="adapters of the largest rank on the device, or bytes: 2GiB (by memory)",
+    )
+    add("--lora-eviction-policy", choices=["lru", "fifo"], help="which idle adapter gives way first (lru)")
+    add(
+        "--lora-max-wait",
+        type=float,
+        metavar="SECONDS",
+        help="how long a request may be passed because of its adapter (5)",
+    )
+    add(
+        "--schedule-policy",
+        "--scheduling-policy",
+        type=_policy,
+        choices=["fcfs", "priority", "fair"],
+        help="who goes first: by arrival, by the requests' `priority`, or who used less (fcfs)",
+    )
+    add(
+        "--tenant-weights",
+        nargs="+",
+        action="extend",
+        metavar="TENANT=W",
+        help="fair: shares of tenants, 1 for all others; without a tenant a request counts for its adapter",
+    )
+    add("--max-loaded-loras", "--max-cpu-loras", type=int, metavar="N", help="adapters in host memory (no limit)")
+    add("--lora-host-memory", metavar="SIZE", help="host memory for adapters, 8GiB (half of what is free)")
+
+
+def _add_runtime_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("loading adapters at run time").add_argument
+    add("--lora-root", nargs="+", action="extend", metavar="DIR", help="adapter files must lie under one of these")
+    add("--lora-resolve-root", metavar="DIR", help="its subdirectories can be named in requests without a load")
+    add(
+        "--allow-runtime-lora-updating",
+        action="store_true",
+        help="loads over HTTP on any bind (loopback only, or with the admin key)",
+    )
+    add("--admin-api-key", metavar="KEY", help="bearer key for loads and unloads; or CHORUS_ADMIN_API_KEY")

@@ -1,0 +1,90 @@
+"""The adapters given at start: the items of --lora-paths, understood and checked against one another.
+
+An item is `path`, `name=path`, or a JSON object in SGLang's form {"lora_name", "lora_path", "pinned"} or vLLM's
+{"name", "path", "base_model_name"}. Knows nothing of what lies at a path.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from engine.config.args import DEMO, Args, served_names
+from engine.errors import ConfigError
+
+
+class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One item: the path is as given, `base` the name of the model it says it belongs to."""
+
+    name: str
+    path: str
+    pinned: bool = False
+    base: str | None = None
+
+
+class _SglangForm(msgspec.Struct, forbid_unknown_fields=True):
+    lora_name: str
+    lora_path: str
+    pinned: bool = False
+
+    def spec(self) -> AdapterSpec:
+        return AdapterSpec(name=self.lora_name, path=self.lora_path, pinned=self.pinned)
+
+
+class _VllmForm(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    path: str
+    base_model_name: str | None = None
+
+    def spec(self) -> AdapterSpec:
+        return AdapterSpec(name=self.name, path=self.path, base=self.base_model_name)
+
+
+def parse_adapter(item: str) -> AdapterSpec:
+    """Reads one item. Raises ConfigError that quotes it."""
+    if item.lstrip().startswith("{"):
+        spec = _parse_json(item)
+    else:
+        name, equals, path = item.partition("=")
+        if not equals or Path(item).expanduser().is_dir():  # a directory whose name holds a "=" is a path
+            name = path = item
+        spec = AdapterSpec(name=name, path=path)
+    if not spec.name or not spec.path:
+        raise ConfigError(f"--lora-paths {item}: name and path must not be empty")
+    return spec
+
+
+def _parse_json(item: str) -> AdapterSpec:
+    form: type[_SglangForm | _VllmForm] = _SglangForm if '"lora_' in item else _VllmForm
+    try:
+        return msgspec.json.decode(item, type=form).spec()
+    except msgspec.MsgspecError as error:
+        wanted = '{"lora_name", "lora_path", "pinned"} or {"name", "path", "base_model_name"}'
+        raise ConfigError(f"--lora-paths {item}: {error}; expected {wanted}") from error
+
+
+def adapter_specs(args: Args) -> list[AdapterSpec]:
+    """The adapters given at start; the demo brings its own when none are named. Raises ConfigError."""
+    specs = [parse_adapter(item) for item in args.lora_paths]
+    if args.model_path is None and not specs and args.enable_lora is not False:
+        directories = sorted(path for path in (DEMO / "adapters").iterdir() if path.is_dir())
+        specs = [AdapterSpec(name=path.name, path=str(path)) for path in directories]
+    _check_names(specs, served_names(args))
+    pinned = sum(spec.pinned for spec in specs)
+    if pinned > args.max_loras_per_batch - 1:
+        raise ConfigError(
+            f"--lora-paths: {pinned} adapters are pinned, but --max-loras-per-batch {args.max_loras_per_batch} "
+            f"allows {args.max_loras_per_batch - 1}: one lane must stay free for the others"
+        )
+    return specs
+
+
+def _check_names(specs: list[AdapterSpec], base_names: list[str]) -> None:
+    seen: dict[str, str] = {}
+    for spec in specs:
+        if spec.name in seen:
+            raise ConfigError(f"--lora-paths: the name {spec.name} is given twice ({seen[spec.name]}, {spec.path})")
+        if spec.name in base_names:
+            raise ConfigError(f"--lora-paths: the name {spec.name} is the base model's; choose another one")
+        seen[spec.name] = spec.path

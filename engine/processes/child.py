@@ -1,0 +1,112 @@
+"""The child's side of a process: config in, one Ready or Failed line out, and an end when the parent is gone.
+
+    parent                                child
+      | -- config, one JSON line on stdin -->|   stdin then stays open: its end means the parent is gone
+      |<-- Ready or Failed, one JSON line ---|   on the real stdout, which stray prints can no longer reach
+      |<-- Alive, each second ---------------|   the same way, once it serves
+      |<-- logs on stderr -------------------|
+
+Knows nothing of what the process does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import BinaryIO, TypeVar
+
+import msgspec
+
+from engine.errors import ConfigError, EngineError
+from engine.processes.pulse import Pulse
+
+PULSE_SECONDS = 1.0
+
+C = TypeVar("C", bound=msgspec.Struct)
+
+
+Facts = dict[str, str | int | float | bool | list[str] | None]
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The child serves. `facts` is what a person would like to read."""
+
+    facts: Facts = {}
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The child cannot serve; `message` is one line for people."""
+
+    message: str
+    kind: str = "server_error"
+
+
+class Alive(msgspec.Struct, frozen=True, tag=True):
+    """The child's pulse. `busy`: for how many seconds it has been at its present piece of work."""
+
+    busy: float = 0.0
+
+
+class Child:
+    """This process as its parent sees it. Make one before anything else can print or import a heavy library."""
+
+    def __init__(self, on_orphaned: Callable[[], None] = lambda: os._exit(0)) -> None:
+        self._on_orphaned = on_orphaned
+        self._parent = os.getppid()
+        self._stdin: BinaryIO = sys.stdin.buffer
+        self._report: BinaryIO = os.fdopen(os.dup(1), "wb")
+        os.dup2(2, 1)  # from here on a stray print lands in the log
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the launcher, which ends us in order
+
+    def config(self, type_: type[C]) -> C:
+        """Reads the config line, then watches the lifeline: the end of stdin, or a new parent, ends this process."""
+        line = self._stdin.readline()
+        if not line.endswith(b"\n"):  # the parent went in the middle of it
+            self._on_orphaned()
+        try:
+            config = msgspec.json.decode(line, type=type_)
+        except msgspec.MsgspecError as error:
+            raise ConfigError(f"bad {type_.__name__}: {error}") from error
+        threading.Thread(target=self._watch_stdin, name="lifeline", daemon=True).start()
+        threading.Thread(target=self._watch_parent, name="parent", daemon=True).start()
+        return config
+
+    def ready(self, facts: Facts | None = None) -> None:
+        """Reports that this process serves."""
+        self._send(Ready(facts or {}))
+
+    def failed(self, error: BaseException) -> None:
+        """Reports why it cannot serve. Call it once, then exit non-zero."""
+        if isinstance(error, EngineError):
+            self._send(Failed(error.message, error.kind))
+        else:
+            self._send(Failed(f"{type(error).__name__}: {error}"))
+
+    def keep_pulse(self, pulse: Pulse) -> None:
+        """From now on the parent hears each second that this process lives and how long its work takes; after ready."""
+        threading.Thread(target=self._beat, args=(pulse,), name="pulse", daemon=True).start()
+
+    def _beat(self, pulse: Pulse) -> None:
+        with contextlib.suppress(OSError):  # nobody listens any more
+            while True:
+                self._send(Alive(pulse.busy))
+                time.sleep(PULSE_SECONDS)
+
+    def _send(self, report: Ready | Failed | Alive) -> None:
+        self._report.write(msgspec.json.encode(report) + b"\n")
+        self._report.flush()
+
+    def _watch_stdin(self) -> None:
+        while os.read(self._stdin.fileno(), 4096):
+            pass
+        self._on_orphaned()
+
+    def _watch_parent(self) -> None:
+        while os.getppid() == self._parent:
+            time.sleep(1.0)
+        self._on_orphaned()

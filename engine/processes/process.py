@@ -1,0 +1,179 @@
+"""The parent's side of a process: start it by name, read its report and its pulse, notice its end, end it in order.
+
+    Spec (what to run) --start--> Process (one incarnation) --report--> Ready | Failed
+                                     |--> Alive, each second: one that falls silent, or gets stuck, is killed
+                                     '--> exit
+
+Knows nothing of what the processes do, nor of the flags.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from engine.errors import EngineDead, revive
+from engine.processes.child import Alive, Failed, Ready
+
+_REPORT: msgspec.json.Decoder[Ready | Failed | Alive] = msgspec.json.Decoder(Ready | Failed | Alive)
+_ROOT = Path(__file__).resolve().parents[2]
+_LIMIT = 1 << 20  # bytes of a report line
+SILENT_SECONDS = 5
+OTHERS_DOING = (0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to run: `python -P -m module arguments`, with its config and the descriptors it inherits."""
+
+    name: str
+    module: str
+    config: msgspec.Struct
+    arguments: Sequence[str] = ()
+    descriptors: Sequence[int] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@functools.cache
+def _python_path() -> str | None:
+    """None where an isolated interpreter finds this very package, else the directory that holds it."""
+    probe = "import importlib.util as u; s = u.find_spec('engine'); print(s.origin if s else '')"
+    found = subprocess.run([sys.executable, "-P", "-c", probe], capture_output=True, text=True, check=False, cwd="/")
+    return None if found.stdout.strip() == str(_ROOT / "engine" / "__init__.py") else str(_ROOT)
+
+
+def _environment(extra: dict[str, str]) -> dict[str, str]:
+    env = {**os.environ, "PYTHONSAFEPATH": "1", **extra}
+    root = _python_path()
+    if root is not None:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
+    return env
+
+
+@dataclass(frozen=True)
+class End:
+    """How a process ended, in words, and whether that was its own doing: somebody's `kill -9` is not."""
+
+    words: str
+    own_fault: bool
+
+
+class Process:
+    """One incarnation of a child. Whoever starts it stops it."""
+
+    def __init__(self, spec: Spec, process: asyncio.subprocess.Process) -> None:
+        self.spec = spec
+        self._process = process
+
+    @classmethod
+    async def start(cls, spec: Spec) -> Process:
+        """Starts the child and hands it its config; its standard error is ours."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-P",
+            "-m",
+            spec.module,
+            *spec.arguments,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            pass_fds=tuple(spec.descriptors),
+            env=_environment(spec.environment),
+            limit=_LIMIT,
+        )
+        assert process.stdin is not None
+        with contextlib.suppress(ConnectionError):  # it died already: report() says so
+            process.stdin.write(msgspec.json.encode(spec.config) + b"\n")
+            await process.stdin.drain()
+        return cls(spec, process)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    async def report(self) -> Ready:
+        """Its first line. Raises the error it failed with, or EngineDead when it died without a word."""
+        assert self._process.stdout is not None
+        line = await self._process.stdout.readline()
+        if not line:
+            code = await self._process.wait()
+            raise EngineDead(f"the {self.spec.name} process {_ended(code)} while starting; its log is above")
+        report = _REPORT.decode(line)
+        if isinstance(report, Failed):
+            raise revive(report.kind, report.message, None, None)
+        assert isinstance(report, Ready), "a pulse comes after the report"
+        return report
+
+    async def end(self, busy: float) -> End:
+        """Waits for its end, and kills it when it is silent or at one piece of work for more than `busy` seconds."""
+        watch, exited = asyncio.ensure_future(self._stuck(busy)), asyncio.ensure_future(self._process.wait())
+        try:
+            await asyncio.wait((watch, exited), return_when=asyncio.FIRST_COMPLETED)
+            if exited.done():
+                return End(_ended(exited.result()), exited.result() not in OTHERS_DOING)
+            self.kill()
+            await exited
+            return watch.result()
+        finally:
+            watch.cancel()
+            exited.cancel()
+
+    async def _stuck(self, busy: float) -> End:
+        """Waits until it falls silent or gets stuck; for ever when its pulse ends with it.
+
+        Silence is counted in seconds that this process lived through: one that was stopped itself, and goes on, finds
+        the words of the others waiting.
+        """
+        assert self._process.stdout is not None
+        silent = 0
+        line = asyncio.ensure_future(self._process.stdout.readline())
+        try:
+            while silent < SILENT_SECONDS:
+                await asyncio.wait((line,), timeout=1.0)
+                if not line.done():
+                    silent += 1
+                    continue
+                if not line.result():
+                    await asyncio.get_running_loop().create_future()  # it has ended, and that is noticed elsewhere
+                word, silent = _REPORT.decode(line.result()), 0
+                if isinstance(word, Alive) and word.busy > busy:
+                    return End(f"was stuck for {word.busy:.0f} seconds and was killed", own_fault=True)
+                line = asyncio.ensure_future(self._process.stdout.readline())
+        finally:
+            line.cancel()
+        return End(f"gave no sign of life for {SILENT_SECONDS} seconds and was killed", own_fault=False)
+
+    async def exit(self) -> str:
+        """Waits for its end; says how it ended."""
+        return _ended(await self._process.wait())
+
+    async def stop(self, timeout: float) -> None:
+        """Asks it to end (SIGTERM); after `timeout` seconds it is killed."""
+        if self._process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+        try:
+            await asyncio.wait_for(self._process.wait(), timeout)
+        except TimeoutError:
+            self.kill()
+            await self._process.wait()
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+
+def _ended(code: int) -> str:
+    return f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"

@@ -1,0 +1,158 @@
+"""Processes that work together, kept alive: each has a place, and when its process ends the next one takes it.
+
+    place  incarnation 0 --dies--> pause --> incarnation 1 --dies--> longer pause --> ...
+                                                               too often in a row --> hopeless
+
+Knows nothing of what the processes do: how they find one another again is their own affair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from engine.errors import EngineDead, EngineError
+from engine.processes.child import Ready
+from engine.processes.process import Process, Spec
+
+log = logging.getLogger(__name__)
+
+SERVED_SECONDS = 10.0  # who served for so long did not die in a row
+MOST_DEATHS = 16
+MOST_FAILED_STARTS = 3
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
+
+Maker = Callable[[int, bool], Spec]
+"""What the n-th incarnation of a process runs (the first is 0), and whether the last that served ended by itself."""
+
+
+class _Place:
+    """One process of the group: who holds the place now, and how often it changed hands without rest."""
+
+    def __init__(self, make: Maker) -> None:
+        self.make = make
+        self.incarnation = 0
+        self.process: Process | None = None
+        self.deaths = 0
+        self.failed_starts = 0
+        self._since = time.monotonic()
+
+    async def start(self, after_fault: bool = False) -> Process:
+        """The next incarnation begins."""
+        self.process = await Process.start(self.make(self.incarnation, after_fault))
+        self.incarnation += 1
+        return self.process
+
+    def is_ready(self) -> None:
+        """Its process serves from now on."""
+        self.failed_starts, self._since = 0, time.monotonic()
+
+    def has_died(self) -> bool:
+        """Counts a death; whether that was one too many."""
+        if time.monotonic() - self._since > SERVED_SECONDS:
+            self.deaths = 0
+        self.deaths += 1
+        return self.deaths > MOST_DEATHS or self.failed_starts >= MOST_FAILED_STARTS
+
+    @property
+    def pause(self) -> float:
+        """Seconds before the next incarnation."""
+        return min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** (self.deaths - 1))
+
+
+class Supervisor:
+    """A group of processes. `async with` starts them; leaving ends them, last one first.
+
+    In the order given, a later process may depend on an earlier one: so the last is the first to stop. `busy` is for
+    how many seconds one may be at a single piece of work.
+    """
+
+    def __init__(self, makers: Sequence[Maker], grace: float = 15.0, busy: float = 120.0) -> None:
+        self._places = [_Place(make) for make in makers]
+        self._grace = grace
+        self._busy = busy
+
+    async def __aenter__(self) -> Supervisor:
+        try:
+            for place in self._places:
+                await place.start()
+        except BaseException:
+            await self.stop(self._grace)
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop(self._grace)
+
+    async def ready(self) -> dict[str, Ready]:
+        """Everyone's report, by name. Raises the error of one that failed: a first start is not tried again."""
+        waiting = {asyncio.ensure_future(each.report()): each.spec.name for each in self._processes()}
+        try:
+            _, pending = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
+            if pending:  # one failed; another's failure may be the reason, and is then about to arrive
+                await asyncio.wait(waiting, timeout=0.2)
+        finally:
+            for task in waiting:
+                task.cancel()
+        errors = [task.exception() for task in waiting if task.done() and not task.cancelled()]
+        failed = sorted(filter(None, errors), key=lambda error: isinstance(error, EngineDead))
+        if failed:
+            raise failed[0]
+        for place in self._places:
+            place.is_ready()
+        return {name: task.result() for task, name in waiting.items()}
+
+    async def hopeless(self) -> str:
+        """Restarts whoever dies, until one of them dies too often; says which and how."""
+        keepers = [asyncio.ensure_future(self._keep(place)) for place in self._places]
+        try:
+            done, _ = await asyncio.wait(keepers, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for keeper in keepers:
+                keeper.cancel()
+            await asyncio.wait(keepers)
+        return ", ".join(keeper.result() for keeper in done)
+
+    async def stop(self, grace: float) -> None:
+        """Ends all, in order, the last one first; each has `grace` seconds."""
+        for place in reversed(self._places):
+            if place.process is not None:
+                await place.process.stop(grace)
+
+    def kill(self) -> None:
+        """Ends all at once."""
+        for process in self._processes():
+            process.kill()
+
+    def pids(self) -> list[int]:
+        """The process ids of those that hold the places now."""
+        return [process.pid for process in self._processes()]
+
+    def _processes(self) -> list[Process]:
+        return [place.process for place in self._places if place.process is not None]
+
+    async def _keep(self, place: _Place) -> str:
+        process = place.process
+        assert process is not None, "the group was started"
+        served, own_fault = True, False
+        while True:
+            end = await process.end(self._busy)
+            how = f"the {process.spec.name} process {end.words}"
+            if place.has_died():
+                return f"{how}, and that too often in a row"
+            if served:  # else there was nothing that it was asked to do: the one before is still to be told of
+                own_fault = end.own_fault
+            log.warning("%s; the next one starts", how)
+            await asyncio.sleep(place.pause)
+            process, served = await place.start(own_fault), False
+            try:
+                await process.report()
+                place.is_ready()
+                served = True
+                log.warning("the %s process serves again", process.spec.name)
+            except EngineError as error:
+                place.failed_starts += 1
+                log.error("%s", error.message)
+                await process.stop(self._grace)

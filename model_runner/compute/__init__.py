@@ -1,0 +1,1 @@
+"""What computes: attention, small operations, the sampler, and kernels under them."""

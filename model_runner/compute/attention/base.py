@@ -1,0 +1,97 @@
+"""The attention seam: one small base class and a lazy table of names.
+
+Legend: T tokens of the step, N query heads, K key/value heads, D head size, P pages, S page size. The cache of a
+layer is k and v of [P, S, K, D]; page 0 is scratch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from engine.errors import ConfigError
+from model_runner.compute.kernels.cpu.caller import Caller
+from model_runner.step.layout import Layout
+
+BACKENDS = {
+    "torch": "model_runner.compute.attention.torch_backend:TorchAttention",
+    "triton": "model_runner.compute.attention.triton_backend:TritonAttention",
+}
+
+
+class AttentionBackend(Caller, ABC):
+    """Causal attention of a step's chunks over their paged caches."""
+
+    @abstractmethod
+    def plan(self, layout: Layout, into: Any | None = None) -> Any:
+        """The step's metadata, from host arrays, shared by all layers.
+
+        `into`: what `static` returned, for a layout of as many chunks of length 1; filled in place and returned.
+        """
+
+    def static(self, tokens: int) -> Any:
+        """Metadata whose buffers never move, for decode steps of exactly `tokens` chunks of length 1 (CUDA graphs)."""
+        raise NotImplementedError(f"{type(self).__name__} has no static buffers")
+
+    @abstractmethod
+    def attend(
+        self,
+        q_TND: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        k_cache_PSKD: torch.Tensor,
+        v_cache_PSKD: torch.Tensor,
+        meta: Any,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """Stores k and v at the step's slots, then attends: [T, N, D].
+
+        A token at position p of its row sees the row's positions max(0, p - window + 1)..p (window None: 0..p).
+        With a softcap (Gemma 2) a scaled score s becomes softcap * tanh(s / softcap).
+        """
+
+    def slots(self, meta: Any) -> torch.Tensor | None:
+        """[T] int32: where the step's K and V go, for a kernel that puts them there before `attend_stored`.
+
+        None: this backend wants them handed to `attend`.
+        """
+        return None
+
+    def attend_stored(
+        self,
+        q_TND: torch.Tensor,
+        k_cache_PSKD: torch.Tensor,
+        v_cache_PSKD: torch.Tensor,
+        meta: Any,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """`attend` where the step's K and V are at their slots already. Only of backends that tell the slots."""
+        raise NotImplementedError
+
+
+def resolve(name: str, device: torch.device) -> str:
+    """What `auto` means on this device."""
+    if name != "auto":
+        return name
+    return "triton" if device.type == "cuda" else "torch"
+
+
+def create(name: str, device: torch.device) -> AttentionBackend:
+    """The backend called `name`. Raises ConfigError for a name that is not in the table."""
+    if name not in BACKENDS:
+        raise ConfigError(f"--attention-backend {name}: not one of {', '.join(sorted(BACKENDS))}")
+    module, _, attribute = BACKENDS[name].partition(":")
+    try:
+        backend: AttentionBackend = getattr(importlib.import_module(module), attribute)(device)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--attention-backend {name}: {error.name} is not installed here") from error
+    return backend

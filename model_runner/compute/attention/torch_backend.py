@@ -1,0 +1,255 @@
+"""Paged attention in torch, on any device: the reference, and with what is compiled of it the fast path on a CPU.
+
+What is compiled takes a whole step in one call; only longer chunks that slide over a window are not for it. Without it
+chunks of length 1 (decodes) go together, padded to a common length, and longer ones (prefills) one by one. A padded
+place points at the row's own newest token and is masked, so nothing but a row's own pages is ever read for it.
+
+    decode  row a  [k0 k1 k2 k3 k4]        window w: the gather begins at the first position that is seen
+            row b  [k0 k1 k2 k2 k2]  <- masked repeats
+
+Legend: T tokens of the step, C chunks, L gathered positions, n tokens of a chunk, N query heads, K key/value heads,
+D head size, P pages, S page size, M = P S slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model_runner.compute.attention import dense
+from model_runner.compute.attention.base import AttentionBackend
+from model_runner.compute.attention.dense import Scores
+from model_runner.compute.kernels.cpu.functions.attention import fits
+from model_runner.compute.kernels.cpu.functions.program import Function, Kernel
+from model_runner.compute.kernels.cpu.kernels import Kernels
+from model_runner.compute.kernels.cpu.lookup import Found
+from model_runner.config import Arch
+from model_runner.platform.device import dtype_name
+from model_runner.step.layout import Layout
+
+_SHORTEST_BUCKET = 64
+
+
+@dataclass(frozen=True)
+class _Decode:
+    """Some chunks of length 1: their tokens [C], None where the step has no others; the slots they see [C, L], and
+    which of these are real [C, L].
+    """
+
+    tokens_C: torch.Tensor | None
+    slots_CL: torch.Tensor
+    seen_CL: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    """One longer chunk: its tokens, and the slots [L] it sees.
+
+    seen_nL   None where plain causality is enough, and the chunk itself is all it sees
+    """
+
+    begin: int
+    end: int
+    slots_L: torch.Tensor
+    seen_nL: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a step reads, for layers of one window. `compiled`: the part of the compiled function, as that takes it."""
+
+    decodes: list[_Decode]
+    prefills: list[_Prefill]
+    compiled: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Meta:
+    """A step's metadata; plans are made at the first layer of each window size."""
+
+    layout: Layout
+    slots_T: torch.Tensor
+    plans: dict[int | None, _Plan] = field(default_factory=dict)
+
+
+class TorchAttention(AttentionBackend):
+    """Gathers by slot, attends by scaled_dot_product_attention; or lets what is compiled do both."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._found = Found()
+
+    def use(self, kernels: Kernels) -> None:
+        self._found.use(kernels)
+
+    def functions(self, arch: Arch, dtype: torch.dtype) -> list[Function]:
+        serves = arch.attention_cap is None and fits(arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype)
+        return [Function("attend", dtype_name(dtype))] if serves else []
+
+    def plan(self, layout: Layout, into: Any | None = None) -> Meta:
+        """Slots of the step's tokens; `into` is for backends that graphs replay."""
+        assert into is None, "this backend has no static buffers"
+        return Meta(layout, self._tensor(layout.slots()))
+
+    def slots(self, meta: Meta) -> torch.Tensor | None:
+        return meta.slots_T
+
+    def attend(
+        self,
+        q_TND: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        k_cache_PSKD: torch.Tensor,
+        v_cache_PSKD: torch.Tensor,
+        meta: Meta,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        k_cache_PSKD.flatten(0, 1).index_copy_(0, meta.slots_T, k_TKD)
+        v_cache_PSKD.flatten(0, 1).index_copy_(0, meta.slots_T, v_TKD)
+        return self.attend_stored(q_TND, k_cache_PSKD, v_cache_PSKD, meta, scale=scale, window=window, softcap=softcap)
+
+    def attend_stored(
+        self,
+        q_TND: torch.Tensor,
+        k_cache_PSKD: torch.Tensor,
+        v_cache_PSKD: torch.Tensor,
+        meta: Meta,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        caches = k_cache_PSKD.flatten(0, 1), v_cache_PSKD.flatten(0, 1)
+        scores = Scores(scale, softcap)
+        kernel = self._kernel(q_TND, k_cache_PSKD, scores)
+        if window not in meta.plans:
+            meta.plans[window] = self._plan(meta.layout, window, compiled=kernel is not None)
+        plan = meta.plans[window]
+        if len(plan.decodes) == 1 and plan.decodes[0].tokens_C is None:
+            return self._decode(q_TND, *caches, plan.decodes[0], scores)
+        out_TND = torch.empty_like(q_TND, memory_format=torch.contiguous_format)
+        if plan.compiled is not None:
+            assert kernel is not None
+            heads = q_TND.shape[1], *k_cache_PSKD.shape[2:]
+            kernel(q_TND.contiguous(), *caches, out_TND, plan.compiled, *heads, scale)
+        for decode in plan.decodes:
+            out_TND[decode.tokens_C] = self._decode(q_TND[decode.tokens_C], *caches, decode, scores)
+        for prefill in plan.prefills:
+            here = slice(prefill.begin, prefill.end)
+            out_TND[here] = self._prefill(q_TND[here], *caches, prefill, scores)
+        return out_TND
+
+    def _decode(
+        self, q_CND: torch.Tensor, k_MKD: torch.Tensor, v_MKD: torch.Tensor, decode: _Decode, scores: Scores
+    ) -> torch.Tensor:
+        k = self._gather("k", k_MKD, decode.slots_CL)
+        v = self._gather("v", v_MKD, decode.slots_CL)
+        return dense.decode(q_CND, k, v, decode.seen_CL, scores)
+
+    def _prefill(
+        self, q_nND: torch.Tensor, k_MKD: torch.Tensor, v_MKD: torch.Tensor, prefill: _Prefill, scores: Scores
+    ) -> torch.Tensor:
+        k, v = (cache.index_select(0, prefill.slots_L) for cache in (k_MKD, v_MKD))
+        return dense.prefill(q_nND, k, v, prefill.seen_nL, scores)
+
+    def _kernel(self, q_TND: torch.Tensor, k_cache_PSKD: torch.Tensor, scores: Scores) -> Kernel | None:
+        """What computes a step at once, where it is compiled and can."""
+        sizes = q_TND.shape[1], k_cache_PSKD.shape[2], q_TND.shape[2]
+        if scores.softcap is not None or q_TND.dtype is not k_cache_PSKD.dtype or not fits(*sizes, q_TND.dtype):
+            return None
+        return self._found.get("attend", q_TND.dtype)
+
+    def _plan(self, layout: Layout, window: int | None, *, compiled: bool) -> _Plan:
+        offsets, single = layout.offsets(), layout.lengths_C == 1
+        rest = np.full(layout.chunks, not compiled)
+        if compiled and window is not None:
+            rest = ~single & (layout.starts_C + layout.lengths_C > window)  # tokens of a chunk begin at the same slot
+        rows = None if rest.all() else self._plan_rows(layout, np.flatnonzero(~rest), offsets, window)
+        prefills = np.flatnonzero(rest & ~single).tolist()
+        return _Plan(
+            [self._plan_decode(layout, chunks, offsets, window) for chunks in _buckets(layout, rest & single, window)],
+            [self._plan_prefill(layout, chunk, offsets, window) for chunk in prefills],
+            rows,
+        )
+
+    def _plan_rows(self, layout: Layout, chunks_C: Any, offsets: Any, window: int | None) -> torch.Tensor:
+        """The number of rows, their first tokens, how many each has, where each one's slots end, and the slots, row
+        after row. A chunk of more than one token sees all that is before it.
+        """
+        lengths_C = layout.lengths_C[chunks_C].astype(np.int64)
+        stops_C = layout.starts_C[chunks_C].astype(np.int64) + lengths_C
+        seen_C = stops_C if window is None else np.minimum(stops_C, window)
+        ends_C = seen_C.cumsum()
+        positions = np.arange(ends_C[-1]) + np.repeat(stops_C - ends_C, seen_C)
+        slots = _slots(layout, np.repeat(layout.rows_C[chunks_C], seen_C), positions)
+        parts = [[len(chunks_C)], offsets[chunks_C], lengths_C, ends_C, slots]
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+    def _plan_decode(self, layout: Layout, chunks_C: Any, offsets: Any, window: int | None) -> _Decode:
+        last_C = layout.starts_C[chunks_C].astype(np.int64)
+        first_C = np.zeros_like(last_C) if window is None else np.maximum(last_C - window + 1, 0)
+        longest = int((last_C - first_C).max()) + 1
+        positions_CL = first_C[:, None] + np.arange(longest)
+        seen_CL = positions_CL <= last_C[:, None]
+        positions_CL = np.minimum(positions_CL, last_C[:, None])
+        slots_CL = _slots(layout, layout.rows_C[chunks_C][:, None], positions_CL)
+        return _Decode(
+            None if len(chunks_C) == layout.chunks else self._tensor(offsets[chunks_C].astype(np.int64)),
+            self._tensor(slots_CL),
+            self._tensor(seen_CL),
+        )
+
+    def _plan_prefill(self, layout: Layout, chunk: int, offsets: Any, window: int | None) -> _Prefill:
+        start, length = int(layout.starts_C[chunk]), int(layout.lengths_C[chunk])
+        begin, stop = int(offsets[chunk]), start + length
+        first = 0 if window is None else max(0, start - window + 1)
+        keys_L, queries_n = np.arange(first, stop), np.arange(start, stop)[:, None]
+        seen_nL = None
+        if start or (window is not None and window < stop):
+            seen_nL = keys_L <= queries_n
+            if window is not None:
+                seen_nL &= keys_L > queries_n - window
+        slots_L = self._tensor(_slots(layout, layout.rows_C[chunk], keys_L))
+        return _Prefill(begin, begin + length, slots_L, None if seen_nL is None else self._tensor(seen_nL))
+
+    def _gather(self, name: str, cache: torch.Tensor, slots_CL: torch.Tensor) -> torch.Tensor:
+        """[C, K, L, D] of the flat cache [P * S, K, D], in a buffer that lives until the next gather of this name.
+
+        Fresh memory for every layer would cost a CPU four times the copy itself, in page faults.
+        """
+        size = slots_CL.numel() * cache[0].numel()
+        buffer = self._buffers.get((name, cache.dtype))
+        if buffer is None or buffer.numel() < size:
+            buffer = torch.empty(size + size // 4, dtype=cache.dtype, device=cache.device)
+            self._buffers[name, cache.dtype] = buffer
+        gathered = buffer[:size].view(slots_CL.numel(), *cache.shape[1:])
+        torch.index_select(cache, 0, slots_CL.flatten(), out=gathered)
+        return gathered.view(*slots_CL.shape, *cache.shape[1:]).transpose(1, 2)
+
+    def _tensor(self, host: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(host).to(self._device, non_blocking=True)
+
+
+def _buckets(layout: Layout, which_C: NDArray[np.bool_], window: int | None) -> list[NDArray[np.intp]]:
+    """Rows whose lengths round up to one power of two share a gather: at most half of it is padding."""
+    buckets: dict[int, list[int]] = {}
+    for chunk in np.flatnonzero(which_C).tolist():
+        seen = int(layout.starts_C[chunk]) + 1
+        length = seen if window is None else min(seen, window)
+        buckets.setdefault(max(_SHORTEST_BUCKET, 1 << (length - 1).bit_length()), []).append(chunk)
+    return [np.array(chunks) for _, chunks in sorted(buckets.items())]
+
+
+def _slots(layout: Layout, rows: Any, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where these positions of these rows live in the flat cache."""
+    pages: NDArray[np.int64] = layout.tables[rows, positions // layout.page_size].astype(np.int64)
+    slots: NDArray[np.int64] = pages * layout.page_size + positions % layout.page_size
+    return slots

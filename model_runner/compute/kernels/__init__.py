@@ -1,0 +1,1 @@
+"""Kernels for triton (CUDA) and for a CPU (C++)."""

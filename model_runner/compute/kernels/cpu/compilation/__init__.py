@@ -1,0 +1,1 @@
+"""Building the C++ functions in a niced child: `python -P -m model_runner.compute.kernels.cpu.compilation`."""

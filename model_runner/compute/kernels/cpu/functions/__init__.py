@@ -1,0 +1,1 @@
+"""The functions in C++, each beside the torch reference that it must equal."""

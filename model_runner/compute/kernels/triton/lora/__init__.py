@@ -1,0 +1,1 @@
+"""The LoRA kernels: shrink and expand, their tiling and the segments they read."""

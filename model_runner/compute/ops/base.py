@@ -1,0 +1,94 @@
+"""The seam of small operations: what layers do between matmuls, one call each, and a lazy table of backends.
+
+`kind` of a norm: plain = weight * cast(x / rms), wide = cast(weight * x / rms), gemma = cast((1 + weight) * x / rms).
+Its weight may be a table with a row for each lane; then `lanes_T` says which row is a token's.
+
+Legend: T tokens, L lanes, H hidden size, I inner size, N query heads, K key/value heads, J = N + 2 K, D head size,
+E elements of a head that are turned, P pages, S page size.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple
+
+import torch
+
+from model_runner.compute.kernels.cpu.caller import Caller
+
+BACKENDS = {
+    "compiled": "model_runner.compute.ops.cpu_ops:CompiledOps",
+    "triton": "model_runner.compute.ops.triton_ops:TritonOps",
+}
+
+NormKind = Literal["plain", "wide", "gemma"]
+
+
+class HeadNorms(NamedTuple):
+    """The norms of q and k over each head: weights [D], or tables [L, D] for the lanes of the tokens."""
+
+    q_weight_D: torch.Tensor
+    k_weight_D: torch.Tensor
+    eps: float
+    kind: NormKind = "plain"
+    lanes_T: torch.Tensor | None = None
+
+
+class Ops(Caller, ABC):
+    """Tensors in, fresh tensors out (and the caches, where a call says so)."""
+
+    @abstractmethod
+    def norm(
+        self,
+        x: torch.Tensor,
+        weight_H: torch.Tensor,
+        eps: float,
+        kind: NormKind = "plain",
+        lanes_T: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """RMSNorm over the last dimension of [T, H] or [T, N, H]. The weight is [H], or [L, H] with lanes."""
+
+    @abstractmethod
+    def add_norm(
+        self,
+        x_TH: torch.Tensor,
+        residual_TH: torch.Tensor,
+        weight_H: torch.Tensor,
+        eps: float,
+        kind: NormKind = "plain",
+        lanes_T: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the norm of residual + x, residual + x)."""
+
+    @abstractmethod
+    def silu_mul(self, gate_up_TJ: torch.Tensor) -> torch.Tensor:
+        """[T, I] from [T, 2 I]: silu(gate) * up."""
+
+    @abstractmethod
+    def gelu_tanh_mul(self, gate_up_TJ: torch.Tensor) -> torch.Tensor:
+        """[T, I] from [T, 2 I]: gelu(gate) * up, gelu in its tanh form."""
+
+    @abstractmethod
+    def rope(self, x_TND: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor) -> torch.Tensor:
+        """[T, N, D]: element i < E/2 of each head turned with i + E/2; cos and sin are [T, 1, E/2]."""
+
+    @abstractmethod
+    def rope_and_store(
+        self,
+        qkv_TJD: torch.Tensor,
+        cos_T1E: torch.Tensor,
+        sin_T1E: torch.Tensor,
+        k_cache_PSKD: torch.Tensor,
+        v_cache_PSKD: torch.Tensor,
+        slots_T: torch.Tensor,
+        norms: HeadNorms | None = None,
+    ) -> torch.Tensor:
+        """q [T, N, D], normed and turned; k (normed and turned) and v go to their slots of the caches."""
+
+
+def create(device: torch.device) -> Ops:
+    """Kernels on CUDA, torch and what is compiled of it elsewhere."""
+    module, _, attribute = BACKENDS["triton" if device.type == "cuda" else "compiled"].partition(":")
+    ops: Ops = getattr(importlib.import_module(module), attribute)()
+    return ops

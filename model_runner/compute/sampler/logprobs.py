@@ -1,0 +1,49 @@
+"""Log-probabilities of tokens and of the best alternatives: raw log-softmax of the model's logits, natural logarithm.
+
+They are made on the device and become messages on the host later. Legend: S positions, V vocabulary, K alternatives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.messages import LogprobIds
+from model_runner.platform.device import download
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """S positions' log-probabilities, on the device: the chosen token's [S], and the K best [S, K]."""
+
+    tokens_S: torch.Tensor
+    chosen_S: torch.Tensor
+    top_ids_SK: torch.Tensor
+    top_SK: torch.Tensor
+
+    def on_host(self) -> Logprobs:
+        """The same on its way to the host."""
+        parts = (self.tokens_S, self.chosen_S, self.top_ids_SK, self.top_SK)
+        return Logprobs(*(download(part) for part in parts))
+
+    def messages(self, widths: list[int]) -> list[LogprobIds]:
+        """One message a position, with the first `widths[i]` alternatives; waits for what is still on a device."""
+        tokens, chosen = self.tokens_S.tolist(), self.chosen_S.tolist()
+        ids, values = self.top_ids_SK.tolist(), self.top_SK.tolist()
+        return [
+            LogprobIds(token, value, _ordered(row_ids, row_values)[:width])
+            for token, value, row_ids, row_values, width in zip(tokens, chosen, ids, values, widths, strict=True)
+        ]
+
+
+def _ordered(ids: list[int], values: list[float]) -> list[tuple[int, float]]:
+    return sorted(zip(ids, values, strict=True), key=lambda pair: (-pair[1], pair[0]))
+
+
+def gather(logits_SV: torch.Tensor, tokens_S: torch.Tensor, top: int) -> Logprobs:
+    """The log-probabilities of `tokens_S` and of the `top` best (at most V) under `logits_SV`."""
+    logprobs_SV = torch.log_softmax(logits_SV.float(), dim=-1)
+    best = logprobs_SV.topk(min(top, logits_SV.shape[1]), dim=-1)
+    chosen_S = logprobs_SV.gather(1, tokens_S[:, None])[:, 0]
+    return Logprobs(tokens_S, chosen_S, best.indices, best.values)

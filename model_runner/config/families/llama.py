@@ -1,0 +1,63 @@
+"""Llama 2 and 3.x, what is built like them (SmolLM 1 and 2), and Granite and SmolLM3, which differ in a few numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from model_runner.config.config_json import ConfigJson
+from model_runner.config.fields import Windows, activation, plain, typed_windows
+from model_runner.config.model_config import Arch
+
+
+def llama(config: ConfigJson) -> Arch:
+    """LlamaForCausalLM."""
+    config.seen.add("sliding_window")  # exports of other families carry it, and a Llama never slides
+    return _biased(config, plain(config, "llama", max_length=2048))
+
+
+def granite(config: ConfigJson) -> Arch:
+    """GraniteForCausalLM: a Llama with four multipliers."""
+    return replace(
+        _biased(config, plain(config, "granite", max_length=2048)),
+        scale=config.number("attention_multiplier", 1.0),
+        embed_scale=config.number("embedding_multiplier", 1.0),
+        residual_scale=config.number("residual_multiplier", 1.0),
+        logit_scale=1.0 / config.number("logits_scaling", 1.0),
+        model="model_runner.model.families.granite:Granite",
+    )
+
+
+def smollm3(config: ConfigJson) -> Arch:
+    """SmolLM3ForCausalLM: every fourth layer leaves positions alone."""
+    arch = plain(config, "smollm3", max_length=32768, kv_heads=4, tie=True, theta=2000000.0)
+    turns = _turns(config, arch.num_layers)
+    return replace(
+        _biased(config, arch),
+        ropes=tuple(rope if turn else None for rope, turn in zip(arch.ropes, turns, strict=True)),
+        windows=_smollm3_windows(config, turns),
+    )
+
+
+def _biased(config: ConfigJson, arch: Arch) -> Arch:
+    activation(config, "hidden_act", "silu", "silu")
+    attention = config.flag("attention_bias", False)
+    return replace(arch, qkv_bias=attention, o_bias=attention, mlp_bias=config.flag("mlp_bias", False))
+
+
+def _turns(config: ConfigJson, layers: int) -> list[bool]:
+    """Per layer: whether positions turn it."""
+    interval = config.integer("no_rope_layer_interval", 4)
+    given = config.integers("no_rope_layers")
+    if not given:
+        return [(layer + 1) % interval != 0 for layer in range(layers)]
+    if len(given) < layers or not set(given) <= {0, 1}:
+        raise config.wrong("no_rope_layers", f"must hold 0 or 1 for each of {layers} layers")
+    return [turn == 1 for turn in given[:layers]]
+
+
+def _smollm3_windows(config: ConfigJson, turns: list[bool]) -> Windows:
+    window = config.integer("sliding_window", 0, least=0) or None
+    window = window if config.flag("use_sliding_window", False) else None
+    slides = [window is not None and not turn for turn in turns]
+    kinds = ["sliding_attention" if slide else "full_attention" for slide in slides]
+    return typed_windows(config, config.texts("layer_types") or kinds, len(turns), window)

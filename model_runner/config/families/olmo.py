@@ -1,0 +1,23 @@
+"""OLMo 2: norms after attention and MLP, and q and k normed over all heads at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from model_runner.config.config_json import ConfigJson
+from model_runner.config.fields import activation, plain
+from model_runner.config.model_config import Arch
+
+
+def olmo2(config: ConfigJson) -> Arch:
+    """Olmo2ForCausalLM."""
+    activation(config, "hidden_act", "silu", "silu")
+    bias = config.flag("attention_bias", False)
+    return replace(
+        plain(config, "olmo2", max_length=2048, eps=1e-5),
+        qkv_bias=bias,
+        o_bias=bias,
+        norm="wide",
+        qk_norm=True,
+        model="model_runner.model.families.olmo:Olmo2",
+    )

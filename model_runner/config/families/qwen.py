@@ -1,0 +1,69 @@
+"""Qwen2, Qwen2.5 and Qwen3, dense and with experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from model_runner.config.config_json import ConfigJson
+from model_runner.config.fields import Windows, activation, plain, typed_windows
+from model_runner.config.model_config import Arch, Experts
+
+
+def qwen2(config: ConfigJson) -> Arch:
+    """Qwen2ForCausalLM."""
+    activation(config, "hidden_act", "silu", "silu")
+    arch = plain(config, "qwen2", max_length=32768, kv_heads=32)
+    return replace(arch, qkv_bias=True, windows=_windows(config, arch.num_layers))
+
+
+def qwen3(config: ConfigJson) -> Arch:
+    """Qwen3ForCausalLM: q and k are normed."""
+    arch = _normed(config, plain(config, "qwen3", max_length=32768, kv_heads=32, head_dim=128))
+    return replace(arch, windows=_windows(config, arch.num_layers))
+
+
+def qwen3_moe(config: ConfigJson) -> Arch:
+    """Qwen3MoeForCausalLM: every `decoder_sparse_step`-th layer has experts, but for `mlp_only_layers`."""
+    arch = _normed(config, plain(config, "qwen3_moe", max_length=32768, kv_heads=4))
+    window = config.integer("sliding_window", 4096) if config.flag("use_sliding_window", False) else None
+    return replace(
+        arch,
+        windows=(window,) * arch.num_layers,
+        experts=_experts(config, arch.num_layers),
+        model="model_runner.model.families.moe:Moe",
+    )
+
+
+def _normed(config: ConfigJson, arch: Arch) -> Arch:
+    activation(config, "hidden_act", "silu", "silu")
+    bias = config.flag("attention_bias", False)
+    return replace(arch, qk_norm=True, qkv_bias=bias, o_bias=bias)
+
+
+def _experts(config: ConfigJson, layers: int) -> Experts:
+    step, dense = config.integer("decoder_sparse_step", 1), config.integers("mlp_only_layers")
+    key = "num_local_experts" if "num_local_experts" in config else "num_experts"
+    count, chosen = config.integer(key, 128), config.integer("num_experts_per_tok", 8)
+    if chosen > count:
+        raise config.wrong("num_experts_per_tok", f"there are {count} experts")
+    return Experts(
+        layers=tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers)),
+        count=count,
+        per_token=chosen,
+        width=config.integer("moe_intermediate_size", 768),
+        renormalize=config.flag("norm_topk_prob", False),
+        block="mlp",
+        names=("gate_proj", "up_proj", "down_proj"),
+    )
+
+
+def _windows(config: ConfigJson, layers: int) -> Windows:
+    """`layer_types` says which layers slide; without it those from `max_window_layers` on, if sliding is used."""
+    null = "sliding_window" in config and config.fields["sliding_window"] is None
+    sliding = config.flag("use_sliding_window", False) and not null
+    window = config.integer("sliding_window", 4096) if sliding else None
+    kinds = config.texts("layer_types")
+    if kinds:
+        return typed_windows(config, kinds, layers, window)
+    first = config.integer("max_window_layers", 28, least=0)
+    return tuple(window if layer >= first else None for layer in range(layers))

@@ -1,0 +1,92 @@
+"""One decoder-only model as numbers. Knows nothing of files and weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from model_runner.config.rope import Rope
+
+DECODER = "model_runner.model.families.decoder:Decoder"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the MLP.
+
+    layers       per layer: whether it is one; the others have an MLP
+    count        experts of a layer, of which a token asks `per_token`
+    width        intermediate size of one
+    renormalize  whether the chosen experts' weights sum to one
+    block        their module in the checkpoint, below the layer: "mlp"
+    names        gate, up and down of one expert in the checkpoint
+    """
+
+    layers: tuple[bool, ...]
+    count: int
+    per_token: int
+    width: int
+    renormalize: bool
+    block: str
+    names: tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One decoder-only model.
+
+    windows         per layer: how many positions a token sees, itself included; None = all before it
+    ropes           per layer: how positions turn q and k; None = not at all
+    max_length      positions the model was made for, with its rope scaling
+    dtype           of the weights in the checkpoint (what `--dtype auto` means)
+    scale           of q k^T before the softmax, and what caps it (attention_cap)
+    norm            which RMSNorm: plain, wide, or gemma (ops/base.py)
+    qk_norm         whether q and k are normed before they are turned
+    activation      of the MLP's gate: silu or gelu_tanh
+    fused           whether the checkpoint holds qkv_proj and gate_up_proj instead of their parts
+    embed_scale     factor on embeddings; residual_scale on what a layer adds; logit_scale and logit_cap on logits
+    model           the class that computes it, "module:name"
+    """
+
+    family: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_length: int
+    tie_embeddings: bool
+    windows: tuple[int | None, ...]
+    ropes: tuple[Rope | None, ...]
+    norm_eps: float
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    dtype: torch.dtype
+    scale: float
+    attention_cap: float | None = None
+    norm: Literal["plain", "wide", "gemma"] = "plain"
+    qk_norm: bool = False
+    activation: str = "silu"
+    fused: bool = False
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
+    experts: Experts | None = None
+    model: str = DECODER
+
+    @property
+    def widest(self) -> int:
+        """Activations of a token between an MLP's linears, for sizing memory: a token goes through several experts."""
+        if self.experts is None:
+            return self.intermediate_size
+        return max(self.intermediate_size, self.experts.per_token * (self.experts.width + self.hidden_size))
+
+    def serving(self, length: int) -> Arch:
+        """For a server whose longest request is `length` tokens; some ropes depend on it."""
+        return replace(self, ropes=tuple(None if rope is None else rope.serving(length) for rope in self.ropes))

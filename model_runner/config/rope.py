@@ -1,0 +1,202 @@
+"""Rotary frequencies: how a config.json says them (old and new keys) and what they are, as transformers computes them.
+
+Knows nothing of layers. Sources: RoFormer (2104.09864), YaRN (2309.00071), LongRoPE (2402.13753), the Llama 3.1 model
+card; position interpolation (2306.15595) for `linear`. `dynamic` leaves the frequencies as they are up to
+max_position_embeddings, which is as far as we serve it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from model_runner.config.config_json import ConfigJson
+
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+KEYS = {
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"),
+    *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    *("attention_factor", "short_factor", "long_factor", "finetuned"),
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A rope type and its numbers; those of other types keep their defaults.
+
+    share       the part of a head's dimensions that is turned
+    original    positions of the pretraining (llama3, yarn, longrope)
+    attention   factor on cos and sin (yarn, longrope)
+    stretch     divisor of each frequency (longrope)
+    short       the divisors for a model that serves no more than `original` positions (longrope)
+    """
+
+    kind: str = "default"
+    theta: float = 10000.0
+    share: float = 1.0
+    factor: float = 1.0
+    original: int = 0
+    low_freq: float = 1.0
+    high_freq: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention: float = 1.0
+    truncate: bool = True
+    stretch: tuple[float, ...] = ()
+    short: tuple[float, ...] = ()
+
+    def turned(self, head_dim: int) -> int:
+        """How many dimensions of a head are turned."""
+        return int(head_dim * self.share)
+
+    def serving(self, length: int) -> Rope:
+        """For a server whose longest request is `length`: longrope's short factors where they do.
+
+        One set of factors serves all requests: what is in the KV cache was turned by it.
+        """
+        return replace(self, stretch=self.short) if self.kind == "longrope" and length <= self.original else self
+
+
+def read_rope(
+    config: ConfigJson,
+    positions: int,
+    *,
+    theta: float = 10000.0,
+    partial: bool = False,
+    original: int | None = None,
+    aliases: Mapping[str, str] | None = None,
+) -> Rope:
+    """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before). Raises ConfigError.
+
+    `theta`, `original` and `aliases` of rope types are the family's; `partial`: it may turn a part of a head.
+    """
+    key = "rope_scaling" if config.fields.get("rope_scaling") else "rope_parameters"
+    given = config.inner(key)
+    if any(isinstance(value, dict) for value in given.fields.values()):
+        raise config.wrong(key, "rotary embeddings that differ between layer types are not served for this family")
+    share = given.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    if share > 1 or (share != 1 and not partial):
+        raise config.wrong(key, f"partial_rotary_factor={share} is not served for this family")
+    if original is None and config.fields.get("original_max_position_embeddings") is not None:
+        original = config.integer("original_max_position_embeddings")
+    rope = parse_rope(given, positions, theta=config.number("rope_theta", theta), original=original, aliases=aliases)
+    return replace(rope, share=share)
+
+
+def parse_rope(
+    given: ConfigJson,
+    positions: int,
+    *,
+    theta: float,
+    original: int | None = None,
+    aliases: Mapping[str, str] | None = None,
+) -> Rope:
+    """One rope from its JSON object; what it does not say is the arguments'. Raises ConfigError."""
+    named = given.text("rope_type", given.text("type", "default"))
+    kind = (aliases or {}).get(named, named)
+    if kind not in KINDS:
+        raise given.wrong("rope_type", f"rope type {kind} is not served. Served are: {', '.join(KINDS)}")
+    foreign = sorted(key for key, value in given.fields.items() if key not in KEYS and value is not None)
+    if foreign:
+        raise given.wrong(foreign[0], "not a known rope parameter")
+    rope = Rope(theta=given.number("rope_theta", theta))
+    if kind == "default":
+        return rope
+    if kind in ("linear", "dynamic"):
+        return replace(rope, kind=kind, factor=given.number("factor"))
+    length = original or given.integer("original_max_position_embeddings", positions)
+    read = {"llama3": _read_llama3, "yarn": _read_yarn, "longrope": _read_longrope}[kind]
+    return read(given, replace(rope, kind=kind, original=length), positions)
+
+
+def _read_llama3(given: ConfigJson, rope: Rope, positions: int) -> Rope:
+    low, high = given.number("low_freq_factor"), given.number("high_freq_factor")
+    if low == high:
+        raise given.wrong("low_freq_factor", "low_freq_factor and high_freq_factor must differ")
+    return replace(rope, factor=given.number("factor"), low_freq=low, high_freq=high)
+
+
+def _read_yarn(given: ConfigJson, rope: Rope, positions: int) -> Rope:
+    factor = given.number("factor", positions / rope.original)
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    attention = mscale(1.0)
+    if given.fields.get("mscale") and given.fields.get("mscale_all_dim"):
+        attention = mscale(given.number("mscale")) / mscale(given.number("mscale_all_dim"))
+    return replace(
+        rope,
+        factor=factor,
+        beta_fast=given.number("beta_fast", 32.0),
+        beta_slow=given.number("beta_slow", 1.0),
+        attention=given.number("attention_factor", attention),
+        truncate=given.flag("truncate", True),
+    )
+
+
+def _read_longrope(given: ConfigJson, rope: Rope, positions: int) -> Rope:
+    if rope.original < 2:
+        raise given.wrong("original_max_position_embeddings", "must be at least 2")
+    factor = given.number("factor", positions / rope.original)
+    attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(rope.original))
+    short, long = given.numbers("short_factor"), given.numbers("long_factor")
+    for key, divisors in (("short_factor", short), ("long_factor", long)):
+        if len(divisors) != len(short) or min(divisors, default=0) <= 0:
+            raise given.wrong(key, "must hold one positive number for each pair of dimensions that is turned")
+    return replace(rope, attention=given.number("attention_factor", attention), stretch=long, short=short)
+
+
+def rope_reach(rope: Rope, positions: int) -> int:
+    """How far the model goes: yarn reaches factor times its original length, even if the config was left as it was."""
+    return max(positions, int(rope.original * rope.factor)) if rope.kind == "yarn" else positions
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
+    """[turned / 2] float32, on the host: the angle per position of each pair of the dimensions that are turned."""
+    size = rope.turned(head_dim)
+    powers = rope.theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    if rope.kind == "longrope":
+        return 1.0 / (torch.tensor(rope.stretch) * powers)
+    frequencies = 1.0 / powers
+    if rope.kind == "linear":
+        return frequencies / rope.factor
+    if rope.kind == "llama3":
+        return _llama3(frequencies, rope)
+    if rope.kind == "yarn":
+        return _yarn(rope, size)
+    return frequencies
+
+
+def _llama3(frequencies: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """Short waves stay, long ones are stretched by the factor, those between are blended.
+
+    wavelength   0 ...... original/high ...... original/low ......
+    frequency    as it is |      blend        | divided by factor
+    """
+    wavelength = 2 * math.pi / frequencies
+    stretched = torch.where(wavelength > rope.original / rope.low_freq, frequencies / rope.factor, frequencies)
+    smooth = (rope.original / wavelength - rope.low_freq) / (rope.high_freq - rope.low_freq)
+    blend = (1 - smooth) * stretched / rope.factor + smooth * stretched
+    between = (wavelength >= rope.original / rope.high_freq) & (wavelength <= rope.original / rope.low_freq)
+    return torch.where(between, blend, stretched)
+
+
+def _yarn(rope: Rope, dim: int) -> torch.Tensor:
+    """A ramp over the dimensions from the frequencies as they are to those divided by the factor."""
+
+    def dimension(rotations: float) -> float:
+        return dim * math.log(rope.original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001  # a ramp needs a width
+    powers = rope.theta ** (torch.arange(0, dim, 2).float() / dim)
+    keep = 1 - torch.clamp((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
+    return 1.0 / (rope.factor * powers) * (1 - keep) + 1.0 / powers * keep

@@ -1,0 +1,162 @@
+"""`python -m model_runner.inspect PATH --model-path BASE`: what an adapter holds, and why it would be refused, if so.
+
+Reads the adapter as a loader would, and of the base model config.json and the weights that a DoRA or a trained bias is
+measured by: nothing is started.
+Exit status 0: it would be served; 1: it would not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import msgspec
+import torch
+
+from engine.errors import AdapterError, EngineError
+from engine.hub import local_directory
+from model_runner.config import read_arch
+from model_runner.lora.catalogue import Catalogue, leaf
+from model_runner.lora.normal_form import MAX_RANK
+from model_runner.lora.peft.survey import Survey
+from model_runner.lora.pool.pages import page_bytes
+from model_runner.lora.site import Site
+from model_runner.lora.transfer.reader import Limits, Reader
+from model_runner.lora.transfer.shm_adapter import arrange
+from model_runner.model.layers.weights import Weights
+from model_runner.model.load import build_decoder
+from model_runner.platform.device import DTYPES, resolve_device, resolve_dtype
+from model_runner.platform.shard import Shard
+
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+"""By which an adapter reads and writes text in its own way."""
+
+
+class Group(msgspec.Struct, frozen=True):
+    """The rank pages of one group of sites: how many, and their bytes on the device."""
+
+    pages: int
+    bytes: int
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """What is known of an adapter. `refused` says why it would not be served; None: it would be."""
+
+    path: str
+    format: str = ""
+    keys: str = ""
+    ranks: dict[str, list[int]] = {}
+    lora_rank: int = 0
+    invocation: list[int] = []
+    vocab_size: int = 0
+    brings: list[str] = []
+    tensors: int = 0
+    file_bytes: int = 0
+    host_bytes: int = 0
+    groups: dict[str, Group] = {}
+    dtype: str = ""
+    cast_from: list[str] = []
+    revision: str = ""
+    refused: str | None = None
+
+
+def sites_of(model: Path, dtype: str) -> tuple[list[Site], torch.dtype]:
+    """The sites of a model directory without its weights, and what `--dtype` means for it. Raises ConfigError."""
+    arch = read_arch(model)
+    resolved = resolve_dtype(dtype, arch.dtype, resolve_device("auto"))
+    return build_decoder(arch, Weights(torch.device("meta"), resolved, Shard())).sites, resolved
+
+
+def examine(root: Path, sites: list[Site], dtype: torch.dtype, limits: Limits, model: Path | None = None) -> Report:
+    """Everything that can be said of the adapter in `root`; values are read and checked too, against `model`'s."""
+    report = Report(path=str(root), dtype=str(dtype).removeprefix("torch."))
+    reader = Reader(Catalogue(sites), dtype, Limits(), model)
+    try:
+        survey = reader.survey(root)
+        report.brings = [name for name in TEXT_FILES if (root / name).is_file()]
+        _describe(report, survey, page_bytes(sites, dtype, max(0, survey.added_tokens)), dtype)
+        limits.check(survey)
+        parcel = reader.read(root)
+        label, _ = parcel.open(reader.catalogue, dtype)
+        report.revision = label.revision
+    except AdapterError as error:
+        report.refused = error.message
+    except OSError as error:
+        report.refused = str(error)
+    return report
+
+
+def _describe(report: Report, survey: Survey, page: dict[str, int], dtype: torch.dtype) -> None:
+    ranks: dict[str, set[int]] = {}
+    for landing in survey.landings:
+        ranks.setdefault(leaf(landing.name), set()).add(landing.rank)
+    report.format = survey.format
+    report.keys = survey.dialect
+    report.ranks = {module: sorted(found) for module, found in sorted(ranks.items())}
+    report.lora_rank = survey.rank
+    report.invocation = survey.invocation
+    report.vocab_size = survey.vocab_size
+    report.tensors = survey.tensors
+    report.file_bytes = survey.data_bytes
+    report.host_bytes = arrange(survey.landings, dtype)[1]
+    pages = survey.footprint.pages
+    report.groups = {group: Group(count, count * page[group]) for group, count in pages.items()}
+    report.cast_from = survey.cast_from(dtype)
+
+
+def show(report: Report) -> str:
+    """The report for people."""
+    lines = [("adapter", report.path)]
+    if report.format:
+        ranks = [f"{module} {', '.join(map(str, found))}" for module, found in report.ranks.items()]
+        groups = [f"{group} {held.pages} ({held.bytes / 1e6:.1f} MB)" for group, held in report.groups.items()]
+        lines += [
+            ("format", f"{report.format}, keys {report.keys}"),
+            ("tensors", f"{report.tensors}, {report.file_bytes / 1e6:.1f} MB in the files"),
+            ("rank", f"{report.lora_rank} ({'; '.join(ranks)})"),
+            ("on the host", f"{report.host_bytes / 1e6:.1f} MB in {report.dtype}"),
+            ("rank pages", f"{'; '.join(groups)}"),
+            ("acts", f"from tokens {report.invocation} on" if report.invocation else "from the first token on"),
+            ("vocabulary", f"{report.vocab_size} tokens of its own" if report.vocab_size else "the model's"),
+            ("text", ", ".join(report.brings) or "as the model's"),
+            ("cast from", ", ".join(report.cast_from) or "nothing is cast"),
+            ("revision", report.revision or "unknown"),
+        ]
+    lines.append(("refused", report.refused) if report.refused else ("served", "yes"))
+    return "\n".join(f"{title:<12} {text}" for title, text in lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the report; the exit status."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(1)
+    try:
+        root = local_directory(options.path, "adapter")
+        model = local_directory(options.model_path, "model")
+        sites, dtype = sites_of(model, options.dtype)
+    except EngineError as error:
+        print(error.message, file=sys.stderr)
+        return 1
+    limits = Limits(options.max_lora_rank, options.lora_target_modules, extra_vocab=options.lora_extra_vocab_size)
+    report = examine(root, sites, dtype, limits, model)
+    print(msgspec.json.encode(report).decode() if options.json else show(report))
+    return 0 if report.refused is None else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m model_runner.inspect", description=(__doc__ or "").partition(": ")[2]
+    )
+    parser.add_argument("path", help="the adapter: a directory, or a hub id")
+    parser.add_argument("--model-path", "--model", required=True, help="the base model: a directory, or a hub id")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="what it would be served in")
+    parser.add_argument("--max-lora-rank", type=int, choices=range(1, MAX_RANK + 1), metavar="RANK")
+    parser.add_argument("--lora-target-modules", nargs="+", metavar="MODULE")
+    parser.add_argument("--lora-extra-vocab-size", type=int, metavar="N")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,1 +1,0 @@
-"""Reading adapters in niced children of the runner, which hand over shared memory: `python -P -m model_runner.load`."""

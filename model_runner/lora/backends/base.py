@@ -1,0 +1,95 @@
+"""The LoRA seam: one small base class and a lazy table of names.
+
+A backend turns a step's layout into metadata (`plan`) and computes a site's base linear with every lane's delta on
+top (`linear`). It owns the base matmul because gains, shrinks beside the base GEMM and packed weights need that. The
+head is a linear too, over the rows that are asked for, with metadata planned from a layout of those rows.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine.errors import ConfigError
+from model_runner.compute.kernels.cpu.caller import Caller
+from model_runner.lora.site import Site
+from model_runner.step.layout import Layout
+
+if TYPE_CHECKING:
+    from model_runner.lora.pool.pages import RankPages
+
+BACKENDS = {
+    "torch": "model_runner.lora.backends.torch_backend:TorchLora",
+    "triton": "model_runner.lora.backends.triton_backend:TritonLora",
+    "csgmv": "model_runner.lora.backends.csgmv_backend:CsgmvLora",
+}
+
+LARGEST_LANE = 64
+"""Pages of the longest lane there can be: twice what the highest rank needs."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """`chunk_size`: rows of a chunk of one lane at most. `lane_pages`: pages that a lane may name in a group."""
+
+    chunk_size: int = 16
+    lane_pages: int = LARGEST_LANE
+
+
+DEFAULTS = Options()
+
+
+class LoraBackend(Caller, ABC):
+    """How a site's answer is computed, each token through its own lane.
+
+        y = x W^T + b  +  sum over rank pages    scale * (x A^T) B
+                       +  sum over vector slots  scale * (gain_less_one * (x W^T) + bias)
+
+    Built over the rank pages and lanes of one model; `plan` is called once a step, `linear` or `embed` once a site.
+    """
+
+    def __init__(self, pages: RankPages, options: Options = DEFAULTS) -> None:
+        self.pages = pages
+        self.options = options
+
+    @abstractmethod
+    def plan(self, layout: Layout, into: Any | None = None) -> Any:
+        """The step's metadata, from host arrays, without a device sync.
+
+        `into`: what `static` returned, for a layout of as many chunks of length 1; filled in place and returned.
+        """
+
+    def static(self, tokens: int) -> Any:
+        """Metadata whose buffers never move, for decode steps of exactly `tokens` chunks of length 1 (CUDA graphs)."""
+        raise NotImplementedError(f"{type(self).__name__} has no static buffers")
+
+    @abstractmethod
+    def linear(self, x_TI: torch.Tensor, site: Site, meta: Any) -> torch.Tensor:
+        """[T, I] -> [T, O]: the base linear of the site and each token's own lane on top. Never mixes rows."""
+
+    @abstractmethod
+    def embed(self, tokens_T: torch.Tensor, site: Site, meta: Any) -> torch.Tensor:
+        """[T] -> [T, O]: the same for the embedding, whose x is one-hot."""
+
+
+def resolve(name: str, device: torch.device) -> str:
+    """What `auto` means on the device."""
+    if name != "auto":
+        return name
+    return "csgmv" if device.type == "cuda" else "torch"
+
+
+def create(name: str, pages: RankPages, options: Options = DEFAULTS) -> LoraBackend:
+    """The backend called `name`.
+
+    Raises ConfigError for a name that is not in the table, and for kernels that the device cannot run.
+    """
+    if name not in BACKENDS:
+        raise ConfigError(f"--lora-backend {name}: not one of {', '.join(sorted(BACKENDS))}")
+    module, _, attribute = BACKENDS[name].partition(":")
+    backend: LoraBackend = getattr(importlib.import_module(module), attribute)(pages, options)
+    return backend

@@ -1,0 +1,81 @@
+"""Tokens: how the compiled delta computes all lanes' deltas in one call, straight from the pool.
+
+    lane 4, pages 3 9   row 0, row 7         plan   2 lanes | 2 tokens 2 uses, 1 token 2 uses | 0 7  5 | 3 9  0 2
+    lane 1, pages 0 2   row 5                scales                                                      1 1 .5 .5
+
+Knows nothing of how the delta is compiled. Legend: q uses of pages by lanes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from model_runner.compute.kernels.cpu.functions.program import ROUNDING, Function
+from model_runner.compute.kernels.cpu.kernels import Kernels
+from model_runner.compute.kernels.cpu.lookup import Found
+from model_runner.lora.backends.bmm import LaneTokens
+from model_runner.lora.pool.pages import RankPages
+from model_runner.lora.site import Site
+from model_runner.platform.device import dtype_name
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """The adapted tokens of a step in one group, and whose pages they go by.
+
+    plan        int64: the number of lanes, each one's tokens and uses, their rows in the batch, their pages
+    scales_q    of each use of a page, float32; `numbers` are the pages
+    """
+
+    plan: torch.Tensor
+    scales_q: torch.Tensor
+    numbers: tuple[int, ...]
+
+
+def plan_tokens(lanes: list[LaneTokens]) -> Tokens:
+    """All tokens of these lanes, in the order of the lanes."""
+    counts = [count for lane in lanes for count in (len(lane.rows), len(lane.pairs))]
+    numbers = [page for lane in lanes for page, _ in lane.pairs]
+    plan = np.concatenate([np.array([len(lanes), *counts]), *(lane.rows for lane in lanes), np.array(numbers)])
+    scales = np.array([scale for lane in lanes for _, scale in lane.pairs], dtype=np.float32)
+    return Tokens(torch.from_numpy(plan.astype(np.int64)), torch.from_numpy(scales), tuple(sorted(numbers)))
+
+
+class Deltas:
+    """The compiled delta, and what it reads of each site."""
+
+    def __init__(self, pages: RankPages) -> None:
+        self._pages = pages
+        self._found = Found()
+        linears = [site for site in pages.sites if site.name in pages.pools and not site.embeds]
+        self._weights = {site.name: _weights(site, pages) for site in linears}
+        self._groups = {site.group for site in linears}
+
+    def use(self, kernels: Kernels) -> None:
+        """Where it is to be found, once it is compiled."""
+        self._found.use(kernels)
+
+    def functions(self, dtype: torch.dtype) -> list[Function]:
+        """The delta, if adapters may touch a linear and compute in the model's dtype."""
+        fits = self._weights and dtype is self._pages.dtype and dtype in ROUNDING
+        return [Function("delta", dtype_name(dtype))] if fits else []
+
+    def ready(self, group: str) -> bool:
+        """Whether the group's deltas can be computed by now."""
+        return group in self._groups and self._found.get("delta", self._pages.dtype) is not None
+
+    def add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, site: Site, tokens: Tokens) -> None:
+        """Adds the tokens' deltas to their rows of y, in place. The site's group is ready."""
+        kernel = self._found.get("delta", self._pages.dtype)
+        assert kernel is not None
+        kernel(y_TO, x_TI.contiguous(), *self._weights[site.name], tokens.plan, tokens.scales_q)
+
+
+def _weights(site: Site, pages: RankPages) -> tuple[torch.Tensor, ...]:
+    """The site's pool, how many units its pages have, and its sizes: in, out, slices, where each slice ends."""
+    pool, stops = pages.pools[site.name], [piece.stop for piece in site.slices]
+    sizes = torch.tensor([site.in_features, site.out_features, len(stops), *stops])
+    return pool.a_PSRI, pool.b_PRO, torch.from_numpy(pool.units_PS), sizes

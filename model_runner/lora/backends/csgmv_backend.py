@@ -1,0 +1,33 @@
+"""LoRA by triton kernels, cut by lane: tokens are put together by lane, in chunks of at most --max-lora-chunk-size.
+
+A lane's pages are read once for up to that many tokens, whosever they are. Sorting is of chunks, not of tokens: only
+what is left of a chunk when whole tiles are taken off is gathered.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from model_runner.compute.kernels.triton.lora.tiling import tile_rows
+from model_runner.lora.backends.tiled_backend import DECODE_ROWS, TiledLora
+from model_runner.lora.backends.tiles import Tiles, by_lane
+from model_runner.step.layout import Layout
+
+
+class CsgmvLora(TiledLora):
+    """Tiles by lane, of as many rows as the longest lane wants and the flag allows."""
+
+    name = "csgmv"
+
+    def rows(self, layout: Layout) -> int:
+        """16 to --max-lora-chunk-size."""
+        tokens_L = np.bincount(layout.lanes_C, weights=layout.lengths_C)[1:]
+        return tile_rows(int(tokens_L.max(initial=1)), self.options.chunk_size)
+
+    def cut(self, layout: Layout, rows: int) -> Tiles:
+        """Lane by lane."""
+        return by_lane(layout, rows)
+
+    def most_tiles(self, tokens: int) -> int:
+        """Whole ones, and a last one for each lane."""
+        return min(tokens, self.pages.max_lanes + tokens // DECODE_ROWS)

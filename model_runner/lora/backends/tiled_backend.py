@@ -1,0 +1,250 @@
+"""LoRA by triton kernels: the base matmul by torch, then one shrink and one expand a site over the step's tiles.
+
+    layout --cut--> tiles --records--> table on the host --one copy--> table on the device      once a step
+    x --shrink--> h [split, row, page, slice, 16] --expand--> y, in place                       once a site
+
+What is planned is kept while lanes and layout stay the same, so that a running decode plans nothing. How a step is cut
+is the subclass's. Legend: T tokens of the step, I in features, O out features.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from engine.errors import ConfigError
+from model_runner.compute.kernels.triton.interpreter import interpreting
+from model_runner.compute.kernels.triton.lora.expand import Vectors, expand
+from model_runner.compute.kernels.triton.lora.shrink import shrink
+from model_runner.compute.kernels.triton.lora.tiling import (
+    INTERPRETED,
+    ShrinkTiling,
+    expand_tiling,
+    programs,
+    shrink_tiling,
+)
+from model_runner.lora.backends import work_table
+from model_runner.lora.backends.base import DEFAULTS, LoraBackend, Options
+from model_runner.lora.backends.lane_tables import LaneTables
+from model_runner.lora.backends.tiles import Tiles
+from model_runner.lora.pool.pages import RankPages
+from model_runner.lora.pool.upload import Upload
+from model_runner.lora.site import Site
+from model_runner.step.layout import Layout
+from model_runner.weights.packed import linear
+
+DECODE_ROWS = 16
+"""Rows of a tile in buffers that never move."""
+
+RECENT = 4
+"""Plans that are kept: a step has one for its tokens, and one for the rows that its head is asked for."""
+
+Key = tuple[int, bytes, bytes]
+
+
+@dataclass(eq=False)
+class Meta:
+    """A step's work on the device. `h` is scratch of its own where the buffers never move.
+
+    Everything but what the table says (and `key`, which tells steps apart) stays as it was made.
+    """
+
+    key: Key | None
+    tokens: int
+    rows: int
+    places: work_table.Map
+    table: torch.Tensor
+    gather: torch.Tensor | None
+    h: torch.Tensor | None = None
+
+
+class TiledLora(LoraBackend):
+    """Base linear by torch, then a shrink and an expand over the tiles that `cut` makes."""
+
+    name: str
+
+    def __init__(self, pages: RankPages, options: Options = DEFAULTS) -> None:
+        super().__init__(pages, options)
+        device = pages.device
+        if device.type != "cuda" and not interpreting():
+            raise ConfigError(
+                f"--lora-backend {self.name} needs a GPU: take torch, or set TRITON_INTERPRET=1 in the environment"
+                " to run its kernels on the CPU, very slowly"
+            )
+        self._upload = Upload(device)
+        self._lanes = LaneTables(pages, options.lane_pages, self._upload)
+        self._processors, self._pdl = _abilities(device)
+        self._h = torch.empty(0, dtype=torch.float32, device=device)
+        self._recent: dict[Key, Meta] = {}
+
+    @abstractmethod
+    def rows(self, layout: Layout) -> int:
+        """The most rows that a tile of this step should have: 16 to 128, a power of two."""
+
+    @abstractmethod
+    def cut(self, layout: Layout, rows: int) -> Tiles:
+        """The step's tiles, of at most so many rows."""
+
+    @abstractmethod
+    def most_tiles(self, tokens: int) -> int:
+        """Into how many tiles of DECODE_ROWS rows so many chunks of length 1 may be cut at most."""
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a tile's rows may be scattered."""
+        return True
+
+    def plan(self, layout: Layout, into: Meta | None = None) -> Meta | None:
+        """The step's records in a table on the device, or None when no chunk has a delta and `into` is None."""
+        self._lanes.refresh()
+        key = (self.pages.version, layout.lanes_C.tobytes(), layout.lengths_C.tobytes())
+        if into is None:
+            return self._recent.get(key) or self._plan(layout, key)
+        if into.key != key:
+            assert layout.tokens == layout.chunks == into.tokens, "static buffers are for chunks of length 1"
+            self._write(self.cut(layout, DECODE_ROWS), into.places, into.table)
+            into.key = key
+        return into
+
+    def static(self, tokens: int) -> Meta:
+        """Buffers for any decode step of so many chunks of length 1; without work in them until they are planned."""
+        places = work_table.largest(self._lanes.most, self.most_tiles(tokens), tokens if self.gathers else 0)
+        table = torch.zeros(max(1, places.size), dtype=torch.int32, device=self.pages.device)
+        gather = table[places.gather_at :] if self.gathers else None
+        meta = Meta(None, tokens, DECODE_ROWS, places, table, gather)
+        sites = [site for site in self.pages.sites if site.group in places.groups]
+        self._reserve(max((self._numbers_of_h(site, meta) for site in sites), default=0))
+        meta.h = self._h
+        return meta
+
+    def linear(self, x_TI: torch.Tensor, site: Site, meta: Meta | None) -> torch.Tensor:
+        """[T, I] -> [T, O]."""
+        y_TO = linear(x_TI, site.weight, site.bias)
+        place = meta.places.groups.get(site.group) if meta else None
+        if meta is None or place is None:
+            return y_TO
+        splits = self._shrink(x_TI, site, meta, place) if place.items and site.name in self.pages.pools else 0
+        self._expand(y_TO, site, meta, place, splits, None)
+        return y_TO
+
+    def embed(self, tokens_T: torch.Tensor, site: Site, meta: Meta | None) -> torch.Tensor:
+        """[T] -> [T, O]: a token's units are looked up while B is expanded, so there is no shrink."""
+        y_TO = functional.embedding(tokens_T, site.weight)
+        place = meta.places.groups.get(site.group) if meta else None
+        if meta is not None and place is not None:
+            self._expand(y_TO, site, meta, place, 0, tokens_T)
+        return y_TO
+
+    def _plan(self, layout: Layout, key: Key) -> Meta | None:
+        rows = self.rows(layout)
+        tiles = self.cut(layout, rows)
+        places = work_table.exact(tiles, self._lanes.groups)
+        if not places.groups:
+            return None
+        table = self._write(tiles, places, None)
+        gather = table[places.gather_at :] if self.gathers else None
+        if len(self._recent) == RECENT:
+            del self._recent[next(iter(self._recent))]
+        self._recent[key] = Meta(key, layout.tokens, rows, places, table, gather)
+        return self._recent[key]
+
+    def _shrink(self, x_TI: torch.Tensor, site: Site, meta: Meta, place: work_table.Place) -> int:
+        """Fills the scratch; into how many splits."""
+        tiling = self._shrink_tiling(site, meta, place)
+        if meta.h is None:
+            self._reserve(self._numbers_of_h(site, meta))
+        shrink(
+            x_TI,
+            self.pages.pools[site.name].a_PSRI,
+            self._h if meta.h is None else meta.h,
+            meta.table,
+            meta.gather,
+            self._lanes.site_units(site.name),
+            items_at=place.items_at,
+            capacity=place.items,
+            programs=place.items if meta.h is None else programs(place.items, tiling.splits, self._processors),
+            width=place.width,
+            tiling=tiling,
+            pdl=self._pdl,
+        )
+        return tiling.splits
+
+    def _expand(
+        self,
+        y_TO: torch.Tensor,
+        site: Site,
+        meta: Meta,
+        place: work_table.Place,
+        splits: int,
+        tokens_T: torch.Tensor | None,
+    ) -> None:
+        """`splits` 0: nothing was shrunk."""
+        pool, vectors = self.pages.pools.get(site.name), self.pages.vectors.get(site.name)
+        stops = tuple(piece.stop for piece in site.slices)
+        tiling = expand_tiling(
+            meta.rows,
+            max(piece.width for piece in site.slices),
+            site.out_features,
+            place.tiles,
+            self._lanes.most.get(site.group, 0),
+            self.pages.dtype.itemsize,
+            self._processors,
+        )
+        blocks = -(-site.out_features // tiling.block)
+        expand(
+            y_TO,
+            None if tokens_T is not None else self._h if meta.h is None else meta.h,
+            None if pool is None else pool.b_PRO,
+            meta.table,
+            meta.gather,
+            None if pool is None else self._lanes.site_units(site.name),
+            stops=stops,
+            items_at=place.items_at,
+            tiles_at=place.tiles_at,
+            slots_at=place.slots_at,
+            capacity=place.tiles,
+            programs=place.tiles if meta.h is None else programs(place.tiles, blocks, self._processors),
+            width=place.width,
+            splits=max(1, splits),
+            tiling=tiling,
+            vectors=None if vectors is None else Vectors(vectors.gain_VO, vectors.bias_VO, site.bias),
+            embedding=None if tokens_T is None or pool is None else (pool.a_PSRI, tokens_T),
+            pdl=self._pdl and splits > 0,
+        )
+
+    def _shrink_tiling(self, site: Site, meta: Meta, place: work_table.Place) -> ShrinkTiling:
+        return shrink_tiling(
+            meta.rows,
+            site.in_features,
+            len(site.slices),
+            place.tiles,
+            self._lanes.most[site.group],
+            self.pages.dtype.itemsize,
+            self._processors,
+        )
+
+    def _numbers_of_h(self, site: Site, meta: Meta) -> int:
+        """Floats of scratch that the site needs."""
+        place = meta.places.groups[site.group]
+        if site.embeds or site.name not in self.pages.pools:
+            return 0
+        return self._shrink_tiling(site, meta, place).splits * meta.tokens * place.width * len(site.slices) * 16
+
+    def _reserve(self, numbers: int) -> None:
+        if self._h.numel() < numbers:
+            self._h = torch.empty(numbers, dtype=torch.float32, device=self.pages.device)
+
+    def _write(self, tiles: Tiles, places: work_table.Map, into: torch.Tensor | None) -> torch.Tensor:
+        work_table.write(self._upload.buffer(places.size), places, tiles, self._lanes.groups)
+        return self._upload.send(places.size, into)
+
+
+def _abilities(device: torch.device) -> tuple[int, bool]:
+    """Multiprocessors, and whether kernels may be launched before the last one has ended."""
+    if interpreting() or device.type != "cuda":
+        return INTERPRETED, False
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.major >= 9

@@ -1,0 +1,87 @@
+"""A step cut into tiles: at most so many rows of one lane each, in the two ways that the backends want.
+
+    by request     each chunk of the step is cut on its own           [AAAAAAAA][AAA]  [B]  [A]  [CC]
+    by lane        whole tiles as above; what remains of every        [AAAAAAAA]  [AAA A]  [B]  [CC]
+                   chunk is put together by lane
+
+A tile's rows follow one another in the batch, or are listed in `gather`; then its start is -1 - the first entry. Rows
+of lane 0 are in no tile. Costs what the chunks and tiles cost, not the tokens. Knows nothing of pages and devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model_runner.step.layout import Layout
+
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Where each tile begins, how many rows it has, and its lane; `gather` are rows of those that are scattered."""
+
+    starts: Ints
+    counts: Ints
+    lanes: Ints
+    gather: Ints
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+
+def by_request(layout: Layout, rows: int) -> Tiles:
+    """Tiles of one chunk each."""
+    chosen = np.flatnonzero(layout.lanes_C)
+    begins = layout.offsets()[:-1][chosen]
+    starts, counts, source = _cut(begins, layout.lengths_C[chosen], rows)
+    return Tiles(starts, counts, layout.lanes_C[chosen][source], np.zeros(0, np.int32))
+
+
+def by_lane(layout: Layout, rows: int) -> Tiles:
+    """Whole tiles of a chunk, and the rest of every chunk together with those of its lane."""
+    chosen = np.flatnonzero(layout.lanes_C)
+    chosen = chosen[np.argsort(layout.lanes_C[chosen], kind="stable")]
+    lanes, lengths = layout.lanes_C[chosen], layout.lengths_C[chosen]
+    begins = layout.offsets()[:-1][chosen]
+    whole = lengths - lengths % rows
+    starts, counts, source = _cut(begins, whole, rows)
+    gather, rest_starts, rest_counts, rest_lanes = _rest(begins + whole, lengths - whole, lanes, rows)
+    return Tiles(
+        np.concatenate([starts, rest_starts]),
+        np.concatenate([counts, rest_counts]),
+        np.concatenate([lanes[source], rest_lanes]),
+        gather,
+    )
+
+
+def _cut(begins: Ints, lengths: Ints, rows: int) -> tuple[Ints, Ints, NDArray[np.intp]]:
+    """Runs in pieces of `rows` and a rest: starts, counts, and which run each is of."""
+    pieces = -(-lengths // rows)
+    source = np.repeat(np.arange(len(lengths)), pieces)
+    skipped = _within(pieces) * rows
+    starts = begins[source] + skipped
+    counts = np.minimum(rows, lengths[source] - skipped)
+    return starts.astype(np.int32), counts.astype(np.int32), source
+
+
+def _rest(begins: Ints, lengths: Ints, lanes: Ints, rows: int) -> tuple[Ints, Ints, Ints, Ints]:
+    """Short runs, in the order of their lanes, put together: gathered rows, and the starts, counts, lanes of tiles."""
+    gather = (np.repeat(begins, lengths) + _within(lengths)).astype(np.int32)
+    lanes_n = np.repeat(lanes, lengths)
+    firsts = np.flatnonzero(np.diff(lanes_n, prepend=0))
+    per_lane = np.diff(firsts, append=len(lanes_n)).astype(np.int32)
+    at, counts, source = _cut(firsts.astype(np.int32), per_lane, rows)
+    first, last = gather[at], gather[at + counts - 1]
+    starts = np.where(last - first == counts - 1, first, -1 - at).astype(np.int32)
+    return gather, starts, counts, lanes_n[firsts][source].astype(np.int32)
+
+
+def _within(counts: NDArray[np.integer]) -> NDArray[np.int64]:
+    """0, 1, .. for each of `counts`."""
+    starts = np.cumsum(counts) - counts
+    within: NDArray[np.int64] = np.arange(counts.sum()) - np.repeat(starts, counts)
+    return within

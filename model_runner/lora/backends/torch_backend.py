@@ -1,0 +1,117 @@
+"""LoRA in torch: the reference on any device, and with what is compiled of it the fast path on a CPU.
+
+A step becomes, per group of sites, one part or a few:
+
+    Tokens   all lanes in one call of the compiled delta, once it is there
+    Read     until then: batched matmuls over lanes that hold equally many pages and have about equally many tokens
+
+A lane with a long prefill is a read of its own; gains, biases and the embedding are reads always. Nothing of one lane
+can reach a row of another. Knows nothing of adapters and formats. Legend: T tokens of the step, I in features, O out
+features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from model_runner.compute.kernels.cpu.functions.program import Function
+from model_runner.compute.kernels.cpu.kernels import Kernels
+from model_runner.config import Arch
+from model_runner.lora.backends.base import DEFAULTS, LoraBackend, Options
+from model_runner.lora.backends.bmm import LaneTokens, Read, add_delta, add_vectors, plan_read
+from model_runner.lora.backends.cpu import Deltas, Tokens, plan_tokens
+from model_runner.lora.pool.pages import RankPages
+from model_runner.lora.site import Site, Slice, vectors_of
+from model_runner.step.layout import Layout
+from model_runner.weights.packed import linear
+
+TOGETHER = (4, 16, 64)
+"""Lanes of at most so many tokens in a step share reads; above the last, a lane is a read of its own."""
+
+MAX_TOUCHED = 1 << 14
+"""Entries of the cache of touched slices (site and pages), which is cleared above."""
+
+Meta = dict[str, list[Read | Tokens]]
+
+
+class TorchLora(LoraBackend):
+    """Base linear by torch, then each part's vectors and delta on its rows. Rows of lane 0 are never touched."""
+
+    def __init__(self, pages: RankPages, options: Options = DEFAULTS) -> None:
+        super().__init__(pages, options)
+        self._version = pages.version
+        self._touched: dict[tuple[str, tuple[int, ...]], list[tuple[int, Slice]]] = {}
+        self._deltas = Deltas(pages)
+
+    def use(self, kernels: Kernels) -> None:
+        self._deltas.use(kernels)
+
+    def functions(self, arch: Arch, dtype: torch.dtype) -> list[Function]:
+        return self._deltas.functions(dtype)
+
+    def plan(self, layout: Layout, into: Any | None = None) -> Meta | None:
+        """The step's parts by group, or None when no chunk has a delta."""
+        if not layout.lanes_C.any():
+            return None
+        if self._version != self.pages.version or len(self._touched) > MAX_TOUCHED:
+            self._version = self.pages.version
+            self._touched.clear()
+        lanes_T = np.repeat(layout.lanes_C, layout.lengths_C)
+        rows = {int(lane): np.flatnonzero(lanes_T == lane) for lane in np.unique(lanes_T) if lane}
+        meta = {group: self._plan_group(group, rows) for group, count in self.pages.pages.items() if count}
+        return {group: parts for group, parts in meta.items() if parts} or None
+
+    def linear(self, x_TI: torch.Tensor, site: Site, meta: Meta | None) -> torch.Tensor:
+        """[T, I] -> [T, O]."""
+        y_TO = linear(x_TI, site.weight, site.bias)
+        return y_TO if meta is None else self._adapt(y_TO, x_TI, site, meta)
+
+    def embed(self, tokens_T: torch.Tensor, site: Site, meta: Meta | None) -> torch.Tensor:
+        """[T] -> [T, O]."""
+        y_TO = functional.embedding(tokens_T, site.weight)
+        return y_TO if meta is None else self._adapt(y_TO, tokens_T, site, meta)
+
+    def _adapt(self, y_TO: torch.Tensor, x: torch.Tensor, site: Site, meta: Meta) -> torch.Tensor:
+        """Gains and biases before the deltas: a gain is of the base alone."""
+        for read in meta.get(vectors_of(site.group), ()):
+            assert isinstance(read, Read)
+            pool = self.pages.vectors[site.name]
+            if pool.held_V[list(read.numbers)].any():
+                add_vectors(y_TO, site, pool, read)
+        for part in meta.get(site.group, ()):
+            touched = self._slices(site, part)
+            if not touched:
+                continue
+            if isinstance(part, Tokens):
+                self._deltas.add(y_TO, x, site, part)
+            else:
+                add_delta(y_TO, x, site, self.pages.pools[site.name], touched, part)
+        return y_TO
+
+    def _plan_group(self, group: str, rows: dict[int, NDArray[np.int64]]) -> list[Read | Tokens]:
+        held = {lane: [pair for pair in self.pages.lanes[lane].get(group, ()) if pair[1]] for lane in rows}
+        lanes = {lane: LaneTokens(rows[lane], pairs) for lane, pairs in held.items() if pairs}
+        if lanes and self._deltas.ready(group):
+            return [plan_tokens(list(lanes.values()))]
+        shared: dict[tuple[int, int], list[LaneTokens]] = {}
+        for lane, tokens in lanes.items():
+            shared.setdefault((_bound(lane, len(tokens.rows)), len(tokens.pairs)), []).append(tokens)
+        return [plan_read(together, self.pages.device) for together in shared.values()]
+
+    def _slices(self, site: Site, part: Read | Tokens) -> list[tuple[int, Slice]]:
+        """The slices of the site in which any of the part's pages holds something."""
+        key = (site.name, part.numbers)
+        if key not in self._touched:
+            units_S = self.pages.pools[site.name].units_PS[list(part.numbers)].max(axis=0).tolist()
+            self._touched[key] = [(index, piece) for index, piece in enumerate(site.slices) if units_S[index]]
+        return self._touched[key]
+
+
+def _bound(lane: int, tokens: int) -> int:
+    """What lanes of one read have in common: the bound of their tokens, or the lane alone."""
+    return next((bound for bound in TOGETHER if tokens <= bound), -lane)

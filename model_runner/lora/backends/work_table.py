@@ -1,0 +1,122 @@
+"""A step's work as the kernels read it: every group's items, tiles and slots in one table of int32.
+
+    | qkv: items .. | tiles .. | slots .. | o: items .. | tiles .. | .. | gathered rows |
+
+Exactly as large as the step needs, or, for buffers that never move, as large as any step of so many tokens can need;
+unused records are zero. Costs what the tiles and their pages cost. The records are kernels.lora_segments'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model_runner.compute.kernels.triton.lora.segments import RECORD
+from model_runner.lora.backends.lane_tables import Lanes
+from model_runner.lora.backends.tiles import Tiles
+from model_runner.lora.site import vectors_of
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a group's records lie in the table, how many fit, and how many pages the largest lane has."""
+
+    items_at: int
+    items: int
+    tiles_at: int
+    tiles: int
+    slots_at: int
+    slots: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Map:
+    """Where everything lies: the groups that have work, the gathered rows, and the size of the table."""
+
+    groups: dict[str, Place]
+    gather_at: int
+    size: int
+
+
+def largest(most: Mapping[str, int], tiles: int, rows: int) -> Map:
+    """Room for any step of so many tiles and gathered rows; `most` pages or slots a lane, by group."""
+    sizes = {
+        group: (tiles * most.get(group, 0), tiles, tiles * most.get(vectors_of(group), 0), most.get(group, 0))
+        for group in _groups(most)
+    }
+    return _place(sizes, rows)
+
+
+def exact(tiles: Tiles, groups: Mapping[str, Lanes]) -> Map:
+    """Room for this step."""
+    sizes = {}
+    for group in _groups(groups):
+        pages_t, slots_t = _numbers(tiles, groups, group)
+        busy = np.count_nonzero(pages_t + slots_t)
+        if busy:
+            sizes[group] = (int(pages_t.sum()), int(busy), int(slots_t.sum()), int(pages_t.max()))
+    return _place(sizes, len(tiles.gather))
+
+
+def write(table: NDArray[np.int32], places: Map, tiles: Tiles, groups: Mapping[str, Lanes]) -> None:
+    """The step's records into their places; all others become zero."""
+    table[: places.gather_at] = 0
+    table[places.gather_at : places.gather_at + len(tiles.gather)] = tiles.gather
+    for group, place in places.groups.items():
+        pages_t, slots_t = _numbers(tiles, groups, group)
+        busy = np.flatnonzero(pages_t + slots_t)
+        pages_t, slots_t = pages_t[busy], slots_t[busy]
+        rows_tn = np.stack([tiles.starts[busy], tiles.counts[busy]], axis=1)
+        lanes_t = tiles.lanes[busy]
+        tile = table[place.tiles_at :][: len(busy) * RECORD].reshape(-1, RECORD)
+        tile[:, :2], tile[:, 2], tile[:, 3] = rows_tn, np.cumsum(pages_t) - pages_t, pages_t
+        tile[:, 4], tile[:, 5] = np.cumsum(slots_t) - slots_t, slots_t
+        _write_list(table[place.items_at :], groups.get(group), lanes_t, pages_t, rows_tn)
+        _write_list(table[place.slots_at :], groups.get(vectors_of(group)), lanes_t, slots_t, rows_tn)
+
+
+def _write_list(
+    room: NDArray[np.int32],
+    lanes: Lanes | None,
+    lanes_t: NDArray[np.int32],
+    numbers_t: NDArray[np.int32],
+    rows_tn: NDArray[np.int32],
+) -> None:
+    """A record for each of a tile's pages, tile after tile."""
+    if lanes is None or not len(numbers_t):
+        return
+    tile_w = np.repeat(np.arange(len(numbers_t)), numbers_t)
+    order_w = np.arange(len(tile_w)) - np.repeat(np.cumsum(numbers_t) - numbers_t, numbers_t)
+    at = (lanes_t[tile_w], order_w)
+    record = room[: len(tile_w) * RECORD].reshape(-1, RECORD)
+    record[:, :2], record[:, 3] = rows_tn[tile_w], order_w
+    record[:, 2], record[:, 4] = lanes.pages_LK[at], lanes.units_LK[at]
+    record[:, 5] = lanes.scales_LK[at].view(np.int32)
+
+
+def _numbers(tiles: Tiles, groups: Mapping[str, Lanes], group: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """How many pages and slots each tile has in a group."""
+    none = np.zeros(len(tiles), np.int32)
+    pages, slots = groups.get(group), groups.get(vectors_of(group))
+    return (
+        none if pages is None else pages.numbers_L[tiles.lanes],
+        none if slots is None else slots.numbers_L[tiles.lanes],
+    )
+
+
+def _groups(names: Mapping[str, object]) -> list[str]:
+    """The groups of sites that have pages or vector slots."""
+    return list(dict.fromkeys(name.removesuffix(vectors_of("")) for name in names))
+
+
+def _place(sizes: Mapping[str, tuple[int, int, int, int]], rows: int) -> Map:
+    places, at = {}, 0
+    for group, (items, tiles, slots, width) in sizes.items():
+        starts = [at, at + items * RECORD, at + (items + tiles) * RECORD]
+        at += (items + tiles + slots) * RECORD
+        places[group] = Place(starts[0], items, starts[1], tiles, starts[2], slots, width)
+    return Map(places, at, at + rows)

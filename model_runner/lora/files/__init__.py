@@ -1,0 +1,1 @@
+"""Reading adapter files safely: regular files only, headers checked before data."""

@@ -1,0 +1,132 @@
+"""One safetensors file: its header first, checked against the file's size, its bytes later and only once.
+
+The header is bounded and checked before any tensor is read, so that a lying file costs nothing; the tensors then come
+one at a time, hashed on the way: what is hashed is what is used. Knows nothing of adapters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from engine.errors import AdapterError
+from model_runner.lora.files.regular_file import open_regular, read_exactly
+
+SLICE_BYTES = 4 << 20
+"""Read and hashed at a time: small enough for the processor's cache."""
+
+MAX_HEADER_BYTES = 16 << 20
+
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """What the header says of one tensor; offsets count from the end of the header."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.data_offsets[1] - self.data_offsets[0]
+
+
+@dataclass(frozen=True, eq=False)
+class TensorFile:
+    """The header of a safetensors file; `read` brings the tensors."""
+
+    path: Path
+    size: int
+    head: bytes = field(repr=False)
+    entries: dict[str, Entry] = field(repr=False)
+
+    def tensors(self, digest: Callable[[bytes], None]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor with its name, in the file's order; each is overwritten when the next is asked for.
+
+        After the last one, `digest` gets the sha256 of the whole file.
+        """
+        hashed = hashlib.sha256()
+        ordered = sorted(self.entries.items(), key=lambda item: item[1].data_offsets)
+        buffer = torch.empty(max((entry.size for _, entry in ordered), default=0), dtype=torch.uint8)
+        room = buffer.numpy().data
+        with open_regular(self.path) as file:
+            if os.fstat(file.fileno()).st_size != self.size or read_exactly(file, len(self.head)) != self.head:
+                raise self._changed()
+            hashed.update(self.head)
+            for name, entry in ordered:
+                for start in range(0, entry.size, SLICE_BYTES):
+                    part = room[start : min(start + SLICE_BYTES, entry.size)]
+                    if file.readinto(part) != len(part):  # type: ignore[attr-defined]
+                        raise self._changed()
+                    hashed.update(part)
+                yield name, buffer[: entry.size].view(FLOATS[entry.dtype]).view(entry.shape)
+        digest(hashed.digest())
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the tensors."""
+        return self.size - len(self.head)
+
+    def _changed(self) -> AdapterError:
+        return AdapterError(f"{self.path.name}: changed while it was being read")
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """The file's header, checked. Raises AdapterError for anything that is not a whole safetensors file."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        prefix = read_exactly(file, 8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > size - 8:
+            raise AdapterError(f"{path.name}: truncated ({size} bytes, the header needs {8 + length})")
+        if length > MAX_HEADER_BYTES:
+            raise AdapterError(f"{path.name}: its header claims {length} bytes, at most {MAX_HEADER_BYTES} are read")
+        raw = read_exactly(file, length)
+    entries = _entries(path.name, raw)
+    _check_extent(path.name, entries, size - 8 - length)
+    return TensorFile(path, size, prefix + raw, entries)
+
+
+def _entries(name: str, raw: bytes) -> dict[str, Entry]:
+    try:
+        fields: dict[str, Any] = msgspec.json.decode(raw, type=dict[str, Any])
+        fields.pop("__metadata__", None)
+        return msgspec.convert(fields, dict[str, Entry])
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{name}: its header is no safetensors header ({error})") from error
+
+
+def _check_extent(name: str, entries: dict[str, Entry], available: int) -> None:
+    for tensor, entry in entries.items():
+        begin, end = entry.data_offsets
+        if min(begin, *entry.shape, 0) < 0 or end < begin:
+            raise AdapterError(f"{name}: tensor {tensor!r} has a negative size")
+        if end > available:
+            raise AdapterError(f"{name}: truncated (tensor {tensor!r} ends at byte {end} of {available})")
+        dtype = FLOATS.get(entry.dtype)
+        if dtype is not None and math.prod(entry.shape) * dtype.itemsize != end - begin:
+            raise AdapterError(
+                f"{name}: tensor {tensor!r} claims {entry.dtype} {entry.shape} but occupies {end - begin} bytes"
+            )
+    used = 0
+    for begin, end, tensor in sorted((*entry.data_offsets, tensor) for tensor, entry in entries.items()):
+        if begin != used:
+            raise AdapterError(f"{name}: tensor {tensor!r} begins at byte {begin}, where {used} is due")
+        used = end
+    if used != available:
+        raise AdapterError(f"{name}: {available - used} bytes belong to no tensor")

@@ -1,0 +1,118 @@
+"""The normal form: what every adapter format becomes, so that pages and kernels know nothing of formats.
+
+    y = gain * (x W^T) + b + sum over slices (x A^T) B + bias        A [r, in], B [r, out of the slice]
+
+W and b are the base's. Scaling (alpha, rsLoRA, patterns) is folded into B. A lane's scale multiplies what an adapter
+changes, so a mix is the weighted sum of its adapters' changes: b + x W^T + sum of scale * ((gain - 1) * (x W^T) + ...).
+Lives on the host; knows nothing of pages, lanes or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.messages import Footprint
+from model_runner.lora.site import Site, vectors_of, whole_of
+
+PAGE_RANK = 16
+"""Units of LoRA rank in one rank page."""
+
+MAX_RANK = 512
+"""The highest rank that is served at all."""
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """What an adapter does to one slice of one site; rank 0: A and B are empty.
+
+    `gain` and `bias` are per output column in float32, or None: 1 and 0. `whole` is a matrix that is taken
+    instead of the base's, with as many rows or, where an adapter has a vocabulary of its own, with others; or None.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    gain: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    whole: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return int(self.a.shape[0])
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether it needs a vector slot."""
+        return self.gain is not None or self.bias is not None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all its tensors."""
+        parts = (self.a, self.b, self.gain, self.bias, self.whole)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+
+Deltas = Mapping[str, tuple[Delta | None, ...]]
+"""By site name: one entry for each slice of the site, None where the adapter leaves it alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One adapter in the host tier.
+
+    revision   content hash: the bytes that were loaded and the settings that scale them
+    rank       the highest rank of any slice
+    targets    sorted names of the modules it touches ("q_proj")
+    cast_from  float dtypes of its files that differ from the serving dtype (empty: nothing was cast)
+    vocab_size tokens of its own vocabulary, 0: the base's
+    invocation tokens from whose last occurrence in a prompt on it acts (none: from the first token on)
+    """
+
+    adapter_id: int
+    name: str
+    revision: str
+    rank: int
+    targets: list[str]
+    footprint: Footprint
+    deltas: Deltas
+    bytes: int
+    cast_from: list[str] = field(default_factory=list)
+    vocab_size: int = 0
+    invocation: list[int] = field(default_factory=list)
+
+
+def pages_for(rank: int) -> int:
+    """How many rank pages hold `rank` units."""
+    return -(-rank // PAGE_RANK)
+
+
+def lane_pages(max_rank: int) -> int:
+    """The longest lane, in pages of one group: twice the largest adapter, so that two of them can be mixed."""
+    return 2 * pages_for(max_rank)
+
+
+def vocabulary(deltas: Deltas, sites: Mapping[str, Site]) -> int:
+    """Tokens of the vocabulary that an adapter with these deltas has of its own, 0: the base's."""
+    wholes = {
+        name: delta.whole for name, slices in deltas.items() for delta in slices if delta and delta.whole is not None
+    }
+    return next((len(whole) for name, whole in wholes.items() if len(whole) != sites[name].vocabulary), 0)
+
+
+def footprint(deltas: Deltas, sites: Mapping[str, Site]) -> Footprint:
+    """Pages for each touched group (its highest rank decides), vector slots for gains and biases, matrix slots."""
+    pages: dict[str, int] = {}
+    for name, slices in deltas.items():
+        group = sites[name].group
+        present = [delta for delta in slices if delta is not None]
+        needed = max((pages_for(delta.rank) for delta in present), default=0)
+        if needed:
+            pages[group] = max(pages.get(group, 0), needed)
+        if any(delta.has_vectors for delta in present):
+            pages[vectors_of(group)] = 1
+        if any(delta.whole is not None for delta in present):
+            pages[whole_of(group)] = 1
+    return Footprint(pages=pages)

@@ -1,0 +1,157 @@
+"""LoRA on parameters (PEFT's `target_parameters`): one A and one B for all experts of a layer, taken apart by expert.
+
+    mlp.experts.base_layer.lora_A.weight  [E r, in]     rows e r to (e + 1) r are expert e's A
+    mlp.experts.base_layer.lora_B.weight  [out, r E]    columns e, e + E, e + 2 E, ... are expert e's B
+
+transformers 5 fuses experts into the parameters gate_up_proj and down_proj. PEFT wraps one beside the other, so that
+the names do not say which is which: the shapes do. Knows nothing of values. Legend: E experts, r rank.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.errors import AdapterError
+from model_runner.lora.catalogue import Catalogue
+from model_runner.lora.files.tensor_file import Entry
+from model_runner.lora.formats.base import Target
+from model_runner.lora.peft.config import CONFIG_NAME, PeftConfig
+from model_runner.lora.peft.names import show
+from model_runner.lora.peft.targets import ends, target_of
+from model_runner.lora.site import EXPERTS
+
+STACKED = re.compile(
+    r"(?:.*\.)?layers\.(?P<layer>\d+)\.[^.]+\.experts(?P<inner>(?:\.base_layer)*)\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight"
+)
+PARAMETERS = ("gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One stored tensor: A or B of one module in each expert."""
+
+    half: str
+    modules: tuple[str, ...]
+    rank: int
+
+    def names(self) -> list[str]:
+        """What the parts would be called on their own."""
+        return [f"{module}.lora_{self.half}.weight" for module in self.modules]
+
+    def parts(self, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each expert's part by its name."""
+        experts = len(self.modules)
+        by_expert = tensor.view(experts, self.rank, -1)
+        if self.half == "B":
+            by_expert = tensor.view(-1, self.rank, experts).permute(2, 0, 1)
+        yield from zip(self.names(), by_expert, strict=True)
+
+    def entries(self, entry: Entry) -> dict[str, Entry]:
+        """The parts as a header would list them."""
+        long, short = entry.shape if self.half == "B" else reversed(entry.shape)
+        shape = [long, self.rank] if self.half == "B" else [self.rank, long]
+        assert short == self.rank * len(self.modules)
+        return {name: Entry(entry.dtype, shape, entry.data_offsets) for name in self.names()}
+
+
+@dataclass(frozen=True)
+class Unstacked:
+    """An adapter's tensors with the stacks taken apart, and what `target_parameters` targets."""
+
+    entries: Mapping[str, Entry]
+    targets: dict[str, Target] = field(default_factory=dict)
+    stacks: dict[str, Stack] = field(default_factory=dict)
+
+    def parts(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """A stored tensor as the parts that land."""
+        if name in self.stacks:
+            yield from self.stacks[name].parts(tensor)
+        else:
+            yield name, tensor
+
+
+def unstack(entries: Mapping[str, Entry], config: PeftConfig, catalogue: Catalogue) -> Unstacked:
+    """Raises AdapterError for a parameter that the model has not, and for a tensor that fits none."""
+    if not config.target_parameters:
+        return Unstacked(entries)
+    targets, stacked = _targets(config, catalogue)
+    plain, stacks = dict(entries), {}
+    for (layer, _), halves in _pairs(entries).items():
+        for tensor, stack in _stack(layer, halves, entries, stacked):
+            stacks[tensor] = stack
+            plain |= stack.entries(plain.pop(tensor))
+    return Unstacked(plain, targets, stacks)
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """A fused parameter of one layer: the module of each expert that it holds, and the sizes of one."""
+
+    modules: tuple[str, ...]
+    in_features: int
+    out_features: int
+    target: Target
+
+
+def _targets(config: PeftConfig, catalogue: Catalogue) -> tuple[dict[str, Target], dict[int, list[_Parameter]]]:
+    """All modules that `target_parameters` targets, by name, and the fused parameters among them by layer."""
+    used: set[str] = set()
+    targets: dict[str, Target] = {}
+    stacked: dict[int, list[_Parameter]] = {}
+
+    def target(parameter: str) -> Target | None:
+        found = [name for name in config.target_parameters or () if ends(parameter, name)]
+        used.update(found)
+        return target_of(config, parameter) if found else None
+
+    for module, (place, *_) in catalogue.places.items():
+        one = None if place.site.group == EXPERTS else target(f"{catalogue.renamed_back(module)}.weight")
+        if one is not None:
+            targets[module] = Target(module, one.rank, one.scaling, one.began)
+    for layer, sites in catalogue.experts.items():
+        for index, name in enumerate(PARAMETERS):  # an expert's sites are gate_up and down, one after the other
+            one = target(f"model.layers.{layer}.mlp.experts.{name}")
+            if one is None:
+                continue
+            parts, site = sites[index :: len(PARAMETERS)], sites[index]
+            modules = tuple(catalogue.whole(part) for part in parts)
+            targets |= {module: Target(module, one.rank, one.scaling, one.began) for module in modules}
+            stacked.setdefault(layer, []).append(_Parameter(modules, site.in_features, site.out_features, one))
+    unknown = [name for name in config.target_parameters or () if name not in used]
+    if unknown:
+        named = json.dumps(unknown)[:200]
+        raise AdapterError(f"{CONFIG_NAME}: target_parameters={named}: the model has no such parameter")
+    return targets, stacked
+
+
+def _pairs(entries: Mapping[str, Entry]) -> dict[tuple[int, str], dict[str, str]]:
+    """The stacked tensors by layer and wrapper: A and B."""
+    pairs: dict[tuple[int, str], dict[str, str]] = {}
+    for tensor in entries:
+        found = STACKED.fullmatch(tensor)
+        if found is not None:
+            halves = pairs.setdefault((int(found["layer"]), found["inner"]), {})
+            if found["half"] in halves:
+                raise AdapterError(f"tensors {show(halves[found['half']])} and {show(tensor)} are the same part")
+            halves[found["half"]] = tensor
+    return pairs
+
+
+def _stack(
+    layer: int, halves: Mapping[str, str], entries: Mapping[str, Entry], stacked: Mapping[int, list[_Parameter]]
+) -> Iterator[tuple[str, Stack]]:
+    """A and B of the parameter that they fit."""
+    shapes = {half: entries[tensor].shape for half, tensor in halves.items()}
+    for parameter in stacked.get(layer, []):
+        units = parameter.target.rank * len(parameter.modules)
+        if shapes == {"A": [units, parameter.in_features], "B": [parameter.out_features, units]}:
+            for half, tensor in halves.items():
+                yield tensor, Stack(half, parameter.modules, parameter.target.rank)
+            return
+    tensor = next(iter(halves.values()))
+    raise AdapterError(f"tensor {show(tensor)} and its other half, of shapes {shapes}, fit no parameter targeted there")

@@ -1,0 +1,1 @@
+"""LoRA memory on the device: rank pages, fills, uploads, norms and full weights."""

@@ -1,0 +1,104 @@
+"""One loader child as its runner sees it: started by name, asked, heard, killed. Nothing here waits for it.
+
+Knows nothing of adapters: jobs go in, packets come out.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import weakref
+from collections.abc import Iterator
+
+import msgspec
+from msgspec.structs import replace
+
+from engine.ipc import UNREADABLE
+from model_runner.lora.transfer.messages import MAX_PACKET, Job, Loaded, LoaderConfig, Refused, Surveyed
+from model_runner.lora.transfer.shm_adapter import Parcel
+from model_runner.platform.child_process import ChildProcess
+
+Reply = Surveyed | Refused | Loaded
+_REPLY: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+END_SECONDS = 0.2
+"""How long a killed child is waited for; one that hangs in the kernel is left to it."""
+
+
+class Gone(Exception):
+    """The child is dead, or speaks nonsense; `str` says how it ended."""
+
+
+class Loader:
+    """A running child. Whoever starts it ends it; one that is forgotten is killed."""
+
+    def __init__(self, config: LoaderConfig) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self._socket = ours
+        try:
+            with theirs:
+                told = replace(config, socket=theirs.fileno())
+                self._child = ChildProcess("model_runner.lora.transfer", told, theirs.fileno())
+        except BaseException:
+            ours.close()
+            raise
+        self._end = weakref.finalize(self, _end, self._child, ours)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._child.pid
+
+    def fileno(self) -> int:
+        """Readable when there is something to hear."""
+        return self._socket.fileno()
+
+    def ask(self, job: Job) -> bool:
+        """Hands over a job; False if the child is not there to take it."""
+        try:
+            self._socket.send(msgspec.msgpack.encode(job))
+        except OSError:
+            return False
+        return True
+
+    def hear(self) -> Iterator[tuple[Reply, Parcel | None]]:
+        """Everything it has said; the receiver owns the parcels. Raises Gone."""
+        while True:
+            descriptors = array.array("i")
+            try:
+                packet, ancillary, _, _ = self._socket.recvmsg(
+                    MAX_PACKET, socket.CMSG_LEN(descriptors.itemsize), socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                packet, ancillary = b"", []
+            for level, kind, data in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+            if not packet:
+                raise Gone(self.kill())
+            yield self._read(packet, list(descriptors))
+
+    def kill(self) -> str:
+        """Ends it at once, if it runs; says how it ended."""
+        self._end()
+        return self._child.ending
+
+    def _read(self, packet: bytes, descriptors: list[int]) -> tuple[Reply, Parcel | None]:
+        try:
+            reply = _REPLY.decode(packet)
+            if len(descriptors) != isinstance(reply, Loaded):
+                raise msgspec.ValidationError(f"{len(descriptors)} descriptors came with it")
+        except UNREADABLE as error:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            self.kill()
+            raise Gone(f"made no sense ({error})") from error
+        return reply, Parcel(descriptors[0], reply.size, reply.label) if isinstance(reply, Loaded) else None
+
+
+def _end(child: ChildProcess, link: socket.socket) -> None:
+    child.kill(END_SECONDS)
+    link.close()

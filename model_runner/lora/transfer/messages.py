@@ -1,0 +1,94 @@
+"""What a runner and its loader children say to one another, over a SOCK_SEQPACKET pair: one message a packet.
+
+    runner                                        loader
+      | -- LoaderConfig, a JSON line on stdin ----->|   once; the end of stdin ends the child
+      | -- Job ------------------------------------>|
+      |<-- Surveyed --------------------------------|   config and headers are sound; so many bytes are to be read
+      |<-- Loaded, with the descriptor of the memory|   or Refused
+
+Packets are small; a label, which may be long, lies in the parcel's memory behind the tensors.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import torch
+
+from engine.config.args import LogLevel
+from model_runner.lora.site import EMBED, NORMS, Site, Slice
+from model_runner.lora.transfer.reader import Limits
+
+MAX_PACKET = 32 << 10
+
+
+class SiteShape(msgspec.Struct, frozen=True, array_like=True):
+    """A site without its weights; `slices` are (module, start, stop)."""
+
+    name: str
+    path: str
+    layer: int
+    group: str
+    slices: list[tuple[str, int, int]]
+    out_features: int
+    in_features: int
+    tied: bool = False
+
+    @classmethod
+    def of(cls, site: Site) -> SiteShape:
+        """The shape of this site."""
+        slices = [(piece.module, piece.start, piece.stop) for piece in site.slices]
+        sizes = site.out_features, site.in_features
+        return cls(site.name, site.path, site.layer, site.group, slices, *sizes, tied=site.tied)
+
+    def site(self) -> Site:
+        """The site again, its weight on the meta device."""
+        shape = (self.out_features,) if self.group == NORMS else (self.out_features, self.in_features)
+        weight = torch.empty(shape[::-1] if self.group == EMBED else shape, device="meta")
+        slices = tuple(Slice(*s) for s in self.slices)
+        return Site(self.name, self.path, self.layer, self.group, slices, weight, tied=self.tied)
+
+
+class LoaderConfig(msgspec.Struct, frozen=True):
+    """All that a loader must know of the model, which lies in `model`.
+
+    `socket` is the descriptor of its end of the pair.
+    """
+
+    sites: list[SiteShape]
+    dtype: str
+    limits: Limits
+    model: str = ""
+    socket: int = -1
+    log_level: LogLevel = "info"
+
+
+class Packet(msgspec.Struct, tag=True, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Something sent. `job` counts the jobs of a runner."""
+
+    job: int
+
+
+class Job(Packet, frozen=True):
+    """Read the adapter in `root`; `revision`, when not empty, is what it must hash to."""
+
+    root: str
+    revision: str = ""
+
+
+class Surveyed(Packet, frozen=True):
+    """Config and headers are sound; `bytes` are to be read."""
+
+    bytes: int
+
+
+class Loaded(Packet, frozen=True):
+    """The parcel's descriptor comes with this packet; its label is the `label` bytes behind the `size` of tensors."""
+
+    size: int
+    label: int
+
+
+class Refused(Packet, frozen=True):
+    """The adapter cannot be served."""
+
+    reason: str

@@ -1,0 +1,92 @@
+"""From an adapter's directory to a parcel: survey, limits, memory, values, revision. Knows nothing of names and ids."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+
+from engine.errors import AdapterError
+from model_runner.lora.catalogue import Catalogue
+from model_runner.lora.peft.base_weights import BaseWeights
+from model_runner.lora.peft.survey import Survey, read_survey
+from model_runner.lora.transfer import shm_adapter
+from model_runner.lora.transfer.cpu_limit import bounded
+from model_runner.lora.transfer.shm_adapter import Label, Parcel
+from model_runner.platform.device import host_memory
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What the operator allows; None: no limit. `targets` are module names, or "all"; `biases`: may there be any;
+    `extra_vocab`: tokens more than the base has.
+    """
+
+    max_rank: int | None = None
+    targets: list[str] | None = None
+    biases: bool = True
+    extra_vocab: int | None = None
+
+    def check(self, survey: Survey) -> None:
+        """Raises AdapterError naming the flag and its value."""
+        if self.max_rank is not None and survey.rank > self.max_rank:
+            served = max(survey.landings, key=lambda landing: landing.rank)
+            given = served.module.target.rank
+            meant = "" if given == survey.rank else f" ({survey.format} of rank {given} is served as such)"
+            raise AdapterError(f"rank {survey.rank} is above --max-lora-rank {self.max_rank}{meant}")
+        if survey.biased is not None and not self.biases:
+            raise AdapterError(f"it gives {survey.biased} a bias, which --no-enable-lora-bias does not allow")
+        if self.extra_vocab is not None and survey.added_tokens > self.extra_vocab:
+            raise AdapterError(
+                f"its vocabulary has {survey.vocab_size} tokens, {survey.added_tokens} more than the model's, and"
+                f" --lora-extra-vocab-size (the most of an adapter in --lora-paths) is {self.extra_vocab}"
+            )
+        if self.targets is None or "all" in self.targets:
+            return
+        refused = [target for target in survey.targets if target not in self.targets]
+        if refused:
+            allowed = " ".join(self.targets)
+            raise AdapterError(f"it targets {', '.join(refused)}, which --lora-target-modules {allowed} does not allow")
+
+
+class Reader:
+    """Reads adapters for one model in one dtype, within limits; `model` is the model's directory."""
+
+    def __init__(self, catalogue: Catalogue, dtype: torch.dtype, limits: Limits, model: Path | None = None) -> None:
+        self.base = BaseWeights(model)
+        self.catalogue = catalogue
+        self.dtype = dtype
+        self.limits = limits
+
+    def survey(self, root: Path) -> Survey:
+        """What config and headers say, within the limits. Raises AdapterError or OSError."""
+        with bounded("matching the names in its config"):
+            survey = read_survey(root, self.catalogue)
+        self.limits.check(survey)
+        return survey
+
+    def read(self, root: Path, revision: str = "", announce: Callable[[int], None] = lambda _: None) -> Parcel:
+        """The adapter in `root`; `revision`, when not empty, must be what its files hash to.
+
+        `announce` is told how many bytes are to be read once all but the values is checked. Raises AdapterError or
+        OSError; peak memory is the parcel and one tensor, a few times over.
+        """
+        survey = self.survey(root)
+        parts, size = shm_adapter.arrange(survey.landings, self.dtype)
+        _, free = host_memory()
+        if size > free:
+            raise AdapterError(f"it needs {size >> 20} MiB of host memory, and {free >> 20} MiB are free")
+        announce(survey.data_bytes)
+        descriptor = shm_adapter.allocate(size)
+        try:
+            memory = shm_adapter.map_memory(descriptor, size)
+            found = survey.read(shm_adapter.views(memory, parts, self.catalogue, self.dtype), self.base)
+            if revision and found != revision:
+                raise AdapterError(f"{root}: its files have changed (revision {found}, not {revision})")
+            label = Label(found, survey.cast_from(self.dtype), parts, survey.invocation)
+            return shm_adapter.seal(descriptor, size, label)
+        except BaseException:
+            os.close(descriptor)
+            raise

@@ -1,0 +1,1 @@
+"""The decoder: layers, families, and loading."""

@@ -1,0 +1,170 @@
+"""The decoder: most families' model, read from an Arch, and what the others are made of. Attention and LoRA are
+attached from outside.
+
+    x = embed(tokens)
+    each layer:  x = x + attention(norm(x));  x = x + mlp(norm(x))
+    logits = head(norm(x))
+
+A sum and the norm that follows it are one operation, so a layer takes what the one before it would add, and hands on
+what it would add itself:
+
+    x, added  ->  norm(x + added)  ->  attention  ->  norm(x + its answer)  ->  mlp  ->  x, the mlp's answer
+
+Knows nothing of files, requests or sampling. Legend: T tokens of the step, S rows that need logits, H hidden size,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from model_runner.compute.attention.base import AttentionBackend
+from model_runner.config import Arch
+from model_runner.lora.backends.base import LoraBackend
+from model_runner.lora.pool.full_weights import Lanes
+from model_runner.lora.site import EXPERTS, ROUTER, Site
+from model_runner.model.layers.attention import Attention
+from model_runner.model.layers.embedding import Embedding, Head
+from model_runner.model.layers.linear import Linear
+from model_runner.model.layers.mlp import MLP, FeedForward
+from model_runner.model.layers.norm import RMSNorm, read_norm
+from model_runner.model.layers.rotary import Rotary, Rotation
+from model_runner.model.layers.weights import Weights
+from model_runner.step.batch import Batch
+from model_runner.step.kv_pool import KvPool
+
+Stream = tuple[torch.Tensor, torch.Tensor | None]
+"""x [T, H], and what is still to be added to it."""
+
+
+class Layer:
+    """Attention and MLP, each behind its norm and beside its residual."""
+
+    attention_type: type[Attention] = Attention
+
+    def __init__(self, arch: Arch, index: int, weights: Weights) -> None:
+        self.attention = self.attention_type(arch, index, weights)
+        self.mlp = self.feed_forward(arch, index, weights)
+        self.norms = list(self.attention.norms or ())
+
+        def norm(name: str) -> RMSNorm:
+            self.norms.append(read_norm(arch, weights, f"model.layers.{index}.{name}", arch.hidden_size))
+            return self.norms[-1]
+
+        self.read_norms(norm)
+
+    def feed_forward(self, arch: Arch, index: int, weights: Weights) -> FeedForward:
+        """What stands after attention."""
+        return MLP(arch, index, weights)
+
+    def read_norms(self, norm: Callable[[str], RMSNorm]) -> None:
+        """Its norms by their names in the checkpoint."""
+        self.attention_norm = norm("input_layernorm")
+        self.mlp_norm = norm("post_attention_layernorm")
+
+    def linears(self) -> Iterator[Linear]:
+        """Its sites: qkv, o, and those of the MLP."""
+        yield from (self.attention.qkv, self.attention.o, *self.mlp.linears())
+
+    def __call__(
+        self, x_TH: torch.Tensor, added_TH: torch.Tensor | None, rotate: Rotation | None, batch: Batch
+    ) -> Stream:
+        """x [T, H] and what is still to be added to it, in and out; None is nothing."""
+        normed_TH, x_TH = self.attention_norm.add(x_TH, added_TH, batch)
+        normed_TH, x_TH = self.mlp_norm.add(x_TH, self.attention(normed_TH, rotate, batch), batch)
+        return x_TH, self.mlp(normed_TH, batch)
+
+
+class Decoder:
+    """A model with uninitialised weights; `weights.placements` says what a checkpoint must put where.
+
+    A family whose forward differs has a subclass, with layers of its own (`layer_type`) or with something to do to
+    embeddings and logits (`enter`, `leave`).
+    """
+
+    layer_type: type[Layer] = Layer
+
+    def __init__(self, arch: Arch, weights: Weights) -> None:
+        self.arch = arch
+        self.weights = weights
+        table = weights.tensor("model.embed_tokens.weight", arch.vocab_size, arch.hidden_size)
+        self.embed = Embedding(table)
+        self.layers = [self.layer_type(arch, index, weights) for index in range(arch.num_layers)]
+        self.norm = read_norm(arch, weights, "model.norm", arch.hidden_size)
+        head = table if arch.tie_embeddings else weights.tensor("lm_head.weight", *table.shape)
+        self.head = Head(head, tied=arch.tie_embeddings)
+        ropes = list(dict.fromkeys(rope for rope in arch.ropes if rope is not None))
+        self.rotaries = [Rotary(rope, arch.head_dim, weights.device, weights.dtype) for rope in ropes]
+        self.turns = [None if rope is None else ropes.index(rope) for rope in arch.ropes]
+
+    @property
+    def sites(self) -> list[Site]:
+        """What adapters may touch, in the order of the forward; the norms after all others."""
+        linears = [linear.site for layer in self.layers for linear in layer.linears()]
+        return [self.embed.site, *linears, self.head.site, *(norm.site for norm in self.norms)]
+
+    @property
+    def norms(self) -> list[RMSNorm]:
+        """All of them, in the order of the forward."""
+        return [*(norm for layer in self.layers for norm in layer.norms), self.norm]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights on this rank."""
+        return self.weights.bytes
+
+    @property
+    def recordable(self) -> bool:
+        """Whether its decode steps can be recorded as CUDA graphs: nothing in them waits for the device."""
+        return True
+
+    def pack(self) -> None:
+        """Weights of attention, MLPs and head in the order in which a CPU reads them, one after the other, each plain
+        one given up. Nothing can be loaded into them any more. Experts lie in one tensor and stay as they are.
+        """
+        self.weights.placements.clear()
+        for layer in self.layers:
+            for linear in layer.linears():
+                if linear.site.group not in (ROUTER, EXPERTS):
+                    linear.pack()
+        self.head.pack()
+
+    def attach(self, attention: AttentionBackend, pool: KvPool, lora: LoraBackend | None = None) -> None:
+        """Gives every layer its backend, its cache and, where there is one, LoRA."""
+        self.embed.lora = self.head.lora = lora
+        for index, layer in enumerate(self.layers):
+            layer.attention.attach(attention, pool.layer(index))
+            for linear in layer.linears():
+                linear.lora = lora
+        for norm in self.norms:
+            norm.attach(lora.pages.norms if lora else None)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """[T, H]: the normed hidden state of every token of the step; K and V are stored on the way."""
+        rotations = [rotary(batch.positions_T) for rotary in self.rotaries]
+        x_TH = self.enter(self.embed(batch.tokens_T, batch.lora, batch.lanes_T))
+        added_TH: torch.Tensor | None = None
+        for layer, turn in zip(self.layers, self.turns, strict=True):
+            x_TH, added_TH = layer(x_TH, added_TH, None if turn is None else rotations[turn], batch)
+        return self.norm.add(x_TH, added_TH, batch)[0]
+
+    def enter(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """Embeddings as the first layer takes them."""
+        return x_TH
+
+    def logits(self, hidden_SH: torch.Tensor, lora: Any = None, lanes_S: Lanes | None = None) -> torch.Tensor:
+        """[S, V] float32 for the rows of `forward`'s answer that are asked for.
+
+        `lora` is planned for these rows; `lanes_S` are theirs, where one of them brings a head of its own.
+        """
+        logits_SV = self.leave(self.head(hidden_SH, lora, lanes_S))
+        if lanes_S is not None:
+            self.head.close(logits_SV, lanes_S)
+        return logits_SV
+
+    def leave(self, logits_SV: torch.Tensor) -> torch.Tensor:
+        """The head's answers as the sampler takes them."""
+        return logits_SV

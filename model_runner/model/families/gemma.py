@@ -1,0 +1,55 @@
+"""Gemma 2 and 3: norms on both sides of attention and MLP, embeddings scaled, logits capped.
+
+    each layer:  x = x + norm(attention(norm(x)));  x = x + norm(mlp(norm(x)))
+    logits = cap * tanh(head(norm(x)) / cap)
+
+Legend: T tokens of the step, S rows that need logits, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from model_runner.config import Arch
+from model_runner.model.families.decoder import Decoder, Layer, Stream
+from model_runner.model.layers.norm import RMSNorm
+from model_runner.model.layers.rotary import Rotation
+from model_runner.model.layers.weights import Weights
+from model_runner.step.batch import Batch
+
+
+class GemmaLayer(Layer):
+    """Attention and MLP, each between two norms."""
+
+    def read_norms(self, norm: Callable[[str], RMSNorm]) -> None:
+        self.attention_norm = norm("input_layernorm")
+        self.attended_norm = norm("post_attention_layernorm")
+        self.mlp_norm = norm("pre_feedforward_layernorm")
+        self.fed_norm = norm("post_feedforward_layernorm")
+
+    def __call__(
+        self, x_TH: torch.Tensor, added_TH: torch.Tensor | None, rotate: Rotation | None, batch: Batch
+    ) -> Stream:
+        normed_TH, x_TH = self.attention_norm.add(x_TH, added_TH, batch)
+        attended_TH = self.attended_norm(self.attention(normed_TH, rotate, batch), batch)
+        normed_TH, x_TH = self.mlp_norm.add(x_TH, attended_TH, batch)
+        return x_TH, self.fed_norm(self.mlp(normed_TH, batch), batch)
+
+
+class Gemma(Decoder):
+    """The decoder with such layers."""
+
+    layer_type = GemmaLayer
+
+    def __init__(self, arch: Arch, weights: Weights) -> None:
+        super().__init__(arch, weights)
+        self.scale = float(torch.tensor(arch.embed_scale, dtype=weights.dtype))  # as the model was trained: rounded
+        self.cap = arch.logit_cap
+
+    def enter(self, x_TH: torch.Tensor) -> torch.Tensor:
+        return x_TH * self.scale
+
+    def leave(self, logits_SV: torch.Tensor) -> torch.Tensor:
+        return logits_SV if self.cap is None else torch.tanh(logits_SV / self.cap) * self.cap

@@ -1,0 +1,33 @@
+"""Mixture of experts (Mixtral, Qwen3 MoE): the decoder with experts in place of the MLP, in all or some layers."""
+
+from __future__ import annotations
+
+from model_runner.config import Arch
+from model_runner.model.families.decoder import Decoder, Layer
+from model_runner.model.layers.experts import SparseMLP
+from model_runner.model.layers.mlp import FeedForward
+from model_runner.model.layers.weights import Weights
+
+
+class MoeLayer(Layer):
+    """Attention, and experts where the Arch says so."""
+
+    def feed_forward(self, arch: Arch, index: int, weights: Weights) -> FeedForward:
+        """The layer's experts, or its MLP."""
+        assert arch.experts is not None
+        return (
+            SparseMLP(arch, index, weights)
+            if arch.experts.layers[index]
+            else super().feed_forward(arch, index, weights)
+        )
+
+
+class Moe(Decoder):
+    """The decoder with such layers."""
+
+    layer_type = MoeLayer
+
+    @property
+    def recordable(self) -> bool:
+        """Whether its decode steps can be recorded as CUDA graphs."""
+        return not any(isinstance(layer.mlp, SparseMLP) and layer.mlp.waits for layer in self.layers)

@@ -1,0 +1,139 @@
+"""A mixture of experts: each token goes through the few experts its router picks, weighted by how sure it was.
+
+    router probabilities of a token   [0.1  0.6  0.1  0.2]  ->  experts 1 and 3, weights 0.6 and 0.2 (or 0.75 and 0.25)
+
+A token stands once for each of its experts, sorted by expert, so that one grouped matmul does all; which expert gets
+how many stays on the device. Where a lane of the step touches experts, they go one by one instead, each with a LoRA
+plan of its own tokens. Nothing of one token reaches another.
+
+Legend: T tokens, H hidden size, E experts, K experts of a token, n = T * K, I intermediate size of an expert on this
+rank, O out features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import grouped_mm
+
+from model_runner.config import Arch
+from model_runner.lora.site import EXPERTS, ROUTER, Site, Slice
+from model_runner.model.layers.linear import Linear
+from model_runner.model.layers.mlp import gate_of
+from model_runner.model.layers.weights import Weights
+from model_runner.step.batch import Batch
+from model_runner.step.layout import Layout
+
+
+@dataclass(frozen=True)
+class Expert:
+    """The sites of one expert, over its part of the layer's weights."""
+
+    gate_up: Linear
+    down: Linear
+
+
+class SparseMLP:
+    """One layer's router and experts."""
+
+    def __init__(self, arch: Arch, layer: int, weights: Weights) -> None:
+        assert arch.experts is not None
+        experts, hidden = arch.experts, arch.hidden_size
+        path = f"model.layers.{layer}.{experts.block}"
+        inner = weights.shard.share(experts.width, "intermediate size of an expert")
+        self.shard = weights.shard
+        self.per_token, self.renormalize = experts.per_token, experts.renormalize
+        self.gate = gate_of(weights.ops, arch.activation)
+        self.gate_up_EIH = weights.empty(experts.count, 2 * inner, hidden)
+        self.down_EHI = weights.empty(experts.count, hidden, inner)
+        router_EH = weights.tensor(f"{path}.gate.weight", experts.count, hidden)
+        cut = (Slice("gate", 0, experts.count),)
+        self.router = Linear(Site(f"layers.{layer}.router", path, layer, ROUTER, cut, router_EH))
+        self.experts = [self._expert(arch, layer, number, path, weights) for number in range(experts.count)]
+        self._numbers_E = torch.arange(experts.count, device=weights.device)
+
+    def _expert(self, arch: Arch, layer: int, number: int, path: str, weights: Weights) -> Expert:
+        assert arch.experts is not None
+        gate_up_IH, down_HI = self.gate_up_EIH[number], self.down_EHI[number]
+        inner, whole = down_HI.shape[1], arch.experts.width
+        gate, up, down = arch.experts.names
+        path = f"{path}.experts.{number}"
+        weights.place(f"{path}.{gate}.weight", gate_up_IH[:inner], whole=whole)
+        weights.place(f"{path}.{up}.weight", gate_up_IH[inner:], whole=whole)
+        weights.place(f"{path}.{down}.weight", down_HI, whole=whole, dim=1)
+        name, parts = f"layers.{layer}.experts.{number}", (Slice(gate, 0, inner), Slice(up, inner, 2 * inner))
+        return Expert(
+            Linear(Site(f"{name}.gate_up", path, layer, EXPERTS, parts, gate_up_IH)),
+            Linear(Site(f"{name}.down", path, layer, EXPERTS, (Slice(down, 0, arch.hidden_size),), down_HI)),
+        )
+
+    def linears(self) -> Iterator[Linear]:
+        """The router's site, and two of each expert."""
+        yield self.router
+        for expert in self.experts:
+            yield from (expert.gate_up, expert.down)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for the device: only Hopper and later multiply groups whose sizes the host does not know."""
+        weight = self.down_EHI
+        on_host = weight.device.type != "cuda" or weight.dtype != torch.bfloat16
+        return on_host or torch.cuda.get_device_capability(weight.device) < (9, 0)
+
+    def __call__(self, x_TH: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """[T, H] -> [T, H]."""
+        weights_TK, experts_TK = self.route(x_TH, batch)
+        experts_n, order_n = experts_TK.flatten().sort(stable=True)
+        x_nH = x_TH[order_n // self.per_token]
+        if batch.lanes_T is not None and self._touched(batch.lanes_T):
+            y_nH = self._one_by_one(x_nH, experts_n, batch.lanes_T[order_n.cpu().numpy() // self.per_token], batch)
+        else:
+            y_nH = self._together(x_nH, experts_n)
+        mixed_TKH = torch.empty_like(y_nH).index_copy_(0, order_n, y_nH).view(*experts_TK.shape, -1)
+        mixed_TH = (mixed_TKH * weights_TK[:, :, None]).sum(1)
+        return self.shard.all_reduce(mixed_TH.to(x_TH.dtype))
+
+    def route(self, x_TH: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights [T, K] in float32 and numbers [T, K] of the experts of each token."""
+        chances_TE = self.router(x_TH, batch).float().softmax(-1)
+        weights_TK, experts_TK = chances_TE.topk(self.per_token, dim=-1)
+        if self.renormalize:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        return weights_TK, experts_TK
+
+    def _touched(self, lanes_T: NDArray[np.int32]) -> bool:
+        lora = self.router.lora
+        return lora is not None and lora.pages.touch(set(lanes_T.tolist()), EXPERTS)
+
+    def _together(self, x_nH: torch.Tensor, experts_n: torch.Tensor) -> torch.Tensor:
+        """[n, H]: every pick through its expert; picks are sorted by expert."""
+        ends_E = torch.searchsorted(experts_n, self._numbers_E, right=True, out_int32=True)
+        return _grouped(self.gate(_grouped(x_nH, self.gate_up_EIH, ends_E)), self.down_EHI, ends_E)
+
+    def _one_by_one(
+        self, x_nH: torch.Tensor, experts_n: torch.Tensor, lanes_n: NDArray[np.int32], batch: Batch
+    ) -> torch.Tensor:
+        """The same, each pick through its lane's expert."""
+        y_nH = torch.empty_like(x_nH)
+        numbers, begins = np.unique(experts_n.cpu().numpy(), return_index=True)
+        for number, begin, end in zip(numbers, begins, [*begins[1:], len(lanes_n)], strict=True):
+            expert = self.experts[number]
+            assert expert.down.lora is not None, "lanes without a LoRA backend"
+            own = replace(batch, lora=expert.down.lora.plan(_layout(lanes_n[begin:end])))
+            y_nH[begin:end] = expert.down(self.gate(expert.gate_up(x_nH[begin:end], own)), own)
+        return y_nH
+
+
+def _grouped(x_nI: torch.Tensor, weight_EOI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """[n, I] -> [n, O]: the picks before ends_E[e], and not before ends_E[e - 1], through expert e."""
+    return grouped_mm(x_nI, weight_EOI.transpose(1, 2), offs=ends_E)
+
+
+def _layout(lanes_n: NDArray[np.int32]) -> Layout:
+    """Rows of these lanes, for a LoRA plan: it has no use for pages."""
+    nothing = np.zeros_like(lanes_n)
+    return Layout(nothing, nothing, np.ones_like(lanes_n), lanes_n, np.zeros((1, 1), np.int32), 1)

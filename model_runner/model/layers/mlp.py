@@ -1,0 +1,59 @@
+"""The gated MLP: down(act(gate(x)) * up(x)), gate and up fused. Legend: T tokens, H hidden size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+
+from model_runner.compute.ops.base import Ops
+from model_runner.config import Arch
+from model_runner.model.layers.linear import Linear, column_linear, row_linear
+from model_runner.model.layers.weights import Weights
+from model_runner.step.batch import Batch
+
+
+def gate_of(ops: Ops, activation: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """act(gate) * up, from the two side by side."""
+    return {"silu": ops.silu_mul, "gelu_tanh": ops.gelu_tanh_mul}[activation]
+
+
+class FeedForward(Protocol):
+    """What stands after attention in a layer."""
+
+    def linears(self) -> Iterator[Linear]:
+        """Its sites."""
+
+    def __call__(self, x_TH: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """[T, H] -> [T, H]."""
+
+
+class MLP:
+    """One layer's MLP."""
+
+    def __init__(self, arch: Arch, layer: int, weights: Weights) -> None:
+        path, inner, hidden = f"model.layers.{layer}.mlp", arch.intermediate_size, arch.hidden_size
+        self.gate = gate_of(weights.ops, arch.activation)
+        self.gate_up = column_linear(
+            weights,
+            f"layers.{layer}.gate_up",
+            path,
+            layer,
+            "gate_up",
+            {"gate_proj": inner, "up_proj": inner},
+            hidden,
+            bias=arch.mlp_bias,
+            fused="gate_up_proj" if arch.fused else None,
+        )
+        self.down = row_linear(
+            weights, f"layers.{layer}.down", path, layer, "down", "down_proj", inner, hidden, bias=arch.mlp_bias
+        )
+
+    def linears(self) -> Iterator[Linear]:
+        """Its two sites."""
+        yield from (self.gate_up, self.down)
+
+    def __call__(self, x_TH: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """[T, H] -> [T, H]."""
+        return self.down(self.gate(self.gate_up(x_TH, batch)), batch)

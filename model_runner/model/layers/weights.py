@@ -1,0 +1,53 @@
+"""Where layers get their weights: empty tensors on the device, and the list of what the checkpoint puts into them; and
+the small operations of that device.
+
+Knows nothing of files. Names are the checkpoint's.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from model_runner.compute.ops import base as ops
+from model_runner.platform.shard import Shard
+from model_runner.weights.checkpoint import Placement
+
+
+class Weights:
+    """Hands out uninitialised tensors of one model and keeps their placements and sizes."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, shard: Shard) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.shard = shard
+        self.ops = ops.create(device)
+        self.placements: list[Placement] = []
+        self.bytes = 0
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """A tensor to be filled by placements."""
+        tensor = torch.empty(shape, device=self.device, dtype=self.dtype)
+        self.bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def place(self, name: str, into: torch.Tensor, *, whole: int | None = None, dim: int = 0) -> None:
+        """Tensor `name` goes into `into`; with `whole`, dimension `dim` is `whole` long in the file and cut by rank."""
+        shape = list(into.shape)
+        cut = [slice(None)] * into.dim()
+        if whole is not None:
+            shape[dim] = whole
+            cut[dim] = self.shard.span(whole, f"size of {name}")
+        self.placements.append(Placement(name, into, tuple(shape), tuple(cut)))
+
+    def place_part(self, name: str, into: torch.Tensor, start: int, part: int, whole: int) -> None:
+        """Of tensor `name`, `whole` rows long in the file, the `part` rows from `start` on, cut by rank."""
+        span = self.shard.span(part, f"size of a part of {name}")
+        rest = into.shape[1:]
+        cut = (slice(start + span.start, start + span.stop), *(slice(None) for _ in rest))
+        self.placements.append(Placement(name, into, (whole, *rest), cut))
+
+    def tensor(self, name: str, *shape: int) -> torch.Tensor:
+        """A whole tensor under its own name."""
+        tensor = self.empty(*shape)
+        self.place(name, tensor)
+        return tensor

@@ -1,0 +1,37 @@
+"""A model directory becomes a Decoder, of the class its Arch names. Knows nothing of what runs on it."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import torch
+
+from model_runner.config import Arch
+from model_runner.model.families.decoder import Decoder
+from model_runner.model.layers.weights import Weights
+from model_runner.platform.shard import Shard
+from model_runner.weights.checkpoint import load_checkpoint
+
+
+def build_decoder(arch: Arch, weights: Weights) -> Decoder:
+    """The decoder of `arch`, its weights not yet read."""
+    module, _, name = arch.model.partition(":")
+    decoder: Decoder = getattr(importlib.import_module(module), name)(arch, weights)
+    return decoder
+
+
+def load_model(
+    path: Path,
+    arch: Arch,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    shard: Shard | None = None,
+    progress: bool = False,
+) -> Decoder:
+    """The decoder of `arch` with the directory's weights, cast to `dtype`. Raises ConfigError naming what is wrong."""
+    decoder = build_decoder(arch, Weights(device, dtype, shard or Shard()))
+    harmless = ["lm_head.weight"] if arch.tie_embeddings else []
+    load_checkpoint(path, decoder.weights.placements, harmless, progress=progress)
+    return decoder

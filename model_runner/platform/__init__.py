@@ -1,0 +1,1 @@
+"""The machine: device and dtype, child processes, compilations, this rank's shard."""

@@ -1,0 +1,1 @@
+"""One step on the host: layout, batch, rows, KV pool, and how device work is recorded."""

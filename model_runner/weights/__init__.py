@@ -1,0 +1,1 @@
+"""Checkpoint tensors, and how linear weights are stored."""

@@ -1,0 +1,1 @@
+"""Adapters: names, copies in host and device memory, rank pages and lanes. Tables only."""

@@ -1,0 +1,64 @@
+"""Who goes first when a tier is full: idle copies, sorted by a time. Knows nothing of what is idle, nor of tiers."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from typing import Generic, Literal, TypeVar
+
+from scheduler.types import Order
+
+Policy = Literal["lru", "fifo"]
+
+
+Stamp = TypeVar("Stamp", int, Order)
+
+
+class EvictionOrder(Generic[Stamp]):
+    """Copy ids by their stamp, the smallest first: the time of the last use (lru), or of coming here (fifo).
+
+    Or, where somebody waits for them, his place in the queue.
+    """
+
+    def __init__(self) -> None:
+        self._sorted: list[tuple[Stamp, int]] = []
+        self._stamps: dict[int, Stamp] = {}
+
+    def __contains__(self, copy_id: int) -> bool:
+        return copy_id in self._stamps
+
+    def __iter__(self) -> Iterator[int]:
+        return (copy_id for _, copy_id in self._sorted)
+
+    def __len__(self) -> int:
+        return len(self._sorted)
+
+    def above(self, stamp: Stamp) -> Iterator[int]:
+        """Those with a larger stamp, the largest first."""
+        for found, copy_id in reversed(self._sorted):
+            if not found > stamp:
+                return
+            yield copy_id
+
+    def stamp(self, copy_id: int) -> Stamp | None:
+        """The stamp of a copy, if it is there."""
+        return self._stamps.get(copy_id)
+
+    def put(self, copy_id: int, stamp: Stamp) -> None:
+        """Enters it, or moves it."""
+        if self._stamps.get(copy_id) == stamp:
+            return
+        self.drop(copy_id)
+        self._stamps[copy_id] = stamp
+        insort(self._sorted, (stamp, copy_id))
+
+    def drop(self, copy_id: int) -> None:
+        """Takes it out, if it is there."""
+        stamp = self._stamps.pop(copy_id, None)
+        if stamp is not None:
+            del self._sorted[bisect_left(self._sorted, (stamp, copy_id))]
+
+    def clear(self) -> None:
+        """Takes all out."""
+        self._sorted.clear()
+        self._stamps.clear()

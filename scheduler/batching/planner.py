@@ -1,0 +1,174 @@
+"""One step: running decodes first, then prefill chunks of running rows, then admissions. Knows nothing of answers.
+
+    budget  |<- decodes: 1 token a row ->|<- chunks of rows in prefill ->|<- chunks of rows just admitted ->|
+            0                                                                         max_batched_tokens
+                                         |<---- max_prefill_tokens at most, if there are decodes ---->|
+
+Positions advance here, when a chunk is planned; tokens arrive later, so with several steps in flight a row is planned
+on tokens nobody on this side has seen. A row whose limit is reached by samples in flight is not planned further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from engine.messages import Chunk, LanePages, NewRow, Step
+from scheduler.admission import Admission
+from scheduler.batching.admission_order import Turns
+from scheduler.batching.isolation import Quarantine
+from scheduler.batching.preemption import choose_victim
+from scheduler.loading.device_loader import Filling
+from scheduler.requests.request import Request
+from scheduler.state import Books, Flight
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A step in the making."""
+
+    flight: Flight
+    budget: int
+    lanes: list[LanePages] = field(default_factory=list)
+    new_rows: list[NewRow] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+
+    def add(self, request: Request, chunk: Chunk, scored: int = 0) -> None:
+        self.chunks.append(chunk)
+        self.flight.parts.append((request, chunk.samples, scored))
+        self.flight.starts.append(chunk.start)
+        self.budget -= chunk.length
+        request.flights += 1
+        request.computed += chunk.length
+        request.scored += scored
+        request.pending += chunk.samples
+
+
+class Planner:
+    """Makes steps out of the books."""
+
+    def __init__(
+        self, books: Books, admission: Admission, filling: Filling, turns: Turns, quarantine: Quarantine
+    ) -> None:
+        self._books = books
+        self._admission = admission
+        self._filling = filling
+        self._turns = turns
+        self._quarantine = quarantine
+
+    def plan(self, epoch: int, step: int) -> Step | None:
+        """Step number `step`, entered among the flights; None when there is nothing to do now."""
+        books, alone = self._books, self._quarantine.is_on
+        if self._quarantine.waits:
+            return None
+        books.kv.begin(step)
+        if not alone:
+            self._turns.begin()
+        draft = _Draft(Flight(step), books.capacity.max_batched_tokens)
+        prefills = self._decode(draft)
+        if draft.chunks:
+            draft.budget = min(draft.budget, books.max_prefill_tokens)
+        self._filling.begin(step, busy=bool(draft.chunks))
+        for request in prefills:
+            if draft.budget > 0:
+                self._prefill(draft, request, [])
+        self._admit(draft, self._quarantine.next if alone else self._turns.next)
+        if not alone:
+            self._turns.end()
+            self._filling.look_ahead()
+        fills = self._filling.take()
+        if not draft.chunks and not fills:
+            return None
+        books.name(books.lanes.active(), step)
+        books.flights.append(draft.flight)
+        return Step(epoch=epoch, id=step, fills=fills, lanes=draft.lanes, new_rows=draft.new_rows, chunks=draft.chunks)
+
+    def _decode(self, draft: _Draft) -> list[Request]:
+        """One chunk for every decoding row, in order. Returns the rows in prefill."""
+        running, page_size = self._books.running.ordered, self._books.capacity.page_size
+        prefills: list[Request] = []
+        index = 0
+        while index < len(running):
+            request = running[index]
+            if not request.decoding:
+                prefills.append(request)
+            elif draft.budget > 0 and len(request.tokens) + request.pending < request.limit:
+                position = request.computed
+                pages: list[int] = []
+                if position == len(request.pages) * page_size:
+                    pages = self._grow(request, index)
+                    if not pages:
+                        continue  # it gave way itself: another stands at this index now, or none
+                chunk = Chunk(
+                    row=request.row,
+                    generation=request.generation,
+                    start=position,
+                    length=1,
+                    lane=request.lane,
+                    pages=pages,
+                )
+                draft.add(request, chunk)
+            index += 1
+        return prefills
+
+    def _grow(self, request: Request, index: int) -> list[int]:
+        """A page for running[index], taken from rows not yet planned if need be; none if it had to give way itself."""
+        books = self._books
+        while not books.kv.free:
+            victim = choose_victim(books.running.ordered[index:], books.running.ordered[0])
+            self._admission.preempt(victim)
+            if victim is request:
+                return []
+        return books.kv.grow(request)
+
+    def _prefill(self, draft: _Draft, request: Request, pages: list[int]) -> None:
+        """The next chunk of known tokens; the last one samples. `pages` go along (all of them with the first chunk).
+
+        What is before an activated adapter's invocation is the base's: a chunk ends there.
+
+        to score:     start .. scored            nothing: it was scored before a preemption; the chunk ends there
+                      scored .. prompt_length-1  every position, each telling of the token after it
+        """
+        known, start = len(request.tokens), request.computed
+        end = min(known, start + draft.budget)
+        if start < request.acts_from:
+            end = min(end, request.acts_from)
+        scores = False
+        if request.scored < request.to_score:
+            if start < request.scored:
+                end = min(end, request.scored)
+            else:
+                scores = True
+                end = end if known == request.prompt_length else min(end, request.to_score)
+        samples = end == known
+        chunk = Chunk(
+            row=request.row,
+            generation=request.generation,
+            start=start,
+            length=end - start,
+            lane=request.lane if start >= request.acts_from else 0,
+            tokens=request.tokens[start : end + (scores and not samples)],
+            pages=pages,
+            samples=samples,
+            scores=scores,
+        )
+        request.decoding = samples
+        draft.add(request, chunk, scored=(end - start - samples) if scores else 0)
+        self._books.kv.computed(request)
+
+    def _admit(self, draft: _Draft, following: Callable[[], Request | None]) -> None:
+        """Lets requests in while there is budget for their first chunk."""
+        books = self._books
+        while draft.budget > 0 and (request := following()) is not None:
+            if self._admission.admit(request):
+                draft.lanes.append(LanePages(request.lane, books.lane_pages(request.key)))
+            draft.new_rows.append(
+                NewRow(
+                    row=request.row,
+                    generation=request.generation,
+                    prompt_length=request.prompt_length,
+                    sampling=request.sampling,
+                    history=list(request.tokens) if request.needs_history else [],
+                )
+            )
+            self._prefill(draft, request, list(request.pages))

@@ -1,0 +1,199 @@
+"""Which copies get rank pages now, and whether they are filled at once or beside the steps. Knows nothing of lanes.
+
+    at once      before the forward of the very step that carries the fill: that step may name its lane already. For
+                 those whose request goes in that step; all of a step's take at most half of a step's time
+    background   in slices after the steps; a lane may name the pages when the runner has reported. For large ones,
+                 for the next in the queue (look-ahead), and for copies that came unasked
+
+Nobody's pages go for somebody behind him: first the spare copies in the order of the policy, then those that only
+later ones wait for, the latest first.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from engine.messages import Fill
+from scheduler.adapters.copies import Copy, Device
+from scheduler.admission import Admission
+from scheduler.requests.queue import Place
+from scheduler.requests.request import Request
+from scheduler.state import Books
+from scheduler.types import LaneKey, Order
+
+SHARE = 0.5  # of a step's time may be spent on fills at once while somebody decodes
+AHEAD = 4  # fills under way for requests that cannot go yet
+DEFAULT_STEP_SECONDS = 0.02
+DEFAULT_BYTES_PER_SECOND = 2e9
+WEIGHT = 0.2  # of the newest measurement
+
+
+class Outcome(Enum):
+    """What became of a wish for rank pages."""
+
+    RESIDENT = "resident"
+    FILLING = "filling"
+    LATER = "later"
+    NO_PAGES = "no pages"
+
+
+class Filling:
+    """Fills of one step after another, over the books."""
+
+    def __init__(self, books: Books, admission: Admission) -> None:
+        self._books = books
+        self._admission = admission
+        self._step_seconds = 0.0
+        self._bytes_per_second = DEFAULT_BYTES_PER_SECOND
+        self._fills: list[Fill] = []
+        self._step = 0
+        self._busy = self._later = False
+        self._spent = 0.0
+        self._stuck: tuple[list[Copy], Order, bool, int] | None = None  # what found no pages, as of which version
+
+    # -------------------------------------------------------------------------------------------------- measurements
+
+    @property
+    def step_seconds(self) -> float:
+        """How long a step takes of late."""
+        return self._step_seconds or DEFAULT_STEP_SECONDS
+
+    def step_took(self, seconds: float) -> None:
+        """A step was done in so long."""
+        if seconds > 0:
+            last = self._step_seconds
+            self._step_seconds = last + WEIGHT * (seconds - last) if last else seconds
+
+    def fill_took(self, copy: Copy, seconds: float) -> None:
+        """A fill at once was done in so long."""
+        size = self._books.residency.bytes([copy])
+        if seconds > 0 and size:
+            self._bytes_per_second += WEIGHT * (size / seconds - self._bytes_per_second)
+
+    def seconds(self, key: LaneKey) -> float:
+        """What filling those of a key's copies that have no pages is likely to take."""
+        missing = [copy for copy in self._books.copies(key) if copy.device is Device.NONE]
+        return self._books.residency.bytes(missing) / self._bytes_per_second
+
+    # --------------------------------------------------------------------------------------------------------- fills
+
+    def begin(self, step: int, busy: bool) -> None:
+        """A step is being planned; `busy`: somebody decodes in it, and is not to wait long for others' fills."""
+        self._step, self._busy, self._spent, self._fills, self._later = step, busy, 0.0, [], False
+
+    def take(self) -> list[Fill]:
+        """The step's fills."""
+        return self._fills
+
+    def fetch(self, request: Request, order: Order) -> Outcome:
+        """Pages for a COLD request, as if it were at `order`; it goes in this step if its copies are resident then."""
+        books = self._books
+        copies = books.copies(request.key)
+        while (wish := books.first_wish()) is not None and wish.wish is not None and wish.wish < order:
+            if wish in copies or not self._fill_wish(wish):
+                break
+        if wish is not None and wish.wish is not None and wish.wish < order and wish not in copies:
+            return Outcome.NO_PAGES
+        seconds = self.seconds(request.key)
+        at_once = not self._busy or self._spent + seconds <= SHARE * self.step_seconds
+        if not at_once and seconds <= SHARE * self.step_seconds:
+            self._later = True
+            return Outcome.LATER
+        at_once = at_once and not any(copy.device is Device.FILLING for copy in copies)
+        if not self._grant(copies, order, at_once, request):
+            self._end_if_hopeless(request.key)
+            return Outcome.NO_PAGES
+        if not at_once:
+            return Outcome.FILLING
+        self._spent += seconds
+        return Outcome.RESIDENT
+
+    def look_ahead(self) -> None:
+        """Background fills for who is next, in order up to the first that finds no pages; then for the unasked.
+
+        Whoever will be filled at once in the next step is first, and is not begun on here. On a CPU nor is anyone who
+        can be filled at once in his own: the same cores copy, and he would wait for the slices to come to an end.
+        """
+        books = self._books
+        if self._later:
+            return
+        while books.residency.filling < AHEAD:
+            request, wish = books.waiting.first(Place.COLD), books.first_wish()
+            if wish is not None and wish.wish is not None and (request is None or wish.wish < request.order):
+                found = self._fill_wish(wish)
+            elif request is not None:
+                found = self._fill_ahead(request)
+            else:
+                break
+            if not found:
+                return
+        if books.unasked and books.waiting.first(Place.COLD) is None:
+            self._fill_unasked()
+
+    def _fill_ahead(self, request: Request) -> bool:
+        """Pages for a request, or its end where there will never be any; false if it must wait for them."""
+        books = self._books
+        if books.residency.device == "cpu" and self.seconds(request.key) <= SHARE * self.step_seconds:
+            return False
+        copies = books.copies(request.key)
+        return self._grant(copies, request.order, at_once=False, request=request) or self._end_if_hopeless(request.key)
+
+    def _end_if_hopeless(self, key: LaneKey) -> bool:
+        """Ends the waiting requests of a key that would find no pages even if all unpinned copies went."""
+        books = self._books
+        problem = books.residency.hopeless(books.copies(key), books.directory.pinned.values())
+        if problem is not None:
+            self._admission.fail_waiting(key, problem)
+        return problem is not None
+
+    def _fill_wish(self, copy: Copy) -> bool:
+        books = self._books
+        assert copy.wish is not None
+        if self._grant([copy], copy.wish, at_once=False):
+            return True
+        problem = books.residency.hopeless([copy], books.directory.pinned.values())
+        if problem is None:
+            return False
+        copy.wish = None
+        books.rest(copy)
+        books.tell(copy, error=problem)
+        return True
+
+    def _fill_unasked(self) -> None:
+        """Copies that came while nobody waited for them: while there is room."""
+        books = self._books
+        for copy_id in books.unasked:
+            copy = books.directory.copies.get(copy_id)
+            if copy is not None and copy.can_fill and copy.error is None and not copy.leaving:
+                self._start([copy], at_once=False)
+        books.unasked.clear()
+
+    def _grant(self, copies: list[Copy], order: Order, at_once: bool, request: Request | None = None) -> bool:
+        """Pages for these, if evicting who may go gives enough. `request`: who waits for them, and pays."""
+        books = self._books
+        if self._stuck == (copies, order, at_once, books.residency.version):
+            return False
+        for victim in books.residency.make_room(copies, order):
+            books.counters.adapter_evictions += 1
+            books.rest(victim)
+            books.tell(victim)
+            self._admission.settle_copy(victim)
+        size = books.residency.bytes([copy for copy in copies if copy.device is Device.NONE])
+        if self._start(copies, at_once):
+            if request is not None and not request.done:
+                books.ordering.moved(request, size)
+            return True
+        self._stuck = copies, order, at_once, books.residency.version
+        return False
+
+    def _start(self, copies: list[Copy], at_once: bool) -> bool:
+        books = self._books
+        fills = books.residency.grant(copies, self._step, at_once)
+        if fills is None:
+            return False
+        books.counters.adapter_fills += len(fills)
+        self._fills += fills
+        for copy in copies:
+            books.rest(copy)
+            self._admission.settle_copy(copy)
+        return True

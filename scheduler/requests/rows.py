@@ -1,0 +1,58 @@
+"""The running set: which request holds which row, in order. Knows nothing of pages, lanes or steps.
+
+Rows are numbered 0..count-1. A row's generation increases at every reuse, so that a late word about its former tenant
+cannot be taken for its own.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+from scheduler.requests.request import Request
+from scheduler.types import Order
+
+
+def _order(request: Request) -> Order:
+    return request.order
+
+
+class Running:
+    """Rows and the requests in them, sorted by order."""
+
+    def __init__(self, rows: int, generations: list[int] | None = None) -> None:
+        self.rows = rows
+        self.ordered: list[Request] = []
+        self._free = list(range(rows - 1, -1, -1))
+        known = generations or []
+        self.generations = [known[row] if row < len(known) else 0 for row in range(rows)]
+
+    def __len__(self) -> int:
+        return len(self.ordered)
+
+    @property
+    def free(self) -> int:
+        """How many rows are empty."""
+        return len(self._free)
+
+    def add(self, request: Request) -> None:
+        """Gives the request a row and a new generation of it."""
+        row = self._free.pop()
+        self.generations[row] += 1
+        request.row, request.generation = row, self.generations[row]
+        insort(self.ordered, request, key=_order)
+
+    def remove(self, request: Request) -> None:
+        """Empties the request's row."""
+        index = bisect_left(self.ordered, request.order, key=_order)
+        assert self.ordered[index] is request, f"request {request.id} does not run"
+        del self.ordered[index]
+        self._free.append(request.row)
+
+    def audit(self) -> None:
+        """Proves that every row is free or held by one request, and that the order is kept."""
+        rows = [request.row for request in self.ordered]
+        assert sorted(rows + self._free) == list(range(self.rows)), f"rows {rows} and free {self._free}"
+        orders = [request.order for request in self.ordered]
+        assert orders == sorted(set(orders)), "the running set is out of order"
+        for request in self.ordered:
+            assert request.generation == self.generations[request.row], f"row {request.row} has another generation"

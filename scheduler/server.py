@@ -1,0 +1,195 @@
+"""The loop around the core: the only place here with sockets and a clock. Decides nothing.
+
+inbox --> handle --> plan while the window has room --> outboxes        it blocks when nothing can or may be planned
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from typing import Any
+
+import msgspec
+import zmq
+
+from engine.config.sections import SchedulerConfig
+from engine.ipc import Inbox, Outbox
+from engine.messages import (
+    EvictAdapter,
+    Hello,
+    LoadAdapter,
+    Reset,
+    RunnerReady,
+    Step,
+    StepDone,
+    ToScheduler,
+    UnloadAdapter,
+)
+from engine.processes.child import Child
+from engine.processes.pulse import Pulse
+from scheduler.batching.async_gate import Pace
+from scheduler.core import Scheduler
+from scheduler.state import Bounds
+
+log = logging.getLogger(__name__)
+
+STATS_SECONDS = 1.0
+IDLE_AUDIT_SECONDS = 1.0  # an audit takes milliseconds when pools are large: not between any two requests
+BUSY_AUDIT_SECONDS = 60.0
+AUDIT_PAGES = 8192  # KV pages that one audit looks at: a few milliseconds
+
+
+class Post:
+    """The outboxes to the neighbours; a neighbour that says Hello from another inbox is written to there."""
+
+    def __init__(self, context: zmq.Context[Any], config: SchedulerConfig) -> None:
+        self._context, self._links = context, config.links
+        self._boxes = {
+            "tokenizer": Outbox(context, config.links.tokenizer, config.links.max_frame_bytes),
+            "runner": Outbox(context, config.links.runner, config.links.max_frame_bytes),
+        }
+
+    def hello(self) -> None:
+        """Tells both neighbours that we are here; a runner that served another scheduler is to forget it."""
+        for box in self._boxes.values():
+            box.send(Hello("scheduler", self._links.epoch, self._links.scheduler))
+        if self._links.epoch > 0:
+            self._boxes["runner"].send(Reset(self._links.epoch))
+
+    def meet(self, hello: Hello) -> None:
+        """A neighbour's new incarnation."""
+        old = self._boxes[hello.process]
+        if old.address != hello.inbox:
+            old.close()
+            self._boxes[hello.process] = Outbox(self._context, hello.inbox, self._links.max_frame_bytes)
+
+    def send(self, message: msgspec.Struct) -> None:
+        """To the runner what runners read, all else to the tokenizer process."""
+        downstream = isinstance(message, Step | LoadAdapter | UnloadAdapter | EvictAdapter)
+        self._boxes["runner" if downstream else "tokenizer"].send(message)
+
+    def close(self) -> None:
+        """Drops the sockets."""
+        for box in self._boxes.values():
+            box.close()
+
+
+class Loop:
+    """One scheduler process between its inbox and its outboxes."""
+
+    def __init__(self, config: SchedulerConfig, inbox: Inbox[ToScheduler], post: Post) -> None:
+        self._config, self._inbox, self._post = config, inbox, post
+        self.pulse = Pulse()
+        self._bounds = Bounds(
+            config.max_loras,
+            config.max_loaded_loras,
+            config.lora_host_bytes,
+            config.eviction_policy,
+            config.lora_max_wait,
+            config.max_prefill_tokens,
+            prefix_cache=config.prefix_cache,
+            schedule_policy=config.schedule_policy,
+            tenant_weights=config.tenant_weights,
+        )
+        self._core: Scheduler | None = None
+        self._pace = Pace(config.window, holds=False)
+        self._early: list[ToScheduler] = []  # what came before the runner's first word
+        self._plan_at = float("inf")  # when a plan is due that waits for no message
+        self._stats_at = self._audited = float("-inf")
+        self._unproved = self._untold = False  # something happened since the last audit, since the last Stats
+
+    def turn(self) -> None:
+        """Takes in what has arrived, sends what can be planned; blocks for the next message when nothing can."""
+        for message in self._inbox.receive(self._patience()):
+            self.pulse.tick()
+            self._unproved = self._untold = True
+            if isinstance(message, Hello):
+                self._post.meet(message)
+            self._take(message, time.monotonic())
+        if self._core is not None:
+            self.pulse.tick()
+            self._plan(self._core)
+            self._look(self._core, time.monotonic())
+        self.pulse.rest()
+
+    def _take(self, message: ToScheduler, now: float) -> None:
+        if isinstance(message, RunnerReady):
+            self._pace = Pace(self._config.window, holds=message.capacity.device == "cpu")
+        elif isinstance(message, StepDone):
+            self._pace.done(message, now)
+        if self._core is not None:
+            self._send(self._core.handle(message, now))
+        elif isinstance(message, RunnerReady):
+            own = self._config.links.epoch
+            self._core = Scheduler(message.capacity, self._bounds, self._config.window, message.epoch, own)
+            self._send(self._core.take())
+            for early in self._early:
+                self._send(self._core.handle(early, now))
+            self._early.clear()
+        else:
+            self._early.append(message)
+
+    def _plan(self, core: Scheduler) -> None:
+        self._plan_at = float("inf")
+        while True:
+            now, due = time.monotonic(), self._pace.due
+            if now < due and not core.idle:
+                self._plan_at = due
+                break
+            step = core.plan(now)
+            if step is None:
+                self._pace.rests()
+                break
+            self._pace.sent(step, now)
+            self._post.send(step)
+        self._send(core.take())
+
+    def _look(self, core: Scheduler, now: float) -> None:
+        """Proves the books when idle (and now and then under load), and tells of what changed each second."""
+        if self._unproved and now >= self._audit_at(core):
+            core.check(AUDIT_PAGES)
+            self._unproved, self._untold, self._audited = False, True, now
+        if self._untold and now >= self._stats_at:
+            self._post.send(core.stats())
+            self._untold, self._stats_at = False, now + STATS_SECONDS
+
+    def _patience(self) -> float | None:
+        """Seconds until Stats, an audit or a plan are due, or for ever when only a message can change anything."""
+        if self._core is None:
+            return None
+        due = min(
+            self._stats_at if self._untold else float("inf"),
+            self._audit_at(self._core) if self._unproved else float("inf"),
+            self._plan_at,
+        )
+        return None if due == float("inf") else max(0.001, due - time.monotonic())
+
+    def _audit_at(self, core: Scheduler) -> float:
+        return self._audited + (IDLE_AUDIT_SECONDS if core.idle else BUSY_AUDIT_SECONDS)
+
+    def _send(self, messages: list[Any]) -> None:
+        for message in messages:
+            self._post.send(message)
+
+
+def serve(config: SchedulerConfig, child: Child) -> None:
+    """Runs until the process is told to end. A failed audit ends it, loudly."""
+    gc.disable()  # nothing here is in cycles, and a collection walks every token that waits: it would hold up a step
+    context: zmq.Context[Any] = zmq.Context()
+    inbox: Inbox[ToScheduler] = Inbox(context, config.links.scheduler, ToScheduler, config.links.max_frame_bytes)
+    post = Post(context, config)
+    post.hello()
+    loop = Loop(config, inbox, post)
+    child.ready()
+    child.keep_pulse(loop.pulse)
+    try:
+        while True:
+            loop.turn()
+    except AssertionError as fault:
+        log.critical("the books do not balance: %s", fault)
+        raise
+    finally:
+        inbox.close()
+        post.close()
+        context.term()

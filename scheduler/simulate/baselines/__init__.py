@@ -1,0 +1,1 @@
+"""Schedulers by the rules of other engines, to compare with."""

@@ -1,0 +1,274 @@
+"""A scheduler of plain lists under somebody else's rule, to compare ours with. For the simulator alone.
+
+It has what ours has (decodes first, chunked prefill, preemption of the latest, tiers, fills beside the steps, several
+steps in flight), so that what differs is who goes next. It has no prefix cache, no mixes, and counts KV pages only.
+
+    waiting, in order of arrival:   r1  r2  r3  r4  r5 ...
+                                    |   |   |   '-- lacks pages or a row: nobody after it goes in
+                                    |   |   '-- not resident: its adapter takes a lane and is fetched; the next is asked
+                                    |   '-- the rule says no: the next is asked
+                                    '-- goes in
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.messages import (
+    AdapterState,
+    Chunk,
+    EvictAdapter,
+    Generate,
+    LanePages,
+    LoadAdapter,
+    NewRow,
+    Progress,
+    Stats,
+    Step,
+    StepDone,
+    ToScheduler,
+    Update,
+)
+from scheduler.simulate.baselines.rules import Skip
+from scheduler.simulate.baselines.shelf import Shelf
+
+
+@dataclass(eq=False, slots=True)
+class _Request:
+    message: Generate
+    arrived: float
+    adapter: int
+    order: int
+    row: int = -1
+    computed: int = 0
+    known: int = 0  # generated tokens that came
+    sent: int = 0  # and those that were asked for
+    pages: int = 0
+    flights: int = 0
+    prefilled: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens known: prompt and answer."""
+        return len(self.message.prompt) + self.known
+
+    @property
+    def remaining(self) -> int:
+        return self.message.stopping.max_tokens - self.known
+
+
+@dataclass(slots=True)
+class _Draft:
+    budget: int
+    chunks: list[Chunk] = field(default_factory=list)
+    rows: list[NewRow] = field(default_factory=list)
+    lanes: list[LanePages] = field(default_factory=list)
+    parts: list[tuple[_Request, bool]] = field(default_factory=list)
+
+
+class Plain:
+    """The whole of it. `shelf` are the adapters' tiers, `rule` says who may go."""
+
+    def __init__(self, shelf: Shelf, rule: Skip, window: int = 1) -> None:
+        self._shelf, self._rule, self._window = shelf, rule, window
+        capacity = shelf.capacity
+        self._page, self._budget = capacity.page_size, capacity.max_batched_tokens
+        self._free_pages = capacity.kv_pages
+        self._free_rows = list(range(capacity.rows - 1, -1, -1))
+        self._waiting: list[_Request] = []
+        self._running: list[_Request] = []
+        self._lanes: dict[int, int] = {}  # adapter: lane number
+        self._free_lanes = list(range(capacity.max_loras, 0, -1))
+        self._flights: list[tuple[int, list[tuple[_Request, bool]]]] = []
+        self._updates: list[Update] = []
+        self._steps = self._orders = self._preemptions = 0
+
+    # ------------------------------------------------------------------------------------------------------- verbs
+
+    def handle(self, message: ToScheduler, now: float) -> list[object]:
+        """Takes one message in."""
+        match message:
+            case StepDone():
+                self._apply(message)
+            case Generate():
+                self._orders += 1
+                adapter = message.lora[0][0] if message.lora else 0
+                self._waiting.append(_Request(message, now, adapter, self._orders))
+            case LoadAdapter():
+                self._shelf.introduce(message)
+            case AdapterState():
+                self._shelf.hear(message)
+        return self.take()
+
+    def plan(self, now: float) -> Step | None:
+        """The next step, if the window has room and there is something to do."""
+        if len(self._flights) >= self._window:
+            return None
+        draft = _Draft(self._budget)
+        self._decode(draft)
+        for request in self._running:
+            if not request.prefilled and draft.budget > 0:
+                self._prefill(request, draft)
+        self._admit(draft, now)
+        fills = self._shelf.take_fills(self._steps + 1)
+        if not draft.chunks and not fills:
+            return None
+        self._steps += 1
+        self._shelf.name(self._lanes, self._steps)
+        self._flights.append((self._steps, draft.parts))
+        return Step(epoch=0, id=self._steps, fills=fills, lanes=draft.lanes, new_rows=draft.rows, chunks=draft.chunks)
+
+    def take(self) -> list[object]:
+        """What is to be sent since the last call."""
+        out: list[object] = [Progress(0, self._updates)] if self._updates else []
+        self._updates = []
+        orders: list[LoadAdapter | EvictAdapter] = self._shelf.take_orders(self._lanes)
+        return out + orders
+
+    def stats(self) -> Stats:
+        """Sums."""
+        shelf = self._shelf
+        return Stats(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            steps=self._steps,
+            preemptions=self._preemptions,
+            adapter_fills=shelf.fills,
+            adapter_evictions=shelf.evictions,
+            adapter_loads=shelf.loads,
+            host_evictions=shelf.host_evictions,
+        )
+
+    def check(self) -> None:
+        """Proves rows, pages and lanes."""
+        capacity = self._shelf.capacity
+        assert len(self._running) + len(self._free_rows) == capacity.rows
+        assert sum(request.pages for request in self._running) + self._free_pages == capacity.kv_pages
+        assert len(self._lanes) + len(self._free_lanes) == capacity.max_loras
+        assert {request.adapter for request in self._running} - {0} <= self._lanes.keys()
+
+    # ------------------------------------------------------------------------------------------------------- a step
+
+    def _decode(self, draft: _Draft) -> None:
+        for request in list(self._running):
+            wanted = request.prefilled and request.row >= 0 and request.sent < request.message.stopping.max_tokens
+            if wanted and draft.budget > 0 and self._grow(request, request.computed + 1):
+                self._add(request, draft, 1, [], samples=True)
+
+    def _grow(self, request: _Request, length: int) -> bool:
+        """Pages for so many positions, taken from the latest if need be; false if it had to give way itself."""
+        need = -(-length // self._page) - request.pages
+        while need > self._free_pages:
+            victim = self._running[-1]
+            self._preemptions += 1
+            self._leave(victim)
+            victim.computed, victim.prefilled, victim.sent = 0, False, victim.known
+            at = next((i for i, other in enumerate(self._waiting) if other.order > victim.order), len(self._waiting))
+            self._waiting.insert(at, victim)
+            if victim is request:
+                return False
+        self._free_pages -= need
+        request.pages += need
+        return True
+
+    def _prefill(self, request: _Request, draft: _Draft) -> None:
+        length = min(draft.budget, request.length - request.computed)
+        request.prefilled = request.computed + length == request.length
+        self._add(request, draft, length, [0] * length, samples=request.prefilled)
+
+    def _add(self, request: _Request, draft: _Draft, length: int, tokens: list[int], samples: bool) -> None:
+        draft.chunks.append(
+            Chunk(
+                row=request.row,
+                generation=1,
+                start=request.computed,
+                length=length,
+                lane=self._lanes.get(request.adapter, 0),
+                tokens=tokens,
+                samples=samples,
+            )
+        )
+        draft.parts.append((request, samples))
+        draft.budget -= length
+        request.computed += length
+        request.sent += samples
+        request.flights += 1
+
+    def _admit(self, draft: _Draft, now: float) -> None:
+        """Walks the queue."""
+        self._rule.begin(self._waiting, self._longest(), not self._free_lanes, now)
+        let_in: set[int] = set()
+        for request in self._waiting:
+            if draft.budget <= 0:
+                break
+            if not self._rule.permits(request, self._lanes, self._shelf.capacity.max_loras):
+                continue
+            if request.adapter and not self._has_lane(request.adapter):
+                continue
+            need = -(-request.length // self._page)
+            if request.flights or not self._free_rows or need + len(self._running) > self._free_pages:
+                break
+            self._enter(request, draft)
+            let_in.add(request.order)
+        if let_in:
+            self._waiting = [request for request in self._waiting if request.order not in let_in]
+
+    def _has_lane(self, adapter: int) -> bool:
+        """Whether it may run now; else its lane is taken and it is being fetched."""
+        if adapter not in self._lanes:
+            if not self._shelf.can_hold(adapter, self._lanes):
+                return False
+            self._lanes[adapter] = self._free_lanes.pop()
+        return self._shelf.resident(adapter, self._lanes)
+
+    def _enter(self, request: _Request, draft: _Draft) -> None:
+        request.row = self._free_rows.pop()
+        self._running.append(request)
+        self._running.sort(key=lambda each: each.order)
+        self._grow(request, request.length)
+        if request.adapter:
+            draft.lanes.append(LanePages(self._lanes[request.adapter], self._shelf.lane_pages(request.adapter)))
+        sampling = request.message.sampling
+        draft.rows.append(NewRow(row=request.row, generation=1, prompt_length=1, sampling=sampling, history=[]))
+        self._prefill(request, draft)
+
+    def _longest(self) -> dict[int, int]:
+        """By running adapter, the most tokens that one of its requests is to generate."""
+        longest: dict[int, int] = {}
+        for request in self._running:
+            if request.adapter:
+                longest[request.adapter] = max(longest.get(request.adapter, 0), request.remaining)
+        return longest
+
+    # ------------------------------------------------------------------------------------------------------ its end
+
+    def _apply(self, done: StepDone) -> None:
+        number, parts = self._flights.pop(0)
+        assert number == done.id
+        self._shelf.step_done(number)
+        for request, samples in parts:
+            request.flights -= 1
+            if not samples:
+                continue
+            index, last = request.known, request.remaining == 1
+            request.known += 1
+            finish = "length" if last else None
+            self._updates.append(
+                Update(request_id=request.message.request_id, index=index, tokens=[0], finish=finish)  # type: ignore[arg-type]
+            )
+            if request.row < 0:
+                request.sent = request.known
+                if last:
+                    self._waiting.remove(request)
+            elif last:
+                self._leave(request)
+
+    def _leave(self, request: _Request) -> None:
+        """Frees row and pages, and the lane with the last of its adapter."""
+        self._running.remove(request)
+        self._free_rows.append(request.row)
+        self._free_pages += request.pages
+        request.row, request.pages = -1, 0
+        adapter = request.adapter
+        if adapter and not any(other.adapter == adapter for other in self._running):
+            self._free_lanes.append(self._lanes.pop(adapter))

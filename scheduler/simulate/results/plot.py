@@ -1,0 +1,50 @@
+"""A picture of a comparison: waiting times by class of adapter. Needs matplotlib, and asks for it in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.errors import ConfigError
+from scheduler.simulate.results.journal import Journal
+from scheduler.simulate.results.report import Summary, class_of
+
+STYLES = {"hot": "-", "cold": "--", "base": ":"}
+
+
+def draw(path: Path, runs: Sequence[tuple[str, Summary, Journal, set[str]]]) -> None:
+    """Left: how many requests had their first token after so long. Right: the slowest percent, and who was passed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    shares, bars = figure.subplots(1, 2)
+    for number, (label, _, journal, hot) in enumerate(runs):
+        for name, style in STYLES.items():
+            times = sorted(j.ttft for j in journal.journeys.values() if j.served and class_of(j, hot) == name)
+            if times:
+                heights = [(index + 1) / len(times) for index in range(len(times))]
+                shares.plot(times, heights, style, color=f"C{number % 10}", label=f"{label}, {name}")
+    shares.set(xscale="log", xlabel="time to first token, s", ylabel="share of requests", ylim=(0, 1.01))
+    shares.legend(fontsize="small")
+    shares.grid(alpha=0.3)
+    _bars(bars, runs)
+    figure.savefig(path, dpi=120)
+
+
+def _bars(bars: object, runs: Sequence[tuple[str, Summary, Journal, set[str]]]) -> None:
+    from matplotlib.axes import Axes
+
+    assert isinstance(bars, Axes)
+    values = {
+        "hot, p99 TTFT": [summary["ttft"]["hot"]["p99"] for _, summary, _, _ in runs],
+        "cold, p99 TTFT": [summary["ttft"]["cold"]["p99"] for _, summary, _, _ in runs],
+        "passed for, longest": [summary["passed"]["all"]["max"] for _, summary, _, _ in runs],
+    }
+    for index, (label, heights) in enumerate(values.items()):
+        bars.bar([number + 0.27 * (index - 1) for number in range(len(runs))], heights, 0.25, label=label)
+    bars.set_xticks(range(len(runs)), [label for label, _, _, _ in runs], rotation=20, ha="right")
+    bars.set_ylabel("s")
+    bars.legend(fontsize="small")
+    bars.grid(axis="y", alpha=0.3)

@@ -1,0 +1,88 @@
+"""Why a waiting request waits: a pure reading of the books.
+
+load       an adapter is to be read from disk, or is being read
+fill       an adapter is being copied into rank pages, or will be in one of the next steps
+rank_pages its adapter finds no rank pages: those who are before it or run use them
+lanes      its adapter finds no lane, or its lane makes way for another
+rows       the step has no row left
+pages      KV pages are lacking for the first who could go, and nobody passes him
+turn       others go first: a step takes only so many prompt tokens
+trial      a runner died, and those who may have ended it run alone first
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from itertools import islice
+from typing import NamedTuple
+
+from engine.messages import WaitingRequest, WaitReason
+from scheduler.requests.queue import Place
+from scheduler.requests.request import Request
+from scheduler.state import Books
+from scheduler.types import LaneKey
+
+LISTED = 64  # requests that are told of one by one
+
+
+class Survey(NamedTuple):
+    """How many requests wait, by reason; and the oldest of them."""
+
+    counts: dict[WaitReason, int]
+    oldest: list[WaitingRequest]
+
+
+def why(books: Books, request: Request) -> WaitReason | None:
+    """Why this request waits; None if it does not."""
+    if request.done or request.row >= 0 or request.key not in books.waiting:
+        return None
+    return _of_key(books, request.key, books.residency.room(), _last_want(books))
+
+
+def survey(books: Books) -> Survey:
+    """Everyone who waits. Costs a look at each key, at who runs, and at as many requests as are listed.
+
+    books.requests    r1  W2  r3  W4  W5 | W6  W7 ...      by arrival: those who waited longest come first
+                          LISTED at most
+    """
+    room, last = books.residency.room(), _last_want(books)
+    reasons = {key: _of_key(books, key, room, last) for key in books.waiting.all_keys()}
+    counts: Counter[WaitReason] = Counter()
+    for key, reason in reasons.items():
+        counts[reason] += books.waiting.count(key)
+    waiting = (request for request in books.requests.values() if request.row < 0)
+    oldest = [
+        WaitingRequest(request.id, max(0.0, books.now - request.queued_at), reasons[request.key], request.generated)
+        for request in islice(waiting, LISTED)
+    ]
+    return Survey(dict(counts), oldest)
+
+
+def _last_want(books: Books) -> WaitReason:
+    """What those wait for who have all that their adapters need: the first of them is not passed."""
+    if not books.running.free:
+        return "rows"
+    places = (Place.ACTIVE, Place.READY) if books.lanes.free else (Place.ACTIVE,)
+    heads = [head for place in places if (head := books.waiting.first(place)) is not None]
+    if not heads:
+        return "turn"
+    first, running = min(heads, key=lambda request: request.order), len(books.running)
+    if len(first.tokens) // books.capacity.page_size + 1 + running <= books.kv.free:
+        return "turn"  # whatever of its prefix is found, or is just being computed
+    return "turn" if books.kv.admits(first, books.owner(first.key), running) else "pages"
+
+
+def _of_key(books: Books, key: LaneKey, room: Mapping[str, int], last: WaitReason) -> WaitReason:
+    place = books.waiting.place_of(key)
+    if place is Place.DISK:
+        return "load"
+    if place is Place.BLOCKED:
+        return "fill" if all(copy.on_device or copy.can_fill for copy in books.copies(key)) else "load"
+    if len(books.suspects):
+        return "trial"
+    if place is Place.DRAINING or (place is not Place.ACTIVE and not books.lanes.free):
+        return "lanes"
+    if place is Place.COLD:
+        return "rank_pages" if books.residency.lacking_in(books.copies(key), room) else "fill"
+    return last

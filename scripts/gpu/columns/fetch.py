@@ -1,0 +1,37 @@
+"""Brings the peers' kernel files: wheels by pip, the few files out of them, the wheels thrown away again.
+
+Needs a network; what it leaves is small enough to travel. Nothing of it is committed (git ignores the folder).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from gpu.columns import sglang as sglang_columns
+from gpu.columns import vllm as vllm_column
+
+PEERS = {"sglang==0.5.23": sglang_columns.FILES, "vllm==0.33.0": vllm_column.FILES}
+
+
+def fetch(into: Path) -> None:
+    """Downloads and extracts, one after the other. Ends with pip's message where that fails."""
+    for requirement, names in PEERS.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            print(f"downloading {requirement} ...", flush=True)
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", scratch]
+            subprocess.run([*command, requirement], check=True)
+            (wheel,) = Path(scratch).glob("*.whl")
+            print(f"{extract(wheel, names, into)} files of {requirement} under {into}")
+
+
+def extract(wheel: Path, names: tuple[str, ...], into: Path) -> int:
+    """The files whose names begin so, Python and JSON alone; how many."""
+    with zipfile.ZipFile(wheel) as archive:
+        chosen = [name for name in archive.namelist() if name.startswith(names) and name.endswith((".py", ".json"))]
+        for name in chosen:
+            archive.extract(name, into)
+    return len(chosen)

@@ -1,0 +1,136 @@
+"""Any process may be killed, or stopped, under load: every stream ends with the tokens of a calm run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import aiohttp
+import pytest
+from fixtures.models.tiny_models import VOCAB, make_adapter
+from fixtures.serving.calm import answers, asks
+from fixtures.serving.running import RunningServer
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+ADAPTERS, STREAMS, TOKENS = 8, 64, 120
+
+
+@pytest.fixture(scope="module")
+def paths(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root, model = tmp_path_factory.mktemp("voices"), tiny_model("llama3")
+    return {f"v{n}": make_adapter(model, root / f"v{n}", r=4 * (n + 1), seed=n) for n in range(ADAPTERS)}
+
+
+def _flags(model: Path, paths: dict[str, Path]) -> list[object]:
+    flags: list[object] = ["--model-path", model, "--dtype", "float32", "--max-loras-per-batch", 4]
+    return [*flags, "--lora-paths", *(f"{name}={path}" for name, path in paths.items())]
+
+
+def _pid(server: RunningServer, module: str) -> int:
+    """The process that runs `module` now; waits for the next one while there is none."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        for pid in server.children():
+            with contextlib.suppress(OSError):
+                if f"\0{module}\0".encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return pid
+        time.sleep(0.02)
+    raise AssertionError(f"no {module}\n{server.log()}")
+
+
+async def _strike(server: RunningServer, module: str, number: signal.Signals, strikes: int, wait: float) -> None:
+    """Ends a process, a moment after the engine has got over the strikes before and works again."""
+    while server.log().count("serves again") < strikes:
+        await asyncio.sleep(0.1)
+    steps = await asyncio.to_thread(_steps, server)
+    while await asyncio.to_thread(_steps, server) == steps:
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(wait)
+    os.kill(_pid(server, module), number)
+
+
+def _steps(server: RunningServer) -> int:
+    return int(server.get("/server_info")["stats"]["steps"])
+
+
+@contextlib.asynccontextmanager
+async def _coming_and_going(url: str, path: Path) -> AsyncIterator[None]:
+    """Beside everything, one adapter is loaded and unloaded over and over."""
+
+    async def work() -> None:
+        async with aiohttp.ClientSession(url) as session:
+            while True:
+                for call, body in (("load", {"lora_path": str(path)}), ("unload", {})):
+                    async with session.post(f"/{call}_lora_adapter", json={"lora_name": "guest", **body}) as response:
+                        assert response.status == 200, await response.text()
+
+    task = asyncio.ensure_future(work())
+    try:
+        yield
+        assert not task.done(), task.result()
+    finally:
+        task.cancel()
+
+
+@pytest.mark.parametrize(
+    ("module", "number"),
+    [("model_runner", signal.SIGKILL), ("scheduler", signal.SIGKILL), ("model_runner", signal.SIGSTOP)],
+)
+def test_every_stream_ends_with_the_tokens_of_the_calm_run(
+    module: str, number: signal.Signals, tiny_model: Callable[[str], Path], paths: dict[str, Path]
+) -> None:
+    everything = asks(STREAMS * 2, [None, *paths], TOKENS, VOCAB)
+    with RunningServer(*_flags(tiny_model("llama3"), paths)) as server:
+        calm = asyncio.run(answers(server.url, everything, at_once=16))
+
+        async def strike() -> None:
+            draw = random.Random(5)
+            for strikes in range(5):
+                await _strike(server, module, number, strikes, draw.random())
+
+        async def storm() -> None:
+            struck = asyncio.ensure_future(strike())
+            async with _coming_and_going(server.url, paths["v0"]):
+                while not struck.done():
+                    assert await answers(server.url, everything, at_once=STREAMS) == calm
+            await struck
+
+        asyncio.run(storm())
+        server.wait_idle()
+        assert server.log().count("serves again") == 5
+        assert "Traceback" not in server.log()
+
+
+def test_another_tokenizer_process_serves_the_adapters_that_were_there(
+    tiny_model: Callable[[str], Path], paths: dict[str, Path]
+) -> None:
+    (first, second, third), model = list(paths.items())[:3], tiny_model("llama3")
+    with RunningServer(*_flags(model, dict([first, second]))) as server:
+        load = {"lora_name": "late", "lora_path": str(third[1])}
+        assert server.post("/load_lora_adapter", load)[0] == 200
+        assert server.post("/unload_lora_adapter", {"lora_name": second[0]})[0] == 200
+        everything = asks(12, [None, first[0], "late"], 24, VOCAB)
+        calm = asyncio.run(answers(server.url, everything, at_once=4))
+        held = [ask for ask in asks(32, [first[0], "late"], 440, VOCAB) if len(ask.prompt) < 40]
+
+        async def storm() -> None:
+            streams = asyncio.ensure_future(answers(server.url, held, at_once=32))
+            await asyncio.sleep(0.3)
+            assert not streams.done()
+            os.kill(_pid(server, "tokenizer_proc"), signal.SIGKILL)
+            with pytest.raises(aiohttp.ClientError):
+                await streams
+
+        asyncio.run(storm())
+        assert asyncio.run(answers(server.url, everything, at_once=4)) == calm
+        models = {card["id"] for card in server.get("/v1/models")["data"]}
+        assert models == {str(model), first[0], "late"}
+        assert server.post("/load_lora_adapter", {"lora_name": "new", "lora_path": str(second[1])})[0] == 200
+        server.wait_idle()  # the rows of those that are gone are free

@@ -1,0 +1,191 @@
+"""Launches that cannot serve end with one line; those that serve end in order, however they are told to."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fixtures.models.tiny_models import make_adapter
+from fixtures.serving.running import RunningServer
+
+pytestmark = pytest.mark.e2e
+
+
+def _launch(*flags: object) -> tuple[int, str]:
+    """Status and last line of a launch that is expected to end by itself."""
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.launch", "--port", "0", *map(str, flags)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.stdout == ""
+    return done.returncode, done.stderr.strip().splitlines()[-1]
+
+
+def _gone(pids: list[int]) -> bool:
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def _wait_until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_everything_in_order(number: signal.Signals, tiny_model: Callable[[str], Path]) -> None:
+    with RunningServer("--model-path", tiny_model("llama3")) as server:
+        pids = server.children()
+        run_directory = Path(server.door.removeprefix("ipc://")).parent
+        assert len(pids) == 3
+        assert run_directory.stat().st_mode & 0o777 == 0o700
+        os.killpg(server.process.pid, number)  # as a terminal does: to all of them at once
+        assert server.process.wait(timeout=30) == 0, server.log()
+    assert _gone(pids)
+    assert not run_directory.exists()
+    assert "Traceback" not in server.log()
+
+
+def _open_stream(server: RunningServer) -> http.client.HTTPResponse:
+    """A stream that goes on for long; its first event has come."""
+    body = {"prompt": "on and on", "max_tokens": 450, "stream": True, "ignore_eos": True}
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    response.connection = connection  # type: ignore[attr-defined]
+    assert response.readline().startswith(b"data: ")
+    return response
+
+
+def test_open_streams_finish_after_a_signal_and_new_connections_are_refused(tiny_model: Callable[[str], Path]) -> None:
+    with RunningServer("--model-path", tiny_model("llama3")) as server:
+        response = _open_stream(server)
+        server.process.send_signal(signal.SIGTERM)
+        host, port = server.url.removeprefix("http://").split(":")
+        _wait_until(lambda: not _connects(host, int(port)), "new connections are taken while stopping")
+        assert b"data: [DONE]" in response.read()
+        response.connection.close()  # type: ignore[attr-defined]
+        assert server.process.wait(timeout=30) == 0
+
+
+def _connects(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def test_a_second_signal_ends_it_at_once(tiny_model: Callable[[str], Path]) -> None:
+    with RunningServer("--model-path", tiny_model("llama3"), expect_status=None) as server:
+        pids = server.children()
+        os.kill(pids[1], signal.SIGSTOP)  # a scheduler that does not move, so that nothing can finish
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert server.process.poll() is None
+        server.process.send_signal(signal.SIGINT)
+        server.process.wait(timeout=5)
+        assert _gone(pids)
+
+
+def test_the_death_of_the_launcher_ends_the_children(tiny_model: Callable[[str], Path]) -> None:
+    with RunningServer("--model-path", tiny_model("llama3"), expect_status=None) as server:
+        pids = server.children()
+        server.process.send_signal(signal.SIGKILL)
+        server.process.wait()
+        _wait_until(lambda: _gone(pids), "children outlived their launcher")
+    shutil.rmtree(Path(server.door.removeprefix("ipc://")).parent)
+
+
+def test_a_process_that_cannot_come_back_ends_the_launch_and_says_which(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model("llama3"), tmp_path / "m")
+    with RunningServer("--model-path", model, expect_status=1) as server:
+        pids = server.children()
+        (model / "model.safetensors").unlink()
+        os.kill(pids[0], signal.SIGKILL)
+        assert server.process.wait(timeout=60) == 1
+        _wait_until(lambda: _gone(pids), "children outlived their launcher")
+        last = server.log().splitlines()[-1]
+        assert last.startswith("chorus: the model_runner process ")
+        assert last.endswith("too often in a row; its log is above")
+
+
+def test_a_taken_port_is_one_line(tiny_model: Callable[[str], Path]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, line = _launch("--model-path", tiny_model("llama3"), "--port", port)
+    assert status == 2
+    assert line == f"chorus: --host 127.0.0.1 --port {port}: cannot listen there (Address already in use)"
+
+
+def test_models_that_cannot_be_served_are_one_line(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    status, line = _launch("--model-path", tmp_path / "nowhere")
+    assert status == 2
+    assert "neither a directory nor a hub id" in line
+
+    quantized = shutil.copytree(tiny_model("llama3"), tmp_path / "quantized")
+    config = json.loads((quantized / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    status, line = _launch("--model-path", quantized)
+    assert status == 2
+    assert "quantization_config" in line
+
+    strange = shutil.copytree(tiny_model("llama3"), tmp_path / "strange")
+    (strange / "config.json").write_text(json.dumps({**config, "architectures": ["MambaForCausalLM"]}))
+    status, line = _launch("--model-path", strange)
+    assert status == 2
+    assert "MambaForCausalLM" in line
+
+
+def test_a_broken_adapter_ends_the_launch_with_its_name(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    model = tiny_model("llama3")
+    adapter = make_adapter(model, tmp_path / "cut", r=4, targets=["q_proj"])
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    status, line = _launch("--model-path", model, "--lora-paths", f"fancy={adapter}")
+    assert status != 0
+    assert "fancy" in line
+    assert "adapter_model.safetensors" in line
+
+
+def test_limits_that_flags_set_are_honoured(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    model = tiny_model("llama3")
+    adapter = make_adapter(model, tmp_path / "a", r=16, targets=["q_proj"])
+    status, line = _launch("--model-path", model, "--lora-paths", f"a={adapter}", "--max-lora-rank", 8)
+    assert status != 0
+    assert "--max-lora-rank" in line
+    status, line = _launch("--model-path", model, "--lora-paths", f"a={adapter}", "--lora-target-modules", "v_proj")
+    assert status != 0
+    assert "--lora-target-modules" in line
+    status, line = _launch("--model-path", model, "--context-length", 100000)
+    assert status == 2
+    assert "--context-length" in line
+
+
+def test_a_hostile_working_directory_does_not_win(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama3")
+    for name in ("scheduler", "model_runner", "tokenizer_proc", "torch", "zmq"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('hostile')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # for the launcher itself, which -m would start from here
+    with RunningServer("--model-path", model) as server:
+        assert server.post("/generate", {"text": "hello", "sampling_params": {"max_new_tokens": 2}})[0] == 200

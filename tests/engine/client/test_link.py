@@ -1,0 +1,225 @@
+"""The embedded client against a door made by hand: routing, errors, cancels, silence."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+import zmq.asyncio
+
+from engine import Engine, EngineDead, InvalidRequest, LoRARequest, NotFound, Overloaded, SamplingParams
+from engine.client import link
+from engine.messages import AdapterCard, Answer, Cancel, Command, Delta, Failure, Ping, Submit, ToDoor, Usage
+
+
+class Door:
+    """A ROUTER socket that answers as `replies` says and keeps what it heard."""
+
+    def __init__(self, address: str, replies: Callable[[Any], list[Any]]) -> None:
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.bind(address)
+        self._replies = replies
+        self.heard: list[Any] = []
+        self._task = asyncio.ensure_future(self._serve())
+
+    async def _serve(self) -> None:
+        decoder = msgspec.msgpack.Decoder(ToDoor)
+        while True:
+            identity, frame = await self._socket.recv_multipart()
+            message = decoder.decode(frame)
+            self.heard.append(message)
+            for reply in self._replies(message):
+                await self._socket.send_multipart([identity, msgspec.msgpack.encode(reply)])
+
+    async def wait_for(self, type_: type) -> Any:
+        async with asyncio.timeout(5):
+            while not (found := [message for message in self.heard if isinstance(message, type_)]):
+                await asyncio.sleep(0.005)
+        return found[0]
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._context.destroy(linger=0)
+
+
+def _words(message: Any) -> list[Any]:
+    """Two deltas for every choice; a list of one adapter, and room for others; refusals by prompt."""
+    if isinstance(message, Command) and message.call != "list":
+        if message.lora_path == "nowhere":
+            return [Failure(message.id, "not_found_error", "No adapter found for nowhere", "lora_path")]
+        name, path = message.lora_name, message.lora_path
+        card = AdapterCard(name=name, adapter_id=2, path=path, root=path, parent="base", pinned=message.pinned)
+        return [Answer(id=message.id, adapters=[card])]
+    if isinstance(message, Command):
+        card = AdapterCard(name="pirate", adapter_id=1, path="given", root="/resolved", parent="base")
+        return [Answer(id=message.id, adapters=[card])]
+    if not isinstance(message, Submit):
+        return [message] if isinstance(message, Ping) else []
+    if message.params.n < 1:
+        return [Failure(message.id, "invalid_request_error", "no choice", "n")]
+    match message.prompt:
+        case "too much":
+            return [Failure(message.id, "overloaded_error", "full")]
+        case "bad":
+            return [Failure(message.id, "invalid_request_error", "bad prompt", "prompt", "why")]
+        case "silence":
+            return []
+    out: list[Any] = [Delta(id=message.id + 1000, text="of another call")]
+    for index in range(message.params.n):
+        out.append(Delta(id=message.id, index=index, text=f"{message.lora} ", token_ids=[1]))
+        out.append(Delta(id=message.id, index=index, text="ok", token_ids=[2], finish_reason="stop", usage=Usage(1, 2)))
+    return out
+
+
+def _run(
+    tmp_path: Path,
+    work: Callable[[Engine, Door], Awaitable[None]],
+    replies: Callable[[Any], list[Any]] = _words,
+) -> None:
+    async def main() -> None:
+        address = f"ipc://{tmp_path}/door"
+        door = Door(address, replies)
+        try:
+            async with Engine.connect(address) as engine:
+                await work(engine, door)
+        finally:
+            await door.close()
+
+    asyncio.run(main())
+
+
+def test_deltas_are_routed_to_their_call(tmp_path: Path) -> None:
+    async def work(engine: Engine, door: Door) -> None:
+        answers = await engine.generate_all(["a", [1, 2], [{"role": "user", "content": "c"}]], lora=["x", None, "z"])
+        assert [answer.text for answer in answers] == ["x ok", "None ok", "z ok"]
+        assert answers[0].token_ids == [1, 2]
+        choices = [delta.index async for delta in engine.generate("a", SamplingParams(n=2))]
+        assert choices == [0, 0, 1, 1]
+
+    _run(tmp_path, work)
+
+
+def test_failures_come_back_as_their_own_class(tmp_path: Path) -> None:
+    async def work(engine: Engine, door: Door) -> None:
+        with pytest.raises(Overloaded):
+            await engine.generate_all(["a", "too much"])
+        with pytest.raises(InvalidRequest) as caught:
+            await anext(engine.generate("bad"))
+        assert (caught.value.param, caught.value.code) == ("prompt", "why")
+        with pytest.raises(InvalidRequest, match="prompt"):
+            await anext(engine.generate([{"role": "user"}]))
+        with pytest.raises(InvalidRequest, match="bytes"):
+            await anext(engine.generate(b"text"))
+        with pytest.raises(InvalidRequest, match="cannot be sent"):
+            await anext(engine.generate("a", priority=1 << 70))
+        with pytest.raises(InvalidRequest, match="cannot be sent"):
+            await anext(engine.generate("\ud800"))
+        with pytest.raises(InvalidRequest, match="above the bound"):
+            await anext(engine.generate("x" * (65 << 20)))
+        with pytest.raises(InvalidRequest, match="no choice"):
+            await anext(engine.generate("a", SamplingParams(n=0)))
+        with pytest.raises(InvalidRequest, match="2 for 1 prompts"):
+            await engine.generate_all(["a"], lora=["x", "y"])
+
+    _run(tmp_path, work)
+
+
+def test_leaving_early_cancels(tmp_path: Path) -> None:
+    async def work(engine: Engine, door: Door) -> None:
+        stream = engine.generate("a")
+        await anext(stream)
+        await stream.aclose()
+        submitted = await door.wait_for(Submit)
+        assert (await door.wait_for(Cancel)).id == submitted.id
+
+    _run(tmp_path, work)
+
+
+def test_a_lora_request_is_checked_against_what_is_loaded(tmp_path: Path) -> None:
+    async def work(engine: Engine, door: Door) -> None:
+        for path in ("given", "/resolved"):
+            (answer,) = await engine.generate_all(["a"], lora=LoRARequest("pirate", 1, path))
+            assert answer.text == "pirate ok"
+        with pytest.raises(InvalidRequest, match="loaded from given, not from other"):
+            await engine.generate_all(["a"], lora=LoRARequest("pirate", 1, "other"))
+
+    _run(tmp_path, work)
+
+
+def test_a_lora_request_loads_its_adapter_once(tmp_path: Path) -> None:
+    loaded: dict[str, AdapterCard] = {}
+
+    def replies(message: Any) -> list[Any]:
+        if isinstance(message, Command) and message.call == "list":
+            return [Answer(id=message.id, adapters=[*loaded.values()])]
+        answers = _words(message)
+        if isinstance(message, Command) and isinstance(answers[0], Answer):
+            loaded[message.lora_name] = answers[0].adapters[0]
+        return answers
+
+    async def work(engine: Engine, door: Door) -> None:
+        sailor = LoRARequest("sailor", 1, "given")
+        answers = await engine.generate_all(["a"] * 5, lora=sailor)
+        assert {answer.text for answer in answers} == {"sailor ok"}
+        await engine.generate_all(["a"], lora=sailor)
+        loads = [message for message in door.heard if isinstance(message, Command) and message.call == "load"]
+        assert [(load.lora_name, load.lora_path, load.load_inplace) for load in loads] == [("sailor", "given", False)]
+        loaded.clear()  # somebody unloads it
+        await engine.generate_all(["a"], lora=sailor)
+        assert sum(isinstance(message, Command) and message.call == "load" for message in door.heard) == 2
+        for _ in range(2):  # a failure is not remembered
+            with pytest.raises(NotFound, match="No adapter found"):
+                await engine.generate_all(["a"], lora=LoRARequest("ghost", 1, "nowhere"))
+        ghosts = [message for message in door.heard if isinstance(message, Command) and message.lora_name == "ghost"]
+        assert [message.call for message in ghosts] == ["list", "load"] * 2
+
+    _run(tmp_path, work, replies)
+
+
+def test_adapter_calls_are_commands(tmp_path: Path) -> None:
+    async def work(engine: Engine, door: Door) -> None:
+        card = await engine.load_lora_adapter("x", "p", pinned=True, preload=True, load_inplace=True)
+        assert (card.name, card.path, card.pinned) == ("x", "p", True)
+        await engine.pin_lora_adapter("x")
+        await engine.unpin_lora_adapter("x")
+        await engine.unload_lora_adapter("x")
+        told = [message for message in door.heard if isinstance(message, Command)]
+        assert [message.call for message in told] == ["load", "pin", "unpin", "unload"]
+        assert (told[0].pinned, told[0].preload, told[0].load_inplace) == (True, True, True)
+
+    _run(tmp_path, work)
+
+
+@pytest.mark.parametrize("fields", [("", 1, "p"), ("n", 0, "p"), ("n", 1, "")])
+def test_a_lora_request_without_sense_is_refused(fields: tuple[str, int, str]) -> None:
+    with pytest.raises(InvalidRequest):
+        LoRARequest(*fields)
+
+
+def test_a_lora_request_answers_to_both_vocabularies() -> None:
+    request = LoRARequest("n", 3, "p")
+    assert (request.name, request.adapter_id, request.path) == ("n", 3, "p")
+
+
+def test_a_silent_engine_is_dead_and_a_closed_one_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(link, "PING_SECONDS", 0.05)
+
+    async def main() -> None:
+        engine = Engine.connect(f"ipc://{tmp_path}/nobody")
+        with pytest.raises(EngineDead, match="not open"):
+            await engine.adapters()
+        async with engine:
+            with pytest.raises(EngineDead, match="no engine answers"):
+                await engine.generate_all(["a"])
+            with pytest.raises(EngineDead, match="no engine answers"):
+                await engine.adapters()
+
+    asyncio.run(main())

@@ -1,0 +1,48 @@
+"""Where keys come from, and what is no key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.config.api_keys import ApiKey, read_keys
+from engine.errors import ConfigError
+
+
+def test_flags_and_environment() -> None:
+    assert read_keys([], None, {}) == []
+    found = read_keys(["a", "b"], None, {"CHORUS_API_KEY": "c, d", "VLLM_API_KEY": "a"})
+    assert [one.key for one in found] == ["a", "b", "c", "d"]
+
+
+def test_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys.jsonl"
+    file.write_text(
+        '# ours\n{"key": "a", "tenant": "t", "adapters": ["t-*"], "tokens_per_minute": 100}\n\n{"key": "b"}\n'
+    )
+    assert read_keys([], str(file), {}) == [
+        ApiKey(key="a", tenant="t", adapters=["t-*"], tokens_per_minute=100),
+        ApiKey(key="b"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "holds no key"),
+        ("secret", "line 1"),
+        ('{"tenant": "t"}', "line 1: Object missing required field `key`"),
+        ('{"key": "a"}\n{"key": "a"}', "given twice"),
+        ('{"key": "a", "adapter": ["x"]}', "unknown field `adapter`"),
+        ('{"key": "a", "tokens_per_minute": 0}', "tokens_per_minute must be above 0"),
+        ('{"key": "two words"}', "printable ASCII without spaces"),
+    ],
+)
+def test_bad_files_are_one_line(text: str, complaint: str, tmp_path: Path) -> None:
+    file = tmp_path / "keys.jsonl"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        read_keys([], str(file), {})
+    assert "\n" not in caught.value.message
+    assert "secret" not in caught.value.message

@@ -1,0 +1,84 @@
+"""A runner and its builder: steps do not wait for compilers, and one ends with the other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from fixtures.processes.watched import PATIENCE, runs, wait_for
+
+from engine.config.sections import Links, RunnerConfig
+from engine.errors import ConfigError
+from engine.processes.child import Failed, Ready
+from model_runner.runner import Runner
+
+
+def config(model: Path, tmp_path: Path, **fields: Any) -> RunnerConfig:
+    links = Links(tokenizer="", scheduler=f"ipc://{tmp_path}/s.0", runner=f"ipc://{tmp_path}/r.0", door="")
+    return RunnerConfig(links=links, model_path=str(model), device="cpu", max_running_requests=4, **fields)
+
+
+@contextlib.contextmanager
+def runner_process(config: RunnerConfig, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    pipe = subprocess.PIPE
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "model_runner"], stdin=pipe, stdout=pipe, stderr=pipe, env=env
+    ) as process:
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(config) + b"\n")
+        process.stdin.flush()
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def report(process: subprocess.Popen[bytes]) -> Ready | Failed:
+    assert process.stdout is not None
+    return msgspec.json.decode(process.stdout.readline(), type=Ready | Failed)
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_it_serves_while_a_compiler_hangs_and_takes_it_along(
+    tiny_model: Callable[[str], Path], tmp_path: Path, hanging_compiler: Path, end: signal.Signals
+) -> None:
+    beside = config(tiny_model("llama3"), tmp_path, dtype="bfloat16", cpu_kernels="auto")
+    with runner_process(beside, XDG_CACHE_HOME=str(tmp_path)) as process:
+        assert isinstance(report(process), Ready)
+        wait_for(hanging_compiler.exists)
+        compiler = int(hanging_compiler.read_text())
+        assert runs(compiler)
+        process.send_signal(end)
+        wait_for(lambda: not runs(compiler))
+        assert process.wait(PATIENCE) == (0 if end is signal.SIGTERM else -end)
+    cache = tmp_path / "chorus" / "compiled"
+    wait_for(lambda: {path.name for path in cache.iterdir()} == {"lock"})
+
+
+def test_it_does_not_start_without_what_was_asked_for(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="--cpu-kernels on: no C"):
+        Runner.load(config(tiny_model("llama3"), tmp_path, dtype="float32", cpu_kernels="on"))
+
+
+@pytest.mark.parametrize("mode", ["auto", "off"])
+def test_in_float32_nothing_is_compiled_by_itself(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    runner = Runner.load(config(tiny_model("llama3"), tmp_path, dtype="float32", cpu_kernels=mode))
+    assert runner.wait is None
+    runner.close()
+    assert not (tmp_path / "chorus").exists()

@@ -1,0 +1,265 @@
+"""The runner as a real process: config on stdin, messages over ipc, and every way it can end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import pytest
+import zmq
+from fixtures.models.tiny_models import make_adapter
+from fixtures.processes.resources import children, descriptors, shared_bytes
+
+from engine.config.sections import AdapterSource, Links, RunnerConfig
+from engine.ipc import Inbox, Outbox
+from engine.messages import (
+    AdapterState,
+    Chunk,
+    EvictAdapter,
+    Fill,
+    Hello,
+    LanePages,
+    LoadAdapter,
+    NewRow,
+    Ping,
+    Reset,
+    RunnerReady,
+    Sampling,
+    Step,
+    StepDone,
+    ToScheduler,
+    UnloadAdapter,
+)
+from engine.processes.child import Failed, Ready
+from model_runner.server import SCHEDULERS
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).resolve().parents[2]
+GREEDY = Sampling(temperature=0.0)
+M = TypeVar("M")
+
+
+class Child:
+    """A runner process, with a scheduler's two sockets."""
+
+    def __init__(self, config: RunnerConfig) -> None:
+        self.config = config
+        self._context: zmq.Context[Any] = zmq.Context()
+        self.inbox: Inbox[Any] = Inbox(self._context, config.links.scheduler, ToScheduler)
+        self.outbox = Outbox(self._context, config.links.runner)
+        self._waiting: list[Any] = []
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-P", "-m", "model_runner"]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
+        assert self.process.stdin is not None
+        self.process.stdin.write(msgspec.json.encode(config) + b"\n")
+        self.process.stdin.flush()
+
+    def report(self) -> Ready | Failed:
+        """Its line on stdout."""
+        assert self.process.stdout is not None
+        return msgspec.json.decode(self.process.stdout.readline(), type=Ready | Failed)
+
+    def next(self, type_: type[M]) -> M:
+        """The next message, which must be of this type."""
+        if not self._waiting:
+            self._waiting += self.inbox.receive(30.0)
+        message = self._waiting.pop(0)
+        assert isinstance(message, type_), message
+        return message
+
+    def close(self) -> None:
+        """Ends it, whatever it is doing."""
+        self.process.kill()
+        self.process.communicate()
+        self.inbox.close()
+        self.outbox.close()
+        self._context.destroy(linger=0)
+
+
+EPOCH = 3 * SCHEDULERS  # of the third runner, while nobody has reset it
+
+
+@pytest.fixture
+def start(tiny_model: Callable[[str], Path], tmp_path: Path) -> Iterator[Callable[..., Child]]:
+    """`start(**config)`: a child on the tiny model, ended with the test."""
+    children: list[Child] = []
+
+    def begin(**options: Any) -> Child:
+        links = Links(tokenizer="", scheduler=f"ipc://{tmp_path}/s.0", runner=f"ipc://{tmp_path}/r.0", door="", epoch=3)
+        fields = {"links": links, "model_path": str(tiny_model("llama3")), "max_running_requests": 4, **options}
+        children.append(Child(RunnerConfig(**fields)))
+        return children[-1]
+
+    yield begin
+    for child in children:
+        child.close()
+
+
+def step(id: int, epoch: int = EPOCH, **parts: Any) -> Step:
+    return Step(epoch=epoch, id=id, **parts)
+
+
+def first_chunk(lane: int = 0) -> dict[str, Any]:
+    return {
+        "new_rows": [NewRow(row=1, generation=1, prompt_length=3, sampling=GREEDY)],
+        "chunks": [Chunk(row=1, generation=1, start=0, length=3, tokens=[5, 6, 7], pages=[2], lane=lane)],
+    }
+
+
+def test_a_life_from_config_to_the_end_of_stdin(
+    start: Callable[..., Child], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from fixtures.models.oracle import Oracle
+
+    root = str(make_adapter(tiny_model("llama3"), tmp_path / "a", r=8))
+    oracle = Oracle(tiny_model("llama3"), {"a": root})
+    source = AdapterSource(adapter_id=1, name="a", path=root, root=root)
+    child = start(adapters=[source], enable_lora=True, max_loras=2)
+    child.outbox.send(Ping())  # before it is up: not lost
+    report = child.report()
+    assert isinstance(report, Ready)
+    assert (report.facts["device"], report.facts["family"], report.facts["max_lora_rank"]) == ("cpu", "llama", 8)
+    assert child.next(Hello) == Hello("runner", 3, child.config.links.runner)
+    ready = child.next(RunnerReady)
+    assert (ready.epoch, ready.capacity.rows, ready.capacity.max_loras) == (EPOCH, 4, 2)
+    assert child.next(Ping) == Ping(EPOCH)
+
+    child.outbox.send(LoadAdapter(adapter_id=1, path=root))
+    loaded = child.next(AdapterState)
+    assert (loaded.state, loaded.lora_rank, loaded.epoch) == ("host", 8, EPOCH)
+    child.outbox.send(LoadAdapter(adapter_id=2, path=str(tmp_path / "none")))
+    assert child.next(AdapterState).state == "failed"
+
+    pages = {group: list(range(count)) for group, count in loaded.footprint.pages.items()}
+    lane = LanePages(1, {group: [(page, 1.0) for page in numbers] for group, numbers in pages.items()})
+    child.outbox.send(step(1, fills=[Fill(1, pages)]))
+    assert child.next(StepDone).tokens == []
+    assert child.next(AdapterState).state == "resident"
+    child.outbox.send(step(2, lanes=[lane], **first_chunk(lane=1)))
+    child.outbox.send(step(3, chunks=[Chunk(row=1, generation=1, start=3, length=1, lane=1)]))
+    tokens = [*child.next(StepDone).tokens, *child.next(StepDone).tokens]
+    assert tokens == oracle.greedy([5, 6, 7], 2, "a")
+
+    child.outbox.send(
+        Step(epoch=EPOCH - 1, id=9, chunks=[Chunk(row=3, generation=9, start=0, length=1)])
+    )  # an older epoch
+    child.outbox.send(RunnerReady(epoch=0, capacity=ready.capacity))  # not for runners
+    child.outbox.send(Reset(1))
+    child.outbox.send(step(2, chunks=[Chunk(row=1, generation=1, start=4, length=1)]))  # a dead scheduler's, come late
+    assert child.next(RunnerReady) == msgspec.structs.replace(ready, epoch=EPOCH + 1)
+    child.outbox.send(step(1, EPOCH + 1, **first_chunk()))
+    assert child.next(StepDone).tokens == oracle.greedy([5, 6, 7], 1)
+    child.outbox.send(UnloadAdapter(1))
+    gone = child.next(AdapterState)
+    assert (gone.state, gone.epoch) == ("gone", EPOCH + 1)
+
+    elsewhere: Inbox[Any] = Inbox(child._context, f"ipc://{tmp_path}/s.1", ToScheduler)
+    child.outbox.send(Hello("scheduler", 1, f"ipc://{tmp_path}/s.1"))
+    child.outbox.send(Ping())
+    assert list(elsewhere.receive(30.0)) == [Ping(EPOCH + 1)]
+    elsewhere.close()
+
+    assert child.process.stdin is not None
+    child.process.stdin.close()
+    child.process.stdin = None
+    assert child.process.wait(timeout=30) == 0
+
+
+def test_steps_go_on_while_a_load_is_held(
+    start: Callable[..., Child], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root = str(make_adapter(tiny_model("llama3"), tmp_path / "a", r=8))
+    child = start(enable_lora=True, max_loras=2)
+    assert isinstance(child.report(), Ready)
+    child.next(Hello)
+    child.next(RunnerReady)
+    (loader,) = children(child.process.pid)
+    os.kill(loader, signal.SIGSTOP)
+    child.outbox.send(LoadAdapter(adapter_id=1, path=root, name="voice"))
+    child.outbox.send(step(1, **first_chunk()))
+    assert child.next(StepDone).id == 1
+    for number in range(2, 14):  # one page
+        child.outbox.send(step(number, chunks=[Chunk(row=1, generation=1, start=number + 1, length=1)]))
+        assert child.next(StepDone).id == number
+    child.outbox.send(LoadAdapter(adapter_id=2, path=root))  # another child reads it
+    loaded = child.next(AdapterState)
+    assert (loaded.adapter_id, loaded.state) == (2, "host")
+    os.kill(loader, signal.SIGKILL)
+    failed = child.next(AdapterState)
+    assert (failed.adapter_id, failed.state) == (1, "failed")
+    assert failed.error == "adapter 'voice': the loader process was killed by signal 9"
+    child.outbox.send(LoadAdapter(adapter_id=1, path=root, name="voice"))
+    again = child.next(AdapterState)
+    assert (again.adapter_id, again.state, again.revision) == (1, "host", loaded.revision)
+    child.process.send_signal(signal.SIGTERM)
+    assert child.process.wait(timeout=30) == 0
+
+
+def test_evicted_adapters_come_back_only_as_they_were(
+    start: Callable[..., Child], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root = make_adapter(tiny_model("llama3"), tmp_path / "a", r=8)
+    child = start(enable_lora=True, max_loras=2)
+    assert isinstance(child.report(), Ready)
+    child.next(Hello)
+    assert child.next(RunnerReady).capacity.host_bytes > 0
+    load = LoadAdapter(adapter_id=1, path=str(root))
+    child.outbox.send(load)
+    first = child.next(AdapterState)
+    assert (first.state, first.bytes > 0, first.seconds > 0) == ("host", True, True)
+    held = shared_bytes(child.process.pid)
+    opened = descriptors(child.process.pid)
+    for _ in range(3):
+        child.outbox.send(EvictAdapter(1))
+        assert child.next(AdapterState).state == "disk"
+        child.outbox.send(msgspec.structs.replace(load, revision=first.revision))
+        assert child.next(AdapterState).state == "host"
+    assert shared_bytes(child.process.pid) <= held
+    assert descriptors(child.process.pid) == opened
+    child.outbox.send(EvictAdapter(1))
+    assert child.next(AdapterState).state == "disk"
+    config = root / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 17'))
+    for says in ("its files have changed", "no such directory"):
+        child.outbox.send(msgspec.structs.replace(load, revision=first.revision))
+        failed = child.next(AdapterState)
+        assert (failed.state, says in (failed.error or "")) == ("failed", True)
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def test_sigterm_ends_with_zero(start: Callable[..., Child]) -> None:
+    child = start()
+    assert isinstance(child.report(), Ready)
+    child.process.send_signal(signal.SIGTERM)
+    assert child.process.wait(timeout=30) == 0
+
+
+def test_a_step_that_makes_no_sense_ends_the_process(start: Callable[..., Child]) -> None:
+    child = start()
+    assert isinstance(child.report(), Ready)
+    child.outbox.send(step(7, chunks=[Chunk(row=0, generation=5, start=0, length=1)]))
+    assert child.process.wait(timeout=30) == 1
+    assert child.process.stderr is not None
+    errors = child.process.stderr.read()
+    assert b"step 7 of 1 chunks failed" in errors
+    assert b"row 0 generation 5" in errors
+
+
+def test_what_cannot_be_served_is_reported_in_one_line(start: Callable[..., Child]) -> None:
+    child = start(context_length=10**6)
+    report = child.report()
+    assert isinstance(report, Failed)
+    assert (report.kind, "--context-length 1000000" in report.message) == ("config_error", True)
+    assert child.process.wait(timeout=30) == 1
+    assert child.process.stderr is not None
+    assert b"Traceback" not in child.process.stderr.read()

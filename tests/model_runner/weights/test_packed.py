@@ -1,0 +1,77 @@
+"""Packed linears: the same numbers as plain ones, the plain values still to be had, and whole models over them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures.adapters.resident import attach_adapters
+from fixtures.models.drive import Driver
+from fixtures.models.oracle import Oracle
+from fixtures.models.tiny_models import VOCAB, make_adapter
+
+from model_runner.config import read_arch
+from model_runner.model.load import load_model
+from model_runner.weights import packed
+
+CPU = torch.device("cpu")
+N = 6
+needs_packing = pytest.mark.skipif(not packed.can_pack(torch.bfloat16, CPU), reason="no bfloat16 in oneDNN here")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_packing)], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 32, 33, 130])
+def test_equals_the_exact_product(rows: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    wide_TI, weight_OI, bias_O = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, 96), (160, 48), (160,))
+    )
+    x_TI = wide_TI[:, 48:]  # rows that lie apart
+    held = packed.pack(weight_OI.clone())
+    assert held.shape == weight_OI.shape
+    assert torch.equal(packed.dense(held), weight_OI)
+    for bias in (bias_O, None):
+        exact = x_TI.double() @ weight_OI.double().t() + (0 if bias is None else bias.double())
+        y_TO = packed.linear(x_TI, held, bias)
+        assert (y_TO.dtype, y_TO.shape) == (dtype, (rows, 160))
+        near = 1e-5 if dtype is torch.float32 else 2**-8
+        torch.testing.assert_close(y_TO.double(), exact, rtol=near, atol=near * 10)
+
+
+def test_only_bfloat16_on_a_cpu_is_packed_and_a_switch_turns_it_off() -> None:
+    assert not packed.can_pack(torch.float32, CPU)
+    assert not packed.can_pack(torch.bfloat16, torch.device("cuda"))
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        assert not packed.can_pack(torch.bfloat16, CPU)
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+
+
+@pytest.mark.parametrize("family", ["llama2", "qwen2", "gemma2", "phi3", "mixtral"])
+def test_a_packed_model_equals_peft(family: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    path = tiny_model(family)
+    targets = ["qkv_proj", "gate_up_proj"] if family == "phi3" else ["q_proj", "v_proj", "o_proj"]
+    adapters = {
+        "dora": make_adapter(path, tmp_path / "dora", seed=1, r=8, alpha=16, targets=targets, use_dora=True),
+        "lora": make_adapter(path, tmp_path / "lora", seed=2, r=20, alpha=30, targets=targets),
+    }
+    oracle = Oracle(path, adapters)
+    draw, names = random.Random(5), [None, *adapters]
+    asks: list[tuple[list[int], int]] = []
+    while len(asks) < 6:
+        lane = len(asks) % len(names)
+        prompt = [draw.randrange(VOCAB) for _ in range(draw.randrange(1, 20))]
+        if oracle.clear(prompt, N, names[lane]):
+            asks.append((prompt, lane))
+    expected = [oracle.greedy(prompt, N, names[lane]) for prompt, lane in asks]
+    decoder = load_model(path, read_arch(path), device=CPU, dtype=torch.float32)
+    decoder.pack()
+    assert all(site.weight.is_mkldnn for site in decoder.sites if site.group in ("qkv", "o", "gate_up", "down"))
+    prompts, lanes = [prompt for prompt, _ in asks], [lane for _, lane in asks]
+    lora = attach_adapters(decoder, adapters)
+    assert Driver(decoder, lora=lora, pages=200).greedy(prompts, N, lanes=lanes) == expected
+    assert Driver(decoder, lora=lora, pages=200).greedy(prompts, N, lanes=lanes, chunk=5) == expected

@@ -1,0 +1,185 @@
+"""Requests and adapters that end their runner, in seeded workloads: they alone fail, the others get every token."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any
+
+import pytest
+from fixtures.scheduling.by_hand import capacity_of, done, generate, new_core, plan_of
+from fixtures.scheduling.fake_runner import FakeRunner
+from fixtures.scheduling.seeded_world import Client, World
+from fixtures.scheduling.simulation import Simulation
+
+from engine.messages import Abort, Fill, Progress, RunnerReady, Step
+from scheduler.batching.isolation import ASIDE, ENDED, POISON
+from scheduler.core import Scheduler
+
+
+class Poisoned(Simulation):
+    """`poison`: position, by request, whose computation ends the runner; `fills`: adapters whose fill does."""
+
+    def __init__(self, world: World, poison: dict[int, int], fills: Set[int] = frozenset(), own: bool = True) -> None:
+        self.poison, self.fills, self.own = poison, fills, own
+        self.deaths = 0
+        self.filling: set[int] = set()
+        super().__init__(world)
+
+    def _end_step(self) -> None:
+        step = self.runner.queue[0]
+        if self._is_deadly(step):
+            self._die()
+        else:
+            super()._end_step()
+
+    def _is_deadly(self, step: Step) -> bool:
+        flight = self.core._books.flights[0]
+        hits = any(
+            chunk.start <= self.poison.get(request.id, -1) < chunk.start + chunk.length
+            for (request, _, _), chunk in zip(flight.parts, step.chunks, strict=True)
+        )
+        return hits or any(self.library.content(fill.adapter_id) in self.fills for fill in step.fills)
+
+    def _die(self) -> None:
+        self.deaths += 1
+        assert self.deaths <= 16, "the supervisor gives up"
+        self.dead.append(self.runner)
+        self.runner = FakeRunner(self.capacity, self.library, self.runner.epoch + 1, max_host=self.world.max_loaded)
+        self._send(RunnerReady(epoch=self.runner.epoch, capacity=self.capacity, after_fault=self.own))
+
+    def _judge_error(self, client: Client) -> None:
+        if client.error == ENDED:
+            assert client.message.request_id in self.poison
+        elif client.error == ASIDE:
+            assert {self.library.content(i) for i, _ in client.message.lora} & self.fills
+        else:
+            super()._judge_error(client)
+
+    @property
+    def failed(self) -> set[int]:
+        return {i for i, client in self.clients.items() if client.error == ENDED}
+
+
+def _computed(client: Client, position: int) -> bool:
+    """Whether a request, run to its end, computes a position."""
+    return position < len(client.message.prompt) + len(client.tokens) - 1
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(6))
+def test_two_poisons_fail_alone(seed: int, window: int) -> None:
+    """In the prompt or among the tokens, with aborts, kills and adapters that come and go."""
+    faults = {"abort_rate": 0.1, "reset_rate": 0.02, "churn_rate": 0.05} if seed % 2 else {}
+    tier: dict[str, Any] = {"max_loaded": 3} if seed % 3 == 2 else {}
+    world = World(900 + seed, window, requests=40, adapters=6, kv_pages=30, rows=8, prompt=12, **faults, **tier)
+    sim = Poisoned(world, {7: 0, 20: 12}).run()
+    assert sim.deaths <= 2 * 2 + (4 if faults else 0)
+    for request_id, position in sim.poison.items():
+        client = sim.clients[request_id]
+        assert client.error is not None or client.aborted or not _computed(client, position)
+    assert 7 in sim.failed or sim.clients[7].aborted or sim.clients[7].error
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_a_poison_costs_two_deaths(window: int) -> None:
+    sim = Poisoned(World(950, window, requests=30, adapters=4, kv_pages=60, rows=8), {9: 0}).run()
+    assert (sim.deaths, sim.failed) == (2, {9})
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_one_that_is_killed_for_it_costs_five(window: int) -> None:
+    sim = Poisoned(World(951, window, requests=30, adapters=4, kv_pages=60, rows=8), {9: 0}, own=False).run()
+    assert (sim.deaths, sim.failed) == (5, {9})
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_an_adapter_that_ends_runners_is_set_aside(seed: int, window: int) -> None:
+    world = World(960 + seed, window, requests=40, adapters=5, kv_pages=60, rows=8, mix_rate=0.0)
+    sim = Poisoned(world, {}, {1}).run()
+    assert not sim.failed
+    assert 2 <= sim.deaths <= 5
+    assert any(client.error == ASIDE for client in sim.clients.values()) or sim.states[1].error == ASIDE
+
+
+def _crowd(window: int = 1) -> tuple[Scheduler, list[Step]]:
+    core = new_core(window)
+    for number in (1, 2):
+        core.handle(generate(number, max_tokens=9), 0.0)
+    return core, [plan_of(core) for _ in range(window)]
+
+
+def _die(core: Scheduler, epoch: int, own: bool = True) -> list[Any]:
+    sent = core.handle(RunnerReady(epoch=epoch, capacity=capacity_of(), after_fault=own), 0.0)
+    core.check()
+    return [update for message in sent if isinstance(message, Progress) for update in message.updates]
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_suspects_are_let_through_one_at_a_time(window: int) -> None:
+    core, _ = _crowd(window)
+    assert _die(core, 1) == []
+    core.handle(generate(3, max_tokens=9), 0.0)
+    seen: list[list[int]] = []
+    steps: list[Step] = []
+    while True:
+        while (step := core.plan(0.0)) is not None:
+            steps.append(step)
+        if not steps:
+            break
+        core.check()
+        seen.append([request.id for request, _, _ in core._books.flights[0].parts])
+        done(core, steps.pop(0))
+    alone = [ids for ids in seen if len(ids) == 1]
+    assert alone[0] == [1]
+    assert [2] in alone
+    assert [3] not in seen[: seen.index([2])]
+    assert any(len(ids) == 3 for ids in seen), "then everyone goes on together"
+
+
+def test_the_error_has_a_code_and_the_tokens_so_far_stay() -> None:
+    core, (step,) = _crowd()
+    done(core, step)
+    assert plan_of(core)
+    _die(core, 1)
+    plan_of(core)
+    (update,) = _die(core, 2)
+    assert (update.request_id, update.index, update.error, update.code) == (1, 1, ENDED, POISON)
+
+
+def test_a_suspect_that_is_aborted_holds_nobody_up() -> None:
+    core, _ = _crowd()
+    _die(core, 1)
+    step = plan_of(core)
+    core.handle(Abort(0, 1), 0.0)
+    assert core.plan(0.0) is None, "its step is still in flight"
+    done(core, step)
+    assert len(plan_of(core).new_rows) == 1
+    assert [request.id for request, _, _ in core._books.flights[0].parts] == [2]
+
+
+def test_a_scheduler_that_takes_over_knows_nothing_and_finds_out_again() -> None:
+    core, _ = _crowd()
+    _die(core, 1)
+    core, _ = _crowd()  # its clients' requests come again
+    assert _die(core, 1) == []
+    plan_of(core)
+    (update,) = _die(core, 2)
+    assert update.error == ENDED
+
+
+def test_a_fill_of_a_suspect_is_alone_in_its_step() -> None:
+    sim = Poisoned(World(970, 2, requests=30, adapters=4, kv_pages=60, rows=8), {9: 0, 12: 1})
+    alone: list[list[Fill]] = []
+    accept = FakeRunner.accept
+
+    def watch(runner: FakeRunner, message: Any) -> None:
+        if isinstance(message, Step) and message.fills and len(sim.core._books.suspects):
+            assert not message.chunks
+            alone.append(message.fills)
+        accept(runner, message)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeRunner, "accept", watch)
+        sim.run()
+    assert alone

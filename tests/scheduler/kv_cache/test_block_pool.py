@@ -1,0 +1,59 @@
+"""scheduler.kv_cache.block_pool: nothing is granted twice, nothing is lost, page 0 is nobody's."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler.kv_cache.block_pool import Pages
+
+
+def test_grants_every_page_but_zero() -> None:
+    pages = Pages(4)
+    assert sorted(pages.grant(4)) == [1, 2, 3, 4]
+    assert (pages.free, pages.used) == (0, 4)
+    with pytest.raises(AssertionError, match="0 free"):
+        pages.grant(1)
+
+
+def test_a_shared_page_is_free_after_its_last_release() -> None:
+    pages = Pages(2)
+    (page,) = pages.grant(1)
+    pages.share([page])
+    pages.release([page])
+    assert pages.used == 1
+    pages.audit([page])
+    pages.release([page])
+    assert pages.free == 2
+    with pytest.raises(AssertionError, match="once too often"):
+        pages.release([page])
+    with pytest.raises(AssertionError, match="is free"):
+        pages.share([page])
+
+
+def test_the_audit_sees_a_leak_and_a_stranger() -> None:
+    pages = Pages(3)
+    held = pages.grant(2)
+    pages.audit(held)
+    with pytest.raises(AssertionError, match="other references"):
+        pages.audit(held[:1])
+    with pytest.raises(AssertionError, match="other references"):
+        pages.audit([*held, held[0]])
+    with pytest.raises(AssertionError, match="does not exist"):
+        pages.audit([*held, 9])
+
+
+@given(st.lists(st.tuples(st.sampled_from(["grant", "share", "release"]), st.integers(0, 5)), max_size=40))
+def test_any_history_balances(history: list[tuple[str, int]]) -> None:
+    pages, held = Pages(8), []
+    for action, number in history:
+        if action == "grant" and number <= pages.free:
+            held += pages.grant(number)
+        elif action == "share" and held:
+            held.append(held[number % len(held)])
+            pages.share(held[-1:])
+        elif action == "release" and held:
+            pages.release([held.pop(number % len(held))])
+        pages.audit(held)
+        assert pages.used == len(set(held))

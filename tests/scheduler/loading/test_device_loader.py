@@ -1,0 +1,215 @@
+"""The device loader through the core by hand: what is filled at once, what beside the steps, and for whom."""
+
+from __future__ import annotations
+
+import pytest
+from fixtures.scheduling.by_hand import capacity_of, done, generate, plan_of
+
+from engine.messages import Abort, AdapterState, EvictAdapter, Footprint, LanePages, LoadAdapter, UnloadAdapter
+from scheduler.core import Scheduler
+from scheduler.state import Bounds
+
+STEP = 0.1  # seconds: fills at once may take 50 ms, or 100 MB at the rate that is assumed
+SMALL, MIDDLE, LARGE = 8_000_000, 45_000_000, 400_000_000
+
+
+def _core(window: int = 1, lanes: int = 4, **changes: object) -> Scheduler:
+    core = Scheduler(
+        capacity_of(max_loras=lanes, rows=8, **({"rank_pages": {"qkv": 4}} | changes)), Bounds(lanes), window
+    )
+    core.take()
+    return core
+
+
+def _host(core: Scheduler, adapter_id: int, size: int = SMALL, pages: int = 1) -> None:
+    """On the host, and not resident: there is no plan in which it could be filled unasked."""
+    core.handle(LoadAdapter(adapter_id=adapter_id, path=f"p{adapter_id}"), 0.0)
+    card = AdapterState(
+        adapter_id=adapter_id,
+        state="host",
+        revision=f"r{adapter_id}",
+        footprint=Footprint({"qkv": pages}),
+        bytes=size,
+    )
+    core.handle(card, 0.0)
+    core._books.unasked.clear()
+    core.check()
+
+
+def _decoding(core: Scheduler) -> None:
+    core.handle(generate(100, max_tokens=50), 0.0)
+    done(core, plan_of(core), seconds=STEP)
+
+
+def _resident(core: Scheduler, adapter_id: int, seconds: float = 0.0) -> list[object]:
+    sent = core.handle(AdapterState(adapter_id=adapter_id, state="resident", seconds=seconds), 0.0)
+    core.check()
+    return list(sent)
+
+
+def test_a_small_fill_and_its_lane_go_in_one_step() -> None:
+    core = _core()
+    _host(core, 1)
+    _decoding(core)
+    core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
+    step = plan_of(core)
+    (fill,) = step.fills
+    assert (fill.adapter_id, fill.now) == (1, True)
+    assert step.lanes == [LanePages(1, {"qkv": [(fill.pages["qkv"][0], 1.0)]})]
+    assert [chunk.lane for chunk in step.chunks] == [0, 1]
+    (state,) = _resident(core, 1, 0.004)
+    assert isinstance(state, AdapterState)
+    assert (state.state, state.seconds) == ("resident", 0.004)
+
+
+def test_fills_at_once_take_half_of_a_step_and_the_rest_waits_for_the_next() -> None:
+    core = _core()
+    for number in (1, 2, 3):
+        _host(core, number, MIDDLE)
+    _decoding(core)
+    for number in (1, 2, 3):
+        core.handle(generate(number, prompt=1, lora=[(number, 1.0)]), 0.0)
+    step = plan_of(core)
+    assert [(fill.adapter_id, fill.now) for fill in step.fills] == [(1, True), (2, True)]
+    assert core.why(3) == "fill"
+    done(core, step, seconds=STEP)
+    step = plan_of(core)
+    assert [(fill.adapter_id, fill.now) for fill in step.fills] == [(3, True)]
+    assert [lane.lane for lane in step.lanes] == [3]
+
+
+def test_a_large_one_is_filled_beside_the_steps() -> None:
+    core = _core()
+    _host(core, 1, LARGE)
+    _decoding(core)
+    core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
+    step = plan_of(core)
+    assert ([fill.now for fill in step.fills], [chunk.lane for chunk in step.chunks]) == ([False], [0])
+
+
+def test_when_nobody_decodes_anything_is_filled_at_once() -> None:
+    core = _core()
+    _host(core, 1, LARGE)
+    core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
+    step = plan_of(core)
+    assert ([fill.now for fill in step.fills], [chunk.lane for chunk in step.chunks]) == ([True], [1])
+
+
+def test_the_measured_rate_says_what_is_small() -> None:
+    core = _core()
+    _host(core, 1)
+    core.handle(generate(1, max_tokens=50, lora=[(1, 1.0)]), 0.0)
+    done(core, plan_of(core), seconds=STEP)
+    for _ in range(30):
+        core._filling.fill_took(core._books.directory.copies[1], 1.0)
+    _host(core, 2)
+    core.handle(generate(2, lora=[(2, 1.0)]), 0.0)
+    assert [fill.now for fill in plan_of(core).fills] == [False]
+
+
+def test_a_fill_at_once_may_take_pages_that_steps_in_flight_read() -> None:
+    core = _core(window=2, rank_pages={"qkv": 1})
+    _host(core, 1)
+    _host(core, 2)
+    core.handle(generate(1, max_tokens=50, lora=[(1, 1.0)]), 0.0)
+    one = plan_of(core)
+    _resident(core, 1)
+    core.handle(Abort(0, 1), 0.0)
+    core.handle(generate(2, lora=[(2, 1.0)]), 0.0)
+    two = plan_of(core)
+    core.take()
+    assert (two.fills[0].pages, two.fills[0].now) == (one.fills[0].pages, True)
+    done(core, one)
+    done(core, two)
+
+
+def test_a_fill_beside_the_steps_does_not() -> None:
+    core = _core(window=3, rank_pages={"qkv": 1})
+    _host(core, 1)
+    _host(core, 2, LARGE)
+    _decoding(core)
+    core.handle(generate(1, max_tokens=50, lora=[(1, 1.0)]), 0.0)
+    one = plan_of(core)
+    _resident(core, 1)
+    core.handle(Abort(0, 1), 0.0)
+    core.handle(generate(2, lora=[(2, 1.0)]), 0.0)
+    two = plan_of(core)
+    assert two.fills == []
+    core.take()
+    done(core, one, seconds=STEP)
+    assert [fill.now for fill in plan_of(core).fills] == [False]
+
+
+def test_an_answer_that_comes_late_is_not_taken_for_a_later_fills() -> None:
+    """Filled at once, evicted, filled beside the steps: the first answer says nothing of the second fill."""
+    core = _core(rank_pages={"qkv": 1})
+    _host(core, 1)
+    _host(core, 2)
+    core.handle(generate(1, max_tokens=1, lora=[(1, 1.0)]), 0.0)
+    done(core, plan_of(core), seconds=STEP)
+    core.handle(generate(2, max_tokens=1, lora=[(2, 1.0)]), 0.0)
+    step = plan_of(core)
+    assert [state.adapter_id for state in core.take() if isinstance(state, AdapterState)] == [1]
+    done(core, step, seconds=STEP)
+    _decoding(core)
+    core._filling._bytes_per_second = 1.0
+    core.handle(generate(3, lora=[(1, 1.0)]), 0.0)
+    step = plan_of(core)
+    core.take()
+    assert [(fill.adapter_id, fill.now) for fill in step.fills] == [(1, False)]
+    assert _resident(core, 1) == [], "that of the first fill"
+    assert core.why(3) == "fill"
+    _resident(core, 1)
+    assert core.why(3) != "fill"
+
+
+def test_the_host_copy_stays_until_the_fill_is_answered() -> None:
+    core = Scheduler(capacity_of(rank_pages={"qkv": 4}), Bounds(2, max_loaded_loras=2), 1)
+    core.take()
+    _host(core, 1)
+    _host(core, 2)
+    core.handle(generate(1, max_tokens=1, lora=[(1, 1.0)]), 0.0)
+    core.handle(generate(2, max_tokens=1, lora=[(2, 1.0)]), 0.0)
+    done(core, plan_of(core), seconds=STEP)
+    load = LoadAdapter(adapter_id=3, path="p3")
+    assert not [m for m in core.handle(load, 0.0) if isinstance(m, EvictAdapter)], "both are read by fills"
+    core.handle(UnloadAdapter(1), 0.0)
+    assert not [m for m in core.take() if isinstance(m, UnloadAdapter)]
+    sent = core.handle(AdapterState(adapter_id=1, state="resident"), 0.0)
+    assert UnloadAdapter(1) in sent
+    core.check()
+
+
+@pytest.mark.parametrize(("size", "begun"), [(SMALL, False), (LARGE, True)])
+def test_a_cpu_begins_only_on_those_that_are_too_large_for_their_own_step(size: int, begun: bool) -> None:
+    core = _core(lanes=1)
+    _host(core, 1)
+    _host(core, 2, size)
+    core.handle(generate(1, max_tokens=50, lora=[(1, 1.0)]), 0.0)
+    done(core, plan_of(core), seconds=STEP)
+    core.handle(generate(2, lora=[(2, 1.0)]), 0.0)
+    assert [(fill.adapter_id, fill.now) for fill in plan_of(core).fills] == [(2, False)] * begun
+
+
+def test_the_next_in_the_queue_are_filled_ahead_into_pages_that_nobody_before_them_needs() -> None:
+    core = _core(lanes=1, rank_pages={"qkv": 3}, device="cuda")
+    for number in (1, 2, 3, 4):
+        _host(core, number)
+    core.handle(generate(1, max_tokens=50, lora=[(1, 1.0)]), 0.0)
+    done(core, plan_of(core), seconds=STEP)
+    for number in (2, 3, 4):
+        core.handle(generate(number, lora=[(number, 1.0)]), 0.0)
+    step = plan_of(core)
+    assert [(fill.adapter_id, fill.now) for fill in step.fills] == [(2, False), (3, False)]
+    for number in (2, 3):
+        _resident(core, number)
+    done(core, step, seconds=STEP)
+    assert [core.why(number) for number in (2, 3, 4)] == ["lanes"] * 3
+    step = plan_of(core)
+    assert step.fills == [], "2 and 3 come before 4"
+    core.handle(generate(5, priority=-1, lora=[(4, 1.0)]), 0.0)
+    core.handle(Abort(0, 1), 0.0)
+    done(core, step, seconds=STEP)
+    step = plan_of(core)
+    assert [(fill.adapter_id, fill.now) for fill in step.fills] == [(4, True)], "but 5 comes before them"
+    assert [state.adapter_id for state in core.take() if isinstance(state, AdapterState)] == [1]

@@ -1,0 +1,178 @@
+"""Adapters through the core by hand: lanes, fills, evictions, failures, unloading."""
+
+from __future__ import annotations
+
+from fixtures.scheduling.by_hand import add_adapter, capacity_of, done, generate, new_core, plan_of
+
+from engine.messages import (
+    Abort,
+    AdapterState,
+    EvictAdapter,
+    Footprint,
+    LanePages,
+    LoadAdapter,
+    PinAdapter,
+    Progress,
+    StepDone,
+    UnloadAdapter,
+    Update,
+)
+from scheduler.core import Scheduler
+from scheduler.state import Bounds
+
+
+def test_a_lane_blocked_request_is_passed() -> None:
+    core = Scheduler(capacity_of(), Bounds(1))
+    core.take()
+    add_adapter(core, 1)
+    add_adapter(core, 2)
+    core.handle(generate(1, prompt=1, max_tokens=2, lora=[(1, 1.0)]), 0.0)
+    core.handle(generate(2, prompt=1, lora=[(2, 1.0)]), 0.0)
+    core.handle(generate(3, prompt=1), 0.0)
+    core.handle(generate(4, prompt=1, lora=[(1, 1.0)]), 0.0)
+    step = plan_of(core)
+    assert [chunk.lane for chunk in step.chunks] == [1, 0, 1]
+    assert [lane.lane for lane in step.lanes] == [1]
+    core.handle(Abort(0, 4), 0.0)
+    done(core, step)
+    done(core, plan_of(core))  # request 1 is over
+    step = plan_of(core)
+    assert [(lane.lane, len(lane.pages["qkv"])) for lane in step.lanes] == [(1, 1)]
+    assert [chunk.lane for chunk in step.chunks] == [0, 1]
+
+
+def test_a_request_waits_for_its_adapter_while_others_go_on() -> None:
+    core = new_core()
+    load = LoadAdapter(adapter_id=1, path="p")
+    core.handle(load, 0.0)
+    core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
+    assert core.plan(0.0) is None
+    core.handle(generate(2), 0.0)
+    done(core, plan_of(core))
+    large = AdapterState(adapter_id=1, state="host", footprint=Footprint({"qkv": 2}), bytes=100_000_000)
+    core.handle(large, 0.0)
+    step = plan_of(core)
+    assert ([fill.now for fill in step.fills], [chunk.lane for chunk in step.chunks]) == ([False], [0])
+    done(core, step)
+    step = plan_of(core)
+    assert [chunk.lane for chunk in step.chunks] == [0]
+    core.handle(AdapterState(adapter_id=1, state="resident"), 0.0)
+    done(core, step)
+    step = plan_of(core)
+    pages = step.lanes[0].pages["qkv"]
+    assert (sorted(page for page, _ in pages), [scale for _, scale in pages]) == ([0, 1], [1.0, 1.0])
+
+
+def test_the_idle_adapter_makes_room_and_that_is_told() -> None:
+    core = new_core()
+    add_adapter(core, 1, pages=2)
+    add_adapter(core, 2, pages=2)
+    core.handle(generate(1, lora=[(2, 0.5)]), 0.0)
+    step = core.plan(0.0)
+    assert step is not None
+    assert [fill.adapter_id for fill in step.fills] == [2]
+    assert [(s.adapter_id, s.state) for s in core.take() if isinstance(s, AdapterState)] == [(1, "host")]
+    done(core, step)
+    core.handle(AdapterState(adapter_id=2, state="resident"), 0.0)
+    assert plan_of(core).lanes == [LanePages(1, {"qkv": [(0, 0.5), (1, 0.5)]})] or step.fills[0].pages["qkv"] != [0, 1]
+
+
+def test_a_pinned_adapter_makes_no_room() -> None:
+    core = new_core()
+    add_adapter(core, 1, pages=2, pinned=True)
+    add_adapter(core, 2, pages=2)
+    core.handle(generate(1, lora=[(2, 1.0)]), 0.0)
+    assert core.plan(0.0) is None
+    (progress,) = core.take()
+    assert isinstance(progress, Progress)
+    assert "pinned" in (progress.updates[0].error or "")
+    core.handle(PinAdapter(1, False), 0.0)
+    core.handle(generate(2, lora=[(2, 1.0)]), 0.0)
+    assert [fill.adapter_id for fill in plan_of(core).fills] == [2]
+
+
+def test_a_failing_adapter_fails_its_requests_by_name() -> None:
+    core = new_core()
+    core.handle(LoadAdapter(adapter_id=1, path="p"), 0.0)
+    core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
+    progress, state = core.handle(AdapterState(adapter_id=1, state="failed", error="bad file"), 0.0)
+    assert progress == Progress(0, [Update(request_id=1, index=0, error="bad file")])
+    assert isinstance(state, AdapterState)
+    assert (state.state, state.error) == ("failed", "bad file")
+    assert core.handle(generate(2, lora=[(1, 1.0)]), 0.0) == [
+        Progress(0, [Update(request_id=2, index=0, error="bad file")])
+    ]
+    again = LoadAdapter(adapter_id=1, path="p")
+    assert core.handle(again, 0.0) == [again]
+    core.check()
+
+
+def test_an_adapter_larger_than_the_pool_is_refused() -> None:
+    core = new_core()
+    core.handle(LoadAdapter(adapter_id=1, path="p"), 0.0)
+    evict, state = core.handle(AdapterState(adapter_id=1, state="host", footprint=Footprint({"qkv": 3})), 0.0)
+    assert evict == EvictAdapter(1), "the runner is not to keep it"
+    assert isinstance(state, AdapterState)
+    assert state.state == "failed"
+    assert "needs 3 LoRA rank pages of group qkv" in (state.error or "")
+
+
+def test_unload_waits_for_the_last_request() -> None:
+    core = new_core()
+    add_adapter(core, 1)
+    core.handle(generate(1, max_tokens=1, lora=[(1, 1.0)]), 0.0)
+    (state,) = core.handle(UnloadAdapter(1), 0.0)
+    assert isinstance(state, AdapterState)
+    assert state.state == "draining"
+    (progress,) = core.handle(generate(2, lora=[(1, 1.0)]), 0.0)
+    assert isinstance(progress, Progress)
+    assert "being unloaded" in (progress.updates[0].error or "")
+    step = plan_of(core)
+    sent = core.handle(StepDone(epoch=0, id=step.id, tokens=[5]), 0.0)
+    assert [type(message) for message in sent] == [Progress, UnloadAdapter]
+    assert core.stats().rank_pages_used == {"qkv": 0}
+    (gone,) = core.handle(AdapterState(adapter_id=1, state="gone"), 0.0)
+    assert isinstance(gone, AdapterState)
+    assert gone.state == "gone"
+    core.check()
+
+
+def test_a_draining_adapter_that_fails_is_still_unloaded() -> None:
+    core = new_core()
+    add_adapter(core, 1)
+    core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
+    step = plan_of(core)
+    core.handle(UnloadAdapter(1), 0.0)
+    sent = core.handle(AdapterState(adapter_id=1, state="failed", error="lost"), 0.0)
+    assert sent == [Progress(0, [Update(request_id=1, index=0, error="lost")]), UnloadAdapter(1)]
+    assert done(core, step) == []
+    core.handle(AdapterState(adapter_id=1, state="gone"), 0.0)
+    assert core.stats().rank_pages_used == {"qkv": 0}
+    core.check()
+
+
+def test_small_adapters_do_not_keep_a_large_one_out() -> None:
+    core = new_core(rank_pages={"qkv": 4}, max_lane_pages=4)
+    add_adapter(core, 1, pages=2)
+    add_adapter(core, 2, pages=1)
+    add_adapter(core, 3, pages=3)
+    core.handle(generate(1, prompt=1, max_tokens=3, lora=[(1, 1.0)]), 0.0)
+    done(core, plan_of(core))
+    core.handle(generate(2, lora=[(3, 1.0)]), 0.0)  # waits for the pages of 1
+    core.handle(generate(3, lora=[(2, 1.0)]), 0.0)  # resident, a lane is free, but younger
+    for _ in range(2):
+        step = plan_of(core)
+        assert [chunk.row for chunk in step.chunks] == [0]
+        done(core, step)
+    assert plan_of(core).fills[0].adapter_id == 3
+
+
+def test_loading_twice_is_harmless() -> None:
+    core = new_core()
+    load = LoadAdapter(adapter_id=1, path="p")
+    assert core.handle(load, 0.0) == [load]
+    assert core.handle(load, 0.0) == []
+    core.handle(AdapterState(adapter_id=1, state="host", revision="r", footprint=Footprint({"qkv": 1})), 0.0)
+    (state,) = core.handle(load, 0.0)
+    assert isinstance(state, AdapterState)
+    assert (state.state, state.revision) == ("host", "r")

@@ -1,0 +1,206 @@
+"""Fair shares: who floods hurts himself only, weights count, nobody saves up, and the books balance on the way."""
+
+from __future__ import annotations
+
+import random
+from heapq import heappop, heappush
+
+import pytest
+from fixtures.scheduling.by_hand import generate
+from fixtures.scheduling.small_world import profile_with
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.messages import Generate, Sampling, Stopping
+from scheduler.requests.fairness import ANSWER_COST, PROMPT_COST, Fair
+from scheduler.requests.request import Request, from_message
+from scheduler.simulate.experiment import Experiment, Setup
+from scheduler.simulate.trace import Ask
+from scheduler.simulate.workload import Workload
+from scheduler.types import Order
+
+ANSWER = 16
+
+
+class Queue:
+    """One server that serves whoever is first in order, one at a time."""
+
+    def __init__(self, weights: dict[str, float] | None = None) -> None:
+        self.fair = Fair(weights)
+        self.heap: list[tuple[Order, int, Request]] = []
+        self.served: dict[str, float] = {}
+        self.count = 0
+
+    def ask(self, tenant: str, prompt: int, most: int = ANSWER) -> Request:
+        self.count += 1
+        message = Generate(
+            epoch=0,
+            request_id=self.count,
+            prompt=[1] * prompt,
+            sampling=Sampling(),
+            stopping=Stopping(most),
+            salt=tenant,
+        )
+        request = from_message(message, (), self.fair.place(message, self.count))
+        heappush(self.heap, (request.order, self.count, request))
+        return request
+
+    def serve(self, answer: int = ANSWER) -> str:
+        _, _, request = heappop(self.heap)
+        request.admitted = True
+        self.fair.admitted(request)
+        request.tokens += [1] * answer
+        cost = PROMPT_COST * request.prompt_length + ANSWER_COST * answer
+        self.served[request.salt] = self.served.get(request.salt, 0.0) + cost
+        self.fair.left(request)
+        return request.salt
+
+    def waiting(self, tenant: str) -> int:
+        return sum(request.salt == tenant for _, _, request in self.heap)
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 200)), min_size=2, max_size=120), st.integers(1, 4))
+def test_while_both_wait_they_get_alike(asked: list[tuple[str, int]], weight: int) -> None:
+    """At any moment of a time in which both have requests waiting, by no more than a request of each."""
+    queue = Queue({"a": float(weight)})
+    for tenant, prompt in asked:
+        queue.ask(tenant, prompt)
+    queue.served = {"a": 0.0, "b": 0.0}
+    most = {t: max((p for name, p in asked if name == t), default=0) + ANSWER_COST * ANSWER for t in "ab"}
+    while queue.waiting("a") and queue.waiting("b"):
+        queue.serve()
+        apart = abs(queue.served["a"] / weight - queue.served["b"])
+        assert apart <= most["a"] / weight + most["b"]
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 99), st.booleans()), min_size=1, max_size=150))
+def test_the_requests_of_one_keep_their_order(events: list[tuple[str, int, bool]]) -> None:
+    """Also when answers are much shorter or longer than expected, which moves the accounts about."""
+    queue, came, went = Queue(), dict[str, list[int]](), dict[str, list[int]]()
+    for tenant, prompt, serve in events:
+        came.setdefault(tenant, []).append(queue.ask(tenant, prompt, most=500).id)
+        if serve:
+            first = queue.heap[0][2]
+            went.setdefault(first.salt, []).append(first.id)
+            queue.serve(answer=prompt * 5)
+    for tenant, ids in went.items():
+        assert ids == came[tenant][: len(ids)]
+
+
+def test_who_comes_back_has_no_credit_and_no_debt() -> None:
+    queue = Queue()
+    for _ in range(50):
+        queue.ask("flood", 100)
+    for _ in range(20):
+        queue.serve()
+    queue.ask("late", 100)
+    queue.ask("late", 100)
+    assert [queue.serve() for _ in range(4)].count("late") == 2
+
+
+def test_an_idle_server_forgets() -> None:
+    queue = Queue()
+    for _ in range(20):
+        queue.ask("a", 100)
+    while queue.heap:
+        queue.serve()
+    first = queue.ask("a", 100)
+    second = queue.ask("b", 100)
+    assert first.order[:2] == second.order[:2]
+    assert len(queue.fair._accounts) == 2
+
+
+def test_a_wrong_guess_is_settled() -> None:
+    """a's answers are cut at 500 and are 4 long, b's are 16 and are 16: after some of each both get alike."""
+    queue, rng = Queue(), random.Random(0)
+    for _ in range(400):
+        for tenant, most in (("a", 500), ("b", 16)):
+            if queue.waiting(tenant) < 5:
+                queue.ask(tenant, rng.randint(20, 40), most)
+        queue.serve(answer=4 if queue.heap[0][2].salt == "a" else 16)
+    assert queue.served["a"] / queue.served["b"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_newcomers_do_not_keep_anyone_out() -> None:
+    """Each comes once and is new: its account is empty, and still the third request of the first is served in turn."""
+    queue = Queue()
+    last = [queue.ask("old", 100) for _ in range(3)][-1]
+    for number in range(40):
+        queue.ask(f"new{number}", 100)
+        queue.serve()
+    assert last.admitted
+
+
+def test_bytes_are_charged_to_who_waited_for_them() -> None:
+    queue = Queue()
+    first = queue.ask("a", 10)
+    queue.fair.moved(first, 100 << 20)
+    assert queue.ask("a", 10).order[1] - first.order[1] == pytest.approx(10 + 2 * ANSWER + 100)
+
+
+def test_accounts_of_those_who_left_are_put_away() -> None:
+    queue = Queue()
+    queue.ask("stays", 5000)
+    for number in range(3000):
+        queue.ask(f"t{number}", 1)
+        queue.serve()
+    assert len(queue.fair._accounts) < 1100
+
+
+def test_without_a_tenant_the_adapter_counts() -> None:
+    fair = Fair()
+    places = [fair.place(replace_lora(generate(number), lora), number) for number, lora in enumerate([1, 1, 2], 1)]
+    assert places[1][1] > places[0][1] == places[2][1]
+
+
+def replace_lora(message: Generate, adapter_id: int) -> Generate:
+    return Generate(
+        epoch=0,
+        request_id=message.request_id,
+        prompt=message.prompt,
+        lora=[(adapter_id, 1.0)],
+        sampling=message.sampling,
+        stopping=message.stopping,
+    )
+
+
+def two_tenants(flood: float) -> list[Ask]:
+    """quiet asks four times a second for twenty adapters; flood, for five others, as often as it likes."""
+    quiet = Workload(adapters=20, rate=4.0, requests=120, prompt=(20, 60), output=(10, 40), seed=1).asks()
+    named = [replace_ask(one, "quiet", f"q{one.adapter}") for one in quiet]
+    if flood:
+        loud = Workload(adapters=5, rate=flood, requests=int(30 * flood), prompt=(20, 60), output=(10, 40), seed=2)
+        named += [replace_ask(one, "flood", f"f{one.adapter}") for one in loud.asks()]
+    return sorted(named, key=lambda one: one.at)
+
+
+def replace_ask(one: Ask, tenant: str, adapter: str) -> Ask:
+    return Ask(at=one.at, adapter=adapter, prompt=one.prompt, output=one.output, tenant=tenant)
+
+
+def slowest(policy: str, asks: list[Ask]) -> float:
+    """p99 TTFT of the quiet tenant, whose requests are all there."""
+    setup = Setup(max_loras=8, pool=32, policy=policy, max_wait=1.0)
+    _, journal = Experiment(setup, profile_with(rows=8)).run(asks)
+    times = sorted(j.ttft for j in journal.journeys.values() if j.ask.tenant == "quiet")
+    assert len(times) == 120
+    return times[int(0.99 * len(times))]
+
+
+def test_a_flood_hurts_itself_only() -> None:
+    """fcfs: the quiet one waits behind a flood of three times what the machine can do; fair: hardly more than alone."""
+    alone, both = two_tenants(0.0), two_tenants(40.0)
+    calm, swamped, fair = slowest("fair", alone), slowest("fcfs", both), slowest("fair", both)
+    assert swamped > 20 * calm
+    assert fair < calm + 0.5  # until one of eight rows is free; a request takes half a second
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_books_balance_under_it(seed: int, window: int) -> None:
+    """Few pages, few lanes, several tenants: preemption, fills and late comers, proved after every call."""
+    workload = Workload(adapters=12, rate=50.0, requests=120, prompt=(4, 60), output=(2, 30), tenants=3, seed=seed)
+    setup = Setup(max_loras=2, pool=4, window=window, policy="fair", max_wait=0.2, audit=True)
+    summary, _ = Experiment(setup, profile_with(rows=8, kv_tokens=320)).run(workload.asks())
+    assert summary["failed"] == 0
+    assert summary["preemptions"] > 0

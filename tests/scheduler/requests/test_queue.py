@@ -1,0 +1,90 @@
+"""scheduler.requests.queue: order within a key, order of heads within a place."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.messages import Sampling, Stopping
+from scheduler.requests.queue import Place, Waiting
+from scheduler.requests.request import Request
+from scheduler.types import BASE, LaneKey
+
+A: LaneKey = ((1, 1.0),)
+B: LaneKey = ((1, 0.5), (2, 0.5))
+
+
+def _request(arrival: int, key: LaneKey = BASE, priority: int = 0) -> Request:
+    return Request(arrival, key, (priority, arrival), 1, [1], Sampling(), Stopping(1))
+
+
+def test_heads_are_compared_within_a_place() -> None:
+    waiting = Waiting()
+    late, early, other = _request(5, A), _request(3, A), _request(4, B)
+    for request in (late, other, early):
+        waiting.push(request)
+    waiting.put(A, Place.READY)
+    waiting.put(B, Place.READY)
+    assert waiting.first(Place.READY) is early
+    assert waiting.first(Place.COLD) is None
+    waiting.remove(early)
+    assert waiting.first(Place.READY) is other
+    waiting.put(B, Place.COLD)
+    assert (waiting.first(Place.READY), waiting.first(Place.COLD)) == (late, other)
+    assert (waiting.head(A), waiting.place_of(B), len(waiting)) == (late, Place.COLD, 2)
+
+
+def test_keys_are_found_by_adapter_until_their_last_request_is_gone() -> None:
+    waiting = Waiting()
+    one, two = _request(1, A), _request(2, B)
+    waiting.push(one)
+    waiting.push(two)
+    assert waiting.keys_of(1) == [A, B]
+    waiting.remove(one)
+    assert (waiting.keys_of(1), A in waiting, waiting.requests(A)) == ([B], False, [])
+    waiting.remove(two)
+    assert waiting.keys_of(1) == waiting.keys_of(2) == []
+
+
+def test_the_wait_for_a_lane_begins_when_the_bytes_are_on_the_host() -> None:
+    waiting = Waiting()
+    waiting.push(_request(1, A))
+    for place, now in ((Place.DISK, 1.0), (Place.BLOCKED, 2.0), (Place.COLD, 3.0), (Place.BLOCKED, 4.0)):
+        waiting.put(A, place, now)
+    waiting.put(A, Place.READY, 5.0)
+    assert waiting.since(A) == 3.0, "its fill is a part of the wait"
+
+
+def test_the_audit_sees_a_request_smuggled_in() -> None:
+    waiting = Waiting()
+    waiting.push(_request(2, A))
+    waiting.audit()
+    waiting._queues[A].entries.insert(0, ((0, 1), _request(1, A)))
+    with pytest.raises(AssertionError, match="another head"):
+        waiting.audit()
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.sampled_from(list(Place))), max_size=40))
+def test_any_history_equals_a_sorted_list(history: list[tuple[int, int, Place]]) -> None:
+    waiting, held, places = Waiting(), {}, {}
+    keys = [BASE, A, B]
+    for arrival, (which, action, place) in enumerate(history):
+        key = keys[which]
+        if action < 2:
+            request = _request(arrival, key, priority=action)
+            waiting.push(request)
+            held[request.order] = request
+            places.setdefault(key, Place.BLOCKED)
+        elif action == 2 and held:
+            order = sorted(held)[which % len(held)]
+            waiting.remove(held.pop(order))
+        elif key in waiting:
+            waiting.put(key, place)
+            places[key] = place
+        places = {k: p for k, p in places.items() if any(r.key == k for r in held.values())}
+        waiting.audit()
+        for each in Place:
+            expected = min((o for o, r in held.items() if places[r.key] is each), default=None)
+            first = waiting.first(each)
+            assert (first.order if first else None) == expected

@@ -1,0 +1,201 @@
+"""The scheduler process itself: real sockets, a fake runner and a fake tokenizer process on the other ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+from fixtures.scheduling.fake_runner import FakeRunner, Library, oracle
+
+from engine.config.sections import AdapterSource, Links, SchedulerConfig
+from engine.ipc import Inbox, Outbox
+from engine.messages import (
+    AdapterState,
+    Capacity,
+    EvictAdapter,
+    Footprint,
+    Generate,
+    Hello,
+    LoadAdapter,
+    Progress,
+    RunnerReady,
+    Sampling,
+    Stats,
+    Step,
+    Stopping,
+    ToRunner,
+    ToTokenizer,
+    UnloadAdapter,
+)
+
+pytestmark = pytest.mark.e2e
+
+ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+CAPACITY = Capacity(
+    kv_pages=16,
+    page_size=4,
+    rows=4,
+    max_length=64,
+    max_batched_tokens=8,
+    vocab_size=97,
+    max_loras=1,
+    rank_pages={"qkv": 2},
+    max_lane_pages=2,
+)
+
+
+class House:
+    """The scheduler's neighbours, driven by hand."""
+
+    def __init__(self, directory: Path, window: int) -> None:
+        def address(name: str) -> str:
+            return f"ipc://{directory}/{name}"
+
+        links = Links(tokenizer=address("t"), scheduler=address("s"), runner=address("r"), door=address("d"))
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.tokenizer: Inbox[ToTokenizer] = Inbox(self.context, links.tokenizer, ToTokenizer)
+        self.runner: Inbox[ToRunner] = Inbox(self.context, links.runner, ToRunner)
+        self.scheduler = Outbox(self.context, links.scheduler)
+        self.library = Library({1: Footprint({"qkv": 2})})
+        self.fake = FakeRunner(CAPACITY, self.library)
+        self.news: list[Any] = []
+        source = AdapterSource(adapter_id=1, name="one", path="one", root="one")
+        config = SchedulerConfig(links=links, max_loras=1, window=window, adapters=[source])
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "scheduler"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=ENV,
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(msgspec.json.encode(config) + b"\n")
+        self.process.stdin.flush()
+        self.ready = self.process.stdout.readline()
+
+    def turn(self, seconds: float = 0.05) -> None:
+        """Serves both neighbours once."""
+        for message in self.runner.receive(seconds):
+            if isinstance(message, Step | LoadAdapter | UnloadAdapter | EvictAdapter):
+                self.fake.accept(message)
+        while self.fake.queue:
+            self.scheduler.send(self.fake.finish())
+        while self.fake.events:
+            self.scheduler.send(self.fake.deliver(0))
+        self.news += self.tokenizer.receive(0)
+
+    def until(self, kind: type[Any], count: int = 1) -> list[Any]:
+        """Serves until that many messages of a kind have come."""
+        end = time.monotonic() + 20
+        while len(found := [message for message in self.news if isinstance(message, kind)]) < count:
+            assert time.monotonic() < end, f"no {kind.__name__} among {self.news}"
+            self.turn()
+        return found
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.tokenizer.close()
+        self.runner.close()
+        self.scheduler.close()
+        self.context.term()
+
+
+@pytest.fixture(params=[1, 2])
+def house(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[House]:
+    house = House(tmp_path, request.param)
+    yield house
+    house.close()
+
+
+def _generate(request_id: int, lora: list[tuple[int, float]]) -> Generate:
+    return Generate(
+        epoch=0, request_id=request_id, prompt=[1, 2, 3], lora=lora, sampling=Sampling(), stopping=Stopping(20)
+    )
+
+
+def test_who_waits_is_told_of(house: House) -> None:
+    """The runner answers nothing: four rows are taken, and the picture comes though nothing happens any more."""
+    house.scheduler.send(RunnerReady(epoch=0, capacity=CAPACITY))
+    for number in range(1, 7):
+        house.scheduler.send(_generate(number, []))
+    end = time.monotonic() + 20
+    while True:
+        assert time.monotonic() < end
+        told = [message for message in house.tokenizer.receive(0.1) if isinstance(message, Stats)]
+        if told and told[-1].waiting:
+            break
+    waiting = told[-1].oldest_waiting
+    assert [each.request_id for each in waiting] == list(range(1, 7))[-told[-1].waiting :]
+    assert len({each.reason for each in waiting}) == 1
+
+
+def test_a_request_through_real_sockets(house: House) -> None:
+    assert house.ready.startswith(b'{"type":"Ready"'), "ready as soon as the inbox is bound, without a runner"
+    assert house.until(Hello)[0].process == "scheduler"
+    messages = [_generate(1, []), _generate(2, [(1, 1.0)])]
+    house.scheduler.send(LoadAdapter(adapter_id=1, path="adapters/1"))
+    for message in messages:
+        house.scheduler.send(message)  # before the runner's first word: kept
+    house.scheduler.send(RunnerReady(epoch=0, capacity=CAPACITY))
+    assert house.until(Capacity) == [CAPACITY]
+    end = time.monotonic() + 20
+    tokens: dict[int, list[int]] = {1: [], 2: []}
+    finished: set[int] = set()
+    while len(finished) < 2:
+        assert time.monotonic() < end
+        house.turn()
+        updates = [u for m in house.news if isinstance(m, Progress) for u in m.updates]
+        finished = {u.request_id for u in updates if u.finish == "length"}
+    for update in updates:
+        tokens[update.request_id] += update.tokens
+    for message in messages:
+        assert tokens[message.request_id] == oracle(message, house.library, CAPACITY)[0]
+    assert [state.state for state in house.until(AdapterState, 2)] == ["host", "resident"]
+    _rests(house)
+    house.process.send_signal(signal.SIGTERM)
+    assert house.process.wait(10) == 0
+
+
+def _rests(house: House) -> None:
+    """Stats come while things change, then silence, and an idle process that uses no time."""
+    end = time.monotonic() + 20
+    while not (house.until(Stats)[-1].running == 0 and house.until(Stats)[-1].generation_tokens == 40):
+        assert time.monotonic() < end
+        house.turn()
+    assert house.until(Stats)[-1].audits > 0
+    before, used = len(house.news), _cpu(house.process.pid)
+    for _ in range(4):
+        house.turn(0.3)
+    assert len(house.news) <= before + 1
+    assert _cpu(house.process.pid) - used <= 5, "it spins"
+
+
+def _cpu(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_the_end_of_the_lifeline_ends_it(house: House) -> None:
+    assert house.process.stdin is not None
+    house.process.stdin.close()
+    assert house.process.wait(10) == 0
+    house.process.stdin = None
+
+
+def test_a_bad_config_is_reported() -> None:
+    answer = subprocess.run(
+        [sys.executable, "-P", "-m", "scheduler"], input=b"{}\n", capture_output=True, timeout=20, env=ENV
+    )
+    assert answer.returncode == 1
+    assert b"Failed" in answer.stdout
+    assert b"SchedulerConfig" in answer.stdout

@@ -1,0 +1,138 @@
+"""What a path may be when an adapter is loaded at run time: directories, hub ids, roots; in threads that may hang."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from fixtures.serving.loading_front import adapter_dir
+
+from engine.errors import AdapterError, EngineError, NotFound
+from tokenizer_proc.adapters import sources as sources_module
+from tokenizer_proc.adapters.sources import Sources
+
+
+def find(path: str, *roots: str) -> str:
+    async def work() -> str:
+        return await asyncio.wait_for(Sources(roots).find("sql", path), 10)
+
+    return asyncio.run(work())
+
+
+def test_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = adapter_dir(tmp_path / "x" / "sql")
+    assert find(str(directory)) == str(directory)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in ("x/sql", "./x/sql", "~/x/sql", "x/../x/sql/"):
+        assert find(path) == str(directory)
+        assert find(path, str(tmp_path / "x")) == str(directory)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "complaint"),
+    [
+        ("/no/such/place", NotFound, "No adapter found for /no/such/place"),
+        ("nonsense", NotFound, "neither a directory nor a hub id"),
+        ("org/none", NotFound, "fetching it from the hub failed"),
+        ("org/none@v1", NotFound, "fetching it from the hub failed"),
+        ("a\0b", AdapterError, "no path"),
+        ("x" * 5000, AdapterError, "no path"),
+        ("/" + "x" * 4000, EngineError, "sql"),
+        ("~nobody-at-all/x", EngineError, "home"),
+    ],
+)
+def test_nothing_there(
+    path: str, kind: type[EngineError], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(kind, match=complaint) as refusal:
+        find(path)
+    assert refusal.value.status in (400, 404)
+    assert refusal.value.param == "lora_path"
+
+
+def test_files_and_empty_directories_are_no_adapters(tmp_path: Path) -> None:
+    directory = adapter_dir(tmp_path / "sql")
+    with pytest.raises(AdapterError, match="is a file"):
+        find(str(directory / "adapter_config.json"))
+    with pytest.raises(NotFound, match="there is no adapter_config"):
+        find(str(tmp_path))
+    (directory / "adapter_model.safetensors").unlink()
+    os.mkfifo(directory / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="no regular file"):
+        find(str(directory))
+
+
+def test_roots_hide_what_lies_elsewhere(tmp_path: Path) -> None:
+    """A caller learns nothing of a place that he may not read: not even whether it exists."""
+    root = tmp_path / "root"
+    adapter_dir(root / "sql")
+    adapter_dir(tmp_path / "there")
+    told = []
+    for path in (tmp_path / "there", tmp_path / "not-there", tmp_path / "there" / "adapter_config.json"):
+        with pytest.raises(AdapterError, match="lies outside of --lora-root") as refusal:
+            find(str(path), str(root))
+        told.append(refusal.value.message.replace(str(path), "PATH"))
+    assert len(set(told)) == 1
+    assert find(str(root / "sql"), str(root)) == str(root / "sql")
+
+
+def test_a_hub_id_is_found_in_the_cache_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--org--sql" / "snapshots" / "c0ffee"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(adapter_dir(snapshot)))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert find("org/sql@c0ffee", "/some/root") == str(snapshot)
+
+
+def test_a_few_at_a_time_and_a_caller_may_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, running, most = threading.Event(), [], [0]
+
+    def slow(name: str, path: str, allowed: object) -> str:
+        running.append(name)
+        most[0] = max(most[0], len(running))
+        assert go.wait(10)
+        running.remove(name)
+        return path
+
+    monkeypatch.setattr(sources_module, "_local", slow)
+
+    async def work() -> None:
+        sources = Sources()
+        tasks = [asyncio.ensure_future(sources.find(str(number), "p")) for number in range(9)]
+        while len(running) < sources_module.AT_ONCE:
+            await asyncio.sleep(0.002)
+        await asyncio.sleep(0.05)
+        tasks[0].cancel()
+        go.set()
+        done = await asyncio.gather(*tasks, return_exceptions=True)
+        assert done[1:] == ["p"] * 8
+        assert most[0] <= sources_module.AT_ONCE + 1  # the one that was left goes on in its thread
+
+    asyncio.run(work())
+
+
+def test_downloads_that_hang_do_not_hold_up_local_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+
+    def hangs(*_: object, **__: object) -> str:
+        go.wait(10)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hangs)
+    directory = str(adapter_dir(tmp_path / "sql"))
+
+    async def work() -> None:
+        sources = Sources()
+        downloads = [asyncio.ensure_future(sources.find("x", f"org/name{number}")) for number in range(9)]
+        await asyncio.sleep(0.05)
+        assert await asyncio.wait_for(sources.find("sql", directory), 5) == directory
+        go.set()
+        done = await asyncio.gather(*downloads, return_exceptions=True)
+        assert all(isinstance(each, NotFound) for each in done)
+
+    asyncio.run(work())

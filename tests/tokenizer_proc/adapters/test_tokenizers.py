@@ -1,0 +1,337 @@
+"""What adapters bring to read and write text with: shared where it is the same, bounded, and never run."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import shutil
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import tokenizers
+from fixtures.models import small_tokenizers
+from fixtures.serving.tokenizer_front import LINKS, TEMPLATE, Fake, capacity, config
+
+from engine.config.sections import AdapterSource
+from engine.errors import AdapterError, InvalidRequest
+from engine.messages import AdapterState, ChatMessage, Generate, SamplingParams, Submit
+from tokenizer_proc.adapters import tokenizers as library_module
+from tokenizer_proc.adapters.tokenizers import Library, Texts
+from tokenizer_proc.frontend import Frontend
+from tokenizer_proc.text.generation_config import Defaults
+from tokenizer_proc.text.templates.chat_template import ChatTemplate
+from tokenizer_proc.text.templates.sandbox import SandboxedTemplate
+from tokenizer_proc.text.tokenizer import Tokenizer
+
+OWN = "{% for m in messages %}<|end|>{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return small_tokenizers.save(small_tokenizers.byte_level(), tmp_path / "base")
+
+
+@pytest.fixture
+def library(base: Path) -> Iterator[Library]:
+    made = started(base)
+    yield made
+    made.close()
+
+
+def started(base: Path, **options: Any) -> Library:
+    tokenizer = Tokenizer.load(base)
+    defaults = Defaults(end_ids=[tokenizer.backend.token_to_id("</s>"), 7], temperature=0.5)
+    return Library(Texts(tokenizer, ChatTemplate(TEMPLATE), defaults), base, **options)
+
+
+def adapter(base: Path, name: str, *, extra: str = "", template: str | None = None, eos: str = "</s>") -> Path:
+    """A directory with the base's tokenizer, and perhaps a token more, another template or another end."""
+    root = base.parent / name
+    shutil.copytree(base, root)
+    if extra:
+        tokenizer = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
+        tokenizer.add_special_tokens([extra])
+        tokenizer.save(str(root / "tokenizer.json"))
+    (root / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": eos}))
+    if template is not None:
+        (root / "chat_template.jinja").write_text(template)
+    return root
+
+
+def test_what_brings_nothing_new_is_the_base(base: Path, library: Library) -> None:
+    (base.parent / "bare").mkdir()
+    assert library.of("bare", base.parent / "bare") is library.base
+    assert library.of("gone", base.parent / "gone") is library.base
+    assert library.of("copy", adapter(base, "copy")) is library.base
+    spelt = adapter(base, "spelt")
+    saved = json.loads((spelt / "tokenizer.json").read_text())
+    padding = {"strategy": "BatchLongest", "direction": "Left", "pad_to_multiple_of": None}
+    saved["padding"] = padding | {"pad_id": 1, "pad_type_id": 0, "pad_token": "</s>"}
+    (spelt / "tokenizer.json").write_text(json.dumps(saved, indent=3))
+    (spelt / "chat_template.jinja").write_text(TEMPLATE)
+    assert library.of("spelt", spelt) is library.base
+
+
+def test_own_tokens_ends_and_template(base: Path, library: Library) -> None:
+    own = library.of("a", adapter(base, "a", extra="<|im_end|>", template=OWN, eos="<|im_end|>"))
+    token = library.base.tokenizer.vocab_size
+    assert own.tokenizer.encode("x<|im_end|>", add_special_tokens=False)[-1] == token == own.tokenizer.eos_id
+    assert own.tokenizer.decode([token], skip_special_tokens=False) == "<|im_end|>"
+    assert own.defaults.end_ids == [*library.base.defaults.end_ids, token]
+    assert own.defaults.temperature == 0.5
+    assert own.brings == ("tokenizer", "chat_template", "generation")
+    assert isinstance(own.chat, SandboxedTemplate)
+    assert asyncio.run(own.chat.prompt([ChatMessage("user", "hi")])) == "<|end|>hi<|im_end|>"
+    (base.parent / "a" / "generation_config.json").write_text('{"temperature": 1.0, "eos_token_id": [3]}')
+    assert library.of("a", base.parent / "a").defaults == Defaults(
+        end_ids=[*library.base.defaults.end_ids, 3, token], temperature=1.0
+    )
+
+
+def test_an_id_that_means_something_else_ends_nothing(base: Path, library: Library) -> None:
+    root = base.parent / "other"
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "</s>": 2}, []))
+    made.decoder = tokenizers.decoders.ByteLevel()
+    small_tokenizers.save(made, root)
+    assert library.of("other", root).defaults.end_ids == [2]
+
+
+def test_the_same_is_kept_once_and_freed(base: Path, library: Library) -> None:
+    one = library.of("a", adapter(base, "a", extra="<x>", template=OWN))
+    two = library.of("b", adapter(base, "b", extra="<x>", template=OWN))
+    assert one is two
+    other = library.of("c", adapter(base, "c", extra="<x>"))
+    assert other is not one
+    assert other.tokenizer.origin is one.tokenizer.origin
+    held = weakref.ref(one.tokenizer.origin)
+    del one, two, other
+    gc.collect()
+    assert held() is None
+
+
+def test_an_operators_template_is_for_all(base: Path) -> None:
+    library = started(base, fixed_template=True)
+    assert library.of("a", adapter(base, "a", template=OWN)) is library.base
+    library.close()
+
+
+TRICKY = ["hello<x>  world", "<s>déjà<plain><|user|> x", "a b", "<x><x>", " <|end|> 日本"]
+
+
+def test_added_tokens_share_the_model_of_the_base(
+    base: Path, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = adapter(base, "a")
+    made = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
+    made.add_special_tokens(["<x>"])
+    made.add_tokens([tokenizers.AddedToken(" wor", single_word=True, lstrip=True, normalized=False)])
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A <x>", special_tokens=[("<x>", made.token_to_id("<x>"))]
+    )
+    made.save(str(root / "tokenizer.json"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "parse", None)  # not even looked at
+        own = library.of("a", root).tokenizer
+    whole = Tokenizer.load(root)
+    for text in TRICKY:
+        ids = whole.encode(text)
+        assert own.encode(text) == ids
+        assert own.encode(text, add_special_tokens=False) == whole.encode(text, add_special_tokens=False)
+        for skip in (True, False):
+            assert own.decode(ids, skip) == whole.decode(ids, skip)
+        assert [own.token_bytes(token) for token in ids] == [whole.token_bytes(token) for token in ids]
+    for field in ("special_ids", "vocab_size", "longest_token", "bos_id", "eos_id", "special_tokens"):
+        assert getattr(own, field) == getattr(whole, field), field
+    assert library.base.tokenizer.encode("<x>") != own.encode("<x>")
+
+
+def test_an_added_token_in_another_place_is_read_in_full(base: Path, library: Library) -> None:
+    root = adapter(base, "a", extra="<x>")
+    saved = json.loads((root / "tokenizer.json").read_text())
+    saved["added_tokens"][-1]["id"] += 5
+    (root / "tokenizer.json").write_text(json.dumps(saved))
+    own, whole = library.of("a", root).tokenizer, Tokenizer.load(root)
+    assert own.encode("a<x>") == whole.encode("a<x>")
+
+
+def test_many_different_tokenizers_are_bounded(base: Path, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library_module, "MOST_TOKENIZERS", 2)
+    kept = [library.of(name, adapter(base, name, extra=f"<{name}>")) for name in "ab"]
+    root = adapter(base, "c", extra="<c>")
+    with pytest.raises(AdapterError, match=r"adapter `c`: 2 different tokenizers of adapters are loaded"):
+        library.of("c", root)
+    assert library.of("again", adapter(base, "again", extra="<a>")) is kept[0]
+    del kept
+    gc.collect()
+    assert library.of("c", root) is not library.base
+
+
+def spoil_pattern(root: Path) -> None:
+    saved = json.loads((root / "tokenizer.json").read_text())
+    saved["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False},
+            saved["pre_tokenizer"],
+        ],
+    }
+    (root / "tokenizer.json").write_text(json.dumps(saved))
+
+
+def pipe(root: Path) -> None:
+    (root / "tokenizer.json").unlink()
+    os.mkfifo(root / "tokenizer.json")
+
+
+def refer_to_nothing(root: Path) -> None:
+    saved = json.loads((root / "tokenizer.json").read_text())
+    saved["post_processor"]["single"][0]["SpecialToken"]["id"] = "<nothing>"
+    (root / "tokenizer.json").write_text(json.dumps(saved))
+
+
+SPOILT = {
+    "a reference": (refer_to_nothing, "cannot be read"),
+    "a pattern": (spoil_pattern, "regular expression that the model's tokenizer has not"),
+    "no json": (lambda root: (root / "tokenizer.json").write_bytes(b"\xff{"), "cannot be read"),
+    "a part": (lambda root: (root / "tokenizer.json").write_text("{}"), "cannot be read"),
+    "a pipe": (pipe, "no regular file"),
+    "a config": (lambda root: (root / "tokenizer_config.json").write_text('{"eos_token": 5}'), "cannot be read"),
+    "a template": (lambda root: (root / "chat_template.jinja").write_text("{% for"), "not valid jinja"),
+    "an endless one": (
+        lambda root: (root / "chat_template.jinja").write_text("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}"),
+        "template",
+    ),
+    "half a letter": (lambda root: (root / "chat_template.jinja").write_bytes(b"\xc3"), "cannot be read"),
+    "too long": (lambda root: (root / "chat_template.jinja").write_bytes(b"a" * (2 << 20)), "more than 1 MiB"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_files_that_make_no_sense_are_a_refusal(name: str, base: Path, library: Library) -> None:
+    spoil, said = SPOILT[name]
+    root = adapter(base, "a", template=OWN)
+    spoil(root)  # type: ignore[operator]
+    with pytest.raises(AdapterError, match=said) as caught:
+        library.of("a", root)
+    assert "adapter `a`" in caught.value.message
+    assert library.of("b", adapter(base, "b", template=OWN)) is not library.base
+
+
+# ------------------------------------------------------------------------------------------------- through the front
+
+
+def front(base: Path, **directories: Path) -> Fake:
+    """A front end whose adapters lie in these directories; its tokenizer is the base's."""
+    fake = Fake(*directories)
+    for name, root in directories.items():
+        entry = fake.front.adapters.find(name)
+        assert entry is not None
+        entry.texts = fake.front.texts.of(name, root)
+    return fake
+
+
+def ask(fake: Fake, lora: str | dict[str, float] | None, prompt: Any = "x<x>", **params: Any) -> Generate:
+    """What the scheduler is sent."""
+
+    async def work() -> Generate:
+        sampling = SamplingParams(max_tokens=4, **params)
+        async with fake.front.open(Submit(id=1, prompt=prompt, lora=lora, params=sampling)):
+            return fake.generates[-1]
+
+    return asyncio.run(work())
+
+
+def test_each_adapter_reads_in_its_own_way(base: Path) -> None:
+    fake = front(base, a=adapter(base, "a", extra="<x>", template=OWN, eos="<x>"), b=adapter(base, "b"))
+    size = fake.front.tokenizer.vocab_size
+    fake.front.handle(AdapterState(adapter_id=1, state="host", revision="r", vocab_size=size + 1))
+    assert ask(fake, "a").prompt[-1] == size
+    assert size not in ask(fake, "b").prompt
+    assert size not in ask(fake, None).prompt
+    assert size in ask(fake, "a").stopping.end_ids
+    assert ask(fake, "b").stopping == ask(fake, None).stopping
+    chat = [ChatMessage("user", "hi")]
+    assert ask(fake, "a", chat).prompt[-1] == size
+    assert ask(fake, "b", chat).prompt == ask(fake, None, chat).prompt
+    card = fake.front.adapters.card("a")
+    assert card is not None
+    assert (card.vocab_size, card.brings) == (size + 1, ["tokenizer", "chat_template", "generation"])
+    fake.front.texts.close()
+
+
+def test_ids_are_those_of_the_adapters_own_vocabulary(base: Path) -> None:
+    fake = front(base, large=adapter(base, "a"), small=adapter(base, "b"), usual=adapter(base, "c"))
+    size = fake.front.tokenizer.vocab_size
+    for number, vocab in enumerate((size + 3, size - 5, 0), start=1):
+        fake.front.handle(AdapterState(adapter_id=number, state="host", revision="r", vocab_size=vocab))
+    assert ask(fake, "large", [size + 2], top_k=size + 9).sampling.top_k == size + 3
+    assert ask(fake, "large", [5], logit_bias={size + 2: 1.0}, stop_token_ids=[size]).stopping.end_ids[-1] == size
+    for lora, vocab in (("large", size + 3), ("small", size - 5), ("usual", size), (None, size)):
+        whose = f" of adapter `{lora}`" if lora in ("large", "small") else "$"
+        assert ask(fake, lora, [vocab - 1]).prompt == [vocab - 1]
+        for refused in ({"prompt": [vocab]}, {"stop_token_ids": [vocab]}, {"logit_bias": {vocab: 1.0}}):
+            said = f"token id {vocab} is not in the vocabulary of {vocab} tokens{whose}"
+            with pytest.raises(InvalidRequest, match=said):
+                ask(fake, lora, **{"prompt": [5], **refused})
+    for mix in ({"large": 0.5}, {"large": 1.0, "usual": 1.0}, {"small": 1.0, "large": 1.0}):
+        with pytest.raises(InvalidRequest, match="has a vocabulary of its own: it can neither be mixed nor scaled"):
+            ask(fake, mix)
+    assert ask(fake, {"large": 1.0}, [size]).lora == [(1, 1.0)]
+
+
+def test_a_mix_reads_as_its_adapters_do_where_they_agree(base: Path) -> None:
+    own = {name: adapter(base, name, extra="<x>") for name in ("a", "b")}
+    fake = front(base, **own, c=adapter(base, "c"))
+    fake.front.handle(capacity(fake.front.tokenizer.vocab_size + 1))
+    size = fake.front.tokenizer.vocab_size
+    assert ask(fake, {"a": 0.5, "b": 0.5}).prompt[-1] == size
+    assert size not in ask(fake, {"a": 0.5, "c": 0.5}).prompt
+
+
+def test_a_name_that_moves_while_a_text_is_read(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = front(base, a=adapter(base, "a"))
+    fake.front.handle(capacity(fake.front.tokenizer.vocab_size + 1))
+    newer = fake.front.texts.of("a", adapter(base, "newer", extra="<x>"))
+    directory = fake.front.adapters
+
+    async def slow(text: str, special: bool = True) -> list[int]:
+        entry = directory.add("a", "newer", "newer", pinned=False, preload=False, texts=newer)
+        entry.take(AdapterState(adapter_id=entry.source.adapter_id, state="host", revision="n"))
+        directory.point(entry)
+        return fake.front.tokenizer.encode(text, special)
+
+    old = directory.find("a")
+    assert old is not None
+    assert old.texts is not None
+    monkeypatch.setattr(old.texts.tokenizer, "encode_text", slow)
+    generate = ask(fake, "a")
+    assert generate.lora[0][0] > 1
+    assert generate.prompt[-1] == fake.front.tokenizer.vocab_size
+
+
+def test_what_an_adapter_of_the_start_brings_is_read_before_anything_is_served(base: Path) -> None:
+    good, broken = adapter(base, "good", extra="<x>"), adapter(base, "broken", template="{% for")
+    sources = [
+        AdapterSource(adapter_id=number, name=root.name, path=root.name, root=str(root))
+        for number, root in enumerate((good, broken), start=1)
+    ]
+
+    def front_of(epoch: int) -> Frontend:
+        settings = msgspec.structs.replace(
+            config(), adapters=sources, links=msgspec.structs.replace(LINKS, epoch=epoch)
+        )
+        tokenizer = Tokenizer.load(base)
+        return Frontend(settings, lambda _: None, tokenizer, ChatTemplate(TEMPLATE), Defaults())
+
+    with pytest.raises(AdapterError, match="adapter `broken`: the chat template is not valid jinja"):
+        front_of(epoch=0)
+    taken_over = front_of(epoch=1)
+    assert [card.name for card in taken_over.adapters.cards()] == ["good"]
+    assert taken_over.texts_for("good")[0].vocab_size == taken_over.tokenizer.vocab_size + 1
+    taken_over.texts.close()

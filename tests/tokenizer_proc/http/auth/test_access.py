@@ -1,0 +1,117 @@
+"""Keys: who is let in, what exists for them, and how much they may ask."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient
+from fixtures.serving.api_calls import serve
+from fixtures.serving.fake_frontend import FakeFrontend
+
+from engine.config.api_keys import ApiKey
+
+RULED = ApiKey(key="k-team", tenant="team", adapters=["team-*"])
+FREE = ApiKey(key="k-free")
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+def ask(
+    front: FakeFrontend, calls: list[tuple[str, str, str | None, Any]], *keys: ApiKey, **fields: Any
+) -> list[tuple[int, Any]]:
+    """Status and answer of (method, path, key, body) calls, one after the other, of one server with these keys."""
+
+    async def scenario(client: TestClient) -> list[tuple[int, Any]]:
+        found = []
+        for method, path, key, body in calls:
+            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+            async with client.request(method, path, json=body, headers=headers) as answer:
+                text = await answer.text()
+                found.append((answer.status, json.loads(text) if text.startswith("{") else text))
+        return found
+
+    return serve(front, scenario, api_keys=list(keys), **fields)
+
+
+def test_without_keys_everyone_is_let_in() -> None:
+    assert ask(FakeFrontend(), [("POST", "/v1/chat/completions", None, CHAT)])[0][0] == 200
+
+
+@pytest.mark.parametrize("key", [None, "wrong", "", "k-free-and-more", "K-FREE"])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/v1/chat/completions"), ("POST", "/generate"), ("GET", "/v1/models"), ("GET", "/server_info")],
+)
+def test_strangers_are_refused(method: str, path: str, key: str | None) -> None:
+    [(status, answer)] = ask(FakeFrontend(), [(method, path, key, None)], FREE, RULED)
+    assert status == 401
+    assert answer["error"]["code"] == "invalid_api_key"
+
+
+def test_probes_need_no_key() -> None:
+    calls: list[tuple[str, str, str | None, Any]] = [
+        ("GET", path, None, None) for path in ("/health", "/ready", "/metrics")
+    ]
+    assert [status for status, _ in ask(FakeFrontend(), calls, FREE)] == [200, 200, 200]
+
+
+def test_what_a_key_may_not_use_does_not_exist_for_it() -> None:
+    front = FakeFrontend("team-a", "secret")
+    generate = {"text": "x", "lora_path": "secret"}
+    answers = ask(
+        front,
+        [
+            ("GET", "/v1/models", "k-team", None),
+            ("GET", "/v1/models/secret", "k-team", None),
+            ("POST", "/v1/chat/completions", "k-team", {**CHAT, "model": "secret"}),
+            ("POST", "/v1/chat/completions", "k-team", {**CHAT, "model": "ghost"}),
+            ("POST", "/v1/chat/completions", "k-team", {**CHAT, "model": "base:secret"}),
+            ("POST", "/v1/completions", "k-team", {"prompt": "x", "lora_path": {"team-a": 0.5, "secret": 0.5}}),
+            ("POST", "/generate", "k-team", generate),
+            ("POST", "/tokenize", "k-team", {"prompt": "x", "model": "secret"}),
+            ("POST", "/v1/chat/completions", "k-team", {**CHAT, "model": "team-a"}),
+            ("POST", "/generate", "k-free", generate),
+        ],
+        FREE,
+        RULED,
+    )
+    assert [status for status, _ in answers] == [200, 404, 404, 404, 404, 404, 404, 404, 200, 200]
+    assert [card["id"] for card in answers[0][1]["data"]] == ["base", "org/Base-1", "team-a"]
+    hidden, unknown = answers[2][1]["error"], answers[3][1]["error"]
+    assert hidden["message"].replace("secret", "?") == unknown["message"].replace("ghost", "?")
+    assert "secret" not in unknown["message"]
+
+
+def test_requests_carry_their_tenant() -> None:
+    front = FakeFrontend("team-a")
+    calls = [("POST", "/generate", key, {"text": "x", "lora_path": "team-a"}) for key in ("k-team", "k-free")]
+    ask(front, calls, FREE, RULED)
+    assert [submit.tenant for submit in front.submits] == ["team", ""]
+
+
+def test_a_base_that_is_not_allowed() -> None:
+    ruled = ApiKey(key="k", adapters=["a"], base=False)
+    answers = ask(
+        FakeFrontend("a"), [("POST", "/generate", "k", {"text": "x", "lora_path": lora}) for lora in (None, "a")], ruled
+    )
+    assert [status for status, _ in answers] == [404, 200]
+
+
+def test_rates() -> None:
+    slow = ApiKey(key="k", requests_per_minute=2)
+    [*fine, (status, answer)] = ask(FakeFrontend(), [("POST", "/generate", "k", {"text": "x"})] * 3, slow)
+    assert [status for status, _ in fine] == [200, 200]
+    assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded")
+    costly = ApiKey(key="k", tokens_per_minute=5)
+    answers = ask(FakeFrontend(), [("POST", "/generate", "k", {"text": "longer than five"})] * 2, costly)
+    assert [status for status, _ in answers] == [200, 429]
+
+
+def test_adapters_are_changed_by_the_admin_key_or_by_a_key_without_rules() -> None:
+    body = {"lora_name": "x", "lora_path": "y"}
+    calls = [("POST", "/load_lora_adapter", key, body) for key in (None, "k-team", "k-free", "root")]
+    with_admin = ask(FakeFrontend(), calls, FREE, RULED, admin_key="root")
+    assert [status in (401, 403) for status, _ in with_admin] == [True, True, True, False]
+    without = ask(FakeFrontend(), calls, FREE, RULED, runtime_loads=True)
+    assert [status in (401, 403) for status, _ in without] == [True, True, False, True]

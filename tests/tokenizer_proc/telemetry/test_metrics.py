@@ -1,0 +1,65 @@
+"""What a scrape shows."""
+
+from __future__ import annotations
+
+import re
+
+from engine.messages import Capacity, Stats
+from tokenizer_proc.telemetry.metrics import Metrics, Picture
+
+CAPACITY = Capacity(kv_pages=8, page_size=16, rows=2, max_length=64, max_batched_tokens=8, vocab_size=10)
+
+
+def test_there_is_one_live_series_of_lora_info() -> None:
+    pictures = [
+        Picture(
+            max_loras=4,
+            waiting={"c": 1, "a": 1},
+            wanted=["d"],
+            tiers={"b": "resident", "a": "resident", "c": "host", "e": "disk"},
+        ),
+        Picture(max_loras=4, tiers={"z": "resident"}),
+    ]
+    metrics = Metrics("base", lambda: pictures[0])
+    line = r"^vllm:lora_requests_info\{(.*)\} ([\d.e+]+)$"
+    [(labels, value)] = re.findall(line, metrics.render().decode(), re.MULTILINE)
+    assert labels == 'max_lora="4",running_lora_adapters="a,b",waiting_lora_adapters="c,d"'
+    assert float(value) > 1.7e9
+    pictures.pop(0)
+    [(labels, _)] = re.findall(line, metrics.render().decode(), re.MULTILINE)
+    assert labels == 'max_lora="4",running_lora_adapters="z",waiting_lora_adapters=""'
+    pictures[0] = Picture()
+    assert "lora_requests_info" not in metrics.render().decode()
+
+
+def test_names_that_dashboards_know() -> None:
+    metrics = Metrics("base", lambda: Picture(stats=Stats(kv_pages=4, kv_pages_used=1), capacity=CAPACITY))
+    text = metrics.render().decode()
+    for name in (
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:kv_cache_usage_perc",
+        "vllm:num_preemptions_total",
+        "vllm:prefix_cache_queries_total",
+        "vllm:prefix_cache_hits_total",
+        "chorus:kv_pages_cached",
+        "chorus:requests_waiting_for",
+        "chorus:kv_evictions_total",
+        "vllm:prompt_tokens_total",
+        "vllm:generation_tokens_total",
+        "vllm:time_to_first_token_seconds_bucket",
+        "vllm:inter_token_latency_seconds_bucket",
+        "vllm:e2e_request_latency_seconds_bucket",
+    ):
+        assert f"\n{name}{{" in text, name
+    assert 'vllm:cache_config_info{block_size="16",num_gpu_blocks="8"} 1.0' in text
+
+
+def test_two_registries_do_not_meet() -> None:
+    one, two = Metrics("base"), Metrics("base")
+    one.began(["sql"], 5)
+    assert b"sql" in one.render()
+    assert b"sql" not in two.render()
+    one.forget_adapter("sql")
+    assert b"sql" not in one.render()
+    one.forget_adapter("never seen")

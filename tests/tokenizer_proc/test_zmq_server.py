@@ -1,0 +1,247 @@
+"""Embedding hosts over a real ROUTER socket; the scheduler is the test."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+import zmq.asyncio
+from fixtures.serving.tokenizer_front import Fake
+
+from engine.messages import Answer, Cancel, Command, Delta, Failure, Ping, SamplingParams, Submit, ToHost
+from tokenizer_proc import zmq_server as door_module
+from tokenizer_proc.zmq_server import Door
+
+
+class Host:
+    """A DEALER socket that speaks the protocol."""
+
+    def __init__(self, context: zmq.asyncio.Context, address: str) -> None:
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(address)
+
+    async def send(self, message: Any) -> None:
+        frame = message if isinstance(message, bytes) else msgspec.msgpack.encode(message)
+        await self._socket.send(frame)
+
+    async def receive(self) -> Delta | Answer | Failure | Ping:
+        return msgspec.msgpack.decode(await self._socket.recv(), type=ToHost)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@asynccontextmanager
+async def opened(fake: Fake, address: str) -> AsyncIterator[tuple[Door, Callable[[], Host]]]:
+    context = zmq.asyncio.Context()
+    door = Door(context, address, fake.front, max_frame=1 << 16)
+    serving = asyncio.ensure_future(door.serve())
+    hosts: list[Host] = []
+
+    def host() -> Host:
+        hosts.append(Host(context, address))
+        return hosts[-1]
+
+    try:
+        yield door, host
+    finally:
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        for each in hosts:
+            each.close()
+        door.close()
+        await asyncio.sleep(0)
+        context.term()
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    return f"ipc://{tmp_path}/door"
+
+
+def run(work: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await asyncio.wait_for(work(), 20)
+
+    asyncio.run(main())
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+def test_streams_of_two_hosts_do_not_meet(address: str) -> None:
+    fake = Fake()
+
+    async def work() -> None:
+        async with opened(fake, address) as (door, host):
+            one, two = host(), host()
+            for each, prompt in ((one, "hello"), (two, "world")):
+                await each.send(Submit(id=1, prompt=prompt))
+            await until(lambda: len(fake.generates) == 2)
+            for generate in fake.generates:
+                text = fake.front.tokenizer.decode(generate.prompt)
+                fake.say_text(generate.request_id, f"to {text}", finish="length")
+            for each, text in ((one, "to hello"), (two, "to world")):
+                delta = await each.receive()
+                assert isinstance(delta, Delta)
+                assert (delta.id, delta.text, delta.finish_reason) == (1, text, "length")
+            await until(lambda: door.open == 0)
+
+    run(work)
+
+
+def test_cancel_ends_a_stream_with_abort(address: str) -> None:
+    fake = Fake()
+
+    async def work() -> None:
+        async with opened(fake, address) as (_, host):
+            one = host()
+            await one.send(Submit(id=4, prompt="hello"))
+            await until(lambda: fake.generates)
+            await one.send(Cancel(4))
+            await one.send(Cancel(99))
+            delta = await one.receive()
+            assert isinstance(delta, Delta)
+            assert delta.finish_reason == "abort"
+            await until(lambda: fake.front.router.open == 0)
+            assert fake.aborted == [fake.generates[0].request_id]
+
+    run(work)
+
+
+def test_errors_come_back_as_failures(address: str) -> None:
+    fake = Fake()
+
+    async def work() -> None:
+        async with opened(fake, address) as (_, host):
+            one = host()
+            await one.send(Submit(id=1, prompt="hello", lora="nope"))
+            failure = await one.receive()
+            assert isinstance(failure, Failure)
+            assert (failure.id, failure.kind, failure.param) == (1, "not_found_error", "lora_path")
+            await one.send(Submit(id=2, prompt="hello", params=SamplingParams(top_p=5.0)))
+            failure = await one.receive()
+            assert isinstance(failure, Failure)
+            assert (failure.id, failure.kind, failure.param) == (2, "invalid_request_error", "top_p")
+            await one.send(Submit(id=3, prompt="hello"))
+            await until(lambda: fake.generates)
+            await one.send(Submit(id=3, prompt="hello"))
+            failure = await one.receive()
+            assert isinstance(failure, Failure)
+            assert "open already" in failure.message
+
+    run(work)
+
+
+def test_frames_that_are_no_message_are_refused_and_the_door_goes_on(
+    address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake = Fake()
+
+    async def work() -> None:
+        async with opened(fake, address) as (_, host):
+            one = host()
+            await one.send(b"\xc1 garbage")
+            await one.send(msgspec.msgpack.encode(["Exec", 5, "rm"]))
+            refusal = await one.receive()
+            assert isinstance(refusal, Failure)
+            assert refusal.id == 5
+            await one.send(Ping())
+            assert await one.receive() == Ping()
+
+    run(work)
+    assert caplog.text.count("the door refused a frame") == 2
+
+
+def test_commands(address: str) -> None:
+    fake = Fake("sql")
+
+    async def work() -> None:
+        async with opened(fake, address) as (_, host):
+            one = host()
+            await one.send(Command(id=1, call="list"))
+            answer = await one.receive()
+            assert isinstance(answer, Answer)
+            assert [card.name for card in answer.adapters] == ["sql"]
+            await one.send(Command(id=2, call="info"))
+            answer = await one.receive()
+            assert isinstance(answer, Answer)
+            assert msgspec.msgpack.decode(answer.info["served_model_names"]) == ["base"]
+            for call, complaint in (
+                ("load", "must be provided"),
+                ("unload", "cannot be found"),
+                ("pin", "cannot be found"),
+                ("unpin", "cannot be found"),
+            ):
+                await one.send(Command(id=3, call=call, lora_name="x"))
+                failure = await one.receive()
+                assert isinstance(failure, Failure)
+                assert complaint in failure.message
+
+    run(work)
+
+
+def test_a_silent_host_is_forgotten_and_a_pinging_one_is_not(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door_module, "SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(door_module, "CHECK_SECONDS", 0.05)
+    fake = Fake()
+
+    async def work() -> None:
+        async with opened(fake, address) as (door, host):
+            silent, alive = host(), host()
+            await silent.send(Submit(id=1, prompt="hello"))
+            await until(lambda: len(fake.generates) == 1)
+            await alive.send(Submit(id=1, prompt="world"))
+            await until(lambda: len(fake.generates) == 2)
+            while not fake.aborted:
+                await alive.send(Ping())
+                await asyncio.sleep(0.05)
+            assert fake.aborted == [fake.generates[0].request_id]
+            assert (door.open, fake.front.router.open) == (1, 1)
+
+    run(work)
+
+
+def test_an_answer_larger_than_a_frame_is_a_failure(address: str) -> None:
+    fake = Fake()
+
+    async def work() -> None:
+        async with opened(fake, address) as (_, host):
+            one = host()
+            await one.send(Submit(id=1, prompt="hello"))
+            await until(lambda: fake.generates)
+            fake.say_text(fake.generates[0].request_id, "wide " * 20_000, finish="length")
+            failure = await one.receive()
+            assert isinstance(failure, Failure)
+            assert "frame bound" in failure.message
+
+    run(work)
+
+
+def test_a_host_that_was_silent_for_too_long_learns_it(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host whose loop stood still for a while must not wait for ever for what was aborted meanwhile."""
+    monkeypatch.setattr(door_module, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(door_module, "CHECK_SECONDS", 0.05)
+    fake = Fake()
+
+    async def work() -> None:
+        async with opened(fake, address) as (door, host):
+            one = host()
+            await one.send(Submit(id=3, prompt="hello"))
+            failure = await one.receive()
+            assert isinstance(failure, Failure)
+            assert (failure.id, failure.kind) == (3, "service_unavailable")
+            await until(lambda: door.open == 0)
+            await one.send(Submit(id=4, prompt="hello"))
+            await until(lambda: len(fake.generates) == 2)
+
+    run(work)

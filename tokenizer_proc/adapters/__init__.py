@@ -1,0 +1,1 @@
+"""Adapters by name: registry, selection, loading and unloading, sources, and their tokenizers."""

@@ -1,0 +1,280 @@
+"""Loading, re-pointing, pinning and unloading adapters while requests run.
+
+    load     source found -> LoadAdapter -> on the host -> the name means the new entry -> the old one drains
+                                         -> failed: the name means what it meant before
+    unload   the name means nothing -> UnloadAdapter -> its requests finish -> gone
+
+Calls about one name happen in the order they came, those of different names side by side. A call that was begun ends,
+whether or not its caller waits. Knows nothing of HTTP or of who may call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+import msgspec
+
+from engine.config.sections import TokenizerConfig
+from engine.errors import AdapterError, EngineDead, EngineError, InvalidRequest, NotFound, Overloaded
+from engine.messages import LoadAdapter, PinAdapter, UnloadAdapter
+from engine.processes.journal import Journal
+from tokenizer_proc.adapters.registry import AdapterDirectory
+from tokenizer_proc.adapters.selection import Entry
+from tokenizer_proc.adapters.sources import Sources
+from tokenizer_proc.adapters.tokenizers import Library
+from tokenizer_proc.telemetry.metrics import Metrics
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+LOADS_AT_ONCE = 8
+CALLS_AT_ONCE = 1024
+LONGEST_NAME = 256
+FREED_SECONDS = 60.0  # how long an answer waits for memory to be free
+PRELOAD_SECONDS = 60.0  # how long an answer waits for pages
+
+ALREADY_LOADED = "adapter_already_loaded"
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """What a caller asks for.
+
+    `load_inplace`: a name that is taken is re-pointed. `if_missing`: a name that is taken is left as it is.
+    """
+
+    name: str
+    path: str
+    pinned: bool = False
+    preload: bool = False
+    load_inplace: bool = False
+    if_missing: bool = False
+
+
+class _Names:
+    """A lock for every name that is in use, and none for the others."""
+
+    def __init__(self) -> None:
+        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
+
+    @contextlib.asynccontextmanager
+    async def held(self, name: str) -> AsyncIterator[None]:
+        lock, users = self._locks.get(name, (asyncio.Lock(), 0))
+        self._locks[name] = lock, users + 1
+        try:
+            async with lock:
+                yield
+        finally:
+            lock, users = self._locks.pop(name)
+            if users > 1:
+                self._locks[name] = lock, users - 1
+
+
+class Lifecycle:
+    """Changes the directory, and tells the scheduler with `send`."""
+
+    def __init__(
+        self,
+        config: TokenizerConfig,
+        directory: AdapterDirectory,
+        send: Callable[[msgspec.Struct], None],
+        metrics: Metrics,
+        texts: Library | None = None,
+    ) -> None:
+        self._config = config
+        self._directory = directory
+        self._send = send
+        self._metrics = metrics
+        self._texts = texts
+        self._sources = Sources(config.lora_roots)
+        self._journal = Journal(config.journal)
+        self._names = _Names()
+        self._slots = asyncio.Semaphore(LOADS_AT_ONCE)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+
+    async def load(self, ask: Load, sources: Sources | None = None) -> Entry:
+        """Returns once the adapter can be named: it is on the host; with `preload`, once it is resident.
+
+        Raises NotFound where there is no adapter, AdapterError for one that cannot be served, InvalidRequest for a
+        name that is no name or is taken.
+        """
+        self._check_name(ask)
+        entry = await self._to_the_end(self._load(ask, sources or self._sources))
+        if ask.preload:
+            await entry.reaches("resident", PRELOAD_SECONDS)
+        return entry
+
+    async def unload(self, name: str, adapter_id: int | None = None) -> Entry:
+        """Takes the name at once; returns what it meant. Raises NotFound, InvalidRequest for an id of another one."""
+        self._check_enabled()
+        return await self._to_the_end(self._unload(name, adapter_id))
+
+    async def freed(self, entry: Entry) -> bool:
+        """Waits until its memory is free, but for FREED_SECONDS at most; whether it is."""
+        return await entry.reaches("gone", FREED_SECONDS)
+
+    async def pin(self, name: str, pinned: bool) -> Entry:
+        """Keeps it in memory for good, or no longer. Raises NotFound, AdapterError when no more may be pinned."""
+        self._check_enabled()
+        return await self._to_the_end(self._pin(name, pinned))
+
+    async def close(self) -> None:
+        """Takes no more calls and ends those that wait, with EngineDead."""
+        self._closed = True
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # ----------------------------------------------------------------------------------------------------- private
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` returns; it goes on when the caller leaves."""
+        if self._closed or len(self._tasks) >= CALLS_AT_ONCE:
+            work.close()
+            raise Overloaded("the server is shutting down" if self._closed else "too many adapter calls are open")
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise EngineDead("the server is shutting down") from None
+            raise
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.info("an adapter call failed: %s", error)
+
+    async def _load(self, ask: Load, sources: Sources) -> Entry:
+        async with self._names.held(ask.name):
+            now = self._directory.find(ask.name)
+            if now is not None and ask.if_missing:
+                return now
+            is_sound = now is not None and now.state.state != "failed"
+            if is_sound and not ask.load_inplace:
+                raise _already_loaded(ask.name)
+            keeps_pin = now is not None and now.source.pinned
+            with self._directory.loading(ask.name), self._counted():
+                entry = await self._bring(ask, ask.pinned or keeps_pin, sources)
+            old = self._directory.point(entry)
+            self._journal.means(entry.source)
+            if old is not None:
+                self._send(UnloadAdapter(old.source.adapter_id))
+            log.info("adapter %s is loaded from %s", ask.name, entry.source.root)
+            return entry
+
+    async def _bring(self, ask: Load, pinned: bool, sources: Sources) -> Entry:
+        """A new entry on the host, not named yet. Raises what keeps it from there, and leaves nothing then."""
+        if pinned:
+            self._check_pin(ask.name)
+        root = await sources.find(ask.name, ask.path)
+        texts = await sources.read(lambda: self._texts.of(ask.name, root) if self._texts else None)
+        if pinned:
+            self._check_pin(ask.name)  # others may have come meanwhile
+        entry = self._directory.add(ask.name, ask.path, root, pinned=pinned, preload=ask.preload, texts=texts)
+        try:
+            async with self._slots:
+                adapter_id = entry.source.adapter_id
+                self._send(
+                    LoadAdapter(adapter_id=adapter_id, path=root, pinned=pinned, preload=ask.preload, name=ask.name)
+                )
+                state = await entry.settled()
+            if not entry.is_loaded:
+                reason = state.error or "it could not be loaded"
+                text = reason if reason.startswith("adapter ") else f"adapter `{ask.name}`: {reason}"
+                raise AdapterError(text, param="lora_path", code="adapter_refused")
+        except BaseException:
+            entry.release()
+            self._send(UnloadAdapter(entry.source.adapter_id))
+            raise
+        return entry
+
+    async def _unload(self, name: str, adapter_id: int | None) -> Entry:
+        async with self._names.held(name):
+            entry = self._known(name)
+            if adapter_id is not None and adapter_id != entry.source.adapter_id:
+                raise InvalidRequest(
+                    f"the adapter `{name}` has lora_int_id {entry.source.adapter_id}, not {adapter_id}",
+                    param="lora_int_id",
+                )
+            self._directory.take_name(name)
+            self._journal.drops(name)
+            self._send(UnloadAdapter(entry.source.adapter_id))
+            return entry
+
+    async def _pin(self, name: str, pinned: bool) -> Entry:
+        async with self._names.held(name):
+            entry = self._known(name)
+            if pinned:
+                self._check_pin(name)
+            entry.source = msgspec.structs.replace(entry.source, pinned=pinned)
+            self._journal.means(entry.source)
+            self._send(PinAdapter(entry.source.adapter_id, pinned))
+            return entry
+
+    def _known(self, name: str) -> Entry:
+        entry = self._directory.find(name)
+        if entry is None:  # worded so that clients of both dialects recognise it
+            raise NotFound(
+                f"The lora adapter '{name}' cannot be found: it does not exist.",
+                param="lora_name",
+                code="adapter_not_found",
+            )
+        return entry
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        try:
+            yield
+        except EngineError:
+            self._metrics.load_failed()
+            raise
+
+    def _check_enabled(self) -> None:
+        if not self._config.enable_lora:
+            raise InvalidRequest("LoRA is not enabled: start with --enable-lora", code="lora_not_enabled")
+
+    def _check_name(self, ask: Load) -> None:
+        self._check_enabled()
+        name = ask.name
+        if not name or not ask.path:
+            raise InvalidRequest(
+                "Both 'lora_name' and 'lora_path' must be provided.", param="lora_path" if name else "lora_name"
+            )
+        if name in self._directory.base_names:
+            raise InvalidRequest(
+                f"The lora adapter '{name}' conflicts with a served base model.", param="lora_name", code="name_taken"
+            )
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            raise InvalidRequest(
+                f"an adapter's name has at most {LONGEST_NAME} characters, all of them printable", param="lora_name"
+            )
+
+    def _check_pin(self, name: str) -> None:
+        most = self._config.max_pinned
+        others = self._directory.pinned() - {name}
+        if len(others) >= most:
+            raise AdapterError(
+                f"the adapter '{name}' cannot be pinned: {len(others)} are, and --max-loras-per-batch "
+                f"{self._config.max_loras} allows {most}, so that the others are not left to starvation; unpin or "
+                "unload one, raise the flag, or load it unpinned",
+                param="pinned",
+                code="too_many_pinned",
+            )
+
+
+def _already_loaded(name: str) -> InvalidRequest:
+    """vLLM's words, which its clients look for."""
+    return InvalidRequest(
+        f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
+        "'load_inplace' to True.",
+        param="lora_name",
+        code=ALREADY_LOADED,
+    )

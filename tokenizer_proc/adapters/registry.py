@@ -1,0 +1,259 @@
+"""Adapter names and what they stand for at the moment; who still uses an entry is counted in it.
+
+    name --alias--> Entry(adapter_id, state, in_flight) <--held by-- open requests
+
+A request holds the entry it resolved, not the name: a name that later points elsewhere, or is removed, does not touch
+what is in flight. Knows nothing of HTTP, text or the scheduler; loads go out through the function that it is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from engine.config.sections import AdapterSource
+from engine.errors import AdapterError, InvalidRequest, NotFound
+from engine.messages import AdapterCard, AdapterMix, AdapterState, LoadAdapter, UnloadAdapter
+from tokenizer_proc.adapters.selection import Entry, Voice
+from tokenizer_proc.adapters.tokenizers import Texts
+
+log = logging.getLogger(__name__)
+
+_IDS_BY_EPOCH = 1 << 32  # so that an id means one adapter, also after a restart
+MAX_SCALE = 100.0  # a delta scaled beyond all sense overflows, and then the answer is noise
+
+
+class AdapterDirectory:
+    """All adapters by name and by id. `base_names` are what the base model is called, the first one first."""
+
+    def __init__(
+        self,
+        base_names: Sequence[str],
+        sources: Sequence[AdapterSource] = (),
+        epoch: int = 0,
+        texts: Mapping[int, Texts] | None = None,
+    ) -> None:
+        self.base_names = list(base_names)
+        entries = [Entry(source, texts=(texts or {}).get(source.adapter_id)) for source in sources]
+        self._by_name = {entry.name: entry for entry in entries}
+        self._by_id = {entry.source.adapter_id: entry for entry in entries}
+        assert len(self._by_name) == len(self._by_id) == len(entries), "names and ids of adapters are unique"
+        self._ids = itertools.count(max(max(self._by_id, default=0), epoch * _IDS_BY_EPOCH) + 1)
+        self._starting = set(self._by_id)
+        self._loading: set[str] = set()
+
+    # --------------------------------------------------------------------------------------------- how it changes
+
+    def load(self, send: Callable[[LoadAdapter], None]) -> None:
+        """Asks for every adapter to be brought to the host tier; asking again is harmless. `unload` comes after."""
+        for entry in self._by_id.values():
+            source = entry.source
+            send(
+                LoadAdapter(
+                    adapter_id=source.adapter_id,
+                    path=source.root,
+                    revision=entry.state.revision,
+                    pinned=source.pinned,
+                    preload=entry.preload,
+                    name=source.name,
+                )
+            )
+
+    def unload(self, send: Callable[[UnloadAdapter], None]) -> None:
+        """Tells again of those that drain; asking again is harmless."""
+        for entry in self._by_id.values():
+            if entry.draining:
+                send(UnloadAdapter(entry.source.adapter_id))
+
+    def give_up_failed(self) -> list[str]:
+        """Forgets the adapters of the start that cannot be loaded any more; why."""
+        failed = [self._by_id[number] for number in self._starting if self._by_id[number].state.state == "failed"]
+        for entry in failed:
+            number = entry.source.adapter_id
+            self._starting.discard(number)
+            del self._by_id[number], self._by_name[entry.name]
+        return [Voice([(entry, 1.0)]).failure or "" for entry in failed]
+
+    def add(self, name: str, path: str, root: str, *, pinned: bool, preload: bool, texts: Texts | None = None) -> Entry:
+        """A new entry, under an id of its own; nothing is called by its name before `point`."""
+        source = AdapterSource(adapter_id=next(self._ids), name=name, path=path, root=root, pinned=pinned)
+        entry = Entry(source, preload, texts)
+        self._by_id[entry.source.adapter_id] = entry
+        return entry
+
+    def point(self, entry: Entry) -> Entry | None:
+        """From now on the entry's name means it. Returns what the name meant before, which is released."""
+        old = self._by_name.get(entry.name)
+        self._by_name[entry.name] = entry
+        if old is not None:
+            old.release()
+        return old
+
+    def take_name(self, name: str) -> Entry | None:
+        """Nothing is called so any more. Returns what was; it is released."""
+        entry = self._by_name.pop(name, None)
+        if entry is not None:
+            entry.release()
+        return entry
+
+    @contextlib.contextmanager
+    def loading(self, name: str) -> Iterator[None]:
+        """While entered, a request for the name (if it means nothing yet) is told that it is being loaded."""
+        self._loading.add(name)
+        try:
+            yield
+        finally:
+            self._loading.discard(name)
+
+    def handle(self, state: AdapterState) -> None:
+        """News of one adapter; an entry that is gone is forgotten."""
+        entry = self._by_id.get(state.adapter_id)
+        if entry is None:
+            log.warning("state %s of an unknown adapter %d", state.state, state.adapter_id)
+            return
+        if state.state == "gone":
+            del self._by_id[state.adapter_id]
+            if self._by_name.get(entry.name) is entry:
+                del self._by_name[entry.name]
+        entry.take(state)
+        if entry.is_loaded:
+            self._starting.discard(state.adapter_id)
+
+    # ------------------------------------------------------------------------------------------------ what is told
+
+    @property
+    def failure(self) -> AdapterError | None:
+        """The first adapter that could not be loaded, as an error that names it."""
+        for entry in self._by_id.values():
+            if (text := Voice([(entry, 1.0)]).failure) is not None:
+                return AdapterError(text, param="lora_path")
+        return None
+
+    @property
+    def is_ready(self) -> bool:
+        """Every adapter given at start has reached the host tier."""
+        return not self._starting
+
+    def find(self, name: str) -> Entry | None:
+        """What the name means now."""
+        return self._by_name.get(name)
+
+    def entry(self, adapter_id: int) -> Entry | None:
+        """The adapter of an id, until it is gone."""
+        return self._by_id.get(adapter_id)
+
+    def by_name(self, counts: Mapping[int, int]) -> dict[str, int]:
+        """Counts by adapter id as counts by name, without zeros."""
+        names: dict[str, int] = {}
+        for adapter_id, count in counts.items():
+            if count and adapter_id in self._by_id:
+                name = self._by_id[adapter_id].name
+                names[name] = names.get(name, 0) + count
+        return names
+
+    def names(self, lora: Iterable[tuple[int, float]]) -> list[str]:
+        """The adapters of a selection, as they are or were called."""
+        return [self._by_id[adapter_id].name for adapter_id, _ in lora if adapter_id in self._by_id]
+
+    def stages(self) -> dict[str, str]:
+        """Where the adapters are that can be named."""
+        return {name: entry.stage for name, entry in self._by_name.items()}
+
+    def pinned(self) -> set[str]:
+        """The names that are pinned, those of loads that have not ended too."""
+        return {
+            entry.name
+            for entry in self._by_id.values()
+            if entry.source.pinned and not entry.draining and entry.state.state != "failed"
+        }
+
+    def paths(self) -> dict[str, str]:
+        """Names to paths as given, in the order of loading."""
+        return {name: entry.source.path for name, entry in self._by_name.items()}
+
+    def cards(self) -> list[AdapterCard]:
+        """The adapters in the order of loading, then those that drain and whose name has no other meaning yet."""
+        leaving = {entry.name: entry for entry in self._by_id.values() if entry.draining}
+        entries = {**self._by_name, **{name: entry for name, entry in leaving.items() if name not in self._by_name}}
+        return [entry.card(self.base_names[0]) for entry in entries.values()]
+
+    def card(self, name: str) -> AdapterCard | None:
+        """One adapter by its name; one that drains, while nothing else is called so."""
+        if name in self._by_name:
+            return self._by_name[name].card(self.base_names[0])
+        return next((card for card in self.cards() if card.name == name), None)
+
+    # --------------------------------------------------------------------------------------------- what names mean
+
+    def candidates(self, model: str | None, lora_path: str | AdapterMix | None) -> list[str]:
+        """The names that a request may mean and that mean nothing yet."""
+        names = [] if lora_path is None else [lora_path] if isinstance(lora_path, str) else [*lora_path]
+        if model is not None and model not in self.base_names:
+            behind = [model[len(base) + 1 :] for base in self.base_names if model.startswith(base + ":")]
+            if not any(name in self._by_name for name in (model, *behind)):
+                names += [model, *behind]
+        return [name for name in names if name and name not in self._by_name]
+
+    def select(self, model: str | None, lora_path: str | AdapterMix | None = None) -> str | AdapterMix | None:
+        """What `model` and `lora_path` together name, as Submit.lora takes it; None is the base.
+
+        Raises NotFound for unknown names, InvalidRequest where the two disagree.
+        """
+        named = self._in_model(model)
+        if lora_path is None:
+            return named
+        self.resolve(lora_path)
+        if named is not None and lora_path not in (named, {named: 1.0}):
+            raise InvalidRequest(
+                f"`model` names the adapter `{named}` and `lora_path` names {_quoted(lora_path)}: name one",
+                param="lora_path",
+            )
+        return lora_path if named is None else named
+
+    def resolve(self, lora: str | AdapterMix | None) -> Voice:
+        """The entries a selection stands for now. Raises NotFound or InvalidRequest with param lora_path."""
+        if lora is None:
+            return Voice()
+        mix = {lora: 1.0} if isinstance(lora, str) else lora
+        if not mix:
+            raise InvalidRequest("the adapter mix is empty: leave it out for the base model", param="lora_path")
+        for name, scale in mix.items():
+            if not abs(scale) <= MAX_SCALE:  # also refuses NaN
+                raise InvalidRequest(
+                    f"the scale of adapter `{name}` is {scale}; it must be from {-MAX_SCALE} to {MAX_SCALE}",
+                    param="lora_path",
+                )
+        return Voice([(self._entry(name), scale) for name, scale in mix.items()])
+
+    def _entry(self, name: str) -> Entry:
+        entry = self._by_name.get(name)
+        if entry is None:
+            raise NotFound(f"The adapter `{name}` {self._missing(name)}", param="lora_path")
+        return entry
+
+    def _in_model(self, model: str | None) -> str | None:
+        """The adapter that `model` names: by itself, or behind a base name and a colon. The longest name wins."""
+        if model is None or model in self.base_names:
+            return None
+        if model in self._by_name:
+            return model
+        for base in sorted(self.base_names, key=len):  # the shorter the base, the longer the adapter's name
+            if model.startswith(base + ":") and model[len(base) + 1 :] in self._by_name:
+                return model[len(base) + 1 :]
+        raise NotFound(f"The model `{model}` {self._missing(model)}", param="model", code="model_not_found")
+
+    def _missing(self, name: str) -> str:
+        if name in self._loading:
+            return "is still loading: it can be named once its load has been answered."
+        return f"does not exist. {self._known()}"
+
+    def _known(self) -> str:
+        names = [*self.base_names, *self._by_name]
+        shown = ", ".join(f"`{name}`" for name in names[:8])
+        return f"Known: {shown}{', ...' if len(names) > 8 else ''}; GET /v1/models lists them all."
+
+
+def _quoted(lora: str | AdapterMix) -> str:
+    return " + ".join(f"`{name}`" for name in ([lora] if isinstance(lora, str) else lora))

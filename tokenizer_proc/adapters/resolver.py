@@ -1,0 +1,148 @@
+"""Adapters that requests name without a load call: the directories right under --lora-resolve-root.
+
+    request names "sql" --> ROOT/sql exists --> loaded, once for all who ask at the same time --> the request goes on
+                        --> it does not: unknown, and not looked for again for MISS_SECONDS
+
+At most `most` of them are loaded: the longest unused idle one goes. Knows nothing of how loading works.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from engine.errors import ConfigError, EngineError
+from tokenizer_proc.adapters.lifecycle import LONGEST_NAME, Lifecycle, Load
+from tokenizer_proc.adapters.registry import AdapterDirectory
+from tokenizer_proc.adapters.selection import Entry
+from tokenizer_proc.adapters.sources import Sources
+
+MISS_SECONDS = 5.0
+MOST_MISSES = 4096
+MOST = 1000
+ATTEMPTS = 3
+
+
+class Resolver:
+    """Raises ConfigError when `root` is no directory."""
+
+    def __init__(
+        self,
+        root: str,
+        directory: AdapterDirectory,
+        lifecycle: Lifecycle,
+        roots: Sequence[str] = (),
+        most: int = MOST,
+        miss_seconds: float = MISS_SECONDS,
+    ) -> None:
+        self._root = os.path.realpath(os.path.expanduser(root))
+        if not os.path.isdir(self._root):
+            raise ConfigError(f"--lora-resolve-root {root}: no such directory")
+        self._directory = directory
+        self._lifecycle = lifecycle
+        self._sources = Sources([self._root, *roots])
+        self._most = most
+        self._miss_seconds = miss_seconds
+        self._used: OrderedDict[str, Entry] = OrderedDict()  # the longest unused first
+        self._misses: OrderedDict[str, tuple[float, EngineError | None]] = OrderedDict()
+        self._loading: dict[str, asyncio.Task[bool]] = {}
+
+    @property
+    def loading(self) -> list[str]:
+        """The names that requests wait for."""
+        return [*self._loading]
+
+    async def fetch(self, name: str) -> bool:
+        """Whether the name means an adapter now; it is loaded if it must be. Raises why that failed."""
+        for _ in range(ATTEMPTS):  # it may be unloaded again before we look
+            if self._directory.find(name) is not None:
+                self._touch(name)
+                return True
+            if not _is_plain(name) or self._is_known_miss(name):
+                return False
+            if not await asyncio.shield(self._task(name)):
+                return False
+        return False
+
+    def touch(self, names: Sequence[str]) -> None:
+        """They are used now."""
+        for name in names:
+            self._touch(name)
+
+    def _touch(self, name: str) -> None:
+        if name in self._used:
+            self._used.move_to_end(name)
+
+    def _task(self, name: str) -> asyncio.Task[bool]:
+        task = self._loading.get(name)
+        if task is None:
+            task = self._loading[name] = asyncio.ensure_future(self._load(name))
+            task.add_done_callback(lambda done: self._ended(name, done))
+        return task
+
+    def _ended(self, name: str, task: asyncio.Task[bool]) -> None:
+        del self._loading[name]
+        if not task.cancelled():
+            task.exception()  # was told to whoever still waited
+
+    async def _load(self, name: str) -> bool:
+        try:
+            path = await self._sources.below(self._root, name)
+            if path is None:
+                self._miss(name, None)
+                return False
+            entry = await self._lifecycle.load(Load(name=name, path=path, if_missing=True), self._sources)
+        except EngineError as error:
+            if error.status < 500:
+                self._miss(name, error)
+            raise
+        if entry.source.path == path:
+            self._used[name] = entry
+            self._used.move_to_end(name)
+            await self._make_room()
+        return True
+
+    async def _make_room(self) -> None:
+        """Unloads idle ones beyond the bound; those that others unloaded or re-pointed are not counted any more."""
+        for name, entry in list(self._used.items()):
+            if self._directory.find(name) is not entry:
+                del self._used[name]
+        newest = next(reversed(self._used), None)
+        for name, entry in list(self._used.items()):
+            if len(self._used) <= self._most:
+                return
+            if not entry.in_flight and not entry.source.pinned and name != newest:
+                del self._used[name]
+                try:
+                    await self._lifecycle.unload(name, entry.source.adapter_id)
+                except EngineError:
+                    continue  # somebody else was faster
+
+    def _miss(self, name: str, error: EngineError | None) -> None:
+        self._misses[name] = time.monotonic() + self._miss_seconds, error
+        self._misses.move_to_end(name)
+        while len(self._misses) > MOST_MISSES:
+            self._misses.popitem(last=False)
+
+    def _is_known_miss(self, name: str) -> bool:
+        """Whether it was looked for a moment ago, in vain. Raises the failure, if it failed."""
+        until, error = self._misses.get(name, (0.0, None))
+        if time.monotonic() >= until:
+            self._misses.pop(name, None)
+            return False
+        if error is not None:
+            raise type(error)(error.message, param=error.param, code=error.code)
+        return True
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it can be the name of a directory right under the root, and an adapter's."""
+    return (
+        0 < len(name) <= LONGEST_NAME
+        and name.isprintable()
+        and not name.startswith(".")
+        and not {"/", "\\"} & set(name)
+    )

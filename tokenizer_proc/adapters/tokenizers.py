@@ -1,0 +1,218 @@
+"""How the model and its adapters read and write text: tokenizer, chat template, and what generating means to them.
+
+An adapter's directory may bring its own tokenizer.json, tokenizer_config.json, chat template and
+generation_config.json; what it does not bring is the base's. What is the same by content is one object, for as long as
+any adapter has it:
+
+    sha256 of the file --> known --> shared
+                       --> unknown --> the base's model --> the base, or other small parts around its model
+                                   --> another model --> parsed --> the same but for its spelling --> shared
+                                                                --> another --> kept, within bounds
+
+Only data is taken from these files: a regular expression that the base's tokenizer has not could run for ever, and is
+refused; a template runs in a process of its own. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import tokenizers
+
+from engine.errors import AdapterError, ConfigError, EngineError
+from engine.ipc import UNREADABLE
+from tokenizer_proc.text import files
+from tokenizer_proc.text.generation_config import Defaults
+from tokenizer_proc.text.sections import Sections
+from tokenizer_proc.text.templates.chat_template import Chat, ChatTemplate, template_of
+from tokenizer_proc.text.templates.sandbox import Sandbox, SandboxedTemplate
+from tokenizer_proc.text.tokenizer import Tokenizer, is_from_library, special_tokens
+
+log = logging.getLogger(__name__)
+
+MOST_TOKENIZERS = 64
+MOST_BYTES = 256 << 20
+"""Of all tokenizer.json together that are no copy of another; in memory they take several times as much."""
+MOST_FILES = 4096
+"""Files whose content is remembered by their hash."""
+
+NAME = "tokenizer.json"
+BASE = b"base"
+"""The content of the base's tokenizer."""
+NOT_READ = ("tokenizer.model", "vocab.json", "added_tokens.json")
+"""Other ways to save a tokenizer: without a tokenizer.json beside them, the base's is used, and that is said."""
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """One way to read and write. `brings` says in what it is not the base's: tokenizer, chat_template, generation."""
+
+    tokenizer: Tokenizer
+    chat: Chat
+    defaults: Defaults
+    brings: tuple[str, ...] = ()
+
+
+class Library:
+    """The texts of all adapters. `directory` is the base tokenizer's; `fixed_template`: the operator's is for all."""
+
+    def __init__(self, base: Texts, directory: str | Path, fixed_template: bool = False) -> None:
+        self.base = base
+        self.sandbox = Sandbox()
+        self._directory = Path(directory)
+        self._fixed_template = fixed_template
+        self._lock = threading.Lock()
+        self._base_content = b""
+        self._contents: OrderedDict[bytes, bytes] = OrderedDict()
+        self._kept: weakref.WeakValueDictionary[bytes, Tokenizer] = weakref.WeakValueDictionary()
+        self._sizes: dict[bytes, int] = {}
+        self._texts: weakref.WeakValueDictionary[tuple[object, ...], Texts] = weakref.WeakValueDictionary()
+        self._base_sections: Sections | None = None
+
+    def of(self, name: str, root: str | Path) -> Texts:
+        """What the adapter `name` brings in `root`; for a thread, as it may take a while. Raises AdapterError."""
+        try:
+            return self._read(name, Path(root))
+        except EngineError as error:
+            if isinstance(error, AdapterError):
+                raise
+            text = f"adapter `{name}`: {error.message}"
+            raise AdapterError(text, param="lora_path", code="adapter_refused") from error
+
+    def close(self) -> None:
+        """Ends the process of templates."""
+        self.sandbox.close()
+
+    def _read(self, name: str, root: Path) -> Texts:
+        base, tokens = self.base, special_tokens(root)
+        raw = files.read(root / NAME, files.MAX_TOKENIZER)
+        if raw is not None:
+            tokenizer = self._shared(raw, root / NAME).named(tokens or base.tokenizer.special_tokens)
+        else:
+            tokenizer = base.tokenizer.named(base.tokenizer.special_tokens | tokens)
+            unread = [other for other in NOT_READ if (root / other).is_file()]
+            if unread:
+                log.warning("adapter `%s`: %s is not read, only %s: the model's own is used", name, unread[0], NAME)
+        kept = [token for token in base.defaults.end_ids if _same(token, tokenizer, base.tokenizer)]
+        defaults = base.defaults.over(root, kept, tokenizer.eos_id)
+        source = (None if self._fixed_template else template_of(root)) or base.chat.source
+        if (tokenizer, source, defaults) == (base.tokenizer, base.chat.source, base.defaults):
+            return base
+        key = tokenizer.origin, tuple(sorted(tokenizer.special_tokens.items())), source, msgspec.json.encode(defaults)
+        known = self._texts.get(key)
+        if known is None:
+            texts = Texts(tokenizer, self._chat(source, tokenizer), defaults, self._brings(tokenizer, source, defaults))
+            known = self._texts[key] = texts
+        return known
+
+    def _brings(self, tokenizer: Tokenizer, source: str | None, defaults: Defaults) -> tuple[str, ...]:
+        base = self.base
+        own = {
+            "tokenizer": tokenizer is not base.tokenizer,
+            "chat_template": source != base.chat.source,
+            "generation": defaults != base.defaults,
+        }
+        return tuple(name for name, is_own in own.items() if is_own)
+
+    def _chat(self, source: str | None, tokenizer: Tokenizer) -> Chat:
+        base, tokens = self.base, tokenizer.special_tokens
+        if source is not None and source != base.chat.source:
+            return SandboxedTemplate(self.sandbox, source, tokens)
+        return base.chat if tokens == base.tokenizer.special_tokens else ChatTemplate(source, tokens)
+
+    def _shared(self, raw: bytes, path: Path) -> Tokenizer:
+        """The tokenizer of this tokenizer.json, once for all that say the same."""
+        with self._lock:
+            self._learn_base()
+            found = hashlib.sha256(raw).digest()
+            known = self._kept.get(self._contents.get(found, b""))
+            if known is not None:
+                self._contents.move_to_end(found)
+                return known
+            sections = self._checked(raw, path)
+            content, made, size = self._made(sections, raw, path)
+            self._remember(found, content)
+            known = self._kept.get(content)
+            if known is None:
+                self._check_room(size)
+                self._kept[content], self._sizes[content] = made, size
+            return known or made
+
+    def _made(self, sections: Sections, raw: bytes, path: Path) -> tuple[bytes, Tokenizer, int]:
+        """Its content, the tokenizer, and the bytes that are its own."""
+        base = self._base_sections
+        if base is not None and bytes(sections.model) == bytes(base.model):
+            if sections.small == base.small:
+                return BASE, self.base.tokenizer, 0
+            try:
+                made = sections.over(self.base.tokenizer)
+            except BaseException as error:
+                if not is_from_library(error):
+                    raise
+                made = None  # the whole file will say what is wrong with it
+            if made is not None:
+                size = len(raw) - len(bytes(sections.model))
+                return hashlib.sha256(msgspec.json.encode(sections.small)).digest(), made, size
+        made = Tokenizer.parse(raw, path, {})
+        content = _content(made.backend)
+        self._base_content = self._base_content or _content(self.base.tokenizer.backend)
+        return BASE if content == self._base_content else content, made, len(raw)
+
+    def _learn_base(self) -> None:
+        """What the base's own file says, once; it may be spelt otherwise than the library would."""
+        if self._base_sections is not None:
+            return
+        base = self.base.tokenizer
+        raw = files.read(self._directory / NAME, files.MAX_TOKENIZER)
+        try:
+            self._base_sections = Sections.read(raw or b"")
+        except UNREADABLE:  # no file, or one that the library understands better than we do
+            self._base_sections = Sections.read(base.backend.to_str().encode())
+        self._kept[BASE], self._sizes[BASE] = base, 0
+        if raw is not None:
+            self._remember(hashlib.sha256(raw).digest(), BASE)
+
+    def _remember(self, found: bytes, content: bytes) -> None:
+        self._contents[found] = content
+        while len(self._contents) > MOST_FILES:
+            self._contents.popitem(last=False)
+
+    def _checked(self, raw: bytes, path: Path) -> Sections:
+        assert self._base_sections is not None
+        try:
+            sections = Sections.read(raw)
+        except UNREADABLE as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+        strange = sorted(sections.patterns - self._base_sections.patterns)
+        if strange:
+            raise ConfigError(
+                f"{NAME} has a regular expression that the model's tokenizer has not, and which might run for ever:"
+                f" {strange[0][:80]!r}"
+            )
+        return sections
+
+    def _check_room(self, size: int) -> None:
+        self._sizes = {content: held for content, held in self._sizes.items() if content in self._kept}
+        own, held = len(self._sizes) - 1, sum(self._sizes.values())
+        if own >= MOST_TOKENIZERS or held + size > MOST_BYTES:
+            raise ConfigError(
+                f"{own} different tokenizers of adapters are loaded ({held >> 20} MiB of {NAME}); at most"
+                f" {MOST_TOKENIZERS} and {MOST_BYTES >> 20} MiB fit: unload one, or take {NAME} out of its directory"
+            )
+
+
+def _same(token: int, one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether an id is the same token in both."""
+    return one.backend is other.backend or one.backend.id_to_token(token) == other.backend.id_to_token(token)
+
+
+def _content(backend: tokenizers.Tokenizer) -> bytes:
+    """A hash of what it does, however it was written."""
+    return hashlib.sha256(backend.to_str().encode()).digest()

@@ -1,0 +1,1 @@
+"""Who may call what: access of keys to adapters, and administration."""

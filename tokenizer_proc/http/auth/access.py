@@ -1,0 +1,87 @@
+"""Who asks, and what exists for them: a key's holder, and the adapters that it may name.
+
+An adapter that a key may not use does not exist for its holder: not in a list, not in an error. Knows no dialect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from engine.config.sections import TokenizerConfig
+from engine.errors import Forbidden, NotFound
+from engine.messages import AdapterCard, AdapterMix
+from tokenizer_proc.http.generation import TENANT, Service, holder
+from tokenizer_proc.requests.tenants import Tenant, Tenants
+
+OPEN_TO_ALL = frozenset({"/health", "/ready", "/metrics"})
+OPERATORS = frozenset({"/abort_request", "/server_info", "/get_server_info"}) | {
+    f"{prefix}/{verb}_lora_adapter" for prefix in ("", "/v1") for verb in ("load", "unload", "pin", "unpin")
+}
+
+
+def gate(config: TokenizerConfig) -> Middleware:
+    """The middleware that lets nobody past without a key, where there are keys.
+
+    Changing adapters is for the admin key alone where there is one (api.admin); without one a key that may name every
+    adapter will do. So it is with what shows, or ends, the calls of others.
+    """
+    tenants = Tenants(config.api_keys)
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        is_for_admin = config.admin_key is not None and request.path.endswith("_lora_adapter")
+        if request.path not in OPEN_TO_ALL and not is_for_admin:
+            tenant = request[TENANT] = tenants.of(request.headers.get("Authorization", ""))
+            if request.path in OPERATORS and tenant.is_restricted:
+                raise Forbidden(f"{request.path} is not for a key with rules on adapters", code="restricted_key")
+        return await handler(request)
+
+    return middleware
+
+
+async def fetch(service: Service, request: web.Request, model: str | None, *loras: str | AdapterMix | None) -> None:
+    """Loads what is named and not known yet, where the engine does that, as far as it exists for the caller."""
+    tenant = holder(request)
+    for name in _named(service, model, loras):
+        _check(tenant, name, "lora_path")
+    await service.frontend.fetch(model, *loras)
+
+
+def select(
+    service: Service, request: web.Request, model: str | None, lora: str | AdapterMix | None
+) -> str | AdapterMix | None:
+    """What `model` and `lora_path` together name. Raises NotFound for what does not exist for the caller."""
+    tenant = holder(request)
+    try:
+        chosen = service.frontend.adapters.select(model, lora)
+    except NotFound as error:
+        if tenant.is_restricted:  # the error would list what there is
+            raise _unknown(str(model if error.param == "model" else lora), error.param) from None
+        raise
+    for name in [] if chosen is None else [chosen] if isinstance(chosen, str) else chosen:
+        _check(tenant, name, "model" if lora is None else "lora_path")
+    return chosen
+
+
+def seen(request: web.Request, cards: Iterable[AdapterCard]) -> list[AdapterCard]:
+    """The adapters that exist for the caller."""
+    tenant = holder(request)
+    return [card for card in cards if tenant.may_use(card.name)]
+
+
+def _named(service: Service, model: str | None, loras: Iterable[str | AdapterMix | None]) -> list[str]:
+    candidates = service.frontend.adapters.candidates
+    return [name for lora in loras for name in candidates(None, lora)] + candidates(model, None)[:1]
+
+
+def _check(tenant: Tenant, name: str, param: str) -> None:
+    if not tenant.may_use(name):
+        raise _unknown(name, param)
+
+
+def _unknown(name: str, param: str | None) -> NotFound:
+    code = "model_not_found" if param == "model" else None
+    return NotFound(f"`{name}` does not exist, or this key may not use it", param=param, code=code)

@@ -1,0 +1,1 @@
+"""Request bodies: decoding, field tables, chat messages and prompts."""

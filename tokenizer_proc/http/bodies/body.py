@@ -1,0 +1,131 @@
+"""A request's body: bytes to fields, fields to typed structs, and every complaint by the name of its field.
+
+    bytes --read--> fields (nulls dropped) --split--> sampling parameters | the route's own struct
+                                                 `--> 400 that names the field
+
+Knows how to read; fields.py knows the names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+import msgspec
+from aiohttp import web
+
+from engine.errors import InvalidRequest
+from engine.messages import SamplingParams
+from tokenizer_proc.http.bodies import fields as table
+
+Fields = dict[str, object]
+B = TypeVar("B", bound=msgspec.Struct)
+
+_PATH = re.compile(r" - at `(?P<key>key` in `)?\$\.?(?P<path>[^`]*)`$")
+_FIELD = re.compile(r"Object (missing required|contains unknown) field `([^`]*)`")
+_VALUE = re.compile(r"Invalid (?:enum )?value '([^']*)'$")
+
+
+async def read(request: web.Request) -> Fields:
+    """The JSON object of a body. Raises InvalidRequest; a body that is too large is aiohttp's 413."""
+    if request.content_type != "application/json":
+        raise InvalidRequest(f"send the body as Content-Type: application/json, not {request.content_type}")
+    try:
+        data = await request.read()
+    except web.RequestPayloadError as error:
+        raise InvalidRequest(f"the body cannot be read: {' '.join(str(error).split())}") from error
+    if not data.strip():
+        raise InvalidRequest("the body is empty; send a JSON object")
+    try:
+        value = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise InvalidRequest("the body is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {_json_name(value)}")
+    return present(value)
+
+
+def present(fields: Mapping[str, object]) -> Fields:
+    """`fields` without the absent ones: null is absent."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def decode(fields: Mapping[str, object], into: type[B], at: str = "") -> B:
+    """`fields` as the struct `into`. Raises InvalidRequest with the path of the field, below the path `at`."""
+    own = set(into.__struct_fields__)
+    return _convert(_known({name: name for name in own}, fields, at), into, at)
+
+
+def split(fields: Mapping[str, object], into: type[B], spellings: Mapping[str, str]) -> tuple[B, SamplingParams]:
+    """`fields` as the struct `into` and the sampling parameters beside it."""
+    own = set(into.__struct_fields__)
+    sampling = {name: value for name, value in fields.items() if name in spellings and name not in own}
+    rest = {name: value for name, value in fields.items() if name not in sampling}
+    return decode(rest, into), params(sampling, spellings)
+
+
+def spelt(fields: Mapping[str, object], spellings: Mapping[str, str]) -> dict[str, str]:
+    """The names the client used, by sampling parameter."""
+    return {spellings[name]: name for name in fields if name in spellings}
+
+
+def params(fields: Mapping[str, object], spellings: Mapping[str, str], at: str = "") -> SamplingParams:
+    """Sampling parameters, each under any of its `spellings`; two that disagree are refused."""
+    values: Fields = {}
+    words: dict[str, str] = {}
+    for name, value in _known(spellings, fields, at).items():
+        field = spellings[name]
+        if field in values and values[field] != value:
+            raise InvalidRequest(
+                f"{words[field]} = {values[field]} and {name} = {value} mean the same and disagree", param=at + name
+            )
+        values[field], words[field] = value, name
+    if isinstance(values.get("stop"), str):
+        values["stop"] = [values["stop"]]
+    return _convert(values, SamplingParams, at, words)
+
+
+def _known(names: Mapping[str, str], fields: Mapping[str, object], at: str) -> Fields:
+    """The fields that are in `names`; refuses the others unless they cannot matter."""
+    for name, value in fields.items():
+        if name in names or name in table.IGNORED or any(_same(value, one) for one in table.NEUTRAL.get(name, ())):
+            continue
+        raise InvalidRequest(table.refusal(name), param=at + name)
+    return {name: value for name, value in fields.items() if name in names}
+
+
+def _same(value: object, other: object) -> bool:
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _convert(values: Fields, into: type[B], at: str, words: Mapping[str, str] | None = None) -> B:
+    try:
+        return msgspec.convert(values, into, str_keys=True)
+    except msgspec.ValidationError as error:
+        path, complaint = _located(str(error))
+        head = re.split(r"[.\[]", path)[0]
+        path = at + (words or {}).get(head, head) + path[len(head) :]
+        raise InvalidRequest(f"{path}: {complaint}" if path else complaint, param=path or None) from error
+
+
+def _located(complaint: str) -> tuple[str, str]:
+    """(path of the field, what is wrong with it) from msgspec's message."""
+    match = _PATH.search(complaint)
+    path = match["path"] if match else ""
+    text = complaint[: match.start()] if match else complaint
+    if field := _FIELD.match(text):
+        path = f"{path}.{field[2]}" if path else field[2]
+        text = "is missing" if field[1] == "missing required" else table.refusal(field[2])
+    elif (value := _VALUE.match(text)) and value[1] in table.REASONS:
+        text += f" ({table.REASONS[value[1]]})"
+    elif match and match["key"]:
+        text += " as a key"
+    return path, text.replace(" | null`", "`").replace("`", "'")
+
+
+def _json_name(value: object) -> str:
+    names = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), "null")

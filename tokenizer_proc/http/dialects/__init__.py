@@ -1,0 +1,1 @@
+"""Answers in the shapes of OpenAI and SGLang, and log-probabilities in both."""

@@ -1,0 +1,116 @@
+"""The answers of /generate: cumulative text and ids, finish reasons as objects, log-probabilities as triples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from engine.errors import InvalidRequest
+from engine.messages import Delta
+from tokenizer_proc.http.batch import Batch, Choice
+from tokenizer_proc.http.dialects import logprobs
+from tokenizer_proc.http.generation import Writer
+from tokenizer_proc.text.tokenizer import Tokenizer
+
+
+class Scoring(msgspec.Struct, frozen=True):
+    """Log-probabilities of one prompt's answers; the prompt's own from position `start` on (-1: none)."""
+
+    start: int
+    top: int
+    with_text: bool
+
+
+class NativeWriter(Writer):
+    """One object for one choice, a list of them for a list. An event of a list says which choice it is of."""
+
+    def __init__(
+        self, rids: Sequence[str], scoring: Sequence[Scoring | None], is_list: bool, tokenizers: Sequence[Tokenizer]
+    ) -> None:
+        self._rids = rids
+        self._tokenizers = tokenizers
+        self._scoring = scoring
+        self._is_list = is_list
+        self._begun = time.monotonic()
+
+    def check(self, batch: Batch) -> None:
+        """`logprob_start_len` must lie inside the prompt."""
+        for prompt, scoring in zip(batch.prompts, self._scoring, strict=True):
+            length = len(prompt.token_ids)
+            if scoring is not None and scoring.start > length:
+                raise InvalidRequest(
+                    f"logprob_start_len = {scoring.start} lies behind the prompt of {length} tokens",
+                    param="logprob_start_len",
+                )
+
+    def events(self, batch: Batch, choice: Choice, delta: Delta) -> list[object]:
+        """The choice so far."""
+        if not (delta.text or delta.token_ids or delta.finish_reason):
+            return []
+        return [self._choice(choice) | ({"index": choice.number} if self._is_list else {})]
+
+    def last_events(self, batch: Batch) -> list[object]:
+        """None: the last event of each choice says it all."""
+        return []
+
+    def whole(self, batch: Batch) -> object:
+        """The answer, or the list of them."""
+        answers = [self._choice(choice) for choice in batch.choices]
+        return answers if self._is_list else answers[0]
+
+    def _choice(self, choice: Choice) -> dict[str, object]:
+        return {"text": choice.text, "output_ids": choice.token_ids, "meta_info": self._meta(choice)}
+
+    def _meta(self, choice: Choice) -> dict[str, object]:
+        usage, rid = choice.usage, self._rids[choice.item]
+        meta: dict[str, object] = {
+            "id": rid if choice.index == 0 else f"{rid}-{choice.index}",
+            "finish_reason": _finish_reason(choice),
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "cached_tokens": usage.cached_tokens,
+        }
+        if choice.finish_reason is not None:
+            meta["e2e_latency"] = time.monotonic() - self._begun
+        scoring = self._scoring[choice.item]
+        return meta if scoring is None else meta | _logprobs(choice, scoring, self._tokenizers[choice.item])
+
+
+def _finish_reason(choice: Choice) -> dict[str, object] | None:
+    match choice.finish_reason:
+        case None:
+            return None
+        case "stop":
+            return {"type": "stop", "matched": choice.matched}
+        case "length":
+            return {"type": "length", "length": choice.usage.completion_tokens}
+        case "abort":
+            return {"type": "abort", "message": "aborted"}
+
+
+def _logprobs(choice: Choice, scoring: Scoring, tokenizer: Tokenizer) -> dict[str, object]:
+    found: dict[str, object] = {
+        "input_token_logprobs": _input(choice, scoring, tokenizer),
+        "output_token_logprobs": logprobs.triples(choice.logprobs, scoring.with_text),
+    }
+    if scoring.top:
+        prompt = (choice.prompt.logprobs or [])[max(scoring.start, 0) :]
+        found["input_top_logprobs"] = logprobs.top_triples(prompt, scoring.with_text)
+        found["output_top_logprobs"] = logprobs.top_triples(choice.logprobs, scoring.with_text)
+    return found
+
+
+def _input(choice: Choice, scoring: Scoring, tokenizer: Tokenizer) -> list[logprobs.Triple]:
+    """The prompt's tokens from `start` on; nothing precedes the first, so its value is null."""
+    prompt = choice.prompt
+    if scoring.start < 0 or prompt.logprobs is None:
+        return []
+    found: list[logprobs.Triple] = []
+    for token_id, position in [*zip(prompt.token_ids, prompt.logprobs, strict=True)][scoring.start :]:
+        if position is not None:
+            found.append(logprobs.triple(position.chosen, scoring.with_text))
+        else:
+            found.append((None, token_id, tokenizer.token_text(token_id) if scoring.with_text else None))
+    return found

@@ -1,0 +1,1 @@
+"""What stands around every route: error bodies, the access log, backpressure."""

@@ -1,0 +1,116 @@
+"""One line of the log for every call that came to an end, however it did, with the id that its client got.
+
+    call id=5f2c method=POST path=/generate status=200 lora=sql prompt=12 tokens=40 finish=stop seconds=0.512
+    call id=mine method=POST path=/generate status=400 kind=invalid_request_error param=text message="..." seconds=0.001
+    call id=5f2d method=POST path=/generate status=200 end=gone prompt=12 tokens=7 seconds=0.100
+
+Of what a client sent it shows the id, the method and the path, and never a body or a key. Knows no route.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+
+from aiohttp import web
+from aiohttp.abc import AbstractAccessLogger
+from aiohttp.typedefs import Handler
+
+from engine import logs
+from engine.errors import EngineError, InternalError
+from tokenizer_proc.http.middleware import errors
+from tokenizer_proc.telemetry.error_log import complaint
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID = "X-Request-Id"
+LONGEST_ID = 256
+
+
+class Record:
+    """What will be told of one call; routes add `facts`. `cause` is why it was ended, where no answer says so."""
+
+    def __init__(self, request: web.Request) -> None:
+        self.id = _id(request.headers.get(REQUEST_ID, ""))
+        self.facts: dict[str, object] = {}
+        self.cause: EngineError | None = None
+        self._request = request
+        self._began = time.monotonic()
+
+    def close(self, answer: web.StreamResponse | None) -> None:
+        """Writes the line. No answer means that nobody was there to take one."""
+        error = self.cause or (None if answer is None else answer.get(errors.CAUSE))
+        status = None if answer is None else answer.status
+        fault = error.__cause__ if isinstance(error, InternalError) else None
+        level = logging.WARNING if self.cause else _level(self._request.method, status, error)
+        if not log.isEnabledFor(level):
+            return
+        if answer is None and error is None:
+            self.facts["end"] = "gone"
+        line = logs.pairs(
+            id=self.id,
+            method=self._request.method,
+            path=self._request.rel_url.raw_path,
+            status=status,
+            **({} if error is None else complaint(error)),
+            **self.facts,
+            seconds=time.monotonic() - self._began,
+        )
+        log.log(level, "call %s", line, exc_info=fault)
+
+
+RECORD = web.RequestKey("record", Record)
+"""Where a request carries its record."""
+
+
+@web.middleware
+async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """The outermost: whatever happens inside ends in one line."""
+    record = request[RECORD] = Record(request)
+    answer = None
+    try:
+        answer = await handler(request)
+        return answer
+    except asyncio.CancelledError:
+        raise  # the client is gone, or we are
+    except web.HTTPException as error:
+        answer = error
+        raise
+    finally:
+        record.close(answer)
+
+
+async def name(request: web.Request, answer: web.StreamResponse) -> None:
+    """Every answer carries its request's id: the client's own, or a new one."""
+    record = request.get(RECORD)
+    answer.headers[REQUEST_ID] = record.id if record is not None else uuid.uuid4().hex
+
+
+class Strangers(AbstractAccessLogger):
+    """The line for what never became a call: it was no HTTP, and aiohttp answered it alone."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anybody reads it."""
+        return log.isEnabledFor(logging.INFO)
+
+    def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
+        """What aiohttp tells of every answer; those of the application have their line already."""
+        if RECORD not in request:
+            given = response.headers.get(REQUEST_ID)
+            line = logs.pairs(id=given, status=response.status, kind="bad_http", seconds=time)
+            log.info("call %s", line)
+
+
+def _id(given: str) -> str:
+    is_sound = given.isascii() and given.isprintable() and 0 < len(given) <= LONGEST_ID
+    return given if is_sound else uuid.uuid4().hex
+
+
+def _level(method: str, status: int | None, error: Exception | None) -> int:
+    if isinstance(error, InternalError):
+        return logging.ERROR
+    looks = method in ("GET", "HEAD") and status is not None and status < 400
+    return logging.DEBUG if looks else logging.INFO

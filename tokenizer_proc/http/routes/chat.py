@@ -1,0 +1,117 @@
+"""POST /v1/chat/completions. Knows no template: the front end renders the messages."""
+
+from __future__ import annotations
+
+import msgspec
+from aiohttp import web
+from msgspec.structs import replace
+
+from engine.errors import InvalidRequest
+from engine.messages import Delta, SamplingParams, Submit
+from tokenizer_proc.http.auth import access
+from tokenizer_proc.http.batch import Batch, Choice
+from tokenizer_proc.http.bodies import body as bodies
+from tokenizer_proc.http.bodies.fields import SPELLINGS_OPENAI
+from tokenizer_proc.http.bodies.messages import TemplateKwargs, Turn, chat_messages
+from tokenizer_proc.http.dialects import logprobs
+from tokenizer_proc.http.dialects.openai import Frame, LoraField, OpenAIBody, check
+from tokenizer_proc.http.generation import Call, Service, Writer, answer
+
+MAX_TOP_LOGPROBS = 20  # OpenAI's own bound
+
+
+class ChatBody(OpenAIBody, frozen=True, kw_only=True):
+    """The body beside the sampling parameters."""
+
+    messages: list[Turn]
+    lora_path: LoraField | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: TemplateKwargs = msgspec.field(default_factory=dict)
+
+
+async def chat_completions(service: Service, request: web.Request) -> web.StreamResponse:
+    """The route."""
+    fields = await bodies.read(request)
+    body, params = bodies.split(fields, ChatBody, SPELLINGS_OPENAI)
+    check(body, params)
+    await access.fetch(service, request, body.model, body.lora_path)
+    lora = access.select(service, request, body.model or None, body.lora_path)
+    submit = _submit(body, lora, replace(params, logprobs=_wanted_logprobs(body)))
+    frame = Frame(service, body, "chatcmpl", "chat.completion", "chat.completion.chunk")
+    writer = ChatWriter(frame, body.logprobs)
+    names = bodies.spelt(fields, SPELLINGS_OPENAI) | {"prompt": "messages", "logprobs": "top_logprobs"}
+    call = Call(submits=[submit], ids={frame.id: [0]}, stream=body.stream, names=names)
+    return await answer(service, request, call, writer)
+
+
+def _submit(body: ChatBody, lora: LoraField | None, params: SamplingParams) -> Submit:
+    if body.continue_final_message and body.add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
+        )
+    generates = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
+    return Submit(
+        id=0,
+        prompt=[*chat_messages(body.messages)],
+        params=params,
+        lora=lora,
+        chat_template_kwargs=body.chat_template_kwargs,
+        add_generation_prompt=generates,
+        continue_final_message=body.continue_final_message,
+        add_special_tokens=False,  # a template writes its own
+        priority=body.priority,
+    )
+
+
+def _wanted_logprobs(body: ChatBody) -> int | None:
+    top = body.top_logprobs
+    if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
+        raise InvalidRequest(f"top_logprobs = {top} is not in 0 to {MAX_TOP_LOGPROBS}", param="top_logprobs")
+    if top and not body.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs = true", param="top_logprobs")
+    return (top or 0) if body.logprobs else None
+
+
+class ChatWriter(Writer):
+    """Chat completions: the first event of a choice says its role, the last its finish reason."""
+
+    def __init__(self, frame: Frame, with_logprobs: bool) -> None:
+        self._frame = frame
+        self._with_logprobs = with_logprobs
+
+    def events(self, batch: Batch, choice: Choice, delta: Delta) -> list[object]:
+        """A delta's role, text and finish reason, in that order."""
+        events: list[object] = []
+        if choice.deltas == 1:
+            events.append(self._chunk(choice, {"role": "assistant", "content": ""}))
+        scored = logprobs.chat(delta.logprobs) if self._with_logprobs and delta.logprobs else None
+        if delta.text or scored:
+            events.append(self._chunk(choice, {"content": delta.text}, scored))
+        if delta.finish_reason:
+            events.append(self._chunk(choice, {}, finish_reason=delta.finish_reason))
+        return events
+
+    def last_events(self, batch: Batch) -> list[object]:
+        """The usage, where asked for."""
+        return self._frame.usage_chunks(batch.usage())
+
+    def whole(self, batch: Batch) -> object:
+        """A chat.completion."""
+        return self._frame.whole([self._choice(choice) for choice in batch.choices], batch.usage())
+
+    def _choice(self, choice: Choice) -> dict[str, object]:
+        return {
+            "index": choice.number,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": logprobs.chat(choice.logprobs) if self._with_logprobs else None,
+            "finish_reason": choice.finish_reason,
+        }
+
+    def _chunk(
+        self, choice: Choice, delta: dict[str, str], scored: object = None, finish_reason: str | None = None
+    ) -> object:
+        one = {"index": choice.number, "delta": delta, "logprobs": scored, "finish_reason": finish_reason}
+        return self._frame.chunk([one])

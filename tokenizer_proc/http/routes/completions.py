@@ -1,0 +1,174 @@
+"""POST /v1/completions: one or more prompts, n choices each, echo and the legacy log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from aiohttp import web
+from msgspec.structs import replace
+
+from engine.errors import InvalidRequest
+from engine.messages import Delta, PositionLogprobs, SamplingParams, Submit, Usage
+from tokenizer_proc.http.auth import access
+from tokenizer_proc.http.batch import Batch, Choice
+from tokenizer_proc.http.bodies import body as bodies
+from tokenizer_proc.http.bodies.fields import SPELLINGS_OPENAI
+from tokenizer_proc.http.bodies.prompts import PromptField, TokenIds, prompts, spread
+from tokenizer_proc.http.dialects.logprobs import LegacyLogprobs, empty, joined
+from tokenizer_proc.http.dialects.openai import Frame, LoraField, OpenAIBody, check
+from tokenizer_proc.http.generation import Call, Service, Writer, answer
+from tokenizer_proc.text.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 16
+
+
+class CompletionBody(OpenAIBody, frozen=True, kw_only=True):
+    """The body beside the sampling parameters."""
+
+    prompt: PromptField
+    lora_path: LoraField | list[LoraField | None] | None = None
+    logprobs: int | None = None
+    echo: bool = False
+    add_special_tokens: bool = True
+
+
+async def completions(service: Service, request: web.Request) -> web.StreamResponse:
+    """The route."""
+    fields = await bodies.read(request)
+    body, params = bodies.split(fields, CompletionBody, SPELLINGS_OPENAI)
+    check(body, params)
+    asked = prompts(body.prompt, "prompt", service.config.max_open_requests)
+    named = body.lora_path if isinstance(body.lora_path, list) else [body.lora_path]
+    await access.fetch(service, request, body.model, *named)
+    spread_out = spread(body.lora_path, len(asked), "lora_path")
+    loras = [access.select(service, request, body.model or None, lora) for lora in spread_out]
+    frame = Frame(service, body, "cmpl", "text_completion", "text_completion")
+    tokenizers = [service.frontend.texts_for(lora)[0] for lora in loras]
+    writer = CompletionWriter(frame, tokenizers, body, params, asked)
+    submits = _submits(body, _params(body, params), asked, loras)
+    names = bodies.spelt(fields, SPELLINGS_OPENAI) | {"prompt_logprobs": "logprobs"}
+    call = Call(submits=submits, ids={frame.id: range(len(submits))}, stream=body.stream, names=names)
+    return await answer(service, request, call, writer)
+
+
+def _params(body: CompletionBody, params: SamplingParams) -> SamplingParams:
+    scored = replace(params, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
+    if params.max_tokens != 0:
+        return scored
+    if not body.echo:
+        raise InvalidRequest("max_tokens = 0 makes sense only with echo", param="max_tokens")
+    return replace(scored, max_tokens=1, min_tokens=0)  # the prompt is scored; the one token is not shown
+
+
+def _submits(
+    body: CompletionBody,
+    params: SamplingParams,
+    asked: Sequence[str | TokenIds],
+    loras: Sequence[LoraField | None],
+) -> list[Submit]:
+    return [
+        Submit(
+            id=number,
+            prompt=prompt if isinstance(prompt, str) else [*prompt],
+            params=params,
+            lora=lora,
+            default_max_tokens=DEFAULT_MAX_TOKENS,
+            add_special_tokens=body.add_special_tokens,
+            priority=body.priority,
+        )
+        for number, (prompt, lora) in enumerate(zip(asked, loras, strict=True))
+    ]
+
+
+class CompletionWriter(Writer):
+    """Completions. A choice that echoes waits for its prompt's log-probabilities before its first event."""
+
+    def __init__(
+        self,
+        frame: Frame,
+        tokenizers: Sequence[Tokenizer],
+        body: CompletionBody,
+        params: SamplingParams,
+        asked: Sequence[str | TokenIds],
+    ) -> None:
+        self._frame = frame
+        self._tokenizers = tokenizers
+        self._echo = body.echo
+        self._scores = body.logprobs is not None
+        self._silent = params.max_tokens == 0
+        self._asked = asked
+        self._cursors: dict[int, _Cursor] = {}
+
+    def events(self, batch: Batch, choice: Choice, delta: Delta) -> list[object]:
+        """The new part of `choice`, and of those that waited for the same prompt."""
+        if choice.number not in self._cursors:
+            self._cursors[choice.number] = self._cursor(choice)
+        if self._echo and self._scores and choice.prompt.logprobs is None:
+            return []
+        due = [one for one in self._cursors.values() if one.choice.prompt is choice.prompt and one.has_news]
+        return [self._frame.chunk([self._choice(one)]) for one in due]
+
+    def last_events(self, batch: Batch) -> list[object]:
+        """The usage, where asked for."""
+        return self._frame.usage_chunks(self._usage(batch))
+
+    def whole(self, batch: Batch) -> object:
+        """A text_completion."""
+        cursors = [self._cursor(choice) for choice in batch.choices]
+        return self._frame.whole([self._choice(cursor) for cursor in cursors], self._usage(batch))
+
+    def _cursor(self, choice: Choice) -> _Cursor:
+        return _Cursor(choice, self._tokenizers[choice.item])
+
+    def _usage(self, batch: Batch) -> Usage:
+        usage = batch.usage()
+        return Usage(usage.prompt_tokens, 0, usage.cached_tokens) if self._silent else usage
+
+    def _choice(self, cursor: _Cursor) -> dict[str, object]:
+        """What of a choice was not yet told."""
+        choice, echoes = cursor.choice, self._echo and cursor.deltas == 0
+        text, positions = cursor.take()
+        if self._silent:
+            text, positions = "", []
+        shown = self._shown(choice) if echoes else ""
+        scored = None
+        if self._scores:
+            prompt = choice.prompt
+            echoed = cursor.legacy.prompt(prompt.token_ids, prompt.logprobs, shown) if echoes else empty()
+            scored = joined(echoed, cursor.legacy.generated(positions))
+        return {
+            "index": choice.number,
+            "text": shown + text,
+            "logprobs": scored,
+            "finish_reason": choice.finish_reason,
+        }
+
+    def _shown(self, choice: Choice) -> str:
+        prompt = self._asked[choice.item]
+        if isinstance(prompt, str):
+            return prompt
+        return self._tokenizers[choice.item].decode(prompt, skip_special_tokens=False)
+
+
+class _Cursor:
+    """How much of a choice was told."""
+
+    def __init__(self, choice: Choice, tokenizer: Tokenizer) -> None:
+        self.choice = choice
+        self.legacy = LegacyLogprobs(tokenizer)
+        self.deltas = 0
+        self._text = 0
+        self._positions = 0
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something to tell. A first delta and a last one are, even without text."""
+        choice = self.choice
+        grew = len(choice.text) > self._text or len(choice.logprobs) > self._positions
+        return self.deltas < choice.deltas and (self.deltas == 0 or grew or choice.finish_reason is not None)
+
+    def take(self) -> tuple[str, list[PositionLogprobs]]:
+        """The text and positions since the last time."""
+        text, positions = self.choice.text[self._text :], self.choice.logprobs[self._positions :]
+        self.deltas, self._text, self._positions = self.choice.deltas, len(self.choice.text), len(self.choice.logprobs)
+        return text, positions

@@ -1,0 +1,194 @@
+"""POST /generate, as SGLang's clients speak it: text or ids, one or a list, adapters by `lora_path`."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+
+import msgspec
+from aiohttp import web
+from msgspec.structs import replace
+
+from engine.errors import InvalidRequest
+from engine.messages import AdapterMix, SamplingParams, Submit
+from tokenizer_proc.http.auth import access
+from tokenizer_proc.http.bodies import body as bodies
+from tokenizer_proc.http.bodies.fields import SPELLINGS_NATIVE
+from tokenizer_proc.http.bodies.prompts import PromptField, TokenIds, is_single, prompts, spread
+from tokenizer_proc.http.dialects.sglang import NativeWriter, Scoring
+from tokenizer_proc.http.generation import Call, Service, answer
+
+DEFAULT_MAX_TOKENS = 128
+
+LoraField = str | AdapterMix
+LorasField = LoraField | list[LoraField | None] | None
+ParamFields = dict[str, object]
+
+
+class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
+    """The body. `sampling_params` is read field by field, so that a complaint names its path."""
+
+    text: str | list[str] | None = None
+    input_ids: list[int | list[int]] | None = None
+    sampling_params: ParamFields | list[ParamFields] = {}
+    lora_path: LorasField = None
+    rid: str | list[str] | None = None
+    stream: bool = False
+    return_logprob: bool | list[bool] = False
+    logprob_start_len: int | list[int] = -1
+    top_logprobs_num: int | list[int] = 0
+    return_text_in_logprobs: bool = False
+    add_special_tokens: bool = True
+    priority: int = 0
+
+
+class _Params(msgspec.Struct, frozen=True):
+    """One prompt's share of `sampling_params`."""
+
+    sampling: SamplingParams
+    lora: LoraField | None
+    at: str
+
+
+async def generate(service: Service, request: web.Request) -> web.StreamResponse:
+    """The route."""
+    body = bodies.decode(await bodies.read(request), GenerateBody)
+    field = _prompt_field(body)
+    asked = prompts(field, "input_ids" if body.text is None else "text", service.config.max_open_requests)
+    size = len(asked)
+    rids = _rids(body.rid, size)
+    scoring = _scoring(body, size)
+    params = [_scored(one, score) for one, score in zip(_params(body, size), scoring, strict=True)]
+    await access.fetch(service, request, None, *_loras(body, params))
+    loras = [
+        access.select(service, request, None, _agreed(lora, one))
+        for one, lora in zip(params, spread(body.lora_path, size, "lora_path"), strict=True)
+    ]
+    submits = _submits(body, asked, params, loras)
+    is_list = not is_single(field) or any(one.sampling.n > 1 for one in params)
+    writer = NativeWriter(rids, scoring, is_list, [service.frontend.texts_for(lora)[0] for lora in loras])
+    call = Call(submits=submits, ids=_by_rid(body.rid, rids), stream=body.stream, names=_names(body))
+    return await answer(service, request, call, writer)
+
+
+def _names(body: GenerateBody) -> dict[str, str]:
+    """This dialect's words for what the front end may complain of."""
+    several = [body.sampling_params] if isinstance(body.sampling_params, dict) else body.sampling_params
+    words = {field: name for one in several for field, name in bodies.spelt(one, SPELLINGS_NATIVE).items()}
+    return {field: f"sampling_params.{name}" for field, name in words.items()} | {
+        "prompt": "input_ids" if body.text is None else "text",
+        "logprobs": "top_logprobs_num",
+        "prompt_logprobs": "top_logprobs_num",
+    }
+
+
+def _prompt_field(body: GenerateBody) -> PromptField:
+    if body.text is not None and body.input_ids is not None:
+        raise InvalidRequest("text and input_ids exclude each other", param="input_ids")
+    if body.text is not None:
+        return body.text if isinstance(body.text, str) else [*body.text]
+    if body.input_ids is None:
+        raise InvalidRequest("send text or input_ids", param="text")
+    return [*body.input_ids]
+
+
+def _rids(rid: str | list[str] | None, size: int) -> list[str]:
+    if rid is None:
+        return [uuid.uuid4().hex for _ in range(size)]
+    if isinstance(rid, str):
+        return [rid] if size == 1 else [f"{rid}_{item}" for item in range(size)]
+    return spread(rid, size, "rid")
+
+
+def _by_rid(given: str | list[str] | None, rids: Sequence[str]) -> dict[str, list[int]]:
+    """Which prompts an id means: each its own, and the one id that was given for several all of them."""
+    meant: dict[str, list[int]] = {given: [*range(len(rids))]} if isinstance(given, str) else {}
+    for item, rid in enumerate(rids):
+        if rid != given:
+            meant.setdefault(rid, []).append(item)
+    return meant
+
+
+def _params(body: GenerateBody, size: int) -> list[_Params]:
+    asked = body.sampling_params
+    if isinstance(asked, dict):
+        sampling, loras = _read(asked, "sampling_params.")
+        spread_out = spread(loras, size, "sampling_params.lora_path")
+        return [_Params(sampling, lora, "sampling_params.") for lora in spread_out]
+    if len(asked) != size:
+        raise InvalidRequest(f"sampling_params has {len(asked)} entries for {size} prompts", param="sampling_params")
+    several: list[_Params] = []
+    for item, one in enumerate(asked):
+        at = f"sampling_params[{item}]."
+        sampling, lora = _read(one, at)
+        several.append(_Params(sampling, spread(lora, 1, f"{at}lora_path")[0], at))
+    return several
+
+
+class _Lora(msgspec.Struct, frozen=True):
+    """The one field of `sampling_params` that is no sampling parameter."""
+
+    lora_path: LorasField = None
+
+
+def _read(asked: Mapping[str, object], at: str) -> tuple[SamplingParams, LorasField]:
+    """One dict of sampling parameters, and the adapter it may name too."""
+    present = bodies.present(asked)
+    lora = {name: present.pop(name) for name in ("lora_path",) if name in present}
+    return bodies.params(present, SPELLINGS_NATIVE, at), bodies.decode(lora, _Lora, at).lora_path
+
+
+def _scoring(body: GenerateBody, size: int) -> list[Scoring | None]:
+    wanted = spread(body.return_logprob, size, "return_logprob")
+    starts = spread(body.logprob_start_len, size, "logprob_start_len")
+    tops = spread(body.top_logprobs_num, size, "top_logprobs_num")
+    for start in starts:
+        if start < -1:
+            raise InvalidRequest(
+                f"logprob_start_len = {start}: -1 (none of the prompt) or more", param="logprob_start_len"
+            )
+    with_text = body.return_text_in_logprobs
+    return [
+        Scoring(start, top, with_text) if want else None for want, start, top in zip(wanted, starts, tops, strict=True)
+    ]
+
+
+def _scored(one: _Params, scoring: Scoring | None) -> _Params:
+    if scoring is None:
+        return one
+    prompt = scoring.top if scoring.start >= 0 else None
+    return replace(one, sampling=replace(one.sampling, logprobs=scoring.top, prompt_logprobs=prompt))
+
+
+def _submits(
+    body: GenerateBody,
+    asked: Sequence[str | TokenIds],
+    params: Sequence[_Params],
+    loras: Sequence[LoraField | None],
+) -> list[Submit]:
+    return [
+        Submit(
+            id=item,
+            prompt=prompt if isinstance(prompt, str) else [*prompt],
+            params=one.sampling,
+            lora=lora,
+            default_max_tokens=DEFAULT_MAX_TOKENS,
+            add_special_tokens=body.add_special_tokens,
+            priority=body.priority,
+        )
+        for item, (prompt, one, lora) in enumerate(zip(asked, params, loras, strict=True))
+    ]
+
+
+def _loras(body: GenerateBody, params: Sequence[_Params]) -> list[LoraField | None]:
+    """Everything that names adapters."""
+    own = body.lora_path if isinstance(body.lora_path, list) else [body.lora_path]
+    return [*own, *(one.lora for one in params)]
+
+
+def _agreed(lora: LoraField | None, params: _Params) -> LoraField | None:
+    if lora is not None and params.lora is not None and lora != params.lora:
+        raise InvalidRequest(
+            f"lora_path = {lora!r} and {params.at}lora_path = {params.lora!r} disagree", param="lora_path"
+        )
+    return params.lora if lora is None else lora

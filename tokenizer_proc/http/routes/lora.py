@@ -1,0 +1,158 @@
+"""Loading, unloading and pinning adapters over HTTP, in SGLang's dialect and in vLLM's.
+
+    POST /load_lora_adapter, /unload_lora_adapter           {"success", "error_message", "loaded_adapters"}, 200 or 400
+    POST /pin_lora_adapter, /unpin_lora_adapter             ours, answered alike
+    POST /v1/load_lora_adapter, /v1/unload_lora_adapter     a sentence, or the error object
+
+Knows the bodies and the answers; the front end's lifecycle does the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+
+import msgspec
+from aiohttp import web
+
+from engine.errors import EngineError, InvalidRequest, NotFound
+from engine.messages import AdapterStage
+from tokenizer_proc.adapters.lifecycle import Load
+from tokenizer_proc.http.auth import admin
+from tokenizer_proc.http.bodies import body as bodies
+from tokenizer_proc.http.bodies.fields import IGNORED_BY_ROUTE
+from tokenizer_proc.http.generation import Service, as_json
+from tokenizer_proc.http.middleware import errors
+
+
+class LoadBody(msgspec.Struct, frozen=True, kw_only=True):
+    """SGLang's body; `preload` is ours: answer when the adapter is resident."""
+
+    lora_name: str
+    lora_path: str
+    pinned: bool = False
+    preload: bool = False
+
+
+class NameBody(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter by its name."""
+
+    lora_name: str
+
+
+class V1LoadBody(msgspec.Struct, frozen=True, kw_only=True):
+    """vLLM's body; `preload` is ours."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+    is_3d_lora_weight: bool = False
+    preload: bool = False
+
+
+class V1UnloadBody(msgspec.Struct, frozen=True, kw_only=True):
+    """vLLM's body."""
+
+    lora_name: str
+    lora_int_id: int | None = None
+
+
+async def load(service: Service, request: web.Request) -> web.StreamResponse:
+    """200 when the adapter can be named; with `preload`, when it is resident (or its state, after a minute)."""
+
+    async def work(fields: bodies.Fields) -> AdapterStage | None:
+        body = bodies.decode(fields, LoadBody)
+        ask = Load(name=body.lora_name, path=body.lora_path, pinned=body.pinned, preload=body.preload)
+        entry = await service.frontend.lifecycle.load(ask)
+        return entry.stage if body.preload and entry.stage != "resident" else None
+
+    return await _native(service, request, work)
+
+
+async def unload(service: Service, request: web.Request) -> web.StreamResponse:
+    """200 when its memory is free; after a minute 200 with the state `draining`."""
+
+    async def work(fields: bodies.Fields) -> AdapterStage | None:
+        lifecycle = service.frontend.lifecycle
+        entry = await lifecycle.unload(bodies.decode(fields, NameBody).lora_name)
+        return None if await lifecycle.freed(entry) else entry.stage
+
+    return await _native(service, request, work)
+
+
+async def pin(service: Service, request: web.Request) -> web.StreamResponse:
+    """Keeps an adapter in memory for good."""
+    return await _pinned(service, request, True)
+
+
+async def unpin(service: Service, request: web.Request) -> web.StreamResponse:
+    """Lets an adapter give way to others again."""
+    return await _pinned(service, request, False)
+
+
+async def load_from_tensors(service: Service, request: web.Request) -> web.StreamResponse:
+    """SGLang's; not served."""
+
+    async def work(fields: bodies.Fields) -> AdapterStage | None:
+        raise InvalidRequest(
+            "adapters are not taken as tensors: save the adapter as a directory and name it in /load_lora_adapter",
+            code="not_available",
+        )
+
+    return await _native(service, request, work)
+
+
+async def v1_load(service: Service, request: web.Request) -> web.StreamResponse:
+    """A sentence when the adapter can be named."""
+    admin.admit(service.config, request)
+    body = bodies.decode(await bodies.read(request), V1LoadBody)
+    if body.is_3d_lora_weight:
+        raise InvalidRequest("'is_3d_lora_weight' is not supported here, other than False", param="is_3d_lora_weight")
+    ask = Load(name=body.lora_name, path=body.lora_path, load_inplace=body.load_inplace, preload=body.preload)
+    await service.frontend.lifecycle.load(ask)
+    return web.Response(text=f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+async def v1_unload(service: Service, request: web.Request) -> web.StreamResponse:
+    """A sentence as soon as the name is taken; memory follows when the last request has finished."""
+    admin.admit(service.config, request)
+    body = bodies.decode(await bodies.read(request), V1UnloadBody)
+    if not body.lora_name:
+        raise InvalidRequest("'lora_name' needs to be provided to unload a LoRA adapter.", param="lora_name")
+    await service.frontend.lifecycle.unload(body.lora_name, body.lora_int_id)
+    return web.Response(text=f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+async def _pinned(service: Service, request: web.Request, pinned: bool) -> web.StreamResponse:
+    async def work(fields: bodies.Fields) -> AdapterStage | None:
+        await service.frontend.lifecycle.pin(bodies.decode(fields, NameBody).lora_name, pinned)
+        return None
+
+    return await _native(service, request, work)
+
+
+async def _native(
+    service: Service, request: web.Request, work: Callable[[bodies.Fields], Awaitable[AdapterStage | None]]
+) -> web.StreamResponse:
+    """SGLang's answer around `work`, which returns the adapter's state where that must be told."""
+    admin.admit(service.config, request)
+    ignored = IGNORED_BY_ROUTE.get(request.path, frozenset())
+    try:
+        fields = await bodies.read(request)
+        stage = await work({name: value for name, value in fields.items() if name not in ignored})
+    except EngineError as error:
+        return _failure(service, error)
+    told = {} if stage is None else {"state": stage}
+    return as_json({"success": True, "error_message": "", "loaded_adapters": _loaded(service)} | told)
+
+
+def _failure(service: Service, error: EngineError) -> web.Response:
+    """400 for whatever is the client's fault, in both shapes."""
+    shown = {"success": False, "error_message": error.message, "loaded_adapters": _loaded(service)}
+    answer = errors.response(error, status=HTTPStatus.BAD_REQUEST if isinstance(error, NotFound) else None)
+    answer.body = msgspec.json.encode(shown | errors.body(error))
+    return answer
+
+
+def _loaded(service: Service) -> dict[str, str]:
+    return service.frontend.adapters.paths()

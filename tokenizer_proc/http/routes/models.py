@@ -1,0 +1,95 @@
+"""GET /v1/models and /v1/models/{id}: the base under each of its names, then the adapters."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from engine.errors import NotFound
+from engine.messages import AdapterCard
+from tokenizer_proc.http.auth import access
+from tokenizer_proc.http.generation import Service, as_json, holder
+
+OWNER = "chorus"
+
+
+async def list_models(service: Service, request: web.Request) -> web.StreamResponse:
+    """Base cards first, adapters in the order they came."""
+    adapters = service.frontend.adapters
+    cards = [_base_card(service, name) for name in adapters.base_names]
+    cards += [_adapter_card(service, card) for card in access.seen(request, adapters.cards())]
+    return as_json({"object": "list", "data": cards})
+
+
+async def retrieve_model(service: Service, request: web.Request) -> web.StreamResponse:
+    """One card; the id may hold slashes and colons. Raises NotFound."""
+    name = request.match_info["id"]
+    adapters = service.frontend.adapters
+    if name in adapters.base_names:
+        return as_json(_base_card(service, name))
+    for known in (name, *(name.removeprefix(f"{base}:") for base in adapters.base_names)):
+        card = adapters.card(known)
+        if card is not None and holder(request).may_use(known):
+            return as_json(_adapter_card(service, card))
+    raise NotFound(f"the model '{name}' does not exist", param="model", code="model_not_found")
+
+
+def _card(name: str, created: int, root: str, parent: str | None, max_length: int | None) -> dict[str, object]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": OWNER,
+        "root": root,
+        "parent": parent,
+        "max_model_len": max_length,
+        "permission": [_permission(name, created)],
+    }
+
+
+def _permission(name: str, created: int) -> dict[str, object]:
+    """OpenAI's old shape, which some clients still read."""
+    return {
+        "id": f"modelperm-{name}",
+        "object": "model_permission",
+        "created": created,
+        "allow_create_engine": False,
+        "allow_sampling": True,
+        "allow_logprobs": True,
+        "allow_search_indices": False,
+        "allow_view": True,
+        "allow_fine_tuning": False,
+        "organization": "*",
+        "group": None,
+        "is_blocking": False,
+    }
+
+
+def _max_length(service: Service) -> int | None:
+    return service.frontend.max_length or None
+
+
+def _vocab_size(service: Service) -> int | None:
+    capacity = service.frontend.capacity
+    return None if capacity is None else capacity.vocab_size
+
+
+def _base_card(service: Service, name: str) -> dict[str, object]:
+    return _card(name, service.started, service.config.model_path, None, _max_length(service))
+
+
+def _adapter_card(service: Service, card: AdapterCard) -> dict[str, object]:
+    created = card.created or service.started
+    return _card(card.name, created, card.root, card.parent, _max_length(service)) | {
+        "revision": card.revision,
+        "lora_rank": card.lora_rank,
+        "state": card.state,
+        "pinned": card.pinned,
+        "adapter_id": card.adapter_id,
+        "lora_int_id": card.adapter_id,
+        "target_modules": card.target_modules,
+        "bytes": card.bytes,
+        "running": card.running,
+        "vocab_size": card.vocab_size or _vocab_size(service),
+        "brings": card.brings,
+        "alora_invocation_tokens": card.invocation or None,
+    }

@@ -1,0 +1,75 @@
+"""The operator's routes: health, readiness, metrics, facts, and aborting calls by id."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import msgspec
+from aiohttp import web
+
+from engine.errors import InvalidRequest
+from tokenizer_proc.http.bodies import body as bodies
+from tokenizer_proc.http.generation import Service, as_json
+
+
+class AbortBody(msgspec.Struct, frozen=True, kw_only=True):
+    """One id (a /generate rid or the id of an OpenAI answer), several, or all."""
+
+    rid: str | list[str] | None = None
+    abort_all: bool = False
+
+
+async def health(service: Service, request: web.Request) -> web.StreamResponse:
+    """200 while this process answers and what was asked of it goes on, else 503."""
+    if not service.frontend.is_stuck:
+        return as_json({"status": "ok"})
+    answer = as_json({"status": "stuck"})
+    answer.set_status(503)
+    return answer
+
+
+async def ready(service: Service, request: web.Request) -> web.StreamResponse:
+    """200 when requests can be served, else 503."""
+    if service.frontend.is_ready:
+        return as_json({"status": "ready"})
+    answer = as_json({"status": "starting"})
+    answer.set_status(503)
+    return answer
+
+
+async def metrics(service: Service, request: web.Request) -> web.StreamResponse:
+    """Prometheus text."""
+    metrics = service.frontend.metrics
+    return web.Response(body=metrics.render(), headers={"Content-Type": metrics.content_type})
+
+
+async def server_info(service: Service, request: web.Request) -> web.StreamResponse:
+    """Plain facts on what is served and how. Who waits for long is told with the ids that /abort_request takes."""
+    facts, names = service.frontend.info(), service.open.names()
+    for waiting in facts.get("long_waiting", ()):
+        waiting["ids"] = names.get(waiting["request_id"], [])
+    return as_json(facts)
+
+
+async def version(service: Service, request: web.Request) -> web.StreamResponse:
+    """The version of the distribution."""
+    return as_json({"version": installed_version()})
+
+
+async def abort_request(service: Service, request: web.Request) -> web.StreamResponse:
+    """Ends calls with finish reason abort. An id that is not running is no error: it may just have finished."""
+    body = bodies.decode(await bodies.read(request), AbortBody)
+    if body.rid is None and not body.abort_all:
+        raise InvalidRequest("send rid, or abort_all = true", param="rid")
+    if body.abort_all:
+        return as_json({"aborted": service.open.abort(None)})
+    rids = [body.rid] if isinstance(body.rid, str) else body.rid or []
+    return as_json({"aborted": sum(service.open.abort(rid) for rid in rids)})
+
+
+def installed_version() -> str:
+    """Of the distribution, or 0 where the packages run without being installed."""
+    try:
+        return importlib.metadata.version("chorus-engine")
+    except importlib.metadata.PackageNotFoundError:
+        return "0"

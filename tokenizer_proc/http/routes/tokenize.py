@@ -1,0 +1,96 @@
+"""POST /tokenize and /detokenize: the model's own reading of text, without generating."""
+
+from __future__ import annotations
+
+import msgspec
+from aiohttp import web
+
+from engine.errors import InvalidRequest
+from tokenizer_proc.http.auth import access
+from tokenizer_proc.http.bodies import body as bodies
+from tokenizer_proc.http.bodies.messages import TemplateKwargs, Turn, chat_messages
+from tokenizer_proc.http.dialects.openai import LoraField
+from tokenizer_proc.http.generation import Service, as_json
+from tokenizer_proc.text.templates.chat_template import Chat
+from tokenizer_proc.text.tokenizer import Tokenizer
+
+_TAKEN = ("self", "messages", "add_generation_prompt", "continue_final_message")
+
+
+class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
+    """One of `prompt`, `text` and `messages`. A chat template writes its own special tokens, so they default to off."""
+
+    model: str | None = None
+    lora_path: LoraField | None = None
+    prompt: str | None = None
+    text: str | None = None
+    messages: list[Turn] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: TemplateKwargs = {}
+
+
+class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
+    """Token ids to be read."""
+
+    tokens: list[int]
+    model: str | None = None
+    lora_path: LoraField | None = None
+    skip_special_tokens: bool = False
+
+
+async def tokenize(service: Service, request: web.Request) -> web.StreamResponse:
+    """{tokens, count, max_model_len}."""
+    body = bodies.decode(await bodies.read(request), TokenizeBody)
+    tokenizer, template = await _texts(service, request, body)
+    text = await _text(body, template)
+    special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
+    ids = await tokenizer.encode_text(text, special)
+    return as_json({"tokens": ids, "count": len(ids), "max_model_len": service.frontend.max_length or None})
+
+
+async def detokenize(service: Service, request: web.Request) -> web.StreamResponse:
+    """The text, as `prompt` (vLLM's name) and `text` (SGLang's)."""
+    body = bodies.decode(await bodies.read(request), DetokenizeBody)
+    tokenizer, _ = await _texts(service, request, body)
+    _check(body.tokens, tokenizer.vocab_size)
+    text = await tokenizer.decode_ids(body.tokens, skip_special_tokens=body.skip_special_tokens)
+    return as_json({"prompt": text, "text": text})
+
+
+def _check(tokens: list[int], vocab_size: int) -> None:
+    if not tokens or 0 <= min(tokens) <= max(tokens) < vocab_size:
+        return
+    place = next(place for place, token in enumerate(tokens) if not 0 <= token < vocab_size)
+    raise InvalidRequest(
+        f"tokens[{place}] = {tokens[place]} is outside the vocabulary of {vocab_size} tokens", param=f"tokens[{place}]"
+    )
+
+
+async def _texts(service: Service, request: web.Request, body: TokenizeBody | DetokenizeBody) -> tuple[Tokenizer, Chat]:
+    await access.fetch(service, request, body.model, body.lora_path)
+    return service.frontend.texts_for(access.select(service, request, body.model or None, body.lora_path))
+
+
+async def _text(body: TokenizeBody, template: Chat) -> str:
+    given = [name for name in ("prompt", "text", "messages") if getattr(body, name) is not None]
+    if len(given) != 1:
+        raise InvalidRequest("send exactly one of prompt, text and messages", param=given[1] if given else "prompt")
+    if body.messages is None:
+        return body.prompt if body.prompt is not None else body.text or ""
+    return await template.prompt(
+        chat_messages(body.messages),
+        add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+        continue_final_message=body.continue_final_message,
+        **_kwargs(body),
+    )
+
+
+def _kwargs(body: TokenizeBody) -> TemplateKwargs:
+    for name in _TAKEN:
+        if name in body.chat_template_kwargs:
+            raise InvalidRequest(
+                f"`{name}` is a field of its own, not one of chat_template_kwargs", param="chat_template_kwargs"
+            )
+    return body.chat_template_kwargs

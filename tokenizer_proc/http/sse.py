@@ -1,0 +1,59 @@
+"""Server-sent events: one write for each batch of events, one error event at most, then the end. Knows no dialect."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
+
+import msgspec
+from aiohttp import web
+
+from engine.errors import EngineError
+from tokenizer_proc.http.middleware import errors
+from tokenizer_proc.http.middleware.access_log import RECORD
+from tokenizer_proc.http.middleware.backpressure import OUTLET, Outlet, SlowReader
+
+_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # proxies must pass every event on at once
+}
+_DONE = b"data: [DONE]\n\n"
+
+
+def frame(event: object) -> bytes:
+    """One event."""
+    return b"data: " + msgspec.json.encode(event) + b"\n\n"
+
+
+async def respond(request: web.Request, batches: AsyncGenerator[Sequence[object], None]) -> web.StreamResponse:
+    """Sends every batch of events with one write, then [DONE]; after an error its event is the last.
+
+    A client that is gone ends it quietly, one that does not read is cut off; `batches` is closed before this returns,
+    whatever happens.
+    """
+    answer, outlet = web.StreamResponse(headers=_HEADERS), request[OUTLET]
+    async with contextlib.aclosing(batches):
+        try:
+            await answer.prepare(request)
+            await outlet.write(answer, await _send(answer, outlet, batches))
+        except SlowReader as error:
+            outlet.cut(request, error)
+        except ConnectionResetError:
+            request[RECORD].facts["end"] = "gone"
+    return answer
+
+
+async def _send(answer: web.StreamResponse, outlet: Outlet, batches: AsyncGenerator[Sequence[object], None]) -> bytes:
+    """Sends the events and returns the last bytes."""
+    try:
+        async for events in batches:
+            if events:
+                await outlet.write(answer, b"".join(map(frame, events)))
+    except (SlowReader, ConnectionResetError):
+        raise
+    except Exception as error:
+        told = error if isinstance(error, EngineError) else errors.internal(error)
+        answer[errors.CAUSE] = told
+        return frame(errors.body(told))
+    return _DONE

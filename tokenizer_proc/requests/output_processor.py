@@ -1,0 +1,125 @@
+"""One of the n answers of a request: updates of token ids in, deltas of text out. No sockets, no clock.
+
+Update(index, tokens) -> duplicates dropped -> detokenizer -> stop strings -> Delta(text, token_ids, ...)
+                         a gap is a fault
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.errors import InternalError
+from engine.messages import (
+    Delta,
+    FinishReason,
+    LogprobIds,
+    PositionLogprobs,
+    TokenLogprob,
+    Update,
+    Usage,
+)
+from tokenizer_proc.requests.validation import TextOptions
+from tokenizer_proc.text.detokenize import Detokenizer
+from tokenizer_proc.text.stops import StopFinder
+from tokenizer_proc.text.tokenizer import Tokenizer
+
+
+class Choice:
+    """Choice `index` of submit `submit_id`. `finish` is set by the delta that ends it."""
+
+    def __init__(
+        self,
+        submit_id: int,
+        index: int,
+        prompt: list[int],
+        options: TextOptions,
+        tokenizer: Tokenizer,
+        scores_prompt: bool = False,
+    ) -> None:
+        self._submit_id = submit_id
+        self._index = index
+        self._prompt = prompt
+        self._options = options
+        self._tokenizer = tokenizer
+        self._scores_prompt = scores_prompt
+        self._detokenizer = Detokenizer(tokenizer, prompt, options.skip_special_tokens)
+        self._stops = StopFinder(options.stop, options.include_stop)
+        self._prompt_scores: list[LogprobIds] = []
+        self._cached = 0
+        self._told = False
+        self.generated: list[int] = []
+        self.finish: FinishReason | None = None
+
+    @property
+    def matched_stop(self) -> bool:
+        """Whether a stop string ended it: the scheduler may not know yet."""
+        return self._stops.matched is not None
+
+    def take(self, update: Update) -> Delta | None:
+        """What an update brings; None when there is nothing new to tell. Raises InternalError for a gap."""
+        assert self.finish is None, "a finished choice takes nothing more"
+        skip = len(self.generated) - update.index
+        if skip < 0:
+            raise InternalError(f"tokens {len(self.generated)} to {update.index} of a request were lost")
+        self._cached = max(self._cached, update.cached_tokens)
+        if update.prompt_logprobs and not self._told:
+            self._prompt_scores.extend(update.prompt_logprobs)
+        ended_by = update.matched if update.finish == "stop" else None
+        tokens, text = self._read(update.tokens[skip:], ended_by)
+        self.finish, matched = update.finish, ended_by
+        if self.finish is not None and not self.matched_stop:
+            text += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+        found: str | int | None = matched
+        if self._stops.matched is not None:
+            self.finish, found = "stop", self._stops.matched
+        if not tokens and self.finish is None:
+            return None
+        scores = update.logprobs[skip : skip + len(tokens)] if update.logprobs is not None else []
+        return self._delta(text, tokens, found, scores)
+
+    def abort(self) -> Delta:
+        """The delta that ends it before its time."""
+        self.finish = "abort"
+        return self._delta(self._stops.push(self._detokenizer.flush()) + self._stops.flush(), [], None, [])
+
+    def _read(self, tokens: Sequence[int], ended_by: int | None) -> tuple[list[int], str]:
+        """Text of new tokens, up to the one that completes a stop string. The text of an end token is left out."""
+        text = ""
+        for place, token in enumerate(tokens):
+            number = len(self.generated)
+            self.generated.append(token)
+            if ended_by is not None and place == len(tokens) - 1 and not self._options.include_stop:
+                continue
+            new = self._detokenizer.push((token,))
+            text += self._stops.push(new) if number >= self._options.min_tokens else new
+            if self.matched_stop:
+                return list(tokens[: place + 1]), text
+        return list(tokens), text
+
+    def _delta(self, text: str, tokens: list[int], matched: str | int | None, scores: Sequence[LogprobIds]) -> Delta:
+        is_first, self._told = not self._told, True
+        usage = Usage(len(self._prompt), len(self.generated), self._cached) if self.finish is not None else None
+        return Delta(
+            id=self._submit_id,
+            index=self._index,
+            text=text,
+            token_ids=tokens,
+            finish_reason=self.finish,
+            matched=matched,
+            usage=usage,
+            logprobs=[self._position(each) for each in scores] if self._options.has_logprobs else None,
+            prompt_logprobs=self._scored_prompt() if is_first and self._scores_prompt else None,
+            prompt_token_ids=self._prompt if is_first and self._index == 0 else None,
+        )
+
+    def _scored_prompt(self) -> list[PositionLogprobs | None]:
+        return [None, *(self._position(each) for each in self._prompt_scores)]
+
+    def _position(self, ids: LogprobIds) -> PositionLogprobs:
+        return PositionLogprobs(
+            self._token(ids.token_id, ids.logprob), [self._token(token_id, value) for token_id, value in ids.top]
+        )
+
+    def _token(self, token_id: int, logprob: float) -> TokenLogprob:
+        exact = self._tokenizer.token_bytes(token_id)
+        return TokenLogprob(token_id, logprob, exact.decode("utf-8", "replace"), list(exact))

@@ -1,0 +1,223 @@
+"""One submit from entering to leaving: its choices, the queue its reader waits on, and one place that releases all.
+
+async with stream:             prepared (refusals are raised here), held, sent
+    async for delta in stream: ... of all choices, interleaved; the last of each has a finish reason
+                               left early, cancelled or failed: what has not finished is aborted
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from engine.errors import AdapterError, EngineError, InternalError, TimedOut
+from engine.messages import Delta, Submit, Update
+from tokenizer_proc.adapters.selection import Voice
+from tokenizer_proc.requests.output_processor import Choice
+from tokenizer_proc.requests.validation import Plan
+from tokenizer_proc.telemetry.metrics import Metrics
+from tokenizer_proc.text.tokenizer import Tokenizer
+from tokenizer_proc.upstream.router import Router
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """A submit past the gate."""
+
+    prompt_ids: list[int]
+    plan: Plan
+    voice: Voice
+    tokenizer: Tokenizer
+
+
+class _Running:
+    """A choice, its request id, and when it last brought a token."""
+
+    def __init__(self, choice: Choice) -> None:
+        self.choice = choice
+        self.request_id = 0
+        self.last: float | None = None
+
+
+class Stream:
+    """Made by Frontend.open. `prompt_ids` are known after entering."""
+
+    def __init__(
+        self,
+        submit: Submit,
+        prepare: Callable[[Submit], Awaitable[Prepared]],
+        router: Router,
+        metrics: Metrics,
+        timeout: float | None = None,
+    ) -> None:
+        self.prompt_ids: list[int] = []
+        self._submit = submit
+        self._prepare = prepare
+        self._router = router
+        self._metrics = metrics
+        self._voice = Voice()
+        self._queue: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
+        self._running: list[_Running] = []
+        self._unread = 0  # choices whose last delta was not read yet
+        self._arrived = time.monotonic()
+        self._cancelled = False
+        self._timeout = timeout
+        self._release = contextlib.ExitStack()
+
+    async def __aenter__(self) -> Stream:
+        try:
+            self._release.enter_context(self._router.reserved(1))
+            prepared = await self._prepare(self._submit)
+            self._release.enter_context(self._router.reserved(prepared.plan.n - 1))
+            self._release.enter_context(self._router.queued(len(prepared.prompt_ids) * prepared.plan.n))
+            self._release.enter_context(prepared.voice.held(prepared.plan.n))
+            self._start(prepared)
+            if self._timeout is not None:
+                late = asyncio.get_running_loop().call_later(self._timeout, self._expire)
+                self._release.callback(late.cancel)
+        except BaseException as error:
+            self._close()
+            if isinstance(error, EngineError):
+                self._metrics.failed(error.kind)
+            raise
+        if self._cancelled:
+            self.cancel()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._close()
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    @property
+    def request_ids(self) -> list[int]:
+        """Of its choices, for the scheduler."""
+        return [running.request_id for running in self._running]
+
+    async def __anext__(self) -> Delta:
+        if not self._unread:
+            raise StopAsyncIteration
+        item = await self._queue.get()
+        if isinstance(item, EngineError):
+            self._unread = 0
+            raise item
+        if item.finish_reason is not None:
+            self._unread -= 1
+        return item
+
+    def cancel(self) -> None:
+        """Ends what has not finished, with finish reason abort; also before or while it is entered."""
+        self._cancelled = True
+        for running in self._running:
+            if running.choice.finish is None:
+                self._router.stop(running.request_id, abort=True)
+                self._tell(running.choice.abort())
+
+    def _start(self, prepared: Prepared) -> None:
+        plan, self.prompt_ids, self._voice = prepared.plan, prepared.prompt_ids, prepared.voice
+        for index in range(plan.n):
+            sampling = plan.sampling_of(index)
+            running = _Running(
+                Choice(
+                    self._submit.id,
+                    index,
+                    self.prompt_ids,
+                    plan.text,
+                    prepared.tokenizer,
+                    scores_prompt=sampling.prompt_logprobs >= 0,
+                )
+            )
+            running.request_id = self._router.start(
+                functools.partial(self._receive, running),
+                running.choice.generated,
+                prompt=self.prompt_ids,
+                lora=self._voice.lora,
+                sampling=sampling,
+                stopping=plan.stopping,
+                priority=self._submit.priority,
+                salt=self._submit.tenant,
+            )
+            self._running.append(running)
+            self._unread += 1
+            self._metrics.began(self._voice.names, len(self.prompt_ids))
+
+    def _close(self) -> None:
+        try:
+            for running in self._running:
+                self._router.stop(running.request_id, abort=running.choice.finish is None)
+        finally:
+            self._release.close()
+
+    def _receive(self, running: _Running, news: Update | EngineError) -> None:
+        """News of one choice, called by the router."""
+        if isinstance(news, EngineError):
+            self._fail(news)
+            return
+        if news.error is not None:
+            self._router.stop(running.request_id, abort=False)
+            self._fail(self._refusal(news.error, news.code))
+            return
+        try:
+            delta = running.choice.take(news)
+        except InternalError as error:
+            self._fail(error)
+            return
+        if delta is None:
+            return
+        self._measure(running, len(delta.token_ids))
+        if delta.finish_reason is not None:
+            self._router.stop(running.request_id, abort=news.finish is None)
+        self._tell(delta)
+
+    def _refusal(self, reason: str, code: str | None) -> EngineError:
+        """The scheduler gives up a request for its adapters' sake; past the gate any other reason is our fault."""
+        if code is not None:
+            return InternalError(reason, code=code)
+        names = " + ".join(f"`{name}`" for name in self._voice.names)
+        return AdapterError(f"adapter {names}: {reason}", param="lora_path") if names else InternalError(reason)
+
+    def _measure(self, running: _Running, tokens: int) -> None:
+        if not tokens:
+            return
+        now = time.monotonic()
+        if running.last is None:
+            self._metrics.first_token(now - self._arrived)
+        else:
+            self._metrics.next_token((now - running.last) / tokens)
+        running.last = now
+        self._metrics.generated(self._voice.names, tokens)
+
+    def _tell(self, delta: Delta) -> None:
+        if delta.finish_reason is not None:
+            self._metrics.finished(delta.finish_reason, time.monotonic() - self._arrived)
+        self._queue.put_nowait(delta)
+
+    def _expire(self) -> None:
+        """Its time is up: what has not finished never will."""
+        late = [running for running in self._running if running.choice.finish is None]
+        if late:
+            bound = f"the request was not done after {self._timeout:g} seconds (--request-timeout), and is ended"
+            self._fail(TimedOut(f"{bound}. {self._progress(late)}"))
+
+    def _progress(self, late: list[_Running]) -> str:
+        """How far it came, and what those who have not finished wait for, as far as that is known."""
+        tokens = sum(len(running.choice.generated) for running in self._running)
+        told = f"{tokens or 'No'} {'tokens' if tokens > 1 else 'token'} had been generated"
+        waits = [wait for running in late if (wait := self._router.wait(running.request_id)) is not None]
+        if not waits:
+            return told
+        wait = max(waits, key=lambda wait: wait.seconds or 0.0)
+        since = "" if wait.seconds is None else f", after {wait.seconds:.1f} s in the queue,"
+        return f"{told}. It still waited{since} for {self._router.waits.want(wait.reason)}"
+
+    def _fail(self, error: EngineError) -> None:
+        """The whole submit ends with `error`; its other choices are aborted."""
+        for running in self._running:
+            self._router.stop(running.request_id, abort=True)
+        self._metrics.failed(error.kind)
+        self._queue.put_nowait(error)

@@ -1,0 +1,201 @@
+"""The gate: what a client asked, checked field by field, becomes what the scheduler, the sampler and the text need.
+
+Past it nothing is checked again. Every refusal names the field. Knows nothing of adapters, prompts' text or streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from engine.errors import InvalidRequest
+from engine.messages import Sampling, SamplingParams, Stopping
+from tokenizer_proc.text.generation_config import Defaults
+
+MAX_N = 128
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1024
+MAX_LOGPROBS = 20
+MAX_BIAS = 100.0
+MAX_TEMPERATURE = 1000.0  # far beyond it everything is equally likely, and float32 ends
+MAX_PENALTY = 1000.0  # of repetition, which multiplies; and its inverse is the smallest
+PRIORITIES = 1 << 31
+SEEDS = 1 << 63
+
+
+class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What the detokenizer must know. `stop` strings are honoured after `min_tokens` tokens."""
+
+    stop: list[str] = []
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+    include_stop: bool = False
+    has_logprobs: bool = False
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """A request past the gate; choice i of n samples with seed + i."""
+
+    n: int
+    sampling: Sampling
+    stopping: Stopping
+    text: TextOptions
+
+    def sampling_of(self, choice: int) -> Sampling:
+        """The sampling of one choice; prompt log-probabilities are computed once, for the first."""
+        return msgspec.structs.replace(
+            self.sampling,
+            seed=(self.sampling.seed + choice) % SEEDS,
+            prompt_logprobs=self.sampling.prompt_logprobs if choice == 0 else -1,
+        )
+
+
+def plan(
+    params: SamplingParams,
+    *,
+    defaults: Defaults,
+    seed: int,
+    prompt: Sequence[int],
+    max_length: int,
+    vocab_size: int,
+    default_max_tokens: int | None,
+    adapter: str | None = None,
+) -> Plan:
+    """Checks `params` for a prompt of token ids; `seed` serves where the client gives none.
+
+    `vocab_size` is that of `adapter`, where it has a vocabulary of its own.
+
+    Raises InvalidRequest that names the field.
+    """
+    tokens = f"{vocab_size} tokens" if adapter is None else f"{vocab_size} tokens of adapter `{adapter}`"
+    _check_prompt(prompt, max_length, vocab_size, tokens)
+    _check_ranges(params)
+    _check_ids(params, vocab_size, tokens)
+    _check_stops(params.stop)
+    max_tokens = _max_tokens(params.max_tokens, default_max_tokens, len(prompt), max_length)
+    _within("min_tokens", params.min_tokens, 0, max_tokens)
+    end_ids = _end_ids(params, defaults, vocab_size)
+    return Plan(
+        n=params.n,
+        sampling=_sampling(params, defaults, seed, end_ids, vocab_size),
+        stopping=Stopping(max_tokens, params.min_tokens, end_ids),
+        text=TextOptions(
+            stop=params.stop,
+            min_tokens=params.min_tokens,
+            skip_special_tokens=params.skip_special_tokens,
+            include_stop=params.include_stop_str_in_output,
+            has_logprobs=params.logprobs is not None,
+        ),
+    )
+
+
+def check_priority(priority: int, has_meaning: bool) -> None:
+    """Raises InvalidRequest for a number that no message could carry, or one that would change nothing."""
+    _within("priority", priority, -PRIORITIES, PRIORITIES - 1)
+    if priority and not has_meaning:
+        raise InvalidRequest(
+            "requests have priorities only with --schedule-policy priority: leave `priority` out, or at 0",
+            param="priority",
+        )
+
+
+def _check_prompt(prompt: Sequence[int], max_length: int, vocab_size: int, tokens: str) -> None:
+    if not prompt:
+        raise InvalidRequest("the prompt is empty: give at least one token", param="prompt")
+    if len(prompt) >= max_length:
+        raise InvalidRequest(
+            f"the prompt has {len(prompt)} tokens; this model's context is {max_length} tokens, "
+            "and at least one must be left for the answer",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        bad = next(token for token in prompt if not 0 <= token < vocab_size)
+        raise InvalidRequest(f"token id {bad} is not in the vocabulary of {tokens}", param="prompt")
+
+
+def _max_tokens(asked: int | None, default: int | None, prompt: int, max_length: int) -> int:
+    room = max_length - prompt
+    if asked is None:
+        return room if default is None else max(1, min(default, room))
+    if asked < 1:
+        raise InvalidRequest(f"max_tokens must be at least 1, got {asked}", param="max_tokens")
+    if asked > room:
+        raise InvalidRequest(
+            f"this model's context is {max_length} tokens; {prompt} of the prompt and {asked} of the answer make "
+            f"{prompt + asked}: shorten the prompt or ask for at most {room} tokens",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    return asked
+
+
+def _within(name: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not low <= value <= high:  # also refuses NaN
+        raise InvalidRequest(f"{name} must be from {low} to {high}, got {value}", param=name)
+
+
+def _check_ranges(params: SamplingParams) -> None:
+    _within("n", params.n, 1, MAX_N)
+    _within("presence_penalty", params.presence_penalty, -2, 2)
+    _within("frequency_penalty", params.frequency_penalty, -2, 2)
+    _within("repetition_penalty", params.repetition_penalty, 1 / MAX_PENALTY, MAX_PENALTY)
+    _within("temperature", params.temperature, 0, MAX_TEMPERATURE)
+    _within("min_p", params.min_p, 0, 1)
+    _within("logprobs", params.logprobs, 0, MAX_LOGPROBS)
+    _within("prompt_logprobs", params.prompt_logprobs, 0, MAX_LOGPROBS)
+    _within("seed", params.seed, -SEEDS, SEEDS * 2 - 1)
+    _check_filters(params)
+
+
+def _check_filters(params: SamplingParams) -> None:
+    """The ranges that are open at one end."""
+    if params.top_p is not None and not 0 < params.top_p <= 1:
+        raise InvalidRequest(f"top_p must be above 0 and at most 1, got {params.top_p}", param="top_p")
+    if params.top_k is not None and params.top_k < -1:
+        raise InvalidRequest(f"top_k must be at least 1, or 0 or -1 for off, got {params.top_k}", param="top_k")
+
+
+def _check_ids(params: SamplingParams, vocab_size: int, tokens: str) -> None:
+    for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise InvalidRequest(f"{name}: token id {token} is not in the vocabulary of {tokens}", param=name)
+    for bias in params.logit_bias.values():
+        _within("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
+
+
+def _check_stops(stops: Sequence[str]) -> None:
+    if len(stops) > MAX_STOPS:
+        raise InvalidRequest(f"stop takes at most {MAX_STOPS} strings, got {len(stops)}", param="stop")
+    for stop in stops:
+        if not 0 < len(stop) <= MAX_STOP_CHARACTERS:
+            raise InvalidRequest(f"a stop string has 1 to {MAX_STOP_CHARACTERS} characters", param="stop")
+
+
+def _end_ids(params: SamplingParams, defaults: Defaults, vocab_size: int) -> list[int]:
+    own = [] if params.ignore_eos else [token for token in defaults.end_ids if 0 <= token < vocab_size]
+    return list(dict.fromkeys(own + params.stop_token_ids))
+
+
+def _sampling(params: SamplingParams, defaults: Defaults, seed: int, end_ids: list[int], vocab_size: int) -> Sampling:
+    return Sampling(
+        temperature=_or(params.temperature, defaults.temperature),
+        top_k=min(max(0, int(_or(params.top_k, defaults.top_k))), vocab_size),  # more than all is all
+        top_p=_or(params.top_p, defaults.top_p),
+        min_p=_or(params.min_p, defaults.min_p),
+        repetition_penalty=_or(params.repetition_penalty, defaults.repetition_penalty),
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        seed=(seed if params.seed is None else params.seed) % SEEDS,
+        min_tokens=params.min_tokens,
+        end_ids=end_ids,
+        logit_bias=sorted(params.logit_bias.items()),
+        logprobs=-1 if params.logprobs is None else params.logprobs,
+        prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
+    )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

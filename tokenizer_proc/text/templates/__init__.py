@@ -1,0 +1,1 @@
+"""Chat templates: the model's own, and those of adapters in a process of their own."""

@@ -1,0 +1,190 @@
+"""Chat templates that adapters bring: rendered in a process of their own, which is ended when it takes too much.
+
+    prompt() -- one job of a template at a time, one job of all --> renderer --> text
+                                                                   killed: InvalidRequest, and a new one for the next
+
+Templates take turns, so that one of them can hold up another for one job at most. The model's own template never comes
+here. Knows nothing of adapters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from engine.errors import InternalError, InvalidRequest
+from engine.ipc import UNREADABLE
+from engine.messages import ChatMessage
+from tokenizer_proc.text.templates.chat_template import Chat, Value, check_messages
+from tokenizer_proc.text.templates.renderer import CPU_SECONDS, LENGTH, MAX_FRAME, MEMORY_BYTES, Job, Reply
+
+START_SECONDS = 60.0
+WALL_SECONDS = 30.0
+"""Behind CPU_SECONDS: for what waits instead of computing, and for a machine that is busy elsewhere."""
+
+TOO_MUCH = (
+    f"the adapter's chat template was stopped: it may take {CPU_SECONDS} seconds of computing and"
+    f" {MEMORY_BYTES >> 20} MiB of memory"
+)
+
+
+KEPT_VARIABLES = frozenset({"PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL"})
+
+
+class _Gone(Exception):
+    """The process ended, or did not answer in time."""
+
+
+class Sandbox:
+    """One renderer process, started when it is first needed. `close` ends it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._turn = asyncio.Lock()
+        self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="chat templates")
+
+    async def render(self, job: Job) -> str:
+        """The text. Raises InvalidRequest with the template's own words, or because it takes too much."""
+        async with self._turn:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self.do, job)
+
+    def do(self, job: Job) -> str:
+        """The same for a thread."""
+        frame = msgspec.msgpack.encode(job)
+        if len(frame) > MAX_FRAME:
+            raise InvalidRequest(f"the messages are more than {MAX_FRAME >> 20} MiB", param="messages")
+        with self._lock:
+            reply = self._exchange(frame)
+        if reply.text is None:
+            raise InvalidRequest(reply.refused, param=reply.param)
+        return reply.text
+
+    def close(self) -> None:
+        """Ends the process; there may be another one after it."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
+
+    def _exchange(self, frame: bytes) -> Reply:
+        process = self._started()
+        deadline = time.monotonic() + WALL_SECONDS
+        try:
+            _write(process, LENGTH.pack(len(frame)) + frame, deadline)
+            reply = msgspec.msgpack.decode(_read(process, deadline), type=Reply)
+        except _Gone as error:
+            self.close()
+            raise InvalidRequest(TOO_MUCH, param="messages", code="chat_template_stopped") from error
+        except UNREADABLE as error:
+            self.close()
+            raise InternalError(f"the process of chat templates made no sense ({error})") from error
+        if reply.last:
+            self.close()
+        return reply
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        self.close()
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "tokenizer_proc.text.templates.renderer"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={name: value for name, value in os.environ.items() if name in KEPT_VARIABLES} | {"PYTHONSAFEPATH": "1"},
+        )
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            os.set_blocking(pipe.fileno(), False)
+        try:
+            _read(self._process, time.monotonic() + START_SECONDS)
+        except _Gone as error:
+            self.close()
+            raise InternalError("the process of chat templates does not start") from error
+        return self._process
+
+
+class SandboxedTemplate(Chat):
+    """A template of an adapter. Raises InvalidRequest when it cannot be compiled."""
+
+    source: str
+
+    def __init__(self, sandbox: Sandbox, source: str, special_tokens: Mapping[str, str]) -> None:
+        self.source = source
+        self._sandbox = sandbox
+        self._special_tokens = dict(special_tokens)
+        self._turn = asyncio.Lock()
+        sandbox.do(Job(source, self._special_tokens, []))
+
+    async def prompt(
+        self,
+        messages: Sequence[ChatMessage],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Value,
+    ) -> str:
+        """The prompt text. Raises InvalidRequest with the template's own words, or because it takes too much."""
+        check_messages(messages, add_generation_prompt, continue_final_message)
+        job = Job(
+            self.source, self._special_tokens, list(messages), add_generation_prompt, continue_final_message, kwargs
+        )
+        async with self._turn:
+            return await self._sandbox.render(job)
+
+
+def _write(process: subprocess.Popen[bytes], data: bytes, deadline: float) -> None:
+    assert process.stdin is not None
+    descriptor, view = process.stdin.fileno(), memoryview(data)
+    while view:
+        _wait(descriptor, select.POLLOUT, deadline)
+        try:
+            view = view[os.write(descriptor, view) :]
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            raise _Gone from error
+
+
+def _read(process: subprocess.Popen[bytes], deadline: float) -> bytes:
+    """The next frame."""
+    (length,) = LENGTH.unpack(_read_exactly(process, LENGTH.size, deadline))
+    if length > MAX_FRAME:
+        raise _Gone
+    return _read_exactly(process, length, deadline)
+
+
+def _read_exactly(process: subprocess.Popen[bytes], count: int, deadline: float) -> bytes:
+    assert process.stdout is not None
+    parts, left = [], count
+    while left:
+        _wait(process.stdout.fileno(), select.POLLIN, deadline)
+        try:
+            part = os.read(process.stdout.fileno(), min(left, 1 << 20))
+        except BlockingIOError:
+            continue
+        if not part:
+            raise _Gone
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def _wait(descriptor: int, event: int, deadline: float) -> None:
+    poll = select.poll()
+    poll.register(descriptor, event)
+    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise _Gone
