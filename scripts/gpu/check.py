@@ -58,8 +58,8 @@ def run_kernels(results: Results, peers: Path, seconds: float) -> bool:
 
 def run_end_to_end(results: Results) -> None:
     """The 8B shape with random weights, and its table."""
-    from gpu import end_to_end
-    from gpu.shape8b import load
+    from gpu.runner import end_to_end
+    from gpu.runner.shape8b import load
     from gpu.timing import bytes_per_us
     from model_runner.warmup import warm_up
 

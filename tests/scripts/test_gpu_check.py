@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import end_to_end, kernels, report
+from gpu import kernels, report
 from gpu.case import Case, Run, make_case
 from gpu.check import listing, main
 from gpu.columns.fetch import extract
@@ -18,8 +18,9 @@ from gpu.columns.registry import Column, columns
 from gpu.columns.stubs import Nothing, Stubbed
 from gpu.grid import SITES, Point, SiteShape, floor_us, points
 from gpu.results import Results, about, file_name
-from gpu.rows import Rows
-from gpu.shape8b import host_adapters, load
+from gpu.runner import end_to_end
+from gpu.runner.rows import Rows
+from gpu.runner.shape8b import host_adapters, load
 
 CPU = torch.device("cpu")
 SMALL = (SiteShape("qkv", 48, (32, 16, 16)), SiteShape("gate_up", 32, (48, 48)))

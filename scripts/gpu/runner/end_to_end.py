@@ -13,8 +13,8 @@ from typing import Any
 
 from engine.messages import Fill, Footprint
 from gpu.results import Results
-from gpu.rows import Rows
-from gpu.shape8b import host_adapters
+from gpu.runner.rows import Rows
+from gpu.runner.shape8b import host_adapters
 from model_runner.runner import Runner
 
 BATCHES = (1, 8, 32, 128)
