@@ -31,8 +31,8 @@ from model_runner.graphs import Graphs
 from model_runner.lora.adapters import Adapters
 from model_runner.lora.backends import base as lora_backends
 from model_runner.lora.backends.base import LoraBackend
-from model_runner.lora.normal_form import Adapter, lane_pages
-from model_runner.lora.peft.survey import Survey
+from model_runner.lora.normal_form import NormalForm, lane_pages
+from model_runner.lora.peft.survey import AdapterSurvey
 from model_runner.lora.pool.fills import Fills
 from model_runner.lora.pool.pages import RankPages, page_bytes
 from model_runner.lora.site import EMBED, EXPERTS, HEAD, NORMS, Site
@@ -209,16 +209,18 @@ def _lora(
     return lora
 
 
-def _added_tokens(one: Adapter | Survey, sites: list[Site]) -> int:
+def _added_tokens(one: NormalForm | AdapterSurvey, sites: list[Site]) -> int:
     """How many tokens more than the base the adapter has."""
     base = next(site.vocabulary for site in sites if site.group == EMBED)
     return max(0, one.vocab_size - base)
 
 
-def _load_given(sources: list[AdapterSource], store: AdapterStore, *, progress: bool) -> list[Adapter | Survey]:
+def _load_given(
+    sources: list[AdapterSource], store: AdapterStore, *, progress: bool
+) -> list[NormalForm | AdapterSurvey]:
     """Start-up adapters, into the host tier while half of the memory that is free holds them; the rest are checked."""
     room = host_memory()[1] // 2
-    given: list[Adapter | Survey] = []
+    given: list[NormalForm | AdapterSurvey] = []
     for source in tqdm(sources, "adapters", disable=not progress or len(sources) < MANY_ADAPTERS, leave=False):
         if room > 0:
             adapter = store.load(source.adapter_id, source.name, Path(source.root))
@@ -255,7 +257,9 @@ def _targets(given: list[str] | None, found: set[str], modules: list[str], linea
     return [module for module in modules if module in wanted]
 
 
-def _groups(sites: list[Site], targets: list[str], named: set[str], given: list[Adapter | Survey]) -> set[str]:
+def _groups(
+    sites: list[Site], targets: list[str], named: set[str], given: list[NormalForm | AdapterSurvey]
+) -> set[str]:
     """The groups of these targets, the large ones only where their rank pages are meant.
 
     Experts may be called as the linears of other layers are, and an adapter may bring a whole embedding or head.

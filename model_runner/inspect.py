@@ -19,7 +19,7 @@ from engine.hub import local_directory
 from model_runner.config import read_arch
 from model_runner.lora.catalogue import Catalogue, leaf
 from model_runner.lora.normal_form import MAX_RANK
-from model_runner.lora.peft.survey import Survey
+from model_runner.lora.peft.survey import AdapterSurvey
 from model_runner.lora.pool.pages import page_bytes
 from model_runner.lora.site import Site
 from model_runner.lora.transfer.reader import Limits, Reader
@@ -87,10 +87,10 @@ def examine(root: Path, sites: list[Site], dtype: torch.dtype, limits: Limits, m
     return report
 
 
-def _describe(report: Report, survey: Survey, page: dict[str, int], dtype: torch.dtype) -> None:
+def _describe(report: Report, survey: AdapterSurvey, page: dict[str, int], dtype: torch.dtype) -> None:
     ranks: dict[str, set[int]] = {}
-    for landing in survey.landings:
-        ranks.setdefault(leaf(landing.name), set()).add(landing.rank)
+    for mapping in survey.mappings:
+        ranks.setdefault(leaf(mapping.name), set()).add(mapping.rank)
     report.format = survey.format
     report.keys = survey.dialect
     report.ranks = {module: sorted(found) for module, found in sorted(ranks.items())}
@@ -99,7 +99,7 @@ def _describe(report: Report, survey: Survey, page: dict[str, int], dtype: torch
     report.vocab_size = survey.vocab_size
     report.tensors = survey.tensors
     report.file_bytes = survey.data_bytes
-    report.host_bytes = arrange(survey.landings, dtype)[1]
+    report.host_bytes = arrange(survey.mappings, dtype)[1]
     pages = survey.footprint.pages
     report.groups = {group: Group(count, count * page[group]) for group, count in pages.items()}
     report.cast_from = survey.cast_from(dtype)

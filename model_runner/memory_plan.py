@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from engine.errors import ConfigError
 from engine.messages import Footprint
 from model_runner.lora.normal_form import pages_for
-from model_runner.lora.site import EMBED, HEAD, NORMS, vectors_of, whole_of
+from model_runner.lora.site import EMBED, HEAD, NORMS, full_weights_of, vectors_of
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def plan_rank_pages(
     chosen = sorted(set(groups))
     each = dict.fromkeys(chosen, pages_for(max_rank))
     each |= {vectors: 1 for vectors in map(vectors_of, chosen) if vectors in page_bytes}
-    each |= {whole_of(NORMS): 1} if chosen and whole_of(NORMS) in page_bytes else {}
+    each |= {full_weights_of(NORMS): 1} if chosen and full_weights_of(NORMS) in page_bytes else {}
     one = sum(count * page_bytes[group] for group, count in each.items())
     if one > room.free:
         raise ConfigError(
@@ -181,7 +181,7 @@ def plan_matrices(
     """
     counts: dict[str, int] = {}
     for footprint in footprints:
-        for group in footprint.pages.keys() & {whole_of(EMBED), whole_of(HEAD)}:
+        for group in footprint.pages.keys() & {full_weights_of(EMBED), full_weights_of(HEAD)}:
             counts[group] = min(most, counts.get(group, 0) + 1)
     needed = sum(count * sizes[group] for group, count in counts.items())
     if needed > room.free:

@@ -35,7 +35,7 @@ from model_runner.compute.sampler import logprobs
 from model_runner.compute.sampler.logprobs import Logprobs
 from model_runner.compute.sampler.sampler import Sampled
 from model_runner.lora.pool.pages import RankPages
-from model_runner.lora.site import EMBED, EXPERTS, HEAD, whole_of
+from model_runner.lora.site import EMBED, EXPERTS, HEAD, full_weights_of
 from model_runner.platform.device import Arrival, upload
 from model_runner.platform.device import memory as device_memory
 from model_runner.step.batch import Batch
@@ -239,7 +239,7 @@ class Runner:
     def _hidden(self, layout: Layout, inputs_4T: NDArray[np.int64]) -> torch.Tensor:
         """[T, H]: a recorded step's answer where there is one for it, else the forward, launched bit by bit."""
         parts = self._parts
-        lanes_T = self._lanes(layout, EXPERTS, whole_of(EMBED))
+        lanes_T = self._lanes(layout, EXPERTS, full_weights_of(EMBED))
         lanes = set(layout.lanes_C.tolist()) if layout.lanes_C.any() else set()
         own_norms = bool(lanes) and parts.lora is not None and parts.lora.pages.own_norms(lanes)
         if parts.graphs is not None and lanes_T is None and parts.graphs.takes(layout):
@@ -312,7 +312,7 @@ class Runner:
         nothing_C = np.zeros_like(lanes_C)
         layout = Layout(nothing_C, nothing_C, lengths_C, lanes_C, np.zeros((1, 1), np.int32), 1)
         touched = lora.pages.touch({lane for lane, _ in runs}, HEAD)
-        return lora.backend.plan(layout) if touched else None, self._lanes(layout, whole_of(HEAD))
+        return lora.backend.plan(layout) if touched else None, self._lanes(layout, full_weights_of(HEAD))
 
 
 def _layout(chunks: list[Chunk], tables: NDArray[np.int32], page_size: int) -> Layout:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from engine.messages import Capacity, Chunk, LanePages, NewRow, Sampling, Step
 from model_runner.lora.normal_form import PAGE_RANK
 from model_runner.lora.pool.pages import RankPages
-from model_runner.lora.site import EMBED, EXPERTS, vectors_of, whole_of
+from model_runner.lora.site import EMBED, EXPERTS, full_weights_of, vectors_of
 from model_runner.runner import Runner
 
 GREEDY = Sampling(temperature=0.0)
@@ -29,7 +29,7 @@ SAMPLINGS = (
     Sampling(temperature=0.0, repetition_penalty=1.1, presence_penalty=0.1, logit_bias=[(0, 1.0)]),
     Sampling(temperature=0.0, min_tokens=9, end_ids=[0], logprobs=5),
 )
-UNRECORDED = (EXPERTS, whole_of(EMBED))
+UNRECORDED = (EXPERTS, full_weights_of(EMBED))
 PLENTY = 32  # rows that the ways of sampling are tried with, at most
 
 
@@ -135,7 +135,7 @@ def _voices(pages: RankPages | None, capacity: Capacity) -> list[list[LanePages]
 
 def _pages(pages: RankPages, groups: list[str], held: int) -> dict[str, list[tuple[int, float]]]:
     """The first pages of these groups; of vector and matrix slots one."""
-    slots = (vectors_of(""), whole_of(""))
+    slots = (vectors_of(""), full_weights_of(""))
     counts = {group: 1 if group.endswith(slots) else min(held, pages.pages[group]) for group in groups}
     return {group: [(page, 1.0) for page in range(count)] for group, count in counts.items()}
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from engine.errors import AdapterError, InternalError
 from engine.messages import AdapterStage, AdapterState, Fill, Footprint, LanePages, LoadAdapter
 from model_runner.lora.backends.base import LoraBackend
-from model_runner.lora.normal_form import Adapter, lane_pages
+from model_runner.lora.normal_form import NormalForm, lane_pages
 from model_runner.lora.pool.fills import Fills
 from model_runner.lora.pool.pages import RankPages
-from model_runner.lora.site import EMBED, HEAD, whole_of
+from model_runner.lora.site import EMBED, HEAD, full_weights_of
 from model_runner.lora.store import AdapterStore, refusal
 from model_runner.lora.transfer.loaders import Loaders, Outcome
 
@@ -117,7 +117,7 @@ class Adapters:
                 " adapter in --lora-paths"
             )
         for group, count in footprint.pages.items():
-            if group in (whole_of(EMBED), whole_of(HEAD)) and not self.pages.pages.get(group):
+            if group in (full_weights_of(EMBED), full_weights_of(HEAD)) and not self.pages.pages.get(group):
                 raise AdapterError(
                     f"adapter {name!r} brings a whole embedding or head (modules_to_save), and there is no room for"
                     " one: launch with such an adapter in --lora-paths"
@@ -147,7 +147,7 @@ class Adapters:
         return _state(adapter, "host", outcome.seconds)
 
 
-def _state(adapter: Adapter, stage: AdapterStage, seconds: float = 0.0) -> AdapterState:
+def _state(adapter: NormalForm, stage: AdapterStage, seconds: float = 0.0) -> AdapterState:
     return AdapterState(
         adapter_id=adapter.adapter_id,
         state=stage,

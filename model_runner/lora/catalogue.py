@@ -28,7 +28,7 @@ BLOCK = ".block_sparse_moe."
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class SiteRef:
     """Where one module's delta goes: one slice of a site."""
 
     site: Site
@@ -63,13 +63,13 @@ class Catalogue:
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = {site.name: site for site in sites}
-        norms = [Place(site, 0) for site in sites if site.group == NORMS]
-        self.norms: dict[str, tuple[Place, ...]] = {place.module: (place,) for place in norms}
+        norms = [SiteRef(site, 0) for site in sites if site.group == NORMS]
+        self.norms: dict[str, tuple[SiteRef, ...]] = {place.module: (place,) for place in norms}
         sites = [site for site in sites if site.group != NORMS]
-        self.places: dict[str, tuple[Place, ...]] = {}
-        self.fused: dict[str, tuple[Place, ...]] = {}
+        self.places: dict[str, tuple[SiteRef, ...]] = {}
+        self.fused: dict[str, tuple[SiteRef, ...]] = {}
         for site in sites:
-            places = tuple(Place(site, index) for index in range(len(site.slices)))
+            places = tuple(SiteRef(site, index) for index in range(len(site.slices)))
             self.places |= {place.module: (place,) for place in places}
             name = FUSED.get(tuple(piece.module for piece in site.slices))
             if name is not None:
@@ -90,7 +90,7 @@ class Catalogue:
         """Whether it is a module, of its own or fused, or a norm."""
         return module in self.places or module in self.fused or module in self.norms
 
-    def find(self, module: str) -> tuple[Place, ...]:
+    def find(self, module: str) -> tuple[SiteRef, ...]:
         """Where the module's delta goes, side by side."""
         return self.places.get(module) or self.norms.get(module) or self.fused[module]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.messages import Footprint
-from model_runner.lora.site import Site, vectors_of, whole_of
+from model_runner.lora.site import Site, full_weights_of, vectors_of
 
 PAGE_RANK = 16
 """Units of LoRA rank in one rank page."""
@@ -28,7 +28,7 @@ MAX_RANK = 512
 class Delta:
     """What an adapter does to one slice of one site; rank 0: A and B are empty.
 
-    `gain` and `bias` are per output column in float32, or None: 1 and 0. `whole` is a matrix that is taken
+    `gain` and `bias` are per output column in float32, or None: 1 and 0. `full_weight` is a matrix that is taken
     instead of the base's, with as many rows or, where an adapter has a vocabulary of its own, with others; or None.
     """
 
@@ -36,7 +36,7 @@ class Delta:
     b: torch.Tensor
     gain: torch.Tensor | None = None
     bias: torch.Tensor | None = None
-    whole: torch.Tensor | None = None
+    full_weight: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -51,7 +51,7 @@ class Delta:
     @property
     def bytes(self) -> int:
         """Bytes of all its tensors."""
-        parts = (self.a, self.b, self.gain, self.bias, self.whole)
+        parts = (self.a, self.b, self.gain, self.bias, self.full_weight)
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
@@ -60,7 +60,7 @@ Deltas = Mapping[str, tuple[Delta | None, ...]]
 
 
 @dataclass(frozen=True, eq=False)
-class Adapter:
+class NormalForm:
     """One adapter in the host tier.
 
     revision   content hash: the bytes that were loaded and the settings that scale them
@@ -97,7 +97,10 @@ def lane_pages(max_rank: int) -> int:
 def vocabulary(deltas: Deltas, sites: Mapping[str, Site]) -> int:
     """Tokens of the vocabulary that an adapter with these deltas has of its own, 0: the base's."""
     wholes = {
-        name: delta.whole for name, slices in deltas.items() for delta in slices if delta and delta.whole is not None
+        name: delta.full_weight
+        for name, slices in deltas.items()
+        for delta in slices
+        if delta and delta.full_weight is not None
     }
     return next((len(whole) for name, whole in wholes.items() if len(whole) != sites[name].vocabulary), 0)
 
@@ -113,6 +116,6 @@ def footprint(deltas: Deltas, sites: Mapping[str, Site]) -> Footprint:
             pages[group] = max(pages.get(group, 0), needed)
         if any(delta.has_vectors for delta in present):
             pages[vectors_of(group)] = 1
-        if any(delta.whole is not None for delta in present):
-            pages[whole_of(group)] = 1
+        if any(delta.full_weight is not None for delta in present):
+            pages[full_weights_of(group)] = 1
     return Footprint(pages=pages)

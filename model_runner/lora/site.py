@@ -32,7 +32,7 @@ def vectors_of(group: str) -> str:
     return f"{group}.vectors"
 
 
-def whole_of(group: str) -> str:
+def full_weights_of(group: str) -> str:
     """The group of the matrix slots (whole matrices in the place of the base's) of the site of `group`.
 
     Of the norms: one slot for all of them together.

@@ -10,11 +10,11 @@ import torch
 
 from engine.errors import AdapterError
 from model_runner.lora.catalogue import Catalogue
-from model_runner.lora.normal_form import Adapter, Deltas, footprint, vocabulary
-from model_runner.lora.peft.survey import Survey
+from model_runner.lora.normal_form import Deltas, NormalForm, footprint, vocabulary
+from model_runner.lora.peft.survey import AdapterSurvey
 from model_runner.lora.site import Site
 from model_runner.lora.transfer.reader import Limits, Reader
-from model_runner.lora.transfer.shm_adapter import Parcel
+from model_runner.lora.transfer.shm_adapter import ShmAdapter
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +38,9 @@ class AdapterStore:
         self.limits = Limits(max_rank, targets, biases, extra_vocab)
         self.catalogue = Catalogue(sites)
         self.reader = Reader(self.catalogue, dtype, self.limits)
-        self._adapters: dict[int, Adapter] = {}
+        self._adapters: dict[int, NormalForm] = {}
 
-    def load(self, adapter_id: int, name: str, root: Path, revision: str = "") -> Adapter:
+    def load(self, adapter_id: int, name: str, root: Path, revision: str = "") -> NormalForm:
         """Reads the adapter in `root` in this process, as `adapter_id`; doing it twice is harmless.
 
         `revision`, when not empty, must be what the files hash to. Raises AdapterError: one line with the adapter's
@@ -55,14 +55,14 @@ class AdapterStore:
             raise refusal(name, error) from error
         return self.keep(adapter_id, name, parcel)
 
-    def survey(self, name: str, root: Path) -> Survey:
+    def survey(self, name: str, root: Path) -> AdapterSurvey:
         """Checks all but the values of the adapter in `root`, and keeps nothing. Raises AdapterError."""
         try:
             return self.reader.survey(root)
         except (AdapterError, OSError) as error:
             raise refusal(name, error) from error
 
-    def known(self, adapter_id: int, name: str, revision: str) -> Adapter | None:
+    def known(self, adapter_id: int, name: str, revision: str) -> NormalForm | None:
         """The adapter if it is here. Raises AdapterError if it is of another revision than the one expected."""
         adapter = self._adapters.get(adapter_id)
         if adapter is not None and revision and adapter.revision != revision:
@@ -70,7 +70,7 @@ class AdapterStore:
             raise refusal(name, reason)
         return adapter
 
-    def keep(self, adapter_id: int, name: str, parcel: Parcel) -> Adapter:
+    def keep(self, adapter_id: int, name: str, parcel: ShmAdapter) -> NormalForm:
         """Takes what a reader made, here or in a child. Raises AdapterError for a parcel that makes no sense."""
         try:
             label, opened = parcel.open(self.catalogue, self.dtype)
@@ -79,7 +79,7 @@ class AdapterStore:
         deltas = self._shared(label.revision) or opened
         present = [delta for slices in deltas.values() for delta in slices if delta is not None]
         sites = self.catalogue.sites
-        adapter = Adapter(
+        adapter = NormalForm(
             adapter_id=adapter_id,
             name=name,
             revision=label.revision,
@@ -97,7 +97,7 @@ class AdapterStore:
         self._adapters[adapter_id] = adapter
         return adapter
 
-    def get(self, adapter_id: int) -> Adapter | None:
+    def get(self, adapter_id: int) -> NormalForm | None:
         """The adapter, or None if it is not in the host tier."""
         return self._adapters.get(adapter_id)
 
@@ -105,7 +105,7 @@ class AdapterStore:
         """Forgets the adapter and frees its host memory; an id that is not there is fine."""
         self._adapters.pop(adapter_id, None)
 
-    def __iter__(self) -> Iterator[Adapter]:
+    def __iter__(self) -> Iterator[NormalForm]:
         return iter(list(self._adapters.values()))
 
     def __len__(self) -> int:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from engine.errors import AdapterError
-from model_runner.lora.normal_form import Adapter
+from model_runner.lora.normal_form import NormalForm
 from model_runner.lora.store import AdapterStore
 from model_runner.lora.transfer import cpu_limit
 
@@ -102,7 +102,7 @@ def spoilt(mutator: Mutator, data: bytes) -> bytes:
     return struct.pack("<Q", len(head)) + head + body
 
 
-def compare(adapter: Adapter, data: bytes) -> None:
+def compare(adapter: NormalForm, data: bytes) -> None:
     """The loaded halves are those that the format's own library finds in the file."""
     tensors = load(data)
     for site in SITES:

@@ -11,13 +11,13 @@ from collections.abc import Iterable
 from engine.errors import AdapterError
 from model_runner.lora.catalogue import OUTSIDE, Catalogue
 from model_runner.lora.peft.config import CONFIG_NAME, PeftConfig
-from model_runner.lora.peft.tensor_mapping import Landing
+from model_runner.lora.peft.tensor_mapping import TensorMapping
 
 OPTION = "alora_invocation_tokens"
 LONGEST = 1024
 
 
-def check_activated(config: PeftConfig, landings: Iterable[Landing], catalogue: Catalogue) -> None:
+def check_activated(config: PeftConfig, mappings: Iterable[TensorMapping], catalogue: Catalogue) -> None:
     """Raises AdapterError naming the option or the module, and for an invocation that no prompt could hold."""
     invocation = config.alora_invocation_tokens
     if invocation is None:
@@ -30,9 +30,9 @@ def check_activated(config: PeftConfig, landings: Iterable[Landing], catalogue: 
         raise AdapterError(f"{CONFIG_NAME}: {OPTION} has token {stranger}, and the model has 0 to {vocabulary - 1}")
     for option in _whole_of_a_request(config):
         raise AdapterError(f"{CONFIG_NAME}: {option} is not served together with {OPTION}")
-    for landing in landings:
-        if landing.module.embeds or landing.has_whole or landing.has_gain:
-            raise AdapterError(f"module {landing.name}: its change is not served together with {OPTION}")
+    for mapping in mappings:
+        if mapping.module.embeds or mapping.has_whole or mapping.has_gain:
+            raise AdapterError(f"module {mapping.name}: its change is not served together with {OPTION}")
 
 
 def _whole_of_a_request(config: PeftConfig) -> list[str]:

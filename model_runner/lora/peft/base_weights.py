@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import AdapterError, ConfigError
-from model_runner.lora.catalogue import Place
+from model_runner.lora.catalogue import SiteRef
 from model_runner.lora.files.regular_file import open_regular
 from model_runner.lora.files.tensor_file import FLOATS, TensorFile, open_tensors
 from model_runner.lora.formats.dora import row_squares
@@ -33,7 +33,7 @@ class BaseWeights:
         self._mapped: dict[Path, torch.Tensor] = {}
         self._squares: dict[str, torch.Tensor] = {}
 
-    def weight(self, place: Place) -> torch.Tensor:
+    def weight(self, place: SiteRef) -> torch.Tensor:
         """[O, I], for the embedding too. Raises AdapterError where it cannot be had."""
         site, piece = place.site, place.slice
         if site.weight.device.type != "meta":
@@ -41,13 +41,13 @@ class BaseWeights:
         weight = self._read(f"{place.module}.weight", [place.out_features, place.in_features], turned=site.embeds)
         return weight.t() if site.embeds else weight
 
-    def squares(self, place: Place) -> torch.Tensor:
+    def squares(self, place: SiteRef) -> torch.Tensor:
         """[O] float32: |W|^2 by row, computed once."""
         if place.module not in self._squares:
             self._squares[place.module] = row_squares(self.weight(place))
         return self._squares[place.module]
 
-    def bias(self, place: Place) -> torch.Tensor | None:
+    def bias(self, place: SiteRef) -> torch.Tensor | None:
         """[O], or None where the model has none."""
         site, piece = place.site, place.slice
         if site.weight.device.type != "meta":

@@ -15,17 +15,17 @@ import torch
 
 from model_runner.lora.peft.base_weights import BaseWeights
 from model_runner.lora.peft.names import TOKENS, TOKENS_BASE
-from model_runner.lora.peft.tensor_mapping import BASE_WEIGHT, MAGNITUDE, Landing
+from model_runner.lora.peft.tensor_mapping import BASE_WEIGHT, MAGNITUDE, TensorMapping
 
 ROWS = 4096
 
 
-def merge(landing: Landing, tensors: Mapping[str, torch.Tensor], into_VH: torch.Tensor) -> None:
+def merge(mapping: TensorMapping, tensors: Mapping[str, torch.Tensor], into_VH: torch.Tensor) -> None:
     """The saved base with the delta on top; the scale of a DoRA is by column of what the module answers."""
-    assert landing.format is not None
+    assert mapping.format is not None
     small = {part: tensor.float() for part, tensor in tensors.items() if tensor is not tensors[BASE_WEIGHT]}
-    a_RI, b_RO = landing.format.factors(landing.module, small)
-    left_RV, right_RH = (a_RI, b_RO) if landing.module.embeds else (b_RO, a_RI)
+    a_RI, b_RO = mapping.format.factors(mapping.module, small)
+    left_RV, right_RH = (a_RI, b_RO) if mapping.module.embeds else (b_RO, a_RI)
 
     def merged() -> Iterator[tuple[slice, torch.Tensor]]:
         for rows in _slices(len(into_VH)):
@@ -33,7 +33,7 @@ def merge(landing: Landing, tensors: Mapping[str, torch.Tensor], into_VH: torch.
 
     magnitude = small.get(MAGNITUDE)
     gain_H = None
-    if magnitude is not None and landing.module.embeds:
+    if magnitude is not None and mapping.module.embeds:
         squares_H = torch.stack([part.double().square().sum(0) for _, part in merged()]).sum(0)
         gain_H = magnitude / squares_H.sqrt().float()
     for rows, part in merged():
@@ -45,16 +45,16 @@ def merge(landing: Landing, tensors: Mapping[str, torch.Tensor], into_VH: torch.
 
 
 def replace_tokens(
-    landing: Landing, tensors: Mapping[str, torch.Tensor], into_VH: torch.Tensor, base: BaseWeights
+    mapping: TensorMapping, tensors: Mapping[str, torch.Tensor], into_VH: torch.Tensor, base: BaseWeights
 ) -> None:
     """The base's rows, its own where it saved all of them, and those of the trained tokens."""
     known = tensors.get(TOKENS_BASE)
     if known is None:
-        weight_OI = base.weight(landing.places[0])
-        known = weight_OI.t() if landing.module.embeds else weight_OI
+        weight_OI = base.weight(mapping.places[0])
+        known = weight_OI.t() if mapping.module.embeds else weight_OI
     for rows in _slices(len(into_VH)):
         into_VH[rows] = known[rows]
-    into_VH[list(landing.tokens)] = tensors[TOKENS].to(into_VH.dtype)
+    into_VH[list(mapping.tokens)] = tensors[TOKENS].to(into_VH.dtype)
 
 
 def _slices(count: int) -> Iterator[slice]:

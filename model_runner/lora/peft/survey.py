@@ -29,8 +29,8 @@ from model_runner.lora.peft.convert import convert
 from model_runner.lora.peft.expert_stacks import Unstacked, unstack
 from model_runner.lora.peft.names import ORIGINAL, adapted_modules, parse, show
 from model_runner.lora.peft.targets import resolve_targets
-from model_runner.lora.peft.tensor_mapping import FORMATS, Landing, land
-from model_runner.lora.site import vectors_of, whole_of
+from model_runner.lora.peft.tensor_mapping import FORMATS, TensorMapping, land
+from model_runner.lora.site import full_weights_of, vectors_of
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 INDEX_NAME = "adapter_model.safetensors.index.json"
@@ -53,12 +53,12 @@ class ShardIndex(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, eq=False)
-class Survey:
+class AdapterSurvey:
     """What config and headers say of an adapter; everything but the values is checked."""
 
     config: PeftConfig
     files: list[TensorFile]
-    landings: list[Landing]
+    mappings: list[TensorMapping]
     dialect: str
     unstacked: Unstacked
 
@@ -80,40 +80,40 @@ class Survey:
     @property
     def rank(self) -> int:
         """The highest rank of any module in the normal form."""
-        return max(landing.rank for landing in self.landings)
+        return max(mapping.rank for mapping in self.mappings)
 
     @property
     def targets(self) -> list[str]:
         """Sorted names of the modules it touches ("q_proj")."""
-        return sorted({place.slice.module for landing in self.landings for place in landing.places})
+        return sorted({place.slice.module for mapping in self.mappings for place in mapping.places})
 
     @property
     def vocab_size(self) -> int:
         """Tokens of a vocabulary of its own, 0: the base's."""
-        return max(landing.rows for landing in self.landings)
+        return max(mapping.rows for mapping in self.mappings)
 
     @property
     def added_tokens(self) -> int:
         """How many tokens more than the base its vocabulary has; below 0: fewer."""
-        return next((landing.rows - landing.places[0].site.vocabulary for landing in self.landings if landing.rows), 0)
+        return next((mapping.rows - mapping.places[0].site.vocabulary for mapping in self.mappings if mapping.rows), 0)
 
     @property
     def biased(self) -> str | None:
         """A module that is given a bias, if there is one."""
-        return next((landing.name for landing in self.landings if landing.has_bias), None)
+        return next((mapping.name for mapping in self.mappings if mapping.has_bias), None)
 
     @property
     def footprint(self) -> Footprint:
         """The rank pages and vector slots it needs, by group."""
         pages: dict[str, int] = {}
-        for landing in self.landings:
-            group = landing.places[0].site.group
-            if landing.rank:
-                pages[group] = max(pages.get(group, 0), pages_for(landing.rank))
-            if landing.has_gain or landing.has_bias:
+        for mapping in self.mappings:
+            group = mapping.places[0].site.group
+            if mapping.rank:
+                pages[group] = max(pages.get(group, 0), pages_for(mapping.rank))
+            if mapping.has_gain or mapping.has_bias:
                 pages[vectors_of(group)] = 1
-            if landing.has_whole:
-                pages[whole_of(group)] = 1
+            if mapping.has_whole:
+                pages[full_weights_of(group)] = 1
         return Footprint(pages)
 
     @property
@@ -132,29 +132,29 @@ class Survey:
         return sorted(str(kind).removeprefix("torch.") for kind in kinds if kind != dtype)
 
     def read(self, into: Deltas, base: BaseWeights) -> str:
-        """Reads, hashes and converts into these tensors, whose shapes are those of `landings`; the revision.
+        """Reads, hashes and converts into these tensors, whose shapes are those of `mappings`; the revision.
 
         A module is converted when all of its tensors were read: a file that holds them together, as PEFT's do, needs
         memory for one module. Raises AdapterError for values that are not finite in the dtype of `into`.
         """
-        owners: dict[str, list[tuple[Landing, str]]] = {}
-        for landing in self.landings:
-            for part, tensor in landing.parts.items():
-                owners.setdefault(tensor, []).append((landing, part))
+        owners: dict[str, list[tuple[TensorMapping, str]]] = {}
+        for mapping in self.mappings:
+            for part, tensor in mapping.parts.items():
+                owners.setdefault(tensor, []).append((mapping, part))
         waiting: dict[str, dict[str, torch.Tensor]] = {}
         digest = hashlib.sha256(self.config.scale_bytes())
         for file in self.files:
             for stored, whole in file.tensors(digest.update):
                 for name, values in self.unstacked.parts(stored, whole):
-                    for landing, part in owners[name]:
-                        held = waiting.setdefault(landing.name, {})
+                    for mapping, part in owners[name]:
+                        held = waiting.setdefault(mapping.name, {})
                         held[part] = values[:0] if part == ORIGINAL else values.clone()  # nothing is made of it
-                        if len(held) == len(landing.parts):
-                            convert(landing, waiting.pop(landing.name), into, base)
+                        if len(held) == len(mapping.parts):
+                            convert(mapping, waiting.pop(mapping.name), into, base)
         return digest.hexdigest()
 
 
-def read_survey(root: Path, catalogue: Catalogue) -> Survey:
+def read_survey(root: Path, catalogue: Catalogue) -> AdapterSurvey:
     """Config and headers of the adapter in `root`, every name and shape checked against the model."""
     if not root.is_dir():
         raise AdapterError(f"{root}: no such directory")
@@ -167,9 +167,9 @@ def read_survey(root: Path, catalogue: Catalogue) -> Survey:
     targets = unstacked.targets
     if config.target_modules:
         targets = resolve_targets(config, catalogue, adapted_modules(entries, catalogue)) | targets
-    landings = land(unstacked.entries, config, targets, catalogue)
-    check_activated(config, landings, catalogue)
-    return Survey(config, files, landings, _dialect(unstacked.entries, catalogue), unstacked)
+    mappings = land(unstacked.entries, config, targets, catalogue)
+    check_activated(config, mappings, catalogue)
+    return AdapterSurvey(config, files, mappings, _dialect(unstacked.entries, catalogue), unstacked)
 
 
 def _dialect(entries: Iterable[str], catalogue: Catalogue) -> str:

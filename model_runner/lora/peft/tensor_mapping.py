@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from engine.errors import AdapterError
-from model_runner.lora.catalogue import OUTSIDE, Catalogue, Place
+from model_runner.lora.catalogue import OUTSIDE, Catalogue, SiteRef
 from model_runner.lora.files.tensor_file import FLOATS, Entry
 from model_runner.lora.formats.adalora import AdaLora
 from model_runner.lora.formats.base import Format, Module, Shape, Target, missing
@@ -39,7 +39,7 @@ WHOLE = "weight"
 
 
 @dataclass(frozen=True, eq=False)
-class Landing:
+class TensorMapping:
     """One module that the adapter changes: its tensors by part, and where they go.
 
     `format` is None for a module of which only the bias was trained; `rank` is that of the normal form. `rows` are
@@ -47,7 +47,7 @@ class Landing:
     """
 
     module: Module
-    places: tuple[Place, ...]
+    places: tuple[SiteRef, ...]
     format: Format | None
     parts: dict[str, str]
     rank: int
@@ -77,7 +77,7 @@ class Landing:
 
 def land(
     entries: Mapping[str, Entry], config: PeftConfig, targets: Mapping[str, Target], catalogue: Catalogue
-) -> list[Landing]:
+) -> list[TensorMapping]:
     """All modules of the adapter, in the model's order. Raises AdapterError naming the tensor or module at fault."""
     owned: dict[str, dict[str, str]] = {}
     for tensor in entries:
@@ -102,9 +102,9 @@ def land(
             raise AdapterError(f"{CONFIG_NAME}: modules_to_save means {module} too, which has no tensor")
     known = [*catalogue.places, *catalogue.fused, *catalogue.norms]
     modules = [module for module in known if module in owned or module in targets]
-    landings = [_land(module, owned.get(module, {}), entries, config, targets, catalogue) for module in modules]
-    _check_vocabularies(landings, catalogue)
-    return landings
+    mappings = [_land(module, owned.get(module, {}), entries, config, targets, catalogue) for module in modules]
+    _check_vocabularies(mappings, catalogue)
+    return mappings
 
 
 def _saved(module: str, config: PeftConfig) -> bool:
@@ -196,7 +196,7 @@ def _land(
     config: PeftConfig,
     targets: Mapping[str, Target],
     catalogue: Catalogue,
-) -> Landing:
+) -> TensorMapping:
     places = catalogue.find(name)
     target = targets.get(name, Target(name, 0, 0.0))
     out = sum(place.out_features for place in places)
@@ -236,7 +236,7 @@ def _land(
         raise AdapterError(
             f"module {name}: {_kind(config)} of rank {target.rank} is served as rank {rank}; at most {MAX_RANK} is"
         )
-    return Landing(module, places, chosen, parts, 0 if own else rank, own, tokens)
+    return TensorMapping(module, places, chosen, parts, 0 if own else rank, own, tokens)
 
 
 def _own_rows(module: str, found: Mapping[str, Shape], expected: Shape) -> int:
@@ -256,12 +256,12 @@ def _tokens(module: str, config: PeftConfig, vocabulary: int) -> tuple[int, ...]
     return tokens
 
 
-def _check_vocabularies(landings: list[Landing], catalogue: Catalogue) -> None:
+def _check_vocabularies(mappings: list[TensorMapping], catalogue: Catalogue) -> None:
     """Raises AdapterError where embedding and head are not of one vocabulary: a token would lack one of them."""
-    own = {landing.name: landing.rows for landing in landings if landing.rows}
+    own = {mapping.name: mapping.rows for mapping in mappings if mapping.rows}
     if not own or {own.get(module) for module in OUTSIDE} == set(own.values()):
         return
-    first = next(landing for landing in landings if landing.rows)
+    first = next(mapping for mapping in mappings if mapping.rows)
     tensor = next(first.parts[part] for part in (WHOLE, BASE_WEIGHT, TOKENS_BASE) if part in first.parts)
     base = catalogue.places[first.name][0].site.vocabulary
     sizes = " and ".join(f"{own.get(module, base)} for {module}" for module in OUTSIDE)

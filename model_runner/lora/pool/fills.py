@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from model_runner.lora.normal_form import Adapter
+from model_runner.lora.normal_form import NormalForm
 from model_runner.lora.pool.pages import Mark, RankPages
 
 SLICE_BYTES = 4 << 20
@@ -29,7 +29,7 @@ SLICE_BYTES = 4 << 20
 class Fill:
     """One adapter on its way into its pages. `mark` is set when all of it was sent, `took` if that was at once."""
 
-    adapter: Adapter
+    adapter: NormalForm
     pieces: Iterator[int]
     began: float = field(default_factory=time.perf_counter)
     mark: Mark = None
@@ -52,11 +52,11 @@ class Fills:
         """For how many seconds `advance` need not be called: nothing is left to copy, but some is on its way."""
         return 0.0 if self._waiting else 0.001
 
-    def add(self, adapter: Adapter, pages: dict[str, list[int]]) -> None:
+    def add(self, adapter: NormalForm, pages: dict[str, list[int]]) -> None:
         """Queues a fill; the adapter is kept until it is done, even if the host tier drops it."""
         self._waiting.append(Fill(adapter, self._pages.pieces(adapter, pages)))
 
-    def at_once(self, adapter: Adapter, pages: dict[str, list[int]]) -> None:
+    def at_once(self, adapter: NormalForm, pages: dict[str, list[int]]) -> None:
         """Fills before whatever the computation is given next; `advance` tells of it like of any other."""
         fill = Fill(adapter, self._pages.pieces(adapter, pages))
         with self._pages.in_line():
@@ -71,7 +71,7 @@ class Fills:
         self._pages.synchronize()
         self._sent.clear()
 
-    def advance(self, seconds: float) -> list[tuple[Adapter, float]]:
+    def advance(self, seconds: float) -> list[tuple[NormalForm, float]]:
         """Copies at least a slice and no longer than `seconds` beyond it; what is complete, and how long it took."""
         deadline = time.perf_counter() + seconds
         while self._waiting:
@@ -89,7 +89,7 @@ class Fills:
         fill.mark = self._pages.mark()
         self._sent.append(self._waiting.popleft())
 
-    def _finished(self) -> Iterator[tuple[Adapter, float]]:
+    def _finished(self) -> Iterator[tuple[NormalForm, float]]:
         while self._sent and self._pages.arrived(self._sent[0].mark):
             fill = self._sent.popleft()
             yield fill.adapter, time.perf_counter() - fill.began if fill.took is None else fill.took

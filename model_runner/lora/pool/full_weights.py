@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from model_runner.lora.pool.pages import RankPages
-from model_runner.lora.site import Site, whole_of
+from model_runner.lora.site import Site, full_weights_of
 from model_runner.platform.device import upload
 
 Answer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -33,7 +33,7 @@ Lanes = NDArray[np.int32]
 
 def vocabularies(site: Site, pages: RankPages, lanes_S: Lanes) -> NDArray[np.int64]:
     """[S]: how many tokens the vocabulary of each row's lane has."""
-    pool, group = pages.wholes.get(site.name), whole_of(site.group)
+    pool, group = pages.wholes.get(site.name), full_weights_of(site.group)
     found = np.full(len(lanes_S), site.vocabulary)
     for lane in np.unique(lanes_S).tolist() if pool is not None else []:
         for slot, _ in pages.lanes.get(lane, {}).get(group, ()):
@@ -53,7 +53,7 @@ def replace_rows(
     if pool is None:
         return
     for lane in np.unique(lanes_T).tolist():
-        pairs = pages.lanes.get(lane, {}).get(whole_of(site.group), ())
+        pairs = pages.lanes.get(lane, {}).get(full_weights_of(site.group), ())
         if not pairs:
             continue
         rows_n = torch.from_numpy(np.flatnonzero(lanes_T == lane)).to(y_TO.device)

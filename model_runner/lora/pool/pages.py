@@ -24,10 +24,10 @@ import torch
 from numpy.typing import NDArray
 
 from engine.messages import LanePages
-from model_runner.lora.normal_form import PAGE_RANK, Adapter, Delta
+from model_runner.lora.normal_form import PAGE_RANK, Delta, NormalForm
 from model_runner.lora.pool.norms import Norms
 from model_runner.lora.pool.staging import Staging
-from model_runner.lora.site import NORMS, Site, vectors_of, whole_of
+from model_runner.lora.site import NORMS, Site, full_weights_of, vectors_of
 
 Lane = Mapping[str, Sequence[tuple[int, float]]]
 """Per group: (rank page or vector slot, scale) pairs."""
@@ -46,7 +46,7 @@ def page_bytes(sites: Iterable[Site], dtype: torch.dtype, extra_vocab: int = 0) 
     sizes: dict[str, int] = {}
     for site in sites:
         if site.group == NORMS:
-            whole = whole_of(NORMS)
+            whole = full_weights_of(NORMS)
             sizes[whole] = sizes.get(whole, 0) + site.out_features * torch.float32.itemsize
             continue
         columns, vectors = len(site.slices) * site.in_features + site.out_features, vectors_of(site.group)
@@ -54,7 +54,7 @@ def page_bytes(sites: Iterable[Site], dtype: torch.dtype, extra_vocab: int = 0) 
         sizes[vectors] = sizes.get(vectors, 0) + 2 * site.out_features * torch.float32.itemsize
         if site.replaceable:
             rows = site.vocabulary + extra_vocab
-            sizes[whole_of(site.group)] = rows * int(site.weight.shape[1]) * dtype.itemsize
+            sizes[full_weights_of(site.group)] = rows * int(site.weight.shape[1]) * dtype.itemsize
     return sizes
 
 
@@ -126,9 +126,9 @@ class RankPages:
         self.lanes: dict[int, Lane] = {}
         self.pools = {site.name: self._pool(site) for site in sites if pages.get(site.group, 0)}
         self.vectors = {site.name: self._vectors(site) for site in sites if pages.get(vectors_of(site.group), 0)}
-        whole = [site for site in sites if site.group != NORMS and pages.get(whole_of(site.group), 0)]
+        whole = [site for site in sites if site.group != NORMS and pages.get(full_weights_of(site.group), 0)]
         self.wholes = {site.name: self._whole(site) for site in whole}
-        slots = pages.get(whole_of(NORMS), 0)
+        slots = pages.get(full_weights_of(NORMS), 0)
         self.norms = Norms(sites, slots, max_lanes, device) if slots else None
         self._staging = Staging(device) if device.type == "cuda" else None
 
@@ -139,13 +139,13 @@ class RankPages:
         norms = self.norms.bytes if self.norms else 0
         return sum(pools) + sum(pool.weight_SVH.nbytes for pool in self.wholes.values()) + norms
 
-    def fill(self, adapter: Adapter, pages: dict[str, list[int]]) -> None:
+    def fill(self, adapter: NormalForm, pages: dict[str, list[int]]) -> None:
         """Copies the adapter into these pages, by group, as many as its footprint says; nothing else changes."""
         for _ in self.pieces(adapter, pages):
             pass
         self.synchronize()
 
-    def pieces(self, adapter: Adapter, pages: dict[str, list[int]]) -> Iterator[int]:
+    def pieces(self, adapter: NormalForm, pages: dict[str, list[int]]) -> Iterator[int]:
         """The same a page of a site at a time: each step of the iterator copies one and yields its bytes.
 
         No lane may name the pages before the last one was copied and `arrived` says so.
@@ -158,7 +158,7 @@ class RankPages:
                 yield self._fill_page(site, deltas, order, page)
             for slot in pages.get(vectors_of(site.group), ()):
                 yield self._fill_vectors(site, deltas, slot)
-            for slot in pages.get(whole_of(site.group), ()):
+            for slot in pages.get(full_weights_of(site.group), ()):
                 yield from (
                     self._fill_norm(site, deltas, slot) if site.group == NORMS else self._fill_whole(site, deltas, slot)
                 )
@@ -204,7 +204,9 @@ class RankPages:
         """Whether any of these lanes has norms of its own; from then on the table says what each is normed with."""
         if self.norms is None:
             return False
-        having = {lane: held[whole_of(NORMS)] for lane, held in self.lanes.items() if whole_of(NORMS) in held}
+        having = {
+            lane: held[full_weights_of(NORMS)] for lane, held in self.lanes.items() if full_weights_of(NORMS) in held
+        }
         self.norms.refresh(having, self.version)
         return any(lane in having for lane in lanes)
 
@@ -228,7 +230,7 @@ class RankPages:
         return VectorPool(gain, bias, np.zeros(count, dtype=np.bool_))
 
     def _whole(self, site: Site) -> WholePool:
-        count, rows = self.pages[whole_of(site.group)], site.vocabulary + self.extra_vocab
+        count, rows = self.pages[full_weights_of(site.group)], site.vocabulary + self.extra_vocab
         weight_SVH = torch.zeros(count, rows, int(site.weight.shape[1]), dtype=self.dtype, device=self.device)
         return WholePool(weight_SVH, np.full(count, site.vocabulary))
 
@@ -259,7 +261,7 @@ class RankPages:
 
     def _fill_whole(self, site: Site, deltas: Sequence[Delta | None], slot: int) -> Iterator[int]:
         """The adapter's own matrix goes into `slot`, some rows at a time."""
-        (source,) = [delta.whole for delta in deltas if delta is not None and delta.whole is not None]
+        (source,) = [delta.full_weight for delta in deltas if delta is not None and delta.full_weight is not None]
         pool = self.wholes[site.name]
         assert len(source) <= pool.weight_SVH.shape[1], f"{len(source)} rows in a slot of {pool.weight_SVH.shape[1]}"
         pool.vocab_S[slot] = len(source)
@@ -277,7 +279,7 @@ class RankPages:
     def _fill_norm(self, site: Site, deltas: Sequence[Delta | None], slot: int) -> Iterator[int]:
         """The adapter's weight of this norm, or the base's, goes into `slot`."""
         assert self.norms is not None
-        own = [delta.whole for delta in deltas if delta is not None and delta.whole is not None]
+        own = [delta.full_weight for delta in deltas if delta is not None and delta.full_weight is not None]
         source_H, into_H = (own or [self.norms.base(site)])[0], self.norms.slot(site, slot)
         if self._staging is None:
             into_H.numpy()[...] = source_H.float().numpy()

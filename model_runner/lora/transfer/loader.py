@@ -15,8 +15,8 @@ import msgspec
 from msgspec.structs import replace
 
 from engine.ipc import UNREADABLE
-from model_runner.lora.transfer.messages import MAX_PACKET, Job, Loaded, LoaderConfig, Refused, Surveyed
-from model_runner.lora.transfer.shm_adapter import Parcel
+from model_runner.lora.transfer.messages import MAX_PACKET, Loaded, LoaderConfig, LoadJob, Refused, Surveyed
+from model_runner.lora.transfer.shm_adapter import ShmAdapter
 from model_runner.platform.child_process import ChildProcess
 
 Reply = Surveyed | Refused | Loaded
@@ -25,7 +25,7 @@ END_SECONDS = 0.2
 """How long a killed child is waited for; one that hangs in the kernel is left to it."""
 
 
-class Gone(Exception):
+class LoaderGone(Exception):
     """The child is dead, or speaks nonsense; `str` says how it ended."""
 
 
@@ -54,7 +54,7 @@ class Loader:
         """Readable when there is something to hear."""
         return self._socket.fileno()
 
-    def ask(self, job: Job) -> bool:
+    def ask(self, job: LoadJob) -> bool:
         """Hands over a job; False if the child is not there to take it."""
         try:
             self._socket.send(msgspec.msgpack.encode(job))
@@ -62,8 +62,8 @@ class Loader:
             return False
         return True
 
-    def hear(self) -> Iterator[tuple[Reply, Parcel | None]]:
-        """Everything it has said; the receiver owns the parcels. Raises Gone."""
+    def hear(self) -> Iterator[tuple[Reply, ShmAdapter | None]]:
+        """Everything it has said; the receiver owns the parcels. Raises LoaderGone."""
         while True:
             descriptors = array.array("i")
             try:
@@ -78,7 +78,7 @@ class Loader:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                     descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
             if not packet:
-                raise Gone(self.kill())
+                raise LoaderGone(self.kill())
             yield self._read(packet, list(descriptors))
 
     def kill(self) -> str:
@@ -86,7 +86,7 @@ class Loader:
         self._end()
         return self._child.ending
 
-    def _read(self, packet: bytes, descriptors: list[int]) -> tuple[Reply, Parcel | None]:
+    def _read(self, packet: bytes, descriptors: list[int]) -> tuple[Reply, ShmAdapter | None]:
         try:
             reply = _REPLY.decode(packet)
             if len(descriptors) != isinstance(reply, Loaded):
@@ -95,8 +95,8 @@ class Loader:
             for descriptor in descriptors:
                 os.close(descriptor)
             self.kill()
-            raise Gone(f"made no sense ({error})") from error
-        return reply, Parcel(descriptors[0], reply.size, reply.label) if isinstance(reply, Loaded) else None
+            raise LoaderGone(f"made no sense ({error})") from error
+        return reply, ShmAdapter(descriptors[0], reply.size, reply.label) if isinstance(reply, Loaded) else None
 
 
 def _end(child: ChildProcess, link: socket.socket) -> None:

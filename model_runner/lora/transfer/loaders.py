@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import msgspec
 
 from engine.messages import LoadAdapter
-from model_runner.lora.transfer.loader import Gone, Loader
-from model_runner.lora.transfer.messages import Job, LoaderConfig, Refused, Surveyed
-from model_runner.lora.transfer.shm_adapter import Parcel
+from model_runner.lora.transfer.loader import Loader, LoaderGone
+from model_runner.lora.transfer.messages import LoaderConfig, LoadJob, Refused, Surveyed
+from model_runner.lora.transfer.shm_adapter import ShmAdapter
 
 COUNT = 2
 MAX_PATH = 4096
@@ -27,14 +27,14 @@ LOOK_SECONDS = 1.0
 """How often a load under way is compared with its time limit."""
 
 
-class Patience(msgspec.Struct, frozen=True):
+class TimeLimit(msgspec.Struct, frozen=True):
     """How long a load may take: `seconds` to start and check headers, then as many again and 1 / `rate` a byte."""
 
     seconds: float = 60.0
     rate: float = 20e6
 
 
-PATIENCE = Patience()
+TIME_LIMIT = TimeLimit()
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Outcome:
 
     message: LoadAdapter
     seconds: float
-    parcel: Parcel | None = None
+    parcel: ShmAdapter | None = None
     reason: str = ""
 
 
@@ -72,7 +72,7 @@ class Loaders:
     """The children of one runner. `fileno` is readable when `collect` has something to do."""
 
     config: LoaderConfig
-    patience: Patience = PATIENCE
+    time_limit: TimeLimit = TIME_LIMIT
     clock: Callable[[], float] = time.monotonic
     _numbers: Iterator[int] = field(default_factory=itertools.count, init=False)
     _queue: list[_Load] = field(default_factory=list, init=False)
@@ -166,13 +166,13 @@ class Loaders:
                 self._queue.remove(load)
                 self._finish(load, reason=f"no loader process can be started ({error})")
                 continue
-            job = Job(load.number, load.message.path, load.message.revision)
+            job = LoadJob(load.number, load.message.path, load.message.revision)
             if not worker.loader.ask(job):
                 self._lose(worker, "")
                 continue
             self._queue.remove(load)
             load.started = self.clock()
-            load.deadline = load.started + self.patience.seconds
+            load.deadline = load.started + self.time_limit.seconds
             worker.load = load
 
     def _next(self) -> _Load | None:
@@ -186,11 +186,11 @@ class Loaders:
                 assert load is not None, "nobody asked"
                 assert load.number == reply.job, "an answer to another question"
                 if isinstance(reply, Surveyed):
-                    load.deadline = self.clock() + self.patience.seconds + reply.bytes / self.patience.rate
+                    load.deadline = self.clock() + self.time_limit.seconds + reply.bytes / self.time_limit.rate
                     continue
                 worker.load = None
                 self._finish(load, parcel, reply.reason if isinstance(reply, Refused) else "")
-        except Gone as gone:
+        except LoaderGone as gone:
             self._lose(worker, f"the loader process {gone}")
 
     def _lose(self, worker: _Worker, reason: str) -> None:
@@ -200,7 +200,7 @@ class Loaders:
         if worker.load is not None:
             self._finish(worker.load, reason=reason)
 
-    def _finish(self, load: _Load, parcel: Parcel | None = None, reason: str = "") -> None:
+    def _finish(self, load: _Load, parcel: ShmAdapter | None = None, reason: str = "") -> None:
         if load.wanted:
             self._outcomes.append(Outcome(load.message, self.clock() - load.began, parcel, reason))
         elif parcel is not None:

@@ -2,7 +2,7 @@
 
     runner                                        loader
       | -- LoaderConfig, a JSON line on stdin ----->|   once; the end of stdin ends the child
-      | -- Job ------------------------------------>|
+      | -- LoadJob ------------------------------------>|
       |<-- Surveyed --------------------------------|   config and headers are sound; so many bytes are to be read
       |<-- Loaded, with the descriptor of the memory|   or Refused
 
@@ -68,7 +68,7 @@ class Packet(msgspec.Struct, tag=True, frozen=True, array_like=True, forbid_unkn
     job: int
 
 
-class Job(Packet, frozen=True):
+class LoadJob(Packet, frozen=True):
     """Read the adapter in `root`; `revision`, when not empty, is what it must hash to."""
 
     root: str

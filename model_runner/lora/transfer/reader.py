@@ -12,10 +12,10 @@ import torch
 from engine.errors import AdapterError
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.peft.base_weights import BaseWeights
-from model_runner.lora.peft.survey import Survey, read_survey
+from model_runner.lora.peft.survey import AdapterSurvey, read_survey
 from model_runner.lora.transfer import shm_adapter
 from model_runner.lora.transfer.cpu_limit import bounded
-from model_runner.lora.transfer.shm_adapter import Label, Parcel
+from model_runner.lora.transfer.shm_adapter import Label, ShmAdapter
 from model_runner.platform.device import host_memory
 
 
@@ -29,10 +29,10 @@ class Limits(msgspec.Struct, frozen=True):
     biases: bool = True
     extra_vocab: int | None = None
 
-    def check(self, survey: Survey) -> None:
+    def check(self, survey: AdapterSurvey) -> None:
         """Raises AdapterError naming the flag and its value."""
         if self.max_rank is not None and survey.rank > self.max_rank:
-            served = max(survey.landings, key=lambda landing: landing.rank)
+            served = max(survey.mappings, key=lambda mapping: mapping.rank)
             given = served.module.target.rank
             meant = "" if given == survey.rank else f" ({survey.format} of rank {given} is served as such)"
             raise AdapterError(f"rank {survey.rank} is above --max-lora-rank {self.max_rank}{meant}")
@@ -60,21 +60,21 @@ class Reader:
         self.dtype = dtype
         self.limits = limits
 
-    def survey(self, root: Path) -> Survey:
+    def survey(self, root: Path) -> AdapterSurvey:
         """What config and headers say, within the limits. Raises AdapterError or OSError."""
         with bounded("matching the names in its config"):
             survey = read_survey(root, self.catalogue)
         self.limits.check(survey)
         return survey
 
-    def read(self, root: Path, revision: str = "", announce: Callable[[int], None] = lambda _: None) -> Parcel:
+    def read(self, root: Path, revision: str = "", announce: Callable[[int], None] = lambda _: None) -> ShmAdapter:
         """The adapter in `root`; `revision`, when not empty, must be what its files hash to.
 
         `announce` is told how many bytes are to be read once all but the values is checked. Raises AdapterError or
         OSError; peak memory is the parcel and one tensor, a few times over.
         """
         survey = self.survey(root)
-        parts, size = shm_adapter.arrange(survey.landings, self.dtype)
+        parts, size = shm_adapter.arrange(survey.mappings, self.dtype)
         _, free = host_memory()
         if size > free:
             raise AdapterError(f"it needs {size >> 20} MiB of host memory, and {free >> 20} MiB are free")

@@ -22,7 +22,7 @@ from engine.errors import AdapterError
 from engine.ipc import UNREADABLE
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.normal_form import MAX_RANK, Delta, Deltas
-from model_runner.lora.peft.tensor_mapping import Landing
+from model_runner.lora.peft.tensor_mapping import TensorMapping
 from model_runner.lora.site import NORMS, Site
 
 ALIGNMENT = 64
@@ -61,7 +61,7 @@ class Label(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 
 @dataclass
-class Parcel:
+class ShmAdapter:
     """The descriptor of the memory, owned until it is opened or closed; tensors first, then the label."""
 
     descriptor: int
@@ -93,7 +93,7 @@ class Parcel:
             self.descriptor = -1
 
 
-def arrange(landings: Iterable[Landing], dtype: torch.dtype) -> tuple[list[Part], int]:
+def arrange(mappings: Iterable[TensorMapping], dtype: torch.dtype) -> tuple[list[Part], int]:
     """Where each piece of these modules goes, and how many bytes all of them take."""
     parts, end = [], 0
 
@@ -102,15 +102,15 @@ def arrange(landings: Iterable[Landing], dtype: torch.dtype) -> tuple[list[Part]
         begin, end = end, _aligned(end + elements * itemsize)
         return begin
 
-    for landing in landings:
-        for place in landing.places:
-            rank, out = landing.rank, place.out_features
+    for mapping in mappings:
+        for place in mapping.places:
+            rank, out = mapping.rank, place.out_features
             a, b = take(rank * place.in_features, dtype.itemsize), take(rank * out, dtype.itemsize)
-            gain = take(out, VECTOR.itemsize) if landing.has_gain else None
-            bias = take(out, VECTOR.itemsize) if landing.has_bias else None
-            shape = _shape(place.site, landing.rows)
-            whole = take(math.prod(shape), dtype.itemsize) if landing.has_whole else None
-            parts.append(Part(place.site.name, place.index, rank, a, b, gain, bias, whole, landing.rows))
+            gain = take(out, VECTOR.itemsize) if mapping.has_gain else None
+            bias = take(out, VECTOR.itemsize) if mapping.has_bias else None
+            shape = _shape(place.site, mapping.rows)
+            whole = take(math.prod(shape), dtype.itemsize) if mapping.has_whole else None
+            parts.append(Part(place.site.name, place.index, rank, a, b, gain, bias, whole, mapping.rows))
     return parts, end
 
 
@@ -121,13 +121,13 @@ def allocate(size: int) -> int:
     return descriptor
 
 
-def seal(descriptor: int, tensors: int, label: Label) -> Parcel:
+def seal(descriptor: int, tensors: int, label: Label) -> ShmAdapter:
     """Puts the label behind the tensors and fixes the size."""
     raw = msgspec.msgpack.encode(label)
     written = os.pwrite(descriptor, raw, tensors)
     assert written == len(raw), "memory takes all or raises"
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, FIXED_SIZE)
-    return Parcel(descriptor, tensors, len(raw))
+    return ShmAdapter(descriptor, tensors, len(raw))
 
 
 def map_memory(descriptor: int, size: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from engine.errors import EngineError
 from model_runner.lora.catalogue import Catalogue
-from model_runner.lora.transfer.messages import MAX_PACKET, Job, Loaded, LoaderConfig, Refused, Surveyed
+from model_runner.lora.transfer.messages import MAX_PACKET, Loaded, LoaderConfig, LoadJob, Refused, Surveyed
 from model_runner.lora.transfer.reader import Reader
 from model_runner.platform.device import DTYPES
 
@@ -40,10 +40,10 @@ def serve(config: LoaderConfig) -> None:
     gone = contextlib.suppress(ConnectionError)  # killed with words of ours unread
     with gone, socket.socket(fileno=config.socket) as link, torch.inference_mode():
         while packet := link.recv(MAX_PACKET):
-            _do(link, reader, msgspec.msgpack.decode(packet, type=Job))
+            _do(link, reader, msgspec.msgpack.decode(packet, type=LoadJob))
 
 
-def _do(link: socket.socket, reader: Reader, job: Job) -> None:
+def _do(link: socket.socket, reader: Reader, job: LoadJob) -> None:
     def announce(size: int) -> None:
         link.send(msgspec.msgpack.encode(Surveyed(job.job, size)))
 

@@ -18,7 +18,7 @@ from engine.config.sections import Links, RunnerConfig
 from engine.messages import Footprint
 from model_runner import assembly
 from model_runner.config import Arch
-from model_runner.lora.normal_form import Adapter, Delta, footprint
+from model_runner.lora.normal_form import Delta, NormalForm, footprint
 from model_runner.model.families.decoder import Decoder
 from model_runner.model.layers.weights import Weights
 from model_runner.model.load import build_decoder
@@ -64,7 +64,7 @@ def host_adapters(runner: Runner, count: int, rank: int) -> Footprint:
     return made.footprint
 
 
-def _adapter(runner: Runner, rank: int) -> Adapter:
+def _adapter(runner: Runner, rank: int) -> NormalForm:
     """An adapter on all linears."""
     parts = runner._parts
     assert parts.lora is not None
@@ -79,7 +79,7 @@ def _adapter(runner: Runner, rank: int) -> Adapter:
         site.name: tuple(Delta(noise(rank, site.in_features), noise(rank, piece.width)) for piece in site.slices)
         for site in sites
     }
-    return Adapter(
+    return NormalForm(
         adapter_id=1,
         name="random",
         revision="random",

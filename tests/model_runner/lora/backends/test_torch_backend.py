@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from engine.messages import LanePages
 from model_runner.lora.backends.base import create
 from model_runner.lora.backends.torch_backend import TOGETHER, TorchLora
-from model_runner.lora.normal_form import Adapter
+from model_runner.lora.normal_form import NormalForm
 from model_runner.lora.pool.pages import RankPages
 from model_runner.lora.site import Site, vectors_of
 from model_runner.step.layout import Layout
@@ -243,7 +243,7 @@ def test_a_scale_of_zero_reads_nothing_even_where_it_would_overflow() -> None:
         )
 
 
-def run_alone(lora: TorchLora, adapter: Adapter, granted: dict[str, list[int]]) -> None:
+def run_alone(lora: TorchLora, adapter: NormalForm, granted: dict[str, list[int]]) -> None:
     lora.pages.fill(adapter, granted)
     lora.pages.set_lane(LanePages(1, {group: [(page, 1.0) for page in numbers] for group, numbers in granted.items()}))
     meta = lora.plan(layout([(1, 3)]))

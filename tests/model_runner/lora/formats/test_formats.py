@@ -81,15 +81,15 @@ def test_the_effective_weights_are_those_that_peft_merges(
         for piece, delta in zip(site.slices, deltas, strict=True):
             module = f"{site.path}.{piece.module}" if site.path else piece.module
             if site.group == NORMS:
-                weight = site.weight if delta is None or delta.whole is None else delta.whole
+                weight = site.weight if delta is None or delta.full_weight is None else delta.full_weight
                 changed += delta is not None
                 assert torch.equal(weight, expected[f"{module}.weight"])
                 continue
             weight = (site.weight.t() if site.embeds else site.weight)[piece.start : piece.stop].double()
             bias = None if site.bias is None else site.bias[piece.start : piece.stop].clone()
             if delta is not None:
-                if delta.whole is not None:
-                    weight = (delta.whole.t() if site.embeds else delta.whole).double()
+                if delta.full_weight is not None:
+                    weight = (delta.full_weight.t() if site.embeds else delta.full_weight).double()
                 weight = weight * (1 if delta.gain is None else delta.gain.double()[:, None])
                 weight = weight + delta.b.double().t() @ delta.a.double()
                 changed += 1

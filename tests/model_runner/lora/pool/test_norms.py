@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from engine.messages import Footprint, LanePages
-from model_runner.lora.normal_form import Adapter, Delta, footprint
+from model_runner.lora.normal_form import Delta, NormalForm, footprint
 from model_runner.lora.pool.norms import Norms
 from model_runner.lora.pool.pages import RankPages, page_bytes
-from model_runner.lora.site import NORMS, Site, Slice, whole_of
+from model_runner.lora.site import NORMS, Site, Slice, full_weights_of
 
 CPU = torch.device("cpu")
-FULL = whole_of(NORMS)
+FULL = full_weights_of(NORMS)
 
 
 def norm(name: str, size: int, seed: int) -> Site:
@@ -23,16 +23,16 @@ def norm(name: str, size: int, seed: int) -> Site:
 SITES = [norm("input_layernorm", 24, 1), norm("q_norm", 8, 2), norm("k_norm", 8, 3)]
 
 
-def adapter(seed: int, *names: str) -> Adapter:
+def adapter(seed: int, *names: str) -> NormalForm:
     draw = torch.Generator().manual_seed(seed)
     deltas = {}
     for site in SITES:
         if site.slices[0].module in names:
             size = site.out_features
             whole = torch.randn(size, generator=draw).bfloat16()
-            deltas[site.name] = (Delta(torch.empty(0, 0), torch.empty(0, size), whole=whole),)
+            deltas[site.name] = (Delta(torch.empty(0, 0), torch.empty(0, size), full_weight=whole),)
     sites = {site.name: site for site in SITES}
-    return Adapter(seed, str(seed), str(seed), 0, list(names), footprint(deltas, sites), deltas, 0)
+    return NormalForm(seed, str(seed), str(seed), 0, list(names), footprint(deltas, sites), deltas, 0)
 
 
 @pytest.fixture
@@ -47,11 +47,11 @@ def table(pages: RankPages, number: int) -> torch.Tensor:
     return pages.norms.table(SITES[number])
 
 
-def own(one: Adapter, number: int) -> torch.Tensor:
+def own(one: NormalForm, number: int) -> torch.Tensor:
     (delta,) = one.deltas[SITES[number].name]
     assert delta is not None
-    assert delta.whole is not None
-    return delta.whole
+    assert delta.full_weight is not None
+    return delta.full_weight
 
 
 def test_an_adapters_norms_are_one_slot_and_those_it_has_not_are_the_bases(pages: RankPages) -> None:

@@ -9,7 +9,7 @@ import torch
 from fixtures.adapters.lora_sites import random_adapter, random_sites
 
 from engine.messages import Footprint, LanePages
-from model_runner.lora.normal_form import PAGE_RANK, Adapter, Delta, footprint
+from model_runner.lora.normal_form import PAGE_RANK, Delta, NormalForm, footprint
 from model_runner.lora.pool.pages import RankPages, page_bytes
 from model_runner.lora.site import EMBED, Site, Slice, vectors_of
 
@@ -25,7 +25,7 @@ def pages(count: int = 6) -> RankPages:
     return RankPages(SITES, dict.fromkeys(groups, count), 4, torch.float32, CPU)
 
 
-def units(adapter: Adapter, site: Site, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+def units(adapter: NormalForm, site: Site, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     delta = adapter.deltas[site.name][index]
     assert delta is not None
     return delta.a, delta.b

@@ -25,8 +25,8 @@ from msgspec.structs import replace
 from engine.messages import LoadAdapter
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.store import AdapterStore
-from model_runner.lora.transfer.loaders import Loaders, Outcome, Patience
-from model_runner.lora.transfer.messages import Job, LoaderConfig, SiteShape
+from model_runner.lora.transfer.loaders import Loaders, Outcome, TimeLimit
+from model_runner.lora.transfer.messages import LoaderConfig, LoadJob, SiteShape
 from model_runner.lora.transfer.reader import Limits
 
 SITES = random_sites(hidden=256, heads=256, kv=64, inner=512)
@@ -83,8 +83,8 @@ def own() -> Iterator[Callable[..., Loaders]]:
     """For tests that kill them."""
     made: list[Loaders] = []
 
-    def make(patience: Patience = Patience()) -> Loaders:  # noqa: B008
-        made.append(Loaders(CONFIG, patience))
+    def make(time_limit: TimeLimit = TimeLimit()) -> Loaders:  # noqa: B008
+        made.append(Loaders(CONFIG, time_limit))
         return made[-1]
 
     yield make
@@ -140,7 +140,7 @@ def test_a_child_ends_in_silence_when_its_runner_dies_without_reading_its_answer
     with child:
         with ours:
             for number in range(3):
-                ours.send(msgspec.msgpack.encode(Job(number, str(adapter(tmp_path / str(number))))))
+                ours.send(msgspec.msgpack.encode(LoadJob(number, str(adapter(tmp_path / str(number))))))
             assert select.select([ours], [], [], 60)[0]
         assert child.wait(60) == 0
         assert child.stderr is not None
@@ -261,18 +261,18 @@ def test_what_takes_too_long_is_stopped(own: Callable[..., Loaders], tmp_path: P
     fields = json.loads((bad / "adapter_config.json").read_text())
     (bad / "adapter_config.json").write_text(json.dumps(fields | {"target_modules": "(([a-z.]*)*)*[0-9]!"}))
     loads(loaders, good)
-    loaders.patience = Patience(seconds=0.5)
+    loaders.time_limit = TimeLimit(seconds=0.5)
     began = time.monotonic()
     assert refused(loaders, message(bad)) == "loading took longer than 0.5 s and was stopped"
     assert time.monotonic() - began < 10
-    loaders.patience = Patience()
+    loaders.time_limit = TimeLimit()
     loads(loaders, good)
 
 
 def test_the_time_limit_grows_with_what_is_to_be_read(own: Callable[..., Loaders], tmp_path: Path) -> None:
     loaders, root = own(), adapter(tmp_path)
     loads(loaders, root)
-    loaders.patience = Patience(seconds=50.0, rate=1000.0)
+    loaders.time_limit = TimeLimit(seconds=50.0, rate=1000.0)
     began = time.monotonic()
     loaders.submit(message(root))
     (load,) = loaders._busy

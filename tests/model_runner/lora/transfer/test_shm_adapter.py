@@ -16,7 +16,7 @@ from engine.errors import AdapterError
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.transfer import shm_adapter
 from model_runner.lora.transfer.reader import Limits, Reader
-from model_runner.lora.transfer.shm_adapter import Label, Parcel, Part
+from model_runner.lora.transfer.shm_adapter import Label, Part, ShmAdapter
 
 SITES = random_sites()
 CATALOGUE = Catalogue(SITES)
@@ -70,10 +70,10 @@ def test_dropped_memory_is_given_back_and_no_descriptor_is_kept(tmp_path: Path) 
     assert shared_bytes() <= shared
 
 
-def make(parts: list[Part], tensors: int = 896, size: int | None = None) -> Parcel:
+def make(parts: list[Part], tensors: int = 896, size: int | None = None) -> ShmAdapter:
     descriptor = shm_adapter.allocate(tensors)
     made = shm_adapter.seal(descriptor, tensors, Label("r", [], parts))
-    return made if size is None else Parcel(descriptor, size, made.label)
+    return made if size is None else ShmAdapter(descriptor, size, made.label)
 
 
 def test_a_sound_parcel_opens() -> None:
@@ -119,10 +119,10 @@ def test_a_label_that_is_none_and_memory_that_could_shrink() -> None:
     descriptor = shm_adapter.allocate(768)
     os.pwrite(descriptor, b"nonsense", 768)
     with pytest.raises(AdapterError, match="can change its size"):
-        Parcel(os.dup(descriptor), 768, 8).open(CATALOGUE, torch.float32)
+        ShmAdapter(os.dup(descriptor), 768, 8).open(CATALOGUE, torch.float32)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, shm_adapter.FIXED_SIZE)
     with pytest.raises(AdapterError, match="cannot be read"):
-        Parcel(descriptor, 768, 8).open(CATALOGUE, torch.float32)
+        ShmAdapter(descriptor, 768, 8).open(CATALOGUE, torch.float32)
 
 
 def test_an_adapter_that_memory_cannot_hold_is_refused_before_it_is_read(
