@@ -247,8 +247,8 @@ class Stopping(Part, frozen=True):
 class Generate(Message, frozen=True, kw_only=True):
     """tokenizer_proc -> scheduler: run this. `generated` are tokens it already has (replay after a crash).
 
-    `lora` is [(adapter_id, scale)]: empty = base, one = the usual case, several = a weighted mix. `salt` keeps the
-    prefix pages of tenants apart. Lower `priority` runs first.
+    `lora` is [(adapter_id, scale)]: empty = base, one = the usual case, several = a weighted mix.
+    `cache_salt` keeps the prefix pages of tenants apart. Lower `priority` runs first.
     """
 
     epoch: int
@@ -259,7 +259,7 @@ class Generate(Message, frozen=True, kw_only=True):
     sampling: Sampling
     stopping: Stopping
     priority: int = 0
-    salt: str = ""
+    cache_salt: str = ""
 
 
 class Abort(Message, frozen=True):

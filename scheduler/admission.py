@@ -9,7 +9,7 @@ from __future__ import annotations
 from engine.messages import EvictAdapter, FinishReason, Generate, Update
 from scheduler.adapters.copies import Copy, Device, Host
 from scheduler.requests.alora import invoked_at
-from scheduler.requests.queue import Place
+from scheduler.requests.queue import WaitState
 from scheduler.requests.request import Request, from_message
 from scheduler.requests.stopping import finish_of, fit
 from scheduler.state import Books
@@ -62,7 +62,7 @@ class Admission:
         if new:
             books.residency.use(books.copies(key))
             if key in books.waiting:
-                books.waiting.put(key, Place.ACTIVE, books.now)
+                books.waiting.set_state(key, WaitState.ACTIVE, books.now)
         books.running.add(request)
         books.kv.admit(request, books.owner(key))
         books.ordering.admitted(request)
@@ -100,7 +100,7 @@ class Admission:
             books.updates.append(
                 Update(request_id=request.id, index=index, finish=finish, matched=matched, error=error, code=code)
             )
-        books.suspects.forget(request.id)
+        books.blame.forget(request.id)
         if request.row >= 0:
             self._leave(request)
         else:
@@ -147,22 +147,22 @@ class Admission:
         """Finds out what a waiting key waits for; ends its requests where that will never come."""
         books = self._books
         if key == BASE or key in books.lanes:
-            books.waiting.put(key, Place.DRAINING if key in books.draining else Place.ACTIVE, books.now)
+            books.waiting.set_state(key, WaitState.DRAINING if key in books.draining else WaitState.ACTIVE, books.now)
             return
         copies = books.copies(key)
         problem = self._never(key)
         if problem is not None:
             self.fail_waiting(key, problem)
         elif any(copy.to_load for copy in copies):
-            books.waiting.put(key, Place.DISK, books.now)
+            books.waiting.set_state(key, WaitState.DISK, books.now)
             books.stirred = True
         elif any(copy.device is Device.NONE and copy.host is not Host.HELD for copy in copies):
-            books.waiting.put(key, Place.BLOCKED, books.now)
+            books.waiting.set_state(key, WaitState.BLOCKED, books.now)
         elif any(copy.device is Device.NONE for copy in copies):
-            books.waiting.put(key, Place.COLD, books.now)
+            books.waiting.set_state(key, WaitState.COLD, books.now)
         else:
             filling = any(copy.device is Device.FILLING for copy in copies)
-            books.waiting.put(key, Place.BLOCKED if filling else Place.READY, books.now)
+            books.waiting.set_state(key, WaitState.BLOCKED if filling else WaitState.READY, books.now)
 
     def settle_copy(self, copy: Copy) -> None:
         """The same for every waiting key that names the copy."""

@@ -45,8 +45,8 @@ from engine.messages import (
 from scheduler import wait_reasons
 from scheduler.adapters.copies import Device
 from scheduler.admission import Admission
-from scheduler.batching.admission_order import Turns
-from scheduler.batching.isolation import Quarantine
+from scheduler.batching.admission_order import AdmissionOrder
+from scheduler.batching.isolation import Isolation
 from scheduler.batching.planner import Planner
 from scheduler.loading.device_loader import Filling
 from scheduler.loading.disk_loader import Loading
@@ -85,11 +85,11 @@ class Scheduler:
         self._books = Books(capacity, bounds)
         self._admission = Admission(self._books)
         self._filling = Filling(self._books, self._admission)
-        self._turns = Turns(self._books, self._admission, self._filling)
+        self._admission_order = AdmissionOrder(self._books, self._admission, self._filling)
         self._loading = Loading(self._books, self._admission)
         self._custody = Custody(self._books, self._admission, self._loading, self._filling)
-        self._quarantine = Quarantine(self._books, self._admission, self._filling)
-        self._planner = Planner(self._books, self._admission, self._filling, self._turns, self._quarantine)
+        self._isolation = Isolation(self._books, self._admission, self._filling)
+        self._planner = Planner(self._books, self._admission, self._filling, self._admission_order, self._isolation)
         self._window = window
         self._runner_epoch = epoch
         self._client_epoch = 0
@@ -157,7 +157,7 @@ class Scheduler:
             if samples:
                 request.pending -= 1
                 self._append(request, next(tokens), done.logprobs.get(index))
-        self._quarantine.answered(flight)
+        self._isolation.answered(flight)
         books.residency.step_done(done.id)
         self._filling.step_took(done.seconds)
         books.counters.steps += 1
@@ -297,7 +297,7 @@ class Scheduler:
         assert _is_possible(message.capacity), f"a runner cannot hold {message.capacity}"
         books = self._books
         self._runner_epoch = message.epoch
-        self._quarantine.died(message.after_fault)
+        self._isolation.died(message.after_fault)
         running = list(books.running.ordered)
         for request in running:
             books.running.remove(request)
@@ -308,11 +308,11 @@ class Scheduler:
         books.open(message.capacity)
         for request in running:
             books.waiting.push(request)
-        self._quarantine.bring_forward()
+        self._isolation.bring_forward()
         books.news.append(message.capacity)
         self._custody.reset()
         self._admission.reopen()
-        self._quarantine.sentence()
+        self._isolation.sentence()
         self._loading.fetch()
         for copy in books.directory.copies.values():
             if copy.stage in ("disk", "loading") and not copy.on_host:

@@ -28,7 +28,7 @@ from engine.messages import (
 )
 from engine.processes.child import Child
 from engine.processes.pulse import Pulse
-from scheduler.batching.async_gate import Pace
+from scheduler.batching.async_gate import AsyncGate
 from scheduler.core import Scheduler
 from scheduler.state import Bounds
 
@@ -93,7 +93,7 @@ class Loop:
             tenant_weights=config.tenant_weights,
         )
         self._core: Scheduler | None = None
-        self._pace = Pace(config.window, holds=False)
+        self._pace = AsyncGate(config.window, holds=False)
         self._early: list[ToScheduler] = []  # what came before the runner's first word
         self._plan_at = float("inf")  # when a plan is due that waits for no message
         self._stats_at = self._audited = float("-inf")
@@ -115,7 +115,7 @@ class Loop:
 
     def _take(self, message: ToScheduler, now: float) -> None:
         if isinstance(message, RunnerReady):
-            self._pace = Pace(self._config.window, holds=message.capacity.device == "cpu")
+            self._pace = AsyncGate(self._config.window, holds=message.capacity.device == "cpu")
         elif isinstance(message, StepDone):
             self._pace.done(message, now)
         if self._core is not None:

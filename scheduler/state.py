@@ -14,14 +14,14 @@ from scheduler.adapters.eviction import Policy
 from scheduler.adapters.host_cache import HostTier
 from scheduler.adapters.lanes import Lanes
 from scheduler.adapters.registry import Directory
-from scheduler.kv_cache.kv_cache import KvCache
-from scheduler.requests.blame import Suspects
+from scheduler.kv_cache.kv_cache_manager import KvCacheManager
+from scheduler.requests.blame import BlameTracker
 from scheduler.requests.fairness import ordering
 from scheduler.requests.policy import SchedulePolicy
-from scheduler.requests.queue import Place, Waiting
+from scheduler.requests.queue import WaitingQueue, WaitState
 from scheduler.requests.request import Request
-from scheduler.requests.rows import Running
-from scheduler.requests.starvation import Overtaking
+from scheduler.requests.rows import RunningRows
+from scheduler.requests.starvation import StarvationTracker
 from scheduler.stats import Counters
 from scheduler.types import BASE, LaneKey, Order, Owner
 
@@ -71,10 +71,10 @@ class Books:
         self.bounds = bounds
         self.now = 0.0
         self.ordering = ordering(bounds.schedule_policy, bounds.tenant_weights)
-        self.overtaking = Overtaking()
+        self.starvation = StarvationTracker()
         self.requests: dict[int, Request] = {}
-        self.waiting = Waiting()
-        self.suspects = Suspects()
+        self.waiting = WaitingQueue()
+        self.blame = BlameTracker()
         self.doubted: set[int] = set()
         self.tick = count(1).__next__
         self._arrivals = count()
@@ -88,8 +88,8 @@ class Books:
         self.wishes: dict[int, None] = {}
         self.unasked: dict[int, None] = {}
         self.stirred = False
-        self.running = Running(0)
-        self.kv = KvCache(0, capacity.page_size, bounds.prefix_cache)
+        self.running = RunningRows(0)
+        self.kv = KvCacheManager(0, capacity.page_size, bounds.prefix_cache)
         self.open(capacity)
 
     def open(self, capacity: Capacity) -> None:
@@ -97,7 +97,7 @@ class Books:
         assert not self.running.ordered
         self.capacity = capacity
         self.kv.reset(capacity.kv_pages, capacity.page_size)
-        self.running = Running(capacity.rows, self.running.generations)
+        self.running = RunningRows(capacity.rows, self.running.generations)
         self.lanes = Lanes(min(self.bounds.max_loras, capacity.max_loras))
         self.draining: dict[LaneKey, None] = {}
         self.flights: list[Flight] = []
@@ -124,7 +124,7 @@ class Books:
 
     def behind_passed(self, request: Request) -> Order:
         """The place behind everyone of a running request's priority who was passed, and before all others."""
-        return self.ordering.behind(request, self.overtaking.frontier, next(self._arrivals))
+        return self.ordering.behind(request, self.starvation.frontier, next(self._arrivals))
 
     def awaited(self, copy: Copy) -> Order | None:
         """The place of the first who waits for it, if anyone does."""
@@ -214,9 +214,9 @@ class Books:
         assert len(waiting) == len(set(waiting)), "a request waits twice"
         assert not running & set(waiting), "a request runs and waits"
         assert running | set(waiting) == set(self.requests), "a request is lost"
-        assert set(self.suspects) <= set(self.requests), "a suspect has ended"
-        assert not len(self.suspects) or running <= set(self.suspects), "others run beside a suspect"
-        assert not len(self.suspects) or len(running) <= 1, "suspects run together"
+        assert set(self.blame) <= set(self.requests), "a suspect has ended"
+        assert not len(self.blame) or running <= set(self.blame), "others run beside a suspect"
+        assert not len(self.blame) or len(running) <= 1, "suspects run together"
         for request in self.running.ordered:
             room = len(request.pages) * self.capacity.page_size
             assert request.computed <= room, f"request {request.id} computed {request.computed} in room for {room}"
@@ -238,17 +238,17 @@ class Books:
 
     def _audit_places(self) -> None:
         for key in self.waiting.all_keys():
-            place, copies = self.waiting.place_of(key), self.directory.of(key)
-            if place in (Place.ACTIVE, Place.DRAINING):
+            place, copies = self.waiting.state_of(key), self.directory.of(key)
+            if place in (WaitState.ACTIVE, WaitState.DRAINING):
                 assert key == BASE or key in self.lanes, f"key {key} is active without a lane"
-                assert (key in self.draining) == (place is Place.DRAINING), f"key {key} drains and does not"
-            elif place is Place.READY:
+                assert (key in self.draining) == (place is WaitState.DRAINING), f"key {key} drains and does not"
+            elif place is WaitState.READY:
                 assert key not in self.lanes, f"key {key} waits for the lane that it has"
                 assert all(c.device is Device.RESIDENT for c in copies), f"key {key} is ready and not resident"
-            elif place is Place.COLD:
+            elif place is WaitState.COLD:
                 assert any(c.device is Device.NONE for c in copies), f"key {key} is cold and has pages"
                 assert all(c.on_device or c.host is Host.HELD for c in copies), f"key {key} is cold and not on the host"
-            elif place is Place.DISK:
+            elif place is WaitState.DISK:
                 assert any(c.to_load for c in copies), f"key {key} waits for a load that nobody needs"
             else:
                 assert all(not c.to_load for c in copies), f"key {key} waits for a load that nobody starts"

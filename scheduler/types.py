@@ -38,7 +38,7 @@ class Stem:
     """
 
     owner: Owner
-    salt: str
+    cache_salt: str
     dropped: bool = False
     number: int = 0
     holders: int = 0

@@ -18,7 +18,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from engine.messages import WaitingRequest, WaitReason
-from scheduler.requests.queue import Place
+from scheduler.requests.queue import WaitState
 from scheduler.requests.request import Request
 from scheduler.state import Books
 from scheduler.types import LaneKey
@@ -63,7 +63,7 @@ def _last_want(books: Books) -> WaitReason:
     """What those wait for who have all that their adapters need: the first of them is not passed."""
     if not books.running.free:
         return "rows"
-    places = (Place.ACTIVE, Place.READY) if books.lanes.free else (Place.ACTIVE,)
+    places = (WaitState.ACTIVE, WaitState.READY) if books.lanes.free else (WaitState.ACTIVE,)
     heads = [head for place in places if (head := books.waiting.first(place)) is not None]
     if not heads:
         return "turn"
@@ -74,15 +74,15 @@ def _last_want(books: Books) -> WaitReason:
 
 
 def _of_key(books: Books, key: LaneKey, room: Mapping[str, int], last: WaitReason) -> WaitReason:
-    place = books.waiting.place_of(key)
-    if place is Place.DISK:
+    place = books.waiting.state_of(key)
+    if place is WaitState.DISK:
         return "load"
-    if place is Place.BLOCKED:
+    if place is WaitState.BLOCKED:
         return "fill" if all(copy.on_device or copy.can_fill for copy in books.copies(key)) else "load"
-    if len(books.suspects):
+    if len(books.blame):
         return "trial"
-    if place is Place.DRAINING or (place is not Place.ACTIVE and not books.lanes.free):
+    if place is WaitState.DRAINING or (place is not WaitState.ACTIVE and not books.lanes.free):
         return "lanes"
-    if place is Place.COLD:
+    if place is WaitState.COLD:
         return "rank_pages" if books.residency.lacking_in(books.copies(key), room) else "fill"
     return last

@@ -30,7 +30,7 @@ from scheduler.admission import Admission
 from scheduler.batching.deadlines import Wait, to_drain, to_take
 from scheduler.batching.preemption import HeldLane, by_end, by_loss
 from scheduler.loading.device_loader import Filling, Outcome
-from scheduler.requests.queue import Place
+from scheduler.requests.queue import WaitState
 from scheduler.requests.request import Request
 from scheduler.state import Books
 from scheduler.types import LaneKey, Order
@@ -44,7 +44,7 @@ FIRST: Order = (float("-inf"),)  # before everyone
 LAST = float("inf")
 
 
-class Turns:
+class AdmissionOrder:
     """The order of admissions, over the books."""
 
     def __init__(self, books: Books, admission: Admission, filling: Filling) -> None:
@@ -70,7 +70,7 @@ class Turns:
     def waited(self, request: Request) -> float:
         """For how long a waiting request has been passed because of its adapter, as far as lanes and pages go."""
         books = self._books
-        passed = books.overtaking.since(request.order)
+        passed = books.starvation.since(request.order)
         if passed is None:
             return 0.0
         return books.now - max(passed, request.queued_at, books.waiting.since(request.key))
@@ -96,11 +96,11 @@ class Turns:
         margin = 2 * filling.step_seconds + bound / LOOKS
         pace = LEAST_SHARE * bound / max(1, books.lanes.count)
         found: list[tuple[Wait, Request]] = []
-        heads = books.waiting.heads(Place.READY, Place.COLD, Place.DRAINING)
+        heads = books.waiting.heads(WaitState.READY, WaitState.COLD, WaitState.DRAINING)
         for count, head in enumerate(islice(heads, HEADS * max(books.lanes.count, 16))):
             if count == 0:
-                books.overtaking.settle(self._first_place())
-            passed = books.overtaking.since(head.order)
+                books.starvation.settle(self._first_place())
+            passed = books.starvation.since(head.order)
             if passed is None:
                 break  # nor was anyone behind it
             request = head
@@ -112,7 +112,9 @@ class Turns:
         return sorted(found, key=_slack)
 
     def _first_place(self) -> Order | None:
-        return min((request.order for place in Place if (request := self._books.waiting.first(place))), default=None)
+        return min(
+            (request.order for place in WaitState if (request := self._books.waiting.first(place))), default=None
+        )
 
     def _lanes(self) -> dict[LaneKey, HeldLane]:
         """All, with their rows."""
@@ -177,25 +179,25 @@ class Turns:
                 self._skipped = request
                 break  # the lane is for it, when it is filled
         while True:
-            active = books.waiting.first(Place.ACTIVE)
+            active = books.waiting.first(WaitState.ACTIVE)
             head = self._head() if self._skipped is None else None
             best = head if active is None or (head is not None and head.order < active.order) else active
             if best is None or best.flights or not self._has_memory(best):
                 return None  # tokens in flight are applied before their request comes back
             if best is active or self._opens(best, best.order):
-                books.overtaking.passed(best.order, books.now)
+                books.starvation.passed(best.order, books.now)
                 return best
-            if best.key in books.waiting and books.waiting.place_of(best.key) in (Place.READY, Place.COLD):
+            if best.key in books.waiting and books.waiting.state_of(best.key) in (WaitState.READY, WaitState.COLD):
                 self._skipped = best  # else it is being filled, or failed
 
     def end(self) -> None:
         """Nobody else is admitted to this step. Who was skipped though there is room for it could have gone."""
         if self._skipped is not None and self._has_memory(self._skipped):
             everyone = (*self._books.last_place, LAST)
-            self._books.overtaking.passed(everyone, self._books.now)
+            self._books.starvation.passed(everyone, self._books.now)
 
     def _head(self) -> Request | None:
-        ready, cold = self._books.waiting.first(Place.READY), self._books.waiting.first(Place.COLD)
+        ready, cold = self._books.waiting.first(WaitState.READY), self._books.waiting.first(WaitState.COLD)
         return cold if ready is None or (cold is not None and cold.order < ready.order) else ready
 
     def _opens(self, request: Request, order: Order) -> bool:
@@ -205,7 +207,7 @@ class Turns:
             return True
         if not books.lanes.free:
             return False
-        resident = books.waiting.place_of(request.key) is Place.READY
+        resident = books.waiting.state_of(request.key) is WaitState.READY
         return resident or self._filling.fetch(request, order) is Outcome.RESIDENT
 
     def _has_memory(self, request: Request) -> bool:
@@ -217,7 +219,7 @@ class Turns:
         """Whether it still waits for a lane or rank pages."""
         books = self._books
         waits = not request.done and request.row < 0 and request.key in books.waiting
-        return waits and books.waiting.place_of(request.key) in (Place.READY, Place.COLD, Place.DRAINING)
+        return waits and books.waiting.state_of(request.key) in (WaitState.READY, WaitState.COLD, WaitState.DRAINING)
 
 
 class _Way:

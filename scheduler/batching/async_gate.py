@@ -17,7 +17,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from engine.messages import Step, StepDone
-from scheduler.batching.overlap_tuner import Overlap
+from scheduler.batching.overlap_tuner import OverlapTuner
 
 LEAD_SECONDS = 0.003
 LEAD_SHARE = 0.2  # of the step, where that is more: long steps vary by more than milliseconds
@@ -34,12 +34,12 @@ class _Flight:
     prompt: int  # tokens of those that are not decoding
 
 
-class Pace:
+class AsyncGate:
     """Expects a step's end from the last ones of its kind. `holds` False: every step may be planned at once."""
 
-    def __init__(self, window: int, holds: bool, overlap: Overlap | None = None) -> None:
+    def __init__(self, window: int, holds: bool, overlap: OverlapTuner | None = None) -> None:
         self._window, self._holds = window, holds
-        self._overlap = overlap or Overlap()
+        self._overlap = overlap or OverlapTuner()
         self._flights: deque[_Flight] = deque()
         self._decodes: deque[float] = deque(maxlen=MEMORY)  # seconds of a step
         self._prefills: deque[float] = deque(maxlen=MEMORY)  # seconds of a token

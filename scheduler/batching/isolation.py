@@ -16,8 +16,8 @@ import logging
 from scheduler.adapters.copies import Copy
 from scheduler.admission import Admission
 from scheduler.loading.device_loader import Filling, Outcome
-from scheduler.requests.blame import Stand
-from scheduler.requests.queue import Place
+from scheduler.requests.blame import InFlightPosition
+from scheduler.requests.queue import WaitState
 from scheduler.requests.request import Request
 from scheduler.state import Books, Flight
 
@@ -34,7 +34,7 @@ ASIDE = (
 )
 
 
-class Quarantine:
+class Isolation:
     """One suspect at a time, over the books."""
 
     def __init__(self, books: Books, admission: Admission, filling: Filling) -> None:
@@ -50,7 +50,7 @@ class Quarantine:
     @property
     def is_on(self) -> bool:
         """Whether there is a suspect: then nobody else is planned."""
-        return len(self._books.suspects) > 0
+        return len(self._books.blame) > 0
 
     @property
     def waits(self) -> bool:
@@ -62,24 +62,24 @@ class Quarantine:
         books = self._books
         if books.running.ordered or books.flights:
             return None
-        for request in sorted((books.requests[i] for i in books.suspects), key=lambda request: request.order):
+        for request in sorted((books.requests[i] for i in books.blame), key=lambda request: request.order):
             if request.done:
                 continue
-            place = books.waiting.place_of(request.key)
-            if place is Place.COLD:
+            place = books.waiting.state_of(request.key)
+            if place is WaitState.COLD:
                 if self._filling.fetch(request, request.order) in (Outcome.RESIDENT, Outcome.FILLING):
                     return None  # the fill is alone in its step
-            elif place in (Place.ACTIVE, Place.READY) and books.kv.admits(request, books.owner(request.key), 0):
+            elif place in (WaitState.ACTIVE, WaitState.READY) and books.kv.admits(request, books.owner(request.key), 0):
                 return request
         return None
 
     def answered(self, flight: Flight) -> None:
         """Whoever is past its point makes room for the next suspect, or goes on with everyone."""
         books = self._books
-        if books.suspects.quiet:
+        if books.blame.quiet:
             return
         for (request, _, _), start in zip(flight.parts, flight.starts, strict=True):
-            if books.suspects.answered(request.id, start) and self.is_on and request.row >= 0:
+            if books.blame.answered(request.id, start) and self.is_on and request.row >= 0:
                 self._admission.preempt(request, (request.order[0] + EARLIER, *request.order[1:]))
 
     # -------------------------------------------------------------------------------------------------- at a death
@@ -87,13 +87,13 @@ class Quarantine:
     def died(self, own_fault: bool) -> None:
         """A runner died, whose steps in flight and fills are still in the books."""
         books = self._books
-        flying: dict[int, Stand] = {}
+        flying: dict[int, InFlightPosition] = {}
         for flight in books.flights:
             for (request, _, _), start in zip(flight.parts, flight.starts, strict=True):
                 if not request.done:
                     reached = flying[request.id].reached if request.id in flying else start
-                    flying[request.id] = Stand(reached, max(request.computed, start + 1))
-        poison = books.suspects.died(flying, own_fault)
+                    flying[request.id] = InFlightPosition(reached, max(request.computed, start + 1))
+        poison = books.blame.died(flying, own_fault)
         self._poison = None if poison is None else books.requests[poison]
         if own_fault:
             self._blame_fills(bool(flying))
@@ -111,12 +111,12 @@ class Quarantine:
             else:
                 for request in books.requests.values():
                     if any(copy_id == copy.id for copy_id, _ in request.key):
-                        books.suspects.suspect(request.id)
+                        books.blame.suspect(request.id)
 
     def bring_forward(self) -> None:
         """Everyone waits, in places that are not settled yet: suspects go first, so that each of them gets on."""
         books = self._books
-        for request in [books.requests[i] for i in books.suspects]:
+        for request in [books.requests[i] for i in books.blame]:
             if request.order[0] > -EARLIER // 2:
                 books.waiting.remove(request)
                 request.order = (request.order[0] - EARLIER, *request.order[1:])

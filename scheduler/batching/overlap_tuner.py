@@ -80,7 +80,7 @@ class _Block:
 
 
 @dataclass
-class Overlap:
+class OverlapTuner:
     """Is told of every step that ended while there was work, and says whether the next is to be planned early."""
 
     _loads: dict[int, _Load] = field(default_factory=dict)

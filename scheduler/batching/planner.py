@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from engine.messages import Chunk, LanePages, NewRow, Step
 from scheduler.admission import Admission
-from scheduler.batching.admission_order import Turns
-from scheduler.batching.isolation import Quarantine
+from scheduler.batching.admission_order import AdmissionOrder
+from scheduler.batching.isolation import Isolation
 from scheduler.batching.preemption import choose_victim
 from scheduler.loading.device_loader import Filling
 from scheduler.requests.request import Request
@@ -48,22 +48,27 @@ class Planner:
     """Makes steps out of the books."""
 
     def __init__(
-        self, books: Books, admission: Admission, filling: Filling, turns: Turns, quarantine: Quarantine
+        self,
+        books: Books,
+        admission: Admission,
+        filling: Filling,
+        admission_order: AdmissionOrder,
+        isolation: Isolation,
     ) -> None:
         self._books = books
         self._admission = admission
         self._filling = filling
-        self._turns = turns
-        self._quarantine = quarantine
+        self._admission_order = admission_order
+        self._isolation = isolation
 
     def plan(self, epoch: int, step: int) -> Step | None:
         """Step number `step`, entered among the flights; None when there is nothing to do now."""
-        books, alone = self._books, self._quarantine.is_on
-        if self._quarantine.waits:
+        books, alone = self._books, self._isolation.is_on
+        if self._isolation.waits:
             return None
         books.kv.begin(step)
         if not alone:
-            self._turns.begin()
+            self._admission_order.begin()
         draft = _Draft(Flight(step), books.capacity.max_batched_tokens)
         prefills = self._decode(draft)
         if draft.chunks:
@@ -72,9 +77,9 @@ class Planner:
         for request in prefills:
             if draft.budget > 0:
                 self._prefill(draft, request, [])
-        self._admit(draft, self._quarantine.next if alone else self._turns.next)
+        self._admit(draft, self._isolation.next if alone else self._admission_order.next)
         if not alone:
-            self._turns.end()
+            self._admission_order.end()
             self._filling.look_ahead()
         fills = self._filling.take()
         if not draft.chunks and not fills:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-class Pages:
+class BlockPool:
     """Free list and reference counts."""
 
     def __init__(self, count: int) -> None:

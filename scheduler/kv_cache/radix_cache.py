@@ -1,16 +1,16 @@
 """The prefix tree: which full KV pages hold which tokens, for whom. Knows nothing of requests or of free pages.
 
-    stem (owner, salt) --tokens of page 0--> node --tokens of page 1--> node ...        every node is one page
+    stem (owner, cache_salt) --tokens of page 0--> node --tokens of page 1--> node ...        every node is one page
                                                  \\--other tokens--> node
 
 An adapter that acts from its invocation on leaves the base's pages where that stands: its stem is a branch there, and
 what is before is everyone's. The first page of a branch is known by where in it the invocation begins, too:
 
-    stem ((), salt) --page 0--> node --page 1--> node --page 2--> node ...
+    stem ((), cache_salt) --page 0--> node --page 1--> node --page 2--> node ...
                                                      \\--page 2, revision, offset--> node --page 3--> node ...
 
-A page is reached by its owner, its tenant's salt and all tokens before and in it, so it holds the keys and values of
-exactly those. An owner is the model that computed it: revisions with scales, () for the base.
+A page is found by its owner, its cache_salt and all tokens before and in it, so it holds the keys and values of exactly
+those. An owner is the model that computed it: revisions with scales, () for the base.
 
 Whoever uses a path holds its last node, and with it every node above. What nobody holds is idle, in the order of its
 last use and a child always before its parent: the first of the idle ones is a leaf, and the first to go.
@@ -40,7 +40,7 @@ def page_keys(tokens: Sequence[int], size: int, begin: int, end: int) -> Iterato
             yield data[at : at + width]
 
 
-class PrefixTree:
+class RadixCache:
     """All stems, and who goes first."""
 
     def __init__(self) -> None:
@@ -60,26 +60,26 @@ class PrefixTree:
         """How many pages nobody holds: all of them could go."""
         return len(self._idle)
 
-    def find(self, owner: Owner, salt: str) -> Node | None:
+    def find(self, owner: Owner, cache_salt: str) -> Node | None:
         """The top of a stem that has pages or holders."""
-        return self._tops.get((owner, salt))
+        return self._tops.get((owner, cache_salt))
 
-    def top(self, owner: Owner, salt: str) -> Node:
+    def top(self, owner: Owner, cache_salt: str) -> Node:
         """The top of a stem, a new one if need be; it stays while it has pages or is held."""
-        node = self._tops.get((owner, salt))
+        node = self._tops.get((owner, cache_salt))
         if node is None:
-            node = self._tops[owner, salt] = Node(Stem(owner, salt), None)
+            node = self._tops[owner, cache_salt] = Node(Stem(owner, cache_salt), None)
         return node
 
-    def branching(self, owner: Owner, salt: str) -> Stem | None:
+    def branching(self, owner: Owner, cache_salt: str) -> Stem | None:
         """The stem of an activated adapter, if it has pages or holders."""
-        return self._branching.get((owner, salt))
+        return self._branching.get((owner, cache_salt))
 
-    def join(self, owner: Owner, salt: str) -> Stem:
+    def join(self, owner: Owner, cache_salt: str) -> Stem:
         """The same with one holder more, a new one if need be."""
-        stem = self._branching.get((owner, salt))
+        stem = self._branching.get((owner, cache_salt))
         if stem is None:
-            stem = self._branching[owner, salt] = Stem(owner, salt, number=next(self._stems))
+            stem = self._branching[owner, cache_salt] = Stem(owner, cache_salt, number=next(self._stems))
         stem.holders += 1
         return stem
 
@@ -185,8 +185,8 @@ class PrefixTree:
     # ----------------------------------------------------------------------------------------------------- private
 
     def _audit_branching(self, holders: Mapping[Stem, int]) -> None:
-        for (owner, salt), stem in self._branching.items():
-            assert (stem.owner, stem.salt, stem.dropped) == (owner, salt, False), "a stem has another name"
+        for (owner, cache_salt), stem in self._branching.items():
+            assert (stem.owner, stem.cache_salt, stem.dropped) == (owner, cache_salt, False), "a stem has another name"
             assert stem.holders or stem.branches, f"the stem of {owner} is empty"
         for stem in {*self._branching.values(), *holders}:
             assert stem.holders == holders.get(stem, 0), f"the stem of {stem.owner} counts {stem.holders} holders"
@@ -205,8 +205,10 @@ class PrefixTree:
         nodes = self._nodes()
         assert self._count == sum(node.page > 0 for node in nodes), "the count is off"
         assert holders.keys() <= set(nodes), "a node is held that is not in the tree"
-        for (owner, salt), top in self._tops.items():
-            assert (top.stem.owner, top.stem.salt, top.stem.dropped) == (owner, salt, False), "a stem has another name"
+        for (owner, cache_salt), top in self._tops.items():
+            assert (top.stem.owner, top.stem.cache_salt, top.stem.dropped) == (owner, cache_salt, False), (
+                "a stem has another name"
+            )
         for node in nodes:
             self._audit_node(node, holders.get(node, 0))
         place = {node: index for index, node in enumerate(self._idle)}
@@ -233,7 +235,7 @@ class PrefixTree:
     def _forget(self, stem: Stem) -> None:
         """A stem without branches and holders is forgotten."""
         if not (stem.branches or stem.holders or stem.dropped):
-            del self._branching[stem.owner, stem.salt]
+            del self._branching[stem.owner, stem.cache_salt]
 
     def _close(self, top: Node) -> None:
         """The same for one that has a top, without pages and holders."""
@@ -243,7 +245,7 @@ class PrefixTree:
         if top.stem.dropped:
             del self._dropped[top]
         else:
-            del self._tops[top.stem.owner, top.stem.salt]
+            del self._tops[top.stem.owner, top.stem.cache_salt]
 
     def _prune(self, nodes: list[Node]) -> list[int]:
         """Takes out those that nobody holds, leaves first; `nodes` come parents first."""
@@ -270,7 +272,9 @@ class PrefixTree:
             assert node.parent.children[node.key] is node, f"page {node.page} is not its parent's child"
             own = node.stem is node.parent.stem
             assert own != (node in node.stem.branches), f"page {node.page} is of another stem"
-            joint = own or (node.parent.stem.owner == BASE_OWNER and node.stem.salt == node.parent.stem.salt)
+            joint = own or (
+                node.parent.stem.owner == BASE_OWNER and node.stem.cache_salt == node.parent.stem.cache_salt
+            )
             assert joint, f"page {node.page} branches off another's"
             assert node.depth == node.parent.depth + 1, f"page {node.page} is at depth {node.depth}"
 

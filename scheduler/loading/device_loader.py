@@ -16,7 +16,7 @@ from enum import Enum
 from engine.messages import Fill
 from scheduler.adapters.copies import Copy, Device
 from scheduler.admission import Admission
-from scheduler.requests.queue import Place
+from scheduler.requests.queue import WaitState
 from scheduler.requests.request import Request
 from scheduler.state import Books
 from scheduler.types import LaneKey, Order
@@ -118,7 +118,7 @@ class Filling:
         if self._later:
             return
         while books.residency.filling < AHEAD:
-            request, wish = books.waiting.first(Place.COLD), books.first_wish()
+            request, wish = books.waiting.first(WaitState.COLD), books.first_wish()
             if wish is not None and wish.wish is not None and (request is None or wish.wish < request.order):
                 found = self._fill_wish(wish)
             elif request is not None:
@@ -127,7 +127,7 @@ class Filling:
                 break
             if not found:
                 return
-        if books.unasked and books.waiting.first(Place.COLD) is None:
+        if books.unasked and books.waiting.first(WaitState.COLD) is None:
             self._fill_unasked()
 
     def _fill_ahead(self, request: Request) -> bool:

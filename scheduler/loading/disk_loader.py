@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from engine.messages import EvictAdapter
 from scheduler.adapters.copies import Adapter, Copy, Device, Host
 from scheduler.admission import Admission
-from scheduler.requests.queue import Place
+from scheduler.requests.queue import WaitState
 from scheduler.state import Books
 from scheduler.types import BASE, LaneKey, Order
 
@@ -112,7 +112,7 @@ class Loading:
         return True
 
     def _wanted(self) -> tuple[Copy, LaneKey, Order] | None:
-        request = self._books.waiting.first(Place.DISK)
+        request = self._books.waiting.first(WaitState.DISK)
         if request is None:
             return None
         copy = next(copy for copy in self._books.copies(request.key) if copy.to_load)

@@ -22,7 +22,7 @@ COINCIDENCES = 1  # deaths by somebody else's hand that make nobody suspect
 MOST_ALONE = 3  # deaths by somebody else's hand that one may meet alone at the same place
 
 
-class Stand(NamedTuple):
+class InFlightPosition(NamedTuple):
     """Where a request in flight stands: up to where it was answered, and up to where it was planned."""
 
     reached: int
@@ -40,7 +40,7 @@ class _Trial:
     reached: int = -1
 
 
-class Suspects:
+class BlameTracker:
     """Requests by id that were in flight when a runner died, until they are past their points."""
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Suspects:
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._suspects
 
-    def died(self, flying: Mapping[int, Stand], own_fault: bool) -> int | None:
+    def died(self, flying: Mapping[int, InFlightPosition], own_fault: bool) -> int | None:
         """A runner died while these were in flight. Returns the one that ended it, if that is certain."""
         only = next(iter(flying)) if len(flying) == 1 else None
         if only is not None and only in self and self._is_proved(self._trials[only], flying[only], own_fault):
@@ -94,7 +94,7 @@ class Suspects:
         self._suspects.pop(request_id, None)
 
     @staticmethod
-    def _is_proved(trial: _Trial, stand: Stand, own_fault: bool) -> bool:
+    def _is_proved(trial: _Trial, stand: InFlightPosition, own_fault: bool) -> bool:
         if own_fault:
             return True
         trial.alone = trial.alone + 1 if trial.reached == stand.reached else 1

@@ -1,4 +1,4 @@
-"""Fair shares: whoever used less goes first. Knows nothing of rows, pages or lanes.
+"""FairShares shares: whoever used less goes first. Knows nothing of rows, pages or lanes.
 
 Everyone who asks (a tenant where one is named, else the adapter) has an account of virtual tokens: what was done for
 it, prompt tokens once, generated ones twice, a MiB of adapter moved for one, all over its weight. A request's place is
@@ -58,7 +58,7 @@ class _Ticket:
     waits: bool = True
 
 
-class Fair(Ordering):
+class FairShares(Ordering):
     """Places by virtual tokens. `weights` by tenant; 1 where none is given."""
 
     length = 3
@@ -72,7 +72,7 @@ class Fair(Ordering):
 
     def place(self, message: Generate, arrival: int) -> Order:
         """(priority, account, arrival); the account pays for what the request is likely to cost."""
-        owner: Owner = message.salt or tuple(message.lora)
+        owner: Owner = message.cache_salt or tuple(message.lora)
         account = self._account(owner)
         self._present += 0.0 if account.live else account.weight
         base = account.used if account.waiting else max(account.used, self._clock)
@@ -141,4 +141,4 @@ class Fair(Ordering):
 
 def ordering(policy: str, weights: Mapping[str, float] | None = None) -> Ordering:
     """The order of a policy: fcfs and priority (which differ at the door only), or fair."""
-    return Fair(weights) if policy == "fair" else Ordering()
+    return FairShares(weights) if policy == "fair" else Ordering()

@@ -23,7 +23,7 @@ from scheduler.requests.request import Request
 from scheduler.types import LaneKey, Order
 
 
-class Place(Enum):
+class WaitState(Enum):
     """What a key's requests wait for."""
 
     ACTIVE = "active"
@@ -36,17 +36,17 @@ class Place(Enum):
 
 @dataclass(slots=True)
 class _Queue:
-    place: Place
+    place: WaitState
     since: float = 0.0
     entries: list[tuple[Order, Request]] = field(default_factory=list)
 
 
-class Waiting:
+class WaitingQueue:
     """Sorted queues by key, and sorted keys (by their heads) by place."""
 
     def __init__(self) -> None:
         self._queues: dict[LaneKey, _Queue] = {}
-        self._heads: dict[Place, list[tuple[Order, LaneKey]]] = {place: [] for place in Place}
+        self._heads: dict[WaitState, list[tuple[Order, LaneKey]]] = {place: [] for place in WaitState}
         self._keys_of: dict[int, dict[LaneKey, None]] = {}
         self._count = 0
 
@@ -65,7 +65,7 @@ class Waiting:
         """Queues the request in its order. A new key begins BLOCKED: the caller places it."""
         queue = self._queues.get(request.key)
         if queue is None:
-            queue = self._queues[request.key] = _Queue(Place.BLOCKED)
+            queue = self._queues[request.key] = _Queue(WaitState.BLOCKED)
             for adapter_id, _ in request.key:
                 self._keys_of.setdefault(adapter_id, {})[request.key] = None
         else:
@@ -87,22 +87,22 @@ class Waiting:
         else:
             self._forget(key)
 
-    def put(self, key: LaneKey, place: Place, now: float = 0.0) -> None:
+    def set_state(self, key: LaneKey, place: WaitState, now: float = 0.0) -> None:
         """Says what a key that has requests waits for. Its `since` is when its bytes came to the host."""
         queue = self._queues[key]
         if queue.place is not place:
-            if queue.place in (Place.BLOCKED, Place.DISK) and place is Place.COLD:
+            if queue.place in (WaitState.BLOCKED, WaitState.DISK) and place is WaitState.COLD:
                 queue.since = now
             self._unlist(key, queue)
             queue.place = place
             self._list(key, queue)
 
-    def first(self, place: Place) -> Request | None:
+    def first(self, place: WaitState) -> Request | None:
         """The request that goes first among all keys of a place."""
         heads = self._heads[place]
         return self._queues[heads[0][1]].entries[0][1] if heads else None
 
-    def heads(self, *places: Place) -> Iterator[Request]:
+    def heads(self, *places: WaitState) -> Iterator[Request]:
         """The heads of all keys of some places, in order."""
         for _, key in merge(*(self._heads[place] for place in places)):
             yield self._queues[key].entries[0][1]
@@ -143,13 +143,13 @@ class Waiting:
         """The keys that have requests."""
         return list(self._queues)
 
-    def place_of(self, key: LaneKey) -> Place:
+    def state_of(self, key: LaneKey) -> WaitState:
         """What a key that has requests waits for."""
         return self._queues[key].place
 
     def audit(self) -> None:
         """Proves that every queue is sorted and listed at its place, once, under its head."""
-        listed: dict[LaneKey, Place] = {}
+        listed: dict[LaneKey, WaitState] = {}
         for place, heads in self._heads.items():
             assert heads == sorted(heads), f"the {place.value} keys are out of order"
             for order, key in heads:

@@ -37,7 +37,7 @@ class Request:
     tokens: list[int]
     sampling: Sampling
     stopping: Stopping
-    salt: str = ""
+    cache_salt: str = ""
     priority: int = 0
     queued_at: float = 0.0
     lora: list[tuple[int, float]] = field(default_factory=list)
@@ -121,6 +121,6 @@ def from_message(message: Generate, key: LaneKey, order: Order) -> Request:
         tokens=[*message.prompt, *message.generated],
         sampling=message.sampling,
         stopping=message.stopping,
-        salt=message.salt,
+        cache_salt=message.cache_salt,
         priority=message.priority,
     )

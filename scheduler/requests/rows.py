@@ -16,7 +16,7 @@ def _order(request: Request) -> Order:
     return request.order
 
 
-class Running:
+class RunningRows:
     """Rows and the requests in them, sorted by order."""
 
     def __init__(self, rows: int, generations: list[int] | None = None) -> None:

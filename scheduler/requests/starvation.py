@@ -17,7 +17,7 @@ from scheduler.types import Order
 LONGEST = 4096  # moves that are kept; beyond them neighbours are merged, and the later one's time is forgotten
 
 
-class Overtaking:
+class StarvationTracker:
     """The frontier, and when it got where."""
 
     def __init__(self) -> None:

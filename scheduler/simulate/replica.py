@@ -92,7 +92,7 @@ class Replica:
             sampling=Sampling(seed=number),
             stopping=Stopping(ask.output),
             priority=ask.priority,
-            salt=ask.tenant,
+            cache_salt=ask.tenant,
         )
         self._tell(message, now)
 

@@ -61,7 +61,7 @@ PARAMS = SamplingParams(max_tokens=3, n=2, stop=["x"], logit_bias={5: 1.5}, logp
 TOKEN = TokenLogprob(5, -1.0, "a", [97])
 RICH: list[msgspec.Struct] = [
     Generate(epoch=0, request_id=3, prompt=[1, 2], generated=[3], lora=[(1, 0.5)], sampling=SAMPLING,
-             stopping=Stopping(5, 1, [1]), salt="me"),
+             stopping=Stopping(5, 1, [1]), cache_salt="me"),
     Submit(id=1, prompt="hello", params=PARAMS, lora={"sql": 0.5}, chat_template_kwargs={"a": 1}, tenant="me"),
     Submit(id=2, prompt=[1, 2, 3], params=PARAMS, lora="sql"),
     Submit(id=3, prompt=[ChatMessage("user", "hi", "me")], default_max_tokens=4),

@@ -103,7 +103,7 @@ class Hostile:
                 self.some(0, 9, odd),
             ),
             priority=self.number(0, 2) if self.draw.random() < odd else 0,
-            salt=self.mutator.text(),
+            cache_salt=self.mutator.text(),
         )
 
     def lora(self, odd: float) -> list[tuple[int, float]]:

@@ -9,7 +9,7 @@ from scheduler.adapters.lanes import Lanes
 from scheduler.adapters.rank_pages import RankPages
 from scheduler.batching.preemption import choose_victim
 from scheduler.requests.request import Request
-from scheduler.requests.rows import Running
+from scheduler.requests.rows import RunningRows
 from scheduler.types import BASE, LaneKey
 
 
@@ -18,17 +18,17 @@ def _request(arrival: int, priority: int = 0) -> Request:
 
 
 def test_a_row_gets_a_new_generation_at_every_reuse() -> None:
-    running = Running(1)
+    running = RunningRows(1)
     first, second = _request(1), _request(2)
     running.add(first)
     running.remove(first)
     running.add(second)
     assert (first.row, first.generation, second.row, second.generation) == (0, 1, 0, 2)
-    assert Running(2, running.generations).generations == [2, 0]
+    assert RunningRows(2, running.generations).generations == [2, 0]
 
 
 def test_the_running_set_is_in_order_and_audited() -> None:
-    running = Running(3)
+    running = RunningRows(3)
     late, urgent, early = _request(5), _request(9, priority=-1), _request(3)
     for request in (late, urgent, early):
         running.add(request)

@@ -70,11 +70,11 @@ def test_a_turn() -> None:
 
 def test_pages_that_are_shared_are_not_lacking() -> None:
     core = new_core(kv_pages=8, max_batched_tokens=32)
-    core.handle(generate(1, prompt=19, salt="same"), 0.0)
+    core.handle(generate(1, prompt=19, cache_salt="same"), 0.0)
     done(core, plan_of(core))
     plan_of(core)
-    core.handle(generate(2, prompt=19, salt="same"), 0.0)
-    core.handle(generate(3, prompt=19, salt="other"), 0.0)
+    core.handle(generate(2, prompt=19, cache_salt="same"), 0.0)
+    core.handle(generate(3, prompt=19, cache_salt="other"), 0.0)
     assert core.why(2) == "turn"
     core.handle(Abort(0, 2), 0.0)
     assert core.why(3) == "pages"

@@ -140,7 +140,7 @@ class Stream:
                 sampling=sampling,
                 stopping=plan.stopping,
                 priority=self._submit.priority,
-                salt=self._submit.tenant,
+                cache_salt=self._submit.tenant,
             )
             self._running.append(running)
             self._unread += 1

@@ -112,7 +112,7 @@ class Router:
         sampling: Sampling,
         stopping: Stopping,
         priority: int = 0,
-        salt: str = "",
+        cache_salt: str = "",
     ) -> int:
         """Sends a Generate; `receiver` hears of it until `stop`, and adds to `tokens` what comes. Returns its id."""
         request_id = self._newest = next(self._ids)
@@ -124,7 +124,7 @@ class Router:
             sampling=sampling,
             stopping=stopping,
             priority=priority,
-            salt=salt,
+            cache_salt=cache_salt,
         )
         self._send(message)
         if not self._requests:

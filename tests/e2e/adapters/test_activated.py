@@ -214,7 +214,7 @@ def test_a_prefix_is_computed_once_for_the_base_and_all_that_are_activated_after
         assert machine.run(ask(9, prompt, "short")) == len(prompt) - 304, "its own pages, after the invocation too"
         assert machine.run(ask(10, [*prefix, *tails["short"]], None)) == 10, "the base has none of those"
         assert machine.run(ask(11, prompt, "lora")) == len(prompt), "nor has a LoRA that acts from the first token on"
-        assert machine.run(ask(12, [*prefix, *SHORT, *text(draw, 4)], "short", salt="tenant")) == 305
+        assert machine.run(ask(12, [*prefix, *SHORT, *text(draw, 4)], "short", cache_salt="tenant")) == 305
 
 
 def test_a_mix_is_refused_and_another_tells_what_it_is(world: World) -> None:

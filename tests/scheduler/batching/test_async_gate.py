@@ -10,12 +10,12 @@ from engine.config.sections import Links, SchedulerConfig
 from engine.messages import Capacity, Chunk, Generate, RunnerReady, Sampling, Step, StepDone, Stopping
 from scheduler import server
 from scheduler.batching import async_gate as pacing
-from scheduler.batching.async_gate import LEAD_SECONDS, LEAD_SHARE, Pace
-from scheduler.batching.overlap_tuner import COUNTED, SETTLING, Overlap
+from scheduler.batching.async_gate import LEAD_SECONDS, LEAD_SHARE, AsyncGate
+from scheduler.batching.overlap_tuner import COUNTED, SETTLING, OverlapTuner
 from scheduler.server import Loop
 
 
-class Told(Overlap):
+class Told(OverlapTuner):
     """Pays or not as it is told, and keeps what else it is told."""
 
     def __init__(self, pays: bool = True) -> None:
@@ -36,18 +36,18 @@ def step(number: int, *lengths: int) -> Step:
     return Step(epoch=0, id=number, chunks=chunks)
 
 
-def ended(pace: Pace, number: int, at: float, seconds: float = 0.1) -> None:
+def ended(pace: AsyncGate, number: int, at: float, seconds: float = 0.1) -> None:
     pace.done(StepDone(epoch=0, id=number, seconds=seconds), at)
 
 
-def run(pace: Pace, number: int, at: float, seconds: float, *lengths: int) -> None:
+def run(pace: AsyncGate, number: int, at: float, seconds: float, *lengths: int) -> None:
     """A step that nothing overlaps."""
     pace.sent(step(number, *lengths), at)
     ended(pace, number, at + seconds, seconds)
 
 
 def test_a_device_of_its_own_is_never_kept_waiting() -> None:
-    pace = Pace(window=2, holds=False, overlap=Told(pays=False))
+    pace = AsyncGate(window=2, holds=False, overlap=Told(pays=False))
     run(pace, 1, 0.0, 0.1, 1)
     pace.sent(step(2, 1), 1.0)
     assert pace.due == float("-inf")
@@ -56,14 +56,14 @@ def test_a_device_of_its_own_is_never_kept_waiting() -> None:
 
 
 def test_what_is_not_known_is_not_waited_for() -> None:
-    pace = Pace(window=2, holds=True, overlap=Told())
+    pace = AsyncGate(window=2, holds=True, overlap=Told())
     assert pace.due == float("-inf")
     pace.sent(step(1, 1), 5.0)
     assert pace.due <= 5.0
 
 
 def test_where_overlapping_does_not_pay_the_end_of_a_step_is_waited_for() -> None:
-    pace = Pace(window=2, holds=True, overlap=Told(pays=False))
+    pace = AsyncGate(window=2, holds=True, overlap=Told(pays=False))
     run(pace, 1, 0.0, 0.1, 1)
     assert pace.due == float("-inf")
     pace.sent(step(2, 1), 1.0)
@@ -73,7 +73,7 @@ def test_where_overlapping_does_not_pay_the_end_of_a_step_is_waited_for() -> Non
 
 
 def test_a_plan_is_due_shortly_before_the_expected_end() -> None:
-    pace = Pace(window=2, holds=True, overlap=Told())
+    pace = AsyncGate(window=2, holds=True, overlap=Told())
     for number, seconds in ((1, 0.100), (2, 0.120), (3, 0.110)):
         run(pace, number, float(number), seconds, 1, 1)
     pace.sent(step(4, 1, 1, 1), 10.0)
@@ -85,14 +85,14 @@ def test_a_plan_is_due_shortly_before_the_expected_end() -> None:
 
 
 def test_short_steps_are_planned_at_once() -> None:
-    pace = Pace(window=2, holds=True, overlap=Told())
+    pace = AsyncGate(window=2, holds=True, overlap=Told())
     run(pace, 1, 0.0, LEAD_SECONDS / 2, 1)
     pace.sent(step(2, 1), 1.0)
     assert pace.due < 1.0
 
 
 def test_prefills_are_judged_by_their_tokens_and_fills_by_nothing() -> None:
-    pace = Pace(window=2, holds=True, overlap=Told())
+    pace = AsyncGate(window=2, holds=True, overlap=Told())
     run(pace, 1, 0.0, 0.010, 1)
     run(pace, 2, 1.0, 0.400, 1, 399)
     pace.sent(step(3, 100), 2.0)
@@ -104,7 +104,7 @@ def test_prefills_are_judged_by_their_tokens_and_fills_by_nothing() -> None:
 
 def test_a_late_word_of_a_former_runner_changes_nothing() -> None:
     told = Told()
-    pace = Pace(window=2, holds=True, overlap=told)
+    pace = AsyncGate(window=2, holds=True, overlap=told)
     run(pace, 8, 0.0, 0.1, 1)
     pace.sent(step(9, 1), 1.0)
     ended(pace, 7, 1.0, 9.0)
@@ -115,7 +115,7 @@ def test_a_late_word_of_a_former_runner_changes_nothing() -> None:
 @pytest.mark.parametrize("window", [1, 2, 3])
 def test_periods_go_from_end_to_end_however_many_are_in_flight(window: int) -> None:
     told = Told()
-    pace, sent = Pace(window, holds=True, overlap=told), 0
+    pace, sent = AsyncGate(window, holds=True, overlap=told), 0
     for number in range(1, 6):
         while sent < number - 1 + window:
             sent += 1
@@ -127,7 +127,7 @@ def test_periods_go_from_end_to_end_however_many_are_in_flight(window: int) -> N
 
 def test_time_without_work_is_no_period() -> None:
     told = Told()
-    pace = Pace(window=2, holds=True, overlap=told)
+    pace = AsyncGate(window=2, holds=True, overlap=told)
     run(pace, 1, 0.0, 0.1, 1)
     pace.rests()
     run(pace, 2, 5.0, 0.1, 1)
@@ -141,7 +141,7 @@ def test_time_without_work_is_no_period() -> None:
 
 def test_steps_that_only_fill_are_not_told_of() -> None:
     told = Told()
-    pace = Pace(window=2, holds=True, overlap=told)
+    pace = AsyncGate(window=2, holds=True, overlap=told)
     for number in range(1, 4):
         run(pace, number, float(number), 0.1)
     assert told.told == []
@@ -234,7 +234,7 @@ def test_the_loop_tells_of_no_idle_time_and_begins_anew_with_a_new_runner(monkey
         made.append(Told(pays=False))
         return made[-1]
 
-    monkeypatch.setattr(pacing, "Overlap", make)
+    monkeypatch.setattr(pacing, "OverlapTuner", make)
     running = Running("cpu", monkeypatch)
     running.house.arriving.append((100.0, ask(1)))
     running.steps(50)

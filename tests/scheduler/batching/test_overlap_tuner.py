@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from scheduler.batching.overlap_tuner import COUNTED, FIRST_REST, LEAST_GAIN, MOST_GAIN, REST, SETTLING, Overlap
+from scheduler.batching.overlap_tuner import COUNTED, FIRST_REST, LEAST_GAIN, MOST_GAIN, REST, SETTLING, OverlapTuner
 
 PAIR = 2 * (SETTLING + COUNTED)
 
@@ -19,7 +19,7 @@ class Machine:
         self.waited, self.early, self.computed = waited, early, computed
         self._noise, self._random = noise, random.Random(seed)
 
-    def steps(self, overlap: Overlap, count: int, rows: int = 1, prompt: int = 0) -> list[bool]:
+    def steps(self, overlap: OverlapTuner, count: int, rows: int = 1, prompt: int = 0) -> list[bool]:
         """Whether each was planned early."""
         modes = []
         for _ in range(count):
@@ -47,7 +47,7 @@ def gaining(noise: float = 0.0, seed: int = 0) -> Machine:
 
 def test_both_are_tried_before_it_is_clear_and_the_order_alternates() -> None:
     block = SETTLING + COUNTED
-    modes = costing().steps(Overlap(), 4 * block)
+    modes = costing().steps(OverlapTuner(), 4 * block)
     assert modes == [False] * block + [True] * 2 * block + [False] * block
 
 
@@ -56,7 +56,7 @@ def test_both_are_tried_before_it_is_clear_and_the_order_alternates() -> None:
 def test_it_settles_on_what_is_faster_and_seldom_tries_the_other(
     make: Callable[[], Machine], pays: bool, rows: int
 ) -> None:
-    overlap, machine = Overlap(), make()
+    overlap, machine = OverlapTuner(), make()
     machine.steps(overlap, 12 * PAIR, rows)
     assert settled(machine.steps(overlap, 2 * REST, rows), pays)
     modes = machine.steps(overlap, 10 * REST, rows)
@@ -69,34 +69,34 @@ def test_it_settles_on_what_is_faster_and_seldom_tries_the_other(
 def test_steps_that_vary_by_half_do_not_mislead_it(
     make: Callable[[float, int], Machine], pays: bool, seed: int
 ) -> None:
-    overlap, machine = Overlap(), make(0.4, seed)
+    overlap, machine = OverlapTuner(), make(0.4, seed)
     machine.steps(overlap, 60 * PAIR)
     modes = machine.steps(overlap, 20_000)
     assert modes.count(pays) > 0.96 * len(modes)
 
 
 def test_a_gain_too_small_is_left() -> None:
-    overlap, machine = Overlap(), Machine(0.0100, 0.0100 * (1 - LEAST_GAIN / 2), 0.0090)
+    overlap, machine = OverlapTuner(), Machine(0.0100, 0.0100 * (1 - LEAST_GAIN / 2), 0.0090)
     machine.steps(overlap, 50 * PAIR)
     assert machine.steps(overlap, FIRST_REST) == [False] * FIRST_REST
 
 
 def test_where_nothing_can_be_hidden_nothing_is_tried() -> None:
-    overlap, machine = Overlap(), Machine(0.2, 0.1, 0.2 * (1 - LEAST_GAIN / 2))
+    overlap, machine = OverlapTuner(), Machine(0.2, 0.1, 0.2 * (1 - LEAST_GAIN / 2))
     assert not any(machine.steps(overlap, 3 * REST))
     machine.computed = 0.1  # from now on something can
     assert any(machine.steps(overlap, PAIR))
 
 
 def test_a_machine_that_changes_is_noticed() -> None:
-    overlap = Overlap()
+    overlap = OverlapTuner()
     for make, pays in ((gaining, True), (costing, False), (gaining, True)):
         make().steps(overlap, REST + 30 * PAIR)
         assert make().steps(overlap, REST).count(pays) >= REST - PAIR / 2
 
 
 def test_one_pair_that_says_otherwise_is_looked_into_and_does_not_turn_it() -> None:
-    overlap, machine = Overlap(), gaining()
+    overlap, machine = OverlapTuner(), gaining()
     while not all(machine.steps(overlap, PAIR)):
         pass
     while overlap.pays:
@@ -111,7 +111,7 @@ def test_one_pair_that_says_otherwise_is_looked_into_and_does_not_turn_it() -> N
 
 
 def test_each_load_has_its_own_evidence() -> None:
-    overlap, few, many = Overlap(), gaining(), costing()
+    overlap, few, many = OverlapTuner(), gaining(), costing()
     few.steps(overlap, 12 * PAIR, rows=1)
     many.steps(overlap, 16 * PAIR, rows=30)
     few.steps(overlap, 100, rows=1)
@@ -121,7 +121,7 @@ def test_each_load_has_its_own_evidence() -> None:
 
 
 def test_a_load_that_varies_a_little_is_one_load() -> None:
-    overlap, machine = Overlap(), costing()
+    overlap, machine = OverlapTuner(), costing()
     for n in range(12 * PAIR):
         machine.steps(overlap, 1, rows=28 + n * 7 % 9)
     assert settled([machine.steps(overlap, 1, rows=28 + n * 7 % 9)[0] for n in range(500)], pays=False)
@@ -129,7 +129,7 @@ def test_a_load_that_varies_a_little_is_one_load() -> None:
 
 def test_emptier_steps_are_slower_ones() -> None:
     """Early steps that are shorter by 10%, but bring 28 tokens and not 33, are no gain but a loss."""
-    overlap, modes = Overlap(), []
+    overlap, modes = OverlapTuner(), []
     for _ in range(60 * PAIR):
         modes.append(overlap.pays)
         overlap.took(28 if modes[-1] else 33, 0, 0.0090 if modes[-1] else 0.0100, 0.0090)
@@ -137,7 +137,7 @@ def test_emptier_steps_are_slower_ones() -> None:
 
 
 def test_one_pair_shows_no_more_than_so_much() -> None:
-    overlap, machine = Overlap(), Machine(0.0100, 0.0010, 0.0010)
+    overlap, machine = OverlapTuner(), Machine(0.0100, 0.0010, 0.0010)
     machine.steps(overlap, int(1.5 / MOST_GAIN) * PAIR - SETTLING - COUNTED)
     assert set(machine.steps(overlap, SETTLING + COUNTED)) == {False}, "the last of what it takes"
     assert all(machine.steps(overlap, FIRST_REST))
@@ -145,7 +145,7 @@ def test_one_pair_shows_no_more_than_so_much() -> None:
 
 def test_prompts_are_seen_against_prompts() -> None:
     """Early blocks with twice as many prompts: longer by far in sum, and yet faster, each kind of step for itself."""
-    overlap, modes = Overlap(), []
+    overlap, modes = OverlapTuner(), []
     for n in range(60 * PAIR):
         early = overlap.pays
         modes.append(early)
@@ -157,7 +157,7 @@ def test_prompts_are_seen_against_prompts() -> None:
 
 def test_a_stall_is_no_evidence() -> None:
     """One step of a second within an early block."""
-    overlap, machine = Overlap(), gaining()
+    overlap, machine = OverlapTuner(), gaining()
     machine.steps(overlap, 2 * PAIR)
     while not overlap.pays:
         machine.steps(overlap, 1)

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.kv_cache.block_pool import Pages
+from scheduler.kv_cache.block_pool import BlockPool
 
 
 def test_grants_every_page_but_zero() -> None:
-    pages = Pages(4)
+    pages = BlockPool(4)
     assert sorted(pages.grant(4)) == [1, 2, 3, 4]
     assert (pages.free, pages.used) == (0, 4)
     with pytest.raises(AssertionError, match="0 free"):
@@ -18,7 +18,7 @@ def test_grants_every_page_but_zero() -> None:
 
 
 def test_a_shared_page_is_free_after_its_last_release() -> None:
-    pages = Pages(2)
+    pages = BlockPool(2)
     (page,) = pages.grant(1)
     pages.share([page])
     pages.release([page])
@@ -33,7 +33,7 @@ def test_a_shared_page_is_free_after_its_last_release() -> None:
 
 
 def test_the_audit_sees_a_leak_and_a_stranger() -> None:
-    pages = Pages(3)
+    pages = BlockPool(3)
     held = pages.grant(2)
     pages.audit(held)
     with pytest.raises(AssertionError, match="other references"):
@@ -46,7 +46,7 @@ def test_the_audit_sees_a_leak_and_a_stranger() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(["grant", "share", "release"]), st.integers(0, 5)), max_size=40))
 def test_any_history_balances(history: list[tuple[str, int]]) -> None:
-    pages, held = Pages(8), []
+    pages, held = BlockPool(8), []
     for action, number in history:
         if action == "grant" and number <= pages.free:
             held += pages.grant(number)

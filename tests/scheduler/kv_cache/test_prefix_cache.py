@@ -53,9 +53,9 @@ def _run(core: Scheduler, message: Generate) -> tuple[int, int]:
 
 def test_cached_tokens_are_told_with_the_first_token_and_counted() -> None:
     core = new_core(max_batched_tokens=32)
-    assert _run(core, generate(1, prompt=10, salt="t")) == (0, 0)
-    assert _run(core, generate(2, prompt=10, salt="t")) == (8, 8)
-    assert _run(core, generate(3, prompt=9, salt="u")) == (0, 0)
+    assert _run(core, generate(1, prompt=10, cache_salt="t")) == (0, 0)
+    assert _run(core, generate(2, prompt=10, cache_salt="t")) == (8, 8)
+    assert _run(core, generate(3, prompt=9, cache_salt="u")) == (0, 0)
     stats = core.stats()
     assert (stats.cached_tokens, stats.prompt_tokens, stats.kv_pages_used) == (8, 29, 0)
     assert stats.kv_pages_cached == 2 * 3, "ten of the prompt and three generated tokens; nine and three"
@@ -63,8 +63,8 @@ def test_cached_tokens_are_told_with_the_first_token_and_counted() -> None:
 
 def test_generated_tokens_of_a_replay_are_not_prompt_tokens() -> None:
     core = new_core(max_batched_tokens=32)
-    _run(core, generate(1, prompt=6, max_tokens=8, salt="t"))  # then 50, 50, ...
-    replay = generate(2, prompt=6, max_tokens=8, generated=[50] * 7, salt="t")
+    _run(core, generate(1, prompt=6, max_tokens=8, cache_salt="t"))  # then 50, 50, ...
+    replay = generate(2, prompt=6, max_tokens=8, generated=[50] * 7, cache_salt="t")
     assert _run(core, replay) == (12, 6)
 
 
@@ -73,10 +73,10 @@ def test_each_adapter_scale_and_mix_has_its_own(lora: list[tuple[int, float]]) -
     core = new_core(max_batched_tokens=32)
     add_adapter(core, 1)
     add_adapter(core, 2)
-    assert _run(core, generate(1, prompt=9, lora=[(1, 1.0)], salt="t")) == (0, 0)
+    assert _run(core, generate(1, prompt=9, lora=[(1, 1.0)], cache_salt="t")) == (0, 0)
     start = 8 if lora == [(1, 1.0)] else 0
-    assert _run(core, generate(2, prompt=9, lora=lora, salt="t")) == (start, start)
-    assert _run(core, generate(3, prompt=9, lora=lora[::-1], salt="t")) == (8, 8)
+    assert _run(core, generate(2, prompt=9, lora=lora, cache_salt="t")) == (start, start)
+    assert _run(core, generate(3, prompt=9, lora=lora[::-1], cache_salt="t")) == (8, 8)
 
 
 def _activate(core: Scheduler, adapter_id: int, invocation: list[int]) -> None:
@@ -115,17 +115,17 @@ def test_only_what_is_after_the_invocation_is_computed_and_the_other_way_around(
     _activate(core, 1, [10 + 2050])
     _activate(core, 2, [10 + 2050, 10 + 2051])
     for number, (lora, cached) in enumerate([([], 0), ([(1, 1.0)], 2048), ([(2, 1.0)], 2048), ([(1, 1.0)], 2060)]):
-        assert _run(core, generate(number, prompt=2061, lora=lora, salt="t")) == (cached, cached)
+        assert _run(core, generate(number, prompt=2061, lora=lora, cache_salt="t")) == (cached, cached)
     for number, (lora, cached) in enumerate([([(2, 1.0)], 0), ([], 2048), ([(1, 1.0)], 2048)]):
-        assert _run(core, generate(10 + number, prompt=2061, lora=lora, salt="u")) == (cached, cached)
+        assert _run(core, generate(10 + number, prompt=2061, lora=lora, cache_salt="u")) == (cached, cached)
     assert core.stats().cached_tokens == 2048 * 4 + 2060
 
 
 def test_without_its_invocation_a_request_is_the_bases_and_needs_no_lane() -> None:
     core = new_core(max_batched_tokens=32)
     _activate(core, 1, [99])
-    assert _run(core, generate(1, prompt=9, salt="t")) == (0, 0)
-    core.handle(generate(2, prompt=9, lora=[(1, 1.0)], salt="t"), 0.0)
+    assert _run(core, generate(1, prompt=9, cache_salt="t")) == (0, 0)
+    core.handle(generate(2, prompt=9, lora=[(1, 1.0)], cache_salt="t"), 0.0)
     core.handle(UnloadAdapter(1), 0.0)
     step = plan_of(core)
     assert ([chunk.lane for chunk in step.chunks], step.chunks[0].start, step.lanes) == ([0], 8, [])
@@ -182,8 +182,8 @@ def test_a_preempted_request_comes_back_to_its_pages_and_tells_no_cached_tokens(
 
 def test_a_new_runner_has_no_prefixes() -> None:
     core = new_core(max_batched_tokens=32)
-    _run(core, generate(1, prompt=9, salt="t"))
-    core.handle(generate(2, prompt=9, salt="t"), 0.0)
+    _run(core, generate(1, prompt=9, cache_salt="t"))
+    core.handle(generate(2, prompt=9, cache_salt="t"), 0.0)
     assert plan_of(core).chunks[0].start == 8
     ready = RunnerReady(epoch=1, capacity=core._books.capacity)
     core.handle(ready, 0.0)
@@ -292,7 +292,7 @@ class AnyOrder(RuleBasedStateMachine):
             lora=lora,
             sampling=Sampling(seed=1000 * tenant + number % 2, prompt_logprobs=scores),
             stopping=Stopping(tokens),
-            salt=f"tenant {tenant}",
+            cache_salt=f"tenant {tenant}",
         )
         self.asked[number] = Asked(message)
         self.send(message)

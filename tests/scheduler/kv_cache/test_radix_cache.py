@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.kv_cache.radix_cache import PrefixTree, page_keys
+from scheduler.kv_cache.radix_cache import RadixCache, page_keys
 from scheduler.types import Node, Owner
 
 ONE: Owner = (("r1", 1.0),)
 MIX: Owner = (("r1", 0.5), ("r2", 0.5))
 
 
-def _grow(tree: PrefixTree, owner: Owner, keys: bytes, first: int, salt: str = "") -> Node:
+def _grow(tree: RadixCache, owner: Owner, keys: bytes, first: int, cache_salt: str = "") -> Node:
     """A path of one page a byte, numbered from `first` on, with one holder at its end."""
-    node = tree.top(owner, salt)
+    node = tree.top(owner, cache_salt)
     tree.hold(node)
     for offset, key in enumerate(keys):
         node = tree.grow(node, bytes([key]), first + offset)
@@ -35,7 +35,7 @@ def test_page_keys_tell_tokens_apart() -> None:
 
 
 def test_a_path_is_found_below_its_owner_and_salt_only() -> None:
-    tree = PrefixTree()
+    tree = RadixCache()
     end = _grow(tree, ONE, b"ab", 1, "t")
     assert [node.page for node in end.path()] == [1, 2]
     top = tree.find(ONE, "t")
@@ -46,7 +46,7 @@ def test_a_path_is_found_below_its_owner_and_salt_only() -> None:
 
 
 def test_the_longest_unused_leaf_goes_first_and_never_what_is_held() -> None:
-    tree = PrefixTree()
+    tree = RadixCache()
     first, second, held = _grow(tree, (), b"ab", 1), _grow(tree, ONE, b"a", 3), _grow(tree, (), b"c", 4)
     assert tree.release(first) == tree.release(second) == []
     tree.hold(first)
@@ -59,7 +59,7 @@ def test_the_longest_unused_leaf_goes_first_and_never_what_is_held() -> None:
 
 
 def test_a_holder_keeps_all_above_and_nothing_below() -> None:
-    tree = PrefixTree()
+    tree = RadixCache()
     end = _grow(tree, (), b"abc", 1)
     middle = end.path()[1]
     tree.hold(middle)
@@ -69,7 +69,7 @@ def test_a_holder_keeps_all_above_and_nothing_below() -> None:
 
 
 def test_an_empty_stem_is_forgotten() -> None:
-    tree = PrefixTree()
+    tree = RadixCache()
     top = tree.top((), "")
     tree.hold(top)
     assert tree.find((), "") is top
@@ -80,7 +80,7 @@ def test_an_empty_stem_is_forgotten() -> None:
 
 
 def test_dropping_a_revision_takes_its_mixes_too_and_waits_for_holders() -> None:
-    tree = PrefixTree()
+    tree = RadixCache()
     alone, mixed, base = _grow(tree, ONE, b"ab", 1), _grow(tree, MIX, b"ab", 3), _grow(tree, (), b"a", 5)
     tree.release(alone)
     assert tree.drop("r1") == [2, 1]
@@ -93,20 +93,20 @@ def test_dropping_a_revision_takes_its_mixes_too_and_waits_for_holders() -> None
     assert sorted(tree.pages()) == [5, 6]
 
 
-def _branch(tree: PrefixTree, parent: Node, page: int, owner: Owner = ONE) -> Node:
+def _branch(tree: RadixCache, parent: Node, page: int, owner: Owner = ONE) -> Node:
     """A page of an activated adapter below one of the base's, with its first holder; the stem has one too."""
-    stem = tree.join(owner, parent.stem.salt)
+    stem = tree.join(owner, parent.stem.cache_salt)
     tree.hold(parent)
     return tree.grow(parent, stem.key(b"a", 1), page, branch=stem)
 
 
 def test_a_branch_leaves_the_bases_pages_and_is_known_by_where_it_begins_too() -> None:
-    tree = PrefixTree()
+    tree = RadixCache()
     base = _grow(tree, (), b"ab", 1, "t")
     first = _branch(tree, base, 3)
     stem = first.stem
     assert [node.page for node in first.path()] == [1, 2, 3]
-    assert (stem.owner, stem.salt, tree.branching(ONE, "t")) == (ONE, "t", stem)
+    assert (stem.owner, stem.cache_salt, tree.branching(ONE, "t")) == (ONE, "t", stem)
     assert tree.branching(MIX, "t") is tree.branching(ONE, "") is tree.find(ONE, "t") is None
     assert len({stem.key(b"a", 1), stem.key(b"a", 2), stem.key(b"b", 1), tree.join(MIX, "t").key(b"a", 1), b"a"}) == 5
     second = tree.grow(first, b"c", 4)
@@ -120,7 +120,7 @@ def test_a_branch_leaves_the_bases_pages_and_is_known_by_where_it_begins_too() -
 
 
 def test_dropping_a_revision_takes_its_branches_and_leaves_the_base() -> None:
-    tree = PrefixTree()
+    tree = RadixCache()
     base = _grow(tree, (), b"ab", 1)
     idle, held = _branch(tree, base, 3), _branch(tree, base.path()[0], 4)
     stem = held.stem
@@ -140,7 +140,7 @@ def test_dropping_a_revision_takes_its_branches_and_leaves_the_base() -> None:
 
 
 def test_misuse_is_seen() -> None:
-    tree = PrefixTree()
+    tree = RadixCache()
     end = _grow(tree, (), b"ab", 1)
     with pytest.raises(AssertionError, match="counts 1 holds"):
         tree.audit({})
@@ -179,7 +179,7 @@ MOVES = st.tuples(
 @settings(derandomize=True, max_examples=150, deadline=None)
 @given(st.lists(MOVES, max_size=40))
 def test_any_history_is_that_of_the_model(moves: list[tuple[str, Owner, bytes, int]]) -> None:
-    tree, model, ends, names = PrefixTree(), Model(), list[Node](), dict[int, tuple[Owner, bytes]]()
+    tree, model, ends, names = RadixCache(), Model(), list[Node](), dict[int, tuple[Owner, bytes]]()
     for what, owner, keys, number in moves:
         if what == "use":
             node = tree.top(owner, "")

@@ -1,4 +1,4 @@
-"""Fair shares: who floods hurts himself only, weights count, nobody saves up, and the books balance on the way."""
+"""Fair shares: a flood delays its own account only, weights count, an idle account saves nothing up."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.messages import Generate, Sampling, Stopping
-from scheduler.requests.fairness import ANSWER_COST, PROMPT_COST, Fair
+from scheduler.requests.fairness import ANSWER_COST, PROMPT_COST, FairShares
 from scheduler.requests.request import Request, from_message
 from scheduler.simulate.experiment import Experiment, Setup
 from scheduler.simulate.trace import Ask
@@ -26,7 +26,7 @@ class Queue:
     """One server that serves whoever is first in order, one at a time."""
 
     def __init__(self, weights: dict[str, float] | None = None) -> None:
-        self.fair = Fair(weights)
+        self.fair = FairShares(weights)
         self.heap: list[tuple[Order, int, Request]] = []
         self.served: dict[str, float] = {}
         self.count = 0
@@ -39,7 +39,7 @@ class Queue:
             prompt=[1] * prompt,
             sampling=Sampling(),
             stopping=Stopping(most),
-            salt=tenant,
+            cache_salt=tenant,
         )
         request = from_message(message, (), self.fair.place(message, self.count))
         heappush(self.heap, (request.order, self.count, request))
@@ -51,12 +51,12 @@ class Queue:
         self.fair.admitted(request)
         request.tokens += [1] * answer
         cost = PROMPT_COST * request.prompt_length + ANSWER_COST * answer
-        self.served[request.salt] = self.served.get(request.salt, 0.0) + cost
+        self.served[request.cache_salt] = self.served.get(request.cache_salt, 0.0) + cost
         self.fair.left(request)
-        return request.salt
+        return request.cache_salt
 
     def waiting(self, tenant: str) -> int:
-        return sum(request.salt == tenant for _, _, request in self.heap)
+        return sum(request.cache_salt == tenant for _, _, request in self.heap)
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 200)), min_size=2, max_size=120), st.integers(1, 4))
@@ -81,7 +81,7 @@ def test_the_requests_of_one_keep_their_order(events: list[tuple[str, int, bool]
         came.setdefault(tenant, []).append(queue.ask(tenant, prompt, most=500).id)
         if serve:
             first = queue.heap[0][2]
-            went.setdefault(first.salt, []).append(first.id)
+            went.setdefault(first.cache_salt, []).append(first.id)
             queue.serve(answer=prompt * 5)
     for tenant, ids in went.items():
         assert ids == came[tenant][: len(ids)]
@@ -117,7 +117,7 @@ def test_a_wrong_guess_is_settled() -> None:
         for tenant, most in (("a", 500), ("b", 16)):
             if queue.waiting(tenant) < 5:
                 queue.ask(tenant, rng.randint(20, 40), most)
-        queue.serve(answer=4 if queue.heap[0][2].salt == "a" else 16)
+        queue.serve(answer=4 if queue.heap[0][2].cache_salt == "a" else 16)
     assert queue.served["a"] / queue.served["b"] == pytest.approx(1.0, abs=0.1)
 
 
@@ -148,7 +148,7 @@ def test_accounts_of_those_who_left_are_put_away() -> None:
 
 
 def test_without_a_tenant_the_adapter_counts() -> None:
-    fair = Fair()
+    fair = FairShares()
     places = [fair.place(replace_lora(generate(number), lora), number) for number, lora in enumerate([1, 1, 2], 1)]
     assert places[1][1] > places[0][1] == places[2][1]
 

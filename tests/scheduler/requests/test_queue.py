@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.messages import Sampling, Stopping
-from scheduler.requests.queue import Place, Waiting
+from scheduler.requests.queue import WaitingQueue, WaitState
 from scheduler.requests.request import Request
 from scheduler.types import BASE, LaneKey
 
@@ -20,23 +20,23 @@ def _request(arrival: int, key: LaneKey = BASE, priority: int = 0) -> Request:
 
 
 def test_heads_are_compared_within_a_place() -> None:
-    waiting = Waiting()
+    waiting = WaitingQueue()
     late, early, other = _request(5, A), _request(3, A), _request(4, B)
     for request in (late, other, early):
         waiting.push(request)
-    waiting.put(A, Place.READY)
-    waiting.put(B, Place.READY)
-    assert waiting.first(Place.READY) is early
-    assert waiting.first(Place.COLD) is None
+    waiting.set_state(A, WaitState.READY)
+    waiting.set_state(B, WaitState.READY)
+    assert waiting.first(WaitState.READY) is early
+    assert waiting.first(WaitState.COLD) is None
     waiting.remove(early)
-    assert waiting.first(Place.READY) is other
-    waiting.put(B, Place.COLD)
-    assert (waiting.first(Place.READY), waiting.first(Place.COLD)) == (late, other)
-    assert (waiting.head(A), waiting.place_of(B), len(waiting)) == (late, Place.COLD, 2)
+    assert waiting.first(WaitState.READY) is other
+    waiting.set_state(B, WaitState.COLD)
+    assert (waiting.first(WaitState.READY), waiting.first(WaitState.COLD)) == (late, other)
+    assert (waiting.head(A), waiting.state_of(B), len(waiting)) == (late, WaitState.COLD, 2)
 
 
 def test_keys_are_found_by_adapter_until_their_last_request_is_gone() -> None:
-    waiting = Waiting()
+    waiting = WaitingQueue()
     one, two = _request(1, A), _request(2, B)
     waiting.push(one)
     waiting.push(two)
@@ -48,16 +48,21 @@ def test_keys_are_found_by_adapter_until_their_last_request_is_gone() -> None:
 
 
 def test_the_wait_for_a_lane_begins_when_the_bytes_are_on_the_host() -> None:
-    waiting = Waiting()
+    waiting = WaitingQueue()
     waiting.push(_request(1, A))
-    for place, now in ((Place.DISK, 1.0), (Place.BLOCKED, 2.0), (Place.COLD, 3.0), (Place.BLOCKED, 4.0)):
-        waiting.put(A, place, now)
-    waiting.put(A, Place.READY, 5.0)
+    for place, now in (
+        (WaitState.DISK, 1.0),
+        (WaitState.BLOCKED, 2.0),
+        (WaitState.COLD, 3.0),
+        (WaitState.BLOCKED, 4.0),
+    ):
+        waiting.set_state(A, place, now)
+    waiting.set_state(A, WaitState.READY, 5.0)
     assert waiting.since(A) == 3.0, "its fill is a part of the wait"
 
 
 def test_the_audit_sees_a_request_smuggled_in() -> None:
-    waiting = Waiting()
+    waiting = WaitingQueue()
     waiting.push(_request(2, A))
     waiting.audit()
     waiting._queues[A].entries.insert(0, ((0, 1), _request(1, A)))
@@ -65,9 +70,9 @@ def test_the_audit_sees_a_request_smuggled_in() -> None:
         waiting.audit()
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.sampled_from(list(Place))), max_size=40))
-def test_any_history_equals_a_sorted_list(history: list[tuple[int, int, Place]]) -> None:
-    waiting, held, places = Waiting(), {}, {}
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.sampled_from(list(WaitState))), max_size=40))
+def test_any_history_equals_a_sorted_list(history: list[tuple[int, int, WaitState]]) -> None:
+    waiting, held, places = WaitingQueue(), {}, {}
     keys = [BASE, A, B]
     for arrival, (which, action, place) in enumerate(history):
         key = keys[which]
@@ -75,16 +80,16 @@ def test_any_history_equals_a_sorted_list(history: list[tuple[int, int, Place]])
             request = _request(arrival, key, priority=action)
             waiting.push(request)
             held[request.order] = request
-            places.setdefault(key, Place.BLOCKED)
+            places.setdefault(key, WaitState.BLOCKED)
         elif action == 2 and held:
             order = sorted(held)[which % len(held)]
             waiting.remove(held.pop(order))
         elif key in waiting:
-            waiting.put(key, place)
+            waiting.set_state(key, place)
             places[key] = place
         places = {k: p for k, p in places.items() if any(r.key == k for r in held.values())}
         waiting.audit()
-        for each in Place:
+        for each in WaitState:
             expected = min((o for o, r in held.items() if places[r.key] is each), default=None)
             first = waiting.first(each)
             assert (first.order if first else None) == expected

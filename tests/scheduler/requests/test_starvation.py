@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from engine.messages import Sampling, Stopping
 from scheduler.requests.policy import Ordering
 from scheduler.requests.request import Request
-from scheduler.requests.starvation import Overtaking
+from scheduler.requests.starvation import StarvationTracker
 from scheduler.types import BASE, Order
 
 
@@ -18,7 +18,7 @@ def request_at(order: Order) -> Request:
 
 
 def test_only_who_is_before_the_frontier_was_passed() -> None:
-    overtaking = Overtaking()
+    overtaking = StarvationTracker()
     overtaking.passed((0, 6), 1.0)
     overtaking.passed((0, 4), 2.0)
     overtaking.passed((0, 9), 3.0)
@@ -30,7 +30,7 @@ def test_only_who_is_before_the_frontier_was_passed() -> None:
 
 
 def test_who_had_a_turn_goes_behind_all_who_were_passed() -> None:
-    ordering, overtaking = Ordering(), Overtaking()
+    ordering, overtaking = Ordering(), StarvationTracker()
     had = request_at((0, 2))
     assert ordering.behind(had, overtaking.frontier, 20) == (0, 2), "nobody was passed"
     overtaking.passed((0, 5), 1.0)
@@ -47,7 +47,7 @@ def test_who_had_a_turn_goes_behind_all_who_were_passed() -> None:
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 2)), max_size=40), st.booleans())
 @settings(derandomize=True, max_examples=60, deadline=None)
 def test_any_history_equals_a_note_on_everyone(history: list[tuple[int, int]], settles: bool) -> None:
-    overtaking, noted, now = Overtaking(), dict[int, float](), 0.0
+    overtaking, noted, now = StarvationTracker(), dict[int, float](), 0.0
     waiting = set(range(30))
     for number, pause in history:
         now += pause
@@ -63,7 +63,7 @@ def test_any_history_equals_a_note_on_everyone(history: list[tuple[int, int]], s
 
 def test_a_long_history_is_merged_to_earlier_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scheduler.requests.starvation.LONGEST", 8)
-    overtaking = Overtaking()
+    overtaking = StarvationTracker()
     for number in range(100):
         overtaking.passed((0, number), float(number))
     for number in range(99):

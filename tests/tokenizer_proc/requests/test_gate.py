@@ -43,7 +43,7 @@ def test_a_priority_and_a_tenant_reach_the_scheduler() -> None:
             pass
 
     asyncio.run(work())
-    assert [(message.priority, message.salt) for message in fake.generates] == [(-3, "alice")]
+    assert [(message.priority, message.cache_salt) for message in fake.generates] == [(-3, "alice")]
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e300, -101.0])

@@ -174,7 +174,7 @@ def test_a_fill_of_a_suspect_is_alone_in_its_step() -> None:
     accept = FakeRunner.accept
 
     def watch(runner: FakeRunner, message: Any) -> None:
-        if isinstance(message, Step) and message.fills and len(sim.core._books.suspects):
+        if isinstance(message, Step) and message.fills and len(sim.core._books.blame):
             assert not message.chunks
             alone.append(message.fills)
         accept(runner, message)

@@ -1,11 +1,11 @@
-"""scheduler.kv_cache.kv_cache: which pages a request is given, shares and leaves behind."""
+"""scheduler.kv_cache.kv_cache_manager: which pages a request is given, shares and leaves behind."""
 
 from __future__ import annotations
 
 import pytest
 
 from engine.messages import Sampling, Stopping
-from scheduler.kv_cache.kv_cache import KvCache
+from scheduler.kv_cache.kv_cache_manager import KvCacheManager
 from scheduler.requests.request import Request
 from scheduler.types import BASE, Owner
 
@@ -18,7 +18,7 @@ class Rows:
     """A cache with its running rows; steps are numbered as they are planned, the books proved after each."""
 
     def __init__(self, pages: int = 16, reuse: bool = True) -> None:
-        self.kv = KvCache(pages, PAGE, reuse)
+        self.kv = KvCacheManager(pages, PAGE, reuse)
         self.running: list[Request] = []
         self.step = 0
 
@@ -53,10 +53,10 @@ class Rows:
         self.kv.release(request)
         self.kv.audit(self.running)
 
-    def run(self, tokens: list[int], owner: Owner = (), salt: str = "", invoked_at: int | None = None) -> Request:
+    def run(self, tokens: list[int], owner: Owner = (), cache_salt: str = "", invoked_at: int | None = None) -> Request:
         """A request from its admission to its end, alone."""
         self.plan()
-        request = self.admit(ask(tokens, salt, invoked_at=invoked_at), owner)
+        request = self.admit(ask(tokens, cache_salt, invoked_at=invoked_at), owner)
         start = request.computed
         self.compute(request)
         self.end(request)
@@ -64,9 +64,9 @@ class Rows:
         return request
 
 
-def ask(tokens: list[int], salt: str = "", scores: bool = False, invoked_at: int | None = None) -> Request:
+def ask(tokens: list[int], cache_salt: str = "", scores: bool = False, invoked_at: int | None = None) -> Request:
     sampling = Sampling(prompt_logprobs=0 if scores else -1)
-    request = Request(1, BASE, (0, 1), len(tokens), list(tokens), sampling, Stopping(9), salt=salt)
+    request = Request(1, BASE, (0, 1), len(tokens), list(tokens), sampling, Stopping(9), cache_salt=cache_salt)
     request.invoked_at = invoked_at
     return request
 
@@ -98,11 +98,11 @@ def test_a_full_hit_computes_one_token_in_a_page_of_its_own() -> None:
     assert rows.kv.pages.used == 2
 
 
-@pytest.mark.parametrize(("owner", "salt"), [((), ""), (OTHER, "t"), (ONE, ""), (ONE, "u")])
-def test_nothing_is_shared_with_another_owner_or_tenant(owner: Owner, salt: str) -> None:
+@pytest.mark.parametrize(("owner", "cache_salt"), [((), ""), (OTHER, "t"), (ONE, ""), (ONE, "u")])
+def test_nothing_is_shared_with_another_owner_or_tenant(owner: Owner, cache_salt: str) -> None:
     rows = Rows()
     rows.run(PROMPT, ONE, "t")
-    assert rows.run(PROMPT, owner, salt).computed == 0
+    assert rows.run(PROMPT, owner, cache_salt).computed == 0
     assert rows.run(PROMPT, ONE, "t").computed == 8
 
 
@@ -324,6 +324,6 @@ def test_the_audit_sees_a_row_with_pages_of_others() -> None:
     request.tokens[0] = 0
     with pytest.raises(AssertionError, match="another's tokens"):
         rows.kv.audit(rows.running)
-    request.tokens[0], request.salt = PROMPT[0], "else"
+    request.tokens[0], request.cache_salt = PROMPT[0], "else"
     with pytest.raises(AssertionError, match="another tenant"):
         rows.kv.audit(rows.running)

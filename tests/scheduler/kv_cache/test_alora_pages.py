@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from engine.messages import Sampling, Stopping
-from scheduler.kv_cache.kv_cache import KvCache
+from scheduler.kv_cache.kv_cache_manager import KvCacheManager
 from scheduler.requests.request import Request
 from scheduler.types import BASE, Owner
 
@@ -28,7 +28,7 @@ class Branches(RuleBasedStateMachine):
 
     @initialize(pages=st.sampled_from([9, 40]))
     def start(self, pages: int) -> None:
-        self.kv = KvCache(pages, PAGE)
+        self.kv = KvCacheManager(pages, PAGE)
         self.running: list[tuple[Request, Owner, int]] = []  # and how often its revision was dropped before
         self.drops = {"r1": 0, "r2": 0}
         self.slots: dict[int, list[Slot]] = {}
@@ -39,13 +39,15 @@ class Branches(RuleBasedStateMachine):
         length=st.integers(3, 9),
         owner=st.sampled_from([(), ONE, ONE, ONE, HALF, TWO]),
         invoked=st.sampled_from([None, 0, 1, 2, 3, 4, 5]),
-        salt=st.sampled_from(["", "", "", "t"]),
+        cache_salt=st.sampled_from(["", "", "", "t"]),
         part=st.sampled_from([1, 3, 9]),
     )
-    def admit(self, last: int, length: int, owner: Owner, invoked: int | None, salt: str, part: int) -> None:
+    def admit(self, last: int, length: int, owner: Owner, invoked: int | None, cache_salt: str, part: int) -> None:
         self.last += 1
         tokens = [0] * (length - 1) + [last]
-        request = Request(self.last, BASE, (0, self.last), len(tokens), tokens, Sampling(), Stopping(9), salt=salt)
+        request = Request(
+            self.last, BASE, (0, self.last), len(tokens), tokens, Sampling(), Stopping(9), cache_salt=cache_salt
+        )
         if owner and invoked is not None:
             request.invoked_at = min(invoked, len(tokens) - 1)
         self.step += 1
@@ -118,7 +120,7 @@ class Branches(RuleBasedStateMachine):
         own = f"{owner} after {drops}" if owner else "base"
         known = min(request.computed, len(request.tokens))
         return [
-            (tuple(request.tokens[: at + 1]), own if at >= request.acts_from else "base", request.salt)
+            (tuple(request.tokens[: at + 1]), own if at >= request.acts_from else "base", request.cache_salt)
             for at in range(index * PAGE, min(known, (index + 1) * PAGE))
         ]
 

@@ -16,24 +16,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from scheduler.kv_cache.block_pool import Pages
-from scheduler.kv_cache.radix_cache import PrefixTree, page_keys
+from scheduler.kv_cache.block_pool import BlockPool
+from scheduler.kv_cache.radix_cache import RadixCache, page_keys
 from scheduler.requests.request import Request
 from scheduler.types import BASE_OWNER, Node, Owner, Stem
 
 
-class KvCache:
-    """Pages, and the tree over them; `reuse` False: no page outlives its row."""
+class KvCacheManager:
+    """BlockPool, and the tree over them; `reuse` False: no page outlives its row."""
 
     def __init__(self, pages: int, page_size: int, reuse: bool = True) -> None:
-        self.tree = PrefixTree()
+        self.tree = RadixCache()
         self.evictions = 0
         self._reuse = reuse
         self.reset(pages, page_size)
 
     def reset(self, pages: int, page_size: int) -> None:
         """A new runner: nothing is in any page, and no request holds a node any more."""
-        self.pages = Pages(pages)
+        self.pages = BlockPool(pages)
         self.tree.clear()
         self._size = page_size
         self._step = 0
@@ -68,13 +68,13 @@ class KvCache:
         return need - self._depth(node) + reserve <= self.free - _idle_on(node)
 
     def admit(self, request: Request, owner: Owner) -> None:
-        """Pages for all known tokens, those of its prefix shared; `computed` says how many tokens they hold."""
+        """BlockPool for all known tokens, those of its prefix shared; `computed` says how many tokens they hold."""
         node, _ = self._match(request, owner)
         if self._reuse:
-            request.prefix = node = node or self.tree.top(_trunk(request, owner), request.salt)
+            request.prefix = node = node or self.tree.top(_trunk(request, owner), request.cache_salt)
             self.tree.hold(node)
             if request.invoked_at is not None:
-                request.branch = self.tree.join(owner, request.salt)
+                request.branch = self.tree.join(owner, request.cache_salt)
         shared = [each.page for each in node.path()] if node is not None else []
         self.pages.share(shared)
         request.pages = shared + self._grant(self._needs(request) - len(shared))
@@ -160,7 +160,7 @@ class KvCache:
             assert node.parent is not None
             node = node.parent
         last, coming = node, 0
-        branch = self.tree.branching(owner, request.salt)
+        branch = self.tree.branching(owner, request.cache_salt)
         for key in self._keys(request, branch, node.depth, limit):
             child = node.children.get(key)
             if child is None:
@@ -182,7 +182,7 @@ class KvCache:
             node = node.parent
         trunk = _trunk(request, owner)
         if node is None or node.stem.dropped or node.stem.owner not in (trunk, owner):
-            return self.tree.find(trunk, request.salt)
+            return self.tree.find(trunk, request.cache_salt)
         return node
 
     def _keys(self, request: Request, branch: Stem | None, begin: int, end: int) -> Iterator[bytes]:
@@ -235,7 +235,7 @@ class KvCache:
         keys = list(self._keys(request, request.branch, 0, len(path)))
         assert [node.key for node in path] == keys, f"request {request.id} holds another's tokens"
         assert len(path) * self._size <= request.computed, f"request {request.id} holds what it did not compute"
-        assert prefix.stem.salt == request.salt, f"request {request.id} holds another tenant's pages"
+        assert prefix.stem.cache_salt == request.cache_salt, f"request {request.id} holds another tenant's pages"
 
 
 def _trunk(request: Request, owner: Owner) -> Owner:
