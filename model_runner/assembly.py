@@ -22,9 +22,9 @@ from engine.messages import Capacity
 from model_runner import memory_plan
 from model_runner.compute.attention import base as attention
 from model_runner.compute.attention.base import AttentionBackend
-from model_runner.compute.kernels.cpu import kernels as compiled
-from model_runner.compute.kernels.cpu.caller import Caller
-from model_runner.compute.kernels.cpu.kernels import Kernels
+from model_runner.compute.kernels.cpu import kernels as cpu_kernels
+from model_runner.compute.kernels.cpu.kernel_user import KernelUser
+from model_runner.compute.kernels.cpu.kernels import KernelSet
 from model_runner.compute.sampler.sampler import Sampler
 from model_runner.config import Arch, read_arch
 from model_runner.graphs import Graphs
@@ -72,7 +72,7 @@ class Parts:
     rows: RowTable
     sampler: Sampler
     capacity: Capacity
-    kernels: Kernels
+    kernels: KernelSet
     graphs: Graphs | None = None
 
 
@@ -81,7 +81,7 @@ def assemble(config: RunnerConfig, *, progress: bool) -> Parts:
     path, shard = Path(config.model_path), Shard(config.rank, config.tp_size)
     device, arch = resolve_device(config.device), read_arch(path)
     dtype = resolve_dtype(config.dtype, arch.dtype, device)
-    kernels = Kernels(compiled.resolve(config.cpu_kernels, device, dtype), log_level=config.log_level)
+    kernels = KernelSet(cpu_kernels.resolve(config.cpu_kernels, device, dtype), log_level=config.log_level)
     length = memory_plan.resolve_length(arch.max_length, config.context_length)
     arch = arch.serving(length)
     decoder = load_model(path, arch, device=device, dtype=dtype, shard=shard, progress=progress)
@@ -99,10 +99,10 @@ def assemble(config: RunnerConfig, *, progress: bool) -> Parts:
     sampler = Sampler(kv.rows, arch.vocab_size + (lora.pages.extra_vocab if lora else 0), device)
     capacity = _capacity(config, arch, device, dtype, decoder, pool, kv, lora)
     graphs = _graphs(config, decoder, backend, lora, rows, device)
-    callers: list[Caller] = [decoder.weights.ops, backend, *([lora.backend] if lora else [])]
-    for caller in callers:
-        caller.use(kernels)
-    kernels.want([function for caller in callers for function in caller.functions(arch, dtype)], progress=progress)
+    kernel_users: list[KernelUser] = [decoder.weights.ops, backend, *([lora.backend] if lora else [])]
+    for user in kernel_users:
+        user.use_kernels(kernels)
+    kernels.request([key for user in kernel_users for key in user.wanted_kernels(arch, dtype)], progress=progress)
     return Parts(device, dtype, decoder, backend, pool, lora, rows, sampler, capacity, kernels, graphs)
 
 

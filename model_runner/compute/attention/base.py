@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from engine.errors import ConfigError
-from model_runner.compute.kernels.cpu.caller import Caller
+from model_runner.compute.kernels.cpu.kernel_user import KernelUser
 from model_runner.step.layout import Layout
 
 BACKENDS = {
@@ -22,7 +22,7 @@ BACKENDS = {
 }
 
 
-class AttentionBackend(Caller, ABC):
+class AttentionBackend(KernelUser, ABC):
     """Causal attention of a step's chunks over their paged caches."""
 
     @abstractmethod

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from model_runner.compute.attention import dense
 from model_runner.compute.attention.base import AttentionBackend
 from model_runner.compute.attention.dense import Scores
-from model_runner.compute.kernels.cpu.functions.attention import fits
-from model_runner.compute.kernels.cpu.functions.program import Function, Kernel
-from model_runner.compute.kernels.cpu.kernels import Kernels
-from model_runner.compute.kernels.cpu.lookup import Found
+from model_runner.compute.kernels.cpu.functions.attention import supports
+from model_runner.compute.kernels.cpu.functions.spec import Kernel, KernelKey
+from model_runner.compute.kernels.cpu.kernels import KernelSet
+from model_runner.compute.kernels.cpu.lookup import KernelLookup
 from model_runner.config import Arch
 from model_runner.platform.device import dtype_name
 from model_runner.step.layout import Layout
@@ -82,14 +82,14 @@ class TorchAttention(AttentionBackend):
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-        self._found = Found()
+        self._kernels = KernelLookup()
 
-    def use(self, kernels: Kernels) -> None:
-        self._found.use(kernels)
+    def use_kernels(self, kernels: KernelSet) -> None:
+        self._kernels.use(kernels)
 
-    def functions(self, arch: Arch, dtype: torch.dtype) -> list[Function]:
-        serves = arch.attention_cap is None and fits(arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype)
-        return [Function("attend", dtype_name(dtype))] if serves else []
+    def wanted_kernels(self, arch: Arch, dtype: torch.dtype) -> list[KernelKey]:
+        called = arch.attention_cap is None and supports(arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype)
+        return [KernelKey("attend", dtype_name(dtype))] if called else []
 
     def plan(self, layout: Layout, into: Any | None = None) -> Meta:
         """Slots of the step's tokens; `into` is for backends that graphs replay."""
@@ -163,9 +163,9 @@ class TorchAttention(AttentionBackend):
     def _kernel(self, q_TND: torch.Tensor, k_cache_PSKD: torch.Tensor, scores: Scores) -> Kernel | None:
         """What computes a step at once, where it is compiled and can."""
         sizes = q_TND.shape[1], k_cache_PSKD.shape[2], q_TND.shape[2]
-        if scores.softcap is not None or q_TND.dtype is not k_cache_PSKD.dtype or not fits(*sizes, q_TND.dtype):
+        if scores.softcap is not None or q_TND.dtype is not k_cache_PSKD.dtype or not supports(*sizes, q_TND.dtype):
             return None
-        return self._found.get("attend", q_TND.dtype)
+        return self._kernels.get("attend", q_TND.dtype)
 
     def _plan(self, layout: Layout, window: int | None, *, compiled: bool) -> _Plan:
         offsets, single = layout.offsets(), layout.lengths_C == 1

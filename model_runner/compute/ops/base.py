@@ -15,10 +15,10 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from model_runner.compute.kernels.cpu.caller import Caller
+from model_runner.compute.kernels.cpu.kernel_user import KernelUser
 
 BACKENDS = {
-    "compiled": "model_runner.compute.ops.cpu_ops:CompiledOps",
+    "cpu": "model_runner.compute.ops.cpu_ops:CpuOps",
     "triton": "model_runner.compute.ops.triton_ops:TritonOps",
 }
 
@@ -35,7 +35,7 @@ class HeadNorms(NamedTuple):
     lanes_T: torch.Tensor | None = None
 
 
-class Ops(Caller, ABC):
+class Ops(KernelUser, ABC):
     """Tensors in, fresh tensors out (and the caches, where a call says so)."""
 
     @abstractmethod
@@ -88,7 +88,7 @@ class Ops(Caller, ABC):
 
 
 def create(device: torch.device) -> Ops:
-    """Kernels on CUDA, torch and what is compiled of it elsewhere."""
-    module, _, attribute = BACKENDS["triton" if device.type == "cuda" else "compiled"].partition(":")
+    """The Triton kernels on CUDA, the CPU backend elsewhere."""
+    module, _, attribute = BACKENDS["triton" if device.type == "cuda" else "cpu"].partition(":")
     ops: Ops = getattr(importlib.import_module(module), attribute)()
     return ops

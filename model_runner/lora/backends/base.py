@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.errors import ConfigError
-from model_runner.compute.kernels.cpu.caller import Caller
+from model_runner.compute.kernels.cpu.kernel_user import KernelUser
 from model_runner.lora.site import Site
 from model_runner.step.layout import Layout
 
@@ -43,7 +43,7 @@ class Options:
 DEFAULTS = Options()
 
 
-class LoraBackend(Caller, ABC):
+class LoraBackend(KernelUser, ABC):
     """How a site's answer is computed, each token through its own lane.
 
         y = x W^T + b  +  sum over rank pages    scale * (x A^T) B

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from model_runner.compute.kernels.cpu.functions.program import ROUNDING, Function
-from model_runner.compute.kernels.cpu.kernels import Kernels
-from model_runner.compute.kernels.cpu.lookup import Found
+from model_runner.compute.kernels.cpu.functions.spec import TOLERANCE, KernelKey
+from model_runner.compute.kernels.cpu.kernels import KernelSet
+from model_runner.compute.kernels.cpu.lookup import KernelLookup
 from model_runner.lora.backends.bmm import LaneTokens
 from model_runner.lora.pool.pages import RankPages
 from model_runner.lora.site import Site
@@ -49,27 +49,27 @@ class Deltas:
 
     def __init__(self, pages: RankPages) -> None:
         self._pages = pages
-        self._found = Found()
+        self._kernels = KernelLookup()
         linears = [site for site in pages.sites if site.name in pages.pools and not site.embeds]
         self._weights = {site.name: _weights(site, pages) for site in linears}
         self._groups = {site.group for site in linears}
 
-    def use(self, kernels: Kernels) -> None:
-        """Where it is to be found, once it is compiled."""
-        self._found.use(kernels)
+    def use_kernels(self, kernels: KernelSet) -> None:
+        """Looks the kernel up in `kernels` from now on."""
+        self._kernels.use(kernels)
 
-    def functions(self, dtype: torch.dtype) -> list[Function]:
-        """The delta, if adapters may touch a linear and compute in the model's dtype."""
-        fits = self._weights and dtype is self._pages.dtype and dtype in ROUNDING
-        return [Function("delta", dtype_name(dtype))] if fits else []
+    def wanted_kernels(self, dtype: torch.dtype) -> list[KernelKey]:
+        """The delta kernel, if adapters may touch a linear and compute in the model's dtype."""
+        fits = self._weights and dtype is self._pages.dtype and dtype in TOLERANCE
+        return [KernelKey("delta", dtype_name(dtype))] if fits else []
 
     def ready(self, group: str) -> bool:
         """Whether the group's deltas can be computed by now."""
-        return group in self._groups and self._found.get("delta", self._pages.dtype) is not None
+        return group in self._groups and self._kernels.get("delta", self._pages.dtype) is not None
 
     def add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, site: Site, tokens: Tokens) -> None:
         """Adds the tokens' deltas to their rows of y, in place. The site's group is ready."""
-        kernel = self._found.get("delta", self._pages.dtype)
+        kernel = self._kernels.get("delta", self._pages.dtype)
         assert kernel is not None
         kernel(y_TO, x_TI.contiguous(), *self._weights[site.name], tokens.plan, tokens.scales_q)
 

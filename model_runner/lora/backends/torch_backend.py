@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from model_runner.compute.kernels.cpu.functions.program import Function
-from model_runner.compute.kernels.cpu.kernels import Kernels
+from model_runner.compute.kernels.cpu.functions.spec import KernelKey
+from model_runner.compute.kernels.cpu.kernels import KernelSet
 from model_runner.config import Arch
 from model_runner.lora.backends.base import DEFAULTS, LoraBackend, Options
 from model_runner.lora.backends.bmm import LaneTokens, Read, add_delta, add_vectors, plan_read
@@ -48,11 +48,11 @@ class TorchLora(LoraBackend):
         self._touched: dict[tuple[str, tuple[int, ...]], list[tuple[int, Slice]]] = {}
         self._deltas = Deltas(pages)
 
-    def use(self, kernels: Kernels) -> None:
-        self._deltas.use(kernels)
+    def use_kernels(self, kernels: KernelSet) -> None:
+        self._deltas.use_kernels(kernels)
 
-    def functions(self, arch: Arch, dtype: torch.dtype) -> list[Function]:
-        return self._deltas.functions(dtype)
+    def wanted_kernels(self, arch: Arch, dtype: torch.dtype) -> list[KernelKey]:
+        return self._deltas.wanted_kernels(dtype)
 
     def plan(self, layout: Layout, into: Any | None = None) -> Meta | None:
         """The step's parts by group, or None when no chunk has a delta."""

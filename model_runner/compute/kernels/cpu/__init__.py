@@ -1,1 +1,1 @@
-"""C++ functions for this CPU, compiled by a niced child while the runner serves, and how they are found and called."""
+"""C++ kernels for this CPU: functions/ holds the sources, compilation/ builds them, kernels.py hands them out."""

@@ -1,11 +1,11 @@
-"""The compiled functions of a runner: what is kept from before at once, the rest when a child has built it.
+"""The CPU kernels of a runner: those in the cache are loaded at once, a child process builds the others.
 
-    want --> in the cache? -- yes --> load, try, adopt
-                |                          ^
-                no --> the child builds ---+  poll, between steps
+    request --> in the cache? -- yes --> load, check, use
+                   |                          ^
+                   no --> the child builds ---+  poll, between steps
 
-Until a function is adopted, and for ever where something fails, `get` gives None and the caller computes as before.
-Knows nothing of what the functions are for.
+`get` returns None until a kernel is in use, and always where building or checking it failed; the caller then computes
+in torch. Does not know what the kernels compute.
 """
 
 from __future__ import annotations
@@ -23,175 +23,182 @@ from tqdm import tqdm
 from engine.config.args import CpuKernels, LogLevel
 from engine.errors import ConfigError
 from model_runner.compute.kernels.cpu.compilation import compiler
-from model_runner.compute.kernels.cpu.compilation.builder import Builder, Gone
-from model_runner.compute.kernels.cpu.compilation.cache import Cache, Unsafe, directory
-from model_runner.compute.kernels.cpu.compilation.messages import Job, Order, Report
+from model_runner.compute.kernels.cpu.compilation.builder import Builder, BuilderGone
+from model_runner.compute.kernels.cpu.compilation.cache import KernelCache, UnsafeDirectory, default_directory
+from model_runner.compute.kernels.cpu.compilation.messages import BuildJob, BuildOrder, BuildResult
 from model_runner.compute.kernels.cpu.functions import registry
-from model_runner.compute.kernels.cpu.functions.program import ROUNDING, Function, Kernel, differs
+from model_runner.compute.kernels.cpu.functions.spec import TOLERANCE, Kernel, KernelKey, compare
 from model_runner.platform.device import dtype_name
 
 log = logging.getLogger(__name__)
 
-When = Literal["never", "beside", "first"]
-"""Nothing is compiled; while the runner serves; before it serves."""
+BuildMode = Literal["never", "background", "before_serving"]
+"""When missing kernels are built."""
 
-SECONDS = 1
-"""What one function takes a compiler, about."""
+SECONDS_PER_KERNEL = 1
+"""About how long a compiler takes for one kernel."""
 
-TRIES = 2
-"""Of the sizes that the builder has tried, before somebody waits for it."""
+SIZES_CHECKED = 2
+"""How many sizes a kernel is checked at when it is loaded; the builder checks all of them, but here requests wait."""
 
-LOOK_SECONDS = 1.0
-"""How often an idle runner looks whether a function has become ready."""
+POLL_SECONDS = 1.0
+"""How often an idle runner asks whether a kernel has been built."""
 
 
-def resolve(mode: CpuKernels, device: torch.device, dtype: torch.dtype) -> When:
-    """What `--cpu-kernels` means here. Raises ConfigError where it is on and cannot be."""
+def resolve(mode: CpuKernels, device: torch.device, dtype: torch.dtype) -> BuildMode:
+    """The build mode that `--cpu-kernels` means here. Raises ConfigError where it is on and there are no kernels."""
     if device.type != "cpu":
         if mode == "on":
             raise ConfigError("--cpu-kernels on: they are for a CPU, CUDA has kernels of its own; leave it out")
         return "never"
     if mode == "on":
-        if dtype not in ROUNDING:
+        if dtype not in TOLERANCE:
             raise ConfigError(f"--cpu-kernels on: they compute in bfloat16 and float32, not in {dtype_name(dtype)}")
-        return "first"
+        return "before_serving"
     if mode == "auto" and dtype is torch.bfloat16:
-        return "beside"
-    reason = (
-        "is off" if mode == "off" else "on would do so" if dtype in ROUNDING else f"has none for {dtype_name(dtype)}"
-    )
-    log.info("nothing is compiled for this CPU: --cpu-kernels %s", reason)
+        return "background"
+    log.info("no kernels are compiled for this CPU: %s", _why_never(mode, dtype))
     return "never"
 
 
-class Kernels:
-    """What of the wanted functions is compiled so far. `root`: where libraries are kept, None: the user's cache."""
+def _why_never(mode: CpuKernels, dtype: torch.dtype) -> str:
+    if mode == "off":
+        return "--cpu-kernels is off"
+    if dtype in TOLERANCE:
+        return f"--cpu-kernels auto compiles them for bfloat16 only, on for {dtype_name(dtype)} too"
+    return f"there are none for {dtype_name(dtype)}"
 
-    def __init__(self, when: When, root: Path | None = None, *, log_level: LogLevel = "info") -> None:
-        self.when = when
+
+class KernelSet:
+    """The requested kernels, as far as they are built. `root`: the cache directory, None for the user's own."""
+
+    def __init__(self, build_mode: BuildMode, root: Path | None = None, *, log_level: LogLevel = "info") -> None:
+        self.build_mode = build_mode
         self._root = root
         self._log_level = log_level
-        self._kernels: dict[Function, Kernel] = {}
-        self._cache: Cache | None = None
+        self._kernels: dict[KernelKey, Kernel] = {}
+        self._cache: KernelCache | None = None
         self._builder: Builder | None = None
-        self._jobs: deque[Job] = deque()
-        self._said: set[str] = set()
-        self._wanted = 0
-        self._began = 0.0
+        self._jobs: deque[BuildJob] = deque()
+        self._logged_errors: set[str] = set()
+        self._requested = 0
+        self._started = 0.0
 
-    def get(self, function: Function) -> Kernel | None:
-        """The compiled function, once it is there."""
-        return self._kernels.get(function)
+    def get(self, key: KernelKey) -> Kernel | None:
+        """The kernel, once it is built and checked."""
+        return self._kernels.get(key)
 
     @property
-    def wait(self) -> float | None:
-        """For how many seconds `poll` need not be called; None: for ever."""
-        return LOOK_SECONDS if self.building else None
+    def poll_seconds(self) -> float | None:
+        """How long the runner may wait before it calls `poll` again; None: for ever."""
+        return POLL_SECONDS if self.building else None
 
     @property
     def building(self) -> bool:
-        """Whether `poll` may still change what `get` gives."""
+        """Whether `poll` may still change what `get` returns."""
         return self._builder is not None
 
     @property
-    def pid(self) -> int | None:
+    def builder_pid(self) -> int | None:
         """The process id of the builder, while it runs."""
         return None if self._builder is None else self._builder.pid
 
-    def want(self, functions: Iterable[Function], *, progress: bool = False) -> None:
-        """Says, once, what will be asked for. Returns at once, or if they come first, when all are there: a bar shows
-        how far it is. Raises ConfigError where they come first and nothing can be compiled.
+    def request(self, keys: Iterable[KernelKey], *, progress: bool = False) -> None:
+        """Loads the kernels that the cache has and starts building the others; called once.
+
+        Returns at once, except in the mode before_serving: then it returns when all are built, shows a bar if
+        `progress`, and raises ConfigError where nothing can be compiled.
         """
-        wanted = list(dict.fromkeys(functions))
-        if self.when == "never" or not wanted:
+        wanted = list(dict.fromkeys(keys))
+        if self.build_mode == "never" or not wanted:
             return
-        self._wanted, self._began = len(wanted), time.perf_counter()
+        self._requested, self._started = len(wanted), time.perf_counter()
         try:
-            self._cache = Cache(self._root or directory())
-        except Unsafe as unsafe:
-            self._without(str(unsafe))
+            self._cache = KernelCache(self._root or default_directory())
+        except UnsafeDirectory as error:
+            self._cannot_build(str(error))
             return
-        jobs = [Job(function, str(self._cache.path(function))) for function in wanted]
-        missing = [job for job in jobs if not self._adopt(job)]
+        jobs = [BuildJob(key, str(self._cache.path(key))) for key in wanted]
+        missing = [job for job in jobs if not self._load(job)]
         if self._kernels:
-            milliseconds = 1e3 * (time.perf_counter() - self._began)
+            milliseconds = 1e3 * (time.perf_counter() - self._started)
             log.info("%d kernels compiled earlier, loaded in %.0f ms", len(self._kernels), milliseconds)
         if missing:
             self._build(missing, progress=progress)
 
     def poll(self) -> None:
-        """Takes the next function that has become ready, if one has. Microseconds where none has."""
+        """Loads the next kernel that the builder has finished. Takes microseconds if there is none."""
         if self._builder is None:
             return
         try:
-            report = self._builder.hear()
-        except Gone as gone:
+            result = self._builder.receive()
+        except BuilderGone as gone:
             if self._jobs:
-                log.warning("the builder %s: %d kernels stay as they are", gone, len(self._jobs))
+                log.warning("the builder %s: torch computes in place of %d kernels", gone, len(self._jobs))
             self._builder = None
             return
-        if report is not None and self._jobs:
-            self._take(report)
+        if result is not None and self._jobs:
+            self._handle(result)
 
     def close(self) -> None:
-        """Ends the builder; what is there stays."""
+        """Stops the builder; kernels in use stay."""
         builder, self._builder = self._builder, None
         if builder is not None:
-            builder.end()
+            builder.stop()
 
-    def _take(self, report: Report) -> None:
+    def _handle(self, result: BuildResult) -> None:
         job = self._jobs.popleft()
-        if report.error:
-            level = logging.DEBUG if report.error in self._said else logging.WARNING
-            self._said.add(report.error)
-            log.log(level, "%s is not compiled: %s", job.function, report.error)
-        elif not self._adopt(job):
-            log.warning("%s was compiled, and cannot be loaded", job.function)
+        if result.error:
+            level = logging.DEBUG if result.error in self._logged_errors else logging.WARNING
+            self._logged_errors.add(result.error)
+            log.log(level, "%s is not compiled: %s", job.key, result.error)
+        elif not self._load(job):
+            log.warning("%s was compiled, but its file is missing or damaged", job.key)
         if not self._jobs:
-            seconds = time.perf_counter() - self._began
-            log.info("compiled: %d of %d kernels in place, %.0f s", len(self._kernels), self._wanted, seconds)
+            seconds = time.perf_counter() - self._started
+            log.info("compiled: %d of %d kernels in use, %.0f s", len(self._kernels), self._requested, seconds)
 
-    def _adopt(self, job: Job) -> bool:
-        """Loads what is there, and takes it if it computes what it should. False: there is nothing to load."""
+    def _load(self, job: BuildJob) -> bool:
+        """Loads a cached kernel and puts it to use if its results are right. False: the cache does not have it."""
         path = Path(job.path)
-        if self._cache is None or not self._cache.sound(path):
+        if self._cache is None or not self._cache.is_intact(path):
             return False
         try:
-            program = registry.program(job.function)
-            kernel = compiler.load(path, program.arguments(1))
-            found = differs(kernel, program, TRIES)
+            spec = registry.spec_for(job.key)
+            kernel = compiler.load(path, spec.arguments(1))
+            fault = compare(kernel, spec, SIZES_CHECKED)
         except Exception as error:
-            found = str(error).partition("\n")[0]
-        if found:
-            log.warning("%s as compiled is not used: %s", job.function, found)
+            fault = str(error).partition("\n")[0]
+        if fault:
+            log.warning("%s as compiled is not used: %s", job.key, fault)
         else:
-            self._kernels[job.function] = kernel
+            self._kernels[job.key] = kernel
         return True
 
-    def _build(self, jobs: list[Job], *, progress: bool) -> None:
+    def _build(self, jobs: list[BuildJob], *, progress: bool) -> None:
         if compiler.find_compiler() is None:
-            self._without("no C++ compiler found: plain torch computes, which is slower; install g++")
+            self._cannot_build("no C++ compiler found: plain torch computes, which is slower; install g++")
             return
         try:
-            self._builder = Builder(Order(jobs, log_level=self._log_level))
+            self._builder = Builder(BuildOrder(jobs, log_level=self._log_level))
         except OSError as error:
-            self._without(f"nothing can be compiled: {error}")
+            self._cannot_build(f"the process that compiles cannot be started: {error}")
             return
         self._jobs = deque(jobs)
-        first = self.when == "first"
-        how = "before" if first else "beside"
-        log.info("compiling %d kernels %s the serving, about %d s", len(jobs), how, SECONDS * len(jobs))
+        first = self.build_mode == "before_serving"
+        how = "before serving" if first else "while serving"
+        log.info("compiling %d kernels %s, about %d s", len(jobs), how, SECONDS_PER_KERNEL * len(jobs))
         if first:
-            self._finish(progress=progress)
+            self._wait_for_all(progress=progress)
 
-    def _finish(self, *, progress: bool) -> None:
+    def _wait_for_all(self, *, progress: bool) -> None:
         with tqdm(total=len(self._jobs), desc="compiling", disable=not progress, leave=False) as bar:
             while self._builder is not None:
                 self._builder.wait()
                 self.poll()
                 bar.update(bar.total - len(self._jobs) - bar.n)
 
-    def _without(self, reason: str) -> None:
-        if self.when == "first":
+    def _cannot_build(self, reason: str) -> None:
+        if self.build_mode == "before_serving":
             raise ConfigError(f"--cpu-kernels on: {reason}")
         log.warning("%s", reason)

@@ -1,6 +1,6 @@
 """All lanes go through the delta, once it is there: in what order, and what comes out of it, against dense float64.
 
-The kernel here is the delta as torch computes it, uncompiled; kernels/cpu/test_compiled_model.py compiles it.
+The kernel here is the delta kernel's torch reference; compute/kernels/cpu/test_model.py has the compiled one.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.messages import LanePages
-from model_runner.compute.kernels.cpu.functions.program import Argument, Function, Kernel
-from model_runner.compute.kernels.cpu.functions.registry import program
-from model_runner.compute.kernels.cpu.kernels import Kernels
+from model_runner.compute.kernels.cpu.functions.registry import spec_for
+from model_runner.compute.kernels.cpu.functions.spec import Argument, Kernel, KernelKey
+from model_runner.compute.kernels.cpu.kernels import KernelSet
 from model_runner.lora.backends.bmm import LaneTokens, Read
 from model_runner.lora.backends.cpu import Deltas, Tokens, plan_tokens
 from model_runner.lora.backends.torch_backend import TorchLora
@@ -47,28 +47,28 @@ MIXES: list[dict[int, float]] = [
 """What lanes 1, 2, ... run."""
 
 
-class Eager(Kernels):
-    """Functions as torch computes them; keeps which was called with what. `missing` are not there yet."""
+class Eager(KernelSet):
+    """The kernels' torch references; keeps every call. `missing` kernels are not built yet."""
 
-    def __init__(self, missing: Collection[Function] = ()) -> None:
-        super().__init__("first")
+    def __init__(self, missing: Collection[KernelKey] = ()) -> None:
+        super().__init__("before_serving")
         self.missing = set(missing)
-        self.calls: list[tuple[Function, list[torch.Tensor]]] = []
+        self.calls: list[tuple[KernelKey, list[torch.Tensor]]] = []
 
-    def get(self, function: Function) -> Kernel | None:
-        if function in self.missing:
+    def get(self, key: KernelKey) -> Kernel | None:
+        if key in self.missing:
             return None
-        reference = program(function).reference
+        reference = spec_for(key).reference
 
-        def kernel(*given: Argument) -> None:
-            self.calls.append((function, [tensor for tensor in given if isinstance(tensor, torch.Tensor)]))
+        def kernel(*arguments: Argument) -> None:
+            self.calls.append((key, [tensor for tensor in arguments if isinstance(tensor, torch.Tensor)]))
             assert all(tensor.is_contiguous() for tensor in self.calls[-1][1])
-            reference(*given)
+            reference(*arguments)
 
         return kernel
 
 
-def backend(kernels: Kernels | None = None, dtype: torch.dtype = torch.float32) -> TorchLora:
+def backend(kernels: KernelSet | None = None, dtype: torch.dtype = torch.float32) -> TorchLora:
     """The adapters in scattered pages, a lane for each mix."""
     counts = dict.fromkeys(GROUPS, 12) | {vectors_of(group): 2 for group in GROUPS}
     random = np.random.default_rng(1)
@@ -86,7 +86,7 @@ def backend(kernels: Kernels | None = None, dtype: torch.dtype = torch.float32) 
         pages.set_lane(LanePages(lane, table))
     lora = TorchLora(pages)
     if kernels is not None:
-        lora.use(kernels)
+        lora.use_kernels(kernels)
     return lora
 
 
@@ -142,16 +142,16 @@ def test_all_lanes_of_a_group_are_one_part() -> None:
     assert [type(part) for part in meta[vectors_of("qkv")]] == [Read]
 
 
-def test_without_functions_everything_is_read() -> None:
-    never = Kernels("never")
-    for lora in (backend(), backend(never), backend(Kernels("beside"))):
+def test_without_kernels_everything_is_read() -> None:
+    never = KernelSet("never")
+    for lora in (backend(), backend(never), backend(KernelSet("background"))):
         meta = lora.plan(layout([(1, 2), (2, 1), (6, 3)]))
         assert meta is not None
         assert {type(part) for parts in meta.values() for part in parts} == {Read}
 
 
 def test_a_function_that_comes_while_it_runs_is_used_from_the_next_step_on() -> None:
-    kernels = Eager({Function("delta", "float32")})
+    kernels = Eager({KernelKey("delta", "float32")})
     lora = backend(kernels)
     chunks = [(1, 2), (4, 1)]
 
@@ -202,10 +202,10 @@ def test_the_pool_is_handed_over_where_it_lies_and_so_is_a_strided_input() -> No
 def test_what_is_asked_for() -> None:
     for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
         deltas = Deltas(RankPages(SITES, {"down": 1}, 1, dtype, CPU))
-        assert deltas.functions(dtype) == [Function("delta", name)]
-    assert Deltas(backend().pages).functions(torch.bfloat16) == []
-    assert Deltas(RankPages(SITES, {}, 1, torch.float32, CPU)).functions(torch.float32) == []
-    assert Deltas(RankPages(SITES, {"down": 1}, 1, torch.float16, CPU)).functions(torch.float16) == []
+        assert deltas.wanted_kernels(dtype) == [KernelKey("delta", name)]
+    assert Deltas(backend().pages).wanted_kernels(torch.bfloat16) == []
+    assert Deltas(RankPages(SITES, {}, 1, torch.float32, CPU)).wanted_kernels(torch.float32) == []
+    assert Deltas(RankPages(SITES, {"down": 1}, 1, torch.float16, CPU)).wanted_kernels(torch.float16) == []
 
 
 STEPS = {

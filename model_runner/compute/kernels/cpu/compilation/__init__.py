@@ -1,1 +1,1 @@
-"""Building the C++ functions in a niced child: `python -P -m model_runner.compute.kernels.cpu.compilation`."""
+"""Builds the C++ kernels in a niced child process: `python -P -m model_runner.compute.kernels.cpu.compilation`."""

@@ -1,4 +1,4 @@
-"""A builder as a runner starts it: niced, and the first process that the kernel ends when memory is short."""
+"""The builder process: niced, and the first process that Linux kills when memory is short."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ NICENESS = 10
 
 
 def main() -> None:
-    """Gives way to everyone, reads the order, then builds; torch is imported only after the first of these."""
+    """Lowers its own priority, reads the order, then builds; torch is imported only after the priority is lowered."""
     os.nice(NICENESS)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-    from model_runner.compute.kernels.cpu.compilation.cleanup import Leaving
+    from model_runner.compute.kernels.cpu.compilation.shutdown import ShutdownHandler
 
-    leaving = Leaving()
-    child = Child(leaving)
-    from model_runner.compute.kernels.cpu.compilation.messages import Order
-    from model_runner.compute.kernels.cpu.compilation.worker import build
+    shutdown = ShutdownHandler()
+    child = Child(shutdown)
+    from model_runner.compute.kernels.cpu.compilation.messages import BuildOrder
+    from model_runner.compute.kernels.cpu.compilation.worker import build_all
 
-    order = child.config(Order)
+    order = child.config(BuildOrder)
     logs.setup("builder", order.log_level)
-    build(order, leaving)
+    build_all(order, shutdown)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A builder child as its runner sees it: started by name, heard, ended with all that it started.
+"""The runner's handle on its builder process: starts it, receives its results, stops it with all it started.
 
-Knows nothing of what becomes of a library.
+Does not know what happens to a library.
 """
 
 from __future__ import annotations
@@ -12,82 +12,85 @@ import weakref
 import msgspec
 from msgspec.structs import replace
 
-from model_runner.compute.kernels.cpu.compilation.messages import Order, Report
+from model_runner.compute.kernels.cpu.compilation.messages import BuildOrder, BuildResult
 from model_runner.platform.child_process import ChildProcess
 
-END_SECONDS = 1.0
-"""How long a child that was asked to end is waited for, until it is killed."""
+STOP_SECONDS = 1.0
+"""How long a builder has to end by itself before it is killed."""
 
-_REPORT = msgspec.json.Decoder(Report)
+_RESULT = msgspec.json.Decoder(BuildResult)
 
 
-class Gone(Exception):
+class BuilderGone(Exception):
     """The builder has ended; `str` says how."""
 
 
 class Builder:
-    """A running child. Whoever starts it ends it; one that is forgotten is killed. Raises OSError."""
+    """A running builder process; killed when this object is garbage collected. Raises OSError if it cannot start."""
 
-    def __init__(self, order: Order) -> None:
-        ours, theirs = os.pipe()
-        os.set_blocking(ours, False)
-        self._pipe = ours
-        self._heard = b""
-        self._silent = False
+    def __init__(self, order: BuildOrder) -> None:
+        read_end, write_end = os.pipe()
+        os.set_blocking(read_end, False)
+        self._pipe = read_end
+        self._received = b""
+        self._pipe_closed = False
         try:
             self._child = ChildProcess(
-                "model_runner.compute.kernels.cpu.compilation", replace(order, pipe=theirs), theirs, leads=True
+                "model_runner.compute.kernels.cpu.compilation", replace(order, pipe=write_end), write_end, leads=True
             )
         except BaseException:
-            os.close(ours)
+            os.close(read_end)
             raise
         finally:
-            os.close(theirs)
-        self._end = weakref.finalize(self, _end, self._child, ours)
+            os.close(write_end)
+        self._stop = weakref.finalize(self, _stop, self._child, read_end)
 
     @property
     def pid(self) -> int:
-        """Its process id, and that of its group."""
+        """The builder's process id, which is also that of its process group."""
         return self._child.pid
 
-    def hear(self) -> Report | None:
-        """The next report, if it is there. Never waits. Raises Gone when the child has ended after the last one."""
-        if b"\n" not in self._heard:
+    def receive(self) -> BuildResult | None:
+        """The next result, None if there is none yet; never waits.
+
+        Raises BuilderGone when the builder has ended and all its results have been received.
+        """
+        if b"\n" not in self._received:
             try:
-                piece = os.read(self._pipe, 65536)
+                data = os.read(self._pipe, 65536)
             except BlockingIOError:
                 return None
-            if not piece:
-                self._silent = True
+            if not data:
+                self._pipe_closed = True
                 if self._child.runs:
                     return None
-                raise Gone(self.end())
-            self._heard += piece
-        line, found, rest = self._heard.partition(b"\n")
-        if not found:
+                raise BuilderGone(self.stop())
+            self._received += data
+        line, newline, rest = self._received.partition(b"\n")
+        if not newline:
             return None
-        self._heard = rest
+        self._received = rest
         try:
-            return _REPORT.decode(line)
+            return _RESULT.decode(line)
         except msgspec.MsgspecError as error:
-            self.end()
-            raise Gone(f"made no sense ({error})") from error
+            self.stop()
+            raise BuilderGone(f"sent a malformed result ({error})") from error
 
     def wait(self) -> None:
-        """Until there is something to hear."""
-        if self._silent:
+        """Blocks until `receive` has something to return or to raise."""
+        if self._pipe_closed:
             self._child.wait()
-        elif b"\n" not in self._heard:
+        elif b"\n" not in self._received:
             select.select([self._pipe], [], [])
 
-    def end(self) -> str:
-        """Ends it and its compilers, if they run; says how it ended."""
-        self._end()
+    def stop(self) -> str:
+        """Ends the builder and its compilers if they run; returns how the builder ended, in words."""
+        self._stop()
         return self._child.ending
 
 
-def _end(child: ChildProcess, pipe: int) -> None:
-    child.ask_to_end()  # it puts things away first
-    child.wait(END_SECONDS)
-    child.kill(END_SECONDS)
+def _stop(child: ChildProcess, pipe: int) -> None:
+    child.ask_to_end()  # it removes its temporary files first
+    child.wait(STOP_SECONDS)
+    child.kill(STOP_SECONDS)
     os.close(pipe)

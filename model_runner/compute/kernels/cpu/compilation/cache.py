@@ -1,8 +1,8 @@
-"""Where compiled functions are kept between launches: one shared library each, named by all that went into it.
+"""The cache of compiled kernels on disk: one shared library each, its file name a hash of all that it depends on.
 
-Loading one runs it, so the directory must be ours alone, and a file is taken only as it was written: its last bytes
-are the hash of the others. It comes to its place by a rename, so two servers may compile the same at once, and one
-that is killed leaves nothing that would be loaded. Knows nothing of what is in a library.
+Loading a library runs code in it. So no other user may be able to write to the directory, and each file ends with the
+hash of its content, checked before every load. A file enters the cache by a rename: two servers may compile the same
+kernel at once, and a killed builder leaves no partial library. Does not know what a library computes.
 """
 
 from __future__ import annotations
@@ -26,32 +26,33 @@ import torch
 
 from model_runner.compute.kernels.cpu.compilation import compiler
 from model_runner.compute.kernels.cpu.functions import registry
-from model_runner.compute.kernels.cpu.functions.program import Function
+from model_runner.compute.kernels.cpu.functions.spec import KernelKey
 from model_runner.platform.device import CPU_INFO
 
-DIGEST = 32
-BUILD = "build-"
-BUSY = "busy"
+DIGEST_BYTES = 32
+BUILD_PREFIX = "build-"
+LOCK_FILE = "busy"
+"""In a build directory; locked while its builder lives."""
 UNUSED_SECONDS = 90 * 86400.0
-"""After so long without a use a library is removed: it was for another torch, or another machine."""
+"""A library that was not used for so long is removed: it was built for another torch or another machine."""
 
 
-class Unsafe(Exception):
-    """The directory cannot be used; the message is one line for people."""
+class UnsafeDirectory(Exception):
+    """The cache directory cannot be used; the message is one line that says why."""
 
 
-def directory() -> Path:
-    """The user's own, by the XDG rules. Raises Unsafe where there is no home."""
+def default_directory() -> Path:
+    """The user's cache directory by the XDG rules. Raises UnsafeDirectory where the user has no home directory."""
     given = os.environ.get("XDG_CACHE_HOME", "")
     try:
         root = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
     except RuntimeError as error:
-        raise Unsafe(f"compiled functions are kept nowhere ({error}): set XDG_CACHE_HOME") from error
+        raise UnsafeDirectory(f"no directory for compiled kernels ({error}): set XDG_CACHE_HOME") from error
     return root / "chorus" / "compiled"
 
 
-class Cache:
-    """A directory that nobody but this user can write to, made if need be. Raises Unsafe."""
+class KernelCache:
+    """A directory with access for this user alone, created if missing. Raises UnsafeDirectory."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -61,56 +62,57 @@ class Cache:
                 root.mkdir(mode=0o700)
             found = root.lstat()
         except OSError as error:
-            raise Unsafe(f"compiled functions cannot be kept: {error}") from error
+            raise UnsafeDirectory(f"compiled kernels cannot be cached: {error}") from error
         if not stat.S_ISDIR(found.st_mode):
-            raise Unsafe(f"{root}: no directory; compiled functions are neither kept nor loaded")
+            raise UnsafeDirectory(f"{root}: not a directory, so no kernels are compiled")
         if found.st_uid != os.geteuid() or found.st_mode & 0o077:
-            raise Unsafe(
-                f"{root}: code is loaded from there, so it must be this user's and closed to others "
-                f"(chmod 700; it is {stat.S_IMODE(found.st_mode):o} of user {found.st_uid}); nothing is compiled"
+            raise UnsafeDirectory(
+                f"{root}: code is loaded from there, so it must belong to this user and be closed to all others "
+                f"(chmod 700; it is {stat.S_IMODE(found.st_mode):o} of user {found.st_uid}); no kernels are compiled"
             )
 
-    def path(self, function: Function) -> Path:
-        """The file of a function for this machine and this torch."""
-        return self.root / f"{function.name}-{_fingerprint(function)}.so"
+    def path(self, key: KernelKey) -> Path:
+        """The file of a kernel for this machine and this torch."""
+        return self.root / f"{key.name}-{_fingerprint(key)}.so"
 
-    def sound(self, path: Path) -> bool:
-        """Whether the file is there as it was sealed, which counts as a use of it; a broken one is removed."""
+    def is_intact(self, path: Path) -> bool:
+        """Whether the file exists as it was installed, which counts as a use; a damaged file is removed."""
         try:
             content = path.read_bytes()
             os.utime(path)
         except OSError:
             return False
-        if len(content) > DIGEST and hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]:
+        library, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+        if library and hashlib.sha256(library).digest() == digest:
             return True
         path.unlink(missing_ok=True)
         return False
 
     @contextmanager
-    def workshop(self) -> Iterator[Path]:
-        """A fresh directory below, which is gone afterwards; what nobody needs any more goes first."""
-        with (self.root / "lock").open("w") as gate:
-            fcntl.flock(gate, fcntl.LOCK_EX)
-            self._sweep()
-            path = Path(tempfile.mkdtemp(prefix=BUILD, dir=self.root))
-            busy = (path / BUSY).open("w")
-            fcntl.flock(busy, fcntl.LOCK_EX)
+    def build_directory(self) -> Iterator[Path]:
+        """A temporary directory inside the cache, removed afterwards; first removes what is no longer used."""
+        with (self.root / "lock").open("w") as cache_lock:
+            fcntl.flock(cache_lock, fcntl.LOCK_EX)
+            self._remove_unused()
+            path = Path(tempfile.mkdtemp(prefix=BUILD_PREFIX, dir=self.root))
+            lock = (path / LOCK_FILE).open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            with busy:
+            with lock:
                 yield path
         finally:
             shutil.rmtree(path, ignore_errors=True)
 
-    def _sweep(self) -> None:
-        """Removes old libraries, and the workshops whose builder is gone: it held a lock while it lived."""
+    def _remove_unused(self) -> None:
+        """Removes old libraries, and build directories whose builder has ended: its lock is free."""
         for path in self.root.glob("*.so"):
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > UNUSED_SECONDS:
                     path.unlink()
-        for path in self.root.glob(f"{BUILD}*"):
+        for path in self.root.glob(f"{BUILD_PREFIX}*"):
             try:
-                with (path / BUSY).open("r+") as busy:
-                    fcntl.flock(busy, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with (path / LOCK_FILE).open("r+") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
             except OSError:
@@ -118,9 +120,10 @@ class Cache:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def seal(library: Path, path: Path) -> None:
-    """Puts a library in its place, whole or not at all; it must lie on the same file system. An ELF file may have more
-    bytes than it speaks of.
+def install(library: Path, path: Path) -> None:
+    """Appends the library's hash and renames it to `path`, which must be on the same file system.
+
+    Loading ignores the hash: an ELF file may have bytes after its sections.
     """
     content = library.read_bytes()
     with library.open("ab") as file:
@@ -131,26 +134,26 @@ def seal(library: Path, path: Path) -> None:
     library.replace(path)
 
 
-def _fingerprint(function: Function) -> str:
-    """All that the code depends on: the function, how it is written and compiled, torch, Python, the processor."""
-    source = registry.program(function).source
+def _fingerprint(key: KernelKey) -> str:
+    """A hash of all that the code depends on: key, sources, compiler flags, torch, Python, the processor."""
+    source = registry.spec_for(key).source
     parts = [
-        msgspec.json.encode(function),
-        _source(sys.modules[registry.FUNCTIONS[function.name].__module__].__file__),
+        msgspec.json.encode(key),
+        _read(sys.modules[registry.SPECS[key.name].__module__].__file__),
         *(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))),
-        _source(compiler.__file__),
+        _read(compiler.__file__),
         f"{torch.__version__} {torch.version.git_version} {sys.version} {platform.machine()}".encode(),
         f"{torch.backends.cpu.get_cpu_capability()} {processor()}".encode(),
     ]
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:32]
 
 
-def _source(file: str | None) -> bytes:
+def _read(file: str | None) -> bytes:
     return Path(file).read_bytes() if file else b""
 
 
 def processor() -> str:
-    """Its model and what it can, as the system tells."""
+    """The processor's model and features, as the system reports them."""
     try:
         lines = CPU_INFO.read_text().partition("\n\n")[0].splitlines()
     except OSError:

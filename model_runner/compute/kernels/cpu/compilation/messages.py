@@ -1,8 +1,8 @@
-"""What a runner and its builder say to one another.
+"""The messages between a runner and its builder process.
 
-runner                                  builder
-  | -- Order, a JSON line on stdin ------->|   once; the end of stdin ends the builder
-  |<-- Report, a JSON line on a pipe ------|   for each function, in the order asked for
+runner                                       builder
+  | -- BuildOrder, a JSON line on stdin ------->|   once; the end of stdin ends the builder
+  |<-- BuildResult, a JSON line on a pipe ------|   one for each job, in the order of the jobs
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from __future__ import annotations
 import msgspec
 
 from engine.config.args import LogLevel
-from model_runner.compute.kernels.cpu.functions.program import Function
+from model_runner.compute.kernels.cpu.functions.spec import KernelKey
 
 
-class Job(msgspec.Struct, frozen=True):
-    """A function, and the file that it becomes."""
+class BuildJob(msgspec.Struct, frozen=True):
+    """A kernel to build, and the file that its library is written to."""
 
-    function: Function
+    key: KernelKey
     path: str
 
 
-class Order(msgspec.Struct, frozen=True):
-    """What is to be built; `pipe` is the descriptor to report on."""
+class BuildOrder(msgspec.Struct, frozen=True):
+    """All that is to be built; `pipe` is the file descriptor for the results."""
 
-    jobs: list[Job]
+    jobs: list[BuildJob]
     pipe: int = -1
     log_level: LogLevel = "info"
 
 
-class Report(msgspec.Struct, frozen=True):
-    """The next function's library is in its place, or why there is none."""
+class BuildResult(msgspec.Struct, frozen=True):
+    """The next job is done: its library is in the cache, or `error` says why not."""
 
     error: str = ""

@@ -1,6 +1,6 @@
-"""The builder process: one function after the other, each tried before it is put in its place.
+"""What the builder process does: it builds one kernel after another and checks each before it enters the cache.
 
-What crashes is a process that serves nobody. Knows nothing of what the functions are for.
+A kernel that crashes crashes this process and not a runner. Does not know what the kernels compute.
 """
 
 from __future__ import annotations
@@ -14,42 +14,42 @@ import msgspec
 import torch
 
 from model_runner.compute.kernels.cpu.compilation import compiler
-from model_runner.compute.kernels.cpu.compilation.cache import Cache, seal
-from model_runner.compute.kernels.cpu.compilation.cleanup import Leaving
-from model_runner.compute.kernels.cpu.compilation.messages import Job, Order, Report
+from model_runner.compute.kernels.cpu.compilation.cache import KernelCache, install
+from model_runner.compute.kernels.cpu.compilation.messages import BuildJob, BuildOrder, BuildResult
+from model_runner.compute.kernels.cpu.compilation.shutdown import ShutdownHandler
 from model_runner.compute.kernels.cpu.functions import registry
-from model_runner.compute.kernels.cpu.functions.program import differs
+from model_runner.compute.kernels.cpu.functions.spec import compare
 
 log = logging.getLogger(__name__)
 
 
-def build(order: Order, leaving: Leaving) -> NoReturn:
-    """Builds and reports, then ends the process."""
+def build_all(order: BuildOrder, shutdown: ShutdownHandler) -> NoReturn:
+    """Builds each job and sends its result, then ends the process."""
     torch.set_num_threads(1)
     root = Path(order.jobs[0].path).parent
-    with os.fdopen(order.pipe, "wb") as pipe, Cache(root).workshop() as workshop:
-        leaving.workshop = workshop
-        os.environ["TMPDIR"] = str(workshop)  # the compiler's
+    with os.fdopen(order.pipe, "wb") as pipe, KernelCache(root).build_directory() as directory:
+        shutdown.build_directory = directory
+        os.environ["TMPDIR"] = str(directory)  # for the compiler's temporary files
         for number, job in enumerate(order.jobs):
-            pipe.write(msgspec.json.encode(_do(job, workshop / f"{number}.so")) + b"\n")
+            pipe.write(msgspec.json.encode(_build(job, directory / f"{number}.so")) + b"\n")
             pipe.flush()
-    os._exit(0)  # nobody waits for an orderly end of torch
+    os._exit(0)  # skips torch's slow exit
 
 
-def _do(job: Job, library: Path) -> Report:
+def _build(job: BuildJob, library: Path) -> BuildResult:
     try:
-        program = registry.program(job.function)
-        compiler.build(program.source, compiler.DEFINES[job.function.dtype], library)
-        if found := differs(compiler.load(library, program.arguments(1)), program):
-            return Report(f"its results differ {found}")
-        seal(library, Path(job.path))
+        spec = registry.spec_for(job.key)
+        compiler.build(spec.source, compiler.DEFINES[job.key.dtype], library)
+        if fault := compare(compiler.load(library, spec.arguments(1)), spec):
+            return BuildResult(f"its results differ {fault}")
+        install(library, Path(job.path))
     except Exception as error:
-        log.debug("%s", job.function, exc_info=True)
-        return Report(_line(error))
-    return Report()
+        log.debug("%s", job.key, exc_info=True)
+        return BuildResult(_first_line(error))
+    return BuildResult()
 
 
-def _line(error: Exception) -> str:
-    """The first line that says something: compilers say pages."""
+def _first_line(error: Exception) -> str:
+    """The first line with text: a compiler's message may have hundreds."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

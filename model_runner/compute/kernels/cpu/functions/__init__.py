@@ -1,1 +1,1 @@
-"""The functions in C++, each beside the torch reference that it must equal."""
+"""The kernels' C++ sources, each beside the torch reference that it must agree with."""

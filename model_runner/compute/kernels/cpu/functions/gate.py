@@ -1,24 +1,24 @@
-"""Gates of MLPs, to be compiled from gate.cpp. Legend: T tokens, I inner size."""
+"""The SiLU gate of an MLP: the spec and reference of gate.cpp. Legend: T tokens, I inner size."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn.functional import silu
 
-from model_runner.compute.kernels.cpu.functions.program import Argument, Draw, Program, source
+from model_runner.compute.kernels.cpu.functions.spec import Argument, KernelSpec, RandomTensors, source
 
 INNER = (160, 40, 2100, 13)
-"""Whole vectors, and others; more than one thread takes at once."""
+"""I that the kernel is checked with: whole vectors or not, one task a row or several."""
 
 
-def silu_mul(dtype: torch.dtype) -> Program:
+def silu_mul(dtype: torch.dtype) -> KernelSpec:
     """(gate and up [T, 2 I], out [T, I], T, I): writes silu(gate) * up, silu(gate) rounded as torch rounds it."""
 
     def arguments(size: int) -> tuple[Argument, ...]:
-        draw, inner = Draw(dtype), INNER[size % len(INNER)]
-        return 9 * draw(size, 2 * inner), draw(size, inner), size, inner
+        random, inner = RandomTensors(dtype), INNER[size % len(INNER)]
+        return 9 * random(size, 2 * inner), random(size, inner), size, inner
 
-    return Program(source("gate.cpp"), _silu_mul, arguments)
+    return KernelSpec(source("gate.cpp"), _silu_mul, arguments)
 
 
 def _silu_mul(gate_up_TJ: torch.Tensor, out_TI: torch.Tensor, tokens: int, inner: int) -> None:

@@ -1,26 +1,29 @@
-"""The plain RMSNorm with what it is added to, to be compiled from norm.cpp. Legend: T tokens, H hidden size."""
+"""The residual addition with the plain RMSNorm after it: the spec and reference of norm.cpp.
+
+Legend: T tokens, H hidden size.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from model_runner.compute.kernels.cpu.functions.program import Argument, Draw, Program, source
+from model_runner.compute.kernels.cpu.functions.spec import Argument, KernelSpec, RandomTensors, source
 
 HIDDEN = (48, 7, 96, 41)
-"""Whole vectors, and others."""
+"""H that the kernel is checked with: whole vectors or not."""
 
 
-def add_norm(dtype: torch.dtype) -> Program:
-    """(x [T, H], residual [T, H], weight [H], normed [T, H], total [T, H], T, H, eps): writes total, which is residual
-    + x, and its norm: both rounded where torch rounds.
+def add_norm(dtype: torch.dtype) -> KernelSpec:
+    """(x [T, H], residual [T, H], weight [H], normed [T, H], total [T, H], T, H, eps): writes residual + x to total
+    and its norm to normed, both rounded where torch rounds.
     """
 
     def arguments(size: int) -> tuple[Argument, ...]:
-        draw, hidden = Draw(dtype), HIDDEN[size % len(HIDDEN)]
-        x, residual, normed, total = (draw(size, hidden) for _ in range(4))
-        return x, residual, draw(hidden), normed, total, size, hidden, 1e-5
+        random, hidden = RandomTensors(dtype), HIDDEN[size % len(HIDDEN)]
+        x, residual, normed, total = (random(size, hidden) for _ in range(4))
+        return x, residual, random(hidden), normed, total, size, hidden, 1e-5
 
-    return Program(source("norm.cpp"), _add_norm, arguments)
+    return KernelSpec(source("norm.cpp"), _add_norm, arguments)
 
 
 def _add_norm(
@@ -34,6 +37,6 @@ def _add_norm(
     eps: float,
 ) -> None:
     torch.add(residual_TH, x_TH, out=total_TH)
-    wide = total_TH.float()
-    even = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    torch.mul(weight_H, even.to(total_TH.dtype), out=normed_TH)
+    total_float_TH = total_TH.float()
+    scaled_TH = total_float_TH * torch.rsqrt(total_float_TH.pow(2).mean(-1, keepdim=True) + eps)
+    torch.mul(weight_H, scaled_TH.to(total_TH.dtype), out=normed_TH)

@@ -1,5 +1,7 @@
-"""Every function that can be compiled, by name. A maker's module, its C++ and the headers beside it are the whole truth
-of it: a change there, and nowhere else, makes what was compiled before stale.
+"""The CPU kernels by name.
+
+A cached library depends on the module that makes its spec, on its C++ source and on the headers beside it; a change to
+any of these makes the library stale, so a kernel must not depend on other files.
 """
 
 from __future__ import annotations
@@ -9,10 +11,10 @@ from collections.abc import Callable
 import torch
 
 from model_runner.compute.kernels.cpu.functions import attention, delta, gate, norm, rope
-from model_runner.compute.kernels.cpu.functions.program import Function, Program
+from model_runner.compute.kernels.cpu.functions.spec import KernelKey, KernelSpec
 from model_runner.platform.device import DTYPES
 
-FUNCTIONS: dict[str, Callable[[torch.dtype], Program]] = {
+SPECS: dict[str, Callable[[torch.dtype], KernelSpec]] = {
     "add_norm": norm.add_norm,
     "silu_mul": gate.silu_mul,
     "rope_and_store": rope.rope_and_store,
@@ -21,6 +23,6 @@ FUNCTIONS: dict[str, Callable[[torch.dtype], Program]] = {
 }
 
 
-def program(function: Function) -> Program:
-    """What is to be compiled of it."""
-    return FUNCTIONS[function.name](DTYPES[function.dtype])
+def spec_for(key: KernelKey) -> KernelSpec:
+    """The spec of a kernel, for the dtype that the key names."""
+    return SPECS[key.name](DTYPES[key.dtype])

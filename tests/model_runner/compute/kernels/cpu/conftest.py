@@ -1,4 +1,4 @@
-"""A compiler that hangs, for builders and runners that must not."""
+"""A compiler that hangs: builders and runners must still end."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 
 @pytest.fixture
 def hanging_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a compiler that never ends, and is the only one, writes its process id."""
-    told, script = tmp_path / "told", tmp_path / "c++"
-    script.write_text(f"#!/bin/sh\necho $$ > {told}.new && mv {told}.new {told}\nexec sleep 1000\n")
+    """Makes $CXX a compiler that never ends; returns the file that it writes its process id to."""
+    pid_file, script = tmp_path / "pid", tmp_path / "c++"
+    script.write_text(f"#!/bin/sh\necho $$ > {pid_file}.new && mv {pid_file}.new {pid_file}\nexec sleep 1000\n")
     script.chmod(0o700)
     monkeypatch.setenv("CXX", str(script))
-    return told
+    return pid_file

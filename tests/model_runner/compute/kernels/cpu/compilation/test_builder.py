@@ -1,4 +1,4 @@
-"""The builder as a real process: whoever started it may die at any time, and nothing of it stays."""
+"""The builder as a real process: it and its compiler end with their parent, and leave no files."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from fixtures.processes.watched import runs, wait_for
 
 from model_runner.compute.kernels.cpu.compilation.__main__ import NICENESS
 from model_runner.compute.kernels.cpu.compilation.builder import Builder
-from model_runner.compute.kernels.cpu.compilation.cache import Cache
-from model_runner.compute.kernels.cpu.compilation.messages import Job, Order
-from model_runner.compute.kernels.cpu.functions.program import Function
+from model_runner.compute.kernels.cpu.compilation.cache import KernelCache
+from model_runner.compute.kernels.cpu.compilation.messages import BuildJob, BuildOrder
+from model_runner.compute.kernels.cpu.functions.spec import KernelKey
 
-NORM = Function("add_norm")
+NORM = KernelKey("add_norm")
 
 PARENT = """
 import sys, time
 from pathlib import Path
 from model_runner.compute.kernels.cpu.compilation.builder import Builder
-from model_runner.compute.kernels.cpu.compilation.messages import Job, Order
-from model_runner.compute.kernels.cpu.functions.program import Function
-builder = Builder(Order([Job(Function("add_norm"), sys.argv[1])]))
+from model_runner.compute.kernels.cpu.compilation.messages import BuildJob, BuildOrder
+from model_runner.compute.kernels.cpu.functions.spec import KernelKey
+builder = Builder(BuildOrder([BuildJob(KernelKey("add_norm"), sys.argv[1])]))
 print(builder.pid, flush=True)
 time.sleep(1000)
 """
 
 
-def test_a_killed_parent_takes_builder_and_compiler_along(hanging_compiler: Path, tmp_path: Path) -> None:
-    cache = Cache(tmp_path / "compiled")
+def test_builder_and_compiler_end_with_a_killed_parent(hanging_compiler: Path, tmp_path: Path) -> None:
+    cache = KernelCache(tmp_path / "compiled")
     command = [sys.executable, "-c", PARENT, str(cache.path(NORM))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
@@ -50,12 +50,12 @@ def test_a_killed_parent_takes_builder_and_compiler_along(hanging_compiler: Path
     assert not list(cache.root.glob("build-*"))
 
 
-def test_one_that_is_ended_leaves_nothing(hanging_compiler: Path, tmp_path: Path) -> None:
-    cache = Cache(tmp_path / "compiled")
-    builder = Builder(Order([Job(NORM, str(cache.path(NORM)))]))
+def test_stopped_builder_leaves_no_process_and_no_file(hanging_compiler: Path, tmp_path: Path) -> None:
+    cache = KernelCache(tmp_path / "compiled")
+    builder = Builder(BuildOrder([BuildJob(NORM, str(cache.path(NORM)))]))
     wait_for(hanging_compiler.exists)
-    assert builder.hear() is None
-    builder.end()
+    assert builder.receive() is None
+    builder.stop()
     assert not runs(builder.pid)
     wait_for(lambda: not runs(int(hanging_compiler.read_text())))
     assert not list(cache.root.glob("build-*"))

@@ -1,4 +1,4 @@
-"""A runner and its builder: steps do not wait for compilers, and one ends with the other."""
+"""A runner and its builder: serving does not wait for the compiler, and the builder ends with the runner."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def report(process: subprocess.Popen[bytes]) -> Ready | Failed:
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_it_serves_while_a_compiler_hangs_and_takes_it_along(
+def test_runner_serves_while_a_compiler_hangs_and_ends_it(
     tiny_model: Callable[[str], Path], tmp_path: Path, hanging_compiler: Path, end: signal.Signals
 ) -> None:
-    beside = config(tiny_model("llama3"), tmp_path, dtype="bfloat16", cpu_kernels="auto")
-    with runner_process(beside, XDG_CACHE_HOME=str(tmp_path)) as process:
+    background = config(tiny_model("llama3"), tmp_path, dtype="bfloat16", cpu_kernels="auto")
+    with runner_process(background, XDG_CACHE_HOME=str(tmp_path)) as process:
         assert isinstance(report(process), Ready)
         wait_for(hanging_compiler.exists)
         compiler = int(hanging_compiler.read_text())
@@ -64,7 +64,7 @@ def test_it_serves_while_a_compiler_hangs_and_takes_it_along(
     wait_for(lambda: {path.name for path in cache.iterdir()} == {"lock"})
 
 
-def test_it_does_not_start_without_what_was_asked_for(
+def test_runner_with_cpu_kernels_on_needs_a_compiler(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -74,7 +74,7 @@ def test_it_does_not_start_without_what_was_asked_for(
 
 
 @pytest.mark.parametrize("mode", ["auto", "off"])
-def test_in_float32_nothing_is_compiled_by_itself(
+def test_float32_runner_compiles_nothing_unless_asked(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -1,6 +1,6 @@
-"""The model with every function compiled, against transformers + PEFT in float32, and row against row.
+"""The model with every kernel compiled, against transformers + PEFT in float32, and each row against a poisoned run.
 
-What is called is counted: a test that never came to a compiled function would say nothing.
+Calls of kernels are counted: a test that never called one would prove nothing.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from fixtures.models.oracle import Oracle
 from fixtures.models.tiny_models import VOCAB
 
 from model_runner.compute.kernels.cpu.compilation import compiler
-from model_runner.compute.kernels.cpu.functions.program import Argument, Function, Kernel
-from model_runner.compute.kernels.cpu.functions.registry import FUNCTIONS
-from model_runner.compute.kernels.cpu.kernels import Kernels
+from model_runner.compute.kernels.cpu.functions.registry import SPECS
+from model_runner.compute.kernels.cpu.functions.spec import Argument, Kernel, KernelKey
+from model_runner.compute.kernels.cpu.kernels import KernelSet
 from model_runner.config import read_arch
 from model_runner.model.load import load_model
 
 FAMILY = "qwen2"
-"""Calls all there is: plain norms, SiLU, heads that share keys and have no norms. Its biases let all formats in."""
+"""A family that calls every kernel: plain norms, SiLU, grouped heads without norms. All formats fit its biases."""
 
 N = 6
 LONG = 41
@@ -50,7 +50,7 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class World:
-    """A model, an adapter of every format, prompts for the base, each of them and mixes, and the oracle's tokens."""
+    """A model, an adapter of every format, prompts for the base, each adapter and each mix, and the oracle's tokens."""
 
     path: Path
     adapters: dict[str, Path]
@@ -58,42 +58,42 @@ class World:
     lanes: list[int]
     expected: list[list[int]]
 
-    def driver(self, kernels: Kernels | None = None, names: Sequence[str] | None = None) -> Driver:
-        """Of a freshly loaded model. `names`: of the adapters in lanes 1, 2, ...; None: all, and the mixes."""
+    def driver(self, kernels: KernelSet | None = None, names: Sequence[str] | None = None) -> Driver:
+        """Drives a freshly loaded model. `names`: the adapters in lanes 1, 2, ...; None: all of them, and the mixes."""
         decoder = load_model(self.path, read_arch(self.path), device=torch.device("cpu"), dtype=torch.float32)
         adapters = self.adapters if names is None else {name: self.adapters[name] for name in names}
         lora = attach_adapters(decoder, adapters, MIXES if names is None else ())
         return Driver(decoder, lora=lora, pages=900, kernels=kernels)
 
     def wrong(self, found: list[list[int]]) -> set[str]:
-        """Whose tokens are not the oracle's."""
+        """The adapters and mixes whose tokens are not the oracle's."""
         names = ["base", *self.adapters, *map(str, MIXES)]
         triples = zip(self.lanes, found, self.expected, strict=True)
         return {names[lane] for lane, one, other in triples if one != other}
 
 
-class Counted(Kernels):
-    """The first `known` of the compiled functions (None: all), each call of which is counted."""
+class CountingKernels(KernelSet):
+    """Hands out the first `known` of the compiled kernels (None: all), and counts the calls of each."""
 
-    def __init__(self, compiled: Kernels, wanted: Sequence[Function], known: int | None = None) -> None:
-        super().__init__("first")
+    def __init__(self, compiled: KernelSet, wanted: Sequence[KernelKey], known: int | None = None) -> None:
+        super().__init__("before_serving")
         self.wanted, self.known = list(wanted), len(wanted) if known is None else known
-        self.calls: Counter[Function] = Counter()
+        self.calls: Counter[KernelKey] = Counter()
         self._compiled = compiled
 
-    def get(self, function: Function) -> Kernel | None:
-        kernel = self._compiled.get(function)
-        if kernel is None or function not in self.wanted[: self.known]:
+    def get(self, key: KernelKey) -> Kernel | None:
+        kernel = self._compiled.get(key)
+        if kernel is None or key not in self.wanted[: self.known]:
             return None
 
-        def counted(*given: Argument) -> None:
-            self.calls[function] += 1
-            kernel(*given)
+        def counted(*arguments: Argument) -> None:
+            self.calls[key] += 1
+            kernel(*arguments)
 
         return counted
 
-    def uncalled(self) -> list[Function]:
-        return [function for function in self.wanted if not self.calls[function]]
+    def uncalled(self) -> list[KernelKey]:
+        return [key for key in self.wanted if not self.calls[key]]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def world(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
 
 
 def write_mixes(path: Path, adapters: dict[str, Path], root: Path) -> list[Path]:
-    """A model for each mix: the base plus the weighted sum of what each adapter changes."""
+    """Saves a model for each mix: the base plus the weighted sum of each adapter's changes."""
     base = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     own = {key: value.clone() for key, value in base.state_dict().items()}
     changed = {name: merged(path, adapters[name]) for name in {name for mix in MIXES for name in mix}}
@@ -129,56 +129,56 @@ def write_mixes(path: Path, adapters: dict[str, Path], root: Path) -> list[Path]
 
 
 @pytest.fixture(scope="module")
-def compiled(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Kernels, list[Function]]:
-    """All that the model calls, and that it is there."""
-    wanted = world.driver().functions()
-    assert {function.name for function in wanted} == set(FUNCTIONS)
-    kernels = Kernels("first", tmp_path_factory.mktemp("compiled") / "kept")
-    kernels.want(wanted)
-    assert [function for function in wanted if kernels.get(function) is None] == []
+def compiled(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[KernelSet, list[KernelKey]]:
+    """The kernels that the model calls, which are all there are, compiled; and their keys."""
+    wanted = world.driver().wanted_kernels()
+    assert {key.name for key in wanted} == set(SPECS)
+    kernels = KernelSet("before_serving", tmp_path_factory.mktemp("compiled") / "cache")
+    kernels.request(wanted)
+    assert [key for key in wanted if kernels.get(key) is None] == []
     return kernels, wanted
 
 
-WAYS: dict[str, dict[str, int]] = {
+SCHEDULES: dict[str, dict[str, int]] = {
     "together": {},
-    "in chunks, one row after the other": {"chunk": 9, "late": 1},
+    "in chunks, one row after another": {"chunk": 9, "late": 1},
     "decodes beside whole prefills": {"late": 2},
 }
 
 
-def test_every_format_in_one_batch(world: World, compiled: tuple[Kernels, list[Function]]) -> None:
-    counted = Counted(*compiled)
+def test_every_format_in_one_batch(world: World, compiled: tuple[KernelSet, list[KernelKey]]) -> None:
+    counted = CountingKernels(*compiled)
     first = world.driver(counted)
-    for way, options in WAYS.items():
+    for schedule, options in SCHEDULES.items():
         driver = Driver(first.decoder, lora=first.lora, pages=900, kernels=counted)
         found = driver.greedy(world.prompts, N, lanes=world.lanes, **options)
-        assert world.wrong(found) == set(), way
+        assert world.wrong(found) == set(), schedule
     assert counted.uncalled() == []
 
 
-class Swapping(Driver):
-    """Nothing is compiled at first; then one function more with every step, until all are there."""
+class SwappingDriver(Driver):
+    """Starts without kernels; after `late` steps one more kernel is available in each step."""
 
     late = 4
-    counted: Counted
+    counted: CountingKernels
 
     def step(self, chunks: Sequence[tuple[Row, int]]) -> torch.Tensor:
         if self.late:
             self.late -= 1
         else:
-            self.use(self.counted)
+            self.use_kernels(self.counted)
             self.counted.known += 1
         return super().step(chunks)
 
 
-def test_functions_that_come_in_mid_stream_change_no_token(
-    world: World, compiled: tuple[Kernels, list[Function]]
+def test_kernels_that_arrive_mid_stream_change_no_token(
+    world: World, compiled: tuple[KernelSet, list[KernelKey]]
 ) -> None:
     kernels, wanted = compiled
     for order in (wanted, wanted[::-1]):
-        counted = Counted(kernels, order, known=0)
+        counted = CountingKernels(kernels, order, known=0)
         plain = world.driver()
-        driver = Swapping(plain.decoder, lora=plain.lora, pages=900)
+        driver = SwappingDriver(plain.decoder, lora=plain.lora, pages=900)
         driver.counted = counted
         found = driver.greedy(world.prompts, N, lanes=world.lanes, chunk=9, late=2)
         assert world.wrong(found) == set()
@@ -186,25 +186,25 @@ def test_functions_that_come_in_mid_stream_change_no_token(
 
 
 NAMES = ("lora", "dora", "dora rslora", "rslora", "lokr full", "head", "bias all", "lokr thin")
-"""The adapters in lanes 1, 2, ...: of 1, 2 and 4 pages in a group."""
+"""The adapters in lanes 1, 2, ...; they have 1, 2 or 4 pages in a group."""
 
 PLACED = [(0, 20), (1, 5), (2, LONG), (3, 1), (3, 20), (4, 1), (5, 2), (6, LONG), (7, 5), (8, 1), (1, 3), (0, 1)]
 """Lane and prompt length of each row."""
 
 STEPS = [
-    {row: PLACED[row][1] for row in range(11)},  # prefills, the last row comes later
-    {**dict.fromkeys(range(10), 1), 11: 1},  # a row less
+    {row: PLACED[row][1] for row in range(11)},  # prefills of all rows but the last
+    {**dict.fromkeys(range(10), 1), 11: 1},  # a new row, and one row without tokens
     {0: 1, 2: 7, 3: 1, 4: 33, 5: 1, 7: 6, 8: 1, 9: 2, 10: 1},  # decodes beside chunks of all sizes
     {1: 1, 3: 1, 6: 1},  # few rows
     {4: 1},
 ]
-"""How many tokens of which rows."""
+"""For each step, the number of tokens by row."""
 
 
-def planted(
-    world: World, kernels: Kernels, plant: Callable[[Driver, list[Row], int], None] | None = None
+def run_steps(
+    world: World, kernels: KernelSet, plant: Callable[[Driver, list[Row], int], None] | None = None
 ) -> dict[tuple[int, int], torch.Tensor]:
-    """Logits of each row in each step; before step i `plant` may change what it likes."""
+    """The logits of each (step, row); `plant` is called before each step and may poison caches or weights."""
     driver, draw = world.driver(kernels, NAMES), random.Random(2)
     total = [sum(step.get(row, 0) for step in STEPS) for row in range(len(PLACED))]
     rows = [Row([draw.randrange(VOCAB) for _ in range(total[row])], lane) for row, (lane, _) in enumerate(PLACED)]
@@ -218,44 +218,44 @@ def planted(
     return found
 
 
-def spoiled(
+def changed(
     clean: dict[tuple[int, int], torch.Tensor], found: dict[tuple[int, int], torch.Tensor]
 ) -> set[tuple[int, int]]:
-    """The rows of steps that are no longer the same, to the bit."""
+    """The (step, row) pairs whose logits are not bit-equal in both."""
     return {place for place, logits in clean.items() if not torch.equal(found[place], logits)}
 
 
-def test_what_nobody_owns_reaches_no_row(world: World, compiled: tuple[Kernels, list[Function]]) -> None:
+def test_poisoned_free_pages_reach_no_row(world: World, compiled: tuple[KernelSet, list[KernelKey]]) -> None:
     def plant(driver: Driver, rows: list[Row], number: int) -> None:
         owned = {page for row in rows for page in row.pages}
         for layer in range(driver.decoder.arch.num_layers):
             for cache in driver.pool.layer(layer):
                 cache[[page for page in range(len(cache)) if page not in owned]] = torch.nan
 
-    counted = Counted(*compiled)
-    clean = planted(world, counted)
+    counted = CountingKernels(*compiled)
+    clean = run_steps(world, counted)
     assert all(torch.isfinite(logits).all() for logits in clean.values())
-    assert spoiled(clean, planted(world, counted, plant)) == set()
+    assert changed(clean, run_steps(world, counted, plant)) == set()
     assert counted.uncalled() == []
 
 
 @pytest.mark.parametrize("row", range(len(PLACED)))
-def test_a_poisoned_cache_stays_with_its_row(world: World, compiled: tuple[Kernels, list[Function]], row: int) -> None:
+def test_poisoned_cache_stays_with_its_row(world: World, compiled: tuple[KernelSet, list[KernelKey]], row: int) -> None:
     def plant(driver: Driver, rows: list[Row], number: int) -> None:
         for layer in range(driver.decoder.arch.num_layers):
             for cache in driver.pool.layer(layer):
                 cache[rows[row].pages] = torch.nan
 
-    kernels = Counted(*compiled)
-    found = planted(world, kernels, plant)
+    kernels = CountingKernels(*compiled)
+    found = run_steps(world, kernels, plant)
     later = {(number, row) for number, step in enumerate(STEPS) if row in step and number > row // 11}
-    assert spoiled(planted(world, kernels), found) == later
+    assert changed(run_steps(world, kernels), found) == later
     assert all(torch.isnan(found[place]).all() for place in later)
 
 
 @pytest.mark.parametrize("lane", range(1, len(NAMES) + 1))
 def test_poisoned_weights_stay_with_their_lane(
-    world: World, compiled: tuple[Kernels, list[Function]], lane: int
+    world: World, compiled: tuple[KernelSet, list[KernelKey]], lane: int
 ) -> None:
     def plant(driver: Driver, rows: list[Row], number: int) -> None:
         pages = driver.lora.pages
@@ -264,8 +264,8 @@ def test_poisoned_weights_stay_with_their_lane(
             for page, _ in pages.lanes[lane].get(group, ()):
                 pool.a_PSRI[page] = pool.b_PRO[page] = torch.nan
 
-    kernels = Counted(*compiled)
-    found = planted(world, kernels, plant)
+    kernels = CountingKernels(*compiled)
+    found = run_steps(world, kernels, plant)
     own = {(number, row) for number, step in enumerate(STEPS) for row in step if PLACED[row][0] == lane}
-    assert spoiled(planted(world, kernels), found) == own
+    assert changed(run_steps(world, kernels), found) == own
     assert all(torch.isnan(found[place]).all() for place in own)
