@@ -1,33 +1,44 @@
-"""Writes the README's table of what is served, families by formats, from the code's own registries.
+"""Writes the generated parts of the documents: flags, HTTP calls, metrics, model families and adapter formats.
 
-python scripts/documents.py            rewrites the table in README.md
-python scripts/documents.py --check    exit status 1 where it is not current
+python scripts/documents.py            rewrites the parts that changed
+python scripts/documents.py --check    changes nothing; exit status 1 if a part is stale
+
+A part stands between `<!-- begin NAME: ... -->` and `<!-- end NAME -->`.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from model_runner.config import FAMILIES
-from model_runner.lora.peft.config import REFUSED, VARIANTS
-from model_runner.lora.peft.tensor_mapping import FORMATS
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-README = Path(__file__).resolve().parents[1] / "README.md"
-BEGIN, END = "<!-- support: written by scripts/documents.py -->", "<!-- end of support -->"
+from tables.flags import flags  # noqa: E402
+from tables.formats import families, formats  # noqa: E402
+from tables.http_calls import http_calls  # noqa: E402
+from tables.metrics import metrics  # noqa: E402
+
+PARTS: dict[str, dict[str, Callable[[], str]]] = {  # page: part: what writes it
+    "engine/FLAGS.md": {"flags": flags},
+    "tokenizer_proc/README.md": {"calls": http_calls},
+    "tokenizer_proc/METRICS.md": {"metrics": metrics},
+    "model_runner/FORMATS.md": {"families": families, "formats": formats},
+}
 
 
-def table() -> str:
-    """The table and what stands under it, as Markdown."""
-    columns = [*(form.name for form in FORMATS.values()), *VARIANTS]
-    lines = ["| family | " + " | ".join(columns) + " | |", "|---" * (len(columns) + 2) + "|"]
-    lines += [f"| {family.title} |" + " yes |" * len(columns) + f" {family.note} |" for family in FAMILIES.values()]
-    lines += ["", "Each becomes, exactly:", ""]
-    lines += [f"- {form.name}: {form.note}" for form in FORMATS.values()]
-    lines += [f"- {name}: {note}" for name, note in VARIANTS.items()]
-    refused = ", ".join(f"`{option}` ({what})" for option, what in REFUSED.items())
-    return "\n".join([*lines, "", f"Refused by name at load: {refused}; any option and any tensor that is not known."])
+def current(page: str, text: str) -> str:
+    """The text of `page` with its generated parts as the code would write them now."""
+    for name, write in PARTS[page].items():
+        begin, end = f"<!-- begin {name}: written by scripts/documents.py -->", f"<!-- end {name} -->"
+        parts = re.fullmatch(f"(.*{re.escape(begin)}\n).*(\n{re.escape(end)}.*)", text, re.DOTALL)
+        if parts is None:
+            raise ValueError(f"{page} has no {begin} ... {end}")
+        text = f"{parts[1]}\n{write()}\n{parts[2]}"
+    return text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,20 +46,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing")
     check = parser.parse_args(arguments).check
-    text = README.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        print(f"{README.name} has no {BEGIN} ... {END}", file=sys.stderr)
-        return 1
-    current = f"{before}{begin}\n\n{table()}\n\n{end}{after}"
-    if current == text:
-        return 0
-    if check:
-        print(f"{README.name} is not current: run python scripts/documents.py", file=sys.stderr)
-        return 1
-    README.write_text(current)
-    return 0
+    stale = 0
+    for page in PARTS:
+        path = ROOT / page
+        text = path.read_text()
+        new = current(page, text)
+        if new == text:
+            continue
+        stale += 1
+        if check:
+            print(f"{page} is stale: run python scripts/documents.py", file=sys.stderr)
+        else:
+            path.write_text(new)
+            print(f"wrote {page}")
+    return 1 if check and stale else 0
 
 
 if __name__ == "__main__":

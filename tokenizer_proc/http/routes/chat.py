@@ -33,7 +33,7 @@ class ChatBody(OpenAIBody, frozen=True, kw_only=True):
 
 
 async def chat_completions(service: Service, request: web.Request) -> web.StreamResponse:
-    """The route."""
+    """OpenAI's chat body, streamed or not; also `lora_path`, and vLLM's extras such as `top_k` and `ignore_eos`."""
     fields = await bodies.read(request)
     body, params = bodies.split(fields, ChatBody, SPELLINGS_OPENAI)
     check(body, params)

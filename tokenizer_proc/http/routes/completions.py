@@ -33,7 +33,7 @@ class CompletionBody(OpenAIBody, frozen=True, kw_only=True):
 
 
 async def completions(service: Service, request: web.Request) -> web.StreamResponse:
-    """The route."""
+    """OpenAI's completion body, one prompt or several, streamed or not; also `lora_path` and vLLM's extras."""
     fields = await bodies.read(request)
     body, params = bodies.split(fields, CompletionBody, SPELLINGS_OPENAI)
     check(body, params)

@@ -51,7 +51,7 @@ class _Params(msgspec.Struct, frozen=True):
 
 
 async def generate(service: Service, request: web.Request) -> web.StreamResponse:
-    """The route."""
+    """SGLang's body: `text` or `input_ids`, `sampling_params`, `lora_path`, each one or a list; streamed or not."""
     body = bodies.decode(await bodies.read(request), GenerateBody)
     field = _prompt_field(body)
     asked = prompts(field, "input_ids" if body.text is None else "text", service.config.max_open_requests)

@@ -58,7 +58,10 @@ class V1UnloadBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def load(service: Service, request: web.Request) -> web.StreamResponse:
-    """200 when the adapter can be named; with `preload`, when it is resident (or its state, after a minute)."""
+    """SGLang's load; answers when the adapter can be named, with `"preload": true` when it is resident.
+
+    A preload that takes longer than a minute is answered with the adapter's state.
+    """
 
     async def work(fields: bodies.Fields) -> AdapterStage | None:
         body = bodies.decode(fields, LoadBody)
@@ -70,7 +73,7 @@ async def load(service: Service, request: web.Request) -> web.StreamResponse:
 
 
 async def unload(service: Service, request: web.Request) -> web.StreamResponse:
-    """200 when its memory is free; after a minute 200 with the state `draining`."""
+    """SGLang's unload; answers when its memory is free, or after a minute with `"state": "draining"`."""
 
     async def work(fields: bodies.Fields) -> AdapterStage | None:
         lifecycle = service.frontend.lifecycle
@@ -81,17 +84,17 @@ async def unload(service: Service, request: web.Request) -> web.StreamResponse:
 
 
 async def pin(service: Service, request: web.Request) -> web.StreamResponse:
-    """Keeps an adapter in memory for good."""
+    """Keeps an adapter from being evicted; at most `--max-loras-per-batch` - 1 are pinned."""
     return await _pinned(service, request, True)
 
 
 async def unpin(service: Service, request: web.Request) -> web.StreamResponse:
-    """Lets an adapter give way to others again."""
+    """Makes a pinned adapter evictable again."""
     return await _pinned(service, request, False)
 
 
 async def load_from_tensors(service: Service, request: web.Request) -> web.StreamResponse:
-    """SGLang's; not served."""
+    """SGLang's load from tensors in the body; always refused: save the adapter as a directory and load that."""
 
     async def work(fields: bodies.Fields) -> AdapterStage | None:
         raise InvalidRequest(
@@ -103,7 +106,7 @@ async def load_from_tensors(service: Service, request: web.Request) -> web.Strea
 
 
 async def v1_load(service: Service, request: web.Request) -> web.StreamResponse:
-    """A sentence when the adapter can be named."""
+    """vLLM's load, with `load_inplace`; answers with vLLM's sentence when the adapter can be named."""
     admin.admit(service.config, request)
     body = bodies.decode(await bodies.read(request), V1LoadBody)
     if body.is_3d_lora_weight:
@@ -114,7 +117,7 @@ async def v1_load(service: Service, request: web.Request) -> web.StreamResponse:
 
 
 async def v1_unload(service: Service, request: web.Request) -> web.StreamResponse:
-    """A sentence as soon as the name is taken; memory follows when the last request has finished."""
+    """vLLM's unload; answers with vLLM's sentence at once, and memory is freed when the last request has finished."""
     admin.admit(service.config, request)
     body = bodies.decode(await bodies.read(request), V1UnloadBody)
     if not body.lora_name:

@@ -13,7 +13,7 @@ OWNER = "chorus"
 
 
 async def list_models(service: Service, request: web.Request) -> web.StreamResponse:
-    """Base cards first, adapters in the order they came."""
+    """The base model under each of its names, then the adapters: path, parent, revision, rank and state."""
     adapters = service.frontend.adapters
     cards = [_base_card(service, name) for name in adapters.base_names]
     cards += [_adapter_card(service, card) for card in access.seen(request, adapters.cards())]
@@ -21,7 +21,10 @@ async def list_models(service: Service, request: web.Request) -> web.StreamRespo
 
 
 async def retrieve_model(service: Service, request: web.Request) -> web.StreamResponse:
-    """One card; the id may hold slashes and colons. Raises NotFound."""
+    """One card of `/v1/models`; the id may hold slashes and colons.
+
+    Raises NotFound.
+    """
     name = request.match_info["id"]
     adapters = service.frontend.adapters
     if name in adapters.base_names:

@@ -20,7 +20,7 @@ class AbortBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def health(service: Service, request: web.Request) -> web.StreamResponse:
-    """200 while this process answers and what was asked of it goes on, else 503."""
+    """200 while this process answers and the open requests make progress, else 503."""
     if not service.frontend.is_stuck:
         return as_json({"status": "ok"})
     answer = as_json({"status": "stuck"})
@@ -38,13 +38,13 @@ async def ready(service: Service, request: web.Request) -> web.StreamResponse:
 
 
 async def metrics(service: Service, request: web.Request) -> web.StreamResponse:
-    """Prometheus text."""
+    """Metrics in Prometheus' text format."""
     metrics = service.frontend.metrics
     return web.Response(body=metrics.render(), headers={"Content-Type": metrics.content_type})
 
 
 async def server_info(service: Service, request: web.Request) -> web.StreamResponse:
-    """Plain facts on what is served and how. Who waits for long is told with the ids that /abort_request takes."""
+    """Configuration, capacity, counts; `long_waiting`: which requests wait longer than a second, and for what."""
     facts, names = service.frontend.info(), service.open.names()
     for waiting in facts.get("long_waiting", ()):
         waiting["ids"] = names.get(waiting["request_id"], [])
@@ -52,12 +52,12 @@ async def server_info(service: Service, request: web.Request) -> web.StreamRespo
 
 
 async def version(service: Service, request: web.Request) -> web.StreamResponse:
-    """The version of the distribution."""
+    """The installed version."""
     return as_json({"version": installed_version()})
 
 
 async def abort_request(service: Service, request: web.Request) -> web.StreamResponse:
-    """Ends calls with finish reason abort. An id that is not running is no error: it may just have finished."""
+    """Ends requests by `rid`, one or several, or all with `abort_all`; an id that is not running is no error."""
     body = bodies.decode(await bodies.read(request), AbortBody)
     if body.rid is None and not body.abort_all:
         raise InvalidRequest("send rid, or abort_all = true", param="rid")

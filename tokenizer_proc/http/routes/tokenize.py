@@ -41,7 +41,7 @@ class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def tokenize(service: Service, request: web.Request) -> web.StreamResponse:
-    """{tokens, count, max_model_len}."""
+    """Text or chat messages to tokens: `{"tokens", "count", "max_model_len"}`."""
     body = bodies.decode(await bodies.read(request), TokenizeBody)
     tokenizer, template = await _texts(service, request, body)
     text = await _text(body, template)
@@ -51,7 +51,7 @@ async def tokenize(service: Service, request: web.Request) -> web.StreamResponse
 
 
 async def detokenize(service: Service, request: web.Request) -> web.StreamResponse:
-    """The text, as `prompt` (vLLM's name) and `text` (SGLang's)."""
+    """Tokens to text: `{"prompt", "text"}`, the same text under vLLM's name and SGLang's."""
     body = bodies.decode(await bodies.read(request), DetokenizeBody)
     tokenizer, _ = await _texts(service, request, body)
     _check(body.tokens, tokenizer.vocab_size)

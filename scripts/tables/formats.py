@@ -1,0 +1,25 @@
+"""The tables of model families and adapter formats, from their registries."""
+
+from __future__ import annotations
+
+from model_runner.config import FAMILIES
+from model_runner.lora.peft.config import REFUSED, VARIANTS
+from model_runner.lora.peft.tensor_mapping import FORMATS
+from tables.markdown import table
+
+
+def families() -> str:
+    """The model families."""
+    return table(("family", "notes"), [(family.title, family.note) for family in FAMILIES.values()])
+
+
+def formats() -> str:
+    """What each format of PEFT, and each option of a format, becomes when it is loaded; and what is refused."""
+    rows = [(form.name, form.note) for form in FORMATS.values()] + list(VARIANTS.items())
+    refused = table(
+        ("option of adapter_config.json", "what it is"), [(f"`{name}`", what) for name, what in REFUSED.items()]
+    )
+    return "\n\n".join([table(("format or option", "how it is saved, and what it becomes"), rows), REFUSES, refused])
+
+
+REFUSES = "An adapter is refused by name if it has one of these options, or any option or tensor that is not known:"

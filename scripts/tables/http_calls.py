@@ -1,0 +1,47 @@
+"""The table of HTTP calls, from the routes of the application and the docstrings of their handlers."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from functools import partial
+from typing import Any, cast
+
+from aiohttp import web
+
+from engine.config.sections import Links, TokenizerConfig
+from tables.markdown import table
+from tokenizer_proc.frontend import Frontend
+from tokenizer_proc.http.app import create_app
+
+
+def http_calls() -> str:
+    """One row for each handler, in the order in which the routes were added."""
+    paths: dict[Any, list[str]] = defaultdict(list)
+    for route in application().router.routes():
+        if route.method != "HEAD":  # every GET answers HEAD as well
+            assert route.resource is not None
+            paths[_handler(route)].append(f"`{route.method} {route.resource.canonical}`")
+    return table(("call", "what it does"), [(", ".join(paths[handler]), summary(handler)) for handler in paths])
+
+
+def application() -> web.Application:
+    """The application as it is served, without a front end behind it: its routes can be listed."""
+    links = Links(**dict.fromkeys(Links.__struct_fields__, ""))
+    config = TokenizerConfig(links=links, model_path="", tokenizer_path="", served_model_names=["base"])
+    return create_app(cast(Frontend, None), config)
+
+
+def summary(handler: Any) -> str:
+    """The first paragraph of a handler's docstring."""
+    text = inspect.getdoc(handler)
+    if not text:
+        raise ValueError(f"{handler.__module__}.{handler.__name__} has no docstring")
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def _handler(route: web.AbstractRoute) -> Any:
+    handler = route.handler
+    while isinstance(handler, partial):
+        handler = handler.func
+    return handler
