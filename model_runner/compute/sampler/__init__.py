@@ -2,9 +2,10 @@
 
 The order of operations, each on the result of the one before:
 
-    logits -> logit_bias -> min_tokens masks end ids -> repetition penalty (prompt and output)
-           -> presence and frequency penalty (output only) -> temperature -> top_k -> top_p -> min_p -> draw
+    logits processors    logit_bias -> min_tokens masks end ids -> repetition penalty (prompt and output)
+                         -> presence and frequency penalty (output only)
+    sampling             temperature -> top_k -> top_p -> min_p -> draw
 
-Reported log-probabilities are of the logits as the model made them, before all of this. Knows tokens, rows and
-positions; knows nothing of text, of the model or of pages.
+Reported log-probabilities are those of the model's own logits, before all of this. Does not know text, models or KV
+pages.
 """

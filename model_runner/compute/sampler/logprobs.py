@@ -1,6 +1,6 @@
-"""Log-probabilities of tokens and of the best alternatives: raw log-softmax of the model's logits, natural logarithm.
+"""Log-probabilities of tokens and of the best alternatives: log-softmax of the model's own logits, natural logarithm.
 
-They are made on the device and become messages on the host later. Legend: S positions, V vocabulary, K alternatives.
+Computed on the device, turned into messages on the host later. Legend: S positions, V vocabulary, K alternatives.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from model_runner.platform.device import download
 
 @dataclass(frozen=True)
 class Logprobs:
-    """S positions' log-probabilities, on the device: the chosen token's [S], and the K best [S, K]."""
+    """The log-probabilities of S positions: of the chosen tokens [S] and of the K best [S, K]."""
 
     tokens_S: torch.Tensor
     chosen_S: torch.Tensor
@@ -23,12 +23,12 @@ class Logprobs:
     top_SK: torch.Tensor
 
     def on_host(self) -> Logprobs:
-        """The same on its way to the host."""
+        """Starts the copy to the host."""
         parts = (self.tokens_S, self.chosen_S, self.top_ids_SK, self.top_SK)
         return Logprobs(*(download(part) for part in parts))
 
     def messages(self, widths: list[int]) -> list[LogprobIds]:
-        """One message a position, with the first `widths[i]` alternatives; waits for what is still on a device."""
+        """One message a position, with the first `widths[i]` alternatives; waits for the copy to the host."""
         tokens, chosen = self.tokens_S.tolist(), self.chosen_S.tolist()
         ids, values = self.top_ids_SK.tolist(), self.top_SK.tolist()
         return [

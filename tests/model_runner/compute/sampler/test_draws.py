@@ -1,4 +1,4 @@
-"""Draws against splitmix64 in Python integers, and against the probabilities they must follow."""
+"""Draws against splitmix64 in Python integers, and against the probabilities that they must follow."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_runner.compute.sampler.draws import GOLDEN, MIX_1, MIX_2, inverse_cdf, signed, uniforms
+from model_runner.compute.sampler.draws import GOLDEN, MIX_1, MIX_2, as_int64, inverse_cdf, uniforms
 
 WORD = (1 << 64) - 1
 seeds = st.integers(-(1 << 63), (1 << 64) - 1)
@@ -23,7 +23,7 @@ def uniform(seed: int, position: int) -> float:
     return (mix((inner + (position + 1) * GOLDEN) & WORD) >> 11) / 2**53
 
 
-def test_the_finaliser_is_splitmix64() -> None:
+def test_finaliser_is_that_of_splitmix64() -> None:
     # the first outputs of splitmix64 from state 0, as published with the generator
     assert mix(GOLDEN) == 0xE220A8397B1DCDAF
     assert mix(2 * GOLDEN & WORD) == 0x6E789E6AA1B965F4
@@ -31,12 +31,12 @@ def test_the_finaliser_is_splitmix64() -> None:
 
 @given(st.lists(st.tuples(seeds, st.integers(0, 1 << 20)), min_size=1, max_size=20))
 def test_uniforms_equal_python_integers(cases: list[tuple[int, int]]) -> None:
-    got = uniforms(torch.tensor([signed(s) for s, _ in cases]), torch.tensor([p for _, p in cases]))
+    got = uniforms(torch.tensor([as_int64(s) for s, _ in cases]), torch.tensor([p for _, p in cases]))
     assert got.tolist() == [uniform(seed, position) for seed, position in cases]
     assert all(0.0 <= u < 1.0 for u in got.tolist())
 
 
-def test_uniforms_are_uniform_along_positions_and_along_seeds() -> None:
+def test_uniforms_are_uniform_over_positions_and_seeds() -> None:
     n = 20_000
     for u in (
         uniforms(torch.full((n,), 7), torch.arange(n)),
@@ -54,7 +54,7 @@ def test_inverse_cdf_walks_tokens_in_id_order() -> None:
     assert inverse_cdf(logits, u).tolist() == [0, 0, 1, 1, 2]
 
 
-def test_inverse_cdf_never_draws_what_is_masked() -> None:
+def test_inverse_cdf_never_draws_a_masked_token() -> None:
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 1.0, float("-inf")]]).repeat(3, 1)
     u = torch.tensor([0.0, 0.5, 1.0 - 2.0**-53], dtype=torch.float64)
     assert inverse_cdf(logits, u).tolist() == [1, 3, 3]
@@ -69,7 +69,7 @@ def test_draws_follow_the_distribution() -> None:
     assert float(((seen - expected) ** 2 / expected).sum()) < 40  # chi squared, 11 degrees of freedom
 
 
-def test_a_row_that_is_not_finite_hurts_itself_only() -> None:
+def test_row_with_nan_does_not_change_other_rows() -> None:
     logits = torch.zeros(3, 4)
     logits[1] = float("nan")
     drawn = inverse_cdf(logits, torch.tensor([0.3, 0.3, 0.9], dtype=torch.float64)).tolist()
@@ -77,7 +77,7 @@ def test_a_row_that_is_not_finite_hurts_itself_only() -> None:
     assert 0 <= drawn[1] < 4
 
 
-def test_blocks_change_nothing_over_a_large_vocabulary() -> None:
+def test_blocks_of_a_large_vocabulary_change_no_token() -> None:
     logits = torch.randn(6, 1003, generator=torch.Generator().manual_seed(3)) * 5
     logits[:, 200:700] = float("-inf")
     u = torch.rand(2000, dtype=torch.float64, generator=torch.Generator().manual_seed(4))

@@ -28,7 +28,7 @@ def reference(logits: list[float], top_k: int, top_p: float, min_p: float) -> li
     return [token in allowed for token in range(len(logits))]
 
 
-def ours(logits: torch.Tensor, rows: list[tuple[int, float, float]]) -> torch.Tensor:
+def keep(logits: torch.Tensor, rows: list[tuple[int, float, float]]) -> torch.Tensor:
     ks, ps, ms = zip(*rows, strict=True)
     return filters.keep(logits, np.array(ks, np.int64), np.array(ps, np.float64), np.array(ms, np.float64))
 
@@ -41,7 +41,7 @@ row_filters = st.tuples(
 
 
 @given(st.lists(row_filters, min_size=1, max_size=6), st.integers(0, 1000), st.sampled_from([(2, 20), (), (200,)]))
-def test_keeps_what_the_reference_keeps(
+def test_keep_equals_the_sorting_reference(
     rows: list[tuple[int, float, float]], seed: int, candidates: tuple[int, ...]
 ) -> None:
     before, filters.CANDIDATES = filters.CANDIDATES, candidates
@@ -49,8 +49,8 @@ def test_keeps_what_the_reference_keeps(
         generator = torch.Generator().manual_seed(seed)
         logits = torch.randn(len(rows), 64, generator=generator) * 3
         if seed % 3 == 0:
-            logits = logits.round()  # many ties: id order decides
-        kept = ours(logits, rows)
+            logits = logits.round()  # many equal logits: id order decides
+        kept = keep(logits, rows)
     finally:
         filters.CANDIDATES = before
     for index, row in enumerate(rows):
@@ -58,7 +58,7 @@ def test_keeps_what_the_reference_keeps(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_equals_the_warpers_of_transformers(seed: int) -> None:
+def test_keep_equals_the_warpers_of_transformers(seed: int) -> None:
     from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     logits = torch.randn(40, 3000, generator=torch.Generator().manual_seed(seed)) * 4
@@ -67,7 +67,7 @@ def test_equals_the_warpers_of_transformers(seed: int) -> None:
         (int(rng.choice([0, 5, 50, 1500])), float(rng.choice([1.0, 0.95, 0.6])), float(rng.choice([0.0, 0.02, 0.3])))
         for _ in range(len(logits))
     ]
-    kept = ours(logits, rows)
+    kept = keep(logits, rows)
     for index, (top_k, top_p, min_p) in enumerate(rows):
         scores = logits[index : index + 1]
         if top_k:
@@ -79,21 +79,21 @@ def test_equals_the_warpers_of_transformers(seed: int) -> None:
         assert torch.equal(kept[index], scores[0] > float("-inf"))
 
 
-def test_a_flat_row_needs_more_than_the_candidates() -> None:
+def test_flat_row_needs_more_than_the_candidates() -> None:
     logits = torch.zeros(2, 5000)
     logits[0, 7] = 50.0
-    kept = ours(logits, [(0, 0.9, 0.0), (0, 0.9, 0.0)])
+    kept = keep(logits, [(0, 0.9, 0.0), (0, 0.9, 0.0)])
     assert kept[0].nonzero().tolist() == [[7]]
     assert kept[1].sum() == 4500
     assert bool(kept[1, :4500].all())
 
 
-def test_top_k_one_is_greedy_also_when_logits_tie() -> None:
-    assert ours(torch.tensor([[1.0, 3.0, 3.0, 0.0]]), [(1, 1.0, 0.0)]).tolist() == [[False, True, False, False]]
+def test_top_k_one_keeps_the_lowest_of_equal_tokens() -> None:
+    assert keep(torch.tensor([[1.0, 3.0, 3.0, 0.0]]), [(1, 1.0, 0.0)]).tolist() == [[False, True, False, False]]
 
 
-def test_what_is_masked_stays_masked() -> None:
+def test_masked_tokens_are_not_kept() -> None:
     logits = torch.tensor([[0.0, float("-inf"), 1.0, float("-inf")]])
-    kept = ours(logits, [(0, 0.99999, 0.0)])
+    kept = keep(logits, [(0, 0.99999, 0.0)])
     assert not kept[0, 1]
     assert not kept[0, 3]

@@ -1,4 +1,4 @@
-"""The whole sampler against a slow one in numpy and Python; a row's tokens alone against the same row in a batch."""
+"""The whole sampler against a slow reference in numpy and Python; a row alone against the same row in a batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from engine.messages import NewRow, Sampling
 from model_runner.compute.sampler import sampler as sampler_module
-from model_runner.compute.sampler.penalties import Penalties
+from model_runner.compute.sampler.logits_processors.base import LogitsProcessor
+from model_runner.compute.sampler.parameters import Ints
 from model_runner.compute.sampler.sampler import Sampler
 
 VOCAB = 40
@@ -21,8 +22,8 @@ CPU = torch.device("cpu")
 
 
 @dataclass
-class Line:
-    """One request as the reference sees it."""
+class Request:
+    """A request: its parameters, and its tokens so far."""
 
     sampling: Sampling
     prompt: list[int]
@@ -42,16 +43,16 @@ class Line:
         )
 
 
-def edited(logits: np.ndarray, line: Line) -> np.ndarray:
-    """Bias, min_tokens and penalties, token by token, in float64."""
-    s, x = line.sampling, logits.astype(np.float64).copy()
+def processed(logits: np.ndarray, request: Request) -> np.ndarray:
+    """The logits after bias, min_tokens and penalties, token by token, in float64."""
+    s, x = request.sampling, logits.astype(np.float64).copy()
     for token, value in s.logit_bias:
         x[token] += value
-    if len(line.output) < s.min_tokens:
+    if len(request.output) < s.min_tokens:
         x[s.end_ids] = -np.inf
     for token in range(len(x)):
-        count = line.output.count(token)
-        if count or token in line.prompt:
+        count = request.output.count(token)
+        if count or token in request.prompt:
             x[token] = x[token] / s.repetition_penalty if x[token] > 0 else x[token] * s.repetition_penalty
         x[token] -= s.frequency_penalty * count + (s.presence_penalty if count else 0.0)
     return x
@@ -72,7 +73,7 @@ def cdf(x: np.ndarray, s: Sampling) -> np.ndarray:
     return np.cumsum(p / p.sum())
 
 
-def mixed(seed: int, position: int) -> float:
+def uniform(seed: int, position: int) -> float:
     word = (1 << 64) - 1
     golden = 0x9E3779B97F4A7C15
 
@@ -84,12 +85,12 @@ def mixed(seed: int, position: int) -> float:
     return (mix((mix((seed + golden) & word) + (position + 1) * golden) & word) >> 11) / 2**53
 
 
-def expected(logits: np.ndarray, line: Line) -> int | None:
-    """The token the reference takes; None where rounding could decide."""
-    x = edited(logits, line)
-    if line.sampling.temperature == 0.0:
+def expected(logits: np.ndarray, request: Request) -> int | None:
+    """The reference's token; None where rounding could decide."""
+    x = processed(logits, request)
+    if request.sampling.temperature == 0.0:
         return int(x.argmax())
-    edges, u = cdf(x, line.sampling), mixed(line.sampling.seed, line.position)
+    edges, u = cdf(x, request.sampling), uniform(request.sampling.seed, request.position)
     return None if np.abs(edges - u).min() < 1e-5 else int(np.searchsorted(edges, u, side="right"))
 
 
@@ -109,87 +110,124 @@ samplings = st.builds(
     logit_bias=st.lists(st.tuples(tokens, st.sampled_from([-100.0, -1.5, 2.0])), max_size=3),
     logprobs=st.sampled_from([-1, 0, 3]),
 )
-lines = st.builds(Line, samplings, st.lists(tokens, min_size=1, max_size=6), st.lists(tokens, max_size=5))
+requests = st.builds(Request, samplings, st.lists(tokens, min_size=1, max_size=6), st.lists(tokens, max_size=5))
 
 
-def run(batch: list[Line], rows: list[int], steps: list[torch.Tensor], sampler: Sampler) -> list[list[int]]:
-    for line, row in zip(batch, rows, strict=True):
-        sampler.begin(line.new_row(row))
+def run(batch: list[Request], rows: list[int], steps: list[torch.Tensor], sampler: Sampler) -> list[list[int]]:
+    for request, row in zip(batch, rows, strict=True):
+        sampler.begin(request.new_row(row))
     drawn: list[list[int]] = [[] for _ in batch]
     for step, logits in enumerate(steps):
-        positions = np.array([line.position + step for line in batch])
+        positions = np.array([request.position + step for request in batch])
         result = sampler.sample(logits, np.array(rows), positions).tokens_S.tolist()
         for tokens_of_row, token in zip(drawn, result, strict=True):
             tokens_of_row.append(token)
     return drawn
 
 
-@given(st.lists(lines, min_size=1, max_size=5), st.integers(0, 10_000))
+@given(st.lists(requests, min_size=1, max_size=5), st.integers(0, 10_000))
 @settings(max_examples=150)
-def test_every_step_equals_the_slow_reference(batch: list[Line], seed: int) -> None:
+def test_every_step_equals_the_slow_reference(batch: list[Request], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     sampler = Sampler(8, VOCAB, CPU)
     rows = [7 - index for index in range(len(batch))]
-    for line, row in zip(batch, rows, strict=True):
-        sampler.begin(line.new_row(row))
+    for request, row in zip(batch, rows, strict=True):
+        sampler.begin(request.new_row(row))
     for _ in range(3):
         logits = torch.randn(len(batch), VOCAB, generator=generator) * 3
-        positions = np.array([line.position for line in batch])
+        positions = np.array([request.position for request in batch])
         got = sampler.sample(logits, np.array(rows), positions).tokens_S.tolist()
-        for line, token, row_logits in zip(batch, got, logits.numpy(), strict=True):
-            want = expected(row_logits, line)
+        for request, token, row_logits in zip(batch, got, logits.numpy(), strict=True):
+            want = expected(row_logits, request)
             assert want is None or token == want
-            line.output.append(token)
+            request.output.append(token)
 
 
-@given(st.lists(lines, min_size=2, max_size=6), st.integers(0, 10_000), st.data())
+@given(st.lists(requests, min_size=2, max_size=6), st.integers(0, 10_000), st.data())
 @settings(max_examples=60)
-def test_a_request_draws_the_same_alone_and_in_any_batch(batch: list[Line], seed: int, data: st.DataObject) -> None:
+def test_request_draws_the_same_alone_and_in_any_batch(batch: list[Request], seed: int, data: st.DataObject) -> None:
     generator = torch.Generator().manual_seed(seed)
     steps = [torch.randn(len(batch), VOCAB, generator=generator) * 2 for _ in range(3)]
     order = data.draw(st.permutations(range(len(batch))))
     together = run(batch, list(order), steps, Sampler(8, VOCAB, CPU))
-    for index, line in enumerate(batch):
-        alone = run([line], [3], [logits[index : index + 1] for logits in steps], Sampler(8, VOCAB, CPU))
+    for index, request in enumerate(batch):
+        alone = run([request], [3], [logits[index : index + 1] for logits in steps], Sampler(8, VOCAB, CPU))
         assert alone[0] == together[index]
 
 
-def test_a_replay_continues_as_if_nothing_had_happened() -> None:
+def test_replay_continues_with_the_same_tokens() -> None:
     sampling = Sampling(temperature=1.0, top_p=0.9, presence_penalty=0.5, repetition_penalty=1.2, seed=5)
     steps = [torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(i)) for i in range(6)]
-    whole = run([Line(sampling, [1, 2])], [0], steps, Sampler(2, VOCAB, CPU))[0]
-    half = Line(sampling, [1, 2], whole[:3])
+    whole = run([Request(sampling, [1, 2])], [0], steps, Sampler(2, VOCAB, CPU))[0]
+    half = Request(sampling, [1, 2], whole[:3])
     assert run([half], [1], steps[3:], Sampler(2, VOCAB, CPU))[0] == whole[3:]
 
 
-def test_repetition_penalty_equals_transformers() -> None:
-    from transformers import RepetitionPenaltyLogitsProcessor
+class OneToken(LogitsProcessor):
+    """Allows only the token of each row's history; keeps the calls."""
 
-    history = [3, 3, 9, 20, 31]
-    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(2))
-    penalties = Penalties(VOCAB, CPU)
-    penalties.begin(4, history, 2)
-    got = penalties.apply(logits, penalties.slots([4]), np.array([[1.4, 0.0, 0.0]], np.float32))
-    torch.testing.assert_close(got, RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([history]), logits))
+    def __init__(self) -> None:
+        self.tokens: dict[int, int] = {}
+        self.calls: list[tuple[str, list[int]]] = []
+
+    def begin(self, new: NewRow) -> None:
+        self.calls.append(("begin", [new.row]))
+        if new.history:
+            self.tokens[new.row] = new.history[-1]
+
+    def end(self, row: int) -> None:
+        self.calls.append(("end", [row]))
+        self.tokens.pop(row, None)
+
+    def reset(self) -> None:
+        self.tokens.clear()
+
+    def is_active(self, rows: Ints, positions: Ints) -> bool:
+        return not self.tokens.keys().isdisjoint(rows.tolist())
+
+    def apply(self, logits_SV: torch.Tensor, rows: Ints, positions: Ints) -> None:
+        self.calls.append(("apply", positions.tolist()))
+        for index, row in enumerate(rows.tolist()):
+            if row in self.tokens:
+                allowed = logits_SV[index, self.tokens[row]].item()
+                logits_SV[index] = -torch.inf
+                logits_SV[index, self.tokens[row]] = allowed
+
+    def accept(self, tokens_S: torch.Tensor, rows: Ints) -> None:
+        self.calls.append(("accept", tokens_S.tolist()))
 
 
-def test_counts_are_made_for_penalised_rows_only_and_slots_are_used_again() -> None:
-    sampler = Sampler(64, VOCAB, CPU)
-    for generation in range(5):
-        for row in range(3):
-            penalty = 0.5 if row == generation % 3 else 0.0
-            sampling = Sampling(temperature=0.0, presence_penalty=penalty)
-            sampler.begin(NewRow(row=row, generation=generation, prompt_length=1, sampling=sampling, history=[1]))
-    assert sampler._penalties.bytes <= 2 * VOCAB * 4
-    for row in range(20):
-        sampling = Sampling(temperature=0.0, frequency_penalty=100.0)
-        sampler.begin(NewRow(row=row, generation=9, prompt_length=0, sampling=sampling, history=[row]))
-    logits = torch.zeros(20, VOCAB)
-    first = sampler.sample(logits, np.arange(20), np.full(20, 1)).tokens_S.tolist()
-    assert first == [1, *[0] * 19]  # row 0 alone has generated token 0
+def test_processor_is_called_only_in_steps_with_its_rows() -> None:
+    processor = OneToken()
+    sampler = Sampler(3, VOCAB, CPU, [processor])
+    for row, history in enumerate([[], [7], []]):
+        sampling = Sampling(temperature=0.0)
+        sampler.begin(NewRow(row=row, generation=1, prompt_length=1, sampling=sampling, history=history))
+    assert processor.calls == [(name, [row]) for row in range(3) for name in ("end", "begin")]
+    processor.calls.clear()
+    logits = torch.zeros(2, VOCAB)
+    logits[:, 30] = 1.0
+    assert sampler.sample(logits, np.array([0, 2]), np.array([1, 1])).tokens_S.tolist() == [30, 30]
+    assert processor.calls == []
+    assert sampler.sample(logits, np.array([1, 0]), np.array([5, 2])).tokens_S.tolist() == [7, 30]
+    assert processor.calls == [("apply", [5, 2]), ("accept", [7, 30])]
+    sampler.reset()
+    assert sampler.sample(logits, np.array([1, 0]), np.array([6, 3])).tokens_S.tolist() == [30, 30]
 
 
-def test_greedy_takes_the_lowest_of_equal_ids_also_at_a_tiny_temperature() -> None:
+def test_processors_are_applied_in_the_order_of_the_list() -> None:
+    sampling = Sampling(temperature=0.0)
+    logits = torch.zeros(1, VOCAB)
+    first, second = OneToken(), OneToken()
+    sampler = Sampler(1, VOCAB, CPU, [first, second])
+    sampler.begin(NewRow(row=0, generation=1, prompt_length=1, sampling=sampling, history=[3]))
+    second.tokens[0] = 9  # the first allows token 3, so the second leaves no token at all
+    assert sampler.sample(logits, np.array([0]), np.array([1])).tokens_S.tolist() == [0]
+    first.tokens[0] = 9
+    assert sampler.sample(logits, np.array([0]), np.array([2])).tokens_S.tolist() == [9]
+
+
+def test_greedy_row_takes_the_lowest_of_equally_good_tokens() -> None:
     sampler = Sampler(2, VOCAB, CPU)
     for row, temperature in enumerate([0.0, 1e-9]):
         sampling = Sampling(temperature=temperature)
@@ -199,8 +237,8 @@ def test_greedy_takes_the_lowest_of_equal_ids_also_at_a_tiny_temperature() -> No
     assert sampler.sample(logits, np.array([0, 1]), np.array([1, 1])).tokens_S.tolist() == [7, 7]
 
 
-def test_slices_of_a_large_batch_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = [Line(Sampling(seed=i, top_k=5 * (i % 2)), [1]) for i in range(16)]
+def test_slices_of_a_large_batch_change_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = [Request(Sampling(seed=i, top_k=5 * (i % 2)), [1]) for i in range(16)]
     steps = [torch.randn(16, VOCAB, generator=torch.Generator().manual_seed(0))]
     whole = run(batch, list(range(16)), steps, Sampler(16, VOCAB, CPU))
     monkeypatch.setattr(sampler_module, "SLICE_ELEMENTS", 3 * VOCAB)
@@ -208,7 +246,7 @@ def test_slices_of_a_large_batch_change_nothing(monkeypatch: pytest.MonkeyPatch)
     assert len({tokens[0] for tokens in whole}) > 3
 
 
-def test_logprobs_are_raw_and_each_row_gets_what_it_asked_for() -> None:
+def test_logprobs_are_raw_and_as_wide_as_each_row_asks() -> None:
     asked = [-1, 0, 2, 5]
     sampler = Sampler(4, VOCAB, CPU)
     for row, k in enumerate(asked):
@@ -226,7 +264,7 @@ def test_logprobs_are_raw_and_each_row_gets_what_it_asked_for() -> None:
         assert [value for _, value in entry.top] == pytest.approx(best.values[: asked[row]].tolist(), abs=1e-5)
 
 
-def test_the_logits_are_left_alone_and_reset_forgets() -> None:
+def test_logits_are_unchanged_and_reset_forgets_rows() -> None:
     sampler = Sampler(1, VOCAB, CPU)
     sampling = Sampling(temperature=0.0, frequency_penalty=5.0, logit_bias=[(3, 9.0)], min_tokens=9, end_ids=[4, 10**6])
     new = NewRow(row=0, generation=1, prompt_length=1, sampling=sampling, history=[1, 3, 3])
@@ -242,10 +280,10 @@ def test_the_logits_are_left_alone_and_reset_forgets() -> None:
 
 def test_fast_paths_give_the_tokens_of_the_general_path() -> None:
     logits = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(12)) * 2
-    plain = [Line(Sampling(seed=row), [1]) for row in range(6)]
-    general = [Line(Sampling(seed=row, top_k=VOCAB, logit_bias=[(0, 0.0)]), [1]) for row in range(6)]
+    plain = [Request(Sampling(seed=row), [1]) for row in range(6)]
+    general = [Request(Sampling(seed=row, top_k=VOCAB, logit_bias=[(0, 0.0)]), [1]) for row in range(6)]
     rows = list(range(6))
     assert run(plain, rows, [logits], Sampler(6, VOCAB, CPU)) == run(general, rows, [logits], Sampler(6, VOCAB, CPU))
-    greedy = [Line(Sampling(temperature=0.0), [1]) for _ in rows]
-    best = [Line(Sampling(seed=row, top_k=1), [1]) for row in rows]
+    greedy = [Request(Sampling(temperature=0.0), [1]) for _ in rows]
+    best = [Request(Sampling(seed=row, top_k=1), [1]) for row in rows]
     assert run(greedy, rows, [logits], Sampler(6, VOCAB, CPU)) == run(best, rows, [logits], Sampler(6, VOCAB, CPU))

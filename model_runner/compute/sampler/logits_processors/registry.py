@@ -1,0 +1,19 @@
+"""The list of logits processors, in the order in which they are applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from model_runner.compute.sampler.logits_processors.base import LogitsProcessor
+from model_runner.compute.sampler.logits_processors.logit_bias import LogitBias
+from model_runner.compute.sampler.logits_processors.min_tokens import MinTokens
+from model_runner.compute.sampler.logits_processors.penalties import Penalties
+
+PROCESSORS: tuple[Callable[[int, int, torch.device], LogitsProcessor], ...] = (LogitBias, MinTokens, Penalties)
+
+
+def create_all(rows: int, vocab_size: int, device: torch.device) -> list[LogitsProcessor]:
+    """One of each, for a runner of so many rows; `vocab_size` is the largest that a row's logits can have."""
+    return [create(rows, vocab_size, device) for create in PROCESSORS]
