@@ -112,7 +112,7 @@ def test_bodies(tmp_path: Path) -> None:
         runtime_loads=True, enable_lora=True, max_loras=4, max_pinned=3, max_open_requests=512
     )
     sound = bodies(adapter_dir(tmp_path / "guest"))
-    assert {path for path, _ in sound} == {path for method, path, _ in ROUTES if method == "POST"}
+    assert {path for path, _ in sound} == {route.path for route in ROUTES if route.method == "POST"}
 
     async def scenario(client: TestClient) -> None:
         scheduler.started = True
@@ -179,7 +179,7 @@ def test_raw_requests(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_paths_and_headers() -> None:
     frontend = ScriptedScheduler("ok!", "sql").frontend()
-    paths = [path.replace("{id:.+}", "sql") for method, path, _ in ROUTES if method == "GET"]
+    paths = [route.path.replace("{id:.+}", "sql") for route in ROUTES if route.method == "GET"]
 
     async def scenario(client: TestClient) -> None:
         async def work(mutator: Mutator) -> None:

@@ -1,45 +1,55 @@
-"""The aiohttp application: every route, the error shape around them, a request id on every answer."""
+"""The aiohttp application: every route and its rights, the error shape around them, a request id on every answer."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import NamedTuple
 
 from aiohttp import web
 
 from engine.config.sections import TokenizerConfig
 from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.http.auth import access
+from tokenizer_proc.http.auth.access import RIGHTS, Rights
 from tokenizer_proc.http.generation import Service
 from tokenizer_proc.http.middleware import access_log, backpressure, errors
 from tokenizer_proc.http.routes import generate, lora, models, operations, tokenize
 from tokenizer_proc.http.routes.chat import chat_completions
 from tokenizer_proc.http.routes.completions import completions
 
-Route = Callable[[Service, web.Request], Awaitable[web.StreamResponse]]
 
-ROUTES: list[tuple[str, str, Route]] = [
-    ("POST", "/v1/chat/completions", chat_completions),
-    ("POST", "/v1/completions", completions),
-    ("GET", "/v1/models", models.list_models),
-    ("GET", "/v1/models/{id:.+}", models.retrieve_model),
-    ("POST", "/generate", generate.generate),
-    ("POST", "/tokenize", tokenize.tokenize),
-    ("POST", "/detokenize", tokenize.detokenize),
-    ("POST", "/load_lora_adapter", lora.load),
-    ("POST", "/unload_lora_adapter", lora.unload),
-    ("POST", "/pin_lora_adapter", lora.pin),
-    ("POST", "/unpin_lora_adapter", lora.unpin),
-    ("POST", "/load_lora_adapter_from_tensors", lora.load_from_tensors),
-    ("POST", "/v1/load_lora_adapter", lora.v1_load),
-    ("POST", "/v1/unload_lora_adapter", lora.v1_unload),
-    ("GET", "/health", operations.health),
-    ("GET", "/ready", operations.ready),
-    ("GET", "/metrics", operations.metrics),
-    ("GET", "/server_info", operations.server_info),
-    ("GET", "/get_server_info", operations.server_info),
-    ("GET", "/version", operations.version),
-    ("POST", "/abort_request", operations.abort_request),
+class Route(NamedTuple):
+    """A call, the rights that it needs, and what answers it."""
+
+    method: str
+    path: str
+    rights: Rights
+    handler: Callable[[Service, web.Request], Awaitable[web.StreamResponse]]
+
+
+ROUTES = [
+    Route("POST", "/v1/chat/completions", Rights.INFERENCE, chat_completions),
+    Route("POST", "/v1/completions", Rights.INFERENCE, completions),
+    Route("GET", "/v1/models", Rights.INFERENCE, models.list_models),
+    Route("GET", "/v1/models/{id:.+}", Rights.INFERENCE, models.retrieve_model),
+    Route("POST", "/generate", Rights.INFERENCE, generate.generate),
+    Route("POST", "/tokenize", Rights.INFERENCE, tokenize.tokenize),
+    Route("POST", "/detokenize", Rights.INFERENCE, tokenize.detokenize),
+    Route("POST", "/load_lora_adapter", Rights.ADMIN, lora.load),
+    Route("POST", "/unload_lora_adapter", Rights.ADMIN, lora.unload),
+    Route("POST", "/pin_lora_adapter", Rights.ADMIN, lora.pin),
+    Route("POST", "/unpin_lora_adapter", Rights.ADMIN, lora.unpin),
+    Route("POST", "/load_lora_adapter_from_tensors", Rights.ADMIN, lora.load_from_tensors),
+    Route("POST", "/v1/load_lora_adapter", Rights.ADMIN, lora.v1_load),
+    Route("POST", "/v1/unload_lora_adapter", Rights.ADMIN, lora.v1_unload),
+    Route("GET", "/health", Rights.NONE, operations.health),
+    Route("GET", "/ready", Rights.NONE, operations.ready),
+    Route("GET", "/metrics", Rights.NONE, operations.metrics),
+    Route("GET", "/server_info", Rights.OPERATOR, operations.server_info),
+    Route("GET", "/get_server_info", Rights.OPERATOR, operations.server_info),
+    Route("GET", "/version", Rights.INFERENCE, operations.version),
+    Route("POST", "/abort_request", Rights.OPERATOR, operations.abort_request),
 ]
 
 
@@ -49,9 +59,10 @@ def create_app(frontend: Frontend, config: TokenizerConfig) -> web.Application:
     bounded = backpressure.bounded(config.max_stream_buffer, config.stream_stall_timeout)
     middlewares = [access_log.middleware, bounded, errors.middleware, access.gate(config)]
     app = web.Application(middlewares=middlewares, client_max_size=config.max_body_bytes)
-    for method, path, route in ROUTES:
-        app.router.add_route(method, path, partial(route, service))
-        if method == "GET":
-            app.router.add_route("HEAD", path, partial(route, service))  # load balancers ask this way
+    rights = app[RIGHTS] = {}
+    for route in ROUTES:
+        for method in ("GET", "HEAD") if route.method == "GET" else (route.method,):  # load balancers ask by HEAD
+            added = app.router.add_route(method, route.path, partial(route.handler, service))
+            rights[added] = route.rights
     app.on_response_prepare.append(access_log.name)
     return app

@@ -1,10 +1,12 @@
 """Who asks, and what exists for them: a key's holder, and the adapters that it may name.
 
-An adapter that a key may not use does not exist for its holder: not in a list, not in an error. Knows no dialect.
+A route declares the rights that it needs; the gate looks them up by the route, never by the text of a path. An adapter
+that a key may not use does not exist for its holder: not in a list, not in an error. Knows no dialect.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable
 
 from aiohttp import web
@@ -13,30 +15,42 @@ from aiohttp.typedefs import Handler, Middleware
 from engine.config.sections import TokenizerConfig
 from engine.errors import Forbidden, NotFound
 from engine.messages import AdapterCard, AdapterMix
+from tokenizer_proc.http.auth import admin
 from tokenizer_proc.http.generation import TENANT, Service, holder
 from tokenizer_proc.requests.tenants import Tenant, Tenants
 
-OPEN_TO_ALL = frozenset({"/health", "/ready", "/metrics"})
-OPERATORS = frozenset({"/abort_request", "/server_info", "/get_server_info"}) | {
-    f"{prefix}/{verb}_lora_adapter" for prefix in ("", "/v1") for verb in ("load", "unload", "pin", "unpin")
-}
+
+class Rights(enum.Enum):
+    """What a route needs of its caller, where the server has keys."""
+
+    NONE = "none"
+    """No key: probes."""
+    INFERENCE = "inference"
+    """Any inference key."""
+    OPERATOR = "operator"
+    """An inference key that may name every adapter: the route shows, or ends, the calls of other tenants."""
+    ADMIN = "admin"
+    """The admin key; where there is none, as OPERATOR. In both cases from where api.admin lets adapters be changed."""
+
+
+RIGHTS: web.AppKey[dict[web.AbstractRoute, Rights]] = web.AppKey("rights", dict)
+"""Where an app keeps the rights that its routes declare."""
 
 
 def gate(config: TokenizerConfig) -> Middleware:
-    """The middleware that lets nobody past without a key, where there are keys.
-
-    Changing adapters is for the admin key alone where there is one (api.admin); without one a key that may name every
-    adapter will do. So it is with what shows, or ends, the calls of others.
-    """
+    """The middleware that checks a route's rights. An address without a route needs an inference key."""
     tenants = Tenants(config.api_keys)
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        is_for_admin = config.admin_key is not None and request.path.endswith("_lora_adapter")
-        if request.path not in OPEN_TO_ALL and not is_for_admin:
+        rights = request.app[RIGHTS].get(request.match_info.route, Rights.INFERENCE)
+        by_admin_key = rights is Rights.ADMIN and config.admin_key is not None
+        if rights is not Rights.NONE and not by_admin_key:
             tenant = request[TENANT] = tenants.of(request.headers.get("Authorization", ""))
-            if request.path in OPERATORS and tenant.is_restricted:
+            if rights is not Rights.INFERENCE and tenant.is_restricted:
                 raise Forbidden(f"{request.path} is not for a key with rules on adapters", code="restricted_key")
+        if rights is Rights.ADMIN:
+            admin.admit(config, request)
         return await handler(request)
 
     return middleware

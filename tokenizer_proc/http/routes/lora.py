@@ -18,7 +18,6 @@ from aiohttp import web
 from engine.errors import EngineError, InvalidRequest, NotFound
 from engine.messages import AdapterStage
 from tokenizer_proc.adapters.lifecycle import Load
-from tokenizer_proc.http.auth import admin
 from tokenizer_proc.http.bodies import body as bodies
 from tokenizer_proc.http.bodies.fields import IGNORED_BY_ROUTE
 from tokenizer_proc.http.generation import Service, as_json
@@ -107,7 +106,6 @@ async def load_from_tensors(service: Service, request: web.Request) -> web.Strea
 
 async def v1_load(service: Service, request: web.Request) -> web.StreamResponse:
     """vLLM's load, with `load_inplace`; answers with vLLM's sentence when the adapter can be named."""
-    admin.admit(service.config, request)
     body = bodies.decode(await bodies.read(request), V1LoadBody)
     if body.is_3d_lora_weight:
         raise InvalidRequest("'is_3d_lora_weight' is not supported here, other than False", param="is_3d_lora_weight")
@@ -118,7 +116,6 @@ async def v1_load(service: Service, request: web.Request) -> web.StreamResponse:
 
 async def v1_unload(service: Service, request: web.Request) -> web.StreamResponse:
     """vLLM's unload; answers with vLLM's sentence at once, and memory is freed when the last request has finished."""
-    admin.admit(service.config, request)
     body = bodies.decode(await bodies.read(request), V1UnloadBody)
     if not body.lora_name:
         raise InvalidRequest("'lora_name' needs to be provided to unload a LoRA adapter.", param="lora_name")
@@ -138,7 +135,6 @@ async def _native(
     service: Service, request: web.Request, work: Callable[[bodies.Fields], Awaitable[AdapterStage | None]]
 ) -> web.StreamResponse:
     """SGLang's answer around `work`, which returns the adapter's state where that must be told."""
-    admin.admit(service.config, request)
     ignored = IGNORED_BY_ROUTE.get(request.path, frozenset())
     try:
         fields = await bodies.read(request)

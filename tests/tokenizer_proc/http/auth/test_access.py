@@ -115,3 +115,15 @@ def test_adapters_are_changed_by_the_admin_key_or_by_a_key_without_rules() -> No
     assert [status in (401, 403) for status, _ in with_admin] == [True, True, True, False]
     without = ask(FakeFrontend(), calls, FREE, RULED, runtime_loads=True)
     assert [status in (401, 403) for status, _ in without] == [True, True, False, True]
+
+
+def test_a_model_named_like_an_admin_route_needs_a_key() -> None:
+    front = FakeFrontend("x_lora_adapter")
+    front.adapters.base_names.append("base_lora_adapter")
+    calls = [
+        ("GET", f"/v1/models/{name}_lora_adapter", key, None)
+        for name in ("x", "base", "none")
+        for key in (None, "k-free")
+    ]
+    answers = ask(front, calls, FREE, admin_key="root")
+    assert [status for status, _ in answers] == [401, 200, 401, 200, 401, 404]
