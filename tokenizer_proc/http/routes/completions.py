@@ -98,15 +98,18 @@ class CompletionWriter(Writer):
         self._silent = params.max_tokens == 0
         self._asked = asked
         self._cursors: dict[int, _Cursor] = {}
+        self._held: dict[int, dict[int, _Cursor]] = {}  # by prompt: the choices that wait for its log-probabilities
 
     def events(self, batch: Batch, choice: Choice, delta: Delta) -> list[object]:
         """The new part of `choice`, and of those that waited for the same prompt."""
-        if choice.number not in self._cursors:
-            self._cursors[choice.number] = self._cursor(choice)
+        cursor = self._cursors.get(choice.number)
+        if cursor is None:
+            cursor = self._cursors[choice.number] = self._cursor(choice)
         if self._echo and self._scores and choice.prompt.logprobs is None:
+            self._held.setdefault(choice.item, {})[choice.number] = cursor
             return []
-        due = [one for one in self._cursors.values() if one.choice.prompt is choice.prompt and one.has_news]
-        return [self._frame.chunk([self._choice(one)]) for one in due]
+        due = self._held.pop(choice.item, {}) | {choice.number: cursor}
+        return [self._frame.chunk([self._choice(one)]) for one in due.values() if one.has_news]
 
     def last_events(self, batch: Batch) -> list[object]:
         """The usage, where asked for."""
