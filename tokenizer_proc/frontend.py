@@ -187,7 +187,7 @@ class Frontend:
         self.is_draining = True
         await self.lifecycle.close()
         if not await self.router.idle(seconds):
-            log.info("%d requests did not finish in time and are aborted", self.router.open)
+            log.info("%d answers did not finish in time and are aborted", self.router.open)
             self.router.fail(EngineDead("the server is shutting down"))
             await self.router.idle(1.0)  # their readers are told
         self.texts.close()

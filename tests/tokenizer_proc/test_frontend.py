@@ -526,3 +526,42 @@ def test_an_adapter_that_acts_from_its_invocation_on_is_not_mixed_and_says_what_
         assert cards == {"sql": [5, 6], "fox": []}
 
     run(work)
+
+
+def failures(fake: Fake) -> list[str]:
+    """What the metrics say of failures and aborts."""
+    lines = fake.front.metrics.render().decode().splitlines()
+    return [line for line in lines if line.startswith(("chorus:request_failures_total", "vllm:request_success_total"))]
+
+
+def test_choices_that_fail_together_are_one_failure(caplog: pytest.LogCaptureFixture) -> None:
+    fake = Fake()
+    caplog.set_level("INFO")
+
+    async def work() -> None:
+        async with fake.front.open(submit(n=3)) as stream:
+            await fake.front.drain(0.0)
+            stream.cancel()
+            with pytest.raises(EngineDead):
+                await anext(stream)
+            with pytest.raises(StopAsyncIteration):
+                await anext(stream)
+
+    run(work)
+    assert failures(fake) == ['chorus:request_failures_total{kind="service_unavailable",model_name="base"} 1.0']
+    assert [line for line in caplog.messages if "did not finish" in line] == [
+        "3 answers did not finish in time and are aborted"
+    ]
+
+
+def test_choices_of_one_request_are_one_of_its_adapter() -> None:
+    fake = Fake("sql")
+
+    async def work() -> None:
+        async with fake.front.open(Submit(id=1, prompt=[5, 6, 7], lora="sql", params=SamplingParams(n=3))):
+            pass
+
+    run(work)
+    text = fake.front.metrics.render().decode()
+    assert 'chorus:adapter_requests_total{adapter="sql"} 1.0' in text
+    assert 'chorus:adapter_prompt_tokens_total{adapter="sql"} 9.0' in text

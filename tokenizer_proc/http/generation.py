@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 from aiohttp import web
@@ -59,9 +59,9 @@ class Open:
                 found.setdefault(request_id, []).append(name)
         return found
 
-    def abort(self, name: str | None) -> int:
-        """Cancels what is called `name`, or all. Returns how many calls that concerns."""
-        found = [self._running.get(name, [])] if name is not None else list(self._running.values())
+    def abort(self, names: Iterable[str] | None) -> int:
+        """Cancels what is called by one of `names`, or all. Returns how many calls that concerns."""
+        found = [self._running.get(name, []) for name in (self._running if names is None else names)]
         for batch, items in (each for group in found for each in group):
             batch.cancel(items)
         return len({id(batch) for group in found for batch, _ in group})

@@ -65,6 +65,7 @@ class Stream:
         self._unread = 0  # choices whose last delta was not read yet
         self._arrived = time.monotonic()
         self._cancelled = False
+        self._failed = False
         self._timeout = timeout
         self._release = contextlib.ExitStack()
 
@@ -113,7 +114,7 @@ class Stream:
     def cancel(self) -> None:
         """Ends what has not finished, with finish reason abort; also before or while it is entered."""
         self._cancelled = True
-        for running in self._running:
+        for running in [] if self._failed else self._running:
             if running.choice.finish is None:
                 self._router.stop(running.request_id, abort=True)
                 self._tell(running.choice.abort())
@@ -144,7 +145,7 @@ class Stream:
             )
             self._running.append(running)
             self._unread += 1
-            self._metrics.began(self._voice.names, len(self.prompt_ids))
+        self._metrics.began(self._voice.names, len(self.prompt_ids) * plan.n)
 
     def _close(self) -> None:
         try:
@@ -216,7 +217,10 @@ class Stream:
         return f"{told}. It still waited{since} for {self._router.waits.want(wait.reason)}"
 
     def _fail(self, error: EngineError) -> None:
-        """The whole submit ends with `error`; its other choices are aborted."""
+        """The whole submit ends with `error`, the first one; its other choices are aborted."""
+        if self._failed:
+            return
+        self._failed = True
         for running in self._running:
             self._router.stop(running.request_id, abort=True)
         self._metrics.failed(error.kind)

@@ -161,7 +161,7 @@ class Metrics:
         self._adapters = [
             Counter(f"chorus:adapter_{what}", text, ["adapter"], registry=self._registry)
             for what, text in (
-                ("requests", "Choices begun, by adapter."),
+                ("requests", "Requests begun, by adapter."),
                 ("prompt_tokens", "Prompt tokens, by adapter."),
                 ("generation_tokens", "Tokens generated, by adapter."),
             )
@@ -179,7 +179,7 @@ class Metrics:
         return counter
 
     def began(self, adapters: Sequence[str], prompt_tokens: int) -> None:
-        """A choice was handed to the scheduler."""
+        """A request was handed to the scheduler; the prompt counts once for each of its choices."""
         self._prompt_tokens.labels(self._model).inc(prompt_tokens)
         for adapter in adapters:
             self._adapters[0].labels(adapter).inc()

@@ -16,10 +16,11 @@ from fixtures.serving.api_calls import serve
 from fixtures.serving.scripted_scheduler import ScriptedScheduler
 
 import tokenizer_proc
+from engine.errors import EngineDead
 from tokenizer_proc.frontend import Frontend
 
 PACKAGE = str(Path(tokenizer_proc.__file__).parent)
-FEW = 80
+FEW = 40
 ECHO: dict[str, Any] = {"echo": True, "logprobs": 1}
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}]}
 
@@ -94,7 +95,7 @@ def test_an_answer_takes_linear_work(path: str, body: Callable[[int], dict[str, 
     assert_linear(call)
 
 
-@pytest.mark.parametrize("end", ["abort", "hang up"])
+@pytest.mark.parametrize("end", ["abort", "fail", "hang up"])
 @pytest.mark.parametrize(("path", "body"), BODIES, ids=NAMES)
 def test_an_end_takes_linear_work(path: str, body: Callable[[int], dict[str, Any]], end: str) -> None:
     async def call(client: TestClient, frontend: Frontend, choices: int) -> None:
@@ -104,6 +105,8 @@ def test_an_end_takes_linear_work(path: str, body: Callable[[int], dict[str, Any
         if end == "abort":
             async with client.post("/abort_request", json={"abort_all": True}) as answer:
                 assert await answer.json() == {"aborted": 1}
+        elif end == "fail":
+            frontend.router.fail(EngineDead("the scheduler is gone"))
         else:
             asked.cancel()
         await asyncio.wait([asked])

@@ -177,6 +177,23 @@ def test_abort_of_some_of_a_list(rid: str | list[str], abort: str, ends: list[bo
     serve(frontend, scenario)
 
 
+def test_a_call_that_is_aborted_by_two_ids_counts_once() -> None:
+    frontend = FakeFrontend()
+    frontend.hold_after = 1
+
+    async def scenario(client: TestClient) -> None:
+        call = asyncio.create_task(client.post("/generate", json={"text": ["a", "b"], "rid": ["r1", "r2"]}))
+        while len(frontend.streams) < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)
+        async with client.post("/abort_request", json={"rid": ["r1", "ghost", "r2"]}) as answer:
+            assert await answer.json() == {"aborted": 1}
+        async with await call:
+            assert [stream.is_cancelled for stream in frontend.streams] == [True, True]
+
+    serve(frontend, scenario)
+
+
 def test_abort_of_nothing() -> None:
     assert ok(post(FakeFrontend(), "/abort_request", {"rid": "ghost"})) == {"aborted": 0}
     assert error(post(FakeFrontend(), "/abort_request", {}))["param"] == "rid"

@@ -64,7 +64,7 @@ async def abort_request(service: Service, request: web.Request) -> web.StreamRes
     if body.abort_all:
         return as_json({"aborted": service.open.abort(None)})
     rids = [body.rid] if isinstance(body.rid, str) else body.rid or []
-    return as_json({"aborted": sum(service.open.abort(rid) for rid in rids)})
+    return as_json({"aborted": service.open.abort(rids)})
 
 
 def installed_version() -> str:
