@@ -102,11 +102,19 @@ class Frontend:
                 param="prompt",
             )
 
-    async def fetch(self, model: str | None, *loras: str | AdapterMix | None) -> None:
-        """Loads what is named, is unknown and lies under --lora-resolve-root. Raises why that failed."""
+    async def fetch(
+        self,
+        model: str | None,
+        *loras: str | AdapterMix | None,
+        may_use: Callable[[str], bool] = lambda name: True,
+    ) -> None:
+        """Loads what is named, is unknown and lies under --lora-resolve-root. Raises why that failed.
+
+        Of the adapters that `model` could mean, those that the caller may use are looked for.
+        """
         if self._resolver is None:
             return
-        for name in self.adapters.candidates(model, None):
+        for name in filter(may_use, self.adapters.candidates(model, None)):
             await self._resolver.fetch(name)
         for lora in loras:
             for name in self.adapters.candidates(None, lora):

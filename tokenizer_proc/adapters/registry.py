@@ -190,11 +190,19 @@ class AdapterDirectory:
     def candidates(self, model: str | None, lora_path: str | AdapterMix | None) -> list[str]:
         """The names that a request may mean and that mean nothing yet."""
         names = [] if lora_path is None else [lora_path] if isinstance(lora_path, str) else [*lora_path]
-        if model is not None and model not in self.base_names:
-            behind = [model[len(base) + 1 :] for base in self.base_names if model.startswith(base + ":")]
-            if not any(name in self._by_name for name in (model, *behind)):
-                names += [model, *behind]
-        return [name for name in names if name and name not in self._by_name]
+        return [name for name in (*names, *self.meanings(model)) if name and name not in self._by_name]
+
+    def meanings(self, model: str | None) -> list[str]:
+        """The adapter that `model` names, or while there is none, each that could be meant; none for the base.
+
+        An adapter is named by itself, or behind a base name and a colon. The longest name wins.
+        """
+        if model is None or model in self.base_names:
+            return []
+        bases = sorted(self.base_names, key=len)  # the shorter the base, the longer the adapter's name
+        names = [model, *(model[len(base) + 1 :] for base in bases if model.startswith(base + ":"))]
+        known = [name for name in names if name in self._by_name]
+        return known[:1] or [name for name in names if name]
 
     def select(self, model: str | None, lora_path: str | AdapterMix | None = None) -> str | AdapterMix | None:
         """What `model` and `lora_path` together name, as Submit.lora takes it; None is the base.
@@ -234,14 +242,12 @@ class AdapterDirectory:
         return entry
 
     def _in_model(self, model: str | None) -> str | None:
-        """The adapter that `model` names: by itself, or behind a base name and a colon. The longest name wins."""
+        """The adapter that `model` names; None is the base."""
         if model is None or model in self.base_names:
             return None
-        if model in self._by_name:
-            return model
-        for base in sorted(self.base_names, key=len):  # the shorter the base, the longer the adapter's name
-            if model.startswith(base + ":") and model[len(base) + 1 :] in self._by_name:
-                return model[len(base) + 1 :]
+        for name in self.meanings(model):
+            if name in self._by_name:
+                return name
         raise NotFound(f"The model `{model}` {self._missing(model)}", param="model", code="model_not_found")
 
     def _missing(self, name: str) -> str:

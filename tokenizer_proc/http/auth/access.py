@@ -59,9 +59,8 @@ def gate(config: TokenizerConfig) -> Middleware:
 async def fetch(service: Service, request: web.Request, model: str | None, *loras: str | AdapterMix | None) -> None:
     """Loads what is named and not known yet, where the engine does that, as far as it exists for the caller."""
     tenant = holder(request)
-    for name in _named(service, model, loras):
-        _check(tenant, name, "lora_path")
-    await service.frontend.fetch(model, *loras)
+    _check(service, tenant, model, loras)
+    await service.frontend.fetch(model, *loras, may_use=tenant.may_use)
 
 
 def select(
@@ -69,15 +68,13 @@ def select(
 ) -> str | AdapterMix | None:
     """What `model` and `lora_path` together name. Raises NotFound for what does not exist for the caller."""
     tenant = holder(request)
+    _check(service, tenant, model, [lora])
     try:
-        chosen = service.frontend.adapters.select(model, lora)
+        return service.frontend.adapters.select(model, lora)
     except NotFound as error:
         if tenant.is_restricted:  # the error would list what there is
             raise _unknown(str(model if error.param == "model" else lora), error.param) from None
         raise
-    for name in [] if chosen is None else [chosen] if isinstance(chosen, str) else chosen:
-        _check(tenant, name, "model" if lora is None else "lora_path")
-    return chosen
 
 
 def seen(request: web.Request, cards: Iterable[AdapterCard]) -> list[AdapterCard]:
@@ -86,14 +83,15 @@ def seen(request: web.Request, cards: Iterable[AdapterCard]) -> list[AdapterCard
     return [card for card in cards if tenant.may_use(card.name)]
 
 
-def _named(service: Service, model: str | None, loras: Iterable[str | AdapterMix | None]) -> list[str]:
-    candidates = service.frontend.adapters.candidates
-    return [name for lora in loras for name in candidates(None, lora)] + candidates(model, None)[:1]
-
-
-def _check(tenant: Tenant, name: str, param: str) -> None:
-    if not tenant.may_use(name):
-        raise _unknown(name, param)
+def _check(service: Service, tenant: Tenant, model: str | None, loras: Iterable[str | AdapterMix | None]) -> None:
+    """Raises NotFound, in the client's own words, unless the adapters that are named may be used."""
+    for lora in loras:
+        for name in [] if lora is None else [lora] if isinstance(lora, str) else lora:
+            if not tenant.may_use(name):
+                raise _unknown(name, "lora_path")
+    meant = service.frontend.adapters.meanings(model)
+    if model is not None and meant and not any(map(tenant.may_use, meant)):
+        raise _unknown(model, "model")
 
 
 def _unknown(name: str, param: str | None) -> NotFound:
