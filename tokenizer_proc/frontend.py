@@ -33,6 +33,7 @@ from tokenizer_proc.adapters.registry import AdapterDirectory
 from tokenizer_proc.adapters.resolver import Resolver
 from tokenizer_proc.adapters.selection import Entry, Voice
 from tokenizer_proc.adapters.tokenizers import Library, Texts
+from tokenizer_proc.deadline import Deadline
 from tokenizer_proc.requests.stream import Prepared, Stream
 from tokenizer_proc.requests.validation import SEEDS, check_priority, plan
 from tokenizer_proc.telemetry.metrics import Metrics, Picture
@@ -90,9 +91,16 @@ class Frontend:
 
     # ------------------------------------------------------------------------------------------- for the doors
 
-    def open(self, submit: Submit) -> Stream:
-        """A stream for `submit`; entering it checks everything and raises the EngineError that fits."""
-        return Stream(submit, self._prepare, self.router, self.metrics, self._config.request_timeout)
+    def open(self, submit: Submit, deadline: Deadline | None = None) -> Stream:
+        """A stream for `submit`; entering it checks everything and raises the EngineError that fits.
+
+        Without a `deadline` of a larger call the submit arrives now.
+        """
+        return Stream(submit, self._prepare, self.router, self.metrics, deadline or self.deadline())
+
+    def deadline(self, arrived: float | None = None) -> Deadline:
+        """When a call that arrived then (monotonic seconds; by default now) must be done."""
+        return Deadline(self._config.request_timeout, arrived)
 
     def check_size(self, choices: int) -> None:
         """Raises InvalidRequest for a call that could never be open at once: to try again would not help."""

@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from types import TracebackType
 
 from engine.messages import Delta, FinishReason, PositionLogprobs, Submit, Usage
+from tokenizer_proc.deadline import Deadline
 from tokenizer_proc.frontend import Frontend, Stream
 
 
@@ -60,8 +61,9 @@ class Choice:
 class Batch:
     """`async with Batch(...) as batch: async for choice, delta in batch.deltas()`; leaving it releases everything."""
 
-    def __init__(self, frontend: Frontend, submits: Sequence[Submit]) -> None:
+    def __init__(self, frontend: Frontend, submits: Sequence[Submit], deadline: Deadline | None = None) -> None:
         self._frontend = frontend
+        self._deadline = deadline or frontend.deadline()
         self.submits = submits
         self._streams: list[Stream] = []
         self._stack = contextlib.AsyncExitStack()
@@ -74,7 +76,7 @@ class Batch:
             self._frontend.check_size(sum(submit.params.n for submit in self.submits))
             for item, submit in enumerate(self.submits):
                 await asyncio.sleep(0)  # encoding many prompts must not hold up the streams
-                stream = await self._stack.enter_async_context(self._frontend.open(submit))
+                stream = await self._stack.enter_async_context(self._frontend.open(submit, self._deadline))
                 self._streams.append(stream)
                 self._add_prompt(item, Prompt(stream.prompt_ids), submit.params.n)
             self._stack = self._stack.pop_all()

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from engine.config.sections import TokenizerConfig
 from engine.errors import InvalidRequest
 from engine.messages import Delta, Submit
+from tokenizer_proc.deadline import Deadline
 from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.http import sse
 from tokenizer_proc.http.batch import Batch, Choice
@@ -30,6 +31,11 @@ TENANT = web.RequestKey("tenant", Tenant)
 def holder(request: web.Request) -> Tenant:
     """Whose call this is."""
     return request[TENANT]
+
+
+def deadline(service: Service, request: web.Request) -> Deadline:
+    """When this call must be done."""
+    return service.frontend.deadline(request[RECORD].arrived)
 
 
 class Open:
@@ -114,7 +120,7 @@ async def answer(service: Service, request: web.Request, call: Call, writer: Wri
     try:
         tenant.admit([submit.lora for submit in call.submits])
         submits = [replace(submit, tenant=tenant.name) for submit in call.submits]
-        async with Batch(service.frontend, submits) as batch, _charged(request, batch):
+        async with Batch(service.frontend, submits, deadline(service, request)) as batch, _charged(request, batch):
             writer.check(batch)
             with service.open.listed(call.ids, batch):
                 if call.stream:

@@ -15,9 +15,10 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from engine.errors import AdapterError, EngineError, InternalError, TimedOut
+from engine.errors import AdapterError, EngineError, InternalError
 from engine.messages import Delta, Submit, Update
 from tokenizer_proc.adapters.selection import Voice
+from tokenizer_proc.deadline import Deadline
 from tokenizer_proc.requests.output_processor import Choice
 from tokenizer_proc.requests.validation import Plan
 from tokenizer_proc.telemetry.metrics import Metrics
@@ -52,7 +53,7 @@ class Stream:
         prepare: Callable[[Submit], Awaitable[Prepared]],
         router: Router,
         metrics: Metrics,
-        timeout: float | None = None,
+        deadline: Deadline | None = None,
     ) -> None:
         self.prompt_ids: list[int] = []
         self._submit = submit
@@ -63,22 +64,23 @@ class Stream:
         self._queue: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
         self._running: list[_Running] = []
         self._unread = 0  # choices whose last delta was not read yet
-        self._arrived = time.monotonic()
         self._cancelled = False
         self._failed = False
-        self._timeout = timeout
+        self._deadline = deadline or Deadline()
         self._release = contextlib.ExitStack()
 
     async def __aenter__(self) -> Stream:
         try:
             self._release.enter_context(self._router.reserved(1))
-            prepared = await self._prepare(self._submit)
+            async with self._deadline.kept():
+                prepared = await self._prepare(self._submit)
             self._release.enter_context(self._router.reserved(prepared.plan.n - 1))
             self._release.enter_context(self._router.queued(len(prepared.prompt_ids) * prepared.plan.n))
             self._release.enter_context(prepared.voice.held(prepared.plan.n))
             self._start(prepared)
-            if self._timeout is not None:
-                late = asyncio.get_running_loop().call_later(self._timeout, self._expire)
+            left = self._deadline.left
+            if left is not None:
+                late = asyncio.get_running_loop().call_later(left, self._expire)
                 self._release.callback(late.cancel)
         except BaseException as error:
             self._close()
@@ -187,7 +189,7 @@ class Stream:
             return
         now = time.monotonic()
         if running.last is None:
-            self._metrics.first_token(now - self._arrived)
+            self._metrics.first_token(now - self._deadline.arrived)
         else:
             self._metrics.next_token((now - running.last) / tokens)
         running.last = now
@@ -195,15 +197,14 @@ class Stream:
 
     def _tell(self, delta: Delta) -> None:
         if delta.finish_reason is not None:
-            self._metrics.finished(delta.finish_reason, time.monotonic() - self._arrived)
+            self._metrics.finished(delta.finish_reason, time.monotonic() - self._deadline.arrived)
         self._queue.put_nowait(delta)
 
     def _expire(self) -> None:
         """Its time is up: what has not finished never will."""
         late = [running for running in self._running if running.choice.finish is None]
         if late:
-            bound = f"the request was not done after {self._timeout:g} seconds (--request-timeout), and is ended"
-            self._fail(TimedOut(f"{bound}. {self._progress(late)}"))
+            self._fail(self._deadline.missed(self._progress(late)))
 
     def _progress(self, late: list[_Running]) -> str:
         """How far it came, and what those who have not finished wait for, as far as that is known."""

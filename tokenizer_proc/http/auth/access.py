@@ -16,7 +16,7 @@ from engine.config.sections import TokenizerConfig
 from engine.errors import Forbidden, NotFound
 from engine.messages import AdapterCard, AdapterMix
 from tokenizer_proc.http.auth import admin
-from tokenizer_proc.http.generation import TENANT, Service, holder
+from tokenizer_proc.http.generation import TENANT, Service, deadline, holder
 from tokenizer_proc.requests.tenants import Tenant, Tenants
 
 
@@ -60,7 +60,8 @@ async def fetch(service: Service, request: web.Request, model: str | None, *lora
     """Loads what is named and not known yet, where the engine does that, as far as it exists for the caller."""
     tenant = holder(request)
     _check(service, tenant, model, loras)
-    await service.frontend.fetch(model, *loras, may_use=tenant.may_use)
+    async with deadline(service, request).kept():
+        await service.frontend.fetch(model, *loras, may_use=tenant.may_use)
 
 
 def select(

@@ -30,14 +30,17 @@ LONGEST_ID = 256
 
 
 class Record:
-    """What will be told of one call; routes add `facts`. `cause` is why it was ended, where no answer says so."""
+    """What will be told of one call; routes add `facts`. `cause` is why it was ended, where no answer says so.
+
+    `arrived` is when its head had been read (monotonic seconds).
+    """
 
     def __init__(self, request: web.Request) -> None:
         self.id = _id(request.headers.get(REQUEST_ID, ""))
         self.facts: dict[str, object] = {}
         self.cause: EngineError | None = None
         self._request = request
-        self._began = time.monotonic()
+        self.arrived = time.monotonic()
 
     def close(self, answer: web.StreamResponse | None) -> None:
         """Writes the line. No answer means that nobody was there to take one."""
@@ -56,7 +59,7 @@ class Record:
             status=status,
             **({} if error is None else complaint(error)),
             **self.facts,
-            seconds=time.monotonic() - self._began,
+            seconds=time.monotonic() - self.arrived,
         )
         log.log(level, "call %s", line, exc_info=fault)
 

@@ -1,0 +1,47 @@
+"""How long a call may take (--request-timeout), from its arrival on. Knows nothing of what the time is used for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+
+from engine.errors import TimedOut
+
+_UNSENT = "It had not reached the scheduler"
+
+
+class Deadline:
+    """`seconds` after `arrived` (monotonic seconds; by default now); without `seconds` never."""
+
+    def __init__(self, seconds: float | None = None, arrived: float | None = None) -> None:
+        self.arrived = time.monotonic() if arrived is None else arrived
+        self._seconds = seconds
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until then, negative when it has passed; None: there is no bound."""
+        return None if self._seconds is None else self.arrived + self._seconds - time.monotonic()
+
+    @contextlib.asynccontextmanager
+    async def kept(self) -> AsyncIterator[None]:
+        """Cancels what is awaited inside, before anything is sent, when the time is up.
+
+        Raises TimedOut, also if the time is up already.
+        """
+        left = self.left
+        if left is not None and left <= 0:
+            raise self.missed(_UNSENT)
+        try:
+            async with asyncio.timeout(left) as bound:
+                yield
+        except TimeoutError:
+            if not bound.expired():
+                raise
+            raise self.missed(_UNSENT) from None
+
+    def missed(self, progress: str) -> TimedOut:
+        """The error for a call that is not done in time; `progress` says how far it came."""
+        bound = f"the request was not done after {self._seconds:g} seconds (--request-timeout), and is ended"
+        return TimedOut(f"{bound}. {progress}")
