@@ -33,7 +33,7 @@ from tokenizer_proc.adapters.registry import AdapterDirectory
 from tokenizer_proc.adapters.resolver import Resolver
 from tokenizer_proc.adapters.selection import Entry, Voice
 from tokenizer_proc.adapters.tokenizers import Library, Texts
-from tokenizer_proc.deadline import Deadline
+from tokenizer_proc.requests.deadline import Deadline
 from tokenizer_proc.requests.stream import Prepared, Stream
 from tokenizer_proc.requests.validation import SEEDS, check_priority, plan
 from tokenizer_proc.telemetry.metrics import Metrics, Picture

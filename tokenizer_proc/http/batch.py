@@ -14,8 +14,8 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from types import TracebackType
 
 from engine.messages import Delta, FinishReason, PositionLogprobs, Submit, Usage
-from tokenizer_proc.deadline import Deadline
 from tokenizer_proc.frontend import Frontend, Stream
+from tokenizer_proc.requests.deadline import Deadline
 
 
 class Prompt:

@@ -17,11 +17,11 @@ from msgspec.structs import replace
 from engine.config.sections import TokenizerConfig
 from engine.errors import InvalidRequest
 from engine.messages import Delta, Submit
-from tokenizer_proc.deadline import Deadline
 from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.http import sse
 from tokenizer_proc.http.batch import Batch, Choice
 from tokenizer_proc.http.middleware.access_log import RECORD
+from tokenizer_proc.requests.deadline import Deadline
 from tokenizer_proc.requests.tenants import Tenant
 
 TENANT = web.RequestKey("tenant", Tenant)

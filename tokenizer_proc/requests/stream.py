@@ -18,7 +18,7 @@ import msgspec
 from engine.errors import AdapterError, EngineError, InternalError
 from engine.messages import Delta, Submit, Update
 from tokenizer_proc.adapters.selection import Voice
-from tokenizer_proc.deadline import Deadline
+from tokenizer_proc.requests.deadline import Deadline
 from tokenizer_proc.requests.output_processor import Choice
 from tokenizer_proc.requests.validation import Plan
 from tokenizer_proc.telemetry.metrics import Metrics
