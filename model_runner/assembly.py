@@ -45,11 +45,11 @@ from model_runner.model.load import load_model
 from model_runner.platform.device import DTYPES, dtype_name, host_memory, resolve_device, resolve_dtype
 from model_runner.platform.device import memory as device_memory
 from model_runner.platform.shard import Shard
+from model_runner.quantization import base as quantization
 from model_runner.step import kv_pool
 from model_runner.step.kv_pool import KvPool
 from model_runner.step.recorder import recorder_for
 from model_runner.step.rows import RowTable
-from model_runner.weights.packed import can_pack
 
 log = logging.getLogger(__name__)
 
@@ -84,12 +84,10 @@ def assemble(config: RunnerConfig, *, progress: bool) -> Parts:
     kernels = KernelSet(cpu_kernels.resolve(config.cpu_kernels, device, dtype), log_level=config.log_level)
     length = memory_plan.resolve_length(arch.max_length, config.context_length)
     arch = arch.serving(length)
-    decoder = load_model(path, arch, device=device, dtype=dtype, shard=shard, progress=progress)
+    method = quantization.resolve(dtype, device)
+    decoder = load_model(path, arch, device=device, dtype=dtype, shard=shard, method=method, progress=progress)
     if device.type == "cpu":
-        packs = can_pack(dtype, device)
-        log.info("linears on this CPU: %s, %s", dtype_name(dtype), "packed" if packs else "plain")
-        if packs:
-            decoder.pack()
+        log.info("linears on this CPU: %s, %s", dtype_name(dtype), method)
     lora = _lora(config, decoder.sites, dtype, device, progress=progress) if config.enable_lora else None
     kv = _plan_kv(config, arch, kv_pool.page_bytes(arch, config.page_size, dtype, shard), length, dtype, device)
     pool = KvPool(arch, kv.pages, config.page_size, dtype, device, shard)

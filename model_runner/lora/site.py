@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from model_runner.quantization.base import LinearMethod
 
 EMBED = "embed"
 """The group of the embedding."""
@@ -63,8 +63,8 @@ class Site:
               name is f"{path}.{slice.module}"
     layer     index of the decoder layer, -1 outside of them
     group     whose rank pages go together: qkv, o, gate_up, down, embed, head, router, experts; norms
-    weight    the base weight [O, I] (row-parallel: I is the shard); of the embedding [I, O]; of a norm [O]
-    bias      the base bias [O] or None
+    base      the base linear [O, I] (row-parallel: I is the shard); of the embedding its table [I, O], of a norm its
+              weight [O]
     tied      of a head: its weight is the embedding's
     """
 
@@ -73,8 +73,7 @@ class Site:
     layer: int
     group: str
     slices: tuple[Slice, ...]
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
+    base: LinearMethod
     tied: bool = False
 
     @property
@@ -85,7 +84,7 @@ class Site:
     @property
     def vocabulary(self) -> int:
         """Tokens of the embedding or the head."""
-        return int(self.weight.shape[0])
+        return self.base.shape[0]
 
     @property
     def embeds(self) -> bool:
@@ -95,9 +94,11 @@ class Site:
     @property
     def in_features(self) -> int:
         """I; 0 of a norm."""
-        return 0 if self.group == NORMS else int(self.weight.shape[not self.embeds])
+        if self.group == NORMS:
+            return 0
+        return self.base.shape[0] if self.embeds else self.base.shape[1]
 
     @property
     def out_features(self) -> int:
         """O."""
-        return int(self.weight.shape[self.embeds])
+        return self.base.shape[1] if self.embeds else self.base.shape[0]

@@ -11,6 +11,7 @@ from model_runner.config import Arch
 from model_runner.model.families.decoder import Decoder
 from model_runner.model.layers.weights import Weights
 from model_runner.platform.shard import Shard
+from model_runner.quantization.base import find
 from model_runner.weights.checkpoint import load_checkpoint
 
 
@@ -28,10 +29,15 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     shard: Shard | None = None,
+    method: str = "plain",
     progress: bool = False,
 ) -> Decoder:
-    """The decoder of `arch` with the directory's weights, cast to `dtype`. Raises ConfigError naming what is wrong."""
-    decoder = build_decoder(arch, Weights(device, dtype, shard or Shard()))
+    """The decoder of `arch` with the directory's weights, cast to `dtype`, its linears stored as `method` says.
+
+    Raises ConfigError naming what is wrong.
+    """
+    decoder = build_decoder(arch, Weights(device, dtype, shard or Shard(), find(method)))
     harmless = ["lm_head.weight"] if arch.tie_embeddings else []
     load_checkpoint(path, decoder.weights.placements, harmless, progress=progress)
+    decoder.finish_loading()
     return decoder

@@ -74,8 +74,8 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
     """Runners of this test record on a CPU too, with backends that can."""
     recorder = Counting(EagerRecorder())
     monkeypatch.setattr("model_runner.assembly.recorder_for", lambda device: recorder)
-    monkeypatch.setitem(attention.BACKENDS, "static", "static_backends:StaticAttention")
-    monkeypatch.setitem(lora_backends.BACKENDS, "static", "static_backends:StaticLora")
+    monkeypatch.setitem(attention.BACKENDS, "static", "fixtures.models.static_backends:StaticAttention")
+    monkeypatch.setitem(lora_backends.BACKENDS, "static", "fixtures.models.static_backends:StaticLora")
     return recorder
 
 

@@ -32,7 +32,7 @@ def root(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_is_said_is_what_a_runner_would_find(model: Path, root: Path) -> None:
     sites, dtype = sites_of(model, "float32")
-    assert {site.weight.device.type for site in sites} == {"meta"}
+    assert {site.base.weight.device.type for site in sites} == {"meta"}
     report = examine(root, sites, dtype, Limits())
     adapter = AdapterStore(sites, torch.float32, max_rank=None, targets=None).load(1, "fox", root)
     assert report.refused is None

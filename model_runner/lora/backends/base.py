@@ -1,8 +1,9 @@
 """The LoRA seam: one small base class and a lazy table of names.
 
-A backend turns a step's layout into metadata (`plan`) and computes a site's base linear with every lane's delta on
-top (`linear`). It owns the base matmul because gains, shrinks beside the base GEMM and packed weights need that. The
-head is a linear too, over the rows that are asked for, with metadata planned from a layout of those rows.
+A backend turns a step's layout into metadata (`plan`), and puts every lane's change on what a site's base linear
+answered (`adapt`). The base linear is the site's LinearMethod, and the layer asks it; a backend that wants the base
+GEMM for itself finds it in `site.base`. The head is a linear too, over the rows that need logits, with metadata planned
+from a layout of those rows.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ DEFAULTS = Options()
 
 
 class LoraBackend(KernelUser, ABC):
-    """How a site's answer is computed, each token through its own lane.
+    """How the answer of a site's base linear becomes each token's own lane's.
 
         y = x W^T + b  +  sum over rank pages    scale * (x A^T) B
                        +  sum over vector slots  scale * (gain_less_one * (x W^T) + bias)
 
-    Built over the rank pages and lanes of one model; `plan` is called once a step, `linear` or `embed` once a site.
+    Built over the rank pages and lanes of one model; `plan` is called once a step, `adapt` once a site.
     """
 
     def __init__(self, pages: RankPages, options: Options = DEFAULTS) -> None:
@@ -68,12 +69,13 @@ class LoraBackend(KernelUser, ABC):
         raise NotImplementedError(f"{type(self).__name__} has no static buffers")
 
     @abstractmethod
-    def linear(self, x_TI: torch.Tensor, site: Site, meta: Any) -> torch.Tensor:
-        """[T, I] -> [T, O]: the base linear of the site and each token's own lane on top. Never mixes rows."""
+    def adapt(self, y_TO: torch.Tensor, x: torch.Tensor, site: Site, meta: Any) -> None:
+        """Changes the base's answer y [T, O] in place: each token's own lane's gains, deltas and biases. No row reaches
+        another.
 
-    @abstractmethod
-    def embed(self, tokens_T: torch.Tensor, site: Site, meta: Any) -> torch.Tensor:
-        """[T] -> [T, O]: the same for the embedding, whose x is one-hot."""
+        x is [T, I], or the tokens [T] of the embedding, whose inputs are one-hot. `meta` is what `plan` returned; for a
+        step that it returned None for, `adapt` is not called.
+        """
 
 
 def resolve(name: str, device: torch.device) -> str:

@@ -85,7 +85,7 @@ def add_vectors(y_TO: torch.Tensor, site: Site, pool: VectorPool, read: Read) ->
     y_nO = _take(y_TO, read.rows_n)
     y_LmO = y_nO.float().view(read.lanes, -1, site.out_features)
     gain_L1O, bias_L1O = (_weighted(_take(vectors_VO, read.pages), read) for vectors_VO in (pool.gain_VO, pool.bias_VO))
-    bare_LmO = y_LmO if site.bias is None else y_LmO - site.bias.float()
+    bare_LmO = y_LmO if site.base.bias is None else y_LmO - site.base.bias.float()
     y_nO.copy_((y_LmO + (gain_L1O * bare_LmO + bias_L1O)).view_as(y_nO))
     _put(y_TO, y_nO, read)
 

@@ -1,4 +1,4 @@
-"""LoRA by triton kernels: the base matmul by torch, then one shrink and one expand a site over the step's tiles.
+"""LoRA by triton kernels: one shrink and one expand a site, over the step's tiles.
 
     layout --cut--> tiles --records--> table on the host --one copy--> table on the device      once a step
     x --shrink--> h [split, row, page, slice, 16] --expand--> y, in place                       once a site
@@ -13,7 +13,6 @@ from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from engine.errors import ConfigError
 from model_runner.compute.kernels.triton.interpreter import interpreting
@@ -34,7 +33,6 @@ from model_runner.lora.pool.pages import RankPages
 from model_runner.lora.pool.upload import Upload
 from model_runner.lora.site import Site
 from model_runner.step.layout import Layout
-from model_runner.weights.packed import linear
 
 DECODE_ROWS = 16
 """Rows of a tile in buffers that never move."""
@@ -62,7 +60,7 @@ class Meta:
 
 
 class TiledLora(LoraBackend):
-    """Base linear by torch, then a shrink and an expand over the tiles that `cut` makes."""
+    """A shrink and an expand over the tiles that `cut` makes."""
 
     name: str
 
@@ -120,23 +118,16 @@ class TiledLora(LoraBackend):
         meta.h = self._h
         return meta
 
-    def linear(self, x_TI: torch.Tensor, site: Site, meta: Meta | None) -> torch.Tensor:
-        """[T, I] -> [T, O]."""
-        y_TO = linear(x_TI, site.weight, site.bias)
-        place = meta.places.groups.get(site.group) if meta else None
-        if meta is None or place is None:
-            return y_TO
-        splits = self._shrink(x_TI, site, meta, place) if place.items and site.name in self.pages.pools else 0
+    def adapt(self, y_TO: torch.Tensor, x: torch.Tensor, site: Site, meta: Meta) -> None:
+        """A shrink and an expand. Of the embedding a token's units are looked up while B is expanded: no shrink."""
+        place = meta.places.groups.get(site.group)
+        if place is None:
+            return
+        if site.embeds:
+            self._expand(y_TO, site, meta, place, 0, x)
+            return
+        splits = self._shrink(x, site, meta, place) if place.items and site.name in self.pages.pools else 0
         self._expand(y_TO, site, meta, place, splits, None)
-        return y_TO
-
-    def embed(self, tokens_T: torch.Tensor, site: Site, meta: Meta | None) -> torch.Tensor:
-        """[T] -> [T, O]: a token's units are looked up while B is expanded, so there is no shrink."""
-        y_TO = functional.embedding(tokens_T, site.weight)
-        place = meta.places.groups.get(site.group) if meta else None
-        if meta is not None and place is not None:
-            self._expand(y_TO, site, meta, place, 0, tokens_T)
-        return y_TO
 
     def _plan(self, layout: Layout, key: Key) -> Meta | None:
         rows = self.rows(layout)
@@ -210,7 +201,7 @@ class TiledLora(LoraBackend):
             width=place.width,
             splits=max(1, splits),
             tiling=tiling,
-            vectors=None if vectors is None else Vectors(vectors.gain_VO, vectors.bias_VO, site.bias),
+            vectors=None if vectors is None else Vectors(vectors.gain_VO, vectors.bias_VO, site.base.bias),
             embedding=None if tokens_T is None or pool is None else (pool.a_PSRI, tokens_T),
             pdl=self._pdl and splits > 0,
         )

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 
 from model_runner.compute.kernels.cpu.functions.spec import KernelKey
 from model_runner.compute.kernels.cpu.kernels import KernelSet
@@ -28,7 +27,6 @@ from model_runner.lora.backends.cpu import Deltas, Tokens, plan_tokens
 from model_runner.lora.pool.pages import RankPages
 from model_runner.lora.site import Site, Slice, vectors_of
 from model_runner.step.layout import Layout
-from model_runner.weights.packed import linear
 
 TOGETHER = (4, 16, 64)
 """Lanes of at most so many tokens in a step share reads; above the last, a lane is a read of its own."""
@@ -40,7 +38,7 @@ Meta = dict[str, list[Read | Tokens]]
 
 
 class TorchLora(LoraBackend):
-    """Base linear by torch, then each part's vectors and delta on its rows. Rows of lane 0 are never touched."""
+    """Each part's vectors and delta are added to its rows. Rows of lane 0 are never touched."""
 
     def __init__(self, pages: RankPages, options: Options = DEFAULTS) -> None:
         super().__init__(pages, options)
@@ -66,17 +64,7 @@ class TorchLora(LoraBackend):
         meta = {group: self._plan_group(group, rows) for group, count in self.pages.pages.items() if count}
         return {group: parts for group, parts in meta.items() if parts} or None
 
-    def linear(self, x_TI: torch.Tensor, site: Site, meta: Meta | None) -> torch.Tensor:
-        """[T, I] -> [T, O]."""
-        y_TO = linear(x_TI, site.weight, site.bias)
-        return y_TO if meta is None else self._adapt(y_TO, x_TI, site, meta)
-
-    def embed(self, tokens_T: torch.Tensor, site: Site, meta: Meta | None) -> torch.Tensor:
-        """[T] -> [T, O]."""
-        y_TO = functional.embedding(tokens_T, site.weight)
-        return y_TO if meta is None else self._adapt(y_TO, tokens_T, site, meta)
-
-    def _adapt(self, y_TO: torch.Tensor, x: torch.Tensor, site: Site, meta: Meta) -> torch.Tensor:
+    def adapt(self, y_TO: torch.Tensor, x: torch.Tensor, site: Site, meta: Meta) -> None:
         """Gains and biases before the deltas: a gain is of the base alone."""
         for read in meta.get(vectors_of(site.group), ()):
             assert isinstance(read, Read)
@@ -91,7 +79,6 @@ class TorchLora(LoraBackend):
                 self._deltas.add(y_TO, x, site, part)
             else:
                 add_delta(y_TO, x, site, self.pages.pools[site.name], touched, part)
-        return y_TO
 
     def _plan_group(self, group: str, rows: dict[int, NDArray[np.int64]]) -> list[Read | Tokens]:
         held = {lane: [pair for pair in self.pages.lanes[lane].get(group, ()) if pair[1]] for lane in rows}

@@ -18,7 +18,6 @@ from model_runner.lora.files.regular_file import open_regular
 from model_runner.lora.files.tensor_file import FLOATS, TensorFile, open_tensors
 from model_runner.lora.formats.dora import row_squares
 from model_runner.weights.checkpoint import checkpoint_files
-from model_runner.weights.packed import dense
 
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 """The tensor that stands for another where a checkpoint has it once."""
@@ -36,8 +35,8 @@ class BaseWeights:
     def weight(self, place: SiteRef) -> torch.Tensor:
         """[O, I], for the embedding too. Raises AdapterError where it cannot be had."""
         site, piece = place.site, place.slice
-        if site.weight.device.type != "meta":
-            return site.weight.t() if site.embeds else dense(site.weight)[piece.start : piece.stop]
+        if site.base.device.type != "meta":
+            return site.base.dequantize().t() if site.embeds else site.base.dequantize(slice(piece.start, piece.stop))
         weight = self._read(f"{place.module}.weight", [place.out_features, place.in_features], turned=site.embeds)
         return weight.t() if site.embeds else weight
 
@@ -50,8 +49,8 @@ class BaseWeights:
     def bias(self, place: SiteRef) -> torch.Tensor | None:
         """[O], or None where the model has none."""
         site, piece = place.site, place.slice
-        if site.weight.device.type != "meta":
-            return None if site.bias is None else site.bias[piece.start : piece.stop]
+        if site.base.device.type != "meta":
+            return None if site.base.bias is None else site.base.bias[piece.start : piece.stop]
         if f"{place.module}.bias" not in self._index():
             return None
         return self._read(f"{place.module}.bias", [place.out_features])

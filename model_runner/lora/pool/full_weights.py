@@ -15,18 +15,14 @@ nothing of steps. Legend: T tokens, O out features, n rows of one lane, S rows o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from model_runner.lora.pool.pages import RankPages
 from model_runner.lora.site import Site, full_weights_of
 from model_runner.platform.device import upload
-
-Answer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(a weight like the site's, the inputs of n rows) -> [n, O]."""
 
 Lanes = NDArray[np.int32]
 
@@ -42,9 +38,7 @@ def vocabularies(site: Site, pages: RankPages, lanes_S: Lanes) -> NDArray[np.int
     return found
 
 
-def replace_rows(
-    y_TO: torch.Tensor, x: torch.Tensor, site: Site, pages: RankPages, lanes_T: Lanes, answer: Answer
-) -> None:
+def replace_rows(y_TO: torch.Tensor, x: torch.Tensor, site: Site, pages: RankPages, lanes_T: Lanes) -> None:
     """Changes the rows of lanes that have matrices of their own at this site, in place.
 
     Of a head's y, the first columns are the base's.
@@ -60,20 +54,30 @@ def replace_rows(
         x_n = x[rows_n]
         if any(pool.vocab_S[slot] != site.vocabulary for slot, _ in pairs):
             assert [scale for _, scale in pairs] == [1.0], f"lane {lane} mixes vocabularies"
-            own_nO = answer(pool.matrix(pairs[0][0]), x_n)
+            own_nO = _answer(site, pool.matrix(pairs[0][0]), x_n)
             y_TO[rows_n, : own_nO.shape[1]] = own_nO
             continue
         y_nO = y_TO[rows_n, : site.out_features].float()
-        base_nO = answer(site.weight, x_n).float()
+        base_nO = _base_answer(site, x_n).float()
         for slot, scale in pairs:
-            y_nO += scale * (answer(pool.matrix(slot), x_n).float() - base_nO)
+            y_nO += scale * (_answer(site, pool.matrix(slot), x_n).float() - base_nO)
         y_TO[rows_n, : site.out_features] = y_nO.to(y_TO.dtype)
+
+
+def _base_answer(site: Site, x_n: torch.Tensor) -> torch.Tensor:
+    """[n, O]: what the base answers."""
+    return functional.embedding(x_n, site.base.dequantize()) if site.embeds else site.base.apply(x_n)
+
+
+def _answer(site: Site, matrix: torch.Tensor, x_n: torch.Tensor) -> torch.Tensor:
+    """[n, O]: what a matrix in the place of the base's answers."""
+    return functional.embedding(x_n, matrix) if site.embeds else functional.linear(x_n, matrix)
 
 
 def widen(y_SV: torch.Tensor, vocab_S: NDArray[np.int64]) -> torch.Tensor:
     """y with a column for every token of the largest vocabulary; what is new holds nothing that counts."""
     more = int(vocab_S.max(initial=0)) - y_SV.shape[1]
-    return torch.nn.functional.pad(y_SV, (0, more)) if more > 0 else y_SV
+    return functional.pad(y_SV, (0, more)) if more > 0 else y_SV
 
 
 def close(logits_SV: torch.Tensor, vocab_S: NDArray[np.int64]) -> None:

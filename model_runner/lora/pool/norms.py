@@ -24,7 +24,7 @@ class Norms:
 
     def __init__(self, sites: Sequence[Site], slots: int, max_lanes: int, device: torch.device) -> None:
         norms = [site for site in sites if site.group == NORMS]
-        base_N = torch.cat([site.weight for site in norms])
+        base_N = torch.cat([site.base.dequantize() for site in norms])
         self.host_base_N = base_N.float().cpu()
         self.base_N = self.host_base_N.to(device)
         self.slots_VN = self.base_N.repeat(slots, 1)

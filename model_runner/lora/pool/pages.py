@@ -54,7 +54,7 @@ def page_bytes(sites: Iterable[Site], dtype: torch.dtype, extra_vocab: int = 0) 
         sizes[vectors] = sizes.get(vectors, 0) + 2 * site.out_features * torch.float32.itemsize
         if site.replaceable:
             rows = site.vocabulary + extra_vocab
-            sizes[full_weights_of(site.group)] = rows * int(site.weight.shape[1]) * dtype.itemsize
+            sizes[full_weights_of(site.group)] = rows * site.base.shape[1] * dtype.itemsize
     return sizes
 
 
@@ -231,7 +231,7 @@ class RankPages:
 
     def _whole(self, site: Site) -> WholePool:
         count, rows = self.pages[full_weights_of(site.group)], site.vocabulary + self.extra_vocab
-        weight_SVH = torch.zeros(count, rows, int(site.weight.shape[1]), dtype=self.dtype, device=self.device)
+        weight_SVH = torch.zeros(count, rows, site.base.shape[1], dtype=self.dtype, device=self.device)
         return WholePool(weight_SVH, np.full(count, site.vocabulary))
 
     def _fill_page(self, site: Site, deltas: Sequence[Delta | None], order: int, page: int) -> int:

@@ -17,6 +17,7 @@ import torch
 from engine.config.args import LogLevel
 from model_runner.lora.site import EMBED, NORMS, Site, Slice
 from model_runner.lora.transfer.reader import Limits
+from model_runner.quantization.plain import Plain
 
 MAX_PACKET = 32 << 10
 
@@ -45,7 +46,7 @@ class SiteShape(msgspec.Struct, frozen=True, array_like=True):
         shape = (self.out_features,) if self.group == NORMS else (self.out_features, self.in_features)
         weight = torch.empty(shape[::-1] if self.group == EMBED else shape, device="meta")
         slices = tuple(Slice(*s) for s in self.slices)
-        return Site(self.name, self.path, self.layer, self.group, slices, weight, tied=self.tied)
+        return Site(self.name, self.path, self.layer, self.group, slices, Plain(weight), tied=self.tied)
 
 
 class LoaderConfig(msgspec.Struct, frozen=True):

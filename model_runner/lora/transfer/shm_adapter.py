@@ -159,7 +159,7 @@ def views(memory: torch.Tensor, parts: Iterable[Part], catalogue: Catalogue, dty
 
 def _shape(site: Site, rows: int) -> list[int]:
     """Of a whole weight, with `rows` of its own or, where they are 0, the base's."""
-    return [rows or int(site.weight.shape[0]), *site.weight.shape[1:]]
+    return [rows or site.base.shape[0], *site.base.shape[1:]]
 
 
 def _view(values: torch.Tensor, offset: int, rows: int, columns: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import resource
 import socket
 from pathlib import Path
@@ -35,7 +36,7 @@ def serve(config: LoaderConfig) -> None:
     """Does jobs until the runner hangs up, or is gone."""
     torch.set_num_threads(1)
     catalogue = Catalogue([shape.site() for shape in config.sites])
-    _bound_memory(max((site.weight.numel() for site in catalogue.sites.values()), default=0))
+    _bound_memory(max((math.prod(site.base.shape) for site in catalogue.sites.values()), default=0))
     reader = Reader(catalogue, DTYPES[config.dtype], config.limits, Path(config.model) if config.model else None)
     gone = contextlib.suppress(ConnectionError)  # killed with words of ours unread
     with gone, socket.socket(fileno=config.socket) as link, torch.inference_mode():

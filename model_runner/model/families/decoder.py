@@ -25,14 +25,15 @@ from model_runner.compute.attention.base import AttentionBackend
 from model_runner.config import Arch
 from model_runner.lora.backends.base import LoraBackend
 from model_runner.lora.pool.full_weights import Lanes
-from model_runner.lora.site import EXPERTS, ROUTER, Site
+from model_runner.lora.site import Site
 from model_runner.model.layers.attention import Attention
-from model_runner.model.layers.embedding import Embedding, Head
+from model_runner.model.layers.embedding import Embedding, Head, read_head
 from model_runner.model.layers.linear import Linear
 from model_runner.model.layers.mlp import MLP, FeedForward
 from model_runner.model.layers.norm import RMSNorm, read_norm
 from model_runner.model.layers.rotary import Rotary, Rotation
 from model_runner.model.layers.weights import Weights
+from model_runner.quantization.plain import Plain
 from model_runner.step.batch import Batch
 from model_runner.step.kv_pool import KvPool
 
@@ -94,8 +95,7 @@ class Decoder:
         self.embed = Embedding(table)
         self.layers = [self.layer_type(arch, index, weights) for index in range(arch.num_layers)]
         self.norm = read_norm(arch, weights, "model.norm", arch.hidden_size)
-        head = table if arch.tie_embeddings else weights.tensor("lm_head.weight", *table.shape)
-        self.head = Head(head, tied=arch.tie_embeddings)
+        self.head = Head(Plain(table), tied=True) if arch.tie_embeddings else read_head(weights, *table.shape)
         ropes = list(dict.fromkeys(rope for rope in arch.ropes if rope is not None))
         self.rotaries = [Rotary(rope, arch.head_dim, weights.device, weights.dtype) for rope in ropes]
         self.turns = [None if rope is None else ropes.index(rope) for rope in arch.ropes]
@@ -121,16 +121,13 @@ class Decoder:
         """Whether its decode steps can be recorded as CUDA graphs: nothing in them waits for the device."""
         return True
 
-    def pack(self) -> None:
-        """Weights of attention, MLPs and head in the order in which a CPU reads them, one after the other, each plain
-        one given up. Nothing can be loaded into them any more. Experts lie in one tensor and stay as they are.
+    def finish_loading(self) -> None:
+        """The filled weights become what the linears multiply by, one linear after the other, so that at most one is
+        held twice. Nothing can be loaded into them any more.
         """
         self.weights.placements.clear()
-        for layer in self.layers:
-            for linear in layer.linears():
-                if linear.site.group not in (ROUTER, EXPERTS):
-                    linear.pack()
-        self.head.pack()
+        for site in self.sites:
+            site.base.finish_loading()
 
     def attach(self, attention: AttentionBackend, pool: KvPool, lora: LoraBackend | None = None) -> None:
         """Gives every layer its backend, its cache and, where there is one, LoRA."""

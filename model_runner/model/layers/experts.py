@@ -25,6 +25,7 @@ from model_runner.lora.site import EXPERTS, ROUTER, Site, Slice
 from model_runner.model.layers.linear import Linear
 from model_runner.model.layers.mlp import gate_of
 from model_runner.model.layers.weights import Weights
+from model_runner.quantization.plain import Plain
 from model_runner.step.batch import Batch
 from model_runner.step.layout import Layout
 
@@ -52,7 +53,7 @@ class SparseMLP:
         self.down_EHI = weights.empty(experts.count, hidden, inner)
         router_EH = weights.tensor(f"{path}.gate.weight", experts.count, hidden)
         cut = (Slice("gate", 0, experts.count),)
-        self.router = Linear(Site(f"layers.{layer}.router", path, layer, ROUTER, cut, router_EH))
+        self.router = Linear(Site(f"layers.{layer}.router", path, layer, ROUTER, cut, Plain(router_EH)))
         self.experts = [self._expert(arch, layer, number, path, weights) for number in range(experts.count)]
         self._numbers_E = torch.arange(experts.count, device=weights.device)
 
@@ -67,8 +68,8 @@ class SparseMLP:
         weights.place(f"{path}.{down}.weight", down_HI, whole=whole, dim=1)
         name, parts = f"layers.{layer}.experts.{number}", (Slice(gate, 0, inner), Slice(up, inner, 2 * inner))
         return Expert(
-            Linear(Site(f"{name}.gate_up", path, layer, EXPERTS, parts, gate_up_IH)),
-            Linear(Site(f"{name}.down", path, layer, EXPERTS, (Slice(down, 0, arch.hidden_size),), down_HI)),
+            Linear(Site(f"{name}.gate_up", path, layer, EXPERTS, parts, Plain(gate_up_IH))),
+            Linear(Site(f"{name}.down", path, layer, EXPERTS, (Slice(down, 0, arch.hidden_size),), Plain(down_HI))),
         )
 
     def linears(self) -> Iterator[Linear]:

@@ -8,34 +8,29 @@ Legend: T tokens, I in features, O out features of this rank.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from model_runner.lora.backends.base import LoraBackend
 from model_runner.lora.site import Site, Slice
 from model_runner.model.layers.weights import Weights
 from model_runner.platform.shard import Shard
+from model_runner.quantization.base import Parameter
 from model_runner.step.batch import Batch
-from model_runner.weights.packed import linear, pack
 
 
 class Linear:
-    """A site and, once attached, the LoRA backend that computes it."""
+    """A site and, once attached, the LoRA backend that adapts what the site's base linear answers."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
         self.lora: LoraBackend | None = None
 
-    def pack(self) -> None:
-        """Its weight in the order in which a CPU reads it; the plain one is given up."""
-        self.site = replace(self.site, weight=pack(self.site.weight))
-
     def __call__(self, x_TI: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[T, I] -> [T, O]."""
-        if self.lora is None:
-            return linear(x_TI, self.site.weight, self.site.bias)
-        return self.lora.linear(x_TI, self.site, batch.lora)
+        y_TO = self.site.base.apply(x_TI)
+        if self.lora is not None and batch.lora is not None:
+            self.lora.adapt(y_TO, x_TI, self.site, batch.lora)
+        return y_TO
 
 
 class RowLinear(Linear):
@@ -61,36 +56,51 @@ def column_linear(
     bias: bool,
     fused: str | None = None,
 ) -> Linear:
-    """The modules of `outs` (checkpoint name -> out features over all ranks) side by side in one weight.
+    """The modules of `outs` (checkpoint name -> out features over all ranks) side by side in one base linear.
 
-    `fused`: the checkpoint holds them so under this one name. Then the site has one slice, for so has an adapter: one
-    A for all of it.
+    `fused`: the checkpoint holds them so under this one name. Then the site has one slice, as an adapter has one A for
+    all of it.
     """
     slices: list[Slice] = []
     for module, out in outs.items():
         start = slices[-1].stop if slices else 0
         slices.append(Slice(module, start, start + weights.shard.share(out, f"{module} outputs")))
-    width = slices[-1].stop
-    tensors = {"weight": weights.empty(width, inputs)} | ({"bias": weights.empty(width)} if bias else {})
-    for kind, tensor in tensors.items():
-        begin = 0
-        for part, whole in zip(slices, outs.values(), strict=True):
-            into = tensor[part.start : part.stop]
-            if fused is None:
-                weights.place(f"{path}.{part.module}.{kind}", into, whole=whole)
-            else:
-                weights.place_part(f"{path}.{fused}.{kind}", into, begin, whole, sum(outs.values()))
-            begin += whole
-    cut = tuple(slices) if fused is None else (Slice(fused, 0, width),)
-    return Linear(Site(name, path, layer, group, cut, tensors["weight"], tensors.get("bias")))
+    base = weights.linear(slices[-1].stop, inputs, bias=bias)
+    for kind, parameter in base.parameters().items():
+        _place_columns(weights, path, kind, parameter, slices, list(outs.values()), fused)
+    cut = tuple(slices) if fused is None else (Slice(fused, 0, slices[-1].stop),)
+    return Linear(Site(name, path, layer, group, cut, base))
 
 
 def row_linear(
     weights: Weights, name: str, path: str, layer: int, group: str, module: str, inputs: int, out: int, *, bias: bool
 ) -> RowLinear:
     """One module whose `inputs` (over all ranks) are cut by rank. The bias is rank 0's, so that it is added once."""
-    weight = weights.empty(out, weights.shard.share(inputs, f"{module} inputs"))
-    weights.place(f"{path}.{module}.weight", weight, whole=inputs, dim=1)
-    offset = weights.tensor(f"{path}.{module}.bias", out) if bias else None
-    site = Site(name, path, layer, group, (Slice(module, 0, out),), weight, offset if weights.shard.rank == 0 else None)
-    return RowLinear(site, weights.shard)
+    base = weights.linear(out, weights.shard.share(inputs, f"{module} inputs"), bias=bias)
+    for kind, parameter in base.parameters().items():
+        whole = None if parameter.in_dim is None else inputs
+        weights.place(f"{path}.{module}.{kind}", parameter.tensor, whole=whole, dim=parameter.in_dim or 0)
+    if weights.shard.rank != 0:
+        base.bias = None
+    return RowLinear(Site(name, path, layer, group, (Slice(module, 0, out),), base), weights.shard)
+
+
+def _place_columns(
+    weights: Weights,
+    path: str,
+    kind: str,
+    parameter: Parameter,
+    slices: list[Slice],
+    wholes: list[int],
+    fused: str | None,
+) -> None:
+    """Each module's tensor, or its part of the fused one, goes into the parameter's columns of its slice."""
+    assert parameter.out_dim is not None, f"{kind} cannot be cut by out features"
+    begin, dim = 0, parameter.out_dim
+    for piece, whole in zip(slices, wholes, strict=True):
+        into = parameter.tensor.narrow(dim, piece.start, piece.width)
+        if fused is None:
+            weights.place(f"{path}.{piece.module}.{kind}", into, whole=whole, dim=dim)
+        else:
+            weights.place_part(f"{path}.{fused}.{kind}", into, begin, whole, sum(wholes), dim=dim)
+        begin += whole

@@ -13,6 +13,7 @@ from model_runner.config import Arch
 from model_runner.lora.pool.norms import Norms
 from model_runner.lora.site import NORMS, Site, Slice
 from model_runner.model.layers.weights import Weights
+from model_runner.quantization.plain import Plain
 from model_runner.step.batch import Batch
 
 
@@ -21,7 +22,7 @@ class RMSNorm:
 
     def __init__(self, site: Site, eps: float, kind: NormKind, ops: Ops) -> None:
         self.site = site
-        self.weight = site.weight
+        self.weight = site.base.dequantize()
         self.eps = eps
         self.kind = kind
         self._ops = ops
@@ -55,5 +56,5 @@ def read_norm(arch: Arch, weights: Weights, module: str, size: int) -> RMSNorm:
     inside = path.split(".")[1:3]
     layer = int(inside[1]) if inside[:1] == ["layers"] else -1
     weight = weights.tensor(f"{module}.weight", size)
-    site = Site(module.removeprefix("model."), path, layer, NORMS, (Slice(leaf, 0, size),), weight)
+    site = Site(module.removeprefix("model."), path, layer, NORMS, (Slice(leaf, 0, size),), Plain(weight))
     return RMSNorm(site, arch.norm_eps, arch.norm, weights.ops)

@@ -10,16 +10,21 @@ import torch
 
 from model_runner.compute.ops import base as ops
 from model_runner.platform.shard import Shard
+from model_runner.quantization.base import LinearMethod
+from model_runner.quantization.plain import Plain
 from model_runner.weights.checkpoint import Placement
 
 
 class Weights:
     """Hands out uninitialised tensors of one model and keeps their placements and sizes."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, shard: Shard) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, shard: Shard, method: type[LinearMethod] = Plain
+    ) -> None:
         self.device = device
         self.dtype = dtype
         self.shard = shard
+        self.method = method
         self.ops = ops.create(device)
         self.placements: list[Placement] = []
         self.bytes = 0
@@ -30,6 +35,10 @@ class Weights:
         self.bytes += tensor.numel() * tensor.element_size()
         return tensor
 
+    def linear(self, out_features: int, in_features: int, *, bias: bool = False) -> LinearMethod:
+        """A base linear of these sizes on this rank, stored in the model's way, to be filled by placements."""
+        return self.method.create(self.empty, out_features, in_features, bias=bias)
+
     def place(self, name: str, into: torch.Tensor, *, whole: int | None = None, dim: int = 0) -> None:
         """Tensor `name` goes into `into`; with `whole`, dimension `dim` is `whole` long in the file and cut by rank."""
         shape = list(into.shape)
@@ -39,12 +48,16 @@ class Weights:
             cut[dim] = self.shard.span(whole, f"size of {name}")
         self.placements.append(Placement(name, into, tuple(shape), tuple(cut)))
 
-    def place_part(self, name: str, into: torch.Tensor, start: int, part: int, whole: int) -> None:
-        """Of tensor `name`, `whole` rows long in the file, the `part` rows from `start` on, cut by rank."""
+    def place_part(self, name: str, into: torch.Tensor, start: int, part: int, whole: int, *, dim: int = 0) -> None:
+        """Of tensor `name`, `whole` long in dimension `dim` in the file, `part` from `start` on goes into `into`, cut
+        by rank.
+        """
         span = self.shard.span(part, f"size of a part of {name}")
-        rest = into.shape[1:]
-        cut = (slice(start + span.start, start + span.stop), *(slice(None) for _ in rest))
-        self.placements.append(Placement(name, into, (whole, *rest), cut))
+        shape = list(into.shape)
+        shape[dim] = whole
+        cut = [slice(None)] * into.dim()
+        cut[dim] = slice(start + span.start, start + span.stop)
+        self.placements.append(Placement(name, into, tuple(shape), tuple(cut)))
 
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
         """A whole tensor under its own name."""

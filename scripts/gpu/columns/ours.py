@@ -1,4 +1,4 @@
-"""Our own backends as columns: pages filled, lanes set, a step planned, `linear` called; nothing is bypassed."""
+"""Our own backends as columns: pages filled, lanes set, a step planned, `adapt` called; nothing is bypassed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from model_runner.lora.backends import base
 from model_runner.lora.normal_form import PAGE_RANK
 from model_runner.lora.pool.pages import RankPages
 from model_runner.lora.site import Site, Slice
+from model_runner.quantization.plain import Plain
 from model_runner.step.layout import Layout
 
 
@@ -20,7 +21,13 @@ def run(name: str, case: Case) -> Run:
     backend = base.create(name, pages)
     layout = _layout(case)
     meta = backend.plan(layout, backend.static(case.point.tokens) if case.point.decodes else None)
-    return lambda copy: backend.linear(case.x_TI, sites[copy], meta)
+
+    def compute(copy: int) -> torch.Tensor:
+        y_TO = sites[copy].base.apply(case.x_TI)
+        backend.adapt(y_TO, case.x_TI, sites[copy], meta)
+        return y_TO
+
+    return compute
 
 
 def _pages(case: Case) -> tuple[RankPages, list[Site]]:
@@ -28,7 +35,7 @@ def _pages(case: Case) -> tuple[RankPages, list[Site]]:
     site, stops = case.site, case.offsets
     slices = tuple(Slice(f"m{i}", stops[i], stops[i + 1]) for i in range(len(site.slices)))
     sites = [
-        Site(f"{site.name}.{copy}", "", copy, site.name, slices, case.bases[copy % len(case.bases)])
+        Site(f"{site.name}.{copy}", "", copy, site.name, slices, Plain(case.bases[copy % len(case.bases)]))
         for copy in range(len(case.copies))
     ]
     counts = [-(-rank // PAGE_RANK) for rank in case.point.ranks]

@@ -23,6 +23,7 @@ from model_runner.model.families.decoder import Decoder
 from model_runner.model.layers.weights import Weights
 from model_runner.model.load import build_decoder
 from model_runner.platform.shard import Shard
+from model_runner.quantization.base import find
 from model_runner.runner import Runner
 
 CONFIG: dict[str, Any] = {
@@ -109,13 +110,15 @@ def _make_model(
     device: torch.device,
     dtype: torch.dtype,
     shard: Shard | None = None,
+    method: str = "plain",
     progress: bool = False,
 ) -> Decoder:
-    decoder = build_decoder(arch, Weights(device, dtype, shard or Shard()))
+    decoder = build_decoder(arch, Weights(device, dtype, shard or Shard(), find(method)))
     draw = torch.Generator(device=device).manual_seed(0)
     for placement in decoder.weights.placements:
         if "norm" in placement.name:
             placement.into.fill_(1.0)
         else:
             placement.into.normal_(0.0, placement.into.shape[-1] ** -0.5, generator=draw)
+    decoder.finish_loading()
     return decoder

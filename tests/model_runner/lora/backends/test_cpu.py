@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures.adapters.lora_sites import changed, random_adapter, random_sites, with_vectors
+from fixtures.adapters.lora_world import compute, layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +24,6 @@ from model_runner.lora.backends.cpu import Deltas, Tokens, plan_tokens
 from model_runner.lora.backends.torch_backend import TorchLora
 from model_runner.lora.pool.pages import RankPages
 from model_runner.lora.site import Site, vectors_of
-from model_runner.step.layout import Layout
 
 CPU = torch.device("cpu")
 SITES = random_sites()
@@ -90,13 +90,6 @@ def backend(kernels: KernelSet | None = None, dtype: torch.dtype = torch.float32
     return lora
 
 
-def layout(chunks: list[tuple[int, int]]) -> Layout:
-    """A step of (lane, length) chunks."""
-    lanes, lengths = np.array(chunks, dtype=np.int32).reshape(-1, 2).T
-    rows = np.arange(len(chunks), dtype=np.int32)
-    return Layout(rows, np.zeros_like(rows), lengths, lanes, np.zeros((len(chunks), 1), np.int32), 16)
-
-
 def inputs(tokens: int, site: Site) -> torch.Tensor:
     return torch.randn(tokens, site.in_features, generator=torch.Generator().manual_seed(tokens))
 
@@ -106,13 +99,13 @@ def check(lora: TorchLora, chunks: list[tuple[int, int]]) -> None:
     meta = lora.plan(layout(chunks))
     for site in SITES:
         x, begin = inputs(sum(length for _, length in chunks), site), 0
-        y = x.double() @ site.weight.double().t() + (0 if site.bias is None else site.bias.double())
+        y = x.double() @ site.base.weight.double().t() + (0 if site.base.bias is None else site.base.bias.double())
         for lane, length in chunks:
             here = slice(begin, begin + length)
             for number, scale in (MIXES[lane - 1] if lane else {}).items():
                 y[here] += scale * changed(ADAPTERS[number], site, x[here])
             begin += length
-        torch.testing.assert_close(lora.linear(x, site, meta).double(), y, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(compute(lora, site, x, meta).double(), y, atol=2e-4, rtol=2e-4)
 
 
 def test_a_plan_counts_lanes_and_then_names_their_rows_and_pages() -> None:
@@ -177,7 +170,7 @@ def test_what_no_page_touches_is_not_computed() -> None:
     assert isinstance(meta["gate_up"][0], Tokens)
     for site in SITES:
         kernels.calls.clear()
-        lora.linear(inputs(1, site), site, meta)
+        compute(lora, site, inputs(1, site), meta)
         assert len(kernels.calls) == (site.layer == 1 and site.group in ("gate_up", "o"))
 
 
@@ -189,7 +182,7 @@ def test_the_pool_is_handed_over_where_it_lies_and_so_is_a_strided_input() -> No
     wide = inputs(3, site).repeat(1, 2)
     x = wide[:, : site.in_features]
     assert not x.is_contiguous()
-    y = lora.linear(x, site, lora.plan(layout([(1, 3)])))
+    y = compute(lora, site, x, lora.plan(layout([(1, 3)])))
     ((_, (given_y, given_x, a, b, *_)),) = kernels.calls
     assert (a.data_ptr(), b.data_ptr(), given_y.data_ptr()) == (
         pool.a_PSRI.data_ptr(),
@@ -241,10 +234,10 @@ def test_a_poisoned_row_leaves_all_others_bit_equal(poison: float) -> None:
     for site in SITES:
         for row in range(6):
             x = inputs(6, site)
-            clean = lora.linear(x, site, meta)
+            clean = compute(lora, site, x, meta)
             x[row] = poison
             others = [index for index in range(6) if index != row]
-            assert torch.equal(lora.linear(x, site, meta)[others], clean[others])
+            assert torch.equal(compute(lora, site, x, meta)[others], clean[others])
 
 
 def test_the_largest_weights_of_one_lane_leave_all_others_bit_equal() -> None:
@@ -252,13 +245,13 @@ def test_the_largest_weights_of_one_lane_leave_all_others_bit_equal() -> None:
     lanes = np.repeat(*np.array(chunks).T)
     lora = backend(Eager())
     meta = lora.plan(layout(chunks))
-    clean = {site.name: lora.linear(inputs(6, site), site, meta) for site in SITES}
+    clean = {site.name: compute(lora, site, inputs(6, site), meta) for site in SITES}
     for page, _ in lora.pages.lanes[2]["qkv"]:
         for site in SITES:
             if site.group == "qkv":
                 lora.pages.pools[site.name].a_PSRI[page] = torch.finfo(torch.float32).max
                 lora.pages.pools[site.name].b_PRO[page] = torch.nan
     for site in SITES:
-        y = lora.linear(inputs(6, site), site, meta)
+        y = compute(lora, site, inputs(6, site), meta)
         assert torch.equal(y[lanes != 2], clean[site.name][lanes != 2])
         assert torch.isfinite(y[lanes == 2]).all() == (site.group != "qkv")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
-from fixtures.adapters.lora_sites import changed, dense, random_adapter, random_sites, with_vectors
+from fixtures.adapters.lora_sites import changed, dense, moved, random_adapter, random_sites, with_vectors
+from fixtures.adapters.lora_world import compute, layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +16,6 @@ from model_runner.lora.backends.torch_backend import TOGETHER, TorchLora
 from model_runner.lora.normal_form import NormalForm
 from model_runner.lora.pool.pages import RankPages
 from model_runner.lora.site import Site, vectors_of
-from model_runner.step.layout import Layout
 
 torch.set_num_threads(1)
 
@@ -84,20 +82,13 @@ def backend(shuffle: int = 0, dtype: torch.dtype = torch.float32, device: torch.
     return made
 
 
-def layout(chunks: list[tuple[int, int]]) -> Layout:
-    """A step of (lane, length) chunks."""
-    lanes, lengths = np.array(chunks, dtype=np.int32).reshape(-1, 2).T
-    rows = np.arange(len(chunks), dtype=np.int32)
-    return Layout(rows, np.zeros_like(rows), lengths, lanes, np.zeros((len(chunks), 1), np.int32), 16)
-
-
 def inputs(tokens: int, site: Site, seed: int = 0) -> torch.Tensor:
     return torch.randn(tokens, site.in_features, generator=torch.Generator().manual_seed(seed))
 
 
 def expected(x: torch.Tensor, site: Site, chunks: list[tuple[int, int]]) -> torch.Tensor:
     """Dense and in float64, chunk by chunk."""
-    y = x.double() @ site.weight.double().t() + (0 if site.bias is None else site.bias.double())
+    y = x.double() @ site.base.weight.double().t() + (0 if site.base.bias is None else site.base.bias.double())
     begin = 0
     for lane, length in chunks:
         for adapter_id, scale in (MIXES[lane - 1] if lane else {}).items():
@@ -110,7 +101,7 @@ def check(lora: TorchLora, chunks: list[tuple[int, int]]) -> None:
     meta = lora.plan(layout(chunks))
     for site in SITES:
         x = inputs(sum(length for _, length in chunks), site)
-        y = lora.linear(x, site, meta)
+        y = compute(lora, site, x, meta)
         torch.testing.assert_close(y.double(), expected(x, site, chunks), atol=2e-4, rtol=2e-4)
 
 
@@ -152,7 +143,7 @@ def test_a_base_only_step_has_no_metadata_and_is_the_base_linear() -> None:
     assert lora.plan(layout([(10, 3)])) is None
     for site in SITES:
         x = inputs(4, site)
-        assert torch.equal(lora.linear(x, site, None), torch.nn.functional.linear(x, site.weight, site.bias))
+        assert torch.equal(compute(lora, site, x, None), site.base.apply(x))
 
 
 def test_rows_of_the_base_are_never_touched() -> None:
@@ -162,8 +153,8 @@ def test_rows_of_the_base_are_never_touched() -> None:
     base = np.repeat(*np.array(chunks).T) == 0
     for site in SITES:
         x = inputs(50, site)
-        plain = torch.nn.functional.linear(x, site.weight, site.bias)
-        assert torch.equal(lora.linear(x, site, meta)[base], plain[base])
+        plain = site.base.apply(x)
+        assert torch.equal(compute(lora, site, x, meta)[base], plain[base])
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 3e38])
@@ -175,9 +166,9 @@ def test_a_poisoned_row_leaves_all_others_bit_equal(poison: float, chunks: list[
     for site in SITES:
         for row in (0, 1, tokens - 1):
             x = inputs(tokens, site)
-            clean = lora.linear(x, site, meta)
+            clean = compute(lora, site, x, meta)
             x[row] = poison
-            poisoned = lora.linear(x, site, meta)
+            poisoned = compute(lora, site, x, meta)
             others = [index for index in range(tokens) if index != row]
             assert torch.equal(poisoned[others], clean[others])
             assert not torch.equal(poisoned[row], clean[row])
@@ -191,7 +182,7 @@ def test_the_largest_weights_of_one_lane_leave_all_others_bit_equal(
     lora = backend(shuffle=2, dtype=dtype)
     meta = lora.plan(layout(chunks))
     lanes = np.repeat(*np.array(chunks).T)
-    clean = {site.name: lora.linear(inputs(len(lanes), site), site, meta) for site in SITES}
+    clean = {site.name: compute(lora, site, inputs(len(lanes), site), meta) for site in SITES}
     largest = torch.finfo(dtype).max
     for group, pairs in lora.pages.lanes[2].items():
         for site in SITES:
@@ -204,7 +195,7 @@ def test_the_largest_weights_of_one_lane_leave_all_others_bit_equal(
                 for slot, _ in pairs:
                     lora.pages.vectors[site.name].gain_VO[slot] = torch.finfo(torch.float32).max
     for site in SITES:
-        y = lora.linear(inputs(len(lanes), site), site, meta)
+        y = compute(lora, site, inputs(len(lanes), site), meta)
         assert torch.equal(y[lanes != 2], clean[site.name][lanes != 2])
         if site.group == "qkv":
             assert not torch.isfinite(y[lanes == 2]).all()
@@ -228,7 +219,7 @@ def test_pages_that_gain_slices_when_they_are_filled_again() -> None:
     for site in SITES:
         x = inputs(3, site)
         y = expected(x, site, [(0, 3)]) + x.double() @ dense(wide, site)
-        torch.testing.assert_close(lora.linear(x, site, meta).double(), y, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(compute(lora, site, x, meta).double(), y, atol=2e-4, rtol=2e-4)
 
 
 def test_a_scale_of_zero_reads_nothing_even_where_it_would_overflow() -> None:
@@ -239,7 +230,7 @@ def test_a_scale_of_zero_reads_nothing_even_where_it_would_overflow() -> None:
     for site in SITES:
         x = inputs(2, site)
         torch.testing.assert_close(
-            lora.linear(x, site, meta).double(), expected(x, site, [(0, 2)]), atol=2e-4, rtol=2e-4
+            compute(lora, site, x, meta).double(), expected(x, site, [(0, 2)]), atol=2e-4, rtol=2e-4
         )
 
 
@@ -250,17 +241,17 @@ def run_alone(lora: TorchLora, adapter: NormalForm, granted: dict[str, list[int]
     for site in SITES:
         x = inputs(3, site)
         y = expected(x, site, [(0, 3)]) + x.double() @ dense(adapter, site)
-        torch.testing.assert_close(lora.linear(x, site, meta).double(), y, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(compute(lora, site, x, meta).double(), y, atol=2e-4, rtol=2e-4)
 
 
 def test_lanes_that_change_hands_between_steps() -> None:
     lora = backend()
     meta = lora.plan(layout([(1, 2)]))
-    lora.linear(inputs(2, SITES[0]), SITES[0], meta)
+    compute(lora, SITES[0], inputs(2, SITES[0]), meta)
     lora.pages.set_lane(LanePages(1, lora.pages.lanes[2]))
     site = SITES[0]
     x = inputs(2, site)
-    y = lora.linear(x, site, lora.plan(layout([(1, 2)])))
+    y = compute(lora, site, x, lora.plan(layout([(1, 2)])))
     torch.testing.assert_close(y.double(), expected(x, site, [(2, 2)]), atol=2e-4, rtol=2e-4)
 
 
@@ -271,7 +262,7 @@ def test_a_lora_dtype_of_its_own(dtype: torch.dtype) -> None:
     meta = lora.plan(layout(chunks))
     for site in SITES:
         x = inputs(44, site)
-        y = lora.linear(x, site, meta)
+        y = compute(lora, site, x, meta)
         assert y.dtype == torch.float32
         torch.testing.assert_close(y.double(), expected(x, site, chunks), atol=0.6, rtol=0.05)
 
@@ -283,7 +274,7 @@ def test_a_model_of_the_same_narrow_dtype(dtype: torch.dtype) -> None:
     meta = lora.plan(layout(chunks))
     for site in SITES:
         x = inputs(112, site).to(dtype)
-        y = lora.linear(x, moved(site, CPU, dtype), meta)
+        y = compute(lora, moved(site, CPU, dtype), x, meta)
         assert y.dtype == dtype
         torch.testing.assert_close(y.double(), expected(x, site, chunks), atol=0.6, rtol=0.05)
 
@@ -296,10 +287,5 @@ def test_steps_on_a_gpu(step: str) -> None:
     meta = lora.plan(layout(chunks))
     for site in SITES:
         x = inputs(sum(length for _, length in chunks), site)
-        y = lora.linear(x.to(device), moved(site, device, torch.float32), meta)
+        y = compute(lora, moved(site, device, torch.float32), x.to(device), meta)
         torch.testing.assert_close(y.cpu().double(), expected(x, site, chunks), atol=2e-3, rtol=2e-3)
-
-
-def moved(site: Site, device: torch.device, dtype: torch.dtype) -> Site:
-    bias = None if site.bias is None else site.bias.to(device, dtype)
-    return replace(site, weight=site.weight.to(device, dtype), bias=bias)

@@ -81,12 +81,12 @@ def test_the_effective_weights_are_those_that_peft_merges(
         for piece, delta in zip(site.slices, deltas, strict=True):
             module = f"{site.path}.{piece.module}" if site.path else piece.module
             if site.group == NORMS:
-                weight = site.weight if delta is None or delta.full_weight is None else delta.full_weight
+                weight = site.base.weight if delta is None or delta.full_weight is None else delta.full_weight
                 changed += delta is not None
                 assert torch.equal(weight, expected[f"{module}.weight"])
                 continue
-            weight = (site.weight.t() if site.embeds else site.weight)[piece.start : piece.stop].double()
-            bias = None if site.bias is None else site.bias[piece.start : piece.stop].clone()
+            weight = (site.base.weight.t() if site.embeds else site.base.weight)[piece.start : piece.stop].double()
+            bias = None if site.base.bias is None else site.base.bias[piece.start : piece.stop].clone()
             if delta is not None:
                 if delta.full_weight is not None:
                     weight = (delta.full_weight.t() if site.embeds else delta.full_weight).double()
@@ -349,7 +349,7 @@ def test_a_fused_module_lands_on_all_its_slices(use_dora: bool, decoder: Decoder
             rows = slice(piece.start, piece.stop)
             expected = whole[rows]
             if use_dora:
-                turned = site.weight[rows] + expected
+                turned = site.base.weight[rows] + expected
                 gain = tensors[f"{stem}.lora_magnitude_vector"][rows] / turned.norm(dim=1)
                 torch.testing.assert_close(delta.gain, gain)
                 expected = gain[:, None] * expected

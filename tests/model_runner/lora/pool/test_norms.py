@@ -10,6 +10,7 @@ from model_runner.lora.normal_form import Delta, NormalForm, footprint
 from model_runner.lora.pool.norms import Norms
 from model_runner.lora.pool.pages import RankPages, page_bytes
 from model_runner.lora.site import NORMS, Site, Slice, full_weights_of
+from model_runner.quantization.plain import Plain
 
 CPU = torch.device("cpu")
 FULL = full_weights_of(NORMS)
@@ -17,7 +18,7 @@ FULL = full_weights_of(NORMS)
 
 def norm(name: str, size: int, seed: int) -> Site:
     weight = torch.randn(size, generator=torch.Generator().manual_seed(seed)).bfloat16()
-    return Site(f"layers.0.{name}", "model.layers.0", 0, NORMS, (Slice(name, 0, size),), weight)
+    return Site(f"layers.0.{name}", "model.layers.0", 0, NORMS, (Slice(name, 0, size),), Plain(weight))
 
 
 SITES = [norm("input_layernorm", 24, 1), norm("q_norm", 8, 2), norm("k_norm", 8, 3)]
@@ -63,10 +64,10 @@ def test_an_adapters_norms_are_one_slot_and_those_it_has_not_are_the_bases(pages
     assert pages.own_norms([0, 3])
     assert not pages.own_norms([0, 1])
     assert torch.equal(table(pages, 0)[3], own(one, 0))
-    assert torch.equal(table(pages, 1)[3], SITES[1].weight)
+    assert torch.equal(table(pages, 1)[3], SITES[1].base.weight)
     assert torch.equal(table(pages, 2)[3], own(one, 2))
     for number, site in enumerate(SITES):
-        assert torch.equal(table(pages, number)[[0, 1, 2, 4]], site.weight.expand(4, -1))
+        assert torch.equal(table(pages, number)[[0, 1, 2, 4]], site.base.weight.expand(4, -1))
 
 
 def test_a_lane_that_is_given_to_another_has_his_norms_or_the_bases(pages: RankPages) -> None:
@@ -77,15 +78,15 @@ def test_a_lane_that_is_given_to_another_has_his_norms_or_the_bases(pages: RankP
     pages.fill(other, {FULL: [0]})  # its lane says the same as before
     assert pages.own_norms([1])
     assert torch.equal(table(pages, 0)[1], own(other, 0))
-    assert torch.equal(table(pages, 1)[1], SITES[1].weight)
+    assert torch.equal(table(pages, 1)[1], SITES[1].base.weight)
     pages.set_lane(LanePages(1, {}))
     assert not pages.own_norms([1])
-    assert torch.equal(table(pages, 0)[1], SITES[0].weight)
+    assert torch.equal(table(pages, 0)[1], SITES[0].base.weight)
     pages.set_lane(LanePages(2, {FULL: [(0, 1.0)]}))
     pages.own_norms([2])
     pages.reset_lanes()
     assert not pages.own_norms([2])
-    assert torch.equal(table(pages, 0)[2], SITES[0].weight)
+    assert torch.equal(table(pages, 0)[2], SITES[0].base.weight)
 
 
 def test_a_mix_is_the_sum_of_what_each_changes(pages: RankPages) -> None:
@@ -94,10 +95,10 @@ def test_a_mix_is_the_sum_of_what_each_changes(pages: RankPages) -> None:
     pages.fill(two, {FULL: [0]})
     pages.set_lane(LanePages(4, {FULL: [(1, 0.5), (0, -0.25)]}))
     assert pages.own_norms([4])
-    base = SITES[1].weight.float()
+    base = SITES[1].base.weight.float()
     mixed = base + 0.5 * (own(one, 1).float() - base) - 0.25 * (own(two, 1).float() - base)
     assert torch.equal(table(pages, 1)[4], mixed.bfloat16())
-    base = SITES[2].weight.float()
+    base = SITES[2].base.weight.float()
     assert torch.equal(table(pages, 2)[4], (base - 0.25 * (own(two, 2).float() - base)).bfloat16())
 
 

@@ -12,6 +12,7 @@ from engine.messages import Footprint, LanePages
 from model_runner.lora.normal_form import PAGE_RANK, Delta, NormalForm, footprint
 from model_runner.lora.pool.pages import RankPages, page_bytes
 from model_runner.lora.site import EMBED, Site, Slice, vectors_of
+from model_runner.quantization.plain import Plain
 
 SITES = random_sites()
 CPU = torch.device("cpu")
@@ -119,7 +120,7 @@ def test_gains_and_biases_go_into_a_vector_slot_and_nothing_of_the_last_ones_sta
 
 def test_the_embeddings_units_of_a_token_lie_together() -> None:
     table = torch.randn(50, 6)
-    site = Site("embed", "model", -1, EMBED, (Slice("embed_tokens", 0, 6),), table)
+    site = Site("embed", "model", -1, EMBED, (Slice("embed_tokens", 0, 6),), Plain(table))
     assert (site.in_features, site.out_features) == (50, 6)
     adapter = random_adapter([site], 1, {"embed_tokens": 19})
     pool = RankPages([site], {"embed": 2}, 1, torch.float32, CPU)

@@ -37,13 +37,8 @@ class Recorder(LoraBackend):
     def plan(self, layout: Layout, into: Any | None = None) -> Any:
         return f"a plan of {layout.tokens}"
 
-    def linear(self, x_TI: torch.Tensor, site: Site, meta: Any) -> torch.Tensor:
+    def adapt(self, y_TO: torch.Tensor, x: torch.Tensor, site: Site, meta: Any) -> None:
         self.calls.append((site.name, meta))
-        return torch.nn.functional.linear(x_TI, site.weight, site.bias)
-
-    def embed(self, tokens_T: torch.Tensor, site: Site, meta: Any) -> torch.Tensor:
-        self.calls.append((site.name, meta))
-        return site.weight[tokens_T]
 
 
 def load(path: Path) -> Decoder:
@@ -94,24 +89,25 @@ def test_two_ranks_hold_the_halves_of_every_site(tiny_model: TinyModel) -> None:
     ranks = [load_model(path, arch, device=CPU, dtype=torch.float32, shard=Shard(rank, 2)) for rank in range(2)]
     for site, *halves in zip(whole.sites, *(decoder.sites for decoder in ranks), strict=True):
         if site.group in ("embed", "head", "norms"):
-            assert all(torch.equal(half.weight, site.weight) for half in halves)
+            assert all(torch.equal(half.base.weight, site.base.weight) for half in halves)
             continue
         if site.group in ("o", "down"):
-            assert torch.equal(torch.cat([half.weight for half in halves], dim=1), site.weight)
+            assert torch.equal(torch.cat([half.base.weight for half in halves], dim=1), site.base.weight)
             continue
         for part, *parts in zip(site.slices, *(half.slices for half in halves), strict=True):
-            ours = [half.weight[p.start : p.stop] for half, p in zip(halves, parts, strict=True)]
-            assert torch.equal(torch.cat(ours), site.weight[part.start : part.stop])
+            ours = [half.base.weight[p.start : p.stop] for half, p in zip(halves, parts, strict=True)]
+            assert torch.equal(torch.cat(ours), site.base.weight[part.start : part.stop])
 
 
 def test_two_ranks_hold_the_halves_of_every_part_of_a_fused_tensor(tiny_model: TinyModel) -> None:
     path = tiny_model("phi3")
     whole, arch = load(path), read_arch(path)
     ranks = [load_model(path, arch, device=CPU, dtype=torch.float32, shard=Shard(rank, 2)) for rank in range(2)]
-    qkv, gate_up = whole.layers[1].attention.qkv.site.weight, next(whole.layers[1].mlp.linears()).site.weight
+    layer = whole.layers[1]
+    qkv, gate_up = (linear.site.base.weight for linear in (layer.attention.qkv, next(layer.mlp.linears())))
     for site, parts in ((qkv, (64, 32, 32)), (gate_up, (96, 96))):
-        index = next(i for i, other in enumerate(whole.sites) if other.weight is site)
-        halves = [decoder.sites[index].weight.split([part // 2 for part in parts]) for decoder in ranks]
+        index = next(i for i, other in enumerate(whole.sites) if other.base.weight is site)
+        halves = [decoder.sites[index].base.weight.split([part // 2 for part in parts]) for decoder in ranks]
         joined = [torch.cat([half[i] for half in halves]) for i in range(len(parts))]
         assert torch.equal(torch.cat(joined), site)
 
@@ -127,7 +123,7 @@ def test_a_bias_after_the_reduce_is_added_by_one_rank(tiny_model: TinyModel) -> 
     with pytest.raises(ConfigError, match="does not divide"):
         Decoder(arch, Weights(CPU, torch.float32, Shard(0, 2)))  # one key/value head
     wide = dataclasses.replace(arch, num_kv_heads=4)
-    biases = [Decoder(wide, Weights(CPU, torch.float32, Shard(rank, 2))).sites[2].bias for rank in range(2)]
+    biases = [Decoder(wide, Weights(CPU, torch.float32, Shard(rank, 2))).sites[2].base.bias for rank in range(2)]
     assert biases[0] is not None
     assert biases[1] is None
 

@@ -50,7 +50,7 @@ def experts_of(path: Path, layer: int, shard: Shard | None = None) -> SparseMLP:
 def slow(block: SparseMLP, x_TH: torch.Tensor) -> torch.Tensor:
     """Every expert for every token in float64, weighted; most weights are zero."""
     x = x_TH.double()
-    chances = (x @ block.router.site.weight.double().t()).softmax(-1)
+    chances = (x @ block.router.site.base.weight.double().t()).softmax(-1)
     kept = torch.where(chances >= chances.topk(block.per_token).values[:, -1:], chances, 0.0)
     if block.renormalize:
         kept = kept / kept.sum(-1, keepdim=True)

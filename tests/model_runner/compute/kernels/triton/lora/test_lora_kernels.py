@@ -126,11 +126,11 @@ def test_a_poisoned_row_leaves_all_others_bit_equal(name: str) -> None:
         if site.embeds:
             continue
         x = world(torch.float32).inputs(site, 23)
-        clean = ours.linear(x, site, meta)
+        clean = compute(ours, site, x, meta)
         for row, poison in ((0, torch.nan), (3, torch.inf), (21, torch.nan)):
             dirty = x.clone()
             dirty[row] = poison
-            y = ours.linear(dirty, site, meta)
+            y = compute(ours, site, dirty, meta)
             others = [index for index in range(23) if index != row]
             assert torch.equal(y[others], clean[others])
             assert not torch.isfinite(y[row]).any()
@@ -213,8 +213,9 @@ def test_a_plan_is_kept_until_lanes_or_layout_change(name: str) -> None:
     assert changed is not first
     site = next(site for site in here.sites if site.group == "o")
     x = here.inputs(site, 2)
-    torch.testing.assert_close(ours.linear(x, site, changed), create("torch", here.pages).linear(
-        x, site, create("torch", here.pages).plan(step)), atol=1e-4, rtol=1e-5)  # fmt: skip
+    theirs = create("torch", here.pages)
+    expected = compute(theirs, site, x, theirs.plan(step))
+    torch.testing.assert_close(compute(ours, site, x, changed), expected, atol=1e-4, rtol=1e-5)
 
 
 def test_a_lane_longer_than_was_said_is_our_own_fault() -> None:

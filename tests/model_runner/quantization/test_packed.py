@@ -15,11 +15,11 @@ from fixtures.models.tiny_models import VOCAB, make_adapter
 
 from model_runner.config import read_arch
 from model_runner.model.load import load_model
-from model_runner.weights import packed
+from model_runner.quantization.packed import Packed
 
 CPU = torch.device("cpu")
 N = 6
-needs_packing = pytest.mark.skipif(not packed.can_pack(torch.bfloat16, CPU), reason="no bfloat16 in oneDNN here")
+needs_packing = pytest.mark.skipif(not Packed.supports(torch.bfloat16, CPU), reason="no bfloat16 in oneDNN here")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_packing)], ids=str)
@@ -30,23 +30,25 @@ def test_equals_the_exact_product(rows: int, dtype: torch.dtype) -> None:
         torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, 96), (160, 48), (160,))
     )
     x_TI = wide_TI[:, 48:]  # rows that lie apart
-    held = packed.pack(weight_OI.clone())
-    assert held.shape == weight_OI.shape
-    assert torch.equal(packed.dense(held), weight_OI)
     for bias in (bias_O, None):
+        linear = Packed(weight_OI.clone(), bias)
+        linear.finish_loading()
+        assert linear.shape == (160, 48)
+        assert torch.equal(linear.dequantize(), weight_OI)
+        assert torch.equal(linear.dequantize(slice(3, 20)), weight_OI[3:20])
         exact = x_TI.double() @ weight_OI.double().t() + (0 if bias is None else bias.double())
-        y_TO = packed.linear(x_TI, held, bias)
+        y_TO = linear.apply(x_TI)
         assert (y_TO.dtype, y_TO.shape) == (dtype, (rows, 160))
         near = 1e-5 if dtype is torch.float32 else 2**-8
         torch.testing.assert_close(y_TO.double(), exact, rtol=near, atol=near * 10)
 
 
 def test_only_bfloat16_on_a_cpu_is_packed_and_a_switch_turns_it_off() -> None:
-    assert not packed.can_pack(torch.float32, CPU)
-    assert not packed.can_pack(torch.bfloat16, torch.device("cuda"))
+    assert not Packed.supports(torch.float32, CPU)
+    assert not Packed.supports(torch.bfloat16, torch.device("cuda"))
     torch._C._set_mkldnn_enabled(False)
     try:
-        assert not packed.can_pack(torch.bfloat16, CPU)
+        assert not Packed.supports(torch.bfloat16, CPU)
     finally:
         torch._C._set_mkldnn_enabled(True)
 
@@ -68,9 +70,8 @@ def test_a_packed_model_equals_peft(family: str, tiny_model: Callable[[str], Pat
         if oracle.clear(prompt, N, names[lane]):
             asks.append((prompt, lane))
     expected = [oracle.greedy(prompt, N, names[lane]) for prompt, lane in asks]
-    decoder = load_model(path, read_arch(path), device=CPU, dtype=torch.float32)
-    decoder.pack()
-    assert all(site.weight.is_mkldnn for site in decoder.sites if site.group in ("qkv", "o", "gate_up", "down"))
+    decoder = load_model(path, read_arch(path), device=CPU, dtype=torch.float32, method="packed")
+    assert all(site.base.weight.is_mkldnn for site in decoder.sites if site.group in ("qkv", "o", "gate_up", "down"))
     prompts, lanes = [prompt for prompt, _ in asks], [lane for _, lane in asks]
     lora = attach_adapters(decoder, adapters)
     assert Driver(decoder, lora=lora, pages=200).greedy(prompts, N, lanes=lanes) == expected
