@@ -1,12 +1,10 @@
-"""The scheduler: who runs when, on which rows, pages and lanes. Numbers only: no text, no tensors, no torch.
+"""The scheduler: which requests run in the next step, on which rows, pages and lanes. No text, no tensors, no torch.
 
-serve      sockets and the clock, one loop
-core       handle, plan, apply, check              planner      one step
-turns      who is admitted next, who made to wait  preemption   which row or lane gives way
-filling    which copies get rank pages, and when   loading      which are read from disk, and which go for them
-custody    adapters from their load to gone        unloading    how names and copies leave
-admission  who comes in, waits or leaves           reasons      why somebody waits
-books      all tables, and the audit:
-           waiting, running, lanes, directory (names and copies), host_tier, residency (rank_pages), kv, stats,
-           order (whose place is before whose), overtaking, and what they hold: adapter, request
+server      sockets and the clock, one loop          core        handle, plan, apply, check
+state       all tables, and their audit              admission   how requests enter, wait and leave
+batching    the next step, preemption, isolation     loading     loads to the host, fills into rank pages
+requests    the queue, the rows, order, starvation   adapters    names, copies, host and device memory, lanes
+kv_cache    the block pool and the radix tree        simulate    the scheduler in virtual time
+stats       counters                                 types       lane keys, orders, radix nodes
+unloading   how adapters leave                       wait_reasons   why a request waits
 """

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from engine.messages import EvictAdapter, FinishReason, Generate, Update
 from scheduler.adapters.copies import Copy, Device, Host
-from scheduler.requests.alora import invoked_at
+from scheduler.requests.alora import find_invocation
 from scheduler.requests.queue import WaitState
 from scheduler.requests.request import Request, from_message
-from scheduler.requests.stopping import finish_of, fit
+from scheduler.requests.stopping import finish_of, fit_to_capacity
 from scheduler.state import Books
 from scheduler.types import BASE, LaneKey, Order
 from scheduler.unloading import Unloading
@@ -33,14 +33,14 @@ class Admission:
         books = self._books
         problem = self._problem(message.lora)
         key = books.directory.key(message.lora) if problem is None else BASE
-        request = from_message(message, key, books.place(message))
-        problem = problem or self._never(request.key) or fit(request, books.capacity)
+        request = from_message(message, key, books.order_on_arrival(message))
+        problem = problem or self._never(request.key) or fit_to_capacity(request, books.capacity)
         if problem is not None:
             books.updates.append(Update(request_id=request.id, index=request.generated, error=problem))
-            books.ordering.left(request)
+            books.ordering.on_end(request)
             return
         self._invoke(request)
-        for adapter_id in request.names:
+        for adapter_id in request.adapter_ids:
             books.directory.adapters[adapter_id].requests += 1
         for copy in books.copies(request.key):
             copy.requests += 1
@@ -64,8 +64,8 @@ class Admission:
             if key in books.waiting:
                 books.waiting.set_state(key, WaitState.ACTIVE, books.now)
         books.running.add(request)
-        books.kv.admit(request, books.owner(key))
-        books.ordering.admitted(request)
+        books.kv.allocate(request, books.owner(key))
+        books.ordering.on_admitted(request)
         if not request.admitted:
             request.admitted = True
             request.cached = min(request.computed, request.prompt_length)
@@ -78,7 +78,7 @@ class Admission:
         self._books.counters.preemptions += 1
         self._leave(request)
         request.order = request.order if order is None else order
-        request.rewind()
+        request.reset_progress()
         self._queue(request)
 
     def end(
@@ -105,12 +105,12 @@ class Admission:
             self._leave(request)
         else:
             books.waiting.remove(request)
-        books.ordering.left(request)
+        books.ordering.on_end(request)
         for copy in books.copies(request.key):
             copy.requests -= 1
             copy.last_used = books.tick()
             books.rest(copy)
-        for adapter in [books.directory.adapters[adapter_id] for adapter_id in request.names]:
+        for adapter in [books.directory.adapters[adapter_id] for adapter_id in request.adapter_ids]:
             adapter.requests -= 1
             self.unloading.unload_if_drained(adapter)
 
@@ -210,12 +210,12 @@ class Admission:
         """A new runner: every waiting request is measured against it, and every key finds its place again."""
         books = self._books
         for request in list(books.waiting):
-            problem = fit(request, books.capacity)
+            problem = fit_to_capacity(request, books.capacity)
             if problem is not None:
                 self.end(request, error=problem)
             elif (finish := finish_of(request)) is not None:
                 self.end(request, finish=finish[0], matched=finish[1])
-        for key in books.waiting.all_keys():
+        for key in books.waiting.lane_keys():
             self.settle(key)
 
     # ----------------------------------------------------------------------------------------------------- private
@@ -231,8 +231,8 @@ class Admission:
         """Finds where its activated adapter begins to act, if that is known. One that never does is not needed."""
         copies = self._books.copies(request.key)
         if len(copies) == 1 and (invocation := copies[0].card.invocation):
-            request.invoked_at = invoked_at(request.tokens[: request.prompt_length], invocation)
-            if request.invoked_at is None:
+            request.invocation_start = find_invocation(request.tokens[: request.prompt_length], invocation)
+            if request.invocation_start is None:
                 request.key = BASE
 
     def _problem(self, lora: list[tuple[int, float]]) -> str | None:

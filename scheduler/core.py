@@ -151,13 +151,13 @@ class Scheduler:
         assert all(0 <= token < MOST_TOKENS for token in done.tokens), f"step {done.id} brings what is no token"
         tokens = iter(done.tokens)
         for index, (request, samples, scored) in enumerate(flight.parts):
-            request.flights -= 1
+            request.steps_in_flight -= 1
             if scored:
                 self._score(request, done.prompt_logprobs.get(index, []), scored)
             if samples:
                 request.pending -= 1
                 self._append(request, next(tokens), done.logprobs.get(index))
-        self._isolation.answered(flight)
+        self._isolation.step_answered(flight)
         books.residency.step_done(done.id)
         self._filling.step_took(done.seconds)
         books.counters.steps += 1
@@ -196,14 +196,14 @@ class Scheduler:
         """A picture, and the sums."""
         books, counters = self._books, self._books.counters
         adapters = books.directory.adapters.values()
-        running = Counter(adapter_id for request in books.running.ordered for adapter_id in request.names)
+        running = Counter(adapter_id for request in books.running.ordered for adapter_id in request.adapter_ids)
         waiting = {a.id: a.requests - running[a.id] for a in adapters if a.requests > running[a.id]}
         survey = wait_reasons.survey(books)
         return Stats(
             running=len(books.running),
             waiting=len(books.waiting),
             kv_pages_used=books.kv.used,
-            kv_pages=books.kv.pages.count,
+            kv_pages=books.kv.block_pool.count,
             rank_pages_used=books.residency.rank_pages.used(),
             resident=[a.id for a in adapters if a.copy.device is Device.RESIDENT],
             running_adapters=dict(running),
@@ -222,7 +222,7 @@ class Scheduler:
             audits=counters.audits,
             step_seconds=counters.take_step_seconds(),
             cached_tokens=counters.cached_tokens,
-            kv_pages_cached=len(books.kv.tree),
+            kv_pages_cached=len(books.kv.radix_cache),
             kv_evictions=books.kv.evictions,
             waiting_reasons=survey.counts,
             oldest_waiting=survey.oldest,
@@ -252,7 +252,7 @@ class Scheduler:
         index = request.generated
         request.tokens.append(token)
         if request.row >= 0:
-            books.kv.learnt(request)
+            books.kv.token_known(request)
         books.counters.generation_tokens += 1
         ending = finish_of(request)
         books.updates.append(
@@ -260,11 +260,11 @@ class Scheduler:
                 request_id=request.id,
                 index=index,
                 tokens=[token],
-                cached_tokens=request.take_cached(),
+                cached_tokens=request.pop_cached(),
                 finish=ending[0] if ending else None,
                 matched=ending[1] if ending else None,
                 logprobs=[logprobs] if logprobs is not None else None,
-                prompt_logprobs=request.take_scores(),
+                prompt_logprobs=request.pop_scores(),
             )
         )
         if ending is not None:
@@ -297,22 +297,22 @@ class Scheduler:
         assert _is_possible(message.capacity), f"a runner cannot hold {message.capacity}"
         books = self._books
         self._runner_epoch = message.epoch
-        self._isolation.died(message.after_fault)
+        self._isolation.runner_died(message.after_fault)
         running = list(books.running.ordered)
         for request in running:
             books.running.remove(request)
             request.pages = []
-            request.rewind()
+            request.reset_progress()
         for request in books.requests.values():
-            request.lose_flights()
+            request.lose_steps_in_flight()
         books.open(message.capacity)
         for request in running:
             books.waiting.push(request)
-        self._isolation.bring_forward()
+        self._isolation.move_suspects_first()
         books.news.append(message.capacity)
         self._custody.reset()
         self._admission.reopen()
-        self._isolation.sentence()
+        self._isolation.end_blamed()
         self._loading.fetch()
         for copy in books.directory.copies.values():
             if copy.stage in ("disk", "loading") and not copy.on_host:

@@ -93,7 +93,7 @@ class Loop:
             tenant_weights=config.tenant_weights,
         )
         self._core: Scheduler | None = None
-        self._pace = AsyncGate(config.window, holds=False)
+        self._async_gate = AsyncGate(config.window, hold_back=False)
         self._early: list[ToScheduler] = []  # what came before the runner's first word
         self._plan_at = float("inf")  # when a plan is due that waits for no message
         self._stats_at = self._audited = float("-inf")
@@ -115,9 +115,9 @@ class Loop:
 
     def _take(self, message: ToScheduler, now: float) -> None:
         if isinstance(message, RunnerReady):
-            self._pace = AsyncGate(self._config.window, holds=message.capacity.device == "cpu")
+            self._async_gate = AsyncGate(self._config.window, hold_back=message.capacity.device == "cpu")
         elif isinstance(message, StepDone):
-            self._pace.done(message, now)
+            self._async_gate.step_done(message, now)
         if self._core is not None:
             self._send(self._core.handle(message, now))
         elif isinstance(message, RunnerReady):
@@ -133,15 +133,15 @@ class Loop:
     def _plan(self, core: Scheduler) -> None:
         self._plan_at = float("inf")
         while True:
-            now, due = time.monotonic(), self._pace.due
+            now, due = time.monotonic(), self._async_gate.due
             if now < due and not core.idle:
                 self._plan_at = due
                 break
             step = core.plan(now)
             if step is None:
-                self._pace.rests()
+                self._async_gate.nothing_to_plan()
                 break
-            self._pace.sent(step, now)
+            self._async_gate.step_sent(step, now)
             self._post.send(step)
         self._send(core.take())
 

@@ -16,7 +16,7 @@ from scheduler.adapters.lanes import Lanes
 from scheduler.adapters.registry import Directory
 from scheduler.kv_cache.kv_cache_manager import KvCacheManager
 from scheduler.requests.blame import BlameTracker
-from scheduler.requests.fairness import ordering
+from scheduler.requests.fairness import make_ordering
 from scheduler.requests.policy import SchedulePolicy
 from scheduler.requests.queue import WaitingQueue, WaitState
 from scheduler.requests.request import Request
@@ -70,7 +70,7 @@ class Books:
     def __init__(self, capacity: Capacity, bounds: Bounds) -> None:
         self.bounds = bounds
         self.now = 0.0
-        self.ordering = ordering(bounds.schedule_policy, bounds.tenant_weights)
+        self.ordering = make_ordering(bounds.schedule_policy, bounds.tenant_weights)
         self.starvation = StarvationTracker()
         self.requests: dict[int, Request] = {}
         self.waiting = WaitingQueue()
@@ -78,7 +78,7 @@ class Books:
         self.doubted: set[int] = set()
         self.tick = count(1).__next__
         self._arrivals = count()
-        self.last_place: Order = (-(1 << 62), 0)  # of those who came so far
+        self.last_order: Order = (0, -(1 << 62), 0)  # of those who came so far
         self.directory = Directory()
         self.host = HostTier(bounds.max_loaded_loras, self._host_bytes(capacity), bounds.eviction_policy, self.tick)
         self.residency = Residency(capacity, bounds.eviction_policy, self.tick, self.awaited)
@@ -114,21 +114,21 @@ class Books:
 
     def next_order(self) -> Order:
         """The next place in the queue, of the usual priority."""
-        return self.ordering.unasked(next(self._arrivals))
+        return self.ordering.order_without_request(next(self._arrivals))
 
-    def place(self, message: Generate) -> Order:
+    def order_on_arrival(self, message: Generate) -> Order:
         """The place of a request that comes now."""
-        order = self.ordering.place(message, next(self._arrivals))
-        self.last_place = max(self.last_place, order)
+        order = self.ordering.order_on_arrival(message, next(self._arrivals))
+        self.last_order = max(self.last_order, order)
         return order
 
-    def behind_passed(self, request: Request) -> Order:
+    def order_behind_passed(self, request: Request) -> Order:
         """The place behind everyone of a running request's priority who was passed, and before all others."""
-        return self.ordering.behind(request, self.starvation.frontier, next(self._arrivals))
+        return self.ordering.order_behind(request, self.starvation.frontier, next(self._arrivals))
 
     def awaited(self, copy: Copy) -> Order | None:
         """The place of the first who waits for it, if anyone does."""
-        first = self.waiting.first_of(copy.id)
+        first = self.waiting.first_order_of(copy.id)
         if first is None or copy.wish is None:
             return first or copy.wish
         return min(first, copy.wish)
@@ -161,7 +161,7 @@ class Books:
     def disown(self, copy: Copy) -> None:
         """Nobody else is to share the copy, and no KV page of its revision is found any more."""
         if self.directory.disown(copy):
-            self.kv.drop(copy.identity)
+            self.kv.drop_revision(copy.identity)
 
     def lane_pages(self, key: LaneKey) -> dict[str, list[tuple[int, float]]]:
         """What the lane of a key holds, all of which is resident."""
@@ -199,7 +199,7 @@ class Books:
         self.kv.audit(running, kv_pages)
         self.lanes.audit((request.key, request.lane) for request in running)
         users = Counter(copy_id for key in self.lanes.active() for copy_id, _ in key)
-        names = Counter(adapter_id for request in self.requests.values() for adapter_id in request.names)
+        names = Counter(adapter_id for request in self.requests.values() for adapter_id in request.adapter_ids)
         wanted = Counter(copy_id for request in self.requests.values() for copy_id, _ in request.key)
         self.directory.audit(names, wanted)
         self.residency.audit(self.directory.copies.values(), users)
@@ -233,11 +233,12 @@ class Books:
                 named[request] += 1
                 samples[request] += sampling
         for request in self.requests.values():
-            assert request.flights == named[request], f"request {request.id} counts {request.flights} flights"
+            counted = request.steps_in_flight
+            assert counted == named[request], f"request {request.id} counts {counted} steps in flight"
             assert request.pending == samples[request], f"request {request.id} counts {request.pending} pending"
 
     def _audit_places(self) -> None:
-        for key in self.waiting.all_keys():
+        for key in self.waiting.lane_keys():
             place, copies = self.waiting.state_of(key), self.directory.of(key)
             if place in (WaitState.ACTIVE, WaitState.DRAINING):
                 assert key == BASE or key in self.lanes, f"key {key} is active without a lane"

@@ -1,4 +1,4 @@
-"""Types that all tables of the scheduler share: lane keys, places in the queue, and the nodes of the radix tree."""
+"""Types shared by all tables of the scheduler: lane keys, sort keys of requests, and the nodes of the radix tree."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 LaneKey = tuple[tuple[int, float], ...]
-"""What a lane is for: (copy id, scale) pairs sorted by id; () is the base model, which takes no lane."""
+"""The adapters of a lane: (copy id, scale) pairs sorted by id; () is the base model, which takes no lane."""
 
 Order = tuple[float, ...]
-"""A place in the queue: smaller goes first; no two requests share one. See requests/policy."""
+"""A request's sort key in the queue and among the rows: smaller goes first, and no two requests share one.
+
+(-is_suspect, priority, the schedule policy's fields ...): see requests.policy for the rest, and batching.isolation for
+the first field, which puts a suspect before every other request.
+"""
 
 BASE: LaneKey = ()
 
 
 def lane_key(lora: Iterable[tuple[int, float]]) -> LaneKey:
-    """The lane of a selection. What is named twice counts with the sum of its scales."""
+    """The lane of an adapter selection. The scales of an adapter that is named twice are added."""
     scales: dict[int, float] = {}
     for copy_id, scale in lora:
         scales[copy_id] = scales.get(copy_id, 0.0) + scale
@@ -24,50 +28,47 @@ def lane_key(lora: Iterable[tuple[int, float]]) -> LaneKey:
 
 
 Owner = tuple[tuple[str, float], ...]
-"""(revision, scale) pairs, sorted; () is the base model."""
+"""The model that computed a KV page: (revision, scale) pairs, sorted; () is the base model."""
 
 BASE_OWNER: Owner = ()
 
 
 @dataclass(slots=True, eq=False)
-class Stem:
-    """Where the pages of one owner and tenant begin. `dropped`: nobody finds it, and what is released there goes.
+class Namespace:
+    """The KV pages of one owner and cache salt.
 
-    Of an activated adapter: `branches` are its first pages, each below one of the base's, and `holders` counts who may
-    add one. `number` tells it from any other.
+    The pages of most owners hang below a root node of their own. An activated LoRA (aLoRA) has no root: its pages hang
+    below pages of the base model, from the page in which its invocation begins.
     """
 
     owner: Owner
     cache_salt: str
-    dropped: bool = False
-    number: int = 0
-    holders: int = 0
-    branches: dict[Node, None] = field(default_factory=dict)
+    dropped: bool = False  # its revision was unloaded: no lookup finds it, and a page is freed with its last holder
+    number: int = 0  # of an aLoRA: distinguishes it from every other namespace, also from dropped ones
+    holders: int = 0  # of an aLoRA: running requests that may insert pages here
+    first_pages: dict[Node, None] = field(default_factory=dict)  # of an aLoRA: its nodes whose parent is the base's
 
-    def key(self, tokens: bytes, offset: int) -> bytes:
-        """What the page is found by in which it begins to act, at its token number `offset`; longer than any other."""
+    def first_key(self, tokens: bytes, offset: int) -> bytes:
+        """The key of the page in which an aLoRA's invocation begins, `offset` tokens in; longer than any other key."""
         return tokens + array("Q", (self.number, offset)).tobytes()
 
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """One page, the `depth`-th of its path (the top of a stem has none: page 0, depth 0).
+    """One full KV page in the radix tree. A root has page 0 and depth 0; page 0 is never allocated."""
 
-    `step` is the one that writes it, 0 if that was before. `holds` counts its holders and its held children.
-    """
-
-    stem: Stem
+    namespace: Namespace
     parent: Node | None
     key: bytes = b""
     page: int = 0
-    depth: int = 0
-    step: int = 0
+    depth: int = 0  # pages from the root down to this one
+    step: int = 0  # the step that writes it; 0: an earlier one
     children: dict[bytes, Node] = field(default_factory=dict)
-    holds: int = 0
-    alive: bool = True
+    holds: int = 0  # requests that hold this node, and children that are held
+    alive: bool = True  # False once it has left the tree
 
     def path(self) -> list[Node]:
-        """Its pages' nodes from the top down, itself the last."""
+        """The nodes with pages from the root down to this one."""
         nodes = []
         node = self
         while node.parent is not None:

@@ -47,7 +47,7 @@ def survey(books: Books) -> Survey:
                           LISTED at most
     """
     room, last = books.residency.room(), _last_want(books)
-    reasons = {key: _of_key(books, key, room, last) for key in books.waiting.all_keys()}
+    reasons = {key: _of_key(books, key, room, last) for key in books.waiting.lane_keys()}
     counts: Counter[WaitReason] = Counter()
     for key, reason in reasons.items():
         counts[reason] += books.waiting.count(key)
@@ -70,7 +70,7 @@ def _last_want(books: Books) -> WaitReason:
     first, running = min(heads, key=lambda request: request.order), len(books.running)
     if len(first.tokens) // books.capacity.page_size + 1 + running <= books.kv.free:
         return "turn"  # whatever of its prefix is found, or is just being computed
-    return "turn" if books.kv.admits(first, books.owner(first.key), running) else "pages"
+    return "turn" if books.kv.can_allocate(first, books.owner(first.key), running) else "pages"
 
 
 def _of_key(books: Books, key: LaneKey, room: Mapping[str, int], last: WaitReason) -> WaitReason:

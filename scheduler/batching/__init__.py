@@ -1,1 +1,1 @@
-"""Batching: what goes into the next step, who is admitted, who makes way, and when steps overlap."""
+"""Batching: the contents of the next step, the order of admissions, preemption, isolation, and overlapping steps."""

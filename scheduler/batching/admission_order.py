@@ -1,51 +1,51 @@
-"""Whose turn it is: who is admitted next, and which lanes make way for those who were passed.
+"""Which request is admitted next, and which lanes are drained or preempted for requests that were passed.
 
     next       the first in order among ACTIVE heads and, unless one of these was skipped, READY and COLD heads
-    skipped    a READY or COLD head that finds no lane or no rank pages: only ACTIVE ones, whose lane is in the step
-               anyway, pass it. When the first of those that could go lacks a row or KV pages, nobody is admitted:
-               a smaller request must not pass a larger one for ever
-    deadline   the bound after a head was passed first, less a step and the time of its fill. A lane whose rows end just
-               before one takes nobody any more (DRAINING); where too few do, lanes are taken from their rows
-    overdue    those for whom lanes had to be taken: what was made free is for them, though others may be before them
+    skipped    a READY or COLD head that finds no lane or no rank pages: only ACTIVE requests, whose lane is in the step
+               anyway, pass it. If the first request that has all its adapters need lacks a row or KV pages, none is
+               admitted: otherwise small requests could pass a large one for ever
+    deadline   `lora_max_wait` after a head was first passed, less a step and the time of its fill. A lane that ends
+               just before a deadline admits no more requests (DRAINING); where too few end in time, some are preempted
+    overdue    the requests for which lanes were preempted: they get the lanes, though others may be before them
 
-    passed . a . b . c | d ...         rows of a taken lane had their turn: they go behind everyone who was passed, and
-                      ^ row            the bound begins anew for them. So lanes go around
+    passed . a . b . c | d ...         rows of a preempted lane have had their turn: they go behind all requests that
+                      ^ row            were passed, with a new deadline. So lanes go round
 
-With B keys waiting for L lanes, a lane is held for bound * L / B on average if all deadlines are to be met. One that
-was held for less is taken after all others, and for less than LEAST_SHARE of the bound not at all: so the bound holds
-while B is at most L / LEAST_SHARE, and so many adapters can be filled in time. Beyond that all wait longer, in the
-order of their deadlines.
+With B keys waiting for L lanes, a lane can be held for lora_max_wait * L / B on average if all deadlines are to be met.
+A lane that was held for less is preempted after all others, and one held for less than LEAST_SHARE of lora_max_wait is
+not preempted at all. So deadlines are met while B is at most L / LEAST_SHARE, and so many adapters can be filled in
+time. Beyond that all requests wait longer, in the order of their deadlines.
 
-Knows nothing of steps' contents. Times are those of the caller.
+Knows nothing of the contents of steps. Times are the caller's.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 from itertools import islice
 
-from scheduler.adapters.copies import Copy
 from scheduler.admission import Admission
-from scheduler.batching.deadlines import Wait, to_drain, to_take
-from scheduler.batching.preemption import HeldLane, by_end, by_loss
+from scheduler.batching.deadlines import Deadline, count_to_preempt, lanes_to_drain
+from scheduler.batching.lane_room import LaneRoom
+from scheduler.batching.preemption import HeldLane, sorted_by_cost, sorted_by_end
 from scheduler.loading.device_loader import Filling, Outcome
 from scheduler.requests.queue import WaitState
 from scheduler.requests.request import Request
 from scheduler.state import Books
 from scheduler.types import LaneKey, Order
 
-LEAST_SHARE = 1 / 16  # of the bound: a lane is held for so long, however many wait
-LOOKS = 64  # at the clocks of those who wait, within the bound
-HEADS = 4  # that are looked at, for each lane
-FILL_FACTOR = 2  # a fill takes so many times its seconds: steps go on beside it
-FRONT = 32  # requests of a key whose clocks are looked at where the first came back for want of KV pages
-FIRST: Order = (float("-inf"),)  # before everyone
-LAST = float("inf")
+LEAST_SHARE = 1 / 16  # of lora_max_wait: a lane is held for at least so long, however many keys wait
+CHECKS_PER_WAIT = 64  # checks of the deadlines within lora_max_wait
+HEADS_PER_LANE = 4  # waiting heads that a check looks at
+FILL_FACTOR = 2  # beside running steps a fill takes so many times its own seconds
+REQUESTS_PER_KEY = 32  # whose waits are compared where the head was preempted for want of KV pages
+BEFORE_ALL: Order = (float("-inf"),)
+AFTER_ALL = float("inf")
+NEEDS_LANE = (WaitState.READY, WaitState.COLD, WaitState.DRAINING)
 
 
 class AdmissionOrder:
-    """The order of admissions, over the books."""
+    """The order of admissions in each step."""
 
     def __init__(self, books: Books, admission: Admission, filling: Filling) -> None:
         self._books = books
@@ -53,71 +53,71 @@ class AdmissionOrder:
         self._filling = filling
         self._overdue: dict[int, Request] = {}
         self._skipped: Request | None = None
-        self._looked = float("-inf")
+        self._checked_at = float("-inf")
 
     # ------------------------------------------------------------------------------------------------- before a step
 
-    def begin(self) -> None:
-        """A step is being planned: lanes drain, or are taken from their rows, for those who waited too long."""
+    def begin_step(self) -> None:
+        """A step is being planned: from time to time lanes are drained or preempted to meet deadlines."""
         books = self._books
         self._skipped = None
-        self._overdue = {i: r for i, r in self._overdue.items() if self._blocked(r)}
-        bound = books.bounds.lora_max_wait
-        if not (books.now - self._looked < bound / LOOKS):
-            self._looked = books.now
-            self._make_way(bound)
+        self._overdue = {i: r for i, r in self._overdue.items() if self._needs_lane(r)}
+        max_wait = books.bounds.lora_max_wait
+        if not (books.now - self._checked_at < max_wait / CHECKS_PER_WAIT):
+            self._checked_at = books.now
+            self._check_deadlines(max_wait)
 
     def waited(self, request: Request) -> float:
-        """For how long a waiting request has been passed because of its adapter, as far as lanes and pages go."""
+        """For how many seconds a waiting request has been passed for want of a lane or rank pages."""
         books = self._books
-        passed = books.starvation.since(request.order)
+        passed = books.starvation.passed_since(request.order)
         if passed is None:
             return 0.0
         return books.now - max(passed, request.queued_at, books.waiting.since(request.key))
 
-    def _make_way(self, bound: float) -> None:
+    def _check_deadlines(self, max_wait: float) -> None:
         books, step = self._books, self._filling.step_seconds
-        waits = self._waits(bound)
+        waits = self._deadlines(max_wait)
         if not (waits or books.draining):
             return
-        lanes = by_end(self._lanes().values())
+        lanes = sorted_by_end(self._held_lanes().values())
         ends = [step * lane.remaining for lane in lanes]
-        take = to_take([wait for wait, _ in waits], ends, most=max(step, bound / LOOKS))
-        self._overdue = {request.id: request for _, request in waits[:take]}
-        grace = 2 * (step + bound / LOOKS)
-        needed = to_drain([wait for wait, _ in waits[max(take, books.lanes.free) :]], ends, grace)
-        self._drain({lanes[index].key: None for index in needed})
+        margin = max_wait / CHECKS_PER_WAIT
+        preempt = count_to_preempt([deadline for deadline, _ in waits], ends, most=max(step, margin))
+        self._overdue = {request.id: request for _, request in waits[:preempt]}
+        unmet = [deadline for deadline, _ in waits[max(preempt, books.lanes.free) :]]
+        needed = lanes_to_drain(unmet, ends, grace=2 * (step + margin))
+        self._set_draining({lanes[index].key: None for index in needed})
         if self._overdue:
-            self._take(lanes, bound, len(waits))
+            self._preempt_lanes(lanes, max_wait, len(waits))
 
-    def _waits(self, bound: float) -> list[tuple[Wait, Request]]:
-        """Who was passed and is the most urgent of its key, by slack."""
+    def _deadlines(self, max_wait: float) -> list[tuple[Deadline, Request]]:
+        """The most urgent request of each key that was passed, with its deadline, by slack."""
         books, filling = self._books, self._filling
-        margin = 2 * filling.step_seconds + bound / LOOKS
-        pace = LEAST_SHARE * bound / max(1, books.lanes.count)
-        found: list[tuple[Wait, Request]] = []
-        heads = books.waiting.heads(WaitState.READY, WaitState.COLD, WaitState.DRAINING)
-        for count, head in enumerate(islice(heads, HEADS * max(books.lanes.count, 16))):
+        margin = 2 * filling.step_seconds + max_wait / CHECKS_PER_WAIT
+        least_work = LEAST_SHARE * max_wait / max(1, books.lanes.count)
+        found: list[tuple[Deadline, Request]] = []
+        heads = books.waiting.heads(*NEEDS_LANE)
+        for count, head in enumerate(islice(heads, HEADS_PER_LANE * max(books.lanes.count, 16))):
             if count == 0:
-                books.starvation.settle(self._first_place())
-            passed = books.starvation.since(head.order)
+                books.starvation.forget_before(self._first_waiting())
+            passed = books.starvation.passed_since(head.order)
             if passed is None:
-                break  # nor was anyone behind it
+                break  # nor was any request behind it
             request = head
-            if head.queued_at > passed:  # it came back: others of its key may have been passed for longer
-                request = max(books.waiting.front(head.key, FRONT), key=self.waited)
+            if head.queued_at > passed:  # it was requeued: others of its key may have been passed for longer
+                request = max(books.waiting.front(head.key, REQUESTS_PER_KEY), key=self.waited)
             fill = filling.seconds(request.key)
-            slack = bound - margin - fill - self.waited(request)
-            found.append((Wait(slack, max(FILL_FACTOR * fill, pace)), request))
+            slack = max_wait - margin - fill - self.waited(request)
+            found.append((Deadline(slack, max(FILL_FACTOR * fill, least_work)), request))
         return sorted(found, key=_slack)
 
-    def _first_place(self) -> Order | None:
-        return min(
-            (request.order for place in WaitState if (request := self._books.waiting.first(place))), default=None
-        )
+    def _first_waiting(self) -> Order | None:
+        heads = [self._books.waiting.first(state) for state in WaitState]
+        return min((head.order for head in heads if head is not None), default=None)
 
-    def _lanes(self) -> dict[LaneKey, HeldLane]:
-        """All, with their rows."""
+    def _held_lanes(self) -> dict[LaneKey, HeldLane]:
+        """All lanes in use, with their rows."""
         books = self._books
         lanes: dict[LaneKey, HeldLane] = {}
         for request in books.running.ordered:
@@ -129,79 +129,92 @@ class AdmissionOrder:
                 lane.rows.append(request)
         return lanes
 
-    def _drain(self, keys: Collection[LaneKey]) -> None:
-        """These lanes take nobody any more, all others do."""
+    def _set_draining(self, keys: Collection[LaneKey]) -> None:
+        """Drains these lanes, and no others."""
         for key in [key for key in self._books.draining if key not in keys]:
             self._admission.drain(key, False)
         for key in keys:
             if key not in self._books.draining:
                 self._admission.drain(key, True)
 
-    def _take(self, lanes: list[HeldLane], bound: float, waiting: int) -> None:
-        """Takes lanes from their rows for who is overdue.
+    def _preempt_lanes(self, lanes: list[HeldLane], max_wait: float, waiting: int) -> None:
+        """Preempts lanes for the overdue requests.
 
-        None is taken that has a row that did not get on in it: else rows that take long to bring back would make way
-        for one another for ever.
+        A lane with a row that has not decoded yet is not preempted: otherwise rows that take long to recompute would
+        preempt one another for ever.
         """
         books = self._books
         first = books.running.ordered[0] if books.running.ordered else None
-        theirs = {request.key for request in self._overdue.values()}  # it drains for others, and will have done so
-        old = (lane for lane in lanes if lane.held >= LEAST_SHARE * bound and lane.decoding and lane.key not in theirs)
-        candidates = by_loss(old, first, fair=bound * books.lanes.count / max(1, waiting))
-        way = _Way(books, books.lanes.free)
+        own = {request.key for request in self._overdue.values()}  # lanes that drain for another request
+        least = LEAST_SHARE * max_wait
+        old = (lane for lane in lanes if lane.held >= least and lane.all_decoding and lane.key not in own)
+        candidates = sorted_by_cost(old, first, fair=max_wait * books.lanes.count / max(1, waiting))
+        room = LaneRoom(books, books.lanes.free)
         for request in self._overdue.values():
-            if (chosen := way.make(request, candidates)) is None:
+            if (chosen := room.make(request, candidates)) is None:
                 break
             for lane in chosen:
                 candidates.remove(lane)
                 for row in list(lane.rows):
-                    self._admission.preempt(row, books.behind_passed(row))
+                    self._admission.preempt(row, books.order_behind_passed(row))
                     books.counters.lane_preemptions += 1
 
-    # ------------------------------------------------------------------------------------------------ while it is made
+    # ------------------------------------------------------------------------------------------ while it is planned
 
-    def next(self) -> Request | None:
-        """The request to be admitted now, with its copies resident, or None. Ask again after it was admitted."""
+    def next_request(self) -> Request | None:
+        """The request to be admitted now, with its copies resident, or None. Called again after its admission."""
+        if self._overdue and self._books.lanes.free:
+            request, final = self._next_overdue()
+            if request is not None or final:
+                return request
+        return self._next_in_order()
+
+    def end_step(self) -> None:
+        """No more requests are admitted to this step. A skipped one counts as passed if there is memory for it."""
+        if self._skipped is not None and self._has_memory(self._skipped):
+            after_all = (*self._books.last_order, AFTER_ALL)
+            self._books.starvation.mark_passed(after_all, self._books.now)
+
+    def _next_overdue(self) -> tuple[Request | None, bool]:
+        """(an overdue request that gets its lane now; whether no other request may be admitted instead)."""
         books = self._books
         while self._overdue and books.lanes.free:
             request = next(iter(self._overdue.values()))
-            if not self._blocked(request):
+            if not self._needs_lane(request):
                 del self._overdue[request.id]
                 continue
-            if request.flights or not self._has_memory(request):
-                return None  # what was made free for it is for nobody else
-            opened = self._opens(request, FIRST)
+            if request.steps_in_flight or not self._has_memory(request):
+                return None, True  # the memory that was freed is for this request
+            opened = self._can_open_lane(request, BEFORE_ALL)
             if opened or request.done:
                 del self._overdue[request.id]
             if opened:
-                return request
+                return request, False
             if not request.done:
-                self._skipped = request
-                break  # the lane is for it, when it is filled
+                self._skipped = request  # it gets the lane once its fill is done
+                break
+        return None, False
+
+    def _next_in_order(self) -> Request | None:
+        books = self._books
         while True:
             active = books.waiting.first(WaitState.ACTIVE)
-            head = self._head() if self._skipped is None else None
+            head = self._first_inactive() if self._skipped is None else None
             best = head if active is None or (head is not None and head.order < active.order) else active
-            if best is None or best.flights or not self._has_memory(best):
-                return None  # tokens in flight are applied before their request comes back
-            if best is active or self._opens(best, best.order):
-                books.starvation.passed(best.order, books.now)
+            if best is None or best.steps_in_flight or not self._has_memory(best):
+                return None  # a preempted request is admitted only after its tokens in flight were applied
+            if best is active or self._can_open_lane(best, best.order):
+                books.starvation.mark_passed(best.order, books.now)
                 return best
             if best.key in books.waiting and books.waiting.state_of(best.key) in (WaitState.READY, WaitState.COLD):
-                self._skipped = best  # else it is being filled, or failed
+                self._skipped = best  # otherwise its fill is under way, or it failed
 
-    def end(self) -> None:
-        """Nobody else is admitted to this step. Who was skipped though there is room for it could have gone."""
-        if self._skipped is not None and self._has_memory(self._skipped):
-            everyone = (*self._books.last_place, LAST)
-            self._books.starvation.passed(everyone, self._books.now)
-
-    def _head(self) -> Request | None:
+    def _first_inactive(self) -> Request | None:
         ready, cold = self._books.waiting.first(WaitState.READY), self._books.waiting.first(WaitState.COLD)
         return cold if ready is None or (cold is not None and cold.order < ready.order) else ready
 
-    def _opens(self, request: Request, order: Order) -> bool:
-        """Whether a head may have a lane now: it is resident, or made so in this step as if it were at `order`."""
+    def _can_open_lane(self, request: Request, order: Order) -> bool:
+        """Whether a head may have a lane now: its copies are resident, or are filled in this step as if at `order`."""
         books = self._books
         if request.key in books.lanes:
             return True
@@ -211,55 +224,18 @@ class AdmissionOrder:
         return resident or self._filling.fetch(request, order) is Outcome.RESIDENT
 
     def _has_memory(self, request: Request) -> bool:
-        """Whether there is a row, and pages for all its tokens; a page is left for each running row."""
+        """Whether there is a row, and KV pages for all its tokens and one more for each running row."""
         books = self._books
-        return books.running.free > 0 and books.kv.admits(request, books.owner(request.key), len(books.running))
+        return books.running.free > 0 and books.kv.can_allocate(
+            request, books.owner(request.key), reserve=len(books.running)
+        )
 
-    def _blocked(self, request: Request) -> bool:
+    def _needs_lane(self, request: Request) -> bool:
         """Whether it still waits for a lane or rank pages."""
         books = self._books
         waits = not request.done and request.row < 0 and request.key in books.waiting
-        return waits and books.waiting.state_of(request.key) in (WaitState.READY, WaitState.COLD, WaitState.DRAINING)
+        return waits and books.waiting.state_of(request.key) in NEEDS_LANE
 
 
-class _Way:
-    """What one request after another would find if lanes were taken for them: lanes, and room for rank pages."""
-
-    def __init__(self, books: Books, free: int) -> None:
-        self._books = books
-        self._free = free
-        self._room = books.residency.room()
-        self._users: dict[int, int] = {}
-
-    def make(self, request: Request, candidates: list[HeldLane]) -> list[HeldLane] | None:
-        """The first of the candidates, as many as this request needs gone; None if all are too few."""
-        books = self._books
-        if request.key in books.lanes:
-            return []
-        room, users = dict(self._room), dict(self._users)
-        copies = books.copies(request.key)
-        for count in range(len(candidates) + 1):
-            if count:
-                self._leave(candidates[count - 1], room, users)
-            if self._free + count > 0 and not books.residency.lacking_in(copies, room):
-                for group, need in _pages(copies).items():
-                    room[group] -= need
-                self._free, self._room, self._users = self._free + count - 1, room, users
-                return candidates[:count]
-        return None
-
-    def _leave(self, lane: HeldLane, room: dict[str, int], users: dict[int, int]) -> None:
-        for copy in self._books.copies(lane.key):
-            users[copy.id] = users.get(copy.id, 0) + 1
-            if users[copy.id] == copy.users and not copy.pinned:
-                for group, pages in copy.pages.items():
-                    room[group] += len(pages)
-
-
-def _slack(wait: tuple[Wait, Request]) -> tuple[float, Order]:
+def _slack(wait: tuple[Deadline, Request]) -> tuple[float, Order]:
     return wait[0].slack, wait[1].order
-
-
-def _pages(copies: list[Copy]) -> Counter[str]:
-    """What copies that are not in use take out of the room."""
-    return sum((Counter(copy.need) for copy in copies if not copy.users), Counter())

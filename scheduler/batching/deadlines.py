@@ -1,15 +1,15 @@
-"""Which deadlines are in danger: who must have a lane now, and which lanes nobody may join any more. Numbers alone.
+"""Which lanes to preempt now, and which to drain, so that waiting requests meet their deadlines. Numbers alone.
 
-    now         d1 d2             d3                d4 d5          how long who waits can still wait for a lane
+    now         d1 d2             d3                d4 d5          deadlines by which waiting requests must have lanes
     |-----------|--|--------------|-----------------|--|---->
-             e1                            e2                      when lanes are free if nobody joins them
+             e1                            e2                      when lanes are free if no request joins them
 
-    d1 is met by e1, which nobody is to join now that it just does so; d4 by e2, for the time being. For d2, d3 and d5
-    lanes are taken, each as late as the work for all before it allows.
+e1 meets d1, but only if no request joins that lane from now on, and e2 meets d4 for the time being. For d2, d3 and d5
+lanes are preempted, each as late as the work for all deadlines before it allows.
 
-As late as possible, since what is free by itself costs nobody anything, and most lanes are free sooner than they look:
-rows end before their limit. The test is that of the demand up to each deadline (Baruah, Rosier and Howell 1990), the
-latest start that it leaves is earliest-deadline-as-late-as-possible (Chetto and Chetto 1989).
+It is as late as possible because waiting for a lane costs no running request anything, and because most lanes are free
+sooner than expected: rows end before their limit. The test is that of the demand up to each deadline (Baruah, Rosier
+and Howell 1990); the latest start that it leaves is earliest-deadline-as-late-as-possible (Chetto and Chetto 1989).
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
-class Wait(NamedTuple):
-    """One who waits: seconds until it must have a lane, and how long nobody else can be given one then."""
+class Deadline(NamedTuple):
+    """A waiting request's deadline, in seconds."""
 
-    slack: float
-    work: float
+    slack: float  # until the request must have a lane
+    work: float  # for which no other request can be given a lane then
 
 
-def to_take(waits: Sequence[Wait], ends: Sequence[float], most: float) -> int:
-    """How many of the first in `waits` (by slack) must have lanes now, if those of `ends` (sorted) are all there is.
+def count_to_preempt(deadlines: Sequence[Deadline], ends: Sequence[float], most: float) -> int:
+    """How many of the first `deadlines` (sorted by slack) need a preempted lane now.
 
-    As many as `most` seconds of work are for; one at least.
+    `ends` (sorted) is when lanes are free by themselves. The answer is limited to `most` seconds of work, or one lane.
     """
-    take, now, work = 0, 1, 0.0
-    for count, wait in enumerate(waits, 1):
-        work += wait.work
+    needed, affordable, work = 0, 1, 0.0
+    for count, deadline in enumerate(deadlines, 1):
+        work += deadline.work
         if work <= most:
-            now = count
-        if wait.slack <= work:
-            take = max(take, count - bisect_right(ends, wait.slack))
-    return min(take, now)
+            affordable = count
+        if deadline.slack <= work:
+            needed = max(needed, count - bisect_right(ends, deadline.slack))
+    return min(needed, affordable)
 
 
-def to_drain(waits: Sequence[Wait], ends: Sequence[float], grace: float) -> list[int]:
-    """Which of `ends` (sorted), by index, just meet the deadline of somebody in `waits` (by slack).
+def lanes_to_drain(deadlines: Sequence[Deadline], ends: Sequence[float], grace: float) -> list[int]:
+    """The indices in `ends` (sorted) of lanes that meet one of `deadlines` (by slack) with less than `grace` to spare.
 
-    Everyone gets the latest that is left, so that all others may be joined for longer.
+    Each deadline is given the latest end that meets it, so that all other lanes can be joined for longer.
     """
     left, drain = list(range(len(ends))), []
-    for wait in waits:
-        index = bisect_right(left, wait.slack, key=ends.__getitem__) - 1
+    for deadline in deadlines:
+        index = bisect_right(left, deadline.slack, key=ends.__getitem__) - 1
         if index >= 0:
             end = left.pop(index)
-            if wait.slack - ends[end] < grace:
+            if deadline.slack - ends[end] < grace:
                 drain.append(end)
     return drain

@@ -1,19 +1,19 @@
-"""Whether planning a step while another still runs pays at this load: found out by doing both. Knows no clock.
+"""Whether planning a step while another one runs pays at this load: measured by trying both. Knows no clock.
 
-What an early plan hides, the host's part of a step, takes cores from the runner where there are few: then the step
-becomes longer by more than was hidden. Neither the model nor the machine tells beforehand, so blocks of steps are
-waited for and overlapped in turn, and the sum of what pairs of them say is the evidence:
+An early plan hides the host's part of a step, but where cores are few it takes cores from the runner, and the step may
+become longer by more than was hidden. Neither the model nor the machine tells in advance. So blocks of steps are
+planned late (after the last step's end) and early in turn, and the results of pairs of blocks add up to the evidence:
 
-    +1  --------------x ........................x.x   it overlaps, and makes one more pair after a long rest
+    +1  --------------x ........................x.x   plans early, and tries one more pair after a long pause
                    x                             x
      0  .......x.x....... pairs, one after another
          x.x.x
-    -1  -------------------------------------------   it waits, likewise
+    -1  -------------------------------------------   plans late, likewise
 
-Where the runner computes all the time while it is waited for, there is nothing to hide and no pair is begun.
+Where the runner computes all the time in a late block there is nothing to hide, and no pair is begun.
 
-A pair says which of its blocks took less time for a row. Each step's time is seen against what is typical of steps
-with about so many tokens of prompts in them: a block in which more requests arrived is not a slower one.
+A pair compares the time per row of its two blocks. Each step's time is taken relative to what is typical of steps with
+about as many prompt tokens, so that a block in which more requests arrived does not count as a slower one.
 """
 
 from __future__ import annotations
@@ -21,129 +21,127 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import log, log2
 
-LEAST_GAIN = 0.05  # less is not worth it: who arrives waits up to one step more for an early plan
-FIRST = -0.5  # the evidence at first: waiting costs nothing that a window of one would not
+LEAST_GAIN = 0.05  # a request that arrives after an early plan waits up to one step more: less gain is not worth it
 MOST_GAIN = 0.25  # that one pair may show: more is an accident
-SETTLING, COUNTED = 3, 12  # steps of a block: the first ones still show the block before
-FIRST_REST, REST = 250, 2000  # steps between pairs when it is clear: at first, when much warms up, and at last
+FIRST_EVIDENCE = -0.5  # planning late costs nothing that a window of one would not
+SETTLING_STEPS = 3  # at the beginning of a block, not counted: they still show the block before
+COUNTED_STEPS = 12
+FIRST_PAUSE, LONGEST_PAUSE = 250, 2000  # steps between pairs once the evidence is clear: short while much warms up
 OUTLIER = 3.0  # times what is typical: more counts as that
-LOOK_BACK = 64  # steps that make it typical
-SMOOTH = 8  # steps that make a load
-CLEAR_OF = 0.75  # of a doubling: so far the load moves before it is another one
+TYPICAL_STEPS = 64  # of the moving average of a step's time
+LOAD_STEPS = 8  # of the moving average of the rows
+LOAD_MARGIN = 0.75  # of a doubling: if the rows move by more, it is another load
 
 
 @dataclass
-class _Typical:
-    """The usual seconds of a row in a kind of step."""
+class _TypicalTime:
+    """The usual seconds of a row in one kind of step."""
 
     seconds: float = 0.0
     steps: int = 0
 
     def learn(self, seconds: float) -> float:
-        """Takes one in; returns it, or what counts for it."""
+        """Adds a step's time; returns it, reduced if it is an outlier."""
         kept = min(seconds, OUTLIER * self.seconds) if self.steps else seconds
-        self.steps = min(self.steps + 1, LOOK_BACK)
+        self.steps = min(self.steps + 1, TYPICAL_STEPS)
         self.seconds += (kept - self.seconds) / self.steps
         return kept
 
 
 @dataclass
 class _Load:
-    """What is known at about so many rows. `evidence` is from -1 to 1, `rest` steps until the next pair of blocks."""
+    """What is known at about one number of rows."""
 
-    evidence: float = FIRST
-    rest: int = 0
-    next_rest: int = FIRST_REST
-    typical: dict[int, _Typical] = field(default_factory=dict)  # by the logarithm of the tokens of prompts
+    evidence: float = FIRST_EVIDENCE  # from -1 to 1
+    pause: int = 0  # steps until the next pair of blocks
+    next_pause: int = FIRST_PAUSE
+    typical: dict[int, _TypicalTime] = field(default_factory=dict)  # by the logarithm of the prompt tokens
 
 
 @dataclass
 class _Block:
-    """Steps in a row that were all waited for, or all planned early where they could be. All in seconds."""
+    """Consecutive steps that were all planned late, or all planned early where they could be. Times in seconds."""
 
     early: bool
     steps: int = 0
     typical: float = 0.0
-    kept: float = 0.0
-    whole: float = 0.0
+    measured: float = 0.0  # with outliers reduced
+    period: float = 0.0
     computed: float = 0.0
 
     @property
     def speed(self) -> float:
-        """Of what is typical."""
-        return self.typical / self.kept
+        """Relative to what is typical."""
+        return self.typical / self.measured
 
     @property
     def hideable(self) -> float:
-        """The share of the time in which the runner computed nothing: where it was waited for, all there is to win."""
-        return 1 - self.computed / self.whole
+        """The share of the time in which the runner computed nothing: of a late block, the most that can be gained."""
+        return 1 - self.computed / self.period
 
 
 @dataclass
 class OverlapTuner:
-    """Is told of every step that ended while there was work, and says whether the next is to be planned early."""
+    """Decides whether the next step is planned early, from the times of the steps before."""
 
     _loads: dict[int, _Load] = field(default_factory=dict)
-    _rows: float = 0.0
-    _load: int = 0  # the logarithm of the rows, about
+    _rows: float = 0.0  # a moving average
+    _load: int = 0  # the logarithm of the rows, rounded
     _block: _Block = field(default_factory=lambda: _Block(early=False))
-    _before: _Block | None = None  # the first of the pair
+    _first_of_pair: _Block | None = None
 
     @property
     def pays(self) -> bool:
-        """Whether a step is to be planned while another runs; for now, where it is not clear."""
+        """Whether a step is to be planned while another runs; within a pair, what its present block tries."""
         known = self._known
-        return known.evidence > 0 if known.rest else self._block.early
+        return known.evidence > 0 if known.pause else self._block.early
 
-    def took(self, rows: int, prompt: int, period: float, computed: float) -> None:
-        """A step of so many rows and tokens of prompts ended `period` seconds after the one before it.
-
-        The runner computed for `computed` seconds.
-        """
-        self._note(rows)
-        typical = self._known.typical.setdefault(prompt.bit_length(), _Typical())
+    def step_took(self, rows: int, prompt_tokens: int, period: float, computed: float) -> None:
+        """A step ended `period` seconds after the one before it; the runner computed for `computed` of them."""
+        self._track_load(rows)
+        typical = self._known.typical.setdefault(prompt_tokens.bit_length(), _TypicalTime())
         kept = typical.learn(period / rows)
-        if self._known.rest:
-            self._known.rest -= 1
+        if self._known.pause:
+            self._known.pause -= 1
             return
         block = self._block
         block.steps += 1
-        if block.steps > SETTLING:
+        if block.steps > SETTLING_STEPS:
             block.typical += rows * typical.seconds
-            block.kept += rows * kept
-            block.whole += period
+            block.measured += rows * kept
+            block.period += period
             block.computed += computed
-        if block.steps == SETTLING + COUNTED:
-            self._judge(block)
+        if block.steps == SETTLING_STEPS + COUNTED_STEPS:
+            self._end_block(block)
 
     @property
     def _known(self) -> _Load:
         return self._loads.setdefault(self._load, _Load())
 
-    def _note(self, rows: int) -> None:
-        """The load is that of the last steps; another one has its own evidence, and what was begun is dropped."""
-        self._rows += (rows - self._rows) / (SMOOTH if self._rows else 1)
-        if abs(log2(self._rows) - self._load) > CLEAR_OF:
+    def _track_load(self, rows: int) -> None:
+        """Follows the rows of the last steps. Another load has its own evidence, and the pair under way is dropped."""
+        self._rows += (rows - self._rows) / (LOAD_STEPS if self._rows else 1)
+        if abs(log2(self._rows) - self._load) > LOAD_MARGIN:
             self._load = round(log2(self._rows))
-            self._begin(early=False)
+            self._begin_block(early=False)
 
-    def _begin(self, early: bool, before: _Block | None = None) -> None:
-        self._block, self._before = _Block(early), before
+    def _begin_block(self, early: bool, first_of_pair: _Block | None = None) -> None:
+        self._block, self._first_of_pair = _Block(early), first_of_pair
 
-    def _judge(self, block: _Block) -> None:
-        """The end of a block. The order within pairs alternates: waited, early; early, waited; and so on."""
+    def _end_block(self, block: _Block) -> None:
+        """Judges a pair at its end. The order within pairs alternates: late, early; early, late; and so on."""
         if not block.early and block.hideable < LEAST_GAIN:
-            self._begin(early=False)  # what could be won is too little to try for, until it is more
-        elif self._before is None:
-            self._begin(not block.early, block)
+            self._begin_block(early=False)  # there is too little to gain
+        elif self._first_of_pair is None:
+            self._begin_block(not block.early, block)
         else:
-            early, waited = (block, self._before) if block.early else (self._before, block)
-            gain = log(early.speed / waited.speed) - LEAST_GAIN
-            self._add(max(-MOST_GAIN, min(MOST_GAIN, gain)))
-            self._begin(block.early)
+            early, late = (block, self._first_of_pair) if block.early else (self._first_of_pair, block)
+            gain = log(early.speed / late.speed) - LEAST_GAIN
+            self._add_evidence(max(-MOST_GAIN, min(MOST_GAIN, gain)))
+            self._begin_block(block.early)
 
-    def _add(self, evidence: float) -> None:
+    def _add_evidence(self, evidence: float) -> None:
         known = self._known
         known.evidence = max(-1.0, min(1.0, known.evidence + evidence))
         if abs(known.evidence) == 1.0:
-            known.rest, known.next_rest = known.next_rest, min(REST, 2 * known.next_rest)
+            known.pause, known.next_pause = known.next_pause, min(LONGEST_PAUSE, 2 * known.next_pause)

@@ -1,11 +1,12 @@
-"""One step: running decodes first, then prefill chunks of running rows, then admissions. Knows nothing of answers.
+"""Plans one step: decodes, then prefill chunks of running rows, then admissions. Knows nothing of a step's results.
 
     budget  |<- decodes: 1 token a row ->|<- chunks of rows in prefill ->|<- chunks of rows just admitted ->|
             0                                                                         max_batched_tokens
                                          |<---- max_prefill_tokens at most, if there are decodes ---->|
 
-Positions advance here, when a chunk is planned; tokens arrive later, so with several steps in flight a row is planned
-on tokens nobody on this side has seen. A row whose limit is reached by samples in flight is not planned further.
+Positions advance here, when a chunk is planned. Sampled tokens arrive later, so with several steps in flight a row is
+planned on tokens that the scheduler does not know yet. A row that reaches its limit with the samples in flight is not
+planned further.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from scheduler.state import Books, Flight
 
 @dataclass(slots=True)
 class _Draft:
-    """A step in the making."""
+    """A step that is being planned."""
 
     flight: Flight
     budget: int
@@ -38,14 +39,14 @@ class _Draft:
         self.flight.parts.append((request, chunk.samples, scored))
         self.flight.starts.append(chunk.start)
         self.budget -= chunk.length
-        request.flights += 1
+        request.steps_in_flight += 1
         request.computed += chunk.length
         request.scored += scored
         request.pending += chunk.samples
 
 
 class Planner:
-    """Makes steps out of the books."""
+    """Plans steps from the scheduler's tables."""
 
     def __init__(
         self,
@@ -62,13 +63,13 @@ class Planner:
         self._isolation = isolation
 
     def plan(self, epoch: int, step: int) -> Step | None:
-        """Step number `step`, entered among the flights; None when there is nothing to do now."""
+        """Step number `step`, which is then in flight; None when there is nothing to do now."""
         books, alone = self._books, self._isolation.is_on
-        if self._isolation.waits:
+        if self._isolation.must_wait:
             return None
-        books.kv.begin(step)
+        books.kv.begin_step(step)
         if not alone:
-            self._admission_order.begin()
+            self._admission_order.begin_step()
         draft = _Draft(Flight(step), books.capacity.max_batched_tokens)
         prefills = self._decode(draft)
         if draft.chunks:
@@ -77,9 +78,9 @@ class Planner:
         for request in prefills:
             if draft.budget > 0:
                 self._prefill(draft, request, [])
-        self._admit(draft, self._isolation.next if alone else self._admission_order.next)
+        self._admit(draft, self._isolation.next_suspect if alone else self._admission_order.next_request)
         if not alone:
-            self._admission_order.end()
+            self._admission_order.end_step()
             self._filling.look_ahead()
         fills = self._filling.take()
         if not draft.chunks and not fills:
@@ -89,7 +90,7 @@ class Planner:
         return Step(epoch=epoch, id=step, fills=fills, lanes=draft.lanes, new_rows=draft.new_rows, chunks=draft.chunks)
 
     def _decode(self, draft: _Draft) -> list[Request]:
-        """One chunk for every decoding row, in order. Returns the rows in prefill."""
+        """Plans a chunk for each decoding row, in order. Returns the rows in prefill."""
         running, page_size = self._books.running.ordered, self._books.capacity.page_size
         prefills: list[Request] = []
         index = 0
@@ -103,7 +104,7 @@ class Planner:
                 if position == len(request.pages) * page_size:
                     pages = self._grow(request, index)
                     if not pages:
-                        continue  # it gave way itself: another stands at this index now, or none
+                        continue  # it was preempted itself: running[index] is the next row, if any
                 chunk = Chunk(
                     row=request.row,
                     generation=request.generation,
@@ -117,22 +118,22 @@ class Planner:
         return prefills
 
     def _grow(self, request: Request, index: int) -> list[int]:
-        """A page for running[index], taken from rows not yet planned if need be; none if it had to give way itself."""
+        """A page for running[index], by preempting rows not yet planned if need be; [] if it is preempted itself."""
         books = self._books
         while not books.kv.free:
             victim = choose_victim(books.running.ordered[index:], books.running.ordered[0])
             self._admission.preempt(victim)
             if victim is request:
                 return []
-        return books.kv.grow(request)
+        return books.kv.append_page(request)
 
     def _prefill(self, draft: _Draft, request: Request, pages: list[int]) -> None:
-        """The next chunk of known tokens; the last one samples. `pages` go along (all of them with the first chunk).
+        """Plans the next chunk of known tokens; the last one samples. `pages` are all of them with the first chunk.
 
-        What is before an activated adapter's invocation is the base's: a chunk ends there.
+        A chunk ends at the invocation of an activated LoRA: the positions before it are the base model's.
 
         to score:     start .. scored            nothing: it was scored before a preemption; the chunk ends there
-                      scored .. prompt_length-1  every position, each telling of the token after it
+                      scored .. prompt_length-1  every position, for the token after it
         """
         known, start = len(request.tokens), request.computed
         end = min(known, start + draft.budget)
@@ -159,12 +160,12 @@ class Planner:
         )
         request.decoding = samples
         draft.add(request, chunk, scored=(end - start - samples) if scores else 0)
-        self._books.kv.computed(request)
+        self._books.kv.chunk_planned(request)
 
-    def _admit(self, draft: _Draft, following: Callable[[], Request | None]) -> None:
-        """Lets requests in while there is budget for their first chunk."""
+    def _admit(self, draft: _Draft, next_request: Callable[[], Request | None]) -> None:
+        """Admits requests while there is budget for their first chunk."""
         books = self._books
-        while draft.budget > 0 and (request := following()) is not None:
+        while draft.budget > 0 and (request := next_request()) is not None:
             if self._admission.admit(request):
                 draft.lanes.append(LanePages(request.lane, books.lane_pages(request.key)))
             draft.new_rows.append(

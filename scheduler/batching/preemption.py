@@ -1,6 +1,6 @@
-"""Who gives way: pure choices, of a row when KV pages run out, of a lane when somebody waited too long for one.
+"""Which row is preempted when KV pages run out, and which lane when a request waited too long for one.
 
-Knows nothing of how a request is taken back, or of clocks.
+Knows nothing of how a request is requeued, or of clocks.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from scheduler.requests.request import Request
 from scheduler.types import LaneKey
 
 Cost = Callable[[Request], float]
-"""What it takes to bring a request back, in tokens to compute again."""
+"""The cost of bringing a request back, in tokens to recompute."""
 
 
-def recompute(request: Request) -> float:
-    """All that was computed for it: the prefix tree may keep some of it, but it is short of pages now."""
+def recompute_cost(request: Request) -> float:
+    """All computed tokens: the radix tree may keep some of their pages, but pages are scarce when this is asked."""
     return request.computed
 
 
-def choose_victim(candidates: Sequence[Request], first: Request, cost: Cost = recompute) -> Request:
-    """The lowest priority, then the cheapest to bring back, then the latest.
+def choose_victim(candidates: Sequence[Request], first: Request, cost: Cost = recompute_cost) -> Request:
+    """The candidate of the lowest priority; among those the cheapest to bring back, then the latest.
 
-    The `first` in order is never chosen while another is there, so it always gets on, and everything ends.
+    `first`, the first request in order, is chosen only when it is alone: so it always advances, and all requests end.
     """
     others = [request for request in candidates if request is not first] or candidates
     return max(others, key=lambda request: (request.priority, -cost(request), request.order))
@@ -31,15 +31,15 @@ def choose_victim(candidates: Sequence[Request], first: Request, cost: Cost = re
 
 @dataclass(slots=True)
 class HeldLane:
-    """A lane that may be taken from its rows. `held`: for how many seconds it has been theirs."""
+    """A lane with running rows."""
 
     key: LaneKey
-    held: float
+    held: float  # seconds since it was acquired
     rows: list[Request] = field(default_factory=list)
 
     @property
-    def decoding(self) -> bool:
-        """Whether each of its rows has sampled since it got its row: taken then, it got on."""
+    def all_decoding(self) -> bool:
+        """Whether each of its rows has sampled a token since it was admitted."""
         return all(request.decoding for request in self.rows)
 
     @property
@@ -48,17 +48,17 @@ class HeldLane:
         return max(request.limit - len(request.tokens) for request in self.rows)
 
 
-def by_end(lanes: Iterable[HeldLane]) -> list[HeldLane]:
-    """By when they are free if nobody joins."""
+def sorted_by_end(lanes: Iterable[HeldLane]) -> list[HeldLane]:
+    """By when they are free if no request joins them."""
     return sorted(lanes, key=lambda lane: (lane.remaining, lane.key))
 
 
-def by_loss(
-    lanes: Iterable[HeldLane], first: Request | None, fair: float = 0.0, cost: Cost = recompute
+def sorted_by_cost(
+    lanes: Iterable[HeldLane], first: Request | None, fair: float = 0.0, cost: Cost = recompute_cost
 ) -> list[HeldLane]:
-    """Which lane is taken from its rows, the best first: the one that is cheapest to bring back.
+    """The order in which lanes are preempted: those that are cheapest to bring back come first.
 
-    Those that were not held for `fair` seconds come after those that were, the lane of the `first` in order is last.
+    Lanes held for less than `fair` seconds come after the others, and the lane of the `first` request in order last.
     """
     return sorted(
         lanes,

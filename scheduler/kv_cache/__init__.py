@@ -1,1 +1,1 @@
-"""KV pages: who refers to them (pages), which tokens they hold (radix), and what a request is given (cache)."""
+"""KV pages: their reference counts (block_pool), the tokens in them (radix_cache), and a request's pages (manager)."""

@@ -1,8 +1,8 @@
-"""The KV page allocator: pages 1..count, each with a number of references. Knows nothing of tokens or of who refers.
+"""The KV page allocator: pages 1..count, each with a reference count. Knows nothing of tokens, rows or the radix tree.
 
-Page 0 is never granted: padding writes there. A page is granted with one reference, shared by more, and free again
-when the last one is released. Reuse needs no waiting for steps in flight: the runner executes steps strictly in order,
-so a page granted again is written by a later step than the last one of its former owner (see scheduler.core).
+Page 0 is never allocated: padding writes there. A page is allocated with one reference, may get more, and is free again
+when the last one is released. A free page can be reused while steps are in flight: the runner executes steps in order,
+so the new owner's first write comes after the former owner's last one (see scheduler.core).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class BlockPool:
-    """Free list and reference counts."""
+    """The free list and the reference counts."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -20,7 +20,7 @@ class BlockPool:
 
     @property
     def free(self) -> int:
-        """How many pages can be granted now."""
+        """How many pages have no reference."""
         return len(self._free)
 
     @property
@@ -28,22 +28,22 @@ class BlockPool:
         """How many pages have a reference."""
         return self.count - len(self._free)
 
-    def grant(self, count: int) -> list[int]:
-        """`count` pages with one reference each; there must be that many."""
+    def allocate(self, count: int) -> list[int]:
+        """`count` pages with one reference each; the caller has checked that so many are free."""
         assert count <= len(self._free), f"{count} pages asked, {len(self._free)} free"
-        granted = [self._free.pop() for _ in range(count)]
-        for page in granted:
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
             self._references[page] = 1
-        return granted
+        return pages
 
     def share(self, pages: Iterable[int]) -> None:
-        """One more reference to pages that have one."""
+        """Adds a reference to pages that have at least one."""
         for page in pages:
             assert self._references[page] > 0, f"page {page} is free and cannot be shared"
             self._references[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """One reference less; the last one frees the page."""
+        """Removes a reference; a page without one is free."""
         for page in pages:
             left = self._references[page] - 1
             assert left >= 0, f"page {page} is released once too often"
@@ -52,12 +52,12 @@ class BlockPool:
                 self._free.append(page)
 
     def audit_sums(self, held: int) -> None:
-        """Proves that there are as many references as `held`, and that every page has one or is free."""
+        """Asserts that there are `held` references in all, and that every page without one is in the free list."""
         assert sum(self._references) == held, f"{sum(self._references)} references, and {held} holders"
         assert self._references.count(0) - 1 == len(self._free), "a page is neither free nor held"
 
     def audit(self, held: Iterable[int]) -> None:
-        """Proves that `held`, every reference anywhere, and the free list account for every page."""
+        """Asserts that the reference counts are those of `held` (one entry per reference), and the rest is free."""
         expected = [0] * (self.count + 1)
         for page in held:
             assert 1 <= page <= self.count, f"page {page} is held and does not exist"

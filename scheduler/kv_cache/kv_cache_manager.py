@@ -1,14 +1,14 @@
-"""The KV cache of the running set: pages for rows, and prefixes that are found again. Knows no queues, lanes or steps.
+"""The KV pages of requests: allocation, and prefixes found in the radix tree. Knows no queues, lanes or steps.
 
     request    tokens  p0 ........................................ p(P-1)
                pages   [shared][shared] | [own][own][own, not full]        shared pages are read, never written
-                       ^ the tree's      ^ from here on it computes: at least the last known token
+                       ^ in the tree    ^ computed by this request: at least the last known token
 
-A page enters the tree as soon as it is full, its tokens are known and the step that writes it is planned; later steps
-may read it, for the runner executes in order, but not that step itself. Rows that compute the same page at the same
-time keep their own: the first is the tree's, and the others enter theirs when they end, as far as theirs are new.
-What is before the invocation of an activated adapter is the base's, and so are the pages that are full there.
-A page in the tree has one reference by the tree and one by every row that reads it; what no row reads is free to go.
+A page is inserted into the tree as soon as it is full, its tokens are known and the step that writes it is planned.
+Later steps may read it, because the runner executes steps in order; that step itself may not. Rows that compute the
+same page at the same time keep their own: the first is inserted, and the others insert what is new when they end.
+Pages that are full before the invocation of an activated LoRA are the base model's.
+A page in the tree has one reference by the tree and one by each row that reads it; without a row it can be evicted.
 """
 
 from __future__ import annotations
@@ -19,149 +19,142 @@ from collections.abc import Iterator, Sequence
 from scheduler.kv_cache.block_pool import BlockPool
 from scheduler.kv_cache.radix_cache import RadixCache, page_keys
 from scheduler.requests.request import Request
-from scheduler.types import BASE_OWNER, Node, Owner, Stem
+from scheduler.types import BASE_OWNER, Namespace, Node, Owner
 
 
 class KvCacheManager:
-    """BlockPool, and the tree over them; `reuse` False: no page outlives its row."""
+    """The block pool and the radix tree over it. With `reuse` False no page outlives its row."""
 
     def __init__(self, pages: int, page_size: int, reuse: bool = True) -> None:
-        self.tree = RadixCache()
+        self.radix_cache = RadixCache()
         self.evictions = 0
         self._reuse = reuse
         self.reset(pages, page_size)
 
     def reset(self, pages: int, page_size: int) -> None:
-        """A new runner: nothing is in any page, and no request holds a node any more."""
-        self.pages = BlockPool(pages)
-        self.tree.clear()
-        self._size = page_size
+        """Starts empty for a new runner. The requests must have forgotten their nodes and pages."""
+        self.block_pool = BlockPool(pages)
+        self.radix_cache.clear()
+        self._page_size = page_size
         self._step = 0
 
     @property
     def free(self) -> int:
-        """How many pages can be granted now."""
-        return self.pages.free + self.tree.idle
+        """How many pages can be allocated, by eviction if need be."""
+        return self.block_pool.free + self.radix_cache.evictable
 
     @property
     def used(self) -> int:
         """How many pages rows hold."""
-        return self.pages.used - self.tree.idle
+        return self.block_pool.used - self.radix_cache.evictable
 
-    # ------------------------------------------------------------------------------------------------- who comes in
+    # -------------------------------------------------------------------------------------------------- allocation
 
-    def begin(self, step: int) -> None:
-        """Step `step` is being planned: what it writes it cannot read."""
+    def begin_step(self, step: int) -> None:
+        """Step `step` is being planned: pages that it writes cannot be shared in it."""
         self._step = step
 
-    def admits(self, request: Request, owner: Owner, reserve: int) -> bool:
-        """Whether a waiting request gets pages for all its tokens now, and `reserve` more are left.
+    def can_allocate(self, request: Request, owner: Owner, reserve: int) -> bool:
+        """Whether a waiting request can have pages for all its tokens, with `reserve` pages left over.
 
-        Not now, either, if this very step computes at least half of what it would have to: the next one shares it.
+        False also if the step being planned computes at least half of what the request lacks: the next step shares it.
         """
-        need = self._needs(request)
-        if need - self._limit(request) + reserve > self.free:
-            return False  # even with the best prefix
+        need = self._pages_for(request)
+        if need - self._most_shared(request) + reserve > self.free:
+            return False  # even with the longest prefix
         node, coming = self._match(request, owner)
-        if coming and 2 * coming * self._size >= len(request.tokens) - self._depth(node) * self._size:
+        if coming and 2 * coming * self._page_size >= len(request.tokens) - _depth(node) * self._page_size:
             return False
-        return need - self._depth(node) + reserve <= self.free - _idle_on(node)
+        return need - _depth(node) + reserve <= self.free - _unheld_on_path(node)
 
-    def admit(self, request: Request, owner: Owner) -> None:
-        """BlockPool for all known tokens, those of its prefix shared; `computed` says how many tokens they hold."""
+    def allocate(self, request: Request, owner: Owner) -> None:
+        """Gives the request pages for all known tokens, its prefix shared, and sets `computed` to the shared tokens."""
         node, _ = self._match(request, owner)
         if self._reuse:
-            request.prefix = node = node or self.tree.top(_trunk(request, owner), request.cache_salt)
-            self.tree.hold(node)
-            if request.invoked_at is not None:
-                request.branch = self.tree.join(owner, request.cache_salt)
+            request.prefix = node = node or self.radix_cache.open_root(_root_owner(request, owner), request.cache_salt)
+            self.radix_cache.hold(node)
+            if request.invocation_start is not None:
+                request.alora = self.radix_cache.hold_alora(owner, request.cache_salt)
         shared = [each.page for each in node.path()] if node is not None else []
-        self.pages.share(shared)
-        request.pages = shared + self._grant(self._needs(request) - len(shared))
-        request.computed = len(shared) * self._size
+        self.block_pool.share(shared)
+        request.pages = shared + self._allocate(self._pages_for(request) - len(shared))
+        request.computed = len(shared) * self._page_size
 
-    def grow(self, request: Request) -> list[int]:
-        """One page more, which must be free."""
-        pages = self._grant(1)
+    def append_page(self, request: Request) -> list[int]:
+        """Gives a running row one more page, which must be free."""
+        pages = self._allocate(1)
         request.pages += pages
         return pages
 
-    # ------------------------------------------------------------------------------------------- what is found again
+    # ------------------------------------------------------------------------------------------------------- reuse
 
-    def computed(self, request: Request) -> None:
-        """The step being planned computes more of a running row: its full pages can be found, by later steps."""
-        self._enter(request, self._step, through=False)
+    def chunk_planned(self, request: Request) -> None:
+        """The step being planned computes more of a running row: later steps can share the pages that it fills."""
+        self._insert(request, self._step, through=False)
 
-    def learnt(self, request: Request) -> None:
-        """A running row's next token is known, so what is before it was computed."""
-        if (len(request.tokens) - 1) % self._size == 0:
-            self._enter(request, 0, through=False)
+    def token_known(self, request: Request) -> None:
+        """A running row's next token is known, so all positions before it are computed."""
+        if (len(request.tokens) - 1) % self._page_size == 0:
+            self._insert(request, 0, through=False)
 
     def release(self, request: Request) -> None:
-        """Takes a row's pages; those that are full and known can be found until they are needed."""
-        node = self._enter(request, 0, through=True)
+        """Takes a row's pages back; full pages with known tokens stay in the tree until they are evicted."""
+        node = self._insert(request, 0, through=True)
         if node is not None:
-            self.pages.release(self.tree.release(node))
-        if request.branch is not None:
-            self.tree.leave(request.branch)
-            request.branch = None
-        self.pages.release(request.pages)
+            self.block_pool.release(self.radix_cache.release(node))
+        if request.alora is not None:
+            self.radix_cache.release_alora(request.alora)
+            request.alora = None
+        self.block_pool.release(request.pages)
         request.pages = []
 
-    def drop(self, revision: str) -> None:
+    def drop_revision(self, revision: str) -> None:
         """No page of this revision, or of a mix with it, is found again."""
-        self.pages.release(self.tree.drop(revision))
+        self.block_pool.release(self.radix_cache.drop_revision(revision))
 
     def audit(self, running: Sequence[Request], at_most: int | None = None) -> None:
-        """Proves every reference to a page, and that a row holds the path of its own pages and tokens.
+        """Asserts every reference to a page, and that a row holds the path of its own pages and tokens.
 
-        With more than `at_most` pages: that the sums are right, and as many nodes of the tree as that, in turn.
+        With more than `at_most` pages: only that the sums are right, and the next `at_most` nodes of the tree.
         """
         held = Counter(request.prefix for request in running if request.prefix is not None)
-        branching = Counter(request.branch for request in running if request.branch is not None)
-        self.tree.audit(held, at_most, branching)
-        if at_most is not None and self.pages.count > at_most:
-            self.pages.audit_sums(sum(len(request.pages) for request in running) + len(self.tree))
+        aloras = Counter(request.alora for request in running if request.alora is not None)
+        self.radix_cache.audit(held, at_most, aloras)
+        if at_most is not None and self.block_pool.count > at_most:
+            self.block_pool.audit_sums(sum(len(request.pages) for request in running) + len(self.radix_cache))
             return
-        self.pages.audit([page for request in running for page in request.pages] + list(self.tree.pages()))
+        in_tree = list(self.radix_cache.pages())
+        self.block_pool.audit([page for request in running for page in request.pages] + in_tree)
         for request in running:
-            assert (request.prefix is not None) == self._reuse, f"request {request.id} holds a path, or none"
-            branches = self._reuse and request.invoked_at is not None
-            assert (request.branch is not None) == branches, f"request {request.id} holds a branch, or none"
-            if request.prefix is not None:
-                self._audit_path(request, request.prefix)
+            self._audit_request(request)
 
     # ----------------------------------------------------------------------------------------------------- private
 
-    def _needs(self, request: Request) -> int:
-        return -(-len(request.tokens) // self._size)
+    def _pages_for(self, request: Request) -> int:
+        return -(-len(request.tokens) // self._page_size)
 
-    def _limit(self, request: Request) -> int:
-        """How many pages it may take from the tree: a token is left to compute, and every one that is to be scored."""
+    def _most_shared(self, request: Request) -> int:
+        """How many pages the request may share: it computes its last token, and every position to be scored."""
         if not self._reuse:
             return 0
         most = len(request.tokens) - 1
-        return (most if request.scored >= request.to_score else min(most, request.scored)) // self._size
-
-    @staticmethod
-    def _depth(node: Node | None) -> int:
-        return node.depth if node is not None else 0
+        return (most if request.scored >= request.to_score else min(most, request.scored)) // self._page_size
 
     def _match(self, request: Request, owner: Owner) -> tuple[Node | None, int]:
-        """The end of its longest prefix (None: no stem), and how many pages more the step being planned computes.
+        """(the last node of its longest prefix, or None; how many further pages the step being planned computes).
 
-        Where it was found before is remembered: a request that waits at the head costs no second walk.
+        The node is kept in `request.prefix`, so that a request at the head of the queue is not walked twice.
         """
-        limit = self._limit(request)
-        node = self._start(request, owner)
+        limit = self._most_shared(request)
+        node = self._match_start(request, owner)
         if node is None:
             return None, 0
         while node.depth > limit:
             assert node.parent is not None
             node = node.parent
         last, coming = node, 0
-        branch = self.tree.branching(owner, request.cache_salt)
-        for key in self._keys(request, branch, node.depth, limit):
+        alora = self.radix_cache.find_alora(owner, request.cache_salt)
+        for key in self._keys(request, alora, node.depth, limit):
             child = node.children.get(key)
             if child is None:
                 break
@@ -173,78 +166,92 @@ class KvCacheManager:
         request.prefix = last
         return last, coming
 
-    def _start(self, request: Request, owner: Owner) -> Node | None:
-        """The last of its nodes that is in the tree still, else the top of its stem."""
+    def _match_start(self, request: Request, owner: Owner) -> Node | None:
+        """The node that was found before, or its first ancestor that is still in the tree; else the root, if any."""
         if not self._reuse:
             return None
         node = request.prefix
         while node is not None and not node.alive:
             node = node.parent
-        trunk = _trunk(request, owner)
-        if node is None or node.stem.dropped or node.stem.owner not in (trunk, owner):
-            return self.tree.find(trunk, request.cache_salt)
+        root_owner = _root_owner(request, owner)
+        if node is None or node.namespace.dropped or node.namespace.owner not in (root_owner, owner):
+            return self.radix_cache.find_root(root_owner, request.cache_salt)
         return node
 
-    def _keys(self, request: Request, branch: Stem | None, begin: int, end: int) -> Iterator[bytes]:
-        """What its pages number `begin` to `end` - 1 are found by; no further than the base's without `branch`."""
-        keys = page_keys(request.tokens, self._size, begin, end)
-        if request.invoked_at is None:
+    def _keys(self, request: Request, alora: Namespace | None, begin: int, end: int) -> Iterator[bytes]:
+        """The keys of its pages number `begin` to `end` - 1; without `alora`, only those before the invocation."""
+        keys = page_keys(request.tokens, self._page_size, begin, end)
+        if request.invocation_start is None:
             yield from keys
             return
-        first, offset = divmod(request.invoked_at, self._size)
+        first, offset = divmod(request.invocation_start, self._page_size)
         for index, key in enumerate(keys, begin):
             if index != first:
                 yield key
-            elif branch is not None:
-                yield branch.key(key, offset)
+            elif alora is not None:
+                yield alora.first_key(key, offset)
             else:
                 return
 
-    def _enter(self, request: Request, step: int, through: bool) -> Node | None:
-        """Walks on from its node over full, known pages. `through` nodes that others entered with pages of theirs."""
+    def _insert(self, request: Request, step: int, through: bool) -> Node | None:
+        """Walks on from its node over its full, known pages and inserts those that are not in the tree.
+
+        At a page that is there already the walk ends, or with `through` goes on below that one.
+        """
         node = request.prefix
-        if node is None or node.stem.dropped:
+        if node is None or node.namespace.dropped:
             return node
-        full = min(request.computed, len(request.tokens)) // self._size
-        branch = None if request.branch is None or request.branch.dropped else request.branch
-        for key in self._keys(request, branch, node.depth, full):
+        full = min(request.computed, len(request.tokens)) // self._page_size
+        alora = None if request.alora is None or request.alora.dropped else request.alora
+        for key in self._keys(request, alora, node.depth, full):
             page = request.pages[node.depth]
             child = node.children.get(key)
             if child is None:
-                self.pages.share([page])
-                begins = node.depth * self._size <= request.acts_from < (node.depth + 1) * self._size
-                node = self.tree.grow(node, key, page, step, branch if begins else None)
+                self.block_pool.share([page])
+                first = node.depth * self._page_size <= request.acts_from < (node.depth + 1) * self._page_size
+                node = self.radix_cache.insert(node, key, page, step, alora if first else None)
             elif through:
-                self.tree.hold(child)
-                self.tree.release(node)
+                self.radix_cache.hold(child)
+                self.radix_cache.release(node)
                 node = child
             else:
                 break
         request.prefix = node
         return node
 
-    def _grant(self, count: int) -> list[int]:
-        while self.pages.free < count:
-            self.pages.release([self.tree.evict()])
+    def _allocate(self, count: int) -> list[int]:
+        while self.block_pool.free < count:
+            self.block_pool.release([self.radix_cache.evict()])
             self.evictions += 1
-        return self.pages.grant(count)
+        return self.block_pool.allocate(count)
 
-    def _audit_path(self, request: Request, prefix: Node) -> None:
+    def _audit_request(self, request: Request) -> None:
+        number, prefix = request.id, request.prefix
+        assert (prefix is not None) == self._reuse, f"request {number} holds a path, or none"
+        activated = self._reuse and request.invocation_start is not None
+        assert (request.alora is not None) == activated, f"request {number} holds an aLoRA's namespace, or none"
+        if prefix is None:
+            return
         path = prefix.path()
-        assert [node.page for node in path] == request.pages[: len(path)], f"request {request.id} holds others' pages"
-        keys = list(self._keys(request, request.branch, 0, len(path)))
-        assert [node.key for node in path] == keys, f"request {request.id} holds another's tokens"
-        assert len(path) * self._size <= request.computed, f"request {request.id} holds what it did not compute"
-        assert prefix.stem.cache_salt == request.cache_salt, f"request {request.id} holds another tenant's pages"
+        pages = [node.page for node in path]
+        assert pages == request.pages[: len(path)], f"request {number} holds the path of other pages"
+        keys = list(self._keys(request, request.alora, 0, len(path)))
+        assert [node.key for node in path] == keys, f"request {number} holds the path of other tokens"
+        assert len(path) * self._page_size <= request.computed, f"request {number} holds pages it did not compute"
+        assert prefix.namespace.cache_salt == request.cache_salt, f"request {number} holds pages of another cache_salt"
 
 
-def _trunk(request: Request, owner: Owner) -> Owner:
-    """Whose its first page is: the base's, where its adapter acts from the invocation on."""
-    return owner if request.invoked_at is None else BASE_OWNER
+def _root_owner(request: Request, owner: Owner) -> Owner:
+    """The owner of its first page: with an activated LoRA the base model."""
+    return owner if request.invocation_start is None else BASE_OWNER
 
 
-def _idle_on(node: Node | None) -> int:
-    """How many nodes of a path nobody holds: they are free no more when it is taken."""
+def _depth(node: Node | None) -> int:
+    return node.depth if node is not None else 0
+
+
+def _unheld_on_path(node: Node | None) -> int:
+    """How many nodes of a path can be evicted now, and no more once the path is held."""
     count = 0
     while node is not None and not node.holds and node.page:
         count, node = count + 1, node.parent

@@ -181,7 +181,7 @@ class Filling:
         size = books.residency.bytes([copy for copy in copies if copy.device is Device.NONE])
         if self._start(copies, at_once):
             if request is not None and not request.done:
-                books.ordering.moved(request, size)
+                books.ordering.on_transfer(request, size)
             return True
         self._stuck = copies, order, at_once, books.residency.version
         return False

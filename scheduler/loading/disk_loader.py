@@ -93,7 +93,7 @@ class Loading:
         if self._make_room(copy, order):
             self._start(copy)
             if wanted is not None and key in self._books.waiting:
-                self._books.ordering.moved(self._books.waiting.head(key), copy.card.bytes)
+                self._books.ordering.on_transfer(self._books.waiting.head(key), copy.card.bytes)
             return True
         books = self._books
         copies = books.copies(key) or [copy]

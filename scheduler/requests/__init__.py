@@ -1,1 +1,1 @@
-"""Requests: the record, the waiting queue, the running rows, and the rules of order among them."""
+"""Requests: the request itself, the waiting queue, the running rows, and the order of requests in both."""

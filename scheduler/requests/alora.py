@@ -1,7 +1,7 @@
-"""Where an activated adapter (2504.12397) begins to act: at the first token of the last invocation in the prompt.
+"""Where an activated LoRA (aLoRA, 2504.12397) begins to act: at the last occurrence of its invocation in the prompt.
 
-    prompt      p0 p1 [i0 i1] p4 p5 [i0 i1] p8        that is PEFT's rule: an earlier invocation is text like any other,
-    computed by base ...............|adapter ...      one that is generated as well, and without any it is the base's
+    prompt      p0 p1 [i0 i1] p4 p5 [i0 i1] p8        PEFT's rule: an earlier invocation is ordinary text, and so is a
+    computed by base ...............|adapter ...      generated one; a prompt without any is computed by the base alone
 
 Knows tokens, and nothing of adapters.
 """
@@ -14,12 +14,12 @@ from collections.abc import Sequence
 WIDTH = array("I").itemsize
 
 
-def invoked_at(prompt: Sequence[int], invocation: Sequence[int]) -> int | None:
-    """The position of the last occurrence's first token; None if there is none. Token ids are of 32 bits."""
+def find_invocation(prompt: Sequence[int], invocation: Sequence[int]) -> int | None:
+    """The position of the first token of the last occurrence, or None. Token ids fit in 32 bits."""
     text, wanted = array("I", prompt).tobytes(), array("I", invocation).tobytes()
     end = len(text)
     while (at := text.rfind(wanted, 0, end)) % WIDTH:
         if at < 0:
             return None
-        end = at + len(wanted) - 1  # it lay across tokens
+        end = at + len(wanted) - 1  # this match does not begin at a token
     return at // WIDTH

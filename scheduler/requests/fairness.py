@@ -1,18 +1,18 @@
-"""FairShares shares: whoever used less goes first. Knows nothing of rows, pages or lanes.
+"""The fair policy: the account that used less goes first. Knows nothing of rows, pages or lanes.
 
-Everyone who asks (a tenant where one is named, else the adapter) has an account of virtual tokens: what was done for
-it, prompt tokens once, generated ones twice, a MiB of adapter moved for one, all over its weight. A request's place is
-its account at its arrival, which then pays in advance; what it really cost is settled when it ends.
+Each tenant (without one: each adapter selection) has an account of virtual tokens: its prompt tokens once, generated
+ones twice, and one per MiB of adapter transferred for it, all divided by its weight. A request's order is its account's
+value on arrival, and the account is then charged for the expected cost; the difference is corrected when it ends.
 
     account of A   |==a1==|==a2==|==a3==|==a4==| ...        A floods: its requests lie far apart and far ahead
-    account of B          .      |=b1=|                     B comes late: its account is lifted to the clock, no credit
-    clock          -------------> as far as everyone would be who asked for all he could get: work done by those there,
-                                  at least the place of the latest that was let in; what waits is served left to right
+    account of B          .      |=b1=|                     B comes late: its account is raised to the clock, no credit
+    clock          -------------> an account that always has requests waiting would be here: the work done, divided by
+                                  the weights present, and at least the order of the latest admitted request
 
-After "Fairness in Serving Large Language Models" (2401.00588: token costs, lift on return) with places fixed on arrival
-as in start-time fair queueing, so that the queue stays sorted and a step looks at its heads only. While two accounts
-have requests waiting, what they got differs by no more than a request of each, and what was mistaken in advance. The
-clock goes on with all work, so whoever waits is at last before all who come.
+After "Fairness in Serving Large Language Models" (2401.00588: token costs, lift on return) with orders fixed on arrival
+as in start-time fair queueing, so that the queue stays sorted and a step only looks at its heads. While two accounts
+have requests waiting, their service differs by at most a request of each, and the errors of the expected costs. The
+clock advances with all work, so each waiting request is at last before all new ones.
 """
 
 from __future__ import annotations
@@ -27,118 +27,122 @@ from scheduler.types import Order
 
 PROMPT_COST = 1.0
 ANSWER_COST = 2.0
-MOVED_COST = 1 / (1 << 20)
-FIRST_GUESS = 256  # tokens of an answer, before any was seen
-NEWEST = 0.2  # weight of the latest answer in the expectation
+TRANSFER_COST = 1 / (1 << 20)
+FIRST_EXPECTED = 256  # generated tokens, before any request of the account ended
+LATEST_WEIGHT = 0.2  # of the latest answer in the moving average
 
-Owner = str | tuple[tuple[int, float], ...]
+AccountName = str | tuple[tuple[int, float], ...]
+"""A tenant's cache_salt, or an adapter selection."""
 
 
 @dataclass(slots=True)
 class _Account:
-    """`used` is where its next request goes, `last` where its latest went.
-
-    `live` counts requests that did not end, `waiting` those of them that were never let in.
-    """
+    """The virtual tokens of one tenant or adapter selection."""
 
     weight: float
-    expected: float
-    used: float = 0.0
-    last: float = 0.0
-    live: int = 0
-    waiting: int = 0
+    expected: float  # generated tokens of a request, a moving average
+    used: float = 0.0  # the order of its next request
+    last: float = 0.0  # the order of its latest request
+    live: int = 0  # requests that have not ended
+    waiting: int = 0  # those of them that were never admitted
 
 
 @dataclass(slots=True)
-class _Ticket:
-    """Whose request it is, what it paid in advance, and whether it was never let in."""
+class _Charge:
+    """What a request's account was charged on arrival."""
 
-    owner: Owner
-    paid: float
-    waits: bool = True
+    account: AccountName
+    tokens: float
+    waiting: bool = True  # never admitted
 
 
 class FairShares(Ordering):
-    """Places by virtual tokens. `weights` by tenant; 1 where none is given."""
+    """Orders by virtual tokens: (-is_suspect, priority, account, arrival). A tenant without a weight has weight 1."""
 
-    length = 3
+    length = 4
 
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
         self._weights = dict(weights or {})
-        self._accounts: dict[Owner, _Account] = {}
-        self._tickets: dict[int, _Ticket] = {}  # by request
-        self._clock = self._present = 0.0  # `_present`: the weights of accounts with live requests
-        self._tidy_at = 1024
+        self._accounts: dict[AccountName, _Account] = {}
+        self._charges: dict[int, _Charge] = {}  # by request
+        self._clock = 0.0
+        self._live_weight = 0.0  # of the accounts with live requests
+        self._prune_at = 1024
 
-    def place(self, message: Generate, arrival: int) -> Order:
-        """(priority, account, arrival); the account pays for what the request is likely to cost."""
-        owner: Owner = message.cache_salt or tuple(message.lora)
-        account = self._account(owner)
-        self._present += 0.0 if account.live else account.weight
-        base = account.used if account.waiting else max(account.used, self._clock)
+    @property
+    def account_count(self) -> int:
+        """How many accounts are kept."""
+        return len(self._accounts)
+
+    def order_on_arrival(self, message: Generate, arrival: int) -> Order:
+        """Charges the account with the request's expected cost."""
+        name: AccountName = message.cache_salt or tuple(message.lora)
+        account = self._account(name)
+        self._live_weight += 0.0 if account.live else account.weight
+        start = account.used if account.waiting else max(account.used, self._clock)
         account.live += 1
         account.waiting += 1
-        account.last = place = max(base, account.last)  # never before an older one of its own
+        account.last = order = max(start, account.last)  # never before an older request of the same account
         answer = min(message.stopping.max_tokens, account.expected)
-        cost = PROMPT_COST * len(message.prompt) + ANSWER_COST * max(answer, len(message.generated))
-        account.used = base + cost / account.weight
-        self._tickets[message.request_id] = _Ticket(owner, cost)
-        return message.priority, place, arrival
+        tokens = PROMPT_COST * len(message.prompt) + ANSWER_COST * max(answer, len(message.generated))
+        account.used = start + tokens / account.weight
+        self._charges[message.request_id] = _Charge(name, tokens)
+        return 0, message.priority, order, arrival
 
-    def unasked(self, arrival: int, priority: int = 0) -> Order:
-        """As if somebody new asked for it."""
-        return priority, self._clock, arrival
+    def order_without_request(self, arrival: int, priority: int = 0) -> Order:
+        """As of a new account."""
+        return 0, priority, self._clock, arrival
 
-    def admitted(self, request: Request) -> None:
-        """The clock goes on."""
-        self._clock = max(self._clock, request.order[1])
-        self._in(self._tickets[request.id])
+    def on_admitted(self, request: Request) -> None:
+        """Advances the clock."""
+        self._clock = max(self._clock, request.order[2])
+        self._mark_admitted(self._charges[request.id])
 
-    def moved(self, request: Request, size: int) -> None:
-        """Whoever waits for bytes pays for them."""
-        account = self._accounts[self._tickets[request.id].owner]
-        account.used += MOVED_COST * size / account.weight
+    def on_transfer(self, request: Request, size: int) -> None:
+        """Charges the account of the request that waits for the bytes."""
+        account = self._accounts[self._charges[request.id].account]
+        account.used += TRANSFER_COST * size / account.weight
 
-    def left(self, request: Request) -> None:
-        """What it really cost is settled: it paid for an expected answer."""
-        ticket = self._tickets.pop(request.id)
-        self._in(ticket)
-        account = self._accounts[ticket.owner]
-        cost = 0.0
+    def on_end(self, request: Request) -> None:
+        """Replaces the expected cost by the real one; a request that was never admitted costs nothing."""
+        charge = self._charges.pop(request.id)
+        self._mark_admitted(charge)
+        account = self._accounts[charge.account]
+        tokens = 0.0
         if request.admitted:
-            cost = PROMPT_COST * request.prompt_length + ANSWER_COST * request.generated
-            account.expected += NEWEST * (request.generated - account.expected)
-        account.used += (cost - ticket.paid) / account.weight
-        self._clock += cost / self._present
+            tokens = PROMPT_COST * request.prompt_length + ANSWER_COST * request.generated
+            account.expected += LATEST_WEIGHT * (request.generated - account.expected)
+        account.used += (tokens - charge.tokens) / account.weight
+        self._clock += tokens / self._live_weight
         account.live -= 1
-        self._present -= 0.0 if account.live else account.weight
-        if not self._tickets:
-            self._accounts.clear()  # an idle server forgets: nobody has to make up for what nobody else wanted
-            self._clock = self._present = 0.0
+        self._live_weight -= 0.0 if account.live else account.weight
+        if not self._charges:
+            self._accounts.clear()  # an idle server forgets: capacity that was free has not to be paid back
+            self._clock = self._live_weight = 0.0
 
-    def _in(self, ticket: _Ticket) -> None:
-        self._accounts[ticket.owner].waiting -= ticket.waits
-        ticket.waits = False
+    def _mark_admitted(self, charge: _Charge) -> None:
+        self._accounts[charge.account].waiting -= charge.waiting
+        charge.waiting = False
 
-    def _account(self, owner: Owner) -> _Account:
-        account = self._accounts.get(owner)
+    def _account(self, name: AccountName) -> _Account:
+        account = self._accounts.get(name)
         if account is None:
-            if len(self._accounts) >= self._tidy_at:
-                self._tidy()
-            weight = self._weights.get(owner, 1.0) if isinstance(owner, str) else 1.0
-            account = self._accounts[owner] = _Account(weight, FIRST_GUESS)
+            if len(self._accounts) >= self._prune_at:
+                self._prune()
+            weight = self._weights.get(name, 1.0) if isinstance(name, str) else 1.0
+            account = self._accounts[name] = _Account(weight, FIRST_EXPECTED)
         return account
 
-    def _tidy(self) -> None:
-        """Accounts behind the clock that nobody uses are like new ones."""
+    def _prune(self) -> None:
+        """Removes accounts behind the clock that have no live request: a new one would be no different."""
         self._accounts = {
-            owner: account
-            for owner, account in self._accounts.items()
+            name: account
+            for name, account in self._accounts.items()
             if account.live or account.used > self._clock or account.last > self._clock
         }
-        self._tidy_at = max(1024, 2 * len(self._accounts))
+        self._prune_at = max(1024, 2 * len(self._accounts))
 
 
-def ordering(policy: str, weights: Mapping[str, float] | None = None) -> Ordering:
-    """The order of a policy: fcfs and priority (which differ at the door only), or fair."""
+def make_ordering(policy: str, weights: Mapping[str, float] | None = None) -> Ordering:
+    """The ordering of a policy. fcfs and priority differ only in what the HTTP server accepts."""
     return FairShares(weights) if policy == "fair" else Ordering()

@@ -1,14 +1,14 @@
-"""Waiting requests, indexed by lane key, so that planning never looks at more than a few heads.
+"""Waiting requests, indexed by lane key, so that planning looks at a few heads only.
 
-    place      its keys wait for                        their heads are compared
-    ACTIVE     a row and pages (their lane is held)     always
+    state      the requests of a key wait for           when their heads are looked at
+    ACTIVE     a row and KV pages (their lane is held)  in each step
     READY      a lane as well                           while a lane is free
-    COLD       rank pages: the head is served first     when filling
-    DISK       an adapter that is to be read               when loading
-    DRAINING   their lane to be free: it takes nobody    when somebody waited long
-    BLOCKED    an adapter that loads or is being filled    never
+    COLD       rank pages, for a fill                   when fills are chosen
+    DISK       an adapter to be loaded                  when loads are chosen
+    DRAINING   their lane to be free: it admits none    when a request has waited for long
+    BLOCKED    an adapter that is loading or filling    never
 
-Knows nothing of adapters' states: who waits where is the caller's word.
+Knows nothing of adapters: the caller sets the states.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from scheduler.types import LaneKey, Order
 
 
 class WaitState(Enum):
-    """What a key's requests wait for."""
+    """What the waiting requests of a key need next."""
 
     ACTIVE = "active"
     DRAINING = "draining"
@@ -35,18 +35,20 @@ class WaitState(Enum):
 
 
 @dataclass(slots=True)
-class _Queue:
-    place: WaitState
+class _KeyQueue:
+    """The waiting requests of one lane key, in order."""
+
+    state: WaitState
     since: float = 0.0
     entries: list[tuple[Order, Request]] = field(default_factory=list)
 
 
 class WaitingQueue:
-    """Sorted queues by key, and sorted keys (by their heads) by place."""
+    """A sorted queue for each key, and for each state the sorted heads of its keys."""
 
     def __init__(self) -> None:
-        self._queues: dict[LaneKey, _Queue] = {}
-        self._heads: dict[WaitState, list[tuple[Order, LaneKey]]] = {place: [] for place in WaitState}
+        self._queues: dict[LaneKey, _KeyQueue] = {}
+        self._heads: dict[WaitState, list[tuple[Order, LaneKey]]] = {state: [] for state in WaitState}
         self._keys_of: dict[int, dict[LaneKey, None]] = {}
         self._count = 0
 
@@ -62,12 +64,12 @@ class WaitingQueue:
         return key in self._queues
 
     def push(self, request: Request) -> None:
-        """Queues the request in its order. A new key begins BLOCKED: the caller places it."""
+        """Inserts the request by its order. A new key is BLOCKED until the caller sets its state."""
         queue = self._queues.get(request.key)
         if queue is None:
-            queue = self._queues[request.key] = _Queue(WaitState.BLOCKED)
-            for adapter_id, _ in request.key:
-                self._keys_of.setdefault(adapter_id, {})[request.key] = None
+            queue = self._queues[request.key] = _KeyQueue(WaitState.BLOCKED)
+            for copy_id, _ in request.key:
+                self._keys_of.setdefault(copy_id, {})[request.key] = None
         else:
             self._unlist(request.key, queue)
         insort(queue.entries, (request.order, request))
@@ -75,7 +77,7 @@ class WaitingQueue:
         self._count += 1
 
     def remove(self, request: Request) -> None:
-        """Takes the request out; its key goes with the last one."""
+        """Removes the request, and with the last one its key."""
         key, queue = request.key, self._queues[request.key]
         self._unlist(key, queue)
         index = bisect_left(queue.entries, request.order, key=_entry_order)
@@ -87,47 +89,51 @@ class WaitingQueue:
         else:
             self._forget(key)
 
-    def set_state(self, key: LaneKey, place: WaitState, now: float = 0.0) -> None:
-        """Says what a key that has requests waits for. Its `since` is when its bytes came to the host."""
+    def set_state(self, key: LaneKey, state: WaitState, now: float = 0.0) -> None:
+        """Sets what a key that has requests waits for."""
         queue = self._queues[key]
-        if queue.place is not place:
-            if queue.place in (WaitState.BLOCKED, WaitState.DISK) and place is WaitState.COLD:
+        if queue.state is not state:
+            if queue.state in (WaitState.BLOCKED, WaitState.DISK) and state is WaitState.COLD:
                 queue.since = now
             self._unlist(key, queue)
-            queue.place = place
+            queue.state = state
             self._list(key, queue)
 
-    def first(self, place: WaitState) -> Request | None:
-        """The request that goes first among all keys of a place."""
-        heads = self._heads[place]
+    def state_of(self, key: LaneKey) -> WaitState:
+        """What a key that has requests waits for."""
+        return self._queues[key].state
+
+    def first(self, state: WaitState) -> Request | None:
+        """The first request among all keys in a state."""
+        heads = self._heads[state]
         return self._queues[heads[0][1]].entries[0][1] if heads else None
 
-    def heads(self, *places: WaitState) -> Iterator[Request]:
-        """The heads of all keys of some places, in order."""
-        for _, key in merge(*(self._heads[place] for place in places)):
+    def heads(self, *states: WaitState) -> Iterator[Request]:
+        """The first request of each key in these states, in order."""
+        for _, key in merge(*(self._heads[state] for state in states)):
             yield self._queues[key].entries[0][1]
 
     def since(self, key: LaneKey) -> float:
-        """Since when a key waits for no more than a lane or rank pages."""
+        """When the key's adapters were first on the host, so that it has waited only for rank pages or a lane since."""
         return self._queues[key].since
 
-    def first_of(self, adapter_id: int) -> Order | None:
-        """The place of the first request whose key names a copy."""
-        keys = self._keys_of.get(adapter_id)
+    def first_order_of(self, copy_id: int) -> Order | None:
+        """The order of the first request that needs an adapter copy."""
+        keys = self._keys_of.get(copy_id)
         if keys is None:
             return None
         return min([self._queues[key].entries[0][0] for key in keys])
 
     def count(self, key: LaneKey) -> int:
-        """How many requests of a key wait."""
+        """How many requests of a key wait; it must have one."""
         return len(self._queues[key].entries)
 
     def head(self, key: LaneKey) -> Request:
-        """The first request of a key that has any."""
+        """The first request of a key; it must have one."""
         return self._queues[key].entries[0][1]
 
     def front(self, key: LaneKey, count: int) -> list[Request]:
-        """The first few requests of a key, in order."""
+        """The first `count` requests of a key, in order; it must have one."""
         return [request for _, request in self._queues[key].entries[:count]]
 
     def requests(self, key: LaneKey) -> list[Request]:
@@ -135,50 +141,46 @@ class WaitingQueue:
         queue = self._queues.get(key)
         return [request for _, request in queue.entries] if queue else []
 
-    def keys_of(self, adapter_id: int) -> list[LaneKey]:
-        """The waiting keys that name an adapter."""
-        return list(self._keys_of.get(adapter_id, ()))
+    def keys_of(self, copy_id: int) -> list[LaneKey]:
+        """The waiting keys that contain an adapter copy."""
+        return list(self._keys_of.get(copy_id, ()))
 
-    def all_keys(self) -> list[LaneKey]:
-        """The keys that have requests."""
+    def lane_keys(self) -> list[LaneKey]:
+        """All keys that have requests."""
         return list(self._queues)
 
-    def state_of(self, key: LaneKey) -> WaitState:
-        """What a key that has requests waits for."""
-        return self._queues[key].place
-
     def audit(self) -> None:
-        """Proves that every queue is sorted and listed at its place, once, under its head."""
+        """Asserts that each queue is sorted, and that each key is listed once, in its state and by its head."""
         listed: dict[LaneKey, WaitState] = {}
-        for place, heads in self._heads.items():
-            assert heads == sorted(heads), f"the {place.value} keys are out of order"
+        for state, heads in self._heads.items():
+            assert heads == sorted(heads), f"the {state.value} keys are out of order"
             for order, key in heads:
                 assert key not in listed, f"key {key} is listed twice"
-                listed[key] = place
-                assert self._queues[key].entries[0][0] == order, f"key {key} is listed under another head"
-        assert listed == {key: queue.place for key, queue in self._queues.items()}, "keys and places disagree"
-        assert self._count == sum(len(queue.entries) for queue in self._queues.values()), "the count is off"
+                listed[key] = state
+                assert self._queues[key].entries[0][0] == order, f"key {key} is listed by another head"
+        assert listed == {key: queue.state for key, queue in self._queues.items()}, "keys are listed in other states"
+        assert self._count == sum(len(queue.entries) for queue in self._queues.values()), "the count is wrong"
         for key, queue in self._queues.items():
             orders = [order for order, _ in queue.entries]
             assert orders == sorted(set(orders)), f"the queue of {key} is out of order"
-            assert all(key in self._keys_of[adapter_id] for adapter_id, _ in key), f"key {key} is not indexed"
+            assert all(key in self._keys_of[copy_id] for copy_id, _ in key), f"key {key} is not indexed"
 
-    def _list(self, key: LaneKey, queue: _Queue) -> None:
-        insort(self._heads[queue.place], (queue.entries[0][0], key))
+    def _list(self, key: LaneKey, queue: _KeyQueue) -> None:
+        insort(self._heads[queue.state], (queue.entries[0][0], key))
 
-    def _unlist(self, key: LaneKey, queue: _Queue) -> None:
-        heads = self._heads[queue.place]
+    def _unlist(self, key: LaneKey, queue: _KeyQueue) -> None:
+        heads = self._heads[queue.state]
         index = bisect_left(heads, (queue.entries[0][0], key))
         assert heads[index][1] == key, f"key {key} is not listed"
         del heads[index]
 
     def _forget(self, key: LaneKey) -> None:
         del self._queues[key]
-        for adapter_id, _ in key:
-            keys = self._keys_of[adapter_id]
+        for copy_id, _ in key:
+            keys = self._keys_of[copy_id]
             del keys[key]
             if not keys:
-                del self._keys_of[adapter_id]
+                del self._keys_of[copy_id]
 
 
 def _entry_order(entry: tuple[Order, Request]) -> Order:

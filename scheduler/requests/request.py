@@ -1,4 +1,4 @@
-"""A request as the scheduler sees it: numbers and tokens. Knows nothing of queues, pages or adapters' states.
+"""A request as the scheduler sees it: numbers and tokens. Knows nothing of queues, pages or the state of adapters.
 
 A request's tokens:
 
@@ -11,53 +11,41 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from engine.messages import Generate, LogprobIds, Sampling, Stopping
-from scheduler.types import LaneKey, Node, Order, Stem
+from scheduler.types import LaneKey, Namespace, Node, Order
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One request from arrival to its end; `row` >= 0 while it runs.
-
-    `lora` is what it asked for, by adapter; `key` is the same by copy, and may change while it waits: two adapters may
-    turn out to be one. `limit` is the length (prompt and generated) at which it ends. `flights` counts the steps in
-    flight that name it,
-    `pending` those of them that sample. `decoding`: the runner's row holds its own last sample as the next input.
-    `queued_at` is when it last came to the queue.
-    `prefix` is the last node of its path in the prefix tree: held while it runs, else where it was found last.
-    `cached` is how many prompt tokens were found there when it first ran, until that was told.
-    `invoked_at` is the position from which its activated adapter acts, `branch` whose pages begin there while it runs;
-    None: no such adapter, as far as is known.
-    `scored` counts prompt positions whose log-probability was asked for, `prompt_scores` holds those that came.
-    """
+    """One request from arrival to its end. It runs while `row` >= 0."""
 
     id: int
-    key: LaneKey
-    order: Order
+    key: LaneKey  # `lora` by adapter copy; changes while it waits when two adapters turn out to be one copy
+    order: Order  # its sort key in the queue and among the rows
     prompt_length: int
-    tokens: list[int]
+    tokens: list[int]  # prompt and known generated tokens
     sampling: Sampling
     stopping: Stopping
     cache_salt: str = ""
-    priority: int = 0
-    queued_at: float = 0.0
-    lora: list[tuple[int, float]] = field(default_factory=list)
-    limit: int = 0
+    priority: int = 0  # lower goes first
+    queued_at: float = 0.0  # when it was last put into the queue, in seconds
+    lora: list[tuple[int, float]] = field(default_factory=list)  # (adapter id, scale), as the client asked
+    limit: int = 0  # the length of prompt and answer at which it ends
     row: int = -1
-    generation: int = 0
+    generation: int = 0  # of its row
     lane: int = 0
-    pages: list[int] = field(default_factory=list)
-    prefix: Node | None = None
-    invoked_at: int | None = None
-    branch: Stem | None = None
-    cached: int = 0
-    computed: int = 0
-    pending: int = 0
-    flights: int = 0
-    decoding: bool = False
+    pages: list[int] = field(default_factory=list)  # KV pages of its row, shared ones first
+    prefix: Node | None = None  # the last node of its path in the radix tree: held while it runs, else found last
+    invocation_start: int | None = None  # the position from which its activated LoRA acts; None: it has none
+    alora: Namespace | None = None  # the KV pages of its activated LoRA, held while it runs
+    cached: int = 0  # prompt tokens found in the radix tree when it first ran, until they are reported
+    computed: int = 0  # positions that were planned into a step
+    pending: int = 0  # samples of steps in flight
+    steps_in_flight: int = 0  # those that contain a chunk of it
+    decoding: bool = False  # the runner's row holds its own last sample as the next input
     done: bool = False
-    admitted: bool = False
-    scored: int = 0
-    prompt_scores: list[LogprobIds] = field(default_factory=list)
+    admitted: bool = False  # it has had a row
+    scored: int = 0  # prompt positions whose log-probability was planned
+    prompt_scores: list[LogprobIds] = field(default_factory=list)  # the log-probabilities that came
     scores_sent: bool = False
 
     @property
@@ -66,14 +54,19 @@ class Request:
         return len(self.tokens) - self.prompt_length
 
     @property
-    def names(self) -> set[int]:
-        """The adapters that it names; none is the base."""
+    def adapter_ids(self) -> set[int]:
+        """The adapters of its selection, without the base model."""
         return {adapter_id for adapter_id, _ in self.lora if adapter_id}
 
     @property
+    def is_suspect(self) -> bool:
+        """Whether it goes before all other requests because it may have ended a runner; see batching.isolation."""
+        return self.order[0] < 0
+
+    @property
     def acts_from(self) -> int:
-        """The position from which its lane applies; before, it is the base's request."""
-        return self.invoked_at or 0
+        """The position from which its lane applies; positions before it are the base model's."""
+        return self.invocation_start or 0
 
     @property
     def to_score(self) -> int:
@@ -86,27 +79,27 @@ class Request:
         s = self.sampling
         return s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
 
-    def take_scores(self) -> list[LogprobIds] | None:
-        """The prompt's log-probabilities, once, when they were asked for and are complete."""
+    def pop_scores(self) -> list[LogprobIds] | None:
+        """The prompt's log-probabilities, returned once, when they were asked for and are complete."""
         asked = self.sampling.prompt_logprobs >= 0 and not self.scores_sent
         if not asked or len(self.prompt_scores) < self.to_score:
             return None
         self.scores_sent = True
         return self.prompt_scores
 
-    def take_cached(self) -> int:
-        """How many prompt tokens did not have to be computed for it, once."""
+    def pop_cached(self) -> int:
+        """How many prompt tokens were found in the radix tree, returned once."""
         cached, self.cached = self.cached, 0
         return cached
 
-    def rewind(self) -> None:
-        """Everything is to be computed again, in another row; the tokens stay."""
+    def reset_progress(self) -> None:
+        """Everything is computed again, in another row; the tokens stay."""
         self.row, self.lane, self.computed, self.decoding = -1, 0, 0, False
 
-    def lose_flights(self) -> None:
-        """The steps in flight will never answer: what they were to bring is asked for again. Their KV is lost."""
-        self.prefix = self.branch = None
-        self.flights = self.pending = 0
+    def lose_steps_in_flight(self) -> None:
+        """The steps in flight are never answered: their samples and scores are planned again, and the KV is lost."""
+        self.prefix = self.alora = None
+        self.steps_in_flight = self.pending = 0
         self.scored = len(self.prompt_scores)
 
 

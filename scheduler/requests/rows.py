@@ -1,7 +1,7 @@
-"""The running set: which request holds which row, in order. Knows nothing of pages, lanes or steps.
+"""The running requests and their rows in the runner's tables. Knows nothing of pages, lanes or steps.
 
-Rows are numbered 0..count-1. A row's generation increases at every reuse, so that a late word about its former tenant
-cannot be taken for its own.
+Rows are numbered 0..count-1. A row's generation increases at each reuse, so that a late answer for its former request
+is not taken for the present one's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def _order(request: Request) -> Order:
 
 
 class RunningRows:
-    """Rows and the requests in them, sorted by order."""
+    """Rows and the requests in them, sorted by order. `generations` are those that a former runner's rows reached."""
 
     def __init__(self, rows: int, generations: list[int] | None = None) -> None:
         self.rows = rows
@@ -35,24 +35,24 @@ class RunningRows:
         return len(self._free)
 
     def add(self, request: Request) -> None:
-        """Gives the request a row and a new generation of it."""
+        """Gives the request a row, in a new generation."""
         row = self._free.pop()
         self.generations[row] += 1
         request.row, request.generation = row, self.generations[row]
         insort(self.ordered, request, key=_order)
 
     def remove(self, request: Request) -> None:
-        """Empties the request's row."""
+        """Frees the request's row."""
         index = bisect_left(self.ordered, request.order, key=_order)
         assert self.ordered[index] is request, f"request {request.id} does not run"
         del self.ordered[index]
         self._free.append(request.row)
 
     def audit(self) -> None:
-        """Proves that every row is free or held by one request, and that the order is kept."""
+        """Asserts that each row is free or held by one request, and that the requests are sorted."""
         rows = [request.row for request in self.ordered]
         assert sorted(rows + self._free) == list(range(self.rows)), f"rows {rows} and free {self._free}"
         orders = [request.order for request in self.ordered]
-        assert orders == sorted(set(orders)), "the running set is out of order"
+        assert orders == sorted(set(orders)), "the running rows are out of order"
         for request in self.ordered:
             assert request.generation == self.generations[request.row], f"row {request.row} has another generation"

@@ -1,11 +1,11 @@
-"""Since when requests are passed by younger ones. Knows nothing of lanes, pages or why they are passed.
+"""How long waiting requests have been passed by later ones. Knows nothing of lanes, pages or why they are passed.
 
     order       1  2  3  4  5  6  7  8  9 ...
-    admitted    x     x        x                  2, 4 and 5 were passed when 6 went; 7 was not
+    admitted    x     x        x                  when 6 was admitted, 2, 4 and 5 had been passed; 7 had not
                                ^ the frontier
 
-Whoever could not go though there was room for him (the frontier is put past him) was passed as well, by nobody. Only
-the times at which the frontier moved are kept: thousands may wait, and what is asked is about a few of them.
+A request that was not admitted although there was a row and memory for it counts as passed too: the frontier is moved
+behind it. Only the times at which the frontier moved are kept: thousands may wait, and few of them are asked about.
 """
 
 from __future__ import annotations
@@ -14,40 +14,44 @@ from bisect import bisect_right
 
 from scheduler.types import Order
 
-LONGEST = 4096  # moves that are kept; beyond them neighbours are merged, and the later one's time is forgotten
+MAX_MOVES = 4096  # moves that are kept; beyond that neighbours are merged, and the later one's time is forgotten
 
 
 class StarvationTracker:
-    """The frontier, and when it got where."""
+    """The frontier, and the times at which it moved."""
 
     def __init__(self) -> None:
         self._orders: list[Order] = []
         self._times: list[float] = []
 
-    def passed(self, order: Order, now: float) -> None:
-        """Everyone before `order` who still waits was passed, now at the latest."""
+    def __len__(self) -> int:
+        """How many moves of the frontier are kept."""
+        return len(self._orders)
+
+    def mark_passed(self, order: Order, now: float) -> None:
+        """Each request before `order` that still waits was passed, now at the latest."""
         if self._orders and order <= self._orders[-1]:
             return
         if self._times and self._times[-1] == now:
             self._orders[-1] = order
             return
-        if len(self._orders) == LONGEST:
-            del self._orders[::2], self._times[1::2]  # a move counts from its earlier neighbour's time: never too late
+        if len(self._orders) == MAX_MOVES:
+            del self._orders[::2], self._times[1::2]  # a move takes the time of its earlier neighbour: never too late
         self._orders.append(order)
         self._times.append(now)
 
     @property
     def frontier(self) -> Order | None:
-        """Everyone before it was passed."""
+        """Each request before it was passed."""
         return self._orders[-1] if self._orders else None
 
-    def since(self, order: Order) -> float | None:
-        """When the one at `order` was passed for the first time; None if nobody did."""
+    def passed_since(self, order: Order) -> float | None:
+        """When the request at `order` was first passed; None if it was not."""
         index = bisect_right(self._orders, order)
         return self._times[index] if index < len(self._times) else None
 
-    def settle(self, first: Order | None) -> None:
-        """Nobody before `first` waits any more: what is known of them can go. None: nobody waits."""
+    def forget_before(self, first: Order | None) -> None:
+        """Forgets moves before `first`, the first waiting request; None: no request waits."""
         gone = len(self._orders) if first is None else bisect_right(self._orders, first)
         if gone:
             del self._orders[:gone], self._times[:gone]

@@ -1,4 +1,4 @@
-"""When a request ends, and how long it may become. Knows nothing of text: stop strings are the tokenizer's."""
+"""When a request ends, and how long it may become. Knows nothing of text: stop strings are the tokenizer process's."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from scheduler.requests.request import Request
 MAX_TOKEN = (1 << 31) - 1
 
 
-def fit(request: Request, capacity: Capacity) -> str | None:
-    """Sets the length at which the request ends; the reason if not even one token after the prompt would fit.
+def fit_to_capacity(request: Request, capacity: Capacity) -> str | None:
+    """Sets the length at which the request ends. Returns the error if no token fits after the prompt.
 
     The last token is sampled but never computed, so it needs no page.
     """
@@ -28,7 +28,7 @@ def fit(request: Request, capacity: Capacity) -> str | None:
 
 
 def finish_of(request: Request) -> tuple[FinishReason, int | None] | None:
-    """(why, the end id that matched) if the last known generated token ends the request, else None."""
+    """(finish reason, the end id that matched) if the last known generated token ends the request, else None."""
     count = request.generated
     if count == 0:
         return None

@@ -263,7 +263,7 @@ def test_stats_tell_of_both_sides() -> None:
         (lambda b, r: r.pages.pop(), "references"),
         (lambda b, r: b.requests.clear(), "1: 1} requests"),
         (lambda b, r: b.waiting.push(r), "runs and waits"),
-        (lambda b, r: setattr(r, "flights", 2), "flights"),
+        (lambda b, r: setattr(r, "steps_in_flight", 2), "steps in flight"),
         (lambda b, r: setattr(r, "pending", 0), "pending"),
         (lambda b, r: setattr(r, "computed", 30), "room"),
         (lambda b, r: setattr(r, "lane", 2), "lane"),

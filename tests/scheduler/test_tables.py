@@ -17,7 +17,7 @@ def _request(arrival: int, priority: int = 0) -> Request:
     return Request(arrival, BASE, (priority, arrival), 1, [1], Sampling(), Stopping(1), priority=priority)
 
 
-def test_a_row_gets_a_new_generation_at_every_reuse() -> None:
+def test_row_gets_a_new_generation_at_each_reuse() -> None:
     running = RunningRows(1)
     first, second = _request(1), _request(2)
     running.add(first)
@@ -27,7 +27,7 @@ def test_a_row_gets_a_new_generation_at_every_reuse() -> None:
     assert RunningRows(2, running.generations).generations == [2, 0]
 
 
-def test_the_running_set_is_in_order_and_audited() -> None:
+def test_running_rows_are_sorted_and_audited() -> None:
     running = RunningRows(3)
     late, urgent, early = _request(5), _request(9, priority=-1), _request(3)
     for request in (late, urgent, early):
@@ -39,11 +39,11 @@ def test_the_running_set_is_in_order_and_audited() -> None:
         running.audit()
 
 
-def test_the_victim_is_the_least_urgent_then_the_cheapest_then_the_latest() -> None:
+def test_victim_is_least_urgent_then_cheapest_then_latest() -> None:
     one, two, three, four = _request(1, priority=1), _request(2), _request(3), _request(4)
     one.computed, two.computed, three.computed, four.computed = 900, 5, 20, 20
     assert choose_victim([two, three, four, one], first=two) is one
-    assert choose_victim([two, three, four], first=two) is four, "the first in order is cheaper, and stays"
+    assert choose_victim([two, three, four], first=two) is four, "the first in order is cheaper, and is spared"
     four.computed = 21
     assert choose_victim([two, three, four], first=two) is three
     assert choose_victim([two, three, four], first=_request(0)) is two
@@ -65,14 +65,14 @@ def test_lanes_are_shared_by_key_and_freed_with_the_last_row() -> None:
 
 
 @pytest.mark.parametrize("rows", [[], [(((1, 1.0),), 2)], [(((1, 1.0),), 1)] * 2, [(BASE, 1), (((1, 1.0),), 1)]])
-def test_the_lane_audit_sees_what_is_wrong(rows: list[tuple[LaneKey, int]]) -> None:
+def test_lane_audit_finds_wrong_rows(rows: list[tuple[LaneKey, int]]) -> None:
     lanes = Lanes(2)
     lanes.acquire(((1, 1.0),))
     with pytest.raises(AssertionError):
         lanes.audit(rows)
 
 
-def test_rank_pages_cool_until_the_last_step_that_named_them() -> None:
+def test_rank_pages_cool_until_their_last_step_is_done() -> None:
     pool = RankPages({"qkv": 2, "o": 1})
     pages = pool.grant({"qkv": 2, "o": 0})
     assert (sorted(pages["qkv"]), "o" in pages) == ([0, 1], False)
@@ -89,7 +89,7 @@ def test_rank_pages_cool_until_the_last_step_that_named_them() -> None:
     assert pool.used() == {"qkv": 0, "o": 0}
 
 
-def test_the_rank_page_audit_sees_a_leak() -> None:
+def test_rank_page_audit_finds_a_leak() -> None:
     pool = RankPages({"qkv": 2})
     pool.grant({"qkv": 1})
     with pytest.raises(AssertionError, match="rank pages of qkv"):

@@ -1,6 +1,6 @@
-"""The admission order through the core: who is passed, for how long, and which lane makes way.
+"""scheduler.batching.admission_order through the core: how long requests are passed, and which lane is preempted.
 
-Time is a number here.
+The clock is a number that each step advances.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _host(adapter_id: int) -> AdapterState:
     return AdapterState(adapter_id=adapter_id, state="host", revision="r", footprint=Footprint({"qkv": 1}))
 
 
-class Clock:
+class TimedCore:
     """A core and a runner that takes STEP seconds for a step."""
 
     def __init__(self, max_wait: float = 2.0, lanes: int = 1, window: int = 1, **changes: Any) -> None:
@@ -29,29 +29,33 @@ class Clock:
         self.core = Scheduler(capacity_of(max_loras=lanes, **numbers), Bounds(lanes, lora_max_wait=max_wait), window)
         self.core.take()
         self.now = 0.0
-        self.flights: list[Step] = []
+        self.steps: list[Step] = []
         self.updates: list[Update] = []
+        self.open: set[int] = set()
 
-    def adapters(self, count: int) -> Clock:
+    def adapters(self, count: int) -> TimedCore:
         for number in range(1, count + 1):
             add_adapter(self.core, number)
         return self
 
     def ask(self, request_id: int, adapter: int, **fields: Any) -> None:
+        self.open.add(request_id)
         self.core.handle(generate(request_id, lora=[(adapter, 1.0)] if adapter else [], **fields), self.now)
         self.core.check()
 
     def step(self) -> None:
-        """Plans what may be planned, and lets the oldest step end."""
+        """Plans all steps that the window allows, and ends the oldest one."""
         while (step := self.core.plan(self.now)) is not None:
             self.core.check()
-            self.flights.append(step)
+            self.steps.append(step)
         self.now += STEP
-        if self.flights:
-            step = self.flights.pop(0)
+        if self.steps:
+            step = self.steps.pop(0)
             tokens = [50] * sum(chunk.samples for chunk in step.chunks)
             sent = self.core.handle(StepDone(epoch=0, id=step.id, tokens=tokens, seconds=STEP), self.now)
-            self.updates += [u for message in sent if isinstance(message, Progress) for u in message.updates]
+            updates = [u for message in sent if isinstance(message, Progress) for u in message.updates]
+            self.updates += updates
+            self.open -= {update.request_id for update in updates if update.finish is not None}
             self.core.check()
             for fill in step.fills:
                 self.core.handle(AdapterState(adapter_id=fill.adapter_id, state="resident", seconds=1e-4), self.now)
@@ -60,14 +64,15 @@ class Clock:
         return any(update.request_id == request_id for update in self.updates)
 
     def running(self) -> set[int]:
-        return {request.id for request in self.core._books.running.ordered}
+        """The requests that were sent, have not ended and do not wait."""
+        return {request_id for request_id in self.open if self.core.why(request_id) is None}
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("lanes", [1, 3])
-def test_endless_arrivals_of_running_lanes_starve_nobody(lanes: int, window: int) -> None:
-    """Each step brings a request for every lane that runs, so no lane is ever free by itself."""
-    clock = Clock(lanes=lanes, window=window, rows=64, kv_pages=256).adapters(4)
+def test_endless_arrivals_for_running_lanes_starve_no_request(lanes: int, window: int) -> None:
+    """Each step brings a request for each running lane, so no lane is ever free by itself."""
+    clock = TimedCore(lanes=lanes, window=window, rows=64, kv_pages=256).adapters(4)
     request_id = 0
     for _ in range(8):
         for adapter in range(1, lanes + 1):
@@ -81,28 +86,28 @@ def test_endless_arrivals_of_running_lanes_starve_nobody(lanes: int, window: int
             request_id += 1
             clock.ask(request_id, adapter, max_tokens=6)
         clock.step()
-        assert clock.now - asked < 10, "it starves"
+        assert clock.now - asked < 10, "request 1000 starves"
     assert clock.now - asked <= 2.0 + (window + 1) * STEP
-    assert clock.core.stats().lane_preemptions == 0, "most of the bound was enough to drain a lane"
+    assert clock.core.stats().lane_preemptions == 0, "there was time to drain a lane"
 
 
-def test_a_lane_may_be_joined_until_it_just_meets_a_deadline() -> None:
-    clock = Clock().adapters(2)
+def test_lane_can_be_joined_until_it_barely_meets_a_deadline() -> None:
+    clock = TimedCore().adapters(2)
     clock.ask(1, 1, max_tokens=10)
     clock.step()
     clock.ask(2, 2)
     clock.ask(3, 1, max_tokens=9)
     clock.step()
-    assert clock.running() == {1, 3}, "3 passes 2"
+    assert clock.running() == {1, 3}, "request 3 passes 2"
     while clock.now < 0.75:
         clock.step()
     clock.ask(4, 1, max_tokens=7)
     clock.step()
-    assert clock.running() == {1, 3, 4}, "with 4 the lane is free in time"
+    assert clock.running() == {1, 3, 4}, "with request 4 the lane is still free in time"
     clock.ask(5, 1, max_tokens=7)
     clock.ask(6, 0)
     clock.step()
-    assert clock.running() == {1, 3, 4, 6}, "with 5 it would not be; the base needs no lane"
+    assert clock.running() == {1, 3, 4, 6}, "with request 5 it would not be; 6 needs no lane"
     assert clock.core.why(5) == "lanes"
     while 2 not in clock.running():
         clock.step()
@@ -110,27 +115,27 @@ def test_a_lane_may_be_joined_until_it_just_meets_a_deadline() -> None:
     assert clock.core.stats().lane_preemptions == 0
 
 
-def test_rows_of_a_taken_lane_go_behind_whoever_was_passed() -> None:
-    """1 comes back after 2 and 3, which came later but waited for longer; 2 before 4, which came during its turn."""
-    clock = Clock(lanes=1, rows=2).adapters(4)
+def test_preempted_rows_go_behind_all_passed_requests() -> None:
+    """Request 1 runs again after 2 and 3, which came later but waited longer; 2 before 4, which came while 2 ran."""
+    clock = TimedCore(lanes=1, rows=2).adapters(4)
     clock.ask(1, 1, max_tokens=50)
     clock.step()
     clock.ask(2, 2, max_tokens=50)
     clock.ask(3, 3, max_tokens=50)
-    turns = [1]
-    while 4 not in turns:
+    ran = [1]
+    while 4 not in ran:
         clock.step()
         (running,) = clock.running()
-        if running != turns[-1]:
-            turns.append(running)
-            if len(turns) == 2:
+        if running != ran[-1]:
+            ran.append(running)
+            if len(ran) == 2:
                 clock.ask(4, 4, max_tokens=50)
-        assert clock.now < 10, f"only {turns} had a turn"
-    assert turns == [1, 2, 3, 1, 2, 4]
+        assert clock.now < 10, f"only {ran} ran"
+    assert ran == [1, 2, 3, 1, 2, 4]
 
 
-def test_a_lane_that_does_not_drain_is_taken_and_its_row_comes_back() -> None:
-    clock = Clock(lanes=2).adapters(3)
+def test_preempted_lane_resumes_within_the_bound() -> None:
+    clock = TimedCore(lanes=2).adapters(3)
     clock.ask(1, 1, max_tokens=60)
     clock.ask(2, 2, max_tokens=60)
     clock.step()
@@ -138,30 +143,30 @@ def test_a_lane_that_does_not_drain_is_taken_and_its_row_comes_back() -> None:
     while 3 not in clock.running():
         clock.step()
     assert 1.0 < clock.now <= STEP + 2.0 + STEP
-    assert clock.running() == {1, 3}, "the first in order stays"
+    assert clock.running() == {1, 3}, "the first request in order is spared"
     assert clock.core.stats().lane_preemptions == 1
     while 2 not in clock.running():
         clock.step()
-    assert clock.now <= 4.0 + 3 * STEP, "now 2 is passed, by nobody longer than the bound"
+    assert clock.now <= 4.0 + 3 * STEP, "2 is passed now, for no longer than the bound"
     while clock.running():
         clock.step()
     counts = {i: [u.index for u in clock.updates if u.request_id == i] for i in (1, 2, 3)}
     assert counts == {1: list(range(60)), 2: list(range(60)), 3: list(range(30))}, "no token is lost or repeated"
 
 
-def test_the_cheapest_lane_to_bring_back_is_taken() -> None:
-    clock = Clock(lanes=4, rank_pages={"qkv": 6}).adapters(5)
+def test_preempted_lane_is_the_cheapest_to_recompute() -> None:
+    clock = TimedCore(lanes=4, rank_pages={"qkv": 6}).adapters(5)
     for number, prompt in ((1, 1), (2, 20), (3, 3), (4, 10)):
         clock.ask(number, number, prompt=prompt, max_tokens=60)
     clock.step()
     clock.ask(5, 5)
     while 5 not in clock.running():
         clock.step()
-    assert clock.running() == {1, 2, 4, 5}, "1 is cheaper, but first in order"
+    assert clock.running() == {1, 2, 4, 5}, "1 is cheaper, but it is the first in order"
 
 
-def test_rank_pages_make_way_like_lanes() -> None:
-    clock = Clock(lanes=3, rank_pages={"qkv": 3}, max_lane_pages=3)
+def test_rank_pages_are_preempted_like_lanes() -> None:
+    clock = TimedCore(lanes=3, rank_pages={"qkv": 3}, max_lane_pages=3)
     for number, pages in ((1, 1), (2, 1), (3, 2)):
         add_adapter(clock.core, number, pages=pages)
     clock.ask(1, 1, max_tokens=60)
@@ -177,8 +182,8 @@ def test_rank_pages_make_way_like_lanes() -> None:
     assert clock.core.stats().lane_preemptions == 2, "both rows of the lane"
 
 
-def test_who_waits_for_a_row_is_not_late() -> None:
-    clock = Clock(lanes=2, rows=1).adapters(2)
+def test_request_that_waits_for_a_row_has_no_deadline() -> None:
+    clock = TimedCore(lanes=2, rows=1).adapters(2)
     clock.ask(1, 1, max_tokens=50)
     clock.step()
     clock.ask(2, 2)
@@ -188,9 +193,9 @@ def test_who_waits_for_a_row_is_not_late() -> None:
     assert clock.core.stats().preemptions == 0
 
 
-def test_the_wait_counts_from_when_the_adapter_came() -> None:
-    """Time on disk is not a wait for a lane."""
-    clock = Clock().adapters(1)
+def test_wait_for_a_lane_does_not_count_the_load() -> None:
+    """The time until the adapter is on the host is not a wait for a lane."""
+    clock = TimedCore().adapters(1)
     clock.ask(1, 1, max_tokens=60)
     clock.step()
     clock.core.handle(LoadAdapter(adapter_id=2, path="p"), clock.now)

@@ -1,4 +1,4 @@
-"""Requests and adapters that end their runner, in seeded workloads: they alone fail, the others get every token."""
+"""Requests and adapters that end the runner, in seeded workloads: only they fail, and all others get every token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scheduler.core import Scheduler
 
 
 class Poisoned(Simulation):
-    """`poison`: position, by request, whose computation ends the runner; `fills`: adapters whose fill does."""
+    """A runner ends at the `poison` position of a request, or while it fills one of the adapters `fills`."""
 
     def __init__(self, world: World, poison: dict[int, int], fills: Set[int] = frozenset(), own: bool = True) -> None:
         self.poison, self.fills, self.own = poison, fills, own
@@ -42,7 +42,7 @@ class Poisoned(Simulation):
 
     def _die(self) -> None:
         self.deaths += 1
-        assert self.deaths <= 16, "the supervisor gives up"
+        assert self.deaths <= 16, "the supervisor would have given up"
         self.dead.append(self.runner)
         self.runner = FakeRunner(self.capacity, self.library, self.runner.epoch + 1, max_host=self.world.max_loaded)
         self._send(RunnerReady(epoch=self.runner.epoch, capacity=self.capacity, after_fault=self.own))
@@ -61,14 +61,14 @@ class Poisoned(Simulation):
 
 
 def _computed(client: Client, position: int) -> bool:
-    """Whether a request, run to its end, computes a position."""
+    """Whether a request that ran to its end computed a position."""
     return position < len(client.message.prompt) + len(client.tokens) - 1
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(6))
-def test_two_poisons_fail_alone(seed: int, window: int) -> None:
-    """In the prompt or among the tokens, with aborts, kills and adapters that come and go."""
+def test_two_poison_requests_fail_alone(seed: int, window: int) -> None:
+    """One ends the runner in its prompt, one at a generated token, with aborts, kills, loads and unloads."""
     faults = {"abort_rate": 0.1, "reset_rate": 0.02, "churn_rate": 0.05} if seed % 2 else {}
     tier: dict[str, Any] = {"max_loaded": 3} if seed % 3 == 2 else {}
     world = World(900 + seed, window, requests=40, adapters=6, kv_pages=30, rows=8, prompt=12, **faults, **tier)
@@ -81,20 +81,20 @@ def test_two_poisons_fail_alone(seed: int, window: int) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
-def test_a_poison_costs_two_deaths(window: int) -> None:
+def test_poison_request_costs_two_faults(window: int) -> None:
     sim = Poisoned(World(950, window, requests=30, adapters=4, kv_pages=60, rows=8), {9: 0}).run()
     assert (sim.deaths, sim.failed) == (2, {9})
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
-def test_one_that_is_killed_for_it_costs_five(window: int) -> None:
+def test_poison_request_costs_five_kills(window: int) -> None:
     sim = Poisoned(World(951, window, requests=30, adapters=4, kv_pages=60, rows=8), {9: 0}, own=False).run()
     assert (sim.deaths, sim.failed) == (5, {9})
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(4))
-def test_an_adapter_that_ends_runners_is_set_aside(seed: int, window: int) -> None:
+def test_poison_adapter_is_set_aside(seed: int, window: int) -> None:
     world = World(960 + seed, window, requests=40, adapters=5, kv_pages=60, rows=8, mix_rate=0.0)
     sim = Poisoned(world, {}, {1}).run()
     assert not sim.failed
@@ -102,7 +102,7 @@ def test_an_adapter_that_ends_runners_is_set_aside(seed: int, window: int) -> No
     assert any(client.error == ASIDE for client in sim.clients.values()) or sim.states[1].error == ASIDE
 
 
-def _crowd(window: int = 1) -> tuple[Scheduler, list[Step]]:
+def _core_with_steps(window: int = 1) -> tuple[Scheduler, list[Step]]:
     core = new_core(window)
     for number in (1, 2):
         core.handle(generate(number, max_tokens=9), 0.0)
@@ -116,8 +116,8 @@ def _die(core: Scheduler, epoch: int, own: bool = True) -> list[Any]:
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
-def test_suspects_are_let_through_one_at_a_time(window: int) -> None:
-    core, _ = _crowd(window)
+def test_suspects_run_one_at_a_time(window: int) -> None:
+    core, _ = _core_with_steps(window)
     assert _die(core, 1) == []
     core.handle(generate(3, max_tokens=9), 0.0)
     seen: list[list[int]] = []
@@ -134,11 +134,11 @@ def test_suspects_are_let_through_one_at_a_time(window: int) -> None:
     assert alone[0] == [1]
     assert [2] in alone
     assert [3] not in seen[: seen.index([2])]
-    assert any(len(ids) == 3 for ids in seen), "then everyone goes on together"
+    assert any(len(ids) == 3 for ids in seen), "then all requests run together"
 
 
-def test_the_error_has_a_code_and_the_tokens_so_far_stay() -> None:
-    core, (step,) = _crowd()
+def test_error_has_a_code_and_follows_the_tokens_so_far() -> None:
+    core, (step,) = _core_with_steps()
     done(core, step)
     assert plan_of(core)
     _die(core, 1)
@@ -147,8 +147,8 @@ def test_the_error_has_a_code_and_the_tokens_so_far_stay() -> None:
     assert (update.request_id, update.index, update.error, update.code) == (1, 1, ENDED, POISON)
 
 
-def test_a_suspect_that_is_aborted_holds_nobody_up() -> None:
-    core, _ = _crowd()
+def test_aborted_suspect_lets_the_next_one_run() -> None:
+    core, _ = _core_with_steps()
     _die(core, 1)
     step = plan_of(core)
     core.handle(Abort(0, 1), 0.0)
@@ -158,17 +158,17 @@ def test_a_suspect_that_is_aborted_holds_nobody_up() -> None:
     assert [request.id for request, _, _ in core._books.flights[0].parts] == [2]
 
 
-def test_a_scheduler_that_takes_over_knows_nothing_and_finds_out_again() -> None:
-    core, _ = _crowd()
+def test_new_scheduler_finds_the_poison_request_again() -> None:
+    core, _ = _core_with_steps()
     _die(core, 1)
-    core, _ = _crowd()  # its clients' requests come again
+    core, _ = _core_with_steps()  # the tokenizer process submits the requests again
     assert _die(core, 1) == []
     plan_of(core)
     (update,) = _die(core, 2)
     assert update.error == ENDED
 
 
-def test_a_fill_of_a_suspect_is_alone_in_its_step() -> None:
+def test_fill_for_a_suspect_is_alone_in_its_step() -> None:
     sim = Poisoned(World(970, 2, requests=30, adapters=4, kv_pages=60, rows=8), {9: 0, 12: 1})
     alone: list[list[Fill]] = []
     accept = FakeRunner.accept

@@ -1,4 +1,4 @@
-"""scheduler.batching.overlap_tuner: on made-up machines, what it settles on, when, and what it costs to find out."""
+"""scheduler.batching.overlap_tuner on simulated machines: what it decides, when, and what the trials cost."""
 
 from __future__ import annotations
 
@@ -7,161 +7,169 @@ from collections.abc import Callable
 
 import pytest
 
-from scheduler.batching.overlap_tuner import COUNTED, FIRST_REST, LEAST_GAIN, MOST_GAIN, REST, SETTLING, OverlapTuner
+from scheduler.batching.overlap_tuner import (
+    COUNTED_STEPS,
+    FIRST_PAUSE,
+    LEAST_GAIN,
+    LONGEST_PAUSE,
+    MOST_GAIN,
+    SETTLING_STEPS,
+    OverlapTuner,
+)
 
-PAIR = 2 * (SETTLING + COUNTED)
+BLOCK = SETTLING_STEPS + COUNTED_STEPS
+PAIR = 2 * BLOCK
 
 
 class Machine:
-    """Steps of a runner: how long they take, waited for and planned early, and how much each may vary."""
+    """A runner whose steps take `waited` or, planned early, `early` seconds, with some noise."""
 
     def __init__(self, waited: float, early: float, computed: float, noise: float = 0.0, seed: int = 0) -> None:
         self.waited, self.early, self.computed = waited, early, computed
         self._noise, self._random = noise, random.Random(seed)
 
-    def steps(self, overlap: OverlapTuner, count: int, rows: int = 1, prompt: int = 0) -> list[bool]:
-        """Whether each was planned early."""
+    def steps(self, tuner: OverlapTuner, count: int, rows: int = 1, prompt: int = 0) -> list[bool]:
+        """Runs so many steps. Returns whether each was planned early."""
         modes = []
         for _ in range(count):
-            modes.append(overlap.pays)
+            modes.append(tuner.pays)
             period = self.early if modes[-1] else self.waited
             period *= self._random.lognormvariate(0, self._noise)
-            overlap.took(rows, prompt, period, min(period, self.computed))
+            tuner.step_took(rows, prompt, period, min(period, self.computed))
         return modes
 
 
-def settled(modes: list[bool], pays: bool) -> bool:
-    """Whether the other is only tried now and then."""
+def mostly(modes: list[bool], pays: bool) -> bool:
+    """Whether the other mode is only tried now and then."""
     return modes.count(not pays) < 0.1 * len(modes)
 
 
 def costing(noise: float = 0.0, seed: int = 0) -> Machine:
-    """Few cores: what is hidden makes the step longer."""
+    """A machine with few cores: overlapping makes the step longer."""
     return Machine(0.0100, 0.0107, 0.0085, noise, seed)
 
 
 def gaining(noise: float = 0.0, seed: int = 0) -> Machine:
-    """What is hidden is hidden."""
+    """A machine on which overlapping saves all that is hidden."""
     return Machine(0.0022, 0.0018, 0.0018, noise, seed)
 
 
-def test_both_are_tried_before_it_is_clear_and_the_order_alternates() -> None:
-    block = SETTLING + COUNTED
-    modes = costing().steps(OverlapTuner(), 4 * block)
-    assert modes == [False] * block + [True] * 2 * block + [False] * block
+def test_tuner_tries_both_modes_in_alternating_order() -> None:
+    modes = costing().steps(OverlapTuner(), 4 * BLOCK)
+    assert modes == [False] * BLOCK + [True] * 2 * BLOCK + [False] * BLOCK
 
 
 @pytest.mark.parametrize("rows", [1, 30])
 @pytest.mark.parametrize(("make", "pays"), [(costing, False), (gaining, True)])
-def test_it_settles_on_what_is_faster_and_seldom_tries_the_other(
+def test_tuner_keeps_the_faster_mode_and_rarely_tries_the_other(
     make: Callable[[], Machine], pays: bool, rows: int
 ) -> None:
-    overlap, machine = OverlapTuner(), make()
-    machine.steps(overlap, 12 * PAIR, rows)
-    assert settled(machine.steps(overlap, 2 * REST, rows), pays)
-    modes = machine.steps(overlap, 10 * REST, rows)
+    tuner, machine = OverlapTuner(), make()
+    machine.steps(tuner, 12 * PAIR, rows)
+    assert mostly(machine.steps(tuner, 2 * LONGEST_PAUSE, rows), pays)
+    modes = machine.steps(tuner, 10 * LONGEST_PAUSE, rows)
     other = modes.count(not pays)
-    assert 9 * PAIR / 2 <= other <= 11 * PAIR / 2, "one pair of blocks for each rest"
+    assert 9 * PAIR / 2 <= other <= 11 * PAIR / 2, "one pair of blocks after each pause"
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(("make", "pays"), [(costing, False), (gaining, True)])
-def test_steps_that_vary_by_half_do_not_mislead_it(
+def test_tuner_is_not_misled_by_steps_that_vary_by_half(
     make: Callable[[float, int], Machine], pays: bool, seed: int
 ) -> None:
-    overlap, machine = OverlapTuner(), make(0.4, seed)
-    machine.steps(overlap, 60 * PAIR)
-    modes = machine.steps(overlap, 20_000)
+    tuner, machine = OverlapTuner(), make(0.4, seed)
+    machine.steps(tuner, 60 * PAIR)
+    modes = machine.steps(tuner, 20_000)
     assert modes.count(pays) > 0.96 * len(modes)
 
 
-def test_a_gain_too_small_is_left() -> None:
-    overlap, machine = OverlapTuner(), Machine(0.0100, 0.0100 * (1 - LEAST_GAIN / 2), 0.0090)
-    machine.steps(overlap, 50 * PAIR)
-    assert machine.steps(overlap, FIRST_REST) == [False] * FIRST_REST
+def test_tuner_plans_late_where_the_gain_is_small() -> None:
+    tuner, machine = OverlapTuner(), Machine(0.0100, 0.0100 * (1 - LEAST_GAIN / 2), 0.0090)
+    machine.steps(tuner, 50 * PAIR)
+    assert machine.steps(tuner, FIRST_PAUSE) == [False] * FIRST_PAUSE
 
 
-def test_where_nothing_can_be_hidden_nothing_is_tried() -> None:
-    overlap, machine = OverlapTuner(), Machine(0.2, 0.1, 0.2 * (1 - LEAST_GAIN / 2))
-    assert not any(machine.steps(overlap, 3 * REST))
-    machine.computed = 0.1  # from now on something can
-    assert any(machine.steps(overlap, PAIR))
+def test_tuner_tries_nothing_where_nothing_can_be_hidden() -> None:
+    tuner, machine = OverlapTuner(), Machine(0.2, 0.1, 0.2 * (1 - LEAST_GAIN / 2))
+    assert not any(machine.steps(tuner, 3 * LONGEST_PAUSE))
+    machine.computed = 0.1  # from now on half of the step can be hidden
+    assert any(machine.steps(tuner, PAIR))
 
 
-def test_a_machine_that_changes_is_noticed() -> None:
-    overlap = OverlapTuner()
+def test_tuner_notices_a_machine_that_changes() -> None:
+    tuner = OverlapTuner()
     for make, pays in ((gaining, True), (costing, False), (gaining, True)):
-        make().steps(overlap, REST + 30 * PAIR)
-        assert make().steps(overlap, REST).count(pays) >= REST - PAIR / 2
+        make().steps(tuner, LONGEST_PAUSE + 30 * PAIR)
+        assert make().steps(tuner, LONGEST_PAUSE).count(pays) >= LONGEST_PAUSE - PAIR / 2
 
 
-def test_one_pair_that_says_otherwise_is_looked_into_and_does_not_turn_it() -> None:
-    overlap, machine = OverlapTuner(), gaining()
-    while not all(machine.steps(overlap, PAIR)):
+def test_tuner_tries_more_pairs_after_one_that_disagrees() -> None:
+    tuner, machine = OverlapTuner(), gaining()
+    while not all(machine.steps(tuner, PAIR)):
         pass
-    while overlap.pays:
-        machine.steps(overlap, 1)
+    while tuner.pays:
+        machine.steps(tuner, 1)
     stalled = Machine(0.0022, 0.0220, 0.0018)
-    while not overlap.pays:
-        machine.steps(overlap, 1)
-    stalled.steps(overlap, SETTLING + COUNTED)
-    modes = machine.steps(overlap, REST)
-    assert 1 < modes.count(False) / (SETTLING + COUNTED) < 8, "some more pairs"
-    assert settled(modes[-REST // 2 :], pays=True)
+    while not tuner.pays:
+        machine.steps(tuner, 1)
+    stalled.steps(tuner, BLOCK)
+    modes = machine.steps(tuner, LONGEST_PAUSE)
+    assert 1 < modes.count(False) / BLOCK < 8, "some more pairs"
+    assert mostly(modes[-LONGEST_PAUSE // 2 :], pays=True)
 
 
 def test_each_load_has_its_own_evidence() -> None:
-    overlap, few, many = OverlapTuner(), gaining(), costing()
-    few.steps(overlap, 12 * PAIR, rows=1)
-    many.steps(overlap, 16 * PAIR, rows=30)
-    few.steps(overlap, 100, rows=1)
-    assert all(few.steps(overlap, 100, rows=1))
-    many.steps(overlap, 100, rows=30)
-    assert not any(many.steps(overlap, 100, rows=30))
+    tuner, few, many = OverlapTuner(), gaining(), costing()
+    few.steps(tuner, 12 * PAIR, rows=1)
+    many.steps(tuner, 16 * PAIR, rows=30)
+    few.steps(tuner, 100, rows=1)
+    assert all(few.steps(tuner, 100, rows=1))
+    many.steps(tuner, 100, rows=30)
+    assert not any(many.steps(tuner, 100, rows=30))
 
 
-def test_a_load_that_varies_a_little_is_one_load() -> None:
-    overlap, machine = OverlapTuner(), costing()
+def test_load_that_varies_a_little_is_one_load() -> None:
+    tuner, machine = OverlapTuner(), costing()
     for n in range(12 * PAIR):
-        machine.steps(overlap, 1, rows=28 + n * 7 % 9)
-    assert settled([machine.steps(overlap, 1, rows=28 + n * 7 % 9)[0] for n in range(500)], pays=False)
+        machine.steps(tuner, 1, rows=28 + n * 7 % 9)
+    assert mostly([machine.steps(tuner, 1, rows=28 + n * 7 % 9)[0] for n in range(500)], pays=False)
 
 
-def test_emptier_steps_are_slower_ones() -> None:
+def test_emptier_steps_count_as_slower() -> None:
     """Early steps that are shorter by 10%, but bring 28 tokens and not 33, are no gain but a loss."""
-    overlap, modes = OverlapTuner(), []
+    tuner, modes = OverlapTuner(), []
     for _ in range(60 * PAIR):
-        modes.append(overlap.pays)
-        overlap.took(28 if modes[-1] else 33, 0, 0.0090 if modes[-1] else 0.0100, 0.0090)
+        modes.append(tuner.pays)
+        tuner.step_took(28 if modes[-1] else 33, 0, 0.0090 if modes[-1] else 0.0100, 0.0090)
     assert modes.count(True) < 20 * PAIR / 2
 
 
-def test_one_pair_shows_no_more_than_so_much() -> None:
-    overlap, machine = OverlapTuner(), Machine(0.0100, 0.0010, 0.0010)
-    machine.steps(overlap, int(1.5 / MOST_GAIN) * PAIR - SETTLING - COUNTED)
-    assert set(machine.steps(overlap, SETTLING + COUNTED)) == {False}, "the last of what it takes"
-    assert all(machine.steps(overlap, FIRST_REST))
+def test_one_pair_adds_a_limited_amount_of_evidence() -> None:
+    tuner, machine = OverlapTuner(), Machine(0.0100, 0.0010, 0.0010)
+    machine.steps(tuner, int(1.5 / MOST_GAIN) * PAIR - BLOCK)
+    assert set(machine.steps(tuner, BLOCK)) == {False}, "the last block before the evidence is clear"
+    assert all(machine.steps(tuner, FIRST_PAUSE))
 
 
-def test_prompts_are_seen_against_prompts() -> None:
-    """Early blocks with twice as many prompts: longer by far in sum, and yet faster, each kind of step for itself."""
-    overlap, modes = OverlapTuner(), []
+def test_prompt_steps_are_compared_with_prompt_steps() -> None:
+    """Early blocks with twice as many prompts take longer in all, though each kind of step is faster."""
+    tuner, modes = OverlapTuner(), []
     for n in range(60 * PAIR):
-        early = overlap.pays
+        early = tuner.pays
         modes.append(early)
         prompt = 100 if n % (3 if early else 6) == 0 else 0
         period = (0.030 if prompt else 0.010) * (0.8 if early else 1)
-        overlap.took(8, prompt, period, 0.8 * period)
+        tuner.step_took(8, prompt, period, 0.8 * period)
     assert all(modes[-10 * PAIR :])
 
 
-def test_a_stall_is_no_evidence() -> None:
-    """One step of a second within an early block."""
-    overlap, machine = OverlapTuner(), gaining()
-    machine.steps(overlap, 2 * PAIR)
-    while not overlap.pays:
-        machine.steps(overlap, 1)
-    machine.steps(overlap, SETTLING + 2)
-    overlap.took(1, 0, 1.0, 0.9)
-    machine.steps(overlap, 10 * PAIR)
-    assert settled(machine.steps(overlap, REST // 2), pays=True)
+def test_stall_is_no_evidence() -> None:
+    """One step of an early block takes a second."""
+    tuner, machine = OverlapTuner(), gaining()
+    machine.steps(tuner, 2 * PAIR)
+    while not tuner.pays:
+        machine.steps(tuner, 1)
+    machine.steps(tuner, SETTLING_STEPS + 2)
+    tuner.step_took(1, 0, 1.0, 0.9)
+    machine.steps(tuner, 10 * PAIR)
+    assert mostly(machine.steps(tuner, LONGEST_PAUSE // 2), pays=True)

@@ -1,7 +1,7 @@
-"""Pages of the base, of adapters, and of adapters that act from an invocation on, in any order of what can happen.
+"""KV pages of the base model, of LoRAs and of activated LoRAs, under any order of events.
 
-Each slot of a page remembers all tokens up to its own, and who computed it: the base, or an owner as of how many drops.
-Whatever a request is given must be what it would have computed itself.
+Each slot of a page records all tokens up to its own and what computed it: the base, or an owner after so many drops.
+The pages that a request shares must hold what it would have computed itself.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ ONE: Owner = (("r1", 1.0),)
 HALF: Owner = (("r1", 0.5),)
 TWO: Owner = (("r2", 1.0),)
 
-Slot = tuple[tuple[int, ...], str, str]  # tokens, who computed it, tenant
+Slot = tuple[tuple[int, ...], str, str]  # (tokens, what computed it, cache_salt)
 
 
-class Branches(RuleBasedStateMachine):
-    """Few tokens, so that prompts are alike; where an invocation begins is drawn, as generated ones do not count."""
+class AnyOrder(RuleBasedStateMachine):
+    """Prompts of few tokens, so that they share prefixes. Invocation positions are drawn, not found in the prompt."""
 
     @initialize(pages=st.sampled_from([9, 40]))
     def start(self, pages: int) -> None:
         self.kv = KvCacheManager(pages, PAGE)
-        self.running: list[tuple[Request, Owner, int]] = []  # and how often its revision was dropped before
+        self.running: list[tuple[Request, Owner, int]] = []  # and drops of its revision before
         self.drops = {"r1": 0, "r2": 0}
         self.slots: dict[int, list[Slot]] = {}
         self.step = self.last = 0
@@ -49,16 +49,16 @@ class Branches(RuleBasedStateMachine):
             self.last, BASE, (0, self.last), len(tokens), tokens, Sampling(), Stopping(9), cache_salt=cache_salt
         )
         if owner and invoked is not None:
-            request.invoked_at = min(invoked, len(tokens) - 1)
+            request.invocation_start = min(invoked, len(tokens) - 1)
         self.step += 1
-        self.kv.begin(self.step)
-        if not self.kv.admits(request, owner, len(self.running)):
+        self.kv.begin_step(self.step)
+        if not self.kv.can_allocate(request, owner, len(self.running)):
             return
-        self.kv.admit(request, owner)
+        self.kv.allocate(request, owner)
         drops = self.drops[owner[0][0]] if owner else 0
         shared = request.computed // PAGE
         for index, page in enumerate(request.pages[:shared]):
-            assert self.slots[page] == self._slots(request, owner, drops, index), f"page {index} is another's"
+            assert self.slots[page] == self._slots(request, owner, drops, index), f"page {index} holds something else"
         for page in request.pages[shared:]:
             self.slots[page] = []
         self.running.append((request, owner, drops))
@@ -66,10 +66,10 @@ class Branches(RuleBasedStateMachine):
 
     @precondition(lambda self: self.running)
     @rule(which=st.integers(0, 9))
-    def go_on(self, which: int) -> None:
+    def compute_rest(self, which: int) -> None:
         entry = self.running[which % len(self.running)]
         self.step += 1
-        self.kv.begin(self.step)
+        self.kv.begin_step(self.step)
         self._compute(entry, len(entry[0].tokens))
 
     @precondition(lambda self: self.running)
@@ -81,9 +81,9 @@ class Branches(RuleBasedStateMachine):
         ):
             return
         request.tokens.append(token)
-        self.kv.learnt(request)
+        self.kv.token_known(request)
         if request.computed == len(request.pages) * PAGE:
-            self.slots[self.kv.grow(request)[0]] = []
+            self.slots[self.kv.append_page(request)[0]] = []
         request.computed += 1
         self._write(self.running[which % len(self.running)])
         self._audit()
@@ -97,23 +97,23 @@ class Branches(RuleBasedStateMachine):
 
     @rule(revision=st.sampled_from(["r1", "r2"]))
     def drop(self, revision: str) -> None:
-        self.kv.drop(revision)
+        self.kv.drop_revision(revision)
         self.drops[revision] += 1
         self._audit()
 
     def _compute(self, entry: tuple[Request, Owner, int], end: int) -> None:
         request = entry[0]
         request.computed = max(request.computed, end)
-        self.kv.computed(request)
+        self.kv.chunk_planned(request)
         self._write(entry)
         self._audit()
 
     def _write(self, entry: tuple[Request, Owner, int]) -> None:
-        """All that it computed is in its own pages; those that it shares had it."""
+        """Records what was computed in its own pages, and checks that shared pages already hold it."""
         request, owner, drops = entry
         for index, page in enumerate(request.pages):
             held = self._slots(request, owner, drops, index)
-            assert self.slots[page] == held[: len(self.slots[page])], "a page of others is written"
+            assert self.slots[page] == held[: len(self.slots[page])], "a page of another request is overwritten"
             self.slots[page] = held
 
     def _slots(self, request: Request, owner: Owner, drops: int, index: int) -> list[Slot]:
@@ -128,7 +128,7 @@ class Branches(RuleBasedStateMachine):
         self.kv.audit([request for request, _, _ in self.running])
 
     def teardown(self) -> None:
-        """Nothing is held in the end, and everything can be dropped."""
+        """No page is held in the end, and all can be dropped or evicted."""
         if not hasattr(self, "kv"):
             return
         while self.running:
@@ -136,11 +136,12 @@ class Branches(RuleBasedStateMachine):
         assert self.kv.used == 0
         self.drop("r1")
         self.drop("r2")
-        self.kv.pages.release([self.kv.tree.evict() for _ in range(self.kv.tree.idle)])
-        assert (len(self.kv.tree), self.kv.pages.used) == (0, 0)
-        assert not self.kv.tree._tops
-        assert not self.kv.tree._branching
+        tree = self.kv.radix_cache
+        self.kv.block_pool.release([tree.evict() for _ in range(tree.evictable)])
+        assert (len(tree), self.kv.block_pool.used) == (0, 0)
+        names = [(owner, salt) for owner in ((), ONE, HALF, TWO) for salt in ("", "t")]
+        assert not any(tree.find_root(*name) or tree.find_alora(*name) for name in names)
 
 
-TestBranches = Branches.TestCase
-TestBranches.settings = settings(derandomize=True, max_examples=120, stateful_step_count=40, deadline=None)
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(derandomize=True, max_examples=120, stateful_step_count=40, deadline=None)

@@ -1,4 +1,4 @@
-"""scheduler.kv_cache.kv_cache_manager: which pages a request is given, shares and leaves behind."""
+"""scheduler.kv_cache.kv_cache_manager: which pages a request gets, shares and leaves in the tree."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 
 from engine.messages import Sampling, Stopping
 from scheduler.kv_cache.kv_cache_manager import KvCacheManager
+from scheduler.kv_cache.radix_cache import RadixCache
 from scheduler.requests.request import Request
 from scheduler.types import BASE, Owner
 
@@ -15,20 +16,24 @@ OTHER: Owner = (("r1", 0.5),)
 
 
 class Rows:
-    """A cache with its running rows; steps are numbered as they are planned, the books proved after each."""
+    """A manager with its running rows. Steps are numbered as they are planned, and the audit runs after each call."""
 
     def __init__(self, pages: int = 16, reuse: bool = True) -> None:
         self.kv = KvCacheManager(pages, PAGE, reuse)
         self.running: list[Request] = []
         self.step = 0
 
+    @property
+    def tree(self) -> RadixCache:
+        return self.kv.radix_cache
+
     def plan(self) -> None:
         self.step += 1
-        self.kv.begin(self.step)
+        self.kv.begin_step(self.step)
 
     def admit(self, request: Request, owner: Owner = (), reserve: int = 0) -> Request:
-        assert self.kv.admits(request, owner, reserve)
-        self.kv.admit(request, owner)
+        assert self.kv.can_allocate(request, owner, reserve)
+        self.kv.allocate(request, owner)
         request.row = 0
         self.running.append(request)
         self.kv.audit(self.running)
@@ -36,16 +41,16 @@ class Rows:
 
     def compute(self, request: Request, end: int | None = None) -> None:
         request.computed = len(request.tokens) if end is None else end
-        self.kv.computed(request)
+        self.kv.chunk_planned(request)
         self.kv.audit(self.running)
 
     def learn(self, request: Request, *tokens: int) -> None:
         for token in tokens:
             request.tokens.append(token)
-            self.kv.learnt(request)
+            self.kv.token_known(request)
             self.kv.audit(self.running)
             if request.computed == len(request.pages) * PAGE:
-                self.kv.grow(request)
+                self.kv.append_page(request)
             request.computed += 1
 
     def end(self, request: Request) -> None:
@@ -53,10 +58,12 @@ class Rows:
         self.kv.release(request)
         self.kv.audit(self.running)
 
-    def run(self, tokens: list[int], owner: Owner = (), cache_salt: str = "", invoked_at: int | None = None) -> Request:
-        """A request from its admission to its end, alone."""
+    def run(
+        self, tokens: list[int], owner: Owner = (), cache_salt: str = "", invocation_start: int | None = None
+    ) -> Request:
+        """Admits, computes and ends a request, with no other beside it; its `computed` is that of its admission."""
         self.plan()
-        request = self.admit(ask(tokens, cache_salt, invoked_at=invoked_at), owner)
+        request = self.admit(ask(tokens, cache_salt, invocation_start=invocation_start), owner)
         start = request.computed
         self.compute(request)
         self.end(request)
@@ -64,57 +71,59 @@ class Rows:
         return request
 
 
-def ask(tokens: list[int], cache_salt: str = "", scores: bool = False, invoked_at: int | None = None) -> Request:
+def ask(tokens: list[int], cache_salt: str = "", scores: bool = False, invocation_start: int | None = None) -> Request:
     sampling = Sampling(prompt_logprobs=0 if scores else -1)
     request = Request(1, BASE, (0, 1), len(tokens), list(tokens), sampling, Stopping(9), cache_salt=cache_salt)
-    request.invoked_at = invoked_at
+    request.invocation_start = invocation_start
     return request
 
 
 PROMPT = list(range(100, 110))  # two full pages and half of one
 
 
-def test_the_same_again_computes_only_what_is_not_in_full_pages() -> None:
+def test_repeated_prompt_computes_only_what_no_full_page_holds() -> None:
     rows = Rows()
     assert rows.run(PROMPT).computed == 0
-    assert (rows.kv.used, rows.kv.free, len(rows.kv.tree)) == (0, 16, 2)
+    assert (rows.kv.used, rows.kv.free, len(rows.tree)) == (0, 16, 2)
     assert rows.run(PROMPT).computed == 8
     assert rows.run([*PROMPT[:6], 0, 0, 0]).computed == 4
     assert rows.run(PROMPT[1:]).computed == 0
 
 
-def test_a_full_hit_computes_one_token_in_a_page_of_its_own() -> None:
+def test_full_hit_computes_one_token_in_its_own_page() -> None:
     rows = Rows()
     rows.run(PROMPT[:8])
     rows.plan()
     again = rows.admit(ask(PROMPT[:8]))
     shared = [node.page for node in again.prefix.path()] if again.prefix else []
     assert (again.computed, len(shared), len(again.pages)) == (4, 1, 2)
-    assert again.pages[0] in rows.kv.tree.pages()
-    assert again.pages[1] not in rows.kv.tree.pages()
-    rows.compute(again)  # the tree has this page already: the row keeps its own until it ends
-    assert (rows.kv.pages.used, rows.kv.used) == (3, 2)
+    assert again.pages[0] in rows.tree.pages()
+    assert again.pages[1] not in rows.tree.pages()
+    rows.compute(again)  # the tree has this page: the row keeps its own copy until it ends
+    assert (rows.kv.block_pool.used, rows.kv.used) == (3, 2)
     rows.end(again)
-    assert rows.kv.pages.used == 2
+    assert rows.kv.block_pool.used == 2
 
 
 @pytest.mark.parametrize(("owner", "cache_salt"), [((), ""), (OTHER, "t"), (ONE, ""), (ONE, "u")])
-def test_nothing_is_shared_with_another_owner_or_tenant(owner: Owner, cache_salt: str) -> None:
+def test_pages_are_not_shared_across_owners_and_cache_salts(owner: Owner, cache_salt: str) -> None:
     rows = Rows()
     rows.run(PROMPT, ONE, "t")
     assert rows.run(PROMPT, owner, cache_salt).computed == 0
     assert rows.run(PROMPT, ONE, "t").computed == 8
 
 
-def test_pages_are_shared_while_the_first_still_runs_but_not_in_the_step_that_writes_them() -> None:
+def test_running_rows_pages_are_shared_after_the_writing_step() -> None:
     rows = Rows()
     rows.plan()
     first = rows.admit(ask(PROMPT))
     rows.compute(first, end=9)
     second, other = ask([*PROMPT, 7]), ask([*PROMPT, *range(30)])
-    assert not rows.kv.admits(second, (), 0), "most of it is computed by this step: it waits for the next"
+    assert not rows.kv.can_allocate(second, (), 0), (
+        "this step computes most of its prompt, so it waits for the next one"
+    )
     rows.admit(other)
-    assert other.computed == 0, "that would save it too little to wait for"
+    assert other.computed == 0, "waiting would save it too little"
     rows.plan()
     assert rows.admit(second).computed == 8
     assert second.pages[:2] == first.pages[:2]
@@ -122,30 +131,30 @@ def test_pages_are_shared_while_the_first_still_runs_but_not_in_the_step_that_wr
         rows.end(request)
 
 
-def test_generated_tokens_are_found_once_they_are_known() -> None:
+def test_generated_tokens_are_shared_once_they_are_known() -> None:
     rows = Rows()
     rows.plan()
     request = rows.admit(ask(PROMPT))
     rows.compute(request)
     rows.learn(request, 1, 2)
-    assert len(rows.kv.tree) == 2, "the last token of page 2 is known, and computed by a later step"
+    assert len(rows.tree) == 2, "the last token of page 2 is known, but a later step computes it"
     rows.learn(request, 3)
-    assert len(rows.kv.tree) == 3
+    assert len(rows.tree) == 3
     rows.end(request)
     assert rows.run([*PROMPT, 1, 2, 9]).computed == 12
 
 
-def test_tokens_in_flight_are_not_entered() -> None:
+def test_tokens_in_flight_are_not_inserted() -> None:
     rows = Rows()
     rows.plan()
     request = rows.admit(ask(PROMPT))
     rows.compute(request)
     request.computed += 2  # two steps ahead of what is known
     rows.end(request)
-    assert len(rows.kv.tree) == 2
+    assert len(rows.tree) == 2
 
 
-def test_what_is_to_be_scored_is_computed() -> None:
+def test_positions_to_be_scored_are_computed() -> None:
     rows = Rows()
     rows.run(PROMPT)
     rows.plan()
@@ -153,7 +162,7 @@ def test_what_is_to_be_scored_is_computed() -> None:
     rows.admit(scored)
     assert scored.computed == 0
     rows.compute(scored)
-    scored.scored = 6  # then it gives way
+    scored.scored = 6  # then it is preempted
     rows.end(scored)
     rows.plan()
     assert rows.admit(scored).computed == 4
@@ -163,7 +172,7 @@ def test_what_is_to_be_scored_is_computed() -> None:
     assert rows.admit(scored).computed == 8
 
 
-def test_idle_pages_go_when_others_are_needed_the_longest_unused_first() -> None:
+def test_eviction_takes_the_least_recently_used_pages_first() -> None:
     rows = Rows(pages=6)
     rows.run(PROMPT)
     rows.run([*range(8)])
@@ -176,24 +185,24 @@ def test_idle_pages_go_when_others_are_needed_the_longest_unused_first() -> None
     assert rows.run([*range(8)]).computed == 0
 
 
-def test_a_prefix_that_is_taken_is_not_counted_as_free() -> None:
+def test_shared_prefix_does_not_count_as_free() -> None:
     rows = Rows(pages=4)
     rows.run(PROMPT[:8])
     rows.plan()
     assert rows.kv.free == 4
-    assert not rows.kv.admits(ask([*PROMPT[:8], *range(9)]), (), 0), "five pages"
+    assert not rows.kv.can_allocate(ask([*PROMPT[:8], *range(9)]), (), 0), "five pages"
     fits = ask([*PROMPT[:8], *range(8)])
-    assert not rows.kv.admits(fits, (), 1)
+    assert not rows.kv.can_allocate(fits, (), 1)
     rows.admit(fits)
     assert rows.kv.free == 0
 
 
-def test_what_was_found_while_waiting_may_be_gone_when_its_turn_comes() -> None:
+def test_prefix_found_while_waiting_may_be_evicted_meanwhile() -> None:
     rows = Rows(pages=8)
     rows.run([*PROMPT, 1, 2])
     rows.plan()
     waits = ask([*PROMPT, 1, 2, 3, 4, 5])
-    assert rows.kv.admits(waits, (), 0)
+    assert rows.kv.can_allocate(waits, (), 0)
     assert waits.prefix is not None
     assert waits.prefix.depth == 3
     rows.end(rows.admit(ask([50] * 28)))  # evicts two of the three
@@ -201,7 +210,7 @@ def test_what_was_found_while_waiting_may_be_gone_when_its_turn_comes() -> None:
     assert rows.admit(waits).computed == 4
 
 
-def test_rows_that_compute_the_same_side_by_side_keep_their_own_pages() -> None:
+def test_rows_that_compute_the_same_page_keep_their_own() -> None:
     rows = Rows()
     rows.plan()
     first, second = rows.admit(ask(PROMPT)), rows.admit(ask(PROMPT))
@@ -209,96 +218,98 @@ def test_rows_that_compute_the_same_side_by_side_keep_their_own_pages() -> None:
     rows.compute(second)
     assert not set(first.pages) & set(second.pages)
     rows.learn(second, 5, 5, 5)
-    assert len(rows.kv.tree) == 2, "its first two pages are duplicates, so the third has no place yet"
+    assert len(rows.tree) == 2, "its first two pages are duplicates, so its third cannot be inserted yet"
     rows.end(first)
     rows.end(second)
-    assert (rows.kv.pages.used, rows.kv.used, rows.run([*PROMPT, 5, 5, 6]).computed) == (3, 0, 12)
+    assert (rows.kv.block_pool.used, rows.kv.used, rows.run([*PROMPT, 5, 5, 6]).computed) == (3, 0, 12)
 
 
-def test_a_dropped_revision_is_found_no_more_and_its_pages_are_free_when_they_are_released() -> None:
+def test_dropped_revision_is_not_found_and_frees_on_release() -> None:
     rows = Rows()
     rows.run(PROMPT, ONE)
     rows.plan()
     runs = rows.admit(ask([*PROMPT, 1, 2]), OTHER)
     rows.compute(runs)
-    rows.kv.drop("r1")
+    rows.kv.drop_revision("r1")
     rows.kv.audit(rows.running)
-    assert (rows.kv.pages.used, len(rows.kv.tree)) == (3, 3)
+    assert (rows.kv.block_pool.used, len(rows.tree)) == (3, 3)
     rows.learn(runs, 3, 4, 5, 6, 7)
-    assert rows.run(PROMPT, OTHER).computed == 0, "what runs is of the dropped one"
+    assert rows.run(PROMPT, OTHER).computed == 0, "the running row's pages are of the dropped revision"
     rows.end(runs)
-    assert (rows.kv.pages.used, len(rows.kv.tree)) == (2, 2)
+    assert (rows.kv.block_pool.used, len(rows.tree)) == (2, 2)
 
 
-def test_what_was_found_while_waiting_is_of_no_use_when_it_is_dropped() -> None:
+def test_prefix_found_while_waiting_is_dropped_with_its_revision() -> None:
     rows = Rows()
     rows.plan()
     runs = rows.admit(ask(PROMPT), ONE)
     rows.compute(runs)
     rows.plan()
     waits = ask([*PROMPT, 1, 2])
-    assert rows.kv.admits(waits, ONE, 0)
-    rows.kv.drop("r1")
+    assert rows.kv.can_allocate(waits, ONE, 0)
+    rows.kv.drop_revision("r1")
     assert rows.admit(waits, ONE).computed == 0
     again = ask([*PROMPT, 3])
     rows.compute(waits)
     rows.plan()
-    assert rows.kv.admits(again, ONE, 0)
-    assert rows.admit(again, OTHER).computed == 0, "it turned out to be of another owner"
+    assert rows.kv.can_allocate(again, ONE, 0)
+    assert rows.admit(again, OTHER).computed == 0, "its owner changed while it waited"
 
 
 LONG_PROMPT = list(range(100, 118))  # four full pages and half of one
 
 
-@pytest.mark.parametrize("invoked_at", [0, 2, 4, 7, 8, 9, 16])
-def test_what_is_full_before_the_invocation_is_the_bases(invoked_at: int) -> None:
-    shared = invoked_at // PAGE * PAGE
+@pytest.mark.parametrize("invocation_start", [0, 2, 4, 7, 8, 9, 16])
+def test_full_pages_before_the_invocation_are_the_bases(invocation_start: int) -> None:
+    shared = invocation_start // PAGE * PAGE
     for first, second in (((), ONE), (ONE, ()), (ONE, OTHER)):
         rows = Rows()
-        rows.run(LONG_PROMPT, first, invoked_at=invoked_at if first else None)
-        assert rows.run(LONG_PROMPT, second, invoked_at=invoked_at if second else None).computed == shared
+        rows.run(LONG_PROMPT, first, invocation_start=invocation_start if first else None)
+        assert rows.run(LONG_PROMPT, second, invocation_start=invocation_start if second else None).computed == shared
         for owner in (first, second):
-            assert rows.run(LONG_PROMPT, owner, invoked_at=invoked_at if owner else None).computed == 16
-        assert rows.run(LONG_PROMPT, ONE, "t", invoked_at).computed == 0
-        assert len(rows.kv.tree) == 4 + (4 - shared // PAGE) + 4
+            assert rows.run(LONG_PROMPT, owner, invocation_start=invocation_start if owner else None).computed == 16
+        assert rows.run(LONG_PROMPT, ONE, "t", invocation_start).computed == 0
+        assert len(rows.tree) == 4 + (4 - shared // PAGE) + 4
 
 
-def test_the_same_tokens_invoked_elsewhere_are_other_pages() -> None:
-    """What was generated by the one was prompt of the other, so that they begin at different places of one page."""
+def test_alora_pages_differ_by_the_offset_of_the_invocation() -> None:
+    """Tokens generated in one request are prompt tokens in another, so the same tokens have two invocation offsets."""
     rows = Rows()
-    rows.run(LONG_PROMPT, ONE, invoked_at=5)
-    assert rows.run(LONG_PROMPT, ONE, invoked_at=6).computed == 4
-    assert rows.run(LONG_PROMPT, ONE, invoked_at=9).computed == 4
-    assert rows.run(LONG_PROMPT, ONE).computed == 0, "nor does one that acts from the first token on have any of them"
-    assert [rows.run(LONG_PROMPT, ONE, invoked_at=at).computed for at in (5, 6, 9)] == [16, 16, 16]
+    rows.run(LONG_PROMPT, ONE, invocation_start=5)
+    assert rows.run(LONG_PROMPT, ONE, invocation_start=6).computed == 4
+    assert rows.run(LONG_PROMPT, ONE, invocation_start=9).computed == 4
+    assert rows.run(LONG_PROMPT, ONE).computed == 0, "a LoRA that acts from the first token shares none of them"
+    assert [rows.run(LONG_PROMPT, ONE, invocation_start=at).computed for at in (5, 6, 9)] == [16, 16, 16]
 
 
-def test_a_dropped_revision_enters_nothing_after_its_invocation_and_all_that_is_before() -> None:
+def test_dropped_alora_inserts_only_pages_before_its_invocation() -> None:
     rows = Rows(pages=32)
     rows.plan()
-    before, after = (rows.admit(ask([*LONG_PROMPT, tail], invoked_at=9), ONE) for tail in (1, 2))
+    before, after = (rows.admit(ask([*LONG_PROMPT, tail], invocation_start=9), ONE) for tail in (1, 2))
     rows.compute(before, 6)
     rows.compute(after)
-    rows.kv.drop("r1")
+    rows.kv.drop_revision("r1")
     rows.kv.audit(rows.running)
     rows.compute(before)
     rows.learn(after, 3, 4, 5, 6, 7)
-    assert rows.run(LONG_PROMPT, ONE, invoked_at=9).computed == 8
+    assert rows.run(LONG_PROMPT, ONE, invocation_start=9).computed == 8
     rows.end(before)
     rows.end(after)
     assert rows.run(LONG_PROMPT).computed == 8
-    assert rows.run(LONG_PROMPT, ONE, invoked_at=9).computed == 16, "one that came later has pages of its own"
+    assert rows.run(LONG_PROMPT, ONE, invocation_start=9).computed == 16, (
+        "a request that came after the drop has inserted its own pages"
+    )
     assert rows.kv.used == 0
 
 
-def test_without_reuse_no_page_outlives_its_row() -> None:
+def test_pages_do_not_outlive_their_row_without_reuse() -> None:
     rows = Rows(reuse=False)
     for _ in range(2):
         assert rows.run(PROMPT).computed == 0
-        assert rows.kv.pages.used == len(rows.kv.tree) == 0
+        assert rows.kv.block_pool.used == len(rows.tree) == 0
 
 
-def test_a_partial_audit_comes_round_to_every_page() -> None:
+def test_partial_audit_reaches_every_page() -> None:
     rows = Rows(pages=64)
     rows.run([*range(200)])
     rows.plan()
@@ -316,14 +327,14 @@ def test_a_partial_audit_comes_round_to_every_page() -> None:
         rows.kv.audit(rows.running, at_most=5)
 
 
-def test_the_audit_sees_a_row_with_pages_of_others() -> None:
+def test_audit_finds_a_row_with_foreign_pages() -> None:
     rows = Rows()
     rows.plan()
     request = rows.admit(ask(PROMPT))
     rows.compute(request)
     request.tokens[0] = 0
-    with pytest.raises(AssertionError, match="another's tokens"):
+    with pytest.raises(AssertionError, match="other tokens"):
         rows.kv.audit(rows.running)
     request.tokens[0], request.cache_salt = PROMPT[0], "else"
-    with pytest.raises(AssertionError, match="another tenant"):
+    with pytest.raises(AssertionError, match="another cache_salt"):
         rows.kv.audit(rows.running)

@@ -1,7 +1,7 @@
-"""Prefixes that are found again, through the whole core: by hand, and in any order of everything that can happen.
+"""Shared prefixes through the whole core: by hand, and under any order of events.
 
-The fake runner is the oracle: each slot of a page remembers its token, position, lane, tenant and step, so a row that
-reads anything but its own prefix, or a shared page that is written, is seen at once, and a wrong token at the end.
+The fake runner is the oracle: each slot of a page records its token, position, lane, tenant and step, so it fails at
+once when a row reads anything but its own prefix or writes a shared page, and a wrong token shows at the end.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from fixtures.scheduling.by_hand import add_adapter, done, generate, new_core, plan_of
+from fixtures.scheduling.by_hand import add_adapter, capacity_of, done, generate, new_core, plan_of
 from fixtures.scheduling.fake_runner import FakeRunner, Library, oracle
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -38,30 +38,32 @@ from scheduler.state import Bounds
 
 
 def _run(core: Scheduler, message: Generate) -> tuple[int, int]:
-    """(where its first chunk began, cached tokens that were told); then it runs to its end."""
+    """Runs a request to its end. Returns (where its first chunk began, the cached tokens that were reported)."""
     core.handle(message, 0.0)
     step = plan_of(core)
     (chunk,) = step.chunks
     updates = done(core, step)
-    told = [update.cached_tokens for update in updates]
+    reported = [update.cached_tokens for update in updates]
     while core.stats().running:
         updates = done(core, plan_of(core))
-        told += [update.cached_tokens for update in updates]
-    assert told[1:] == [0] * len(told[1:]), "it is told once"
-    return chunk.start, told[0]
+        reported += [update.cached_tokens for update in updates]
+    assert reported[1:] == [0] * len(reported[1:]), "cached tokens are reported once"
+    return chunk.start, reported[0]
 
 
-def test_cached_tokens_are_told_with_the_first_token_and_counted() -> None:
+def test_cached_tokens_are_reported_with_the_first_token() -> None:
     core = new_core(max_batched_tokens=32)
     assert _run(core, generate(1, prompt=10, cache_salt="t")) == (0, 0)
     assert _run(core, generate(2, prompt=10, cache_salt="t")) == (8, 8)
     assert _run(core, generate(3, prompt=9, cache_salt="u")) == (0, 0)
     stats = core.stats()
     assert (stats.cached_tokens, stats.prompt_tokens, stats.kv_pages_used) == (8, 29, 0)
-    assert stats.kv_pages_cached == 2 * 3, "ten of the prompt and three generated tokens; nine and three"
+    assert stats.kv_pages_cached == 2 * 3, (
+        "10 prompt and 3 computed generated tokens have 3 full pages, and so have 9 and 3"
+    )
 
 
-def test_generated_tokens_of_a_replay_are_not_prompt_tokens() -> None:
+def test_replayed_tokens_are_not_reported_as_cached() -> None:
     core = new_core(max_batched_tokens=32)
     _run(core, generate(1, prompt=6, max_tokens=8, cache_salt="t"))  # then 50, 50, ...
     replay = generate(2, prompt=6, max_tokens=8, generated=[50] * 7, cache_salt="t")
@@ -69,7 +71,7 @@ def test_generated_tokens_of_a_replay_are_not_prompt_tokens() -> None:
 
 
 @pytest.mark.parametrize("lora", [[(1, 1.0)], [(1, 0.5)], [(1, 0.5), (2, 0.5)], []])
-def test_each_adapter_scale_and_mix_has_its_own(lora: list[tuple[int, float]]) -> None:
+def test_adapters_scales_and_mixes_share_no_pages(lora: list[tuple[int, float]]) -> None:
     core = new_core(max_batched_tokens=32)
     add_adapter(core, 1)
     add_adapter(core, 2)
@@ -79,8 +81,8 @@ def test_each_adapter_scale_and_mix_has_its_own(lora: list[tuple[int, float]]) -
     assert _run(core, generate(3, prompt=9, lora=lora[::-1], cache_salt="t")) == (8, 8)
 
 
-def _activate(core: Scheduler, adapter_id: int, invocation: list[int]) -> None:
-    """Loaded and resident, and acting from these tokens on."""
+def _load_alora(core: Scheduler, adapter_id: int, invocation: list[int]) -> None:
+    """Loads an activated LoRA with this invocation, and makes it resident."""
     load = LoadAdapter(adapter_id=adapter_id, path="p")
     core.handle(load, 0.0)
     card = AdapterState(
@@ -96,9 +98,9 @@ def _activate(core: Scheduler, adapter_id: int, invocation: list[int]) -> None:
         core.handle(AdapterState(adapter_id=adapter_id, state="resident"), 0.0)
 
 
-def test_a_chunk_ends_at_the_invocation_and_the_lane_begins_there() -> None:
+def test_chunk_ends_at_the_invocation_where_the_lane_begins() -> None:
     core = new_core(max_batched_tokens=12)
-    _activate(core, 1, [17, 18])  # of the prompt 10, 11, ...: position 7
+    _load_alora(core, 1, [17, 18])  # of the prompt 10, 11, ...: position 7
     core.handle(generate(1, prompt=20, lora=[(1, 1.0)], sampling=Sampling(prompt_logprobs=0)), 0.0)
     parts = []
     for _ in range(4):
@@ -110,10 +112,10 @@ def test_a_chunk_ends_at_the_invocation_and_the_lane_begins_there() -> None:
     assert parts == [(0, 7, 0, False), (7, 12, 1, False), (19, 1, 1, True), (20, 1, 1, True)]
 
 
-def test_only_what_is_after_the_invocation_is_computed_and_the_other_way_around() -> None:
+def test_alora_and_base_share_pages_before_the_invocation() -> None:
     core = new_core(kv_pages=700, max_length=2200, max_batched_tokens=2200)
-    _activate(core, 1, [10 + 2050])
-    _activate(core, 2, [10 + 2050, 10 + 2051])
+    _load_alora(core, 1, [10 + 2050])
+    _load_alora(core, 2, [10 + 2050, 10 + 2051])
     for number, (lora, cached) in enumerate([([], 0), ([(1, 1.0)], 2048), ([(2, 1.0)], 2048), ([(1, 1.0)], 2060)]):
         assert _run(core, generate(number, prompt=2061, lora=lora, cache_salt="t")) == (cached, cached)
     for number, (lora, cached) in enumerate([([(2, 1.0)], 0), ([], 2048), ([(1, 1.0)], 2048)]):
@@ -121,15 +123,15 @@ def test_only_what_is_after_the_invocation_is_computed_and_the_other_way_around(
     assert core.stats().cached_tokens == 2048 * 4 + 2060
 
 
-def test_without_its_invocation_a_request_is_the_bases_and_needs_no_lane() -> None:
+def test_alora_request_without_invocation_runs_as_the_base() -> None:
     core = new_core(max_batched_tokens=32)
-    _activate(core, 1, [99])
+    _load_alora(core, 1, [99])
     assert _run(core, generate(1, prompt=9, cache_salt="t")) == (0, 0)
     core.handle(generate(2, prompt=9, lora=[(1, 1.0)], cache_salt="t"), 0.0)
     core.handle(UnloadAdapter(1), 0.0)
     step = plan_of(core)
     assert ([chunk.lane for chunk in step.chunks], step.chunks[0].start, step.lanes) == ([0], 8, [])
-    assert core.stats().running_adapters == {1: 1}, "it named it, so its name stays until then"
+    assert core.stats().running_adapters == {1: 1}, "the adapter counts the request, and stays until it ends"
     sent: list[object] = []
     while core.stats().running:
         sent += core.handle(StepDone(epoch=0, id=step.id, tokens=[50]), 0.0)
@@ -137,7 +139,7 @@ def test_without_its_invocation_a_request_is_the_bases_and_needs_no_lane() -> No
     assert sent[-1] == UnloadAdapter(1)
 
 
-def test_what_waits_for_a_first_load_finds_its_place_when_it_is_known() -> None:
+def test_requests_are_rekeyed_when_the_first_load_names_an_alora() -> None:
     core = new_core(max_batched_tokens=64)
     core.handle(LoadAdapter(adapter_id=1, path="p"), 0.0)
     core.handle(LoadAdapter(adapter_id=2, path="q"), 0.0)
@@ -155,7 +157,7 @@ def test_what_waits_for_a_first_load_finds_its_place_when_it_is_known() -> None:
     assert [(c.length, c.lane, c.samples) for c in plan_of(core).chunks] == [(1, 0, True), (4, 1, True)]
 
 
-def test_an_unloaded_adapter_leaves_no_page() -> None:
+def test_unloaded_adapter_leaves_no_pages() -> None:
     core = new_core(max_batched_tokens=32)
     add_adapter(core, 1)
     _run(core, generate(1, prompt=9, lora=[(1, 1.0)]))
@@ -166,7 +168,7 @@ def test_an_unloaded_adapter_leaves_no_page() -> None:
     assert core.stats().kv_pages_cached == 3
 
 
-def test_a_preempted_request_comes_back_to_its_pages_and_tells_no_cached_tokens() -> None:
+def test_preempted_request_finds_its_pages_and_reports_none() -> None:
     core = new_core(kv_pages=4, max_batched_tokens=32)
     core.handle(generate(1, prompt=4, max_tokens=9), 0.0)
     core.handle(generate(2, prompt=4, max_tokens=9), 0.0)
@@ -180,28 +182,28 @@ def test_a_preempted_request_comes_back_to_its_pages_and_tells_no_cached_tokens(
     assert not any(update.cached_tokens for update in updates)
 
 
-def test_a_new_runner_has_no_prefixes() -> None:
+def test_new_runner_has_no_prefixes() -> None:
     core = new_core(max_batched_tokens=32)
     _run(core, generate(1, prompt=9, cache_salt="t"))
     core.handle(generate(2, prompt=9, cache_salt="t"), 0.0)
     assert plan_of(core).chunks[0].start == 8
-    ready = RunnerReady(epoch=1, capacity=core._books.capacity)
+    ready = RunnerReady(epoch=1, capacity=capacity_of(max_batched_tokens=32))
     core.handle(ready, 0.0)
     assert plan_of(core).chunks[0].start == 0
 
 
-# --------------------------------------------------------------------------------------- whatever order things come in
+# ------------------------------------------------------------------------------------------- any order of events
 
 CONTENTS = {1: Footprint({"qkv": 1}), 2: Footprint({"qkv": 2}), 3: Footprint({"down": 1, "qkv": 1})}
 CONTENTS |= {4: Footprint({"qkv": 1}), 5: Footprint({"down": 1})}
-INVOCATIONS = {4: [7, 7], 5: [14, 15, 16, 17, 18]}  # within the families, and longer than a page
+INVOCATIONS = {4: [7, 7], 5: [14, 15, 16, 17, 18]}  # contained in the families; one is longer than a page
 FAMILIES = [[7] * 24, list(range(24)), [*range(12), *range(50, 62)]]
 NAMES, TENANTS, WINDOWS = ["a", "b"], 2, 3
 
 
 @dataclass
 class Asked:
-    """A request, and what was told of it."""
+    """A request, and what the scheduler reported for it."""
 
     message: Generate
     tokens: list[int] = field(default_factory=list)
@@ -216,7 +218,7 @@ class Asked:
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Arrivals that share prefixes, adapters that come, go and change under a name, aborts, a runner that dies."""
+    """Requests that share prefixes; adapters loaded, unloaded and replaced under a name; aborts; dead runners."""
 
     @initialize(window=st.integers(1, WINDOWS), pages=st.sampled_from([8, 12, 60]))
     def start(self, window: int, pages: int) -> None:
@@ -277,7 +279,7 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.asked)
     @rule(which=st.integers(0, 7), more=st.integers(0, 96))
     def ask_further(self, which: int, more: int) -> None:
-        """A conversation goes on, if its adapter is there still."""
+        """A conversation continues, if its adapter is still loaded."""
         former = list(self.asked.values())[-1 - which % len(self.asked)]
         prompt = [*former.message.prompt, *former.tokens, more][:30]
         if {i for i, _ in former.message.lora} <= set(self.points.values()):
@@ -307,7 +309,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES), content=st.sampled_from(sorted(CONTENTS)))
     def point(self, name: str, content: int) -> None:
-        """The name stands for these bytes from now on; it may have stood for others, or for the same."""
+        """Points the name to these bytes; it may have been new, or have pointed to other bytes or the same."""
         self.last_id += 1
         self.library.twins[self.last_id] = content
         former = self.points.get(name)
@@ -346,7 +348,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert len(self.runner.queue) <= self.window
 
     def teardown(self) -> None:
-        """Everything ends, with the tokens it would have had alone."""
+        """All requests end, with the tokens that each would have had alone."""
         if not hasattr(self, "runner"):
             return
         while self.runner.queue or self.runner.events:
@@ -363,7 +365,7 @@ class AnyOrder(RuleBasedStateMachine):
             elif "cannot be mixed" in one.end:
                 assert self.library.mixes_activated(one.message.lora, known=False), one.message.lora
             elif "died again and again" in one.end:
-                assert self.runner.epoch >= 5, "it died alone, each time at the same place"
+                assert self.runner.epoch >= 5, "the runner died while it was alone, each time at one position"
             else:
                 assert "at most" in one.end, one.end
 

@@ -1,4 +1,4 @@
-"""scheduler.kv_cache.radix_cache: what is found, what stays, and who goes first, by hand and against a slow model."""
+"""scheduler.kv_cache.radix_cache: lookups, holds and the order of eviction, by hand and against a slow model."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ ONE: Owner = (("r1", 1.0),)
 MIX: Owner = (("r1", 0.5), ("r2", 0.5))
 
 
-def _grow(tree: RadixCache, owner: Owner, keys: bytes, first: int, cache_salt: str = "") -> Node:
-    """A path of one page a byte, numbered from `first` on, with one holder at its end."""
-    node = tree.top(owner, cache_salt)
+def _insert_path(tree: RadixCache, owner: Owner, keys: bytes, first: int, cache_salt: str = "") -> Node:
+    """A path with one page per byte of `keys`, numbered from `first`, and one holder at its end."""
+    node = tree.open_root(owner, cache_salt)
     tree.hold(node)
     for offset, key in enumerate(keys):
-        node = tree.grow(node, bytes([key]), first + offset)
+        node = tree.insert(node, bytes([key]), first + offset)
     return node
 
 
-def test_page_keys_tell_tokens_apart() -> None:
+def test_page_keys_differ_where_tokens_differ() -> None:
     tokens = [*range(300), 70000, 0, 0]
     one_by_one = [key for page in range(151) for key in page_keys(tokens, 2, page, page + 1)]
     assert list(page_keys(tokens, 2, 0, 151)) == one_by_one
@@ -34,137 +34,147 @@ def test_page_keys_tell_tokens_apart() -> None:
     assert {len(key) for key in one_by_one} == {8}
 
 
-def test_a_path_is_found_below_its_owner_and_salt_only() -> None:
+def test_path_is_found_only_by_its_owner_and_cache_salt() -> None:
     tree = RadixCache()
-    end = _grow(tree, ONE, b"ab", 1, "t")
+    end = _insert_path(tree, ONE, b"ab", 1, "t")
     assert [node.page for node in end.path()] == [1, 2]
-    top = tree.find(ONE, "t")
-    assert top is not None
-    assert top.children[b"a"].children[b"b"] is end
-    assert tree.find(ONE, "") is tree.find(MIX, "t") is tree.find((), "t") is None
+    root = tree.find_root(ONE, "t")
+    assert root is not None
+    assert root.children[b"a"].children[b"b"] is end
+    assert tree.find_root(ONE, "") is tree.find_root(MIX, "t") is tree.find_root((), "t") is None
     tree.audit({end: 1})
 
 
-def test_the_longest_unused_leaf_goes_first_and_never_what_is_held() -> None:
+def test_least_recently_used_unheld_leaf_is_evicted_first() -> None:
     tree = RadixCache()
-    first, second, held = _grow(tree, (), b"ab", 1), _grow(tree, ONE, b"a", 3), _grow(tree, (), b"c", 4)
+    first, second, held = (
+        _insert_path(tree, (), b"ab", 1),
+        _insert_path(tree, ONE, b"a", 3),
+        _insert_path(tree, (), b"c", 4),
+    )
     assert tree.release(first) == tree.release(second) == []
     tree.hold(first)
     tree.release(first)  # used again: after `second`
     tree.audit({held: 1})
-    assert [tree.idle, tree.evict(), tree.evict(), tree.evict(), tree.idle] == [3, 3, 2, 1, 0]
+    assert [tree.evictable, tree.evict(), tree.evict(), tree.evict(), tree.evictable] == [3, 3, 2, 1, 0]
     assert not first.alive
-    assert tree.find(ONE, "") is None
+    assert tree.find_root(ONE, "") is None
     tree.audit({held: 1})
 
 
-def test_a_holder_keeps_all_above_and_nothing_below() -> None:
+def test_holder_keeps_the_nodes_above_and_not_below() -> None:
     tree = RadixCache()
-    end = _grow(tree, (), b"abc", 1)
+    end = _insert_path(tree, (), b"abc", 1)
     middle = end.path()[1]
     tree.hold(middle)
     tree.release(end)
     tree.audit({middle: 1})
-    assert (tree.idle, tree.evict(), tree.idle) == (1, 3, 0)
+    assert (tree.evictable, tree.evict(), tree.evictable) == (1, 3, 0)
 
 
-def test_an_empty_stem_is_forgotten() -> None:
+def test_empty_root_is_removed() -> None:
     tree = RadixCache()
-    top = tree.top((), "")
-    tree.hold(top)
-    assert tree.find((), "") is top
-    tree.release(top)
-    assert tree.find((), "") is None
-    assert not top.alive
+    root = tree.open_root((), "")
+    tree.hold(root)
+    assert tree.find_root((), "") is root
+    tree.release(root)
+    assert tree.find_root((), "") is None
+    assert not root.alive
     tree.audit({})
 
 
-def test_dropping_a_revision_takes_its_mixes_too_and_waits_for_holders() -> None:
+def test_dropped_revision_takes_its_mixes_and_waits_for_holders() -> None:
     tree = RadixCache()
-    alone, mixed, base = _grow(tree, ONE, b"ab", 1), _grow(tree, MIX, b"ab", 3), _grow(tree, (), b"a", 5)
+    alone, mixed, base = (
+        _insert_path(tree, ONE, b"ab", 1),
+        _insert_path(tree, MIX, b"ab", 3),
+        _insert_path(tree, (), b"a", 5),
+    )
     tree.release(alone)
-    assert tree.drop("r1") == [2, 1]
+    assert tree.drop_revision("r1") == [2, 1]
     tree.audit({mixed: 1, base: 1})
-    assert tree.find(MIX, "") is None
+    assert tree.find_root(MIX, "") is None
     assert sorted(tree.pages()) == [3, 4, 5]
-    again = _grow(tree, MIX, b"a", 6)
+    again = _insert_path(tree, MIX, b"a", 6)
     assert tree.release(mixed) == [4, 3]
     tree.audit({again: 1, base: 1})
     assert sorted(tree.pages()) == [5, 6]
 
 
-def _branch(tree: RadixCache, parent: Node, page: int, owner: Owner = ONE) -> Node:
-    """A page of an activated adapter below one of the base's, with its first holder; the stem has one too."""
-    stem = tree.join(owner, parent.stem.cache_salt)
+def _insert_alora(tree: RadixCache, parent: Node, page: int, owner: Owner = ONE) -> Node:
+    """An aLoRA's first page below one of the base model's, with one holder, and one of its namespace."""
+    namespace = tree.hold_alora(owner, parent.namespace.cache_salt)
     tree.hold(parent)
-    return tree.grow(parent, stem.key(b"a", 1), page, branch=stem)
+    return tree.insert(parent, namespace.first_key(b"a", 1), page, alora=namespace)
 
 
-def test_a_branch_leaves_the_bases_pages_and_is_known_by_where_it_begins_too() -> None:
+def test_alora_hangs_below_the_base_and_is_keyed_by_its_offset() -> None:
     tree = RadixCache()
-    base = _grow(tree, (), b"ab", 1, "t")
-    first = _branch(tree, base, 3)
-    stem = first.stem
+    base = _insert_path(tree, (), b"ab", 1, "t")
+    first = _insert_alora(tree, base, 3)
+    namespace = first.namespace
     assert [node.page for node in first.path()] == [1, 2, 3]
-    assert (stem.owner, stem.cache_salt, tree.branching(ONE, "t")) == (ONE, "t", stem)
-    assert tree.branching(MIX, "t") is tree.branching(ONE, "") is tree.find(ONE, "t") is None
-    assert len({stem.key(b"a", 1), stem.key(b"a", 2), stem.key(b"b", 1), tree.join(MIX, "t").key(b"a", 1), b"a"}) == 5
-    second = tree.grow(first, b"c", 4)
-    assert second.stem is stem
-    tree.leave(stem)
-    tree.audit({base: 1, second: 1}, branching={stem: 0, **{s: 1 for s in [tree.branching(MIX, "t")] if s}})
+    assert (namespace.owner, namespace.cache_salt, tree.find_alora(ONE, "t")) == (ONE, "t", namespace)
+    assert tree.find_alora(MIX, "t") is tree.find_alora(ONE, "") is tree.find_root(ONE, "t") is None
+    other = tree.hold_alora(MIX, "t")
+    keys = [namespace.first_key(b"a", 1), namespace.first_key(b"a", 2), namespace.first_key(b"b", 1)]
+    assert len({*keys, other.first_key(b"a", 1), b"a"}) == 5
+    second = tree.insert(first, b"c", 4)
+    assert second.namespace is namespace
+    tree.release_alora(namespace)
+    tree.audit({base: 1, second: 1}, aloras={namespace: 0, other: 1})
     assert tree.release(second) == []
     assert [tree.evict(), tree.evict()] == [4, 3]
-    assert tree.branching(ONE, "t") is None, "no page and no holder"
+    assert tree.find_alora(ONE, "t") is None, "it has neither pages nor holders"
     assert base.alive
 
 
-def test_dropping_a_revision_takes_its_branches_and_leaves_the_base() -> None:
+def test_dropped_alora_leaves_the_pages_of_the_base() -> None:
     tree = RadixCache()
-    base = _grow(tree, (), b"ab", 1)
-    idle, held = _branch(tree, base, 3), _branch(tree, base.path()[0], 4)
-    stem = held.stem
-    assert idle.stem is stem
-    tree.release(idle)
+    base = _insert_path(tree, (), b"ab", 1)
+    unheld, held = _insert_alora(tree, base, 3), _insert_alora(tree, base.path()[0], 4)
+    namespace = held.namespace
+    assert unheld.namespace is namespace
+    tree.release(unheld)
     tree.release(base)
-    assert tree.drop("r1") == [3]
-    assert (stem.dropped, tree.branching(ONE, ""), held.alive) == (True, None, True)
-    tree.audit({held: 1}, branching={stem: 2})
-    again = _branch(tree, base.path()[0], 5)
-    assert again.key != held.key, "who comes later finds nothing of it"
+    assert tree.drop_revision("r1") == [3]
+    assert (namespace.dropped, tree.find_alora(ONE, ""), held.alive) == (True, None, True)
+    tree.audit({held: 1}, aloras={namespace: 2})
+    again = _insert_alora(tree, base.path()[0], 5)
+    assert again.key != held.key, "a later request finds none of the dropped pages"
     assert tree.release(held) == [4]
-    tree.leave(stem)
-    tree.leave(stem)
-    tree.audit({again: 1}, branching={again.stem: 1})
+    tree.release_alora(namespace)
+    tree.release_alora(namespace)
+    tree.audit({again: 1}, aloras={again.namespace: 1})
     assert sorted(tree.pages()) == [1, 2, 5]
 
 
-def test_misuse_is_seen() -> None:
+def test_tree_refuses_misuse() -> None:
     tree = RadixCache()
-    end = _grow(tree, (), b"ab", 1)
+    end = _insert_path(tree, (), b"ab", 1)
     with pytest.raises(AssertionError, match="counts 1 holds"):
         tree.audit({})
-    with pytest.raises(AssertionError, match="is there already"):
-        tree.grow(end.path()[0], b"b", 9)
+    with pytest.raises(AssertionError, match="already in the tree"):
+        tree.insert(end.path()[0], b"b", 9)
     tree.release(end)
-    with pytest.raises(AssertionError, match="nobody holds"):
-        tree.grow(end, b"c", 9)
+    with pytest.raises(AssertionError, match="is not held"):
+        tree.insert(end, b"c", 9)
     with pytest.raises(AssertionError, match="once too often"):
         tree.release(end)
 
 
 @dataclass
 class Model:
-    """The same by definition: paths with the time of their last use; the tree is their set of prefixes."""
+    """The tree by definition: paths with the time of their last use, whose prefixes are the nodes."""
 
     held: list[tuple[Owner, bytes]] = field(default_factory=list)
-    used: dict[tuple[Owner, bytes], int] = field(default_factory=dict)  # idle or held, by path
+    used: dict[tuple[Owner, bytes], int] = field(default_factory=dict)  # of each node, by path
     clock: int = 0
 
     def is_held(self, owner: Owner, keys: bytes) -> bool:
         return any(other == owner and held.startswith(keys) for other, held in self.held)
 
-    def idle(self) -> list[tuple[Owner, bytes]]:
+    def evictable(self) -> list[tuple[Owner, bytes]]:
         return sorted((path for path in self.used if not self.is_held(*path)), key=lambda path: self.used[path])
 
 
@@ -178,11 +188,11 @@ MOVES = st.tuples(
 
 @settings(derandomize=True, max_examples=150, deadline=None)
 @given(st.lists(MOVES, max_size=40))
-def test_any_history_is_that_of_the_model(moves: list[tuple[str, Owner, bytes, int]]) -> None:
+def test_tree_equals_the_model_after_any_history(moves: list[tuple[str, Owner, bytes, int]]) -> None:
     tree, model, ends, names = RadixCache(), Model(), list[Node](), dict[int, tuple[Owner, bytes]]()
     for what, owner, keys, number in moves:
         if what == "use":
-            node = tree.top(owner, "")
+            node = tree.open_root(owner, "")
             tree.hold(node)
             for length, key in enumerate(keys, start=1):
                 child = node.children.get(bytes([key]))
@@ -190,7 +200,7 @@ def test_any_history_is_that_of_the_model(moves: list[tuple[str, Owner, bytes, i
                     page = next(p for p in range(1, 1000) if p not in names)
                     names[page] = owner, keys[:length]
                     model.used[owner, keys[:length]] = 0
-                    node = tree.grow(node, bytes([key]), page)
+                    node = tree.insert(node, bytes([key]), page)
                 else:
                     tree.hold(child)
                     assert tree.release(node) == []
@@ -204,14 +214,14 @@ def test_any_history_is_that_of_the_model(moves: list[tuple[str, Owner, bytes, i
             for length in free:
                 model.clock += 1
                 model.used[owner, keys[:length]] = model.clock
-        elif what == "evict" and tree.idle:
+        elif what == "evict" and tree.evictable:
             path = names.pop(tree.evict())
-            assert path == model.idle()[0]
+            assert path == model.evictable()[0]
             del model.used[path]
         elif what == "drop" and not ends:
-            gone = {names.pop(page) for page in tree.drop("r1")}
+            gone = {names.pop(page) for page in tree.drop_revision("r1")}
             assert gone == {path for path in model.used if path[0] in (ONE, MIX)}
             model.used = {path: at for path, at in model.used.items() if path not in gone}
-        assert tree.idle == len(model.idle())
+        assert tree.evictable == len(model.evictable())
         assert {names[page] for page in tree.pages()} == set(model.used)
         tree.audit(Counter(ends))

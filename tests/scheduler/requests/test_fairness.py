@@ -23,7 +23,7 @@ ANSWER = 16
 
 
 class Queue:
-    """One server that serves whoever is first in order, one at a time."""
+    """A server that serves the first request in order, one at a time."""
 
     def __init__(self, weights: dict[str, float] | None = None) -> None:
         self.fair = FairShares(weights)
@@ -41,18 +41,18 @@ class Queue:
             stopping=Stopping(most),
             cache_salt=tenant,
         )
-        request = from_message(message, (), self.fair.place(message, self.count))
+        request = from_message(message, (), self.fair.order_on_arrival(message, self.count))
         heappush(self.heap, (request.order, self.count, request))
         return request
 
     def serve(self, answer: int = ANSWER) -> str:
         _, _, request = heappop(self.heap)
         request.admitted = True
-        self.fair.admitted(request)
+        self.fair.on_admitted(request)
         request.tokens += [1] * answer
         cost = PROMPT_COST * request.prompt_length + ANSWER_COST * answer
         self.served[request.cache_salt] = self.served.get(request.cache_salt, 0.0) + cost
-        self.fair.left(request)
+        self.fair.on_end(request)
         return request.cache_salt
 
     def waiting(self, tenant: str) -> int:
@@ -60,8 +60,8 @@ class Queue:
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 200)), min_size=2, max_size=120), st.integers(1, 4))
-def test_while_both_wait_they_get_alike(asked: list[tuple[str, int]], weight: int) -> None:
-    """At any moment of a time in which both have requests waiting, by no more than a request of each."""
+def test_two_backlogged_tenants_get_equal_service(asked: list[tuple[str, int]], weight: int) -> None:
+    """While both accounts have requests waiting, their service differs by at most a request of each."""
     queue = Queue({"a": float(weight)})
     for tenant, prompt in asked:
         queue.ask(tenant, prompt)
@@ -74,8 +74,8 @@ def test_while_both_wait_they_get_alike(asked: list[tuple[str, int]], weight: in
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 99), st.booleans()), min_size=1, max_size=150))
-def test_the_requests_of_one_keep_their_order(events: list[tuple[str, int, bool]]) -> None:
-    """Also when answers are much shorter or longer than expected, which moves the accounts about."""
+def test_requests_of_one_tenant_keep_their_order(events: list[tuple[str, int, bool]]) -> None:
+    """Also when answers are much shorter or longer than expected, which moves the accounts back and forth."""
     queue, came, went = Queue(), dict[str, list[int]](), dict[str, list[int]]()
     for tenant, prompt, serve in events:
         came.setdefault(tenant, []).append(queue.ask(tenant, prompt, most=500).id)
@@ -87,7 +87,7 @@ def test_the_requests_of_one_keep_their_order(events: list[tuple[str, int, bool]
         assert ids == came[tenant][: len(ids)]
 
 
-def test_who_comes_back_has_no_credit_and_no_debt() -> None:
+def test_returning_tenant_has_no_credit_and_no_debt() -> None:
     queue = Queue()
     for _ in range(50):
         queue.ask("flood", 100)
@@ -98,7 +98,7 @@ def test_who_comes_back_has_no_credit_and_no_debt() -> None:
     assert [queue.serve() for _ in range(4)].count("late") == 2
 
 
-def test_an_idle_server_forgets() -> None:
+def test_idle_server_forgets_the_accounts() -> None:
     queue = Queue()
     for _ in range(20):
         queue.ask("a", 100)
@@ -106,12 +106,12 @@ def test_an_idle_server_forgets() -> None:
         queue.serve()
     first = queue.ask("a", 100)
     second = queue.ask("b", 100)
-    assert first.order[:2] == second.order[:2]
-    assert len(queue.fair._accounts) == 2
+    assert first.order[:3] == second.order[:3]
+    assert queue.fair.account_count == 2
 
 
-def test_a_wrong_guess_is_settled() -> None:
-    """a's answers are cut at 500 and are 4 long, b's are 16 and are 16: after some of each both get alike."""
+def test_wrong_expectation_is_corrected_at_the_end() -> None:
+    """a may generate 500 tokens and generates 4, b may and does generate 16: after a while both get equal service."""
     queue, rng = Queue(), random.Random(0)
     for _ in range(400):
         for tenant, most in (("a", 500), ("b", 16)):
@@ -121,8 +121,8 @@ def test_a_wrong_guess_is_settled() -> None:
     assert queue.served["a"] / queue.served["b"] == pytest.approx(1.0, abs=0.1)
 
 
-def test_newcomers_do_not_keep_anyone_out() -> None:
-    """Each comes once and is new: its account is empty, and still the third request of the first is served in turn."""
+def test_new_tenants_do_not_starve_an_old_one() -> None:
+    """Each new tenant asks once, with an empty account, and still the old one's third request is served in turn."""
     queue = Queue()
     last = [queue.ask("old", 100) for _ in range(3)][-1]
     for number in range(40):
@@ -131,26 +131,28 @@ def test_newcomers_do_not_keep_anyone_out() -> None:
     assert last.admitted
 
 
-def test_bytes_are_charged_to_who_waited_for_them() -> None:
+def test_transferred_bytes_are_charged_to_the_waiting_tenant() -> None:
     queue = Queue()
     first = queue.ask("a", 10)
-    queue.fair.moved(first, 100 << 20)
-    assert queue.ask("a", 10).order[1] - first.order[1] == pytest.approx(10 + 2 * ANSWER + 100)
+    queue.fair.on_transfer(first, 100 << 20)
+    assert queue.ask("a", 10).order[2] - first.order[2] == pytest.approx(10 + 2 * ANSWER + 100)
 
 
-def test_accounts_of_those_who_left_are_put_away() -> None:
+def test_accounts_without_requests_are_pruned() -> None:
     queue = Queue()
     queue.ask("stays", 5000)
     for number in range(3000):
         queue.ask(f"t{number}", 1)
         queue.serve()
-    assert len(queue.fair._accounts) < 1100
+    assert queue.fair.account_count < 1100
 
 
-def test_without_a_tenant_the_adapter_counts() -> None:
+def test_requests_without_a_tenant_share_by_adapter() -> None:
     fair = FairShares()
-    places = [fair.place(replace_lora(generate(number), lora), number) for number, lora in enumerate([1, 1, 2], 1)]
-    assert places[1][1] > places[0][1] == places[2][1]
+    orders = [
+        fair.order_on_arrival(replace_lora(generate(number), lora), number) for number, lora in enumerate([1, 1, 2], 1)
+    ]
+    assert orders[1][2] > orders[0][2] == orders[2][2]
 
 
 def replace_lora(message: Generate, adapter_id: int) -> Generate:
@@ -165,7 +167,7 @@ def replace_lora(message: Generate, adapter_id: int) -> Generate:
 
 
 def two_tenants(flood: float) -> list[Ask]:
-    """quiet asks four times a second for twenty adapters; flood, for five others, as often as it likes."""
+    """quiet sends four requests a second for twenty adapters; flood sends as many as given, for five others."""
     quiet = Workload(adapters=20, rate=4.0, requests=120, prompt=(20, 60), output=(10, 40), seed=1).asks()
     named = [replace_ask(one, "quiet", f"q{one.adapter}") for one in quiet]
     if flood:
@@ -179,7 +181,7 @@ def replace_ask(one: Ask, tenant: str, adapter: str) -> Ask:
 
 
 def slowest(policy: str, asks: list[Ask]) -> float:
-    """p99 TTFT of the quiet tenant, whose requests are all there."""
+    """p99 TTFT of the quiet tenant, all of whose requests were served."""
     setup = Setup(max_loras=8, pool=32, policy=policy, max_wait=1.0)
     _, journal = Experiment(setup, profile_with(rows=8)).run(asks)
     times = sorted(j.ttft for j in journal.journeys.values() if j.ask.tenant == "quiet")
@@ -187,8 +189,8 @@ def slowest(policy: str, asks: list[Ask]) -> float:
     return times[int(0.99 * len(times))]
 
 
-def test_a_flood_hurts_itself_only() -> None:
-    """fcfs: the quiet one waits behind a flood of three times what the machine can do; fair: hardly more than alone."""
+def test_flood_delays_only_its_own_requests() -> None:
+    """The flood is three times the machine's capacity. Under fcfs the quiet tenant waits for it, under fair not."""
     alone, both = two_tenants(0.0), two_tenants(40.0)
     calm, swamped, fair = slowest("fair", alone), slowest("fcfs", both), slowest("fair", both)
     assert swamped > 20 * calm
@@ -197,8 +199,8 @@ def test_a_flood_hurts_itself_only() -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_books_balance_under_it(seed: int, window: int) -> None:
-    """Few pages, few lanes, several tenants: preemption, fills and late comers, proved after every call."""
+def test_core_passes_its_audits_under_the_fair_policy(seed: int, window: int) -> None:
+    """Few pages, few lanes and several tenants: preemptions and fills, with an audit after each call."""
     workload = Workload(adapters=12, rate=50.0, requests=120, prompt=(4, 60), output=(2, 30), tenants=3, seed=seed)
     setup = Setup(max_loras=2, pool=4, window=window, policy="fair", max_wait=0.2, audit=True)
     summary, _ = Experiment(setup, profile_with(rows=8, kv_tokens=320)).run(workload.asks())

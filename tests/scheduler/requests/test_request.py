@@ -1,4 +1,4 @@
-"""scheduler.requests.request: the lane key, and what a request keeps when it is taken back."""
+"""scheduler.requests.request: the lane key, replays, scores, and the loss of steps in flight."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scheduler.types import BASE, lane_key
         ([(3, 0.5), (3, 0.25)], ((3, 0.75),)),
     ],
 )
-def test_lane_key(lora: list[tuple[int, float]], key: tuple[tuple[int, float], ...]) -> None:
+def test_lane_key_sorts_and_sums_the_scales(lora: list[tuple[int, float]], key: tuple[tuple[int, float], ...]) -> None:
     assert lane_key(lora) == key
 
 
@@ -39,23 +39,23 @@ def test_replayed_tokens_count_as_generated() -> None:
 
 
 @pytest.mark.parametrize("penalty", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
-def test_history_only_for_penalties(penalty: str) -> None:
+def test_history_is_needed_only_for_penalties(penalty: str) -> None:
     assert not from_message(_generate(), BASE, 0).needs_history
     assert from_message(_generate(**{penalty: 0.5}), BASE, 0).needs_history
 
 
-def test_scores_are_taken_once_and_whole() -> None:
+def test_scores_are_returned_once_and_complete() -> None:
     request = from_message(_generate(prompt_logprobs=0), BASE, 0)
-    assert request.take_scores() is None
+    assert request.pop_scores() is None
     request.prompt_scores = [LogprobIds(2, -1.0, []), LogprobIds(3, -1.0, [])]
-    assert [score.token_id for score in request.take_scores() or []] == [2, 3]
-    assert request.take_scores() is None
-    assert from_message(_generate(), BASE, 0).take_scores() is None
+    assert [score.token_id for score in request.pop_scores() or []] == [2, 3]
+    assert request.pop_scores() is None
+    assert from_message(_generate(), BASE, 0).pop_scores() is None
 
 
-def test_lost_flights_ask_again_for_what_did_not_come() -> None:
+def test_lost_steps_leave_their_scores_to_be_planned_again() -> None:
     request = from_message(_generate(prompt_logprobs=0), BASE, 0)
-    request.scored, request.flights, request.pending = 2, 2, 1
+    request.scored, request.steps_in_flight, request.pending = 2, 2, 1
     request.prompt_scores = [LogprobIds(2, -1.0, [])]
-    request.lose_flights()
-    assert (request.scored, request.flights, request.pending) == (1, 0, 0)
+    request.lose_steps_in_flight()
+    assert (request.scored, request.steps_in_flight, request.pending) == (1, 0, 0)

@@ -1,4 +1,4 @@
-"""scheduler.requests.stopping: how long, and when it is over."""
+"""scheduler.requests.stopping: the length limit, and what ends a request."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from engine.messages import Capacity, Sampling, Stopping
 from scheduler.requests.request import Request
-from scheduler.requests.stopping import finish_of, fit
+from scheduler.requests.stopping import finish_of, fit_to_capacity
 from scheduler.types import BASE
 
 
@@ -28,15 +28,15 @@ def _capacity(pages: int, max_length: int = 100) -> Capacity:
         (12, 5, 3, 13),
     ],
 )
-def test_the_limit(prompt: int, max_tokens: int, pages: int, limit: int) -> None:
+def test_limit_is_set_by_tokens_context_and_pages(prompt: int, max_tokens: int, pages: int, limit: int) -> None:
     request = _request(prompt, [], Stopping(max_tokens))
-    assert fit(request, _capacity(pages)) is None
+    assert fit_to_capacity(request, _capacity(pages)) is None
     assert request.limit == limit
 
 
 @pytest.mark.parametrize(("prompt", "text"), [(13, "13 tokens, but at most 12"), (0, "empty")])
-def test_a_prompt_that_cannot_be_served(prompt: int, text: str) -> None:
-    problem = fit(_request(prompt, [], Stopping(1)), _capacity(3))
+def test_prompt_that_cannot_be_served_is_refused(prompt: int, text: str) -> None:
+    problem = fit_to_capacity(_request(prompt, [], Stopping(1)), _capacity(3))
     assert problem is not None
     assert text in problem
 
@@ -53,7 +53,9 @@ def test_a_prompt_that_cannot_be_served(prompt: int, text: str) -> None:
         ([5, 6, 7], Stopping(3, 0, [7]), ("stop", 7)),
     ],
 )
-def test_endings(generated: list[int], stopping: Stopping, ending: tuple[str, int | None] | None) -> None:
+def test_request_ends_by_end_id_or_length(
+    generated: list[int], stopping: Stopping, ending: tuple[str, int | None] | None
+) -> None:
     request = _request(2, generated, stopping)
-    assert fit(request, _capacity(100)) is None
+    assert fit_to_capacity(request, _capacity(100)) is None
     assert finish_of(request) == ending
