@@ -1,6 +1,6 @@
 """Puts a runner's parts together from its config: the order in which sizes become known.
 
-    config -> device, arch, dtype -> weights -> start-up adapters -> largest rank, targets -> rank pages
+    config -> device, model_config, dtype -> weights -> start-up adapters -> largest rank, targets -> rank pages
                                              -> what memory is left -> KV pages, rows
 
 Knows nothing of steps.
@@ -26,7 +26,7 @@ from model_runner.compute.kernels.cpu import kernels as cpu_kernels
 from model_runner.compute.kernels.cpu.kernel_user import KernelUser
 from model_runner.compute.kernels.cpu.kernels import KernelSet
 from model_runner.compute.sampler.sampler import Sampler
-from model_runner.config import Arch, read_arch
+from model_runner.config import ModelConfig, read_model_config
 from model_runner.graphs import Graphs
 from model_runner.lora.adapters import Adapters
 from model_runner.lora.backends import base as lora_backends
@@ -79,28 +79,32 @@ class Parts:
 def assemble(config: RunnerConfig, *, progress: bool) -> Parts:
     """All parts, attached to one another. Raises ConfigError or AdapterError, one line that says what to change."""
     path, shard = Path(config.model_path), Shard(config.rank, config.tp_size)
-    device, arch = resolve_device(config.device), read_arch(path)
-    dtype = resolve_dtype(config.dtype, arch.dtype, device)
+    device, model_config = resolve_device(config.device), read_model_config(path)
+    dtype = resolve_dtype(config.dtype, model_config.dtype, device)
     kernels = KernelSet(cpu_kernels.resolve(config.cpu_kernels, device, dtype), log_level=config.log_level)
-    length = memory_plan.resolve_length(arch.max_length, config.context_length)
-    arch = arch.serving(length)
+    length = memory_plan.resolve_length(model_config.max_length, config.context_length)
+    model_config = model_config.serving(length)
     method = quantization.resolve(dtype, device)
-    decoder = load_model(path, arch, device=device, dtype=dtype, shard=shard, method=method, progress=progress)
+    decoder = load_model(path, model_config, device=device, dtype=dtype, shard=shard, method=method, progress=progress)
     if device.type == "cpu":
         log.info("linears on this CPU: %s, %s", dtype_name(dtype), method)
     lora = _lora(config, decoder.sites, dtype, device, progress=progress) if config.enable_lora else None
-    kv = _plan_kv(config, arch, kv_pool.page_bytes(arch, config.page_size, dtype, shard), length, dtype, device)
-    pool = KvPool(arch, kv.pages, config.page_size, dtype, device, shard)
+    kv = _plan_kv(
+        config, model_config, kv_pool.page_bytes(model_config, config.page_size, dtype, shard), length, dtype, device
+    )
+    pool = KvPool(model_config, kv.pages, config.page_size, dtype, device, shard)
     backend = attention.create(attention.resolve(config.attention_backend, device), device)
     decoder.attach(backend, pool, lora.backend if lora else None)
     rows = RowTable(kv.rows, -(-kv.max_length // config.page_size), config.page_size, device)
-    sampler = Sampler(kv.rows, arch.vocab_size + (lora.pages.extra_vocab if lora else 0), device)
-    capacity = _capacity(config, arch, device, dtype, decoder, pool, kv, lora)
+    sampler = Sampler(kv.rows, model_config.vocab_size + (lora.pages.extra_vocab if lora else 0), device)
+    capacity = _capacity(config, model_config, device, dtype, decoder, pool, kv, lora)
     graphs = _graphs(config, decoder, backend, lora, rows, device)
     kernel_users: list[KernelUser] = [decoder.weights.ops, backend, *([lora.backend] if lora else [])]
     for user in kernel_users:
         user.use_kernels(kernels)
-    kernels.request([key for user in kernel_users for key in user.wanted_kernels(arch, dtype)], progress=progress)
+    kernels.request(
+        [key for user in kernel_users for key in user.wanted_kernels(model_config, dtype)], progress=progress
+    )
     return Parts(device, dtype, decoder, backend, pool, lora, rows, sampler, capacity, kernels, graphs)
 
 
@@ -135,21 +139,26 @@ def _batched_tokens(config: RunnerConfig, device: torch.device) -> int:
 
 
 def _plan_kv(
-    config: RunnerConfig, arch: Arch, page_size_bytes: int, length: int, dtype: torch.dtype, device: torch.device
+    config: RunnerConfig,
+    model_config: ModelConfig,
+    page_size_bytes: int,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> memory_plan.KvPlan:
     total, free = device_memory(device)
     margin = memory_plan.activation_margin(
         _batched_tokens(config, device),
         config.max_running_requests or memory_plan.MAX_ROWS,
-        arch.hidden_size,
-        arch.widest,
-        arch.vocab_size,
+        model_config.hidden_size,
+        model_config.widest,
+        model_config.vocab_size,
         dtype.itemsize,
     )
     if config.cuda_graphs:
         sizes = memory_plan.graph_sizes(config.max_running_requests or memory_plan.MAX_ROWS, config.cuda_graph_max_rows)
         kinds = 2 if config.enable_lora else 1
-        margin += memory_plan.graph_bytes(sizes, kinds, arch.hidden_size, arch.widest, dtype.itemsize)
+        margin += memory_plan.graph_bytes(sizes, kinds, model_config.hidden_size, model_config.widest, dtype.itemsize)
     return memory_plan.plan_kv(
         memory_plan.kv_budget(device.type, total, free, config.mem_fraction, margin),
         page_size_bytes,
@@ -272,7 +281,7 @@ def _groups(
 
 def _capacity(
     config: RunnerConfig,
-    arch: Arch,
+    model_config: ModelConfig,
     device: torch.device,
     dtype: torch.dtype,
     decoder: Decoder,
@@ -286,7 +295,7 @@ def _capacity(
         rows=kv.rows,
         max_length=kv.max_length,
         max_batched_tokens=_batched_tokens(config, device),
-        vocab_size=arch.vocab_size,
+        vocab_size=model_config.vocab_size,
         max_loras=config.max_loras if lora else 0,
         rank_pages=lora.pages.pages if lora else {},
         max_lora_rank=lora.max_rank if lora else 0,

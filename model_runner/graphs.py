@@ -63,7 +63,7 @@ class Graphs:
         self._decoder, self._attention, self._lora, self._rows = decoder, attention, lora, rows
         self._recorder = recorder
         weights = decoder.weights
-        shape = (self.sizes[-1], decoder.arch.hidden_size)
+        shape = (self.sizes[-1], decoder.config.hidden_size)
         self._hidden_BH = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
         self._recorded: dict[int, Recorded] = {}
 

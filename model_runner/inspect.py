@@ -16,7 +16,7 @@ import torch
 
 from engine.errors import AdapterError, EngineError
 from engine.hub import local_directory
-from model_runner.config import read_arch
+from model_runner.config import read_model_config
 from model_runner.lora.catalogue import Catalogue, leaf
 from model_runner.lora.normal_form import MAX_RANK
 from model_runner.lora.peft.survey import AdapterSurvey
@@ -63,9 +63,9 @@ class Report(msgspec.Struct, kw_only=True):
 
 def sites_of(model: Path, dtype: str) -> tuple[list[Site], torch.dtype]:
     """The sites of a model directory without its weights, and what `--dtype` means for it. Raises ConfigError."""
-    arch = read_arch(model)
-    resolved = resolve_dtype(dtype, arch.dtype, resolve_device("auto"))
-    return build_decoder(arch, Weights(torch.device("meta"), resolved, Shard())).sites, resolved
+    model_config = read_model_config(model)
+    resolved = resolve_dtype(dtype, model_config.dtype, resolve_device("auto"))
+    return build_decoder(model_config, Weights(torch.device("meta"), resolved, Shard())).sites, resolved
 
 
 def examine(root: Path, sites: list[Site], dtype: torch.dtype, limits: Limits, model: Path | None = None) -> Report:

@@ -108,7 +108,7 @@ class Runner:
     @property
     def family(self) -> str:
         """The model's family, for people."""
-        return self._parts.decoder.arch.family
+        return self._parts.decoder.config.family
 
     def execute(self, step: Step) -> StepDone:
         """Does the step and waits for it. Its fills only begin: `advance` goes on with them."""

@@ -1,10 +1,10 @@
-"""What a model is, as numbers: the translation of each family's config.json into one Arch.
+"""What a model is, as numbers: the translation of each family's config.json into one ModelConfig.
 
-A family is a translation, not a fork: the layers read an Arch and never a config.json. FAMILIES is the one place that
-knows what is served.
+A family is one translation: the layers read a ModelConfig and never a config.json. FAMILIES is the table of all
+families that are served.
 """
 
-from model_runner.config.model_config import Arch, Experts
-from model_runner.config.registry import FAMILIES, Family, read_arch
+from model_runner.config.model_config import Experts, ModelConfig
+from model_runner.config.registry import FAMILIES, Family, read_model_config
 
-__all__ = ["FAMILIES", "Arch", "Experts", "Family", "read_arch"]
+__all__ = ["FAMILIES", "Experts", "Family", "ModelConfig", "read_model_config"]

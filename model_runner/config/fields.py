@@ -1,4 +1,4 @@
-"""The fields that all families share, read into a plain Arch; a family changes what it has of its own.
+"""The fields that all families share, read into a plain ModelConfig; a family changes what it has of its own.
 
 Knows nothing of families.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from model_runner.config.config_json import ConfigJson
-from model_runner.config.model_config import Arch
+from model_runner.config.model_config import ModelConfig
 from model_runner.config.rope import Rope, read_rope, rope_reach
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float32}
@@ -28,7 +28,7 @@ def plain(
     tie: bool = False,
     rope: Rope | None = None,
     theta: float = 10000.0,
-) -> Arch:
+) -> ModelConfig:
     """A Llama of these sizes without biases and windows; the keywords are the family's defaults.
 
     `kv_heads` None: as many as query heads; `head_dim` None: hidden_size / heads; `rope` None: read with base `theta`.
@@ -42,7 +42,7 @@ def plain(
     if heads % groups:
         raise config.wrong("num_key_value_heads", f"must divide num_attention_heads={heads}")
     check_rope(config, rope, size)
-    return Arch(
+    return ModelConfig(
         family=family,
         hidden_size=hidden,
         num_layers=layers,

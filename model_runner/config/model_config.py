@@ -34,7 +34,7 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class Arch:
+class ModelConfig:
     """One decoder-only model.
 
     windows         per layer: how many positions a token sees, itself included; None = all before it
@@ -47,7 +47,7 @@ class Arch:
     activation      of the MLP's gate: silu or gelu_tanh
     fused           whether the checkpoint holds qkv_proj and gate_up_proj instead of their parts
     embed_scale     factor on embeddings; residual_scale on what a layer adds; logit_scale and logit_cap on logits
-    model           the class that computes it, "module:name"
+    decoder_class   the class that computes it, "module:name"
     """
 
     family: str
@@ -78,7 +78,7 @@ class Arch:
     logit_scale: float = 1.0
     logit_cap: float | None = None
     experts: Experts | None = None
-    model: str = DECODER
+    decoder_class: str = DECODER
 
     @property
     def widest(self) -> int:
@@ -87,6 +87,6 @@ class Arch:
             return self.intermediate_size
         return max(self.intermediate_size, self.experts.per_token * (self.experts.width + self.hidden_size))
 
-    def serving(self, length: int) -> Arch:
+    def serving(self, length: int) -> ModelConfig:
         """For a server whose longest request is `length` tokens; some ropes depend on it."""
         return replace(self, ropes=tuple(None if rope is None else rope.serving(length) for rope in self.ropes))

@@ -14,7 +14,7 @@ from model_runner.config.families.mistral import mistral, mixtral
 from model_runner.config.families.olmo import olmo2
 from model_runner.config.families.phi import phi3
 from model_runner.config.families.qwen import qwen2, qwen3, qwen3_moe
-from model_runner.config.model_config import Arch
+from model_runner.config.model_config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Family:
 
     title: str
     model_type: str
-    read: Callable[[ConfigJson], Arch]
+    read: Callable[[ConfigJson], ModelConfig]
     note: str = ""
 
 
@@ -83,14 +83,14 @@ FOREIGN: dict[str, tuple[object, ...]] = {
 refuses all others: a checkpoint with a twist must not be served as the plain model."""
 
 
-def read_arch(path: Path) -> Arch:
-    """The Arch of the model directory `path`. Raises ConfigError naming what cannot be served."""
+def read_model_config(path: Path) -> ModelConfig:
+    """The ModelConfig of the model directory `path`. Raises ConfigError naming what cannot be served."""
     config = read_config_json(path)
     family = _family(config)
     _refuse_quantized(config)
-    arch = family.read(config)
+    model = family.read(config)
     _refuse_foreign(config, family)
-    return arch
+    return model
 
 
 def _family(config: ConfigJson) -> Family:

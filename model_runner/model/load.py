@@ -1,4 +1,4 @@
-"""A model directory becomes a Decoder, of the class its Arch names. Knows nothing of what runs on it."""
+"""A model directory becomes a Decoder, of the class its ModelConfig names. Knows nothing of what runs on it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from model_runner.config import Arch
+from model_runner.config import ModelConfig
 from model_runner.model.families.decoder import Decoder
 from model_runner.model.layers.weights import Weights
 from model_runner.platform.shard import Shard
@@ -15,16 +15,16 @@ from model_runner.quantization.base import find
 from model_runner.weights.checkpoint import load_checkpoint
 
 
-def build_decoder(arch: Arch, weights: Weights) -> Decoder:
-    """The decoder of `arch`, its weights not yet read."""
-    module, _, name = arch.model.partition(":")
-    decoder: Decoder = getattr(importlib.import_module(module), name)(arch, weights)
+def build_decoder(config: ModelConfig, weights: Weights) -> Decoder:
+    """The decoder of `config`, its weights not yet read."""
+    module, _, name = config.decoder_class.partition(":")
+    decoder: Decoder = getattr(importlib.import_module(module), name)(config, weights)
     return decoder
 
 
 def load_model(
     path: Path,
-    arch: Arch,
+    config: ModelConfig,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -32,12 +32,12 @@ def load_model(
     method: str = "plain",
     progress: bool = False,
 ) -> Decoder:
-    """The decoder of `arch` with the directory's weights, cast to `dtype`, its linears stored as `method` says.
+    """The decoder of `config` with the directory's weights, cast to `dtype`, its linears stored as `method` says.
 
     Raises ConfigError naming what is wrong.
     """
-    decoder = build_decoder(arch, Weights(device, dtype, shard or Shard(), find(method)))
-    harmless = ["lm_head.weight"] if arch.tie_embeddings else []
+    decoder = build_decoder(config, Weights(device, dtype, shard or Shard(), find(method)))
+    harmless = ["lm_head.weight"] if config.tie_embeddings else []
     load_checkpoint(path, decoder.weights.placements, harmless, progress=progress)
     decoder.finish_loading()
     return decoder

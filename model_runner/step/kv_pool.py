@@ -7,29 +7,29 @@ from __future__ import annotations
 
 import torch
 
-from model_runner.config import Arch
+from model_runner.config import ModelConfig
 from model_runner.platform.shard import Shard
 
 
-def page_bytes(arch: Arch, page_size: int, dtype: torch.dtype, shard: Shard) -> int:
+def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype, shard: Shard) -> int:
     """What one page costs on this rank: K and V of all layers."""
-    heads = shard.share(arch.num_kv_heads, "key/value heads")
-    return 2 * arch.num_layers * page_size * heads * arch.head_dim * dtype.itemsize
+    heads = shard.share(config.num_kv_heads, "key/value heads")
+    return 2 * config.num_layers * page_size * heads * config.head_dim * dtype.itemsize
 
 
 class KvPool:
     """`pages` grantable pages, numbered 1..pages, beside the scratch page 0."""
 
     def __init__(
-        self, arch: Arch, pages: int, page_size: int, dtype: torch.dtype, device: torch.device, shard: Shard
+        self, config: ModelConfig, pages: int, page_size: int, dtype: torch.dtype, device: torch.device, shard: Shard
     ) -> None:
         self.pages = pages
         self.page_size = page_size
-        self.bytes = (pages + 1) * page_bytes(arch, page_size, dtype, shard)
-        shape = (pages + 1, page_size, shard.share(arch.num_kv_heads, "key/value heads"), arch.head_dim)
+        self.bytes = (pages + 1) * page_bytes(config, page_size, dtype, shard)
+        shape = (pages + 1, page_size, shard.share(config.num_kv_heads, "key/value heads"), config.head_dim)
         self._layers = [
             (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in range(arch.num_layers)
+            for _ in range(config.num_layers)
         ]
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -75,7 +75,7 @@ class World:
         """All that the runner holds for the row that nobody names."""
         parts = self.runner._parts
         rows, pages = parts.rows, slice(min(self.pages), max(self.pages) + 1)
-        layers = map(parts.pool.layer, range(parts.decoder.arch.num_layers))
+        layers = map(parts.pool.layer, range(parts.decoder.config.num_layers))
         return [
             *(each[pages].clone() for layer in layers for each in layer),
             rows.tables[self.row].tolist(), int(rows.page_counts[self.row]), int(rows.generations[self.row]),

@@ -27,7 +27,7 @@ from model_runner.compute.kernels.cpu.functions.attention import supports
 from model_runner.compute.kernels.cpu.functions.spec import Kernel, KernelKey
 from model_runner.compute.kernels.cpu.kernels import KernelSet
 from model_runner.compute.kernels.cpu.lookup import KernelLookup
-from model_runner.config import Arch
+from model_runner.config import ModelConfig
 from model_runner.platform.device import dtype_name
 from model_runner.step.layout import Layout
 
@@ -87,8 +87,10 @@ class TorchAttention(AttentionBackend):
     def use_kernels(self, kernels: KernelSet) -> None:
         self._kernels.use(kernels)
 
-    def wanted_kernels(self, arch: Arch, dtype: torch.dtype) -> list[KernelKey]:
-        called = arch.attention_cap is None and supports(arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype)
+    def wanted_kernels(self, config: ModelConfig, dtype: torch.dtype) -> list[KernelKey]:
+        called = config.attention_cap is None and supports(
+            config.num_heads, config.num_kv_heads, config.head_dim, dtype
+        )
         return [KernelKey("attend", dtype_name(dtype))] if called else []
 
     def plan(self, layout: Layout, into: Any | None = None) -> Meta:

@@ -9,7 +9,7 @@ from model_runner.compute.kernels.cpu.kernels import KernelSet
 from model_runner.compute.kernels.cpu.lookup import KernelLookup
 from model_runner.compute.ops.base import HeadNorms, NormKind
 from model_runner.compute.ops.torch_ops import TorchOps
-from model_runner.config import Arch
+from model_runner.config import ModelConfig
 from model_runner.platform.device import dtype_name
 
 
@@ -22,11 +22,11 @@ class CpuOps(TorchOps):
     def use_kernels(self, kernels: KernelSet) -> None:
         self._kernels.use(kernels)
 
-    def wanted_kernels(self, arch: Arch, dtype: torch.dtype) -> list[KernelKey]:
+    def wanted_kernels(self, config: ModelConfig, dtype: torch.dtype) -> list[KernelKey]:
         called = {
-            "add_norm": arch.norm == "plain",
-            "silu_mul": arch.activation == "silu",
-            "rope_and_store": not arch.qk_norm and any(rope is not None for rope in arch.ropes),
+            "add_norm": config.norm == "plain",
+            "silu_mul": config.activation == "silu",
+            "rope_and_store": not config.qk_norm and any(rope is not None for rope in config.ropes),
         }
         return [
             KernelKey(name, dtype_name(dtype)) for name, is_called in called.items() if is_called and dtype in TOLERANCE

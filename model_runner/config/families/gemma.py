@@ -6,34 +6,34 @@ from dataclasses import replace
 
 from model_runner.config.config_json import ConfigJson
 from model_runner.config.fields import Windows, activation, check_rope, plain, typed_windows
-from model_runner.config.model_config import Arch
+from model_runner.config.model_config import ModelConfig
 from model_runner.config.rope import Rope, parse_rope
 
 POSITIONS = {"gemma2": 8192, "gemma3": 131072}
 LOCAL_THETA, GLOBAL_THETA = 10000.0, 1000000.0
 
 
-def gemma2(config: ConfigJson) -> Arch:
+def gemma2(config: ConfigJson) -> ModelConfig:
     """Gemma2ForCausalLM: every other layer slides."""
-    arch = plain(config, "gemma2", max_length=POSITIONS["gemma2"], kv_heads=4, head_dim=256, tie=True)
+    model = plain(config, "gemma2", max_length=POSITIONS["gemma2"], kv_heads=4, head_dim=256, tie=True)
     return replace(
-        _gemma(config, arch),
-        windows=_windows(config, arch.num_layers, pattern=2),
+        _gemma(config, model),
+        windows=_windows(config, model.num_layers, pattern=2),
         attention_cap=config.nullable("attn_logit_softcapping", 50.0),
         logit_cap=config.nullable("final_logit_softcapping", 30.0),
     )
 
 
-def gemma3(config: ConfigJson) -> Arch:
+def gemma3(config: ConfigJson) -> ModelConfig:
     """Gemma3ForCausalLM: five of six layers slide, and these turn faster; q and k are normed."""
     positions = config.integer("max_position_embeddings", POSITIONS["gemma3"])
     far, near = _ropes(config, positions)
-    arch = plain(config, "gemma3", max_length=positions, kv_heads=4, head_dim=256, tie=True, rope=far)
-    check_rope(config, near, arch.head_dim)
+    model = plain(config, "gemma3", max_length=positions, kv_heads=4, head_dim=256, tie=True, rope=far)
+    check_rope(config, near, model.head_dim)
     pattern = "_sliding_window_pattern" if "_sliding_window_pattern" in config else "sliding_window_pattern"
-    windows = _windows(config, arch.num_layers, pattern=config.integer(pattern, 6))
+    windows = _windows(config, model.num_layers, pattern=config.integer(pattern, 6))
     return replace(
-        _gemma(config, arch),
+        _gemma(config, model),
         windows=windows,
         ropes=tuple(far if window is None else near for window in windows),
         logit_cap=config.nullable("final_logit_softcapping", None),
@@ -41,19 +41,19 @@ def gemma3(config: ConfigJson) -> Arch:
     )
 
 
-def _gemma(config: ConfigJson, arch: Arch) -> Arch:
+def _gemma(config: ConfigJson, model: ModelConfig) -> ModelConfig:
     activation(config, "hidden_activation", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
     config.seen.add("hidden_act")  # older files say it twice, and hidden_activation is what counts
     bias = config.flag("attention_bias", False)
     return replace(
-        arch,
+        model,
         qkv_bias=bias,
         o_bias=bias,
         scale=config.number("query_pre_attn_scalar", 256) ** -0.5,
         norm="gemma",
         activation="gelu_tanh",
-        embed_scale=arch.hidden_size**0.5,
-        model="model_runner.model.families.gemma:Gemma",
+        embed_scale=model.hidden_size**0.5,
+        decoder_class="model_runner.model.families.gemma:Gemma",
     )
 
 

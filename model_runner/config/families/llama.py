@@ -6,16 +6,16 @@ from dataclasses import replace
 
 from model_runner.config.config_json import ConfigJson
 from model_runner.config.fields import Windows, activation, plain, typed_windows
-from model_runner.config.model_config import Arch
+from model_runner.config.model_config import ModelConfig
 
 
-def llama(config: ConfigJson) -> Arch:
+def llama(config: ConfigJson) -> ModelConfig:
     """LlamaForCausalLM."""
     config.seen.add("sliding_window")  # exports of other families carry it, and a Llama never slides
     return _biased(config, plain(config, "llama", max_length=2048))
 
 
-def granite(config: ConfigJson) -> Arch:
+def granite(config: ConfigJson) -> ModelConfig:
     """GraniteForCausalLM: a Llama with four multipliers."""
     return replace(
         _biased(config, plain(config, "granite", max_length=2048)),
@@ -23,25 +23,25 @@ def granite(config: ConfigJson) -> Arch:
         embed_scale=config.number("embedding_multiplier", 1.0),
         residual_scale=config.number("residual_multiplier", 1.0),
         logit_scale=1.0 / config.number("logits_scaling", 1.0),
-        model="model_runner.model.families.granite:Granite",
+        decoder_class="model_runner.model.families.granite:Granite",
     )
 
 
-def smollm3(config: ConfigJson) -> Arch:
+def smollm3(config: ConfigJson) -> ModelConfig:
     """SmolLM3ForCausalLM: every fourth layer leaves positions alone."""
-    arch = plain(config, "smollm3", max_length=32768, kv_heads=4, tie=True, theta=2000000.0)
-    turns = _turns(config, arch.num_layers)
+    model = plain(config, "smollm3", max_length=32768, kv_heads=4, tie=True, theta=2000000.0)
+    turns = _turns(config, model.num_layers)
     return replace(
-        _biased(config, arch),
-        ropes=tuple(rope if turn else None for rope, turn in zip(arch.ropes, turns, strict=True)),
+        _biased(config, model),
+        ropes=tuple(rope if turn else None for rope, turn in zip(model.ropes, turns, strict=True)),
         windows=_smollm3_windows(config, turns),
     )
 
 
-def _biased(config: ConfigJson, arch: Arch) -> Arch:
+def _biased(config: ConfigJson, model: ModelConfig) -> ModelConfig:
     activation(config, "hidden_act", "silu", "silu")
     attention = config.flag("attention_bias", False)
-    return replace(arch, qkv_bias=attention, o_bias=attention, mlp_bias=config.flag("mlp_bias", False))
+    return replace(model, qkv_bias=attention, o_bias=attention, mlp_bias=config.flag("mlp_bias", False))
 
 
 def _turns(config: ConfigJson, layers: int) -> list[bool]:

@@ -6,36 +6,36 @@ from dataclasses import replace
 
 from model_runner.config.config_json import ConfigJson
 from model_runner.config.fields import activation, plain, same_window
-from model_runner.config.model_config import Arch, Experts
+from model_runner.config.model_config import Experts, ModelConfig
 
 POSITIONS = 4096 * 32
 
 
-def mistral(config: ConfigJson) -> Arch:
+def mistral(config: ConfigJson) -> ModelConfig:
     """MistralForCausalLM."""
     activation(config, "hidden_act", "silu", "silu")
-    arch = plain(config, "mistral", max_length=POSITIONS, kv_heads=8)
-    return replace(arch, windows=same_window(config, arch.num_layers, 4096))
+    model = plain(config, "mistral", max_length=POSITIONS, kv_heads=8)
+    return replace(model, windows=same_window(config, model.num_layers, 4096))
 
 
-def mixtral(config: ConfigJson) -> Arch:
+def mixtral(config: ConfigJson) -> ModelConfig:
     """MixtralForCausalLM."""
     activation(config, "hidden_act", "silu", "silu")
-    arch = plain(config, "mixtral", max_length=POSITIONS, kv_heads=8, eps=1e-5, theta=1e6)
+    model = plain(config, "mixtral", max_length=POSITIONS, kv_heads=8, eps=1e-5, theta=1e6)
     count, chosen = config.integer("num_local_experts", 8), config.integer("num_experts_per_tok", 2)
     if chosen > count:
         raise config.wrong("num_experts_per_tok", f"there are {count} experts")
     return replace(
-        arch,
-        windows=same_window(config, arch.num_layers, None),
+        model,
+        windows=same_window(config, model.num_layers, None),
         experts=Experts(
-            layers=(True,) * arch.num_layers,
+            layers=(True,) * model.num_layers,
             count=count,
             per_token=chosen,
-            width=arch.intermediate_size,
+            width=model.intermediate_size,
             renormalize=True,
             block="block_sparse_moe",
             names=("w1", "w3", "w2"),
         ),
-        model="model_runner.model.families.moe:Moe",
+        decoder_class="model_runner.model.families.moe:Moe",
     )

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from model_runner.config.config_json import ConfigJson
 from model_runner.config.fields import activation, plain
-from model_runner.config.model_config import Arch
+from model_runner.config.model_config import ModelConfig
 
 
-def olmo2(config: ConfigJson) -> Arch:
+def olmo2(config: ConfigJson) -> ModelConfig:
     """Olmo2ForCausalLM."""
     activation(config, "hidden_act", "silu", "silu")
     bias = config.flag("attention_bias", False)
@@ -19,5 +19,5 @@ def olmo2(config: ConfigJson) -> Arch:
         o_bias=bias,
         norm="wide",
         qk_norm=True,
-        model="model_runner.model.families.olmo:Olmo2",
+        decoder_class="model_runner.model.families.olmo:Olmo2",
     )

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 from model_runner.config.config_json import ConfigJson
 from model_runner.config.fields import activation, plain, same_window
-from model_runner.config.model_config import Arch
+from model_runner.config.model_config import ModelConfig
 from model_runner.config.rope import read_rope
 
 POSITIONS = 4096
 ROPES = {"su": "longrope", "yarn": "longrope"}  # what its first files call it
 
 
-def phi3(config: ConfigJson) -> Arch:
+def phi3(config: ConfigJson) -> ModelConfig:
     """Phi3ForCausalLM."""
     activation(config, "hidden_act", "silu", "silu")
     rope = read_rope(
@@ -25,5 +25,5 @@ def phi3(config: ConfigJson) -> Arch:
     )
     if rope.kind not in ("default", "longrope"):
         raise config.wrong("rope_scaling", f"rope type {rope.kind} is not served for this family")
-    arch = plain(config, "phi3", max_length=POSITIONS, eps=1e-5, rope=rope)
-    return replace(arch, windows=same_window(config, arch.num_layers, None), fused=True)
+    model = plain(config, "phi3", max_length=POSITIONS, eps=1e-5, rope=rope)
+    return replace(model, windows=same_window(config, model.num_layers, None), fused=True)

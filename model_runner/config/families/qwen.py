@@ -6,38 +6,38 @@ from dataclasses import replace
 
 from model_runner.config.config_json import ConfigJson
 from model_runner.config.fields import Windows, activation, plain, typed_windows
-from model_runner.config.model_config import Arch, Experts
+from model_runner.config.model_config import Experts, ModelConfig
 
 
-def qwen2(config: ConfigJson) -> Arch:
+def qwen2(config: ConfigJson) -> ModelConfig:
     """Qwen2ForCausalLM."""
     activation(config, "hidden_act", "silu", "silu")
-    arch = plain(config, "qwen2", max_length=32768, kv_heads=32)
-    return replace(arch, qkv_bias=True, windows=_windows(config, arch.num_layers))
+    model = plain(config, "qwen2", max_length=32768, kv_heads=32)
+    return replace(model, qkv_bias=True, windows=_windows(config, model.num_layers))
 
 
-def qwen3(config: ConfigJson) -> Arch:
+def qwen3(config: ConfigJson) -> ModelConfig:
     """Qwen3ForCausalLM: q and k are normed."""
-    arch = _normed(config, plain(config, "qwen3", max_length=32768, kv_heads=32, head_dim=128))
-    return replace(arch, windows=_windows(config, arch.num_layers))
+    model = _normed(config, plain(config, "qwen3", max_length=32768, kv_heads=32, head_dim=128))
+    return replace(model, windows=_windows(config, model.num_layers))
 
 
-def qwen3_moe(config: ConfigJson) -> Arch:
+def qwen3_moe(config: ConfigJson) -> ModelConfig:
     """Qwen3MoeForCausalLM: every `decoder_sparse_step`-th layer has experts, but for `mlp_only_layers`."""
-    arch = _normed(config, plain(config, "qwen3_moe", max_length=32768, kv_heads=4))
+    model = _normed(config, plain(config, "qwen3_moe", max_length=32768, kv_heads=4))
     window = config.integer("sliding_window", 4096) if config.flag("use_sliding_window", False) else None
     return replace(
-        arch,
-        windows=(window,) * arch.num_layers,
-        experts=_experts(config, arch.num_layers),
-        model="model_runner.model.families.moe:Moe",
+        model,
+        windows=(window,) * model.num_layers,
+        experts=_experts(config, model.num_layers),
+        decoder_class="model_runner.model.families.moe:Moe",
     )
 
 
-def _normed(config: ConfigJson, arch: Arch) -> Arch:
+def _normed(config: ConfigJson, model: ModelConfig) -> ModelConfig:
     activation(config, "hidden_act", "silu", "silu")
     bias = config.flag("attention_bias", False)
-    return replace(arch, qk_norm=True, qkv_bias=bias, o_bias=bias)
+    return replace(model, qk_norm=True, qkv_bias=bias, o_bias=bias)
 
 
 def _experts(config: ConfigJson, layers: int) -> Experts:

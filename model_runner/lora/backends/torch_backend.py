@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from model_runner.compute.kernels.cpu.functions.spec import KernelKey
 from model_runner.compute.kernels.cpu.kernels import KernelSet
-from model_runner.config import Arch
+from model_runner.config import ModelConfig
 from model_runner.lora.backends.base import DEFAULTS, LoraBackend, Options
 from model_runner.lora.backends.bmm import LaneTokens, Read, add_delta, add_vectors, plan_read
 from model_runner.lora.backends.cpu import Deltas, Tokens, plan_tokens
@@ -49,7 +49,7 @@ class TorchLora(LoraBackend):
     def use_kernels(self, kernels: KernelSet) -> None:
         self._deltas.use_kernels(kernels)
 
-    def wanted_kernels(self, arch: Arch, dtype: torch.dtype) -> list[KernelKey]:
+    def wanted_kernels(self, config: ModelConfig, dtype: torch.dtype) -> list[KernelKey]:
         return self._deltas.wanted_kernels(dtype)
 
     def plan(self, layout: Layout, into: Any | None = None) -> Meta | None:

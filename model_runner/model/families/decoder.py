@@ -1,4 +1,4 @@
-"""The decoder: most families' model, read from an Arch, and what the others are made of. Attention and LoRA are
+"""The decoder: most families' model, read from an ModelConfig, and what the others are made of. Attention and LoRA are
 attached from outside.
 
     x = embed(tokens)
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from model_runner.compute.attention.base import AttentionBackend
-from model_runner.config import Arch
+from model_runner.config import ModelConfig
 from model_runner.lora.backends.base import LoraBackend
 from model_runner.lora.pool.full_weights import Lanes
 from model_runner.lora.site import Site
@@ -46,20 +46,20 @@ class Layer:
 
     attention_type: type[Attention] = Attention
 
-    def __init__(self, arch: Arch, index: int, weights: Weights) -> None:
-        self.attention = self.attention_type(arch, index, weights)
-        self.mlp = self.feed_forward(arch, index, weights)
+    def __init__(self, config: ModelConfig, index: int, weights: Weights) -> None:
+        self.attention = self.attention_type(config, index, weights)
+        self.mlp = self.feed_forward(config, index, weights)
         self.norms = list(self.attention.norms or ())
 
         def norm(name: str) -> RMSNorm:
-            self.norms.append(read_norm(arch, weights, f"model.layers.{index}.{name}", arch.hidden_size))
+            self.norms.append(read_norm(config, weights, f"model.layers.{index}.{name}", config.hidden_size))
             return self.norms[-1]
 
         self.read_norms(norm)
 
-    def feed_forward(self, arch: Arch, index: int, weights: Weights) -> FeedForward:
+    def feed_forward(self, config: ModelConfig, index: int, weights: Weights) -> FeedForward:
         """What stands after attention."""
-        return MLP(arch, index, weights)
+        return MLP(config, index, weights)
 
     def read_norms(self, norm: Callable[[str], RMSNorm]) -> None:
         """Its norms by their names in the checkpoint."""
@@ -88,17 +88,17 @@ class Decoder:
 
     layer_type: type[Layer] = Layer
 
-    def __init__(self, arch: Arch, weights: Weights) -> None:
-        self.arch = arch
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self.config = config
         self.weights = weights
-        table = weights.tensor("model.embed_tokens.weight", arch.vocab_size, arch.hidden_size)
+        table = weights.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self.embed = Embedding(table)
-        self.layers = [self.layer_type(arch, index, weights) for index in range(arch.num_layers)]
-        self.norm = read_norm(arch, weights, "model.norm", arch.hidden_size)
-        self.head = Head(Plain(table), tied=True) if arch.tie_embeddings else read_head(weights, *table.shape)
-        ropes = list(dict.fromkeys(rope for rope in arch.ropes if rope is not None))
-        self.rotaries = [Rotary(rope, arch.head_dim, weights.device, weights.dtype) for rope in ropes]
-        self.turns = [None if rope is None else ropes.index(rope) for rope in arch.ropes]
+        self.layers = [self.layer_type(config, index, weights) for index in range(config.num_layers)]
+        self.norm = read_norm(config, weights, "model.norm", config.hidden_size)
+        self.head = Head(Plain(table), tied=True) if config.tie_embeddings else read_head(weights, *table.shape)
+        ropes = list(dict.fromkeys(rope for rope in config.ropes if rope is not None))
+        self.rotaries = [Rotary(rope, config.head_dim, weights.device, weights.dtype) for rope in ropes]
+        self.turns = [None if rope is None else ropes.index(rope) for rope in config.ropes]
 
     @property
     def sites(self) -> list[Site]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from model_runner.config import Arch
+from model_runner.config import ModelConfig
 from model_runner.model.families.decoder import Decoder, Layer, Stream
 from model_runner.model.layers.norm import RMSNorm
 from model_runner.model.layers.rotary import Rotation
@@ -43,10 +43,10 @@ class Gemma(Decoder):
 
     layer_type = GemmaLayer
 
-    def __init__(self, arch: Arch, weights: Weights) -> None:
-        super().__init__(arch, weights)
-        self.scale = float(torch.tensor(arch.embed_scale, dtype=weights.dtype))  # as the model was trained: rounded
-        self.cap = arch.logit_cap
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        super().__init__(config, weights)
+        self.scale = float(torch.tensor(config.embed_scale, dtype=weights.dtype))  # as the model was trained: rounded
+        self.cap = config.logit_cap
 
     def enter(self, x_TH: torch.Tensor) -> torch.Tensor:
         return x_TH * self.scale

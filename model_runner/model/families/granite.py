@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from model_runner.config import Arch
+from model_runner.config import ModelConfig
 from model_runner.model.families.decoder import Decoder, Layer, Stream
 from model_runner.model.layers.rotary import Rotation
 from model_runner.model.layers.weights import Weights
@@ -17,9 +17,9 @@ from model_runner.step.batch import Batch
 class GraniteLayer(Layer):
     """Attention and MLP, each scaled before it is added."""
 
-    def __init__(self, arch: Arch, index: int, weights: Weights) -> None:
-        super().__init__(arch, index, weights)
-        self.scale = arch.residual_scale
+    def __init__(self, config: ModelConfig, index: int, weights: Weights) -> None:
+        super().__init__(config, index, weights)
+        self.scale = config.residual_scale
 
     def __call__(
         self, x_TH: torch.Tensor, added_TH: torch.Tensor | None, rotate: Rotation | None, batch: Batch
@@ -35,7 +35,7 @@ class Granite(Decoder):
     layer_type = GraniteLayer
 
     def enter(self, x_TH: torch.Tensor) -> torch.Tensor:
-        return x_TH * self.arch.embed_scale
+        return x_TH * self.config.embed_scale
 
     def leave(self, logits_SV: torch.Tensor) -> torch.Tensor:
-        return logits_SV * self.arch.logit_scale
+        return logits_SV * self.config.logit_scale

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from model_runner.config import Arch
+from model_runner.config import ModelConfig
 from model_runner.model.families.decoder import Decoder, Layer
 from model_runner.model.layers.experts import SparseMLP
 from model_runner.model.layers.mlp import FeedForward
@@ -10,15 +10,15 @@ from model_runner.model.layers.weights import Weights
 
 
 class MoeLayer(Layer):
-    """Attention, and experts where the Arch says so."""
+    """Attention, and experts where the ModelConfig says so."""
 
-    def feed_forward(self, arch: Arch, index: int, weights: Weights) -> FeedForward:
+    def feed_forward(self, config: ModelConfig, index: int, weights: Weights) -> FeedForward:
         """The layer's experts, or its MLP."""
-        assert arch.experts is not None
+        assert config.experts is not None
         return (
-            SparseMLP(arch, index, weights)
-            if arch.experts.layers[index]
-            else super().feed_forward(arch, index, weights)
+            SparseMLP(config, index, weights)
+            if config.experts.layers[index]
+            else super().feed_forward(config, index, weights)
         )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from engine.errors import ConfigError
-from model_runner.config import Arch
+from model_runner.config import ModelConfig
 from model_runner.model.families.decoder import Decoder, Layer, Stream
 from model_runner.model.layers.attention import Attention
 from model_runner.model.layers.norm import RMSNorm, read_norm
@@ -26,15 +26,15 @@ class Olmo2Attention(Attention):
 
     by_head = False
 
-    def read_norms(self, arch: Arch, weights: Weights, path: str) -> tuple[RMSNorm, RMSNorm]:
+    def read_norms(self, config: ModelConfig, weights: Weights, path: str) -> tuple[RMSNorm, RMSNorm]:
         """The norms of q and k, each over all heads."""
         if weights.shard.size > 1:
             raise ConfigError(
                 f"--tp-size {weights.shard.size}: an OLMo 2 norms q and k over all heads; use --tp-size 1"
             )
         return (
-            read_norm(arch, weights, f"{path}.q_norm", arch.num_heads * arch.head_dim),
-            read_norm(arch, weights, f"{path}.k_norm", arch.num_kv_heads * arch.head_dim),
+            read_norm(config, weights, f"{path}.q_norm", config.num_heads * config.head_dim),
+            read_norm(config, weights, f"{path}.k_norm", config.num_kv_heads * config.head_dim),
         )
 
     def norm(self, qk_TND: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm, batch: Batch) -> torch.Tensor:

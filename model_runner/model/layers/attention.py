@@ -14,7 +14,7 @@ import torch
 
 from model_runner.compute.attention.base import AttentionBackend
 from model_runner.compute.ops.base import HeadNorms
-from model_runner.config import Arch
+from model_runner.config import ModelConfig
 from model_runner.model.layers.linear import column_linear, row_linear
 from model_runner.model.layers.norm import RMSNorm, read_norm
 from model_runner.model.layers.rotary import Rotation
@@ -27,16 +27,20 @@ class Attention:
 
     by_head = True  # whether norms of q and k see one head at a time
 
-    def __init__(self, arch: Arch, layer: int, weights: Weights) -> None:
-        path, size = f"model.layers.{layer}.self_attn", arch.head_dim
-        self.heads = weights.shard.share(arch.num_heads, "attention heads")
-        self.kv_heads = weights.shard.share(arch.num_kv_heads, "key/value heads")
+    def __init__(self, config: ModelConfig, layer: int, weights: Weights) -> None:
+        path, size = f"model.layers.{layer}.self_attn", config.head_dim
+        self.heads = weights.shard.share(config.num_heads, "attention heads")
+        self.kv_heads = weights.shard.share(config.num_kv_heads, "key/value heads")
         self.head_dim = size
-        self.scale = arch.scale
-        self.cap = arch.attention_cap
-        self.window = arch.windows[layer]
+        self.scale = config.scale
+        self.cap = config.attention_cap
+        self.window = config.windows[layer]
         self.ops = weights.ops
-        outs = {"q_proj": arch.num_heads * size, "k_proj": arch.num_kv_heads * size, "v_proj": arch.num_kv_heads * size}
+        outs = {
+            "q_proj": config.num_heads * size,
+            "k_proj": config.num_kv_heads * size,
+            "v_proj": config.num_kv_heads * size,
+        }
         self.qkv = column_linear(
             weights,
             f"layers.{layer}.qkv",
@@ -44,18 +48,26 @@ class Attention:
             layer,
             "qkv",
             outs,
-            arch.hidden_size,
-            bias=arch.qkv_bias,
-            fused="qkv_proj" if arch.fused else None,
+            config.hidden_size,
+            bias=config.qkv_bias,
+            fused="qkv_proj" if config.fused else None,
         )
         self.o = row_linear(
-            weights, f"layers.{layer}.o", path, layer, "o", "o_proj", outs["q_proj"], arch.hidden_size, bias=arch.o_bias
+            weights,
+            f"layers.{layer}.o",
+            path,
+            layer,
+            "o",
+            "o_proj",
+            outs["q_proj"],
+            config.hidden_size,
+            bias=config.o_bias,
         )
-        self.norms = self.read_norms(arch, weights, path) if arch.qk_norm else None
+        self.norms = self.read_norms(config, weights, path) if config.qk_norm else None
 
-    def read_norms(self, arch: Arch, weights: Weights, path: str) -> tuple[RMSNorm, RMSNorm]:
+    def read_norms(self, config: ModelConfig, weights: Weights, path: str) -> tuple[RMSNorm, RMSNorm]:
         """The norms of q and k, over each head."""
-        q_norm, k_norm = (read_norm(arch, weights, f"{path}.{which}_norm", arch.head_dim) for which in "qk")
+        q_norm, k_norm = (read_norm(config, weights, f"{path}.{which}_norm", config.head_dim) for which in "qk")
         return q_norm, k_norm
 
     def attach(self, backend: AttentionBackend, cache: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import grouped_mm
 
-from model_runner.config import Arch
+from model_runner.config import ModelConfig
 from model_runner.lora.site import EXPERTS, ROUTER, Site, Slice
 from model_runner.model.layers.linear import Linear
 from model_runner.model.layers.mlp import gate_of
@@ -41,27 +41,27 @@ class Expert:
 class SparseMLP:
     """One layer's router and experts."""
 
-    def __init__(self, arch: Arch, layer: int, weights: Weights) -> None:
-        assert arch.experts is not None
-        experts, hidden = arch.experts, arch.hidden_size
+    def __init__(self, config: ModelConfig, layer: int, weights: Weights) -> None:
+        assert config.experts is not None
+        experts, hidden = config.experts, config.hidden_size
         path = f"model.layers.{layer}.{experts.block}"
         inner = weights.shard.share(experts.width, "intermediate size of an expert")
         self.shard = weights.shard
         self.per_token, self.renormalize = experts.per_token, experts.renormalize
-        self.gate = gate_of(weights.ops, arch.activation)
+        self.gate = gate_of(weights.ops, config.activation)
         self.gate_up_EIH = weights.empty(experts.count, 2 * inner, hidden)
         self.down_EHI = weights.empty(experts.count, hidden, inner)
         router_EH = weights.tensor(f"{path}.gate.weight", experts.count, hidden)
         cut = (Slice("gate", 0, experts.count),)
         self.router = Linear(Site(f"layers.{layer}.router", path, layer, ROUTER, cut, Plain(router_EH)))
-        self.experts = [self._expert(arch, layer, number, path, weights) for number in range(experts.count)]
+        self.experts = [self._expert(config, layer, number, path, weights) for number in range(experts.count)]
         self._numbers_E = torch.arange(experts.count, device=weights.device)
 
-    def _expert(self, arch: Arch, layer: int, number: int, path: str, weights: Weights) -> Expert:
-        assert arch.experts is not None
+    def _expert(self, config: ModelConfig, layer: int, number: int, path: str, weights: Weights) -> Expert:
+        assert config.experts is not None
         gate_up_IH, down_HI = self.gate_up_EIH[number], self.down_EHI[number]
-        inner, whole = down_HI.shape[1], arch.experts.width
-        gate, up, down = arch.experts.names
+        inner, whole = down_HI.shape[1], config.experts.width
+        gate, up, down = config.experts.names
         path = f"{path}.experts.{number}"
         weights.place(f"{path}.{gate}.weight", gate_up_IH[:inner], whole=whole)
         weights.place(f"{path}.{up}.weight", gate_up_IH[inner:], whole=whole)
@@ -69,7 +69,7 @@ class SparseMLP:
         name, parts = f"layers.{layer}.experts.{number}", (Slice(gate, 0, inner), Slice(up, inner, 2 * inner))
         return Expert(
             Linear(Site(f"{name}.gate_up", path, layer, EXPERTS, parts, Plain(gate_up_IH))),
-            Linear(Site(f"{name}.down", path, layer, EXPERTS, (Slice(down, 0, arch.hidden_size),), Plain(down_HI))),
+            Linear(Site(f"{name}.down", path, layer, EXPERTS, (Slice(down, 0, config.hidden_size),), Plain(down_HI))),
         )
 
     def linears(self) -> Iterator[Linear]:

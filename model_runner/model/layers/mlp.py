@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from model_runner.compute.ops.base import Ops
-from model_runner.config import Arch
+from model_runner.config import ModelConfig
 from model_runner.model.layers.linear import Linear, column_linear, row_linear
 from model_runner.model.layers.weights import Weights
 from model_runner.step.batch import Batch
@@ -32,9 +32,9 @@ class FeedForward(Protocol):
 class MLP:
     """One layer's MLP."""
 
-    def __init__(self, arch: Arch, layer: int, weights: Weights) -> None:
-        path, inner, hidden = f"model.layers.{layer}.mlp", arch.intermediate_size, arch.hidden_size
-        self.gate = gate_of(weights.ops, arch.activation)
+    def __init__(self, config: ModelConfig, layer: int, weights: Weights) -> None:
+        path, inner, hidden = f"model.layers.{layer}.mlp", config.intermediate_size, config.hidden_size
+        self.gate = gate_of(weights.ops, config.activation)
         self.gate_up = column_linear(
             weights,
             f"layers.{layer}.gate_up",
@@ -43,11 +43,11 @@ class MLP:
             "gate_up",
             {"gate_proj": inner, "up_proj": inner},
             hidden,
-            bias=arch.mlp_bias,
-            fused="gate_up_proj" if arch.fused else None,
+            bias=config.mlp_bias,
+            fused="gate_up_proj" if config.fused else None,
         )
         self.down = row_linear(
-            weights, f"layers.{layer}.down", path, layer, "down", "down_proj", inner, hidden, bias=arch.mlp_bias
+            weights, f"layers.{layer}.down", path, layer, "down", "down_proj", inner, hidden, bias=config.mlp_bias
         )
 
     def linears(self) -> Iterator[Linear]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from model_runner.compute.ops.base import NormKind, Ops
-from model_runner.config import Arch
+from model_runner.config import ModelConfig
 from model_runner.lora.pool.norms import Norms
 from model_runner.lora.site import NORMS, Site, Slice
 from model_runner.model.layers.weights import Weights
@@ -50,11 +50,11 @@ class RMSNorm:
         return self._table_LH
 
 
-def read_norm(arch: Arch, weights: Weights, module: str, size: int) -> RMSNorm:
+def read_norm(config: ModelConfig, weights: Weights, module: str, size: int) -> RMSNorm:
     """The model's kind of norm, its weight [size] from the checkpoint's `module`."""
     path, _, leaf = module.rpartition(".")
     inside = path.split(".")[1:3]
     layer = int(inside[1]) if inside[:1] == ["layers"] else -1
     weight = weights.tensor(f"{module}.weight", size)
     site = Site(module.removeprefix("model."), path, layer, NORMS, (Slice(leaf, 0, size),), Plain(weight))
-    return RMSNorm(site, arch.norm_eps, arch.norm, weights.ops)
+    return RMSNorm(site, config.norm_eps, config.norm, weights.ops)

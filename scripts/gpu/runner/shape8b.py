@@ -17,7 +17,7 @@ import torch
 from engine.config.sections import Links, RunnerConfig
 from engine.messages import Footprint
 from model_runner import assembly
-from model_runner.config import Arch
+from model_runner.config import ModelConfig
 from model_runner.lora.normal_form import Delta, NormalForm, footprint
 from model_runner.model.families.decoder import Decoder
 from model_runner.model.layers.weights import Weights
@@ -105,7 +105,7 @@ def _random_weights() -> Iterator[None]:
 
 def _make_model(
     path: Path,
-    arch: Arch,
+    model_config: ModelConfig,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -113,7 +113,7 @@ def _make_model(
     method: str = "plain",
     progress: bool = False,
 ) -> Decoder:
-    decoder = build_decoder(arch, Weights(device, dtype, shard or Shard(), find(method)))
+    decoder = build_decoder(model_config, Weights(device, dtype, shard or Shard(), find(method)))
     draw = torch.Generator(device=device).manual_seed(0)
     for placement in decoder.weights.placements:
         if "norm" in placement.name:

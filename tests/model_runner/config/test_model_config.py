@@ -1,4 +1,4 @@
-"""config.json to Arch: the families' defaults as transformers has them, and refusals that name what is wrong."""
+"""config.json to ModelConfig: the families' defaults as transformers has them, and refusals that name what is wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fixtures.models.tiny_models import FAMILIES
 
 from engine.errors import ConfigError
 from model_runner.config import FAMILIES as SERVED
-from model_runner.config import read_arch
+from model_runner.config import read_model_config
 from model_runner.model.layers.weights import Weights
 from model_runner.model.load import build_decoder
 from model_runner.platform.shard import Shard
@@ -38,43 +38,43 @@ def write(directory: Path, model_type: str = "llama", **fields: Any) -> Path:
 def test_absent_fields_mean_what_transformers_means(model_type: str, tmp_path: Path) -> None:
     from transformers import AutoConfig
 
-    arch = read_arch(write(tmp_path, model_type))
+    model_config = read_model_config(write(tmp_path, model_type))
     theirs = AutoConfig.from_pretrained(tmp_path)
-    assert arch.family == model_type.removesuffix("_text")
-    assert arch.num_kv_heads == theirs.num_key_value_heads
-    assert arch.head_dim == (getattr(theirs, "head_dim", None) or 128)
-    assert arch.max_length == theirs.max_position_embeddings
-    assert arch.norm_eps == theirs.rms_norm_eps
-    assert arch.tie_embeddings == theirs.tie_word_embeddings
+    assert model_config.family == model_type.removesuffix("_text")
+    assert model_config.num_kv_heads == theirs.num_key_value_heads
+    assert model_config.head_dim == (getattr(theirs, "head_dim", None) or 128)
+    assert model_config.max_length == theirs.max_position_embeddings
+    assert model_config.norm_eps == theirs.rms_norm_eps
+    assert model_config.tie_embeddings == theirs.tie_word_embeddings
     kinds = getattr(theirs, "layer_types", None) or [""] * 4
     ropes = [theirs.rope_parameters.get(kind, theirs.rope_parameters) for kind in kinds]
     turns = getattr(theirs, "no_rope_layers", [1] * 4)
-    assert [rope and rope.theta for rope in arch.ropes] == [
+    assert [rope and rope.theta for rope in model_config.ropes] == [
         rope["rope_theta"] if turn else None for rope, turn in zip(ropes, turns, strict=True)
     ]
     if model_type in ("mistral", "phi3", "mixtral", "qwen3_moe"):
-        assert arch.windows == (theirs.sliding_window,) * 4
+        assert model_config.windows == (theirs.sliding_window,) * 4
     else:
-        assert arch.windows == tuple(theirs.sliding_window if "sliding" in kind else None for kind in kinds)
+        assert model_config.windows == tuple(theirs.sliding_window if "sliding" in kind else None for kind in kinds)
 
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_absent_numbers_of_a_familys_own_are_those_of_transformers(model_type: str, tmp_path: Path) -> None:
     from transformers import AutoConfig
 
-    arch = read_arch(write(tmp_path, model_type))
+    model_config = read_model_config(write(tmp_path, model_type))
     theirs = AutoConfig.from_pretrained(tmp_path)
-    query = getattr(theirs, "query_pre_attn_scalar", arch.head_dim) ** -0.5
-    assert arch.scale == pytest.approx(getattr(theirs, "attention_multiplier", query))
-    assert arch.logit_cap == getattr(theirs, "final_logit_softcapping", None)
-    assert arch.attention_cap == getattr(theirs, "attn_logit_softcapping", None)
-    assert arch.residual_scale == getattr(theirs, "residual_multiplier", 1.0)
-    assert arch.logit_scale == 1 / getattr(theirs, "logits_scaling", 1.0)
-    if arch.experts is not None:
-        assert arch.experts.count == theirs.num_local_experts
-        assert arch.experts.per_token == theirs.num_experts_per_tok
-        assert arch.experts.width == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
-        assert arch.experts.renormalize == getattr(theirs, "norm_topk_prob", True)
+    query = getattr(theirs, "query_pre_attn_scalar", model_config.head_dim) ** -0.5
+    assert model_config.scale == pytest.approx(getattr(theirs, "attention_multiplier", query))
+    assert model_config.logit_cap == getattr(theirs, "final_logit_softcapping", None)
+    assert model_config.attention_cap == getattr(theirs, "attn_logit_softcapping", None)
+    assert model_config.residual_scale == getattr(theirs, "residual_multiplier", 1.0)
+    assert model_config.logit_scale == 1 / getattr(theirs, "logits_scaling", 1.0)
+    if model_config.experts is not None:
+        assert model_config.experts.count == theirs.num_local_experts
+        assert model_config.experts.per_token == theirs.num_experts_per_tok
+        assert model_config.experts.width == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+        assert model_config.experts.renormalize == getattr(theirs, "norm_topk_prob", True)
 
 
 @pytest.mark.parametrize("name", TYPES.values())
@@ -84,31 +84,35 @@ def test_every_family_has_a_model_and_words_for_people(name: str, tmp_path: Path
     assert hasattr(transformers, name)
     assert SERVED[name].title
     small = {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
-    arch = read_arch(write(tmp_path, SERVED[name].model_type, **small))
-    assert build_decoder(arch, Weights(torch.device("meta"), torch.float32, Shard())).sites
+    model_config = read_model_config(write(tmp_path, SERVED[name].model_type, **small))
+    assert build_decoder(model_config, Weights(torch.device("meta"), torch.float32, Shard())).sites
 
 
 def test_the_tiny_models_are_of_all_families(tiny_model: Callable[[str], Path]) -> None:
-    assert {read_arch(tiny_model(name)).family for name in FAMILIES} == {kind.removesuffix("_text") for kind in TYPES}
+    assert {read_model_config(tiny_model(name)).family for name in FAMILIES} == {
+        kind.removesuffix("_text") for kind in TYPES
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_biases_and_norms_are_those_in_the_checkpoint(family: str, tiny_model: Callable[[str], Path]) -> None:
     from safetensors import safe_open
 
-    arch = read_arch(tiny_model(family))
+    model_config = read_model_config(tiny_model(family))
     with safe_open(str(tiny_model(family) / "model.safetensors"), framework="pt") as file:
         names = set(file.keys())
     layer = "model.layers.0"
     assert (
-        arch.fused == (f"{layer}.self_attn.qkv_proj.weight" in names) == (f"{layer}.mlp.gate_up_proj.weight" in names)
+        model_config.fused
+        == (f"{layer}.self_attn.qkv_proj.weight" in names)
+        == (f"{layer}.mlp.gate_up_proj.weight" in names)
     )
-    assert arch.qkv_bias == (f"{layer}.self_attn.q_proj.bias" in names)
-    assert arch.o_bias == (f"{layer}.self_attn.o_proj.bias" in names)
-    assert arch.mlp_bias == (f"{layer}.mlp.up_proj.bias" in names)
-    assert arch.qk_norm == (f"{layer}.self_attn.q_norm.weight" in names)
-    assert arch.tie_embeddings == ("lm_head.weight" not in names)
-    assert arch.dtype == torch.float32
+    assert model_config.qkv_bias == (f"{layer}.self_attn.q_proj.bias" in names)
+    assert model_config.o_bias == (f"{layer}.self_attn.o_proj.bias" in names)
+    assert model_config.mlp_bias == (f"{layer}.mlp.up_proj.bias" in names)
+    assert model_config.qk_norm == (f"{layer}.self_attn.q_norm.weight" in names)
+    assert model_config.tie_embeddings == ("lm_head.weight" not in names)
+    assert model_config.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -142,22 +146,26 @@ def test_biases_and_norms_are_those_in_the_checkpoint(family: str, tiny_model: C
     ],
 )
 def test_windows(model_type: str, fields: dict[str, Any], windows: tuple[int | None, ...], tmp_path: Path) -> None:
-    assert read_arch(write(tmp_path, model_type, **fields)).windows == windows
+    assert read_model_config(write(tmp_path, model_type, **fields)).windows == windows
 
 
 def test_a_null_cap_is_none(tmp_path: Path) -> None:
-    arch = read_arch(write(tmp_path, "gemma2", attn_logit_softcapping=None, final_logit_softcapping=None))
-    assert arch.attention_cap is None
-    assert arch.logit_cap is None
+    model_config = read_model_config(
+        write(tmp_path, "gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
+    )
+    assert model_config.attention_cap is None
+    assert model_config.logit_cap is None
 
 
 def test_layers_that_are_not_turned(tmp_path: Path) -> None:
-    arch = read_arch(write(tmp_path, "smollm3", no_rope_layers=[1, 0, 0, 1]))
-    assert [rope is not None for rope in arch.ropes] == [True, False, False, True]
+    model_config = read_model_config(write(tmp_path, "smollm3", no_rope_layers=[1, 0, 0, 1]))
+    assert [rope is not None for rope in model_config.ropes] == [True, False, False, True]
 
 
 def test_layers_with_experts(tmp_path: Path) -> None:
-    experts = read_arch(write(tmp_path, "qwen3_moe", decoder_sparse_step=2, mlp_only_layers=[3], num_experts=9)).experts
+    experts = read_model_config(
+        write(tmp_path, "qwen3_moe", decoder_sparse_step=2, mlp_only_layers=[3], num_experts=9)
+    ).experts
     assert experts is not None
     assert experts.layers == (False, True, False, False)
     assert experts.count == 9
@@ -166,7 +174,7 @@ def test_layers_with_experts(tmp_path: Path) -> None:
 def test_gemma3_ropes_by_their_old_names(tmp_path: Path) -> None:
     scaling = {"rope_type": "linear", "factor": 8.0}
     fields = {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": scaling, "sliding_window_pattern": 2}
-    near, far = read_arch(write(tmp_path, "gemma3_text", **fields)).ropes[:2]
+    near, far = read_model_config(write(tmp_path, "gemma3_text", **fields)).ropes[:2]
     assert near is not None
     assert far is not None
     assert (near.kind, near.theta) == ("default", 2e4)
@@ -174,13 +182,13 @@ def test_gemma3_ropes_by_their_old_names(tmp_path: Path) -> None:
 
 
 def test_dtype_by_its_old_and_new_name(tmp_path: Path) -> None:
-    assert read_arch(write(tmp_path, torch_dtype="bfloat16")).dtype == torch.bfloat16
-    assert read_arch(write(tmp_path, dtype="float16", torch_dtype="bfloat16")).dtype == torch.float16
-    assert read_arch(write(tmp_path)).dtype == torch.float32
+    assert read_model_config(write(tmp_path, torch_dtype="bfloat16")).dtype == torch.bfloat16
+    assert read_model_config(write(tmp_path, dtype="float16", torch_dtype="bfloat16")).dtype == torch.float16
+    assert read_model_config(write(tmp_path)).dtype == torch.float32
 
 
 def test_model_type_serves_where_architectures_is_absent(tmp_path: Path) -> None:
-    assert read_arch(write(tmp_path, "qwen3", architectures=None)).family == "qwen3"
+    assert read_model_config(write(tmp_path, "qwen3", architectures=None)).family == "qwen3"
 
 
 @pytest.mark.parametrize(
@@ -206,7 +214,7 @@ def test_model_type_serves_where_architectures_is_absent(tmp_path: Path) -> None
 )
 def test_refusals_name_the_field(fields: dict[str, Any], named: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=named):
-        read_arch(write(tmp_path, **fields))
+        read_model_config(write(tmp_path, **fields))
 
 
 @pytest.mark.parametrize(
@@ -241,12 +249,12 @@ def test_a_twist_that_is_not_served_is_named(
     model_type: str, fields: dict[str, Any], named: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=named):
-        read_arch(write(tmp_path, model_type, **fields))
+        read_model_config(write(tmp_path, model_type, **fields))
 
 
 def test_values_that_change_nothing_are_no_twist(tmp_path: Path) -> None:
     inert = {"embedding_multiplier": 1.0, "use_qk_norm": False, "num_local_experts": 0, "clip_qkv": None}
-    assert read_arch(write(tmp_path, **inert, layer_types=["full_attention"] * 4)).family == "llama"
+    assert read_model_config(write(tmp_path, **inert, layer_types=["full_attention"] * 4)).family == "llama"
 
 
 @pytest.mark.parametrize(
@@ -260,16 +268,16 @@ def test_values_that_change_nothing_are_no_twist(tmp_path: Path) -> None:
 )
 def test_layer_types_that_cannot_be(model_type: str, kinds: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="layer_types"):
-        read_arch(write(tmp_path, model_type, layer_types=kinds))
+        read_model_config(write(tmp_path, model_type, layer_types=kinds))
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000, "\x00"])
 def test_a_config_that_is_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json"):
-        read_arch(tmp_path)
+        read_model_config(tmp_path)
 
 
 def test_no_config_at_all(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is .* a model directory"):
-        read_arch(tmp_path)
+        read_model_config(tmp_path)

@@ -11,7 +11,7 @@ import torch
 
 from engine.errors import ConfigError
 from model_runner.compute.ops.torch_ops import TorchOps
-from model_runner.config import read_arch
+from model_runner.config import read_model_config
 from model_runner.config.rope import Rope, inverse_frequencies
 from model_runner.model.layers.rotary import Rotary
 
@@ -66,18 +66,18 @@ def test_frequencies_equal_transformers(variant: str, tmp_path: Path) -> None:
     from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    arch = read_arch(write(tmp_path, **VARIANTS[variant]))
+    config = read_model_config(write(tmp_path, **VARIANTS[variant]))
     theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
-    rope = arch.ropes[0]
+    rope = config.ropes[0]
     assert rope is not None
-    torch.testing.assert_close(inverse_frequencies(rope, arch.head_dim), theirs.inv_freq, atol=0, rtol=1e-6)
+    torch.testing.assert_close(inverse_frequencies(rope, config.head_dim), theirs.inv_freq, atol=0, rtol=1e-6)
     assert rope.attention == pytest.approx(theirs.attention_scaling)
 
     positions = torch.tensor([0, 1, 17, 4000])
     cos, sin = theirs(torch.zeros(1), positions[None])
-    ours = Rotary(rope, arch.head_dim, torch.device("cpu"), torch.float32)(positions)
-    torch.testing.assert_close(ours.cos[:, 0], cos[0, :, : arch.head_dim // 2], atol=1e-3, rtol=0)
-    torch.testing.assert_close(ours.sin[:, 0], sin[0, :, : arch.head_dim // 2], atol=1e-3, rtol=0)
+    ours = Rotary(rope, config.head_dim, torch.device("cpu"), torch.float32)(positions)
+    torch.testing.assert_close(ours.cos[:, 0], cos[0, :, : config.head_dim // 2], atol=1e-3, rtol=0)
+    torch.testing.assert_close(ours.sin[:, 0], sin[0, :, : config.head_dim // 2], atol=1e-3, rtol=0)
 
 
 SHORT, LONG = [1.0 + i / 9 for i in range(12)], [1.0 + i for i in range(12)]
@@ -100,10 +100,10 @@ def test_longrope_by_the_length_that_is_served(variant: str, length: int, tmp_pa
 
     fields = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "partial_rotary_factor": 0.75}
     fields |= {"original_max_position_embeddings": 512, "head_dim": 32}
-    arch = read_arch(write(tmp_path, **fields | PHI_VARIANTS[variant])).serving(length)
+    config = read_model_config(write(tmp_path, **fields | PHI_VARIANTS[variant])).serving(length)
     theirs = Phi3RotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
     cos, sin = theirs(torch.zeros(1), torch.tensor([[0, 1, 17, length - 1]]))
-    rope = arch.ropes[0]
+    rope = config.ropes[0]
     assert rope is not None
     torch.testing.assert_close(inverse_frequencies(rope, 32), theirs.inv_freq, atol=0, rtol=1e-6)
     ours = Rotary(rope, 32, torch.device("cpu"), torch.float32)(torch.tensor([0, 1, 17, length - 1]))
@@ -120,10 +120,10 @@ def test_only_the_first_dimensions_of_a_head_are_turned() -> None:
 
 
 def test_yarn_reaches_beyond_a_config_left_as_it_was(tmp_path: Path) -> None:
-    assert read_arch(write(tmp_path, **VARIANTS["yarn"])).max_length == 4096
+    assert read_model_config(write(tmp_path, **VARIANTS["yarn"])).max_length == 4096
     scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
-    assert read_arch(write(tmp_path, rope_scaling=scaling)).max_length == 16384
-    assert read_arch(write(tmp_path, **VARIANTS["dynamic"])).max_length == 4096
+    assert read_model_config(write(tmp_path, rope_scaling=scaling)).max_length == 16384
+    assert read_model_config(write(tmp_path, **VARIANTS["dynamic"])).max_length == 4096
 
 
 @pytest.mark.parametrize(
@@ -150,4 +150,4 @@ def test_yarn_reaches_beyond_a_config_left_as_it_was(tmp_path: Path) -> None:
 )
 def test_refusals_name_the_field(fields: dict[str, Any], named: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=named):
-        read_arch(write(tmp_path, **fields))
+        read_model_config(write(tmp_path, **fields))

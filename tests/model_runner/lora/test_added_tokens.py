@@ -22,7 +22,7 @@ from fixtures.scheduling.step_driver import Driver as Steps
 from engine.config.sections import AdapterSource, Links, RunnerConfig
 from engine.errors import AdapterError
 from engine.messages import AdapterState, LoadAdapter, Sampling
-from model_runner.config import read_arch
+from model_runner.config import read_model_config
 from model_runner.inspect import examine, show, sites_of
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.transfer.messages import SiteShape
@@ -114,7 +114,7 @@ def test_every_vocabulary_in_one_batch(family: str, tiny_model: Callable[[str], 
             answer = clear(model, prompt)
         prompts.append(prompt)
         expected.append(answer)
-    decoder = load_model(path, read_arch(path), device=torch.device("cpu"), dtype=torch.float32)
+    decoder = load_model(path, read_model_config(path), device=torch.device("cpu"), dtype=torch.float32)
     lora = attach_adapters(decoder, {name: tmp_path / name for name in saved})
     lanes = list(range(len(prompts)))
     together = Driver(decoder, lora=lora, pages=900).greedy(prompts, N, lanes=lanes)
@@ -134,7 +134,7 @@ def test_every_vocabulary_in_one_batch(family: str, tiny_model: Callable[[str], 
 def test_on_kernels_too(backend: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     path, names = tiny_model("llama3"), ["larger", "smaller"]
     models = {name: save(path, tmp_path / name, name, seed) for seed, name in enumerate(names)}
-    decoder = load_model(path, read_arch(path), device=torch.device("cpu"), dtype=torch.float32)
+    decoder = load_model(path, read_model_config(path), device=torch.device("cpu"), dtype=torch.float32)
     lora = attach_adapters(decoder, {name: tmp_path / name for name in names}, backend=backend)
     prompts = [[5, 7], [VOCAB + 9, 3, VOCAB], [9, VOCAB - 22]]
     found = Driver(decoder, lora=lora).step([(Row(prompt, lane), len(prompt)) for lane, prompt in enumerate(prompts)])
@@ -216,7 +216,7 @@ def test_what_an_adapter_may_add_is_bounded(tiny_model: Callable[[str], Path], t
     path = tiny_model("llama2")
     for seed, name in enumerate(("larger", "smaller", "larger, untrained")):
         save(path, tmp_path / name, name, seed)
-    sites = load_model(path, read_arch(path), device=torch.device("cpu"), dtype=torch.float32).sites
+    sites = load_model(path, read_model_config(path), device=torch.device("cpu"), dtype=torch.float32).sites
     shapes = [SiteShape.of(site).site() for site in sites]
     strict = Reader(Catalogue(shapes), torch.float32, Limits(extra_vocab=9), path)
     with pytest.raises(AdapterError, match=r"330 tokens, 10 more than the model's, and --lora-extra-.* is 9"):
@@ -237,7 +237,7 @@ def test_an_embedding_without_its_head_is_refused(tiny_model: Callable[[str], Pa
     path = tiny_model("llama2")
     (name,) = TIED
     save(path, tmp_path / "a", name, 1)
-    sites = load_model(path, read_arch(path), device=torch.device("cpu"), dtype=torch.float32).sites
+    sites = load_model(path, read_model_config(path), device=torch.device("cpu"), dtype=torch.float32).sites
     with pytest.raises(AdapterError, match=r"324 for model.embed_tokens and 320 for lm_head: .* saved together"):
         Reader(Catalogue(sites), torch.float32, Limits(), path).survey(tmp_path / "a")
 

@@ -17,7 +17,7 @@ from fixtures.models.tiny_models import VOCAB
 from safetensors.torch import load_file
 
 from model_runner.compute.ops.triton_ops import TritonOps
-from model_runner.config import read_arch
+from model_runner.config import read_model_config
 from model_runner.model.load import load_model
 
 N = 6
@@ -57,7 +57,7 @@ def test_every_format_in_one_batch(family: str, tiny_model: Callable[[str], Path
             moved = oracle.logits(prompt, name) - oracle.logits(prompt)
             assert moved.abs().max() > 0.05, f"{name} has no effect"
 
-    decoder = load_model(path, read_arch(path), device=torch.device("cpu"), dtype=torch.float32)
+    decoder = load_model(path, read_model_config(path), device=torch.device("cpu"), dtype=torch.float32)
     lora = attach_adapters(decoder, adapters)
     prompts, lanes = [prompt for prompt, _ in asks], [lane for _, lane in asks]
     together = Driver(decoder, lora=lora, pages=900).greedy(prompts, N, lanes=lanes)
@@ -93,7 +93,7 @@ def test_a_mix_is_the_weighted_sum_of_what_each_changes(tiny_model: Callable[[st
             if oracle.clear(prompt, N):
                 asks.append((prompt, len(adapters) + 1 + number))
                 expected.append(oracle.greedy(prompt, N))
-    decoder = load_model(path, read_arch(path), device=torch.device("cpu"), dtype=torch.float32)
+    decoder = load_model(path, read_model_config(path), device=torch.device("cpu"), dtype=torch.float32)
     lora = attach_adapters(decoder, adapters, MIXES)
     prompts, lanes = [prompt for prompt, _ in asks], [lane for _, lane in asks]
     assert Driver(decoder, lora=lora, pages=900).greedy(prompts, N, lanes=lanes) == expected
@@ -128,7 +128,7 @@ def test_the_kernels_give_the_oracles_tokens_for_every_format(
     path, adapters, prompts, expected = everything
     monkeypatch.setattr("model_runner.compute.ops.base.create", lambda device: TritonOps())  # norms are theirs
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    decoder = load_model(path, read_arch(path), device=device, dtype=torch.float32)
+    decoder = load_model(path, read_model_config(path), device=device, dtype=torch.float32)
     lora = attach_adapters(decoder, adapters, backend=backend)
     driver = Driver(decoder, lora=lora, pages=300, device=device.type)
     found = driver.greedy(prompts, KERNEL_N, lanes=list(range(len(prompts))))

@@ -14,7 +14,7 @@ from fixtures.models.drive import Driver
 from fixtures.models.oracle import Oracle
 from fixtures.models.tiny_models import VOCAB, make_adapter
 
-from model_runner.config import read_arch
+from model_runner.config import read_model_config
 from model_runner.model.load import load_model
 
 N = 8
@@ -85,7 +85,7 @@ def test_mixed_batch_equals_peft(family: str, tiny_model: Callable[[str], Path],
         moved = oracle.logits(prompt, names[lane]) - oracle.logits(prompt)
         assert moved.abs().max() > 0.1, "an adapter without effect"
 
-    decoder = load_model(path, read_arch(path), device=torch.device("cpu"), dtype=torch.float32)
+    decoder = load_model(path, read_model_config(path), device=torch.device("cpu"), dtype=torch.float32)
     lora = attach_adapters(decoder, adapters)
     prompts, lanes = [prompt for prompt, _ in asks], [lane for _, lane in asks]
     assert Driver(decoder, lora=lora, pages=600).greedy(prompts, N, lanes=lanes) == expected

@@ -12,7 +12,7 @@ from fixtures.models.drive import Driver, Row
 from fixtures.models.oracle import Oracle
 from fixtures.models.tiny_models import FAMILIES, VOCAB, build
 
-from model_runner.config import read_arch
+from model_runner.config import read_model_config
 from model_runner.model.families.decoder import Decoder
 from model_runner.model.load import load_model
 
@@ -23,7 +23,7 @@ TinyModel = Callable[[str], Path]
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", length: int = 512) -> Decoder:
-    return load_model(path, read_arch(path).serving(length), device=torch.device(device), dtype=dtype)
+    return load_model(path, read_model_config(path).serving(length), device=torch.device(device), dtype=dtype)
 
 
 def draw_ids(seed: int, length: int) -> list[int]:

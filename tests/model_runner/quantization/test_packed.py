@@ -13,7 +13,7 @@ from fixtures.models.drive import Driver
 from fixtures.models.oracle import Oracle
 from fixtures.models.tiny_models import VOCAB, make_adapter
 
-from model_runner.config import read_arch
+from model_runner.config import read_model_config
 from model_runner.model.load import load_model
 from model_runner.quantization.packed import Packed
 
@@ -70,7 +70,7 @@ def test_a_packed_model_equals_peft(family: str, tiny_model: Callable[[str], Pat
         if oracle.clear(prompt, N, names[lane]):
             asks.append((prompt, lane))
     expected = [oracle.greedy(prompt, N, names[lane]) for prompt, lane in asks]
-    decoder = load_model(path, read_arch(path), device=CPU, dtype=torch.float32, method="packed")
+    decoder = load_model(path, read_model_config(path), device=CPU, dtype=torch.float32, method="packed")
     assert all(site.base.weight.is_mkldnn for site in decoder.sites if site.group in ("qkv", "o", "gate_up", "down"))
     prompts, lanes = [prompt for prompt, _ in asks], [lane for _, lane in asks]
     lora = attach_adapters(decoder, adapters)

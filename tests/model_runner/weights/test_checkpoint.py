@@ -14,7 +14,7 @@ from fixtures.models.tiny_models import build
 from safetensors.torch import load_file, save_file
 
 from engine.errors import ConfigError
-from model_runner.config import read_arch
+from model_runner.config import read_model_config
 from model_runner.model.families.decoder import Decoder
 from model_runner.model.layers.weights import Weights
 from model_runner.model.load import build_decoder, load_model
@@ -25,12 +25,12 @@ TinyModel = Callable[[str], Path]
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32, *, progress: bool = False) -> Decoder:
-    return load_model(path, read_arch(path), device=torch.device("cpu"), dtype=dtype, progress=progress)
+    return load_model(path, read_model_config(path), device=torch.device("cpu"), dtype=dtype, progress=progress)
 
 
 def filled(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor that the checkpoint fills, by its name in the files."""
-    decoder = build_decoder(read_arch(path), Weights(torch.device("cpu"), torch.float32, Shard()))
+    decoder = build_decoder(read_model_config(path), Weights(torch.device("cpu"), torch.float32, Shard()))
     load_checkpoint(path, decoder.weights.placements)
     return {placement.name: placement.into for placement in decoder.weights.placements}
 

@@ -6,13 +6,13 @@ import torch
 
 from model_runner.compute.kernels.cpu.functions.spec import KernelKey
 from model_runner.compute.kernels.cpu.kernels import KernelSet
-from model_runner.config import Arch
+from model_runner.config import ModelConfig
 
 
 class KernelUser:
     """Uses no CPU kernel unless a subclass says otherwise."""
 
-    def wanted_kernels(self, arch: Arch, dtype: torch.dtype) -> list[KernelKey]:
+    def wanted_kernels(self, config: ModelConfig, dtype: torch.dtype) -> list[KernelKey]:
         """The kernels that this object would call for this model."""
         return []
 

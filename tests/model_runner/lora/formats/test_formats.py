@@ -17,7 +17,7 @@ from fixtures.adapters.adapter_zoo import BIASED, ZOO, merged, save
 from safetensors.torch import load_file, save_file
 
 from engine.errors import AdapterError
-from model_runner.config import read_arch
+from model_runner.config import read_model_config
 from model_runner.lora.peft.config import COMMON, KINDS, PROVENANCE, REFUSED
 from model_runner.lora.peft.names import MARKERS, UNSUPPORTED, WRAPPERS
 from model_runner.lora.site import NORMS
@@ -44,7 +44,7 @@ def model(tiny_model: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="module")
 def decoder(model: Path) -> Decoder:
     """The base as we load it."""
-    return load_model(model, read_arch(model), device=torch.device("cpu"), dtype=torch.float32)
+    return load_model(model, read_model_config(model), device=torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +384,7 @@ def test_the_bases_own_embedding_may_be_there_but_no_other(decoder: Decoder, cop
 
 
 def test_in_bfloat16_a_gain_is_as_good_as_in_float32(model: Path, zoo: dict[str, Path], decoder: Decoder) -> None:
-    half = load_model(model, read_arch(model), device=torch.device("cpu"), dtype=torch.bfloat16)
+    half = load_model(model, read_model_config(model), device=torch.device("cpu"), dtype=torch.bfloat16)
     ours, theirs = load(half, zoo["dora"], torch.bfloat16), load(decoder, zoo["dora"])
     for site, slices in theirs.deltas.items():
         for one, two in zip(ours.deltas[site], slices, strict=True):

@@ -12,7 +12,7 @@ import torch
 from fixtures.models.drive import Driver, Row
 
 from engine.errors import ConfigError
-from model_runner.config import read_arch
+from model_runner.config import read_model_config
 from model_runner.lora.backends.base import LoraBackend
 from model_runner.lora.pool.pages import RankPages
 from model_runner.lora.site import Site
@@ -42,7 +42,7 @@ class Recorder(LoraBackend):
 
 
 def load(path: Path) -> Decoder:
-    return load_model(path, read_arch(path), device=CPU, dtype=torch.float32)
+    return load_model(path, read_model_config(path), device=CPU, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def test_row_parallel_linears_reduce_what_lora_returned(tiny_model: TinyModel, m
 
 def test_two_ranks_hold_the_halves_of_every_site(tiny_model: TinyModel) -> None:
     path = tiny_model("llama-yarn")
-    whole, arch = load(path), read_arch(path)
-    ranks = [load_model(path, arch, device=CPU, dtype=torch.float32, shard=Shard(rank, 2)) for rank in range(2)]
+    whole, config = load(path), read_model_config(path)
+    ranks = [load_model(path, config, device=CPU, dtype=torch.float32, shard=Shard(rank, 2)) for rank in range(2)]
     for site, *halves in zip(whole.sites, *(decoder.sites for decoder in ranks), strict=True):
         if site.group in ("embed", "head", "norms"):
             assert all(torch.equal(half.base.weight, site.base.weight) for half in halves)
@@ -101,8 +101,8 @@ def test_two_ranks_hold_the_halves_of_every_site(tiny_model: TinyModel) -> None:
 
 def test_two_ranks_hold_the_halves_of_every_part_of_a_fused_tensor(tiny_model: TinyModel) -> None:
     path = tiny_model("phi3")
-    whole, arch = load(path), read_arch(path)
-    ranks = [load_model(path, arch, device=CPU, dtype=torch.float32, shard=Shard(rank, 2)) for rank in range(2)]
+    whole, config = load(path), read_model_config(path)
+    ranks = [load_model(path, config, device=CPU, dtype=torch.float32, shard=Shard(rank, 2)) for rank in range(2)]
     layer = whole.layers[1]
     qkv, gate_up = (linear.site.base.weight for linear in (layer.attention.qkv, next(layer.mlp.linears())))
     for site, parts in ((qkv, (64, 32, 32)), (gate_up, (96, 96))):
@@ -114,33 +114,33 @@ def test_two_ranks_hold_the_halves_of_every_part_of_a_fused_tensor(tiny_model: T
 
 def test_olmo2_norms_all_heads_at_once_and_so_on_one_rank(tiny_model: TinyModel) -> None:
     with pytest.raises(ConfigError, match="--tp-size 2: an OLMo 2"):
-        build_decoder(read_arch(tiny_model("olmo2")), Weights(CPU, torch.float32, Shard(0, 2)))
+        build_decoder(read_model_config(tiny_model("olmo2")), Weights(CPU, torch.float32, Shard(0, 2)))
 
 
 def test_a_bias_after_the_reduce_is_added_by_one_rank(tiny_model: TinyModel) -> None:
     path = tiny_model("llama-bias")
-    arch = read_arch(path)
+    config = read_model_config(path)
     with pytest.raises(ConfigError, match="does not divide"):
-        Decoder(arch, Weights(CPU, torch.float32, Shard(0, 2)))  # one key/value head
-    wide = dataclasses.replace(arch, num_kv_heads=4)
+        Decoder(config, Weights(CPU, torch.float32, Shard(0, 2)))  # one key/value head
+    wide = dataclasses.replace(config, num_kv_heads=4)
     biases = [Decoder(wide, Weights(CPU, torch.float32, Shard(rank, 2))).sites[2].base.bias for rank in range(2)]
     assert biases[0] is not None
     assert biases[1] is None
 
 
 def test_the_pool_costs_what_it_says(tiny_model: TinyModel) -> None:
-    arch = read_arch(tiny_model("mistral"))
-    pool = KvPool(arch, 5, 4, torch.bfloat16, CPU, Shard())
-    tensors = [tensor for layer in range(arch.num_layers) for tensor in pool.layer(layer)]
+    config = read_model_config(tiny_model("mistral"))
+    pool = KvPool(config, 5, 4, torch.bfloat16, CPU, Shard())
+    tensors = [tensor for layer in range(config.num_layers) for tensor in pool.layer(layer)]
     assert {tuple(tensor.shape) for tensor in tensors} == {(6, 4, 2, 24)}
     assert pool.bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    assert pool.bytes == 6 * page_bytes(arch, 4, torch.bfloat16, Shard())
-    assert page_bytes(arch, 4, torch.bfloat16, Shard(0, 2)) * 2 == page_bytes(arch, 4, torch.bfloat16, Shard())
+    assert pool.bytes == 6 * page_bytes(config, 4, torch.bfloat16, Shard())
+    assert page_bytes(config, 4, torch.bfloat16, Shard(0, 2)) * 2 == page_bytes(config, 4, torch.bfloat16, Shard())
 
 
 def test_logits_only_of_the_rows_asked_for(tiny_model: TinyModel) -> None:
     decoder = load(tiny_model("qwen3"))
-    hidden = torch.randn(5, decoder.arch.hidden_size, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(5, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
     logits = decoder.logits(hidden[[1, 4]])
-    assert logits.shape == (2, decoder.arch.vocab_size)
+    assert logits.shape == (2, decoder.config.vocab_size)
     torch.testing.assert_close(logits, decoder.logits(hidden)[[1, 4]], atol=1e-5, rtol=1e-5)

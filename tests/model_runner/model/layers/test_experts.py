@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import silu
 
 from engine.errors import AdapterError, ConfigError
-from model_runner.config import read_arch
+from model_runner.config import read_model_config
 from model_runner.lora.store import AdapterStore
 from model_runner.model.layers.experts import SparseMLP
 from model_runner.model.layers.weights import Weights
@@ -41,7 +41,7 @@ NO_BATCH = Batch(torch.empty(0), torch.empty(0), None)
 
 
 def experts_of(path: Path, layer: int, shard: Shard | None = None) -> SparseMLP:
-    decoder = load_model(path, read_arch(path), device=CPU, dtype=torch.float32, shard=shard)
+    decoder = load_model(path, read_model_config(path), device=CPU, dtype=torch.float32, shard=shard)
     block = decoder.layers[layer].mlp
     assert isinstance(block, SparseMLP)
     return block
@@ -92,7 +92,7 @@ def test_adapters_on_attention_pay_nothing_for_experts(
 ) -> None:
     for family, dense in (("mixtral", []), ("qwen3-moe", [1])):
         path = tiny_model(family)
-        decoder = load_model(path, read_arch(path), device=CPU, dtype=torch.float32)
+        decoder = load_model(path, read_model_config(path), device=CPU, dtype=torch.float32)
         groups = {group: [s.layer for s in decoder.sites if s.group == group] for group in ("qkv", "gate_up", "down")}
         assert groups == {"qkv": [0, 1, 2], "gate_up": dense, "down": dense}
         adapter = make_adapter(path, tmp_path / family, targets=["q_proj", "v_proj"])
@@ -103,9 +103,9 @@ def test_adapters_on_attention_pay_nothing_for_experts(
 
 
 def test_a_rank_that_does_not_divide_an_expert_is_refused(tiny_model: TinyModel) -> None:
-    arch = read_arch(tiny_model("mixtral"))
-    assert arch.experts is not None
-    odd = dataclasses.replace(arch, experts=dataclasses.replace(arch.experts, width=33))
+    model_config = read_model_config(tiny_model("mixtral"))
+    assert model_config.experts is not None
+    odd = dataclasses.replace(model_config, experts=dataclasses.replace(model_config.experts, width=33))
     with pytest.raises(ConfigError, match="intermediate size of an expert"):
         SparseMLP(odd, 0, Weights(CPU, torch.float32, Shard(0, 2)))
 
@@ -113,12 +113,12 @@ def test_a_rank_that_does_not_divide_an_expert_is_refused(tiny_model: TinyModel)
 def test_steps_that_wait_for_the_device_are_not_recorded(tiny_model: TinyModel) -> None:
     for family, recordable in (("llama2", True), ("mixtral", False)):  # on a CPU
         path = tiny_model(family)
-        assert load_model(path, read_arch(path), device=CPU, dtype=torch.float32).recordable is recordable
+        assert load_model(path, read_model_config(path), device=CPU, dtype=torch.float32).recordable is recordable
 
 
 def test_memory_is_kept_for_a_token_in_several_experts(tiny_model: TinyModel) -> None:
-    assert read_arch(tiny_model("llama2")).widest == 96
-    assert read_arch(tiny_model("qwen3-moe")).widest == 3 * (48 + 64)
+    assert read_model_config(tiny_model("llama2")).widest == 96
+    assert read_model_config(tiny_model("qwen3-moe")).widest == 3 * (48 + 64)
 
 
 def test_a_token_does_not_feel_a_broken_one(tiny_model: TinyModel) -> None:
@@ -148,7 +148,7 @@ def check_against_peft(path: Path, adapters: dict[str, Path]) -> None:
     expected = [oracles[names[lane] or first].greedy(prompt, 6, names[lane]) for prompt, lane in asks]
     for (prompt, _), name in zip(asks[1:], adapters, strict=False):
         assert (oracles[name].logits(prompt, name) - oracles[name].logits(prompt)).abs().max() > 0.1
-    decoder = load_model(path, read_arch(path), device=CPU, dtype=torch.float32)
+    decoder = load_model(path, read_model_config(path), device=CPU, dtype=torch.float32)
     lora = attach_adapters(decoder, adapters)
     prompts, lanes = [prompt for prompt, _ in asks], [lane for _, lane in asks]
     assert Driver(decoder, lora=lora).greedy(prompts, 6, lanes=lanes) == expected
@@ -213,6 +213,6 @@ def test_parameters_that_do_not_fit_are_named(
     change(config, tensors)
     (path / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, path / "adapter_model.safetensors")
-    decoder = load_model(model, read_arch(model), device=CPU, dtype=torch.float32)
+    decoder = load_model(model, read_model_config(model), device=CPU, dtype=torch.float32)
     with pytest.raises(AdapterError, match=named):
         AdapterStore(decoder.sites, torch.float32, max_rank=None, targets=None).load(1, "a", path)

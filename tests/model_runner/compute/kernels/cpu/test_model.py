@@ -24,7 +24,7 @@ from model_runner.compute.kernels.cpu.compilation import compiler
 from model_runner.compute.kernels.cpu.functions.registry import SPECS
 from model_runner.compute.kernels.cpu.functions.spec import Argument, Kernel, KernelKey
 from model_runner.compute.kernels.cpu.kernels import KernelSet
-from model_runner.config import read_arch
+from model_runner.config import read_model_config
 from model_runner.model.load import load_model
 
 FAMILY = "qwen2"
@@ -60,7 +60,7 @@ class World:
 
     def driver(self, kernels: KernelSet | None = None, names: Sequence[str] | None = None) -> Driver:
         """Drives a freshly loaded model. `names`: the adapters in lanes 1, 2, ...; None: all of them, and the mixes."""
-        decoder = load_model(self.path, read_arch(self.path), device=torch.device("cpu"), dtype=torch.float32)
+        decoder = load_model(self.path, read_model_config(self.path), device=torch.device("cpu"), dtype=torch.float32)
         adapters = self.adapters if names is None else {name: self.adapters[name] for name in names}
         lora = attach_adapters(decoder, adapters, MIXES if names is None else ())
         return Driver(decoder, lora=lora, pages=900, kernels=kernels)
@@ -228,7 +228,7 @@ def changed(
 def test_poisoned_free_pages_reach_no_row(world: World, compiled: tuple[KernelSet, list[KernelKey]]) -> None:
     def plant(driver: Driver, rows: list[Row], number: int) -> None:
         owned = {page for row in rows for page in row.pages}
-        for layer in range(driver.decoder.arch.num_layers):
+        for layer in range(driver.decoder.config.num_layers):
             for cache in driver.pool.layer(layer):
                 cache[[page for page in range(len(cache)) if page not in owned]] = torch.nan
 
@@ -242,7 +242,7 @@ def test_poisoned_free_pages_reach_no_row(world: World, compiled: tuple[KernelSe
 @pytest.mark.parametrize("row", range(len(PLACED)))
 def test_poisoned_cache_stays_with_its_row(world: World, compiled: tuple[KernelSet, list[KernelKey]], row: int) -> None:
     def plant(driver: Driver, rows: list[Row], number: int) -> None:
-        for layer in range(driver.decoder.arch.num_layers):
+        for layer in range(driver.decoder.config.num_layers):
             for cache in driver.pool.layer(layer):
                 cache[rows[row].pages] = torch.nan
 
