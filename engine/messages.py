@@ -152,8 +152,8 @@ FinishReason = Literal["stop", "length", "abort"]
 class Delta(Message, frozen=True, kw_only=True):
     """tokenizer_proc -> host: more of choice `index` of Submit `id`. The last one of a choice has `finish_reason`.
 
-    `matched` is the stop string or token id that ended it. `prompt_logprobs` come with the first delta and hold None
-    for the first position. `prompt_token_ids` come with the first delta of choice 0.
+    `stop_reason` is the stop string or token id that ended it. `prompt_logprobs` come with the first delta; the first
+    position's is None. `prompt_token_ids` come with the first delta of choice 0.
     """
 
     id: int
@@ -161,7 +161,7 @@ class Delta(Message, frozen=True, kw_only=True):
     text: str = ""
     token_ids: list[int] = []
     finish_reason: FinishReason | None = None
-    matched: str | int | None = None
+    stop_reason: str | int | None = None
     usage: Usage | None = None
     logprobs: list[PositionLogprobs] | None = None
     prompt_logprobs: list[PositionLogprobs | None] | None = None
@@ -325,7 +325,7 @@ class Update(Part, frozen=True, kw_only=True):
     index: int
     tokens: list[int] = []
     finish: FinishReason | None = None
-    matched: int | None = None
+    stop_reason: int | None = None
     cached_tokens: int = 0
     error: str | None = None
     logprobs: list[LogprobIds] | None = None

@@ -48,7 +48,7 @@ class Admission:
         books.requests[request.id] = request
         self._queue(request)
         if not request.done and (finish := finish_of(request)) is not None:  # a replay that had its last token
-            self.end(request, finish=finish[0], matched=finish[1])
+            self.end(request, finish=finish[0], stop_reason=finish[1])
 
     def admit(self, request: Request) -> bool:
         """Gives a waiting request whose turn it is a row, a lane and pages for all its tokens; true if the lane is new.
@@ -86,7 +86,7 @@ class Admission:
         request: Request,
         *,
         finish: FinishReason | None = None,
-        matched: int | None = None,
+        stop_reason: int | None = None,
         error: str | None = None,
         code: str | None = None,
         update: bool = True,
@@ -98,7 +98,9 @@ class Admission:
         if update:
             index = request.generated
             books.updates.append(
-                Update(request_id=request.id, index=index, finish=finish, matched=matched, error=error, code=code)
+                Update(
+                    request_id=request.id, index=index, finish=finish, stop_reason=stop_reason, error=error, code=code
+                )
             )
         books.blame.forget(request.id)
         if request.row >= 0:
@@ -214,7 +216,7 @@ class Admission:
             if problem is not None:
                 self.end(request, error=problem)
             elif (finish := finish_of(request)) is not None:
-                self.end(request, finish=finish[0], matched=finish[1])
+                self.end(request, finish=finish[0], stop_reason=finish[1])
         for key in books.waiting.lane_keys():
             self.settle(key)
 

@@ -262,7 +262,7 @@ class Scheduler:
                 tokens=[token],
                 cached_tokens=request.pop_cached(),
                 finish=ending[0] if ending else None,
-                matched=ending[1] if ending else None,
+                stop_reason=ending[1] if ending else None,
                 logprobs=[logprobs] if logprobs is not None else None,
                 prompt_logprobs=request.pop_scores(),
             )

@@ -10,12 +10,12 @@ from engine.messages import Delta, FinishReason, PositionLogprobs, Usage
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """One finished answer. `matched` is the stop string or token id that ended it."""
+    """One finished answer. `stop_reason` is the stop string or token id that ended it."""
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
-    matched: str | int | None
+    stop_reason: str | int | None
     usage: Usage
     logprobs: list[PositionLogprobs] | None = None
     prompt_logprobs: list[PositionLogprobs | None] | None = None
@@ -31,7 +31,7 @@ def join(deltas: Sequence[Delta]) -> Completion:
         text="".join(delta.text for delta in deltas),
         token_ids=[token for delta in deltas for token in delta.token_ids],
         finish_reason=last.finish_reason,
-        matched=last.matched,
+        stop_reason=last.stop_reason,
         usage=last.usage,
         logprobs=[position for delta in deltas for position in delta.logprobs or ()] if scored else None,
         prompt_logprobs=next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None),

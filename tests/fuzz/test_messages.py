@@ -66,7 +66,7 @@ RICH: list[msgspec.Struct] = [
     Submit(id=2, prompt=[1, 2, 3], params=PARAMS, lora="sql"),
     Submit(id=3, prompt=[ChatMessage("user", "hi", "me")], default_max_tokens=4),
     Command(id=9, call="info"),
-    Delta(id=1, text="a", token_ids=[5], matched="x", usage=Usage(1, 2), prompt_token_ids=[1],
+    Delta(id=1, text="a", token_ids=[5], stop_reason="x", usage=Usage(1, 2), prompt_token_ids=[1],
           logprobs=[PositionLogprobs(TOKEN, [TOKEN])], prompt_logprobs=[None]),
     messages.Answer(id=1, adapters=[AdapterCard(name="a", adapter_id=1, path="p", root="r", parent="b")],
                     info={"a": msgspec.Raw(msgspec.msgpack.encode([1, {"b": 2}]))}),

@@ -47,7 +47,7 @@ def test_an_end_id_stops_and_overshoot_is_dropped() -> None:
     one, two = plan_of(core), plan_of(core)
     assert core.plan(0.0) is None
     assert two.chunks[0].start == 3
-    assert done(core, one, token=7) == [Update(request_id=1, index=0, tokens=[7], finish="stop", matched=7)]
+    assert done(core, one, token=7) == [Update(request_id=1, index=0, tokens=[7], finish="stop", stop_reason=7)]
     assert done(core, two) == []
 
 
@@ -121,7 +121,7 @@ def test_replay_begins_after_what_was_generated() -> None:
 def test_a_replay_that_was_over_ends_at_once() -> None:
     core = new_core()
     (progress,) = core.handle(generate(1, generated=[1, 7], end_ids=[7]), 0.0)
-    assert progress == Progress(0, [Update(request_id=1, index=2, finish="stop", matched=7)])
+    assert progress == Progress(0, [Update(request_id=1, index=2, finish="stop", stop_reason=7)])
     core.check()
 
 

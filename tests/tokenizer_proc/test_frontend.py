@@ -64,10 +64,10 @@ def test_a_request_from_text_to_text() -> None:
             assert generate.lora == []
             assert generate.stopping.end_ids == [END]
             at = fake.say_text(generate.request_id, " wörld", cached_tokens=2)
-            fake.say(Update(request_id=generate.request_id, index=at, tokens=[END], finish="stop", matched=END))
+            fake.say(Update(request_id=generate.request_id, index=at, tokens=[END], finish="stop", stop_reason=END))
             first, last = await rest(stream)
             assert (first.id, first.text, first.prompt_token_ids) == (7, " wörld", stream.prompt_ids)
-            assert (last.text, last.token_ids, last.finish_reason, last.matched) == ("", [END], "stop", END)
+            assert (last.text, last.token_ids, last.finish_reason, last.stop_reason) == ("", [END], "stop", END)
             assert last.usage is not None
             assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (len(stream.prompt_ids), at + 1)
             assert last.usage.cached_tokens == 2
@@ -117,7 +117,7 @@ def test_stop_strings_across_increments_abort_the_request() -> None:
             fake.say_text(generate.request_id, "late", at)  # the scheduler had not heard of the abort yet
             deltas = await rest(stream)
             assert text_of(deltas) == "the "
-            assert (deltas[-1].finish_reason, deltas[-1].matched) == ("stop", "END")
+            assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == ("stop", "END")
             assert fake.aborted == [generate.request_id]
             tokens = [token for delta in deltas for token in delta.token_ids]
             assert deltas[-1].usage is not None
@@ -161,7 +161,7 @@ def test_the_text_of_an_end_token_is_left_out_unless_asked_for() -> None:
         [bang] = fake.ids("!")
         for include, expected in ((False, "hi"), (True, "hi!")):
             async with fake.front.open(submit(stop_token_ids=[bang], include_stop_str_in_output=include)) as stream:
-                fake.say_text(fake.generates[-1].request_id, "hi!", finish="stop", matched=bang)
+                fake.say_text(fake.generates[-1].request_id, "hi!", finish="stop", stop_reason=bang)
                 assert text_of(await rest(stream)) == expected
 
     run(work)
@@ -462,7 +462,7 @@ def test_a_request_that_takes_too_long_is_ended() -> None:
             assert fake.aborted == [generate.request_id for generate in fake.generates]
         async with fake.front.open(submit("hello")) as stream:
             generate = fake.generates[-1]
-            fake.say(Update(request_id=generate.request_id, index=0, tokens=[END], finish="stop", matched=END))
+            fake.say(Update(request_id=generate.request_id, index=0, tokens=[END], finish="stop", stop_reason=END))
             await asyncio.sleep(0.1)
             assert [delta.finish_reason for delta in await rest(stream)] == ["stop"]
 
@@ -476,7 +476,7 @@ def test_another_scheduler_is_told_of_everything_that_is_open() -> None:
         async with fake.front.open(submit("hello", max_tokens=9)) as stream, fake.front.open(submit("gone")) as ended:
             [generate, other] = fake.generates
             at = fake.say_text(generate.request_id, " wörld")
-            fake.say(Update(request_id=other.request_id, index=0, tokens=[END], finish="stop", matched=END))
+            fake.say(Update(request_id=other.request_id, index=0, tokens=[END], finish="stop", stop_reason=END))
             await rest(ended)
             fake.sent.clear()
             fake.front.recover(1)
@@ -487,7 +487,7 @@ def test_another_scheduler_is_told_of_everything_that_is_open() -> None:
             assert len(told) == at
             late = Update(request_id=generate.request_id, index=at, tokens=[300])
             fake.front.handle(Progress(0, [late], 0))  # the last words of the one that died
-            news = Update(request_id=generate.request_id, index=at, tokens=[END], finish="stop", matched=END)
+            news = Update(request_id=generate.request_id, index=at, tokens=[END], finish="stop", stop_reason=END)
             fake.front.handle(Progress(0, [news], 1))
             deltas = await rest(stream)
             assert [token for delta in deltas for token in delta.token_ids] == [*told, END]

@@ -39,7 +39,7 @@ class Choice:
         self.token_ids: list[int] = []
         self.logprobs: list[PositionLogprobs] = []
         self.finish_reason: FinishReason | None = None
-        self.matched: str | int | None = None
+        self.stop_reason: str | int | None = None
         self._usage: Usage | None = None
 
     def add(self, delta: Delta) -> None:
@@ -49,7 +49,7 @@ class Choice:
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs or []
         self.finish_reason = delta.finish_reason or self.finish_reason
-        self.matched = delta.matched if delta.matched is not None else self.matched
+        self.stop_reason = delta.stop_reason if delta.stop_reason is not None else self.stop_reason
         self._usage = delta.usage or self._usage
 
     @property

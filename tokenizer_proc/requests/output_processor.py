@@ -64,18 +64,18 @@ class Choice:
         self._cached = max(self._cached, update.cached_tokens)
         if update.prompt_logprobs and not self._told:
             self._prompt_scores.extend(update.prompt_logprobs)
-        ended_by = update.matched if update.finish == "stop" else None
+        ended_by = update.stop_reason if update.finish == "stop" else None
         tokens, text = self._read(update.tokens[skip:], ended_by)
-        self.finish, matched = update.finish, ended_by
+        self.finish = update.finish
         if self.finish is not None and not self.matched_stop:
             text += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
-        found: str | int | None = matched
+        stop_reason: str | int | None = ended_by
         if self._stops.matched is not None:
-            self.finish, found = "stop", self._stops.matched
+            self.finish, stop_reason = "stop", self._stops.matched
         if not tokens and self.finish is None:
             return None
         scores = update.logprobs[skip : skip + len(tokens)] if update.logprobs is not None else []
-        return self._delta(text, tokens, found, scores)
+        return self._delta(text, tokens, stop_reason, scores)
 
     def abort(self) -> Delta:
         """The delta that ends it before its time."""
@@ -96,7 +96,9 @@ class Choice:
                 return list(tokens[: place + 1]), text
         return list(tokens), text
 
-    def _delta(self, text: str, tokens: list[int], matched: str | int | None, scores: Sequence[LogprobIds]) -> Delta:
+    def _delta(
+        self, text: str, tokens: list[int], stop_reason: str | int | None, scores: Sequence[LogprobIds]
+    ) -> Delta:
         is_first, self._told = not self._told, True
         usage = Usage(len(self._prompt), len(self.generated), self._cached) if self.finish is not None else None
         return Delta(
@@ -105,7 +107,7 @@ class Choice:
             text=text,
             token_ids=tokens,
             finish_reason=self.finish,
-            matched=matched,
+            stop_reason=stop_reason,
             usage=usage,
             logprobs=[self._position(each) for each in scores] if self._options.has_logprobs else None,
             prompt_logprobs=self._scored_prompt() if is_first and self._scores_prompt else None,

@@ -83,7 +83,7 @@ def _finish_reason(choice: Choice) -> dict[str, object] | None:
         case None:
             return None
         case "stop":
-            return {"type": "stop", "matched": choice.matched}
+            return {"type": "stop", "matched": choice.stop_reason}
         case "length":
             return {"type": "length", "length": choice.usage.completion_tokens}
         case "abort":
