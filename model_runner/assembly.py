@@ -33,8 +33,8 @@ from model_runner.lora.backends import base as lora_backends
 from model_runner.lora.backends.base import LoraBackend
 from model_runner.lora.normal_form import NormalForm, lane_pages
 from model_runner.lora.peft.survey import AdapterSurvey
-from model_runner.lora.pool.fills import Fills
-from model_runner.lora.pool.pages import RankPages, page_bytes
+from model_runner.lora.pool.fills import FillQueue
+from model_runner.lora.pool.pages import RankPagePool, page_bytes
 from model_runner.lora.site import EMBED, EXPERTS, HEAD, NORMS, Site
 from model_runner.lora.store import AdapterStore
 from model_runner.lora.transfer.loaders import Loaders
@@ -204,13 +204,13 @@ def _lora(
         asked=memory_plan.PoolSize(config.lora_pool_adapters, config.lora_pool_bytes),
     )
     pages |= wholes
-    rank_pages = RankPages(sites, pages, config.max_loras, lora_dtype, device, extra_vocab)
+    rank_pages = RankPagePool(sites, pages, config.max_loras, lora_dtype, device, extra_vocab)
     options = lora_backends.Options(config.max_lora_chunk_size, lane_pages(max_rank))
     backend = lora_backends.create(lora_backends.resolve(config.lora_backend, device), rank_pages, options)
     names = {source.adapter_id: source.name for source in config.adapters}
     limits = msgspec.structs.replace(store.limits, extra_vocab=extra_vocab)
     loaders = Loaders(_loader_config(config, sites, lora_dtype, limits))
-    lora = Adapters(store, loaders, rank_pages, Fills(rank_pages), backend, max_rank, targets, names)
+    lora = Adapters(store, loaders, rank_pages, FillQueue(rank_pages), backend, max_rank, targets, names)
     for source, one in zip(config.adapters, given, strict=True):
         lora.check_fits(source.name, one.rank, one.targets, one.footprint, one.vocab_size)
     return lora
@@ -297,7 +297,7 @@ def _capacity(
         max_batched_tokens=_batched_tokens(config, device),
         vocab_size=model_config.vocab_size,
         max_loras=config.max_loras if lora else 0,
-        rank_pages=lora.pages.pages if lora else {},
+        rank_pages=lora.pages.page_counts if lora else {},
         max_lora_rank=lora.max_rank if lora else 0,
         max_lane_pages=lane_pages(lora.max_rank) if lora else 0,
         device=device.type,

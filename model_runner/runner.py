@@ -34,7 +34,7 @@ from model_runner.assembly import Parts, assemble
 from model_runner.compute.sampler import logprobs
 from model_runner.compute.sampler.logprobs import Logprobs
 from model_runner.compute.sampler.sampler import Sampled
-from model_runner.lora.pool.pages import RankPages
+from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.site import EMBED, EXPERTS, HEAD, full_weights_of
 from model_runner.platform.device import Arrival, upload
 from model_runner.platform.device import memory as device_memory
@@ -96,7 +96,7 @@ class Runner:
         return {**known, "rest": max(0, total - free - sum(known.values())), "free": free}
 
     @property
-    def rank_pages(self) -> RankPages | None:
+    def rank_pages(self) -> RankPagePool | None:
         """The pools and lanes; None without LoRA."""
         return None if self._parts.lora is None else self._parts.lora.pages
 
@@ -258,7 +258,7 @@ class Runner:
     def _lanes(self, layout: Layout, *groups: str) -> NDArray[np.int32] | None:
         """Each token's lane, where one touches such a group; None elsewhere, so that nobody else pays for it."""
         lora = self._parts.lora
-        made = [group for group in groups if lora is not None and group in lora.pages.pages]
+        made = [group for group in groups if lora is not None and group in lora.pages.page_counts]
         if lora is None or not any(lora.pages.touch(set(layout.lanes_C), group) for group in made):
             return None
         return np.repeat(layout.lanes_C, layout.lengths_C)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from engine.messages import Capacity, Chunk, LanePages, NewRow, Sampling, Step
 from model_runner.lora.normal_form import PAGE_RANK
-from model_runner.lora.pool.pages import RankPages
+from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.site import EMBED, EXPERTS, full_weights_of, vectors_of
 from model_runner.runner import Runner
 
@@ -115,16 +115,16 @@ class StepMaker:
         return Step(epoch=0, id=number, lanes=voice, new_rows=new_rows, chunks=chunks)
 
 
-def _voices(pages: RankPages | None, capacity: Capacity) -> list[list[LanePages]]:
+def _voices(pages: RankPagePool | None, capacity: Capacity) -> list[list[LanePages]]:
     """Lanes that steps go through: none; one of a page a group; all, of one page and of as many as can be.
 
     Groups that keep a step from being recorded are left out at first, and then tried too.
     """
-    if pages is None or not pages.pages:
+    if pages is None or not pages.page_counts:
         return [[]]
     lanes = range(1, capacity.max_loras + 1)
-    longest = max(1, min(capacity.max_lane_pages, max(pages.pages.values())))
-    groups = [group for group, number in pages.pages.items() if number]
+    longest = max(1, min(capacity.max_lane_pages, max(pages.page_counts.values())))
+    groups = [group for group, number in pages.page_counts.items() if number]
     usual = [group for group in groups if group not in UNRECORDED]
     voices = [[], [LanePages(1, _pages(pages, usual, 1))]]
     voices += [[LanePages(lane, _pages(pages, usual, held)) for lane in lanes] for held in sorted({1, longest})]
@@ -133,10 +133,10 @@ def _voices(pages: RankPages | None, capacity: Capacity) -> list[list[LanePages]
     return voices
 
 
-def _pages(pages: RankPages, groups: list[str], held: int) -> dict[str, list[tuple[int, float]]]:
+def _pages(pages: RankPagePool, groups: list[str], held: int) -> dict[str, list[tuple[int, float]]]:
     """The first pages of these groups; of vector and matrix slots one."""
     slots = (vectors_of(""), full_weights_of(""))
-    counts = {group: 1 if group.endswith(slots) else min(held, pages.pages[group]) for group in groups}
+    counts = {group: 1 if group.endswith(slots) else min(held, pages.page_counts[group]) for group in groups}
     return {group: [(page, 1.0) for page in range(count)] for group, count in counts.items()}
 
 
@@ -146,7 +146,7 @@ def _powers(most: int) -> list[int]:
 
 
 @contextmanager
-def _pretending(pages: RankPages | None) -> Iterator[None]:
+def _pretending(pages: RankPagePool | None) -> Iterator[None]:
     """While entered, every rank page and vector slot is said to be in use at all of its sites."""
     if pages is None:
         yield
@@ -158,7 +158,7 @@ def _pretending(pages: RankPages | None) -> Iterator[None]:
         _say(pages, 0)
 
 
-def _say(pages: RankPages, units: int) -> None:
+def _say(pages: RankPagePool, units: int) -> None:
     for pool in pages.pools.values():
         pool.units_PS[...] = units
     for vectors in pages.vectors.values():

@@ -16,8 +16,8 @@ from engine.errors import AdapterError, InternalError
 from engine.messages import AdapterStage, AdapterState, Fill, Footprint, LanePages, LoadAdapter
 from model_runner.lora.backends.base import LoraBackend
 from model_runner.lora.normal_form import NormalForm, lane_pages
-from model_runner.lora.pool.fills import Fills
-from model_runner.lora.pool.pages import RankPages
+from model_runner.lora.pool.fills import FillQueue
+from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.site import EMBED, HEAD, full_weights_of
 from model_runner.lora.store import AdapterStore, refusal
 from model_runner.lora.transfer.loaders import Loaders, Outcome
@@ -31,8 +31,8 @@ class Adapters:
 
     store: AdapterStore
     loaders: Loaders
-    pages: RankPages
-    fills: Fills
+    pages: RankPagePool
+    fills: FillQueue
     backend: LoraBackend
     max_rank: int
     targets: list[str]
@@ -117,12 +117,12 @@ class Adapters:
                 " adapter in --lora-paths"
             )
         for group, count in footprint.pages.items():
-            if group in (full_weights_of(EMBED), full_weights_of(HEAD)) and not self.pages.pages.get(group):
+            if group in (full_weights_of(EMBED), full_weights_of(HEAD)) and not self.pages.page_counts.get(group):
                 raise AdapterError(
                     f"adapter {name!r} brings a whole embedding or head (modules_to_save), and there is no room for"
                     " one: launch with such an adapter in --lora-paths"
                 )
-            if count > min(self.pages.pages.get(group, 0), lane_pages(self.max_rank)):
+            if count > min(self.pages.page_counts.get(group, 0), lane_pages(self.max_rank)):
                 raise AdapterError(
                     f"adapter {name!r} (rank {rank}, {', '.join(targets)}) does not fit the"
                     f" pool made for rank {self.max_rank} on {', '.join(self.targets)}: launch with a higher"

@@ -21,7 +21,7 @@ from model_runner.lora.site import Site
 from model_runner.step.layout import Layout
 
 if TYPE_CHECKING:
-    from model_runner.lora.pool.pages import RankPages
+    from model_runner.lora.pool.pages import RankPagePool
 
 BACKENDS = {
     "torch": "model_runner.lora.backends.torch_backend:TorchLora",
@@ -53,7 +53,7 @@ class LoraBackend(KernelUser, ABC):
     Built over the rank pages and lanes of one model; `plan` is called once a step, `adapt` once a site.
     """
 
-    def __init__(self, pages: RankPages, options: Options = DEFAULTS) -> None:
+    def __init__(self, pages: RankPagePool, options: Options = DEFAULTS) -> None:
         self.pages = pages
         self.options = options
 
@@ -85,7 +85,7 @@ def resolve(name: str, device: torch.device) -> str:
     return "csgmv" if device.type == "cuda" else "torch"
 
 
-def create(name: str, pages: RankPages, options: Options = DEFAULTS) -> LoraBackend:
+def create(name: str, pages: RankPagePool, options: Options = DEFAULTS) -> LoraBackend:
     """The backend called `name`.
 
     Raises ConfigError for a name that is not in the table, and for kernels that the device cannot run.

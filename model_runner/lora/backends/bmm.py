@@ -39,7 +39,7 @@ class LaneTokens:
 
 
 @dataclass(frozen=True, eq=False)
-class Read:
+class LaneBatch:
     """Some lanes' tokens and pages in one group.
 
     rows_n      where the tokens are in the batch
@@ -58,7 +58,7 @@ class Read:
     scales: torch.Tensor | None
 
 
-def plan_read(lanes: list[LaneTokens], device: torch.device) -> Read:
+def plan_lane_batch(lanes: list[LaneTokens], device: torch.device) -> LaneBatch:
     """The read of lanes that hold equally many pages, in page order, so that neighbours are read as a view."""
     lanes = sorted(lanes, key=lambda lane: lane.pairs[0][0])
     longest = max(len(lane.rows) for lane in lanes)
@@ -69,7 +69,7 @@ def plan_read(lanes: list[LaneTokens], device: torch.device) -> Read:
     numbers = np.array([page for lane in lanes for page, _ in lane.pairs])
     scales_Lk = np.array([[scale for _, scale in lane.pairs] for lane in lanes], dtype=np.float32)
     rows_n = _index(rows_Lm.ravel(), device)
-    return Read(
+    return LaneBatch(
         lanes=len(lanes),
         rows_n=rows_n,
         real=None if real_Lm.all() else torch.from_numpy(np.flatnonzero(real_Lm)).to(device),
@@ -80,7 +80,7 @@ def plan_read(lanes: list[LaneTokens], device: torch.device) -> Read:
     )
 
 
-def add_vectors(y_TO: torch.Tensor, site: Site, pool: VectorPool, read: Read) -> None:
+def add_vectors(y_TO: torch.Tensor, site: Site, pool: VectorPool, read: LaneBatch) -> None:
     """Adds gain_less_one * (y - b) + bias to the read's rows of y, in float32, in place."""
     y_nO = _take(y_TO, read.rows_n)
     y_LmO = y_nO.float().view(read.lanes, -1, site.out_features)
@@ -91,7 +91,12 @@ def add_vectors(y_TO: torch.Tensor, site: Site, pool: VectorPool, read: Read) ->
 
 
 def add_delta(
-    y_TO: torch.Tensor, x: torch.Tensor, site: Site, pool: SitePool, touched: Iterable[tuple[int, Slice]], read: Read
+    y_TO: torch.Tensor,
+    x: torch.Tensor,
+    site: Site,
+    pool: SitePool,
+    touched: Iterable[tuple[int, Slice]],
+    read: LaneBatch,
 ) -> None:
     """Adds the read's delta to its rows of y, in place, in the slices that are `touched` (with their indices).
 
@@ -107,7 +112,7 @@ def add_delta(
     _put(y_TO, y_nO, read)
 
 
-def _shrink(x_nI: torch.Tensor, a_PSRI: torch.Tensor, read: Read) -> torch.Tensor:
+def _shrink(x_nI: torch.Tensor, a_PSRI: torch.Tensor, read: LaneBatch) -> torch.Tensor:
     """[L, m, k, S, R]: each lane's tokens times its own pages of A, scaled."""
     _, slices, units, features = a_PSRI.shape
     x_LmI = x_nI.to(a_PSRI.dtype).reshape(read.lanes, -1, features)
@@ -117,7 +122,7 @@ def _shrink(x_nI: torch.Tensor, a_PSRI: torch.Tensor, read: Read) -> torch.Tenso
     return h_LmkSR if read.scales is None else (h_LmkSR * read.scales).to(a_PSRI.dtype)
 
 
-def _look_up(tokens_n: torch.Tensor, a_PSVR: torch.Tensor, read: Read) -> torch.Tensor:
+def _look_up(tokens_n: torch.Tensor, a_PSVR: torch.Tensor, read: LaneBatch) -> torch.Tensor:
     """[L, m, k, 1, R]: what `_shrink` would make of one-hot tokens."""
     pages_L1k = torch.tensor(read.numbers, device=a_PSVR.device).view(read.lanes, 1, -1)
     h_LmkSR = a_PSVR[pages_L1k, :, tokens_n.view(read.lanes, -1, 1)]
@@ -142,7 +147,7 @@ def _multiply(left_Lmn: torch.Tensor, right_Lnk: torch.Tensor) -> torch.Tensor:
     return torch.bmm(left_Lmn, right_Lnk)
 
 
-def _weighted(vectors_QO: torch.Tensor, read: Read) -> torch.Tensor:
+def _weighted(vectors_QO: torch.Tensor, read: LaneBatch) -> torch.Tensor:
     """[L, 1, O]: the sum of each lane's own vectors, scaled."""
     vectors_LkO = vectors_QO.view(read.lanes, -1, vectors_QO.shape[1])
     if read.scales is not None:
@@ -150,7 +155,7 @@ def _weighted(vectors_QO: torch.Tensor, read: Read) -> torch.Tensor:
     return vectors_LkO.sum(1, keepdim=True)
 
 
-def _put(y_TO: torch.Tensor, y_nO: torch.Tensor, read: Read) -> None:
+def _put(y_TO: torch.Tensor, y_nO: torch.Tensor, read: LaneBatch) -> None:
     """The rows of a read back into y, each once; a run was changed in place."""
     if read.real_rows is not None:
         y_TO.index_copy_(0, read.real_rows, y_nO if read.real is None else y_nO.index_select(0, read.real))

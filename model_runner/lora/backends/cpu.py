@@ -1,4 +1,4 @@
-"""Tokens: how the compiled delta computes all lanes' deltas in one call, straight from the pool.
+"""DeltaPlan: how the compiled delta computes all lanes' deltas in one call, straight from the pool.
 
     lane 4, pages 3 9   row 0, row 7         plan   2 lanes | 2 tokens 2 uses, 1 token 2 uses | 0 7  5 | 3 9  0 2
     lane 1, pages 0 2   row 5                scales                                                      1 1 .5 .5
@@ -17,13 +17,13 @@ from model_runner.compute.kernels.cpu.functions.spec import TOLERANCE, KernelKey
 from model_runner.compute.kernels.cpu.kernels import KernelSet
 from model_runner.compute.kernels.cpu.lookup import KernelLookup
 from model_runner.lora.backends.bmm import LaneTokens
-from model_runner.lora.pool.pages import RankPages
+from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.site import Site
 from model_runner.platform.device import dtype_name
 
 
 @dataclass(frozen=True, eq=False)
-class Tokens:
+class DeltaPlan:
     """The adapted tokens of a step in one group, and whose pages they go by.
 
     plan        int64: the number of lanes, each one's tokens and uses, their rows in the batch, their pages
@@ -35,19 +35,19 @@ class Tokens:
     numbers: tuple[int, ...]
 
 
-def plan_tokens(lanes: list[LaneTokens]) -> Tokens:
+def plan_delta(lanes: list[LaneTokens]) -> DeltaPlan:
     """All tokens of these lanes, in the order of the lanes."""
     counts = [count for lane in lanes for count in (len(lane.rows), len(lane.pairs))]
     numbers = [page for lane in lanes for page, _ in lane.pairs]
     plan = np.concatenate([np.array([len(lanes), *counts]), *(lane.rows for lane in lanes), np.array(numbers)])
     scales = np.array([scale for lane in lanes for _, scale in lane.pairs], dtype=np.float32)
-    return Tokens(torch.from_numpy(plan.astype(np.int64)), torch.from_numpy(scales), tuple(sorted(numbers)))
+    return DeltaPlan(torch.from_numpy(plan.astype(np.int64)), torch.from_numpy(scales), tuple(sorted(numbers)))
 
 
-class Deltas:
+class DeltaKernel:
     """The compiled delta, and what it reads of each site."""
 
-    def __init__(self, pages: RankPages) -> None:
+    def __init__(self, pages: RankPagePool) -> None:
         self._pages = pages
         self._kernels = KernelLookup()
         linears = [site for site in pages.sites if site.name in pages.pools and not site.embeds]
@@ -67,14 +67,14 @@ class Deltas:
         """Whether the group's deltas can be computed by now."""
         return group in self._groups and self._kernels.get("delta", self._pages.dtype) is not None
 
-    def add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, site: Site, tokens: Tokens) -> None:
+    def add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, site: Site, tokens: DeltaPlan) -> None:
         """Adds the tokens' deltas to their rows of y, in place. The site's group is ready."""
         kernel = self._kernels.get("delta", self._pages.dtype)
         assert kernel is not None
         kernel(y_TO, x_TI.contiguous(), *self._weights[site.name], tokens.plan, tokens.scales_q)
 
 
-def _weights(site: Site, pages: RankPages) -> tuple[torch.Tensor, ...]:
+def _weights(site: Site, pages: RankPagePool) -> tuple[torch.Tensor, ...]:
     """The site's pool, how many units its pages have, and its sizes: in, out, slices, where each slice ends."""
     pool, stops = pages.pools[site.name], [piece.stop for piece in site.slices]
     sizes = torch.tensor([site.in_features, site.out_features, len(stops), *stops])

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model_runner.lora.pool.pages import Lane, RankPages, SitePool
+from model_runner.lora.pool.pages import Lane, RankPagePool, SitePool
 from model_runner.lora.pool.upload import Upload
 from model_runner.lora.site import vectors_of
 
@@ -24,7 +24,7 @@ ALIGNED = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Lanes:
+class GroupLanes:
     """The lanes in one group of pages or vector slots, L = lanes + 1."""
 
     pages_LK: NDArray[np.int32]
@@ -36,10 +36,10 @@ class Lanes:
 class LaneTables:
     """`most` is how many pages a lane may name in a group. `refresh` before use; `groups` is what it found."""
 
-    def __init__(self, pages: RankPages, most: int, upload: Upload) -> None:
-        self.groups: dict[str, Lanes] = {}
+    def __init__(self, pages: RankPagePool, most: int, upload: Upload) -> None:
+        self.groups: dict[str, GroupLanes] = {}
         known = {name for site in pages.sites for name in (site.group, vectors_of(site.group))}
-        self.most = {group: min(most, count) for group, count in pages.pages.items() if count and group in known}
+        self.most = {group: min(most, count) for group, count in pages.page_counts.items() if count and group in known}
         self._pages, self._upload = pages, upload
         self._version = -1
         self._pools: dict[str, list[SitePool]] = {}
@@ -69,9 +69,9 @@ class LaneTables:
             self._send_units()
         return True
 
-    def _lanes(self, group: str, packed_P: NDArray[np.int32] | None) -> Lanes:
+    def _lanes(self, group: str, packed_P: NDArray[np.int32] | None) -> GroupLanes:
         shape = (self._pages.max_lanes + 1, self.most[group])
-        lanes = Lanes(
+        lanes = GroupLanes(
             np.zeros(shape, np.int32),
             np.zeros(shape, np.float32),
             np.zeros(shape, np.int32),

@@ -29,7 +29,7 @@ from model_runner.lora.backends import work_table
 from model_runner.lora.backends.base import DEFAULTS, LoraBackend, Options
 from model_runner.lora.backends.lane_tables import LaneTables
 from model_runner.lora.backends.tiles import Tiles
-from model_runner.lora.pool.pages import RankPages
+from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.pool.upload import Upload
 from model_runner.lora.site import Site
 from model_runner.step.layout import Layout
@@ -44,7 +44,7 @@ Key = tuple[int, bytes, bytes]
 
 
 @dataclass(eq=False)
-class Meta:
+class TiledLoraMetadata:
     """A step's work on the device. `h` is scratch of its own where the buffers never move.
 
     Everything but what the table says (and `key`, which tells steps apart) stays as it was made.
@@ -53,7 +53,7 @@ class Meta:
     key: Key | None
     tokens: int
     rows: int
-    places: work_table.Map
+    places: work_table.TableLayout
     table: torch.Tensor
     gather: torch.Tensor | None
     h: torch.Tensor | None = None
@@ -64,7 +64,7 @@ class TiledLora(LoraBackend):
 
     name: str
 
-    def __init__(self, pages: RankPages, options: Options = DEFAULTS) -> None:
+    def __init__(self, pages: RankPagePool, options: Options = DEFAULTS) -> None:
         super().__init__(pages, options)
         device = pages.device
         if device.type != "cuda" and not interpreting():
@@ -76,7 +76,7 @@ class TiledLora(LoraBackend):
         self._lanes = LaneTables(pages, options.lane_pages, self._upload)
         self._processors, self._pdl = _abilities(device)
         self._h = torch.empty(0, dtype=torch.float32, device=device)
-        self._recent: dict[Key, Meta] = {}
+        self._recent: dict[Key, TiledLoraMetadata] = {}
 
     @abstractmethod
     def rows(self, layout: Layout) -> int:
@@ -95,7 +95,7 @@ class TiledLora(LoraBackend):
         """Whether a tile's rows may be scattered."""
         return True
 
-    def plan(self, layout: Layout, into: Meta | None = None) -> Meta | None:
+    def plan(self, layout: Layout, into: TiledLoraMetadata | None = None) -> TiledLoraMetadata | None:
         """The step's records in a table on the device, or None when no chunk has a delta and `into` is None."""
         self._lanes.refresh()
         key = (self.pages.version, layout.lanes_C.tobytes(), layout.lengths_C.tobytes())
@@ -107,18 +107,18 @@ class TiledLora(LoraBackend):
             into.key = key
         return into
 
-    def static(self, tokens: int) -> Meta:
+    def static(self, tokens: int) -> TiledLoraMetadata:
         """Buffers for any decode step of so many chunks of length 1; without work in them until they are planned."""
         places = work_table.largest(self._lanes.most, self.most_tiles(tokens), tokens if self.gathers else 0)
         table = torch.zeros(max(1, places.size), dtype=torch.int32, device=self.pages.device)
         gather = table[places.gather_at :] if self.gathers else None
-        meta = Meta(None, tokens, DECODE_ROWS, places, table, gather)
+        meta = TiledLoraMetadata(None, tokens, DECODE_ROWS, places, table, gather)
         sites = [site for site in self.pages.sites if site.group in places.groups]
         self._reserve(max((self._numbers_of_h(site, meta) for site in sites), default=0))
         meta.h = self._h
         return meta
 
-    def adapt(self, y_TO: torch.Tensor, x: torch.Tensor, site: Site, meta: Meta) -> None:
+    def adapt(self, y_TO: torch.Tensor, x: torch.Tensor, site: Site, meta: TiledLoraMetadata) -> None:
         """A shrink and an expand. Of the embedding a token's units are looked up while B is expanded: no shrink."""
         place = meta.places.groups.get(site.group)
         if place is None:
@@ -129,7 +129,7 @@ class TiledLora(LoraBackend):
         splits = self._shrink(x, site, meta, place) if place.items and site.name in self.pages.pools else 0
         self._expand(y_TO, site, meta, place, splits, None)
 
-    def _plan(self, layout: Layout, key: Key) -> Meta | None:
+    def _plan(self, layout: Layout, key: Key) -> TiledLoraMetadata | None:
         rows = self.rows(layout)
         tiles = self.cut(layout, rows)
         places = work_table.exact(tiles, self._lanes.groups)
@@ -139,10 +139,10 @@ class TiledLora(LoraBackend):
         gather = table[places.gather_at :] if self.gathers else None
         if len(self._recent) == RECENT:
             del self._recent[next(iter(self._recent))]
-        self._recent[key] = Meta(key, layout.tokens, rows, places, table, gather)
+        self._recent[key] = TiledLoraMetadata(key, layout.tokens, rows, places, table, gather)
         return self._recent[key]
 
-    def _shrink(self, x_TI: torch.Tensor, site: Site, meta: Meta, place: work_table.Place) -> int:
+    def _shrink(self, x_TI: torch.Tensor, site: Site, meta: TiledLoraMetadata, place: work_table.GroupRange) -> int:
         """Fills the scratch; into how many splits."""
         tiling = self._shrink_tiling(site, meta, place)
         if meta.h is None:
@@ -167,8 +167,8 @@ class TiledLora(LoraBackend):
         self,
         y_TO: torch.Tensor,
         site: Site,
-        meta: Meta,
-        place: work_table.Place,
+        meta: TiledLoraMetadata,
+        place: work_table.GroupRange,
         splits: int,
         tokens_T: torch.Tensor | None,
     ) -> None:
@@ -206,7 +206,7 @@ class TiledLora(LoraBackend):
             pdl=self._pdl and splits > 0,
         )
 
-    def _shrink_tiling(self, site: Site, meta: Meta, place: work_table.Place) -> ShrinkTiling:
+    def _shrink_tiling(self, site: Site, meta: TiledLoraMetadata, place: work_table.GroupRange) -> ShrinkTiling:
         return shrink_tiling(
             meta.rows,
             site.in_features,
@@ -217,7 +217,7 @@ class TiledLora(LoraBackend):
             self._processors,
         )
 
-    def _numbers_of_h(self, site: Site, meta: Meta) -> int:
+    def _numbers_of_h(self, site: Site, meta: TiledLoraMetadata) -> int:
         """Floats of scratch that the site needs."""
         place = meta.places.groups[site.group]
         if site.embeds or site.name not in self.pages.pools:
@@ -228,7 +228,7 @@ class TiledLora(LoraBackend):
         if self._h.numel() < numbers:
             self._h = torch.empty(numbers, dtype=torch.float32, device=self.pages.device)
 
-    def _write(self, tiles: Tiles, places: work_table.Map, into: torch.Tensor | None) -> torch.Tensor:
+    def _write(self, tiles: Tiles, places: work_table.TableLayout, into: torch.Tensor | None) -> torch.Tensor:
         work_table.write(self._upload.buffer(places.size), places, tiles, self._lanes.groups)
         return self._upload.send(places.size, into)
 

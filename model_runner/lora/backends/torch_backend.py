@@ -2,8 +2,8 @@
 
 A step becomes, per group of sites, one part or a few:
 
-    Tokens   all lanes in one call of the compiled delta, once it is there
-    Read     until then: batched matmuls over lanes that hold equally many pages and have about equally many tokens
+    DeltaPlan   all lanes in one call of the compiled delta, once it is there
+    LaneBatch     until then: batched matmuls over lanes that hold equally many pages and have about equally many tokens
 
 A lane with a long prefill is a read of its own; gains, biases and the embedding are reads always. Nothing of one lane
 can reach a row of another. Knows nothing of adapters and formats. Legend: T tokens of the step, I in features, O out
@@ -22,29 +22,29 @@ from model_runner.compute.kernels.cpu.functions.spec import KernelKey
 from model_runner.compute.kernels.cpu.kernels import KernelSet
 from model_runner.config import ModelConfig
 from model_runner.lora.backends.base import DEFAULTS, LoraBackend, Options
-from model_runner.lora.backends.bmm import LaneTokens, Read, add_delta, add_vectors, plan_read
-from model_runner.lora.backends.cpu import Deltas, Tokens, plan_tokens
-from model_runner.lora.pool.pages import RankPages
+from model_runner.lora.backends.bmm import LaneBatch, LaneTokens, add_delta, add_vectors, plan_lane_batch
+from model_runner.lora.backends.cpu import DeltaKernel, DeltaPlan, plan_delta
+from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.site import Site, Slice, vectors_of
 from model_runner.step.layout import Layout
 
-TOGETHER = (4, 16, 64)
+SHARED_TOKENS = (4, 16, 64)
 """Lanes of at most so many tokens in a step share reads; above the last, a lane is a read of its own."""
 
 MAX_TOUCHED = 1 << 14
 """Entries of the cache of touched slices (site and pages), which is cleared above."""
 
-Meta = dict[str, list[Read | Tokens]]
+TorchLoraMetadata = dict[str, list[LaneBatch | DeltaPlan]]
 
 
 class TorchLora(LoraBackend):
     """Each part's vectors and delta are added to its rows. Rows of lane 0 are never touched."""
 
-    def __init__(self, pages: RankPages, options: Options = DEFAULTS) -> None:
+    def __init__(self, pages: RankPagePool, options: Options = DEFAULTS) -> None:
         super().__init__(pages, options)
         self._version = pages.version
         self._touched: dict[tuple[str, tuple[int, ...]], list[tuple[int, Slice]]] = {}
-        self._deltas = Deltas(pages)
+        self._deltas = DeltaKernel(pages)
 
     def use_kernels(self, kernels: KernelSet) -> None:
         self._deltas.use_kernels(kernels)
@@ -52,7 +52,7 @@ class TorchLora(LoraBackend):
     def wanted_kernels(self, config: ModelConfig, dtype: torch.dtype) -> list[KernelKey]:
         return self._deltas.wanted_kernels(dtype)
 
-    def plan(self, layout: Layout, into: Any | None = None) -> Meta | None:
+    def plan(self, layout: Layout, into: Any | None = None) -> TorchLoraMetadata | None:
         """The step's parts by group, or None when no chunk has a delta."""
         if not layout.lanes_C.any():
             return None
@@ -61,13 +61,13 @@ class TorchLora(LoraBackend):
             self._touched.clear()
         lanes_T = np.repeat(layout.lanes_C, layout.lengths_C)
         rows = {int(lane): np.flatnonzero(lanes_T == lane) for lane in np.unique(lanes_T) if lane}
-        meta = {group: self._plan_group(group, rows) for group, count in self.pages.pages.items() if count}
+        meta = {group: self._plan_group(group, rows) for group, count in self.pages.page_counts.items() if count}
         return {group: parts for group, parts in meta.items() if parts} or None
 
-    def adapt(self, y_TO: torch.Tensor, x: torch.Tensor, site: Site, meta: Meta) -> None:
+    def adapt(self, y_TO: torch.Tensor, x: torch.Tensor, site: Site, meta: TorchLoraMetadata) -> None:
         """Gains and biases before the deltas: a gain is of the base alone."""
         for read in meta.get(vectors_of(site.group), ()):
-            assert isinstance(read, Read)
+            assert isinstance(read, LaneBatch)
             pool = self.pages.vectors[site.name]
             if pool.held_V[list(read.numbers)].any():
                 add_vectors(y_TO, site, pool, read)
@@ -75,22 +75,22 @@ class TorchLora(LoraBackend):
             touched = self._slices(site, part)
             if not touched:
                 continue
-            if isinstance(part, Tokens):
+            if isinstance(part, DeltaPlan):
                 self._deltas.add(y_TO, x, site, part)
             else:
                 add_delta(y_TO, x, site, self.pages.pools[site.name], touched, part)
 
-    def _plan_group(self, group: str, rows: dict[int, NDArray[np.int64]]) -> list[Read | Tokens]:
+    def _plan_group(self, group: str, rows: dict[int, NDArray[np.int64]]) -> list[LaneBatch | DeltaPlan]:
         held = {lane: [pair for pair in self.pages.lanes[lane].get(group, ()) if pair[1]] for lane in rows}
         lanes = {lane: LaneTokens(rows[lane], pairs) for lane, pairs in held.items() if pairs}
         if lanes and self._deltas.ready(group):
-            return [plan_tokens(list(lanes.values()))]
+            return [plan_delta(list(lanes.values()))]
         shared: dict[tuple[int, int], list[LaneTokens]] = {}
         for lane, tokens in lanes.items():
             shared.setdefault((_bound(lane, len(tokens.rows)), len(tokens.pairs)), []).append(tokens)
-        return [plan_read(together, self.pages.device) for together in shared.values()]
+        return [plan_lane_batch(together, self.pages.device) for together in shared.values()]
 
-    def _slices(self, site: Site, part: Read | Tokens) -> list[tuple[int, Slice]]:
+    def _slices(self, site: Site, part: LaneBatch | DeltaPlan) -> list[tuple[int, Slice]]:
         """The slices of the site in which any of the part's pages holds something."""
         key = (site.name, part.numbers)
         if key not in self._touched:
@@ -101,4 +101,4 @@ class TorchLora(LoraBackend):
 
 def _bound(lane: int, tokens: int) -> int:
     """What lanes of one read have in common: the bound of their tokens, or the lane alone."""
-    return next((bound for bound in TOGETHER if tokens <= bound), -lane)
+    return next((bound for bound in SHARED_TOKENS if tokens <= bound), -lane)

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_runner.compute.kernels.triton.lora.segments import RECORD
-from model_runner.lora.backends.lane_tables import Lanes
+from model_runner.lora.backends.lane_tables import GroupLanes
 from model_runner.lora.backends.tiles import Tiles
 from model_runner.lora.site import vectors_of
 
 
 @dataclass(frozen=True)
-class Place:
+class GroupRange:
     """Where a group's records lie in the table, how many fit, and how many pages the largest lane has."""
 
     items_at: int
@@ -34,24 +34,24 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Map:
+class TableLayout:
     """Where everything lies: the groups that have work, the gathered rows, and the size of the table."""
 
-    groups: dict[str, Place]
+    groups: dict[str, GroupRange]
     gather_at: int
     size: int
 
 
-def largest(most: Mapping[str, int], tiles: int, rows: int) -> Map:
+def largest(most: Mapping[str, int], tiles: int, rows: int) -> TableLayout:
     """Room for any step of so many tiles and gathered rows; `most` pages or slots a lane, by group."""
     sizes = {
         group: (tiles * most.get(group, 0), tiles, tiles * most.get(vectors_of(group), 0), most.get(group, 0))
         for group in _groups(most)
     }
-    return _place(sizes, rows)
+    return _lay_out(sizes, rows)
 
 
-def exact(tiles: Tiles, groups: Mapping[str, Lanes]) -> Map:
+def exact(tiles: Tiles, groups: Mapping[str, GroupLanes]) -> TableLayout:
     """Room for this step."""
     sizes = {}
     for group in _groups(groups):
@@ -59,10 +59,10 @@ def exact(tiles: Tiles, groups: Mapping[str, Lanes]) -> Map:
         busy = np.count_nonzero(pages_t + slots_t)
         if busy:
             sizes[group] = (int(pages_t.sum()), int(busy), int(slots_t.sum()), int(pages_t.max()))
-    return _place(sizes, len(tiles.gather))
+    return _lay_out(sizes, len(tiles.gather))
 
 
-def write(table: NDArray[np.int32], places: Map, tiles: Tiles, groups: Mapping[str, Lanes]) -> None:
+def write(table: NDArray[np.int32], places: TableLayout, tiles: Tiles, groups: Mapping[str, GroupLanes]) -> None:
     """The step's records into their places; all others become zero."""
     table[: places.gather_at] = 0
     table[places.gather_at : places.gather_at + len(tiles.gather)] = tiles.gather
@@ -81,7 +81,7 @@ def write(table: NDArray[np.int32], places: Map, tiles: Tiles, groups: Mapping[s
 
 def _write_list(
     room: NDArray[np.int32],
-    lanes: Lanes | None,
+    lanes: GroupLanes | None,
     lanes_t: NDArray[np.int32],
     numbers_t: NDArray[np.int32],
     rows_tn: NDArray[np.int32],
@@ -98,7 +98,7 @@ def _write_list(
     record[:, 5] = lanes.scales_LK[at].view(np.int32)
 
 
-def _numbers(tiles: Tiles, groups: Mapping[str, Lanes], group: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def _numbers(tiles: Tiles, groups: Mapping[str, GroupLanes], group: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """How many pages and slots each tile has in a group."""
     none = np.zeros(len(tiles), np.int32)
     pages, slots = groups.get(group), groups.get(vectors_of(group))
@@ -113,10 +113,10 @@ def _groups(names: Mapping[str, object]) -> list[str]:
     return list(dict.fromkeys(name.removesuffix(vectors_of("")) for name in names))
 
 
-def _place(sizes: Mapping[str, tuple[int, int, int, int]], rows: int) -> Map:
+def _lay_out(sizes: Mapping[str, tuple[int, int, int, int]], rows: int) -> TableLayout:
     places, at = {}, 0
     for group, (items, tiles, slots, width) in sizes.items():
         starts = [at, at + items * RECORD, at + (items + tiles) * RECORD]
         at += (items + tiles + slots) * RECORD
-        places[group] = Place(starts[0], items, starts[1], tiles, starts[2], slots, width)
-    return Map(places, at, at + rows)
+        places[group] = GroupRange(starts[0], items, starts[1], tiles, starts[2], slots, width)
+    return TableLayout(places, at, at + rows)

@@ -19,14 +19,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from model_runner.lora.normal_form import NormalForm
-from model_runner.lora.pool.pages import Mark, RankPages
+from model_runner.lora.pool.pages import Mark, RankPagePool
 
 SLICE_BYTES = 4 << 20
 """Copied before the clock is looked at: a turn is at least this long, about a millisecond."""
 
 
 @dataclass(eq=False)
-class Fill:
+class FillTask:
     """One adapter on its way into its pages. `mark` is set when all of it was sent, `took` if that was at once."""
 
     adapter: NormalForm
@@ -36,13 +36,13 @@ class Fill:
     took: float | None = None
 
 
-class Fills:
+class FillQueue:
     """The queue of fills of one set of rank pages."""
 
-    def __init__(self, pages: RankPages) -> None:
+    def __init__(self, pages: RankPagePool) -> None:
         self._pages = pages
-        self._waiting: deque[Fill] = deque()
-        self._sent: deque[Fill] = deque()
+        self._waiting: deque[FillTask] = deque()
+        self._sent: deque[FillTask] = deque()
 
     def __bool__(self) -> bool:
         return bool(self._waiting or self._sent)
@@ -54,11 +54,11 @@ class Fills:
 
     def add(self, adapter: NormalForm, pages: dict[str, list[int]]) -> None:
         """Queues a fill; the adapter is kept until it is done, even if the host tier drops it."""
-        self._waiting.append(Fill(adapter, self._pages.pieces(adapter, pages)))
+        self._waiting.append(FillTask(adapter, self._pages.pieces(adapter, pages)))
 
     def at_once(self, adapter: NormalForm, pages: dict[str, list[int]]) -> None:
         """Fills before whatever the computation is given next; `advance` tells of it like of any other."""
-        fill = Fill(adapter, self._pages.pieces(adapter, pages))
+        fill = FillTask(adapter, self._pages.pieces(adapter, pages))
         with self._pages.in_line():
             for _ in fill.pieces:
                 pass
@@ -80,7 +80,7 @@ class Fills:
                 break
         return list(self._finished())
 
-    def _copy_slice(self, fill: Fill) -> None:
+    def _copy_slice(self, fill: FillTask) -> None:
         copied = 0
         for size in fill.pieces:
             copied += size

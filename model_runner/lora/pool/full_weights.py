@@ -20,16 +20,16 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from model_runner.lora.pool.pages import RankPages
+from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.site import Site, full_weights_of
 from model_runner.platform.device import upload
 
 Lanes = NDArray[np.int32]
 
 
-def vocabularies(site: Site, pages: RankPages, lanes_S: Lanes) -> NDArray[np.int64]:
+def vocabularies(site: Site, pages: RankPagePool, lanes_S: Lanes) -> NDArray[np.int64]:
     """[S]: how many tokens the vocabulary of each row's lane has."""
-    pool, group = pages.wholes.get(site.name), full_weights_of(site.group)
+    pool, group = pages.full_weights.get(site.name), full_weights_of(site.group)
     found = np.full(len(lanes_S), site.vocabulary)
     for lane in np.unique(lanes_S).tolist() if pool is not None else []:
         for slot, _ in pages.lanes.get(lane, {}).get(group, ()):
@@ -38,12 +38,12 @@ def vocabularies(site: Site, pages: RankPages, lanes_S: Lanes) -> NDArray[np.int
     return found
 
 
-def replace_rows(y_TO: torch.Tensor, x: torch.Tensor, site: Site, pages: RankPages, lanes_T: Lanes) -> None:
+def replace_rows(y_TO: torch.Tensor, x: torch.Tensor, site: Site, pages: RankPagePool, lanes_T: Lanes) -> None:
     """Changes the rows of lanes that have matrices of their own at this site, in place.
 
     Of a head's y, the first columns are the base's.
     """
-    pool = pages.wholes.get(site.name)
+    pool = pages.full_weights.get(site.name)
     if pool is None:
         return
     for lane in np.unique(lanes_T).tolist():

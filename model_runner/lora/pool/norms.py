@@ -19,7 +19,7 @@ Pairs = Sequence[tuple[int, float]]
 """(slot, scale) of a lane."""
 
 
-class Norms:
+class NormPool:
     """The slots and the table of one model; `refresh` before a step that has lanes."""
 
     def __init__(self, sites: Sequence[Site], slots: int, max_lanes: int, device: torch.device) -> None:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from engine.messages import LanePages
 from model_runner.lora.normal_form import PAGE_RANK, Delta, NormalForm
-from model_runner.lora.pool.norms import Norms
+from model_runner.lora.pool.norms import NormPool
 from model_runner.lora.pool.staging import Staging
 from model_runner.lora.site import NORMS, Site, full_weights_of, vectors_of
 
@@ -90,7 +90,7 @@ class VectorPool:
 
 
 @dataclass(frozen=True, eq=False)
-class WholePool:
+class FullWeightPool:
     """The matrix slots of one site. `vocab_S` says how many rows of a slot are real: its adapter's vocabulary."""
 
     weight_SVH: torch.Tensor
@@ -101,7 +101,7 @@ class WholePool:
         return self.weight_SVH[slot, : int(self.vocab_S[slot])]
 
 
-class RankPages:
+class RankPagePool:
     """The pools by site name, and the lanes. `pages` says how many pages each group has; without any, no pool.
 
     Whole matrices may have `extra_vocab` rows more than the base's.
@@ -118,7 +118,7 @@ class RankPages:
     ) -> None:
         self.sites = list(sites)
         self.extra_vocab = extra_vocab
-        self.pages = dict(pages)
+        self.page_counts = dict(pages)
         self.max_lanes = max_lanes
         self.dtype = dtype
         self.device = device
@@ -127,9 +127,9 @@ class RankPages:
         self.pools = {site.name: self._pool(site) for site in sites if pages.get(site.group, 0)}
         self.vectors = {site.name: self._vectors(site) for site in sites if pages.get(vectors_of(site.group), 0)}
         whole = [site for site in sites if site.group != NORMS and pages.get(full_weights_of(site.group), 0)]
-        self.wholes = {site.name: self._whole(site) for site in whole}
+        self.full_weights = {site.name: self._whole(site) for site in whole}
         slots = pages.get(full_weights_of(NORMS), 0)
-        self.norms = Norms(sites, slots, max_lanes, device) if slots else None
+        self.norms = NormPool(sites, slots, max_lanes, device) if slots else None
         self._staging = Staging(device) if device.type == "cuda" else None
 
     @property
@@ -137,7 +137,7 @@ class RankPages:
         """Bytes of all pools."""
         pools = [pool.bytes for pool in self.pools.values()] + [pool.bytes for pool in self.vectors.values()]
         norms = self.norms.bytes if self.norms else 0
-        return sum(pools) + sum(pool.weight_SVH.nbytes for pool in self.wholes.values()) + norms
+        return sum(pools) + sum(pool.weight_SVH.nbytes for pool in self.full_weights.values()) + norms
 
     def fill(self, adapter: NormalForm, pages: dict[str, list[int]]) -> None:
         """Copies the adapter into these pages, by group, as many as its footprint says; nothing else changes."""
@@ -191,7 +191,7 @@ class RankPages:
         """Lane `lane.lane` from now on; a group that is not named has no delta."""
         assert 1 <= lane.lane <= self.max_lanes, f"lane {lane.lane} of {self.max_lanes}"
         for group, pairs in lane.pages.items():
-            count = self.pages.get(group, 0)
+            count = self.page_counts.get(group, 0)
             assert all(0 <= page < count for page, _ in pairs), f"lane {lane.lane}: {group} has {count} pages"
         self.lanes[lane.lane] = {group: tuple(pairs) for group, pairs in lane.pages.items() if pairs}
         self.version += 1
@@ -216,7 +216,7 @@ class RankPages:
         self.version += 1
 
     def _pool(self, site: Site) -> SitePool:
-        count, slices = self.pages[site.group], len(site.slices)
+        count, slices = self.page_counts[site.group], len(site.slices)
         units = (site.in_features, PAGE_RANK) if site.embeds else (PAGE_RANK, site.in_features)
         return SitePool(
             torch.zeros(count, slices, *units, dtype=self.dtype, device=self.device),
@@ -225,14 +225,14 @@ class RankPages:
         )
 
     def _vectors(self, site: Site) -> VectorPool:
-        count = self.pages[vectors_of(site.group)]
+        count = self.page_counts[vectors_of(site.group)]
         gain, bias = (torch.zeros(count, site.out_features, dtype=torch.float32, device=self.device) for _ in range(2))
         return VectorPool(gain, bias, np.zeros(count, dtype=np.bool_))
 
-    def _whole(self, site: Site) -> WholePool:
-        count, rows = self.pages[full_weights_of(site.group)], site.vocabulary + self.extra_vocab
+    def _whole(self, site: Site) -> FullWeightPool:
+        count, rows = self.page_counts[full_weights_of(site.group)], site.vocabulary + self.extra_vocab
         weight_SVH = torch.zeros(count, rows, site.base.shape[1], dtype=self.dtype, device=self.device)
-        return WholePool(weight_SVH, np.full(count, site.vocabulary))
+        return FullWeightPool(weight_SVH, np.full(count, site.vocabulary))
 
     def _fill_page(self, site: Site, deltas: Sequence[Delta | None], order: int, page: int) -> int:
         """The adapter's `order`-th 16 units at this site go into `page`; all the rest of the page becomes zero."""
@@ -262,7 +262,7 @@ class RankPages:
     def _fill_whole(self, site: Site, deltas: Sequence[Delta | None], slot: int) -> Iterator[int]:
         """The adapter's own matrix goes into `slot`, some rows at a time."""
         (source,) = [delta.full_weight for delta in deltas if delta is not None and delta.full_weight is not None]
-        pool = self.wholes[site.name]
+        pool = self.full_weights[site.name]
         assert len(source) <= pool.weight_SVH.shape[1], f"{len(source)} rows in a slot of {pool.weight_SVH.shape[1]}"
         pool.vocab_S[slot] = len(source)
         into = pool.matrix(slot)

@@ -10,7 +10,7 @@ import torch
 
 from model_runner.compute.ops.base import NormKind, Ops
 from model_runner.config import ModelConfig
-from model_runner.lora.pool.norms import Norms
+from model_runner.lora.pool.norms import NormPool
 from model_runner.lora.site import NORMS, Site, Slice
 from model_runner.model.layers.weights import Weights
 from model_runner.quantization.plain import Plain
@@ -28,7 +28,7 @@ class RMSNorm:
         self._ops = ops
         self._table_LH: torch.Tensor | None = None
 
-    def attach(self, norms: Norms | None) -> None:
+    def attach(self, norms: NormPool | None) -> None:
         """Where rows' own weights are, if adapters may bring any."""
         self._table_LH = None if norms is None else norms.table(self.site)
 

@@ -9,7 +9,7 @@ from gpu.case import Case, Run
 from engine.messages import LanePages
 from model_runner.lora.backends import base
 from model_runner.lora.normal_form import PAGE_RANK
-from model_runner.lora.pool.pages import RankPages
+from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.site import Site, Slice
 from model_runner.quantization.plain import Plain
 from model_runner.step.layout import Layout
@@ -30,7 +30,7 @@ def run(name: str, case: Case) -> Run:
     return compute
 
 
-def _pages(case: Case) -> tuple[RankPages, list[Site]]:
+def _pages(case: Case) -> tuple[RankPagePool, list[Site]]:
     """A site for each copy, and a lane for each adapter, whose pages follow one another."""
     site, stops = case.site, case.offsets
     slices = tuple(Slice(f"m{i}", stops[i], stops[i + 1]) for i in range(len(site.slices)))
@@ -40,7 +40,7 @@ def _pages(case: Case) -> tuple[RankPages, list[Site]]:
     ]
     counts = [-(-rank // PAGE_RANK) for rank in case.point.ranks]
     firsts = [sum(counts[:lane]) for lane in range(len(counts))]
-    pages = RankPages(sites, {site.name: sum(counts)}, case.point.lanes, case.x_TI.dtype, case.device)
+    pages = RankPagePool(sites, {site.name: sum(counts)}, case.point.lanes, case.x_TI.dtype, case.device)
     for copy, adapters in enumerate(case.copies):
         for lane, (a_slices, b_Or) in enumerate(adapters):
             _fill(pages, sites[copy], firsts[lane], a_slices, b_Or)
@@ -49,7 +49,7 @@ def _pages(case: Case) -> tuple[RankPages, list[Site]]:
     return pages, sites
 
 
-def _fill(pages: RankPages, site: Site, first: int, a_slices: list[torch.Tensor], b_Or: torch.Tensor) -> None:
+def _fill(pages: RankPagePool, site: Site, first: int, a_slices: list[torch.Tensor], b_Or: torch.Tensor) -> None:
     pool, rank = pages.pools[site.name], b_Or.shape[1]
     for order in range(-(-rank // PAGE_RANK)):
         units = slice(order * PAGE_RANK, min(rank, (order + 1) * PAGE_RANK))

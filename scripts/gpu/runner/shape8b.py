@@ -75,7 +75,7 @@ def _adapter(runner: Runner, rank: int) -> NormalForm:
     def noise(rows: int, columns: int) -> torch.Tensor:
         return (torch.randn(rows, columns, generator=draw) / columns**0.5 / 8).to(dtype)
 
-    sites = [site for site in parts.decoder.sites if parts.lora.pages.pages.get(site.group)]
+    sites = [site for site in parts.decoder.sites if parts.lora.pages.page_counts.get(site.group)]
     deltas = {
         site.name: tuple(Delta(noise(rank, site.in_features), noise(rank, piece.width)) for piece in site.slices)
         for site in sites

@@ -19,10 +19,10 @@ from engine.messages import LanePages
 from model_runner.compute.kernels.cpu.functions.registry import spec_for
 from model_runner.compute.kernels.cpu.functions.spec import Argument, Kernel, KernelKey
 from model_runner.compute.kernels.cpu.kernels import KernelSet
-from model_runner.lora.backends.bmm import LaneTokens, Read
-from model_runner.lora.backends.cpu import Deltas, Tokens, plan_tokens
+from model_runner.lora.backends.bmm import LaneBatch, LaneTokens
+from model_runner.lora.backends.cpu import DeltaKernel, DeltaPlan, plan_delta
 from model_runner.lora.backends.torch_backend import TorchLora
-from model_runner.lora.pool.pages import RankPages
+from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.site import Site, vectors_of
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def backend(kernels: KernelSet | None = None, dtype: torch.dtype = torch.float32
     counts = dict.fromkeys(GROUPS, 12) | {vectors_of(group): 2 for group in GROUPS}
     random = np.random.default_rng(1)
     free = {group: random.permutation(count).tolist() for group, count in counts.items()}
-    pages = RankPages(SITES, counts, len(MIXES), dtype, CPU)
+    pages = RankPagePool(SITES, counts, len(MIXES), dtype, CPU)
     granted: dict[int, dict[str, list[int]]] = {}
     for number, adapter in ADAPTERS.items():
         granted[number] = {group: [free[group].pop() for _ in range(n)] for group, n in adapter.footprint.pages.items()}
@@ -109,7 +109,7 @@ def check(lora: TorchLora, chunks: list[tuple[int, int]]) -> None:
 
 
 def test_a_plan_counts_lanes_and_then_names_their_rows_and_pages() -> None:
-    tokens = plan_tokens(
+    tokens = plan_delta(
         [
             LaneTokens(np.array([0, 7]), [(3, 1.0), (9, 1.5)]),
             LaneTokens(np.array([5]), [(8, 0.5)]),
@@ -127,12 +127,12 @@ def test_all_lanes_of_a_group_are_one_part() -> None:
     meta = lora.plan(layout([(1, 2), (3, 40), (0, 3), (2, 1), (6, 33), (1, 30), (7, 1), (5, 1)]))
     assert meta is not None
     (part,) = meta["qkv"]
-    assert isinstance(part, Tokens)
+    assert isinstance(part, DeltaPlan)
     lanes, *counts = part.plan[:11].tolist()
     assert lanes == 5  # lane 7 has scale 0
     assert counts == [*(32, 1), *(1, 1), *(40, 3), *(1, 2), *(33, 3)]
     assert part.plan[11:43].tolist() == [0, 1, *range(79, 109)]  # lane 1 in both its chunks
-    assert [type(part) for part in meta[vectors_of("qkv")]] == [Read]
+    assert [type(part) for part in meta[vectors_of("qkv")]] == [LaneBatch]
 
 
 def test_without_kernels_everything_is_read() -> None:
@@ -140,7 +140,7 @@ def test_without_kernels_everything_is_read() -> None:
     for lora in (backend(), backend(never), backend(KernelSet("background"))):
         meta = lora.plan(layout([(1, 2), (2, 1), (6, 3)]))
         assert meta is not None
-        assert {type(part) for parts in meta.values() for part in parts} == {Read}
+        assert {type(part) for parts in meta.values() for part in parts} == {LaneBatch}
 
 
 def test_a_function_that_comes_while_it_runs_is_used_from_the_next_step_on() -> None:
@@ -153,11 +153,11 @@ def test_a_function_that_comes_while_it_runs_is_used_from_the_next_step_on() -> 
         assert meta is not None
         return {type(part) for group in GROUPS for part in meta[group]}
 
-    assert kinds() == {Read}
+    assert kinds() == {LaneBatch}
     check(lora, chunks)
     assert kernels.calls == []
     kernels.missing.clear()
-    assert kinds() == {Tokens}
+    assert kinds() == {DeltaPlan}
     check(lora, chunks)
     assert kernels.calls
 
@@ -167,7 +167,7 @@ def test_what_no_page_touches_is_not_computed() -> None:
     lora = backend(kernels)
     meta = lora.plan(layout([(4, 1)]))
     assert meta is not None
-    assert isinstance(meta["gate_up"][0], Tokens)
+    assert isinstance(meta["gate_up"][0], DeltaPlan)
     for site in SITES:
         kernels.calls.clear()
         compute(lora, site, inputs(1, site), meta)
@@ -194,11 +194,11 @@ def test_the_pool_is_handed_over_where_it_lies_and_so_is_a_strided_input() -> No
 
 def test_what_is_asked_for() -> None:
     for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
-        deltas = Deltas(RankPages(SITES, {"down": 1}, 1, dtype, CPU))
+        deltas = DeltaKernel(RankPagePool(SITES, {"down": 1}, 1, dtype, CPU))
         assert deltas.wanted_kernels(dtype) == [KernelKey("delta", name)]
-    assert Deltas(backend().pages).wanted_kernels(torch.bfloat16) == []
-    assert Deltas(RankPages(SITES, {}, 1, torch.float32, CPU)).wanted_kernels(torch.float32) == []
-    assert Deltas(RankPages(SITES, {"down": 1}, 1, torch.float16, CPU)).wanted_kernels(torch.float16) == []
+    assert DeltaKernel(backend().pages).wanted_kernels(torch.bfloat16) == []
+    assert DeltaKernel(RankPagePool(SITES, {}, 1, torch.float32, CPU)).wanted_kernels(torch.float32) == []
+    assert DeltaKernel(RankPagePool(SITES, {"down": 1}, 1, torch.float16, CPU)).wanted_kernels(torch.float16) == []
 
 
 STEPS = {

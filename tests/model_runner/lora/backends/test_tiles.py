@@ -18,7 +18,7 @@ from model_runner.compute.kernels.triton.lora.tiling import busy, expand_tiling,
 from model_runner.lora.backends import work_table
 from model_runner.lora.backends.lane_tables import LaneTables
 from model_runner.lora.backends.tiles import Tiles, by_lane, by_request
-from model_runner.lora.pool.pages import RankPages
+from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.pool.upload import BUFFERS, Upload
 
 STEPS = st.lists(st.tuples(st.integers(0, 4), st.sampled_from([1, 1, 1, 2, 15, 16, 17, 50])), min_size=1, max_size=14)
@@ -96,7 +96,7 @@ def test_units_are_packed_where_sites_agree_and_left_to_the_device_where_not() -
 
 def test_a_page_that_is_filled_again_is_known_for_what_it_holds_now() -> None:
     sites = random_sites(layers=1)
-    pages = RankPages(sites, {"qkv": 1}, 1, torch.float32, CPU)
+    pages = RankPagePool(sites, {"qkv": 1}, 1, torch.float32, CPU)
     tables = LaneTables(pages, 8, Upload(CPU))
     pages.fill(random_adapter(sites, 1, {"q_proj": 5}), {"qkv": [0]})
     pages.set_lane(LanePages(1, {"qkv": [(0, 1.0)]}))

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from engine.messages import LanePages
 from model_runner.lora.backends.base import create
-from model_runner.lora.backends.torch_backend import TOGETHER, TorchLora
+from model_runner.lora.backends.torch_backend import SHARED_TOKENS, TorchLora
 from model_runner.lora.normal_form import NormalForm
-from model_runner.lora.pool.pages import RankPages
+from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.site import Site, vectors_of
 
 torch.set_num_threads(1)
 
-ALONE = TOGETHER[-1] + 1
+ALONE = SHARED_TOKENS[-1] + 1
 
 SITES = random_sites()
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ MIXES: list[dict[int, float]] = [
 
 def resident(
     shuffle: int, dtype: torch.dtype, device: torch.device = CPU
-) -> tuple[RankPages, dict[int, dict[str, list[int]]]]:
+) -> tuple[RankPagePool, dict[int, dict[str, list[int]]]]:
     """Pools with every adapter in them; a shuffle scatters their pages."""
     groups = {"qkv": 48, "o": 12, "gate_up": 14, "down": 8}
     groups |= {vectors_of(group): 3 for group in groups}
@@ -59,7 +59,7 @@ def resident(
     free = {
         group: (random.permutation(count) if shuffle else np.arange(count)).tolist() for group, count in groups.items()
     }
-    pages = RankPages(SITES, groups, len(MIXES), dtype, device)
+    pages = RankPagePool(SITES, groups, len(MIXES), dtype, device)
     granted: dict[int, dict[str, list[int]]] = {}
     for adapter_id, adapter in ADAPTERS.items():
         granted[adapter_id] = {
@@ -202,7 +202,7 @@ def test_the_largest_weights_of_one_lane_leave_all_others_bit_equal(
 
 
 def test_stale_pages_do_not_show_in_the_next_adapters_rows() -> None:
-    pages = RankPages(SITES, {"qkv": 2, "o": 0, "gate_up": 0, "down": 2}, 2, torch.float32, CPU)
+    pages = RankPagePool(SITES, {"qkv": 2, "o": 0, "gate_up": 0, "down": 2}, 2, torch.float32, CPU)
     lora = TorchLora(pages)
     first = random_adapter(SITES, 1, {"q_proj": 16, "k_proj": 16, "v_proj": 16, "down_proj": 16})
     second = random_adapter(SITES, 2, {"q_proj": 5}, layers={0})
@@ -211,7 +211,7 @@ def test_stale_pages_do_not_show_in_the_next_adapters_rows() -> None:
 
 
 def test_pages_that_gain_slices_when_they_are_filled_again() -> None:
-    lora = TorchLora(RankPages(SITES, {"qkv": 1, "down": 1}, 1, torch.float32, CPU))
+    lora = TorchLora(RankPagePool(SITES, {"qkv": 1, "down": 1}, 1, torch.float32, CPU))
     run_alone(lora, random_adapter(SITES, 1, {"q_proj": 5}, layers={0}), {"qkv": [0]})
     wide = random_adapter(SITES, 2, {"q_proj": 2, "v_proj": 16})
     lora.pages.fill(wide, {"qkv": [0]})

@@ -6,18 +6,18 @@ import pytest
 import torch
 from fixtures.adapters.lora_sites import random_adapter, random_sites
 
-from model_runner.lora.pool.fills import Fills
-from model_runner.lora.pool.pages import RankPages
+from model_runner.lora.pool.fills import FillQueue
+from model_runner.lora.pool.pages import RankPagePool
 
 SITES = random_sites()
 RANKS = {"q_proj": 20, "down_proj": 16}
 
 
-def pool() -> RankPages:
-    return RankPages(SITES, {"qkv": 4, "down": 3}, 4, torch.float32, torch.device("cpu"))
+def pool() -> RankPagePool:
+    return RankPagePool(SITES, {"qkv": 4, "down": 3}, 4, torch.float32, torch.device("cpu"))
 
 
-def same(ours: RankPages, theirs: RankPages) -> bool:
+def same(ours: RankPagePool, theirs: RankPagePool) -> bool:
     return all(
         torch.equal(held.a_PSRI, theirs.pools[name].a_PSRI) and torch.equal(held.b_PRO, theirs.pools[name].b_PRO)
         for name, held in ours.pools.items()
@@ -29,7 +29,7 @@ def test_a_turn_copies_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = pool(), pool()
     one, two = random_adapter(SITES, 1, RANKS), random_adapter(SITES, 2, {"down_proj": 3})
     version = ours.version
-    fills = Fills(ours)
+    fills = FillQueue(ours)
     fills.add(one, {"qkv": [3, 1], "down": [0]})
     fills.add(two, {"down": [2]})
     told = []
@@ -47,7 +47,7 @@ def test_a_turn_copies_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_with_time_enough_a_turn_does_all() -> None:
-    fills = Fills(pool())
+    fills = FillQueue(pool())
     for number in range(3):
         fills.add(random_adapter(SITES, number, {"down_proj": 4}), {"down": [number]})
     assert [adapter.adapter_id for adapter, _ in fills.advance(60.0)] == [0, 1, 2]
@@ -57,7 +57,7 @@ def test_with_time_enough_a_turn_does_all() -> None:
 
 def test_a_new_scheduler_knows_no_fills(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model_runner.lora.pool.fills.SLICE_BYTES", 1)
-    fills = Fills(pool())
+    fills = FillQueue(pool())
     fills.add(random_adapter(SITES, 1, RANKS), {"qkv": [3, 1], "down": [0]})
     fills.advance(0.0)
     fills.clear()
@@ -70,7 +70,7 @@ def test_a_fill_at_once_is_there_before_what_comes_next(monkeypatch: pytest.Monk
     monkeypatch.setattr("model_runner.lora.pool.fills.SLICE_BYTES", 1)
     ours, theirs = pool(), pool()
     large, small = random_adapter(SITES, 1, RANKS), random_adapter(SITES, 2, {"down_proj": 3})
-    fills = Fills(ours)
+    fills = FillQueue(ours)
     fills.add(large, {"qkv": [3, 1], "down": [0]})
     fills.advance(0.0)
     fills.at_once(small, {"down": [2]})
@@ -87,8 +87,8 @@ def test_a_fill_at_once_is_there_before_what_comes_next(monkeypatch: pytest.Monk
 @pytest.mark.gpu
 def test_on_cuda_a_fill_at_once_comes_between_the_steps() -> None:
     device = torch.device("cuda")
-    ours = RankPages(SITES, {"qkv": 4, "down": 3}, 4, torch.float32, device)
-    fills, expected = Fills(ours), []
+    ours = RankPagePool(SITES, {"qkv": 4, "down": 3}, 4, torch.float32, device)
+    fills, expected = FillQueue(ours), []
     held = next(pool for name, pool in ours.pools.items() if "down" in name)
     work = torch.randn(4096, 4096, device=device)
     read: list[torch.Tensor] = []

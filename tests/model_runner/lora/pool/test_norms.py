@@ -7,8 +7,8 @@ import torch
 
 from engine.messages import Footprint, LanePages
 from model_runner.lora.normal_form import Delta, NormalForm, footprint
-from model_runner.lora.pool.norms import Norms
-from model_runner.lora.pool.pages import RankPages, page_bytes
+from model_runner.lora.pool.norms import NormPool
+from model_runner.lora.pool.pages import RankPagePool, page_bytes
 from model_runner.lora.site import NORMS, Site, Slice, full_weights_of
 from model_runner.quantization.plain import Plain
 
@@ -37,14 +37,14 @@ def adapter(seed: int, *names: str) -> NormalForm:
 
 
 @pytest.fixture
-def pages() -> RankPages:
-    made = RankPages(SITES, {FULL: 3}, 4, torch.bfloat16, CPU)
-    assert made.pools == made.vectors == made.wholes == {}
+def pages() -> RankPagePool:
+    made = RankPagePool(SITES, {FULL: 3}, 4, torch.bfloat16, CPU)
+    assert made.pools == made.vectors == made.full_weights == {}
     return made
 
 
-def table(pages: RankPages, number: int) -> torch.Tensor:
-    assert isinstance(pages.norms, Norms)
+def table(pages: RankPagePool, number: int) -> torch.Tensor:
+    assert isinstance(pages.norms, NormPool)
     return pages.norms.table(SITES[number])
 
 
@@ -55,7 +55,7 @@ def own(one: NormalForm, number: int) -> torch.Tensor:
     return delta.full_weight
 
 
-def test_an_adapters_norms_are_one_slot_and_those_it_has_not_are_the_bases(pages: RankPages) -> None:
+def test_an_adapters_norms_are_one_slot_and_those_it_has_not_are_the_bases(pages: RankPagePool) -> None:
     one = adapter(5, "input_layernorm", "k_norm")
     assert one.footprint == Footprint(pages={FULL: 1})
     assert page_bytes(SITES, torch.bfloat16) == {FULL: 4 * 40}
@@ -70,7 +70,7 @@ def test_an_adapters_norms_are_one_slot_and_those_it_has_not_are_the_bases(pages
         assert torch.equal(table(pages, number)[[0, 1, 2, 4]], site.base.weight.expand(4, -1))
 
 
-def test_a_lane_that_is_given_to_another_has_his_norms_or_the_bases(pages: RankPages) -> None:
+def test_a_lane_that_is_given_to_another_has_his_norms_or_the_bases(pages: RankPagePool) -> None:
     pages.fill(adapter(5, "q_norm"), {FULL: [0]})
     pages.set_lane(LanePages(1, {FULL: [(0, 1.0)]}))
     assert pages.own_norms([1])
@@ -89,7 +89,7 @@ def test_a_lane_that_is_given_to_another_has_his_norms_or_the_bases(pages: RankP
     assert torch.equal(table(pages, 0)[2], SITES[0].base.weight)
 
 
-def test_a_mix_is_the_sum_of_what_each_changes(pages: RankPages) -> None:
+def test_a_mix_is_the_sum_of_what_each_changes(pages: RankPagePool) -> None:
     one, two = adapter(5, "q_norm"), adapter(6, "q_norm", "k_norm")
     pages.fill(one, {FULL: [1]})
     pages.fill(two, {FULL: [0]})
@@ -103,7 +103,7 @@ def test_a_mix_is_the_sum_of_what_each_changes(pages: RankPages) -> None:
 
 
 def test_without_slots_there_is_no_table() -> None:
-    pages = RankPages(SITES, {}, 4, torch.bfloat16, CPU)
+    pages = RankPagePool(SITES, {}, 4, torch.bfloat16, CPU)
     assert pages.norms is None
     assert not pages.own_norms([0])
     assert pages.bytes == 0

@@ -10,7 +10,7 @@ from fixtures.adapters.lora_sites import random_adapter, random_sites
 
 from engine.messages import Footprint, LanePages
 from model_runner.lora.normal_form import PAGE_RANK, Delta, NormalForm, footprint
-from model_runner.lora.pool.pages import RankPages, page_bytes
+from model_runner.lora.pool.pages import RankPagePool, page_bytes
 from model_runner.lora.site import EMBED, Site, Slice, vectors_of
 from model_runner.quantization.plain import Plain
 
@@ -21,9 +21,9 @@ CPU = torch.device("cpu")
 GROUPS = ("qkv", "o", "gate_up", "down")
 
 
-def pages(count: int = 6) -> RankPages:
+def pages(count: int = 6) -> RankPagePool:
     groups = [*GROUPS, *map(vectors_of, GROUPS)]
-    return RankPages(SITES, dict.fromkeys(groups, count), 4, torch.float32, CPU)
+    return RankPagePool(SITES, dict.fromkeys(groups, count), 4, torch.float32, CPU)
 
 
 def units(adapter: NormalForm, site: Site, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,7 +123,7 @@ def test_the_embeddings_units_of_a_token_lie_together() -> None:
     site = Site("embed", "model", -1, EMBED, (Slice("embed_tokens", 0, 6),), Plain(table))
     assert (site.in_features, site.out_features) == (50, 6)
     adapter = random_adapter([site], 1, {"embed_tokens": 19})
-    pool = RankPages([site], {"embed": 2}, 1, torch.float32, CPU)
+    pool = RankPagePool([site], {"embed": 2}, 1, torch.float32, CPU)
     pool.fill(adapter, {"embed": [1, 0]})
     a, b = units(adapter, site, 0)
     held = pool.pools["embed"]
@@ -136,7 +136,7 @@ def test_the_embeddings_units_of_a_token_lie_together() -> None:
 
 
 def test_groups_without_pages_have_no_pool() -> None:
-    pool = RankPages(SITES, {"qkv": 2, "down": 0}, 4, torch.float32, CPU)
+    pool = RankPagePool(SITES, {"qkv": 2, "down": 0}, 4, torch.float32, CPU)
     assert set(pool.pools) == {"layers.0.qkv", "layers.1.qkv"}
 
 

@@ -14,7 +14,7 @@ from fixtures.models.drive import Driver, Row
 from engine.errors import ConfigError
 from model_runner.config import read_model_config
 from model_runner.lora.backends.base import LoraBackend
-from model_runner.lora.pool.pages import RankPages
+from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.site import Site
 from model_runner.model.families.decoder import Decoder
 from model_runner.model.layers.weights import Weights
@@ -31,7 +31,7 @@ class Recorder(LoraBackend):
     """The base linear, and a note of who asked with what."""
 
     def __init__(self) -> None:
-        super().__init__(RankPages([], {}, 0, torch.float32, CPU))
+        super().__init__(RankPagePool([], {}, 0, torch.float32, CPU))
         self.calls: list[tuple[str, Any]] = []
 
     def plan(self, layout: Layout, into: Any | None = None) -> Any:

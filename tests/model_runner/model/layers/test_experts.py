@@ -97,7 +97,7 @@ def test_adapters_on_attention_pay_nothing_for_experts(
         assert groups == {"qkv": [0, 1, 2], "gate_up": dense, "down": dense}
         adapter = make_adapter(path, tmp_path / family, targets=["q_proj", "v_proj"])
         lora = attach_adapters(decoder, {"attention": adapter})
-        assert lora.pages.pages == {"qkv": 1}
+        assert lora.pages.page_counts == {"qkv": 1}
         monkeypatch.setattr(SparseMLP, "_one_by_one", None)  # its tokens' experts are computed together
         Driver(decoder, lora=lora).step([(Row([3, 4, 5], lane=1), 3), (Row([6]), 1)])
 
