@@ -13,16 +13,22 @@ from engine.config.sections import Links, TokenizerConfig
 from tables.markdown import table
 from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.http.app import create_app
+from tokenizer_proc.http.auth.access import RIGHTS
 
 
 def http_calls() -> str:
     """One row for each handler, in the order in which the routes were added."""
+    app = application()
     paths: dict[Any, list[str]] = defaultdict(list)
-    for route in application().router.routes():
+    rights: dict[Any, str] = {}
+    for route in app.router.routes():
         if route.method != "HEAD":  # every GET answers HEAD as well
             assert route.resource is not None
-            paths[_handler(route)].append(f"`{route.method} {route.resource.canonical}`")
-    return table(("call", "what it does"), [(", ".join(paths[handler]), summary(handler)) for handler in paths])
+            handler = _handler(route)
+            paths[handler].append(f"`{route.method} {route.resource.canonical}`")
+            rights[handler] = app[RIGHTS][route].value
+    rows = [(", ".join(paths[handler]), rights[handler], summary(handler)) for handler in paths]
+    return table(("call", "rights", "what it does"), rows)
 
 
 def application() -> web.Application:
