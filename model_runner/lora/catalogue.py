@@ -1,4 +1,4 @@
-"""The checkpoint module names that LoRA can land on, and where each lies: sites and their slices.
+"""The checkpoint module names that an adapter can change, and where each is: sites and their slices.
 
     model.layers.3.self_attn.v_proj        slice 2 of site "layers.3.qkv"
     model.layers.3.self_attn.qkv_proj      all three slices, where an adapter was trained on a fused linear
@@ -14,22 +14,23 @@ from dataclasses import dataclass
 
 from model_runner.lora.site import EXPERTS, NORMS, Site, Slice
 
-OUTSIDE = ("model.embed_tokens", "lm_head")
-"""The embedding and the head: modules of every decoder that lie outside of its layers."""
+EMBEDDING_AND_HEAD = ("model.embed_tokens", "lm_head")
+"""The modules of every decoder that are outside of its layers."""
 
 FUSED = {
     ("q_proj", "k_proj", "v_proj"): "qkv_proj",
     ("gate_proj", "up_proj"): "gate_up_proj",
     ("w1", "w3"): "gate_up_proj",
 }
-"""What a linear of these modules side by side is called."""
+"""The name of one linear that is these modules side by side."""
 
-BLOCK = ".block_sparse_moe."
+EXPERTS_BLOCK = ".block_sparse_moe."
+"""Stands in the names of experts in Mixtral's checkpoints."""
 
 
 @dataclass(frozen=True, eq=False)
 class SiteRef:
-    """Where one module's delta goes: one slice of a site."""
+    """Where the delta of one module goes: one slice of a site."""
 
     site: Site
     index: int
@@ -56,26 +57,27 @@ class SiteRef:
 
 
 class Catalogue:
-    """All places of a model by full module name, in the model's order; `fused` are names for all slices of a site.
+    """The slices of a model's sites by full module name, in the model's order.
 
-    `norms` are places of their own: nothing can target them.
+    `fused` are names that mean all slices of a site. `norms` are apart, as nothing can target them. `renamed` are the
+    names of experts in transformers 5.
     """
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = {site.name: site for site in sites}
         norms = [SiteRef(site, 0) for site in sites if site.group == NORMS]
-        self.norms: dict[str, tuple[SiteRef, ...]] = {place.module: (place,) for place in norms}
+        self.norms: dict[str, tuple[SiteRef, ...]] = {ref.module: (ref,) for ref in norms}
         sites = [site for site in sites if site.group != NORMS]
-        self.places: dict[str, tuple[SiteRef, ...]] = {}
+        self.refs: dict[str, tuple[SiteRef, ...]] = {}
         self.fused: dict[str, tuple[SiteRef, ...]] = {}
         for site in sites:
-            places = tuple(SiteRef(site, index) for index in range(len(site.slices)))
-            self.places |= {place.module: (place,) for place in places}
+            refs = tuple(SiteRef(site, index) for index in range(len(site.slices)))
+            self.refs |= {ref.module: (ref,) for ref in refs}
             name = FUSED.get(tuple(piece.module for piece in site.slices))
             if name is not None:
-                self.fused[f"{site.path}.{name}"] = places
-        self.fused_names = frozenset(leaf(module) for module in self.fused)
-        self.renamed = {self.renamed_back(module): module for module in [*self.places, *self.fused] if BLOCK in module}
+                self.fused[f"{site.path}.{name}"] = refs
+        experts = [module for module in [*self.refs, *self.fused] if EXPERTS_BLOCK in module]
+        self.renamed = {self.renamed_by_transformers(module): module for module in experts}
         self.experts: dict[int, list[Site]] = {}
         for site in sites:
             if site.group == EXPERTS:
@@ -83,35 +85,40 @@ class Catalogue:
 
     @property
     def modules(self) -> list[str]:
-        """The full names of the modules that LoRA can land on."""
-        return list(self.places)
+        """The full names of the modules that can be targeted."""
+        return list(self.refs)
 
     def knows(self, module: str) -> bool:
-        """Whether it is a module, of its own or fused, or a norm."""
-        return module in self.places or module in self.fused or module in self.norms
+        """Whether the name is that of a module, a fused module or a norm."""
+        return module in self.refs or module in self.fused or module in self.norms
 
     def find(self, module: str) -> tuple[SiteRef, ...]:
-        """Where the module's delta goes, side by side."""
-        return self.places.get(module) or self.norms.get(module) or self.fused[module]
+        """The slices that the module's delta goes to, side by side."""
+        return self.refs.get(module) or self.norms.get(module) or self.fused[module]
 
-    def whole(self, site: Site) -> str:
-        """The module that is all of a site, fused or not."""
+    def module_of(self, site: Site) -> str:
+        """The name of the module, fused or not, that is all of a site."""
         name = FUSED.get(tuple(piece.module for piece in site.slices), site.slices[0].module)
         return f"{site.path}.{name}"
 
     @staticmethod
-    def renamed_back(module: str) -> str:
-        """A module's name in transformers 5, which calls Mixtral's experts as all others'."""
-        return module.replace(BLOCK, ".mlp.")
+    def renamed_by_transformers(module: str) -> str:
+        """A module's name in transformers 5, which calls Mixtral's experts as those of other models."""
+        return module.replace(EXPERTS_BLOCK, ".mlp.")
 
     def with_fused(self, fused: AbstractSet[str]) -> list[str]:
-        """The modules, with these fused ones in the place of their parts."""
+        """The modules, with these fused ones instead of their parts."""
         if not fused:
             return self.modules
-        stand_in = {place.module: name for name in fused for place in self.fused[name]}
-        return list(dict.fromkeys(stand_in.get(module, module) for module in self.places))
+        stand_in = {ref.module: name for name in fused for ref in self.fused[name]}
+        return list(dict.fromkeys(stand_in.get(module, module) for module in self.refs))
 
 
 def leaf(module: str) -> str:
-    """The last part of a module's name: what target modules are usually called."""
+    """The last part of a module's name, which is how target modules are usually given."""
     return module.rpartition(".")[2]
+
+
+def is_named(module: str, name: str) -> bool:
+    """Whether `name` is the module's full name, or its end after a dot."""
+    return module == name or module.endswith("." + name)

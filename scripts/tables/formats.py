@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from model_runner.config import FAMILIES
-from model_runner.lora.peft.config import REFUSED, VARIANTS
-from model_runner.lora.peft.tensor_mapping import FORMATS
+from model_runner.lora.formats import registry
 from tables.markdown import table
 
 
@@ -15,10 +14,9 @@ def families() -> str:
 
 def formats() -> str:
     """What each format of PEFT, and each option of a format, becomes when it is loaded; and what is refused."""
-    rows = [(form.name, form.note) for form in FORMATS.values()] + list(VARIANTS.items())
-    refused = table(
-        ("option of adapter_config.json", "what it is"), [(f"`{name}`", what) for name, what in REFUSED.items()]
-    )
+    rows = [(form.name, form.note) for form in registry.all_formats()] + list(registry.all_features().items())
+    options = [(f"`{name}`", what) for name, what in registry.refused_options().items()]
+    refused = table(("option of adapter_config.json", "what it is"), options)
     return "\n\n".join([table(("format or option", "how it is saved, and what it becomes"), rows), REFUSES, refused])
 
 

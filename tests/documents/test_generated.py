@@ -20,7 +20,7 @@ from tables.http_calls import application, http_calls
 from engine.config.args import Args
 from engine.config.flags import make_parser
 from model_runner.config import FAMILIES
-from model_runner.lora.peft.tensor_mapping import FORMATS
+from model_runner.lora.formats import registry
 
 FLAGS = [action for action in make_parser()._actions if is_shown(action)]
 
@@ -52,7 +52,7 @@ def test_pages_without_markers_are_named() -> None:
 
 def test_families_and_formats_have_a_row_each() -> None:
     assert first_cells(families())[2:] == [family.title for family in FAMILIES.values()]
-    assert {form.name for form in FORMATS.values()} <= set(first_cells(formats()))
+    assert {form.name for form in registry.all_formats()} <= set(first_cells(formats()))
 
 
 def test_flags_have_a_row_each_and_no_other() -> None:

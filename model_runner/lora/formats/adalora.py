@@ -1,27 +1,69 @@
-"""AdaLoRA (2303.10512): a singular value decomposition with pruned values. B E A, divided by the rank it began with.
+"""AdaLoRA (2303.10512): a singular value decomposition with pruned values, divided by the rank it began with.
 
     A = lora_A [k, I]      B = scaling / (ranknum + 1e-5) * (lora_B * lora_E^T)^T      k <= init_r values were kept
 
-PEFT's scaling is lora_alpha itself; `ranknum`, where a file has it, is the rank that training began with.
+PEFT's scaling is lora_alpha itself; `ranknum`, where a file has it, is the rank that training began with. rank_pattern
+says by module which of the values were kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 
-from model_runner.lora.formats.base import Format, Module, Shape, missing
+from model_runner.lora.formats.base import PeftFormat, RankPattern, wrong_pattern
+from model_runner.lora.formats.lora import LORA_TRAINING, check_initialisation
+from model_runner.lora.target_module import Change, Module, Shape, Term, missing
+from model_runner.lora.variants.biases import Biases
+from model_runner.lora.variants.saved_modules import SavedModules
+from model_runner.lora.variants.trained_tokens import TrainedTokens
 
 EPSILON = 1e-5
 
 
-class AdaLora(Format):
-    """Two matrices and the values between them."""
+class AdaLora(PeftFormat, frozen=True, kw_only=True):
+    """Two matrices and the values between them. PEFT trains it without rsLoRA even where that option is set."""
 
-    name = "AdaLoRA"
-    note = "A and B, the singular values that were kept folded into B"
-    parts = frozenset({"lora_A", "lora_B", "lora_E", "ranknum"})
+    peft_type: ClassVar = "ADALORA"
+    name: ClassVar = "AdaLoRA"
+    note: ClassVar = "A and B, the singular values that were kept folded into B"
+    becomes: ClassVar = frozenset[Term]({"A", "B"})
+    parts: ClassVar = frozenset({"lora_A", "lora_B", "lora_E", "ranknum"})
+    variants: ClassVar = (Biases, SavedModules, TrainedTokens)
+    harmless: ClassVar = (
+        LORA_TRAINING
+        | {"r", "use_rslora", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}
+        | {"total_step", "ensure_weight_tying"}
+    )
+    rank_option: ClassVar = "init_r"
+    alpha_option: ClassVar = "lora_alpha"
+
+    init_r: int = 12
+    lora_alpha: float = 8
+    init_lora_weights: bool | str = True
+
+    def check(self) -> None:
+        """Refuses initialisations that changed the base."""
+        check_initialisation(self.init_lora_weights)
+
+    def scaling(self, alpha: float, rank: int) -> float:
+        """Alpha; `change` divides it by the initial rank."""
+        return alpha
+
+    def pattern_ranks(self, pattern: RankPattern) -> Mapping[str, int]:
+        """None: all modules begin with init_r."""
+        return {}
+
+    def final_ranks(self, pattern: RankPattern) -> Mapping[str, int]:
+        """How many values each module kept."""
+        ranks: dict[str, int] = {}
+        for key, kept in pattern.items():
+            if not isinstance(kept, list):
+                raise wrong_pattern(key, kept)
+            ranks[_module_of(key)] = sum(kept)
+        return ranks
 
     def shapes(self, module: Module, found: Mapping[str, Shape]) -> dict[str, Shape]:
         """A [k, I], B [O, k], E [k, 1]; ranknum [1] or [] if there is one."""
@@ -32,13 +74,18 @@ class AdaLora(Format):
         return shapes
 
     def rank(self, module: Module, found: Mapping[str, Shape]) -> int:
-        """k: by the pattern of kept values, or all."""
+        """k."""
         if "lora_A" not in found:
             raise missing(module, "lora_A", found)
         return module.target.rank
 
-    def factors(self, module: Module, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def change(self, module: Module, tensors: Mapping[str, torch.Tensor]) -> Change:
         """E goes into B, as the scaling does."""
-        began = float(tensors["ranknum"]) if "ranknum" in tensors else float(module.target.began)
-        scaling = module.target.scaling / (began + EPSILON)
-        return tensors["lora_A"], (tensors["lora_B"] * tensors["lora_E"].view(1, -1) * scaling).t()
+        initial = float(tensors["ranknum"]) if "ranknum" in tensors else float(module.target.initial_rank)
+        scaling = module.target.scaling / (initial + EPSILON)
+        return Change(tensors["lora_A"], (tensors["lora_B"] * tensors["lora_E"].view(1, -1) * scaling).t())
+
+
+def _module_of(key: str) -> str:
+    """The module of a pattern's key, which ends in lora_E and may have the adapter's name behind it."""
+    return key.rpartition(".lora_E")[0] or key

@@ -1,63 +1,117 @@
-"""What a format is: the parts of a module that it reads, their shapes, and the A and B that they make.
+"""What a PEFT format declares: its options, its variants, the tensor parts of a module, and what they become.
 
-Knows nothing of files, names of modules and pages. Legend: I in features, O out features of the module, r its rank in
-the config, R its rank in the normal form.
+An instance holds the values of the format's own options, which are its fields, as one adapter has them. Knows nothing
+of files, module names and pages. Legend: I in features, O out features of the module, r its rank in the config, R its
+rank in the normal form.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import msgspec
 import torch
 
 from engine.errors import AdapterError
+from model_runner.lora.files.adapter_config import CONFIG_NAME
+from model_runner.lora.files.quoted import quoted_value
+from model_runner.lora.target_module import Change, Module, Shape, Term
+from model_runner.lora.variants.base import Variant
 
-Shape = list[int]
-
-
-@dataclass(frozen=True)
-class Target:
-    """One targeted module: its rank and the scaling to fold into B; `began`: the rank it was trained with at first."""
-
-    module: str
-    rank: int
-    scaling: float
-    began: int = 0
+RankPattern = Mapping[str, int | list[bool]]
+"""The option rank_pattern, as any format may have it."""
 
 
-@dataclass(frozen=True)
-class Module:
-    """A targeted module: its rank and scaling by the config, and its sizes."""
+class PeftFormat(msgspec.Struct, frozen=True, kw_only=True):
+    """One format. Its fields are options of adapter_config.json with PEFT's defaults; all of them change the answer."""
 
-    target: Target
-    in_features: int
-    out_features: int
-    embeds: bool = False
+    peft_type: ClassVar[str]
+    name: ClassVar[str]
 
+    note: ClassVar[str]
+    """What it becomes, for people."""
 
-class Format(ABC):
-    """One format. `parts` are all parts that it may read of a module; `note` says what it becomes, for people."""
+    becomes: ClassVar[frozenset[Term]]
+    """The terms of the normal form that its parts become."""
 
-    name: str
-    note: str
-    parts: frozenset[str]
+    parts: ClassVar[frozenset[str]]
+    """Every part of a module that it may read."""
 
-    @abstractmethod
+    unread_parts: ClassVar[frozenset[str]] = frozenset()
+    """Parts that PEFT writes for layers which a decoder does not have."""
+
+    refused_parts: ClassVar[Mapping[str, str]] = {}
+    """Components of a tensor's name that belong to something which is not served, and its name."""
+
+    variants: ClassVar[tuple[type[Variant], ...]] = ()
+    """What it can be combined with."""
+
+    harmless: ClassVar[frozenset[str]] = frozenset()
+    """Options about training or how to start; what they change is decided by another option or by the tensors."""
+
+    refused: ClassVar[Mapping[str, str]] = {}
+    """Options that change what an adapter computes and are not served, with the name that people know."""
+
+    rank_option: ClassVar[str] = "r"
+    alpha_option: ClassVar[str] = "alpha"
+    """Which of its options are the rank and alpha; "" for a format without, which has a scaling of its own."""
+
+    @classmethod
+    def used_options(cls) -> frozenset[str]:
+        """Its own options and those of its variants."""
+        owners = (cls, *cls.variants)
+        return frozenset(option for owner in owners for option in owner.__struct_fields__)
+
+    @property
+    def default_rank(self) -> int:
+        """The rank of modules that rank_pattern does not name."""
+        rank: int = getattr(self, self.rank_option) if self.rank_option else 0
+        return rank
+
+    @property
+    def default_alpha(self) -> float:
+        """The alpha of modules that alpha_pattern does not name."""
+        alpha: float = getattr(self, self.alpha_option) if self.alpha_option else 1
+        return alpha
+
+    def check(self) -> None:
+        """Raises AdapterError for values of its options that are not served."""
+
+    def scaling(self, alpha: float, rank: int) -> float:
+        """What the change of the weight is multiplied with, unless a variant decides it."""
+        return alpha / rank
+
+    def pattern_ranks(self, pattern: RankPattern) -> Mapping[str, int]:
+        """The ranks in rank_pattern, by regular expression. Raises AdapterError for anything else in it."""
+        ranks: dict[str, int] = {}
+        for key, rank in pattern.items():
+            if not isinstance(rank, int):
+                raise wrong_pattern(key, rank)
+            ranks[key] = rank
+        return ranks
+
+    def final_ranks(self, pattern: RankPattern) -> Mapping[str, int]:
+        """The ranks of modules, by full name, whose rank became smaller in training."""
+        return {}
+
+    def revision(self) -> list[Any]:
+        """Its options, beside rank and alpha, that change the delta and cannot be told from the tensors."""
+        return []
+
     def shapes(self, module: Module, found: Mapping[str, Shape]) -> dict[str, Shape]:
-        """The parts that the module must have and their shapes, given those it has (which may decide the variant)."""
+        """The parts that the module must have and their shapes, given those it has (which may decide between forms)."""
+        raise NotImplementedError
 
-    @abstractmethod
     def rank(self, module: Module, found: Mapping[str, Shape]) -> int:
-        """R."""
+        """R; 0 for a format that becomes neither A nor B."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def factors(self, module: Module, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [R, I] and B [R, O], scaled, from float32 tensors: the change of the weight is B^T A."""
+    def change(self, module: Module, tensors: Mapping[str, torch.Tensor]) -> Change:
+        """The change to the module, scaled, from float32 tensors by part: of its weight, B^T A."""
+        raise NotImplementedError
 
 
-def missing(module: Module, part: str, found: Mapping[str, Shape]) -> AdapterError:
-    """The error for a module that lacks a part."""
-    has = ", ".join(sorted(found)) or "nothing"
-    return AdapterError(f"module {module.target.module} has no {part} (it has {has})")
+def wrong_pattern(key: str, rank: object) -> AdapterError:
+    """The error for a value in rank_pattern that belongs to another format."""
+    return AdapterError(f"{CONFIG_NAME}: rank_pattern[{key!r}]={quoted_value(rank)} is not of this peft_type")

@@ -7,18 +7,31 @@ unit (i, j)                   A = W1b[i] * W2b[j]           B = scaling * W1a[:,
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 
-from model_runner.lora.formats.base import Format, Module, Shape
+from model_runner.lora.formats.base import PeftFormat
+from model_runner.lora.target_module import Change, Module, Shape, Term
+from model_runner.lora.variants.saved_modules import SavedModules
+
+LYCORIS_TRAINING = frozenset({"rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"})
 
 
-class LoHa(Format):
-    """Four matrices. The Tucker form (hada_t1) is for convolutions, which a decoder has not."""
+class LoHa(PeftFormat, frozen=True, kw_only=True):
+    """Four matrices. The Tucker form (hada_t1, hada_t2) is for convolutions, which a decoder does not have."""
 
-    name = "LoHa"
-    note = "A and B of rank r * r"
-    parts = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
+    peft_type: ClassVar = "LOHA"
+    name: ClassVar = "LoHa"
+    note: ClassVar = "A and B of rank r * r"
+    becomes: ClassVar = frozenset[Term]({"A", "B"})
+    parts: ClassVar = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
+    unread_parts: ClassVar = frozenset({"hada_t1", "hada_t2"})
+    variants: ClassVar = (SavedModules,)
+    harmless: ClassVar = LYCORIS_TRAINING
+
+    r: int = 8
+    alpha: float = 8
 
     def shapes(self, module: Module, found: Mapping[str, Shape]) -> dict[str, Shape]:
         """[O, r] and [r, I], twice."""
@@ -30,8 +43,8 @@ class LoHa(Format):
         """r * r."""
         return module.target.rank**2
 
-    def factors(self, module: Module, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def change(self, module: Module, tensors: Mapping[str, torch.Tensor]) -> Change:
         """The row-wise Khatri-Rao products."""
         a = tensors["hada_w1_b"][:, None] * tensors["hada_w2_b"][None]
         b = tensors["hada_w1_a"].t()[:, None] * tensors["hada_w2_a"].t()[None]
-        return a.flatten(0, 1), b.flatten(0, 1) * module.target.scaling
+        return Change(a.flatten(0, 1), b.flatten(0, 1) * module.target.scaling)

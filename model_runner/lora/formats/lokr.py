@@ -2,27 +2,40 @@
 
     W1 kron W2 = (U1 kron U2) (V1 kron V2)      W1 = U1 V1 [a, c]    W2 = U2 V2 [b, d]    O = a * b    I = c * d
 
-Either factor is a whole matrix (U or V is the identity, on the shorter side) or two thin ones; W2 also in Tucker form,
-where a core stands between the thin ones: W2 = lokr_w2_a^T core lokr_w2_b.
+Either factor is a full matrix (U or V is the identity, on the shorter side) or a product of two thin ones. W2 may be in
+Tucker form, with a core between the thin ones: W2 = lokr_w2_a^T core lokr_w2_b.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 
 from engine.errors import AdapterError
-from model_runner.lora.formats.base import Format, Module, Shape, missing
+from model_runner.lora.formats.base import PeftFormat
+from model_runner.lora.formats.loha import LYCORIS_TRAINING
+from model_runner.lora.target_module import Change, Module, Shape, Term, missing
+from model_runner.lora.variants.saved_modules import SavedModules
 
 
-class LoKr(Format):
-    """Two factors, each whole or thin."""
+class LoKr(PeftFormat, frozen=True, kw_only=True):
+    """Two factors, each a full matrix or a product of two thin ones."""
 
-    name = "LoKr"
-    note = "A and B of rank rank(W1) * rank(W2); where that is above 512 (two whole factors), it is refused"
-    parts = frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"})
+    peft_type: ClassVar = "LOKR"
+    name: ClassVar = "LoKr"
+    note: ClassVar = "A and B of rank rank(W1) * rank(W2); where that is above 512 (two whole factors), it is refused"
+    becomes: ClassVar = frozenset[Term]({"A", "B"})
+    parts: ClassVar = frozenset({
+        "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+    })  # fmt: skip
+    variants: ClassVar = (SavedModules,)
+    harmless: ClassVar = LYCORIS_TRAINING | {"decompose_both", "decompose_factor", "rank_dropout_scale"}
+
+    r: int = 8
+    alpha: float = 8
 
     def shapes(self, module: Module, found: Mapping[str, Shape]) -> dict[str, Shape]:
         """Read from the file, as the sizes of the factors are not in the config; they must make [O, I]."""
@@ -49,10 +62,10 @@ class LoKr(Format):
         rank = module.target.rank
         return math.prod(min(found[which]) if which in found else rank for which in ("lokr_w1", "lokr_w2"))
 
-    def factors(self, module: Module, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def change(self, module: Module, tensors: Mapping[str, torch.Tensor]) -> Change:
         """The Kronecker products of the factors' factors."""
         (u1, v1), (u2, v2) = (_thin(which, tensors) for which in ("lokr_w1", "lokr_w2"))
-        return torch.kron(v1, v2), torch.kron(u1, u2).t() * module.target.scaling
+        return Change(torch.kron(v1, v2), torch.kron(u1, u2).t() * module.target.scaling)
 
 
 def _size(module: Module, which: str, found: Mapping[str, Shape]) -> tuple[int, int]:
@@ -70,10 +83,10 @@ def _size(module: Module, which: str, found: Mapping[str, Shape]) -> tuple[int, 
 
 def _thin(which: str, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """U and V of a factor."""
-    whole = tensors.get(which)
-    if whole is None:
+    full = tensors.get(which)
+    if full is None:
         u, v = tensors[f"{which}_a"], tensors[f"{which}_b"]
         core = tensors.get("lokr_t2") if which == "lokr_w2" else None
         return (u, v) if core is None else (u.t().contiguous(), core.reshape(len(u), -1) @ v)
-    rows, columns = whole.shape
-    return (whole, torch.eye(columns)) if columns < rows else (torch.eye(rows), whole)
+    rows, columns = full.shape
+    return (full, torch.eye(columns)) if columns < rows else (torch.eye(rows), full)

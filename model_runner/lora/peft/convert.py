@@ -1,140 +1,108 @@
-"""One module's tensors into the normal form: A, B, a gain and a bias, checked and cast to the serving dtype.
+"""Writes one module's tensors into the normal form, checked and cast to the serving dtype.
 
-Knows nothing of files and memory. Legend: R rank in the normal form, I in features, O out features of the module.
+What they become is decided by the format and its variants. Knows nothing of files and memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
 from engine.errors import AdapterError
-from model_runner.lora.catalogue import OUTSIDE
-from model_runner.lora.formats import dora
+from model_runner.lora.base_weights import BaseWeights, ModuleSlice
+from model_runner.lora.catalogue import EMBEDDING_AND_HEAD, SiteRef
+from model_runner.lora.files.quoted import quoted_name
 from model_runner.lora.normal_form import Delta, Deltas
-from model_runner.lora.peft.base_weights import BaseWeights
-from model_runner.lora.peft.full_matrices import merge, replace_tokens
-from model_runner.lora.peft.names import COPY, show
-from model_runner.lora.peft.tensor_mapping import BASE_WEIGHT, BIAS, LORA_BIAS, MAGNITUDE, WHOLE, TensorMapping
-
-
-@dataclass(frozen=True, eq=False)
-class Change:
-    """What an adapter does to a module, in float32: A [R, I], B [R, O], gain [O], bias [O]."""
-
-    a: torch.Tensor | None = None
-    b: torch.Tensor | None = None
-    gain: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-    whole: torch.Tensor | None = None
+from model_runner.lora.peft.full_weights import merge, replace_tokens
+from model_runner.lora.peft.tensor_mapping import TensorMapping
+from model_runner.lora.target_module import BaseSlices, Change
+from model_runner.lora.variants.biases import BIAS
+from model_runner.lora.variants.saved_modules import BASE_WEIGHT, FULL_WEIGHT, SAVED_COPY
 
 
 def convert(mapping: TensorMapping, tensors: Mapping[str, torch.Tensor], into: Deltas, base: BaseWeights) -> None:
-    """Writes the module's change into its places. `tensors` are by part.
+    """Writes the module's change into its slices. `tensors` are by part.
 
     Raises AdapterError for values that are not finite, before or after the cast to the dtype of `into`.
     """
-    if mapping.has_whole and mapping.module.target.module in OUTSIDE:
-        _write_whole(mapping, tensors, into, base)
+    if mapping.has_full_weight and mapping.name in EMBEDDING_AND_HEAD:
+        _write_full_weight(mapping, tensors, into, base)
         return
     if BASE_WEIGHT in tensors:
         _check_untrained(mapping, tensors[BASE_WEIGHT], base)
     wide = {part: tensor.float() for part, tensor in tensors.items() if part != BASE_WEIGHT}
-    change = _change(mapping, wide, base, split=_serving(mapping, into) is torch.bfloat16)
+    change = _change(mapping, wide, base, _delta(mapping.refs[0], into).a.dtype)
     start = 0
-    for place in mapping.places:
-        delta = into[place.site.name][place.index]
-        assert delta is not None
-        columns = slice(start, start + place.out_features)
-        _store(mapping, change, delta, columns, tensors)
+    for ref in mapping.refs:
+        columns = slice(start, start + ref.out_features)
+        _store(mapping, change, _delta(ref, into), columns, tensors)
         start = columns.stop
 
 
-def _write_whole(mapping: TensorMapping, tensors: Mapping[str, torch.Tensor], into: Deltas, base: BaseWeights) -> None:
+def _delta(ref: SiteRef, deltas: Deltas) -> Delta:
+    delta = deltas[ref.site.name][ref.index]
+    assert delta is not None
+    return delta
+
+
+def _write_full_weight(
+    mapping: TensorMapping, tensors: Mapping[str, torch.Tensor], into: Deltas, base: BaseWeights
+) -> None:
     """A matrix of the embedding or the head, which has neither rank nor gain nor bias beside it."""
-    place = mapping.places[0]
-    delta = into[place.site.name][place.index]
-    assert delta is not None
-    assert delta.full_weight is not None
-    if COPY in tensors and not torch.equal(tensors[COPY], tensors[WHOLE]):
-        raise AdapterError(f"tensors {show(mapping.parts[COPY])} and {show(mapping.parts[WHOLE])} are not the same")
+    full_weight = _delta(mapping.refs[0], into).full_weight
+    assert full_weight is not None
+    if SAVED_COPY in tensors and not torch.equal(tensors[SAVED_COPY], tensors[FULL_WEIGHT]):
+        copy, original = mapping.parts[SAVED_COPY], mapping.parts[FULL_WEIGHT]
+        raise AdapterError(f"tensors {quoted_name(copy)} and {quoted_name(original)} are not the same")
     if mapping.format is not None:
-        merge(mapping, tensors, delta.full_weight)
+        merge(mapping, tensors, full_weight)
     elif mapping.tokens:
-        replace_tokens(mapping, tensors, delta.full_weight, base)
+        replace_tokens(mapping, tensors, full_weight, base)
     else:
-        delta.full_weight.copy_(tensors[WHOLE])
-    if not bool(torch.isfinite(delta.full_weight).all()):
-        raise _not_finite(mapping, tensors, delta.full_weight.dtype)
+        full_weight.copy_(tensors[FULL_WEIGHT])
+    if not bool(torch.isfinite(full_weight).all()):
+        raise _not_finite(mapping, tensors, full_weight.dtype)
 
 
-def _serving(mapping: TensorMapping, into: Deltas) -> torch.dtype:
-    place = mapping.places[0]
-    delta = into[place.site.name][place.index]
-    assert delta is not None
-    return delta.a.dtype
+def _change(
+    mapping: TensorMapping, tensors: Mapping[str, torch.Tensor], base: BaseWeights, dtype: torch.dtype
+) -> Change:
+    """What the format makes of the tensors, then each variant."""
+    change = Change(full_weight=tensors.get(FULL_WEIGHT))
+    if mapping.format is not None:
+        change = mapping.format.change(mapping.module, tensors)
+    for variant in mapping.variants:
+        change = variant.apply(change, mapping.module, tensors, _base_slices(mapping, base), dtype)
+    return change
 
 
-def _change(mapping: TensorMapping, tensors: Mapping[str, torch.Tensor], base: BaseWeights, *, split: bool) -> Change:
-    bias = _bias(mapping, tensors, base)
-    if mapping.format is None:
-        return Change(bias=bias, whole=tensors.get(WHOLE))
-    a, b = mapping.format.factors(mapping.module, tensors)
-    if MAGNITUDE not in tensors:
-        return Change(a, b, bias=bias)
-    gain = tensors[MAGNITUDE] / _lengths(mapping, a, b, base, split=split)
-    return Change(a, b * gain, gain, bias)
-
-
-def _lengths(
-    mapping: TensorMapping, a: torch.Tensor, b: torch.Tensor, base: BaseWeights, *, split: bool
-) -> torch.Tensor:
-    """[O]: of the rows of the changed weight, slice by slice, where the base's weight lies."""
-    found, start = [], 0
-    for place in mapping.places:
-        weight, stop = base.weight(place), start + place.out_features
-        factors = a.to(weight.device), b[:, start:stop].to(weight.device)
-        found.append(dora.lengths(weight, base.squares(place), *factors, split=split).cpu())
-        start = stop
-    return torch.cat(found)
-
-
-def _bias(mapping: TensorMapping, tensors: Mapping[str, torch.Tensor], base: BaseWeights) -> torch.Tensor | None:
-    """What is added: lora_B's own bias, scaled as B is, and what training changed of the base's."""
-    added = []
-    if LORA_BIAS in tensors:
-        added.append(tensors[LORA_BIAS] * mapping.module.target.scaling)
-    if BIAS in tensors:
-        parts = [base.bias(place) for place in mapping.places]
-        known = [part.float().cpu() for part in parts if part is not None]
-        if len(known) < len(parts):
-            raise AdapterError(f"tensor {show(mapping.parts[BIAS])}: module {mapping.name} of the model has no bias")
-        added.append(tensors[BIAS] - torch.cat(known))
-    return torch.stack(added).sum(0) if added else None
+def _base_slices(mapping: TensorMapping, base: BaseWeights) -> BaseSlices:
+    bias_tensor = quoted_name(mapping.parts.get(BIAS, ""))
+    return [ModuleSlice(base, ref, mapping.name, bias_tensor) for ref in mapping.refs]
 
 
 def _check_untrained(mapping: TensorMapping, weight: torch.Tensor, base: BaseWeights) -> None:
-    """PEFT saves the base's embedding beside LoRA on it; it may be there, but must be the base's."""
-    own = base.weight(mapping.places[0])
+    """Raises AdapterError for a weight beside LoRA on an embedding, where PEFT saves it, that is not the base's."""
+    own = base.weight(mapping.refs[0])
     saved = weight.t() if mapping.module.embeds else weight
     if not torch.equal(saved, own.to(saved.device, saved.dtype)):
         raise AdapterError(
-            f"tensor {show(mapping.parts[BASE_WEIGHT])} is not the base's {mapping.name}: it was trained or is another"
-            " model's; whole modules are not supported"
+            f"tensor {quoted_name(mapping.parts[BASE_WEIGHT])} is not the base's {mapping.name}: it was trained or is"
+            " another model's; whole modules are not supported"
         )
 
 
 def _store(
     mapping: TensorMapping, change: Change, delta: Delta, columns: slice, tensors: Mapping[str, torch.Tensor]
 ) -> None:
+    """Copies the columns of one slice."""
     pairs = (
         (delta.a, change.a),
         (delta.b, None if change.b is None else change.b[:, columns]),
         (delta.gain, None if change.gain is None else change.gain[columns]),
         (delta.bias, None if change.bias is None else change.bias[columns]),
-        (delta.full_weight, change.whole),
+        (delta.full_weight, change.full_weight),
     )
     for into, value in pairs:
         if into is not None and value is not None and not bool(torch.isfinite(into.copy_(value)).all()):
@@ -142,8 +110,9 @@ def _store(
 
 
 def _not_finite(mapping: TensorMapping, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> AdapterError:
+    """Names the tensor that holds such a value, or else the one with the largest."""
     for part, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            return AdapterError(f"tensor {show(mapping.parts[part])} holds NaN or infinity")
+            return AdapterError(f"tensor {quoted_name(mapping.parts[part])} holds NaN or infinity")
     largest = max(tensors, key=lambda part: float(tensors[part].abs().max()) if tensors[part].numel() else 0.0)
-    return AdapterError(f"tensor {show(mapping.parts[largest])} holds values too large for {dtype} once scaled")
+    return AdapterError(f"tensor {quoted_name(mapping.parts[largest])} holds values too large for {dtype} once scaled")

@@ -1,29 +1,31 @@
-"""LoRA on parameters (PEFT's `target_parameters`): one A and one B for all experts of a layer, taken apart by expert.
+"""LoRA on parameters (PEFT's `target_parameters`): one A and one B for all experts of a layer, split by expert.
 
     mlp.experts.base_layer.lora_A.weight  [E r, in]     rows e r to (e + 1) r are expert e's A
     mlp.experts.base_layer.lora_B.weight  [out, r E]    columns e, e + E, e + 2 E, ... are expert e's B
 
-transformers 5 fuses experts into the parameters gate_up_proj and down_proj. PEFT wraps one beside the other, so that
-the names do not say which is which: the shapes do. Knows nothing of values. Legend: E experts, r rank.
+transformers 5 fuses experts into the parameters gate_up_proj and down_proj. PEFT wraps one around the other, so the
+names do not tell the two apart; the shapes do. Knows nothing of values. Legend: E experts, r rank.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from engine.errors import AdapterError
-from model_runner.lora.catalogue import Catalogue
+from model_runner.lora.catalogue import Catalogue, is_named
+from model_runner.lora.files.adapter_config import CONFIG_NAME
+from model_runner.lora.files.quoted import quoted_name
 from model_runner.lora.files.tensor_file import Entry
-from model_runner.lora.formats.base import Target
-from model_runner.lora.peft.config import CONFIG_NAME, PeftConfig
-from model_runner.lora.peft.names import show
-from model_runner.lora.peft.targets import ends, target_of
+from model_runner.lora.peft.config import PeftConfig
+from model_runner.lora.peft.targets import Scales
 from model_runner.lora.site import EXPERTS
+from model_runner.lora.target_module import Target
+from model_runner.lora.variants.target_parameters import TargetParameters
 
 STACKED = re.compile(
     r"(?:.*\.)?layers\.(?P<layer>\d+)\.[^.]+\.experts(?P<inner>(?:\.base_layer)*)\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight"
@@ -40,7 +42,7 @@ class Stack:
     rank: int
 
     def names(self) -> list[str]:
-        """What the parts would be called on their own."""
+        """The names that the parts would have if each expert were saved alone."""
         return [f"{module}.lora_{self.half}.weight" for module in self.modules]
 
     def parts(self, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -61,14 +63,14 @@ class Stack:
 
 @dataclass(frozen=True)
 class Unstacked:
-    """An adapter's tensors with the stacks taken apart, and what `target_parameters` targets."""
+    """An adapter's tensors with the stacks split, and what `target_parameters` targets."""
 
     entries: Mapping[str, Entry]
     targets: dict[str, Target] = field(default_factory=dict)
     stacks: dict[str, Stack] = field(default_factory=dict)
 
     def parts(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """A stored tensor as the parts that land."""
+        """A stored tensor as the parts that are mapped to modules."""
         if name in self.stacks:
             yield from self.stacks[name].parts(tensor)
         else:
@@ -76,10 +78,11 @@ class Unstacked:
 
 
 def unstack(entries: Mapping[str, Entry], config: PeftConfig, catalogue: Catalogue) -> Unstacked:
-    """Raises AdapterError for a parameter that the model has not, and for a tensor that fits none."""
-    if not config.target_parameters:
+    """Raises AdapterError for a parameter that the model does not have, and for a tensor that fits none."""
+    variant = config.variant(TargetParameters)
+    if variant is None:
         return Unstacked(entries)
-    targets, stacked = _targets(config, catalogue)
+    targets, stacked = _targets(variant.names, Scales(config), catalogue)
     plain, stacks = dict(entries), {}
     for (layer, _), halves in _pairs(entries).items():
         for tensor, stack in _stack(layer, halves, entries, stacked):
@@ -90,7 +93,7 @@ def unstack(entries: Mapping[str, Entry], config: PeftConfig, catalogue: Catalog
 
 @dataclass(frozen=True)
 class _Parameter:
-    """A fused parameter of one layer: the module of each expert that it holds, and the sizes of one."""
+    """A fused parameter of one layer: the module of each expert in it, and the sizes of one."""
 
     modules: tuple[str, ...]
     in_features: int
@@ -98,35 +101,43 @@ class _Parameter:
     target: Target
 
 
-def _targets(config: PeftConfig, catalogue: Catalogue) -> tuple[dict[str, Target], dict[int, list[_Parameter]]]:
-    """All modules that `target_parameters` targets, by name, and the fused parameters among them by layer."""
+def _targets(
+    names: Sequence[str], scales: Scales, catalogue: Catalogue
+) -> tuple[dict[str, Target], dict[int, list[_Parameter]]]:
+    """All modules that these names target, by name, and the fused parameters among them by layer."""
     used: set[str] = set()
     targets: dict[str, Target] = {}
     stacked: dict[int, list[_Parameter]] = {}
 
     def target(parameter: str) -> Target | None:
-        found = [name for name in config.target_parameters or () if ends(parameter, name)]
+        found = [name for name in names if is_named(parameter, name)]
         used.update(found)
-        return target_of(config, parameter) if found else None
+        return scales.target(parameter) if found else None
 
-    for module, (place, *_) in catalogue.places.items():
-        one = None if place.site.group == EXPERTS else target(f"{catalogue.renamed_back(module)}.weight")
+    for module, (ref, *_) in catalogue.refs.items():
+        is_expert = ref.site.group == EXPERTS
+        one = None if is_expert else target(f"{catalogue.renamed_by_transformers(module)}.weight")
         if one is not None:
-            targets[module] = Target(module, one.rank, one.scaling, one.began)
-    for layer, sites in catalogue.experts.items():
-        for index, name in enumerate(PARAMETERS):  # an expert's sites are gate_up and down, one after the other
-            one = target(f"model.layers.{layer}.mlp.experts.{name}")
-            if one is None:
-                continue
-            parts, site = sites[index :: len(PARAMETERS)], sites[index]
-            modules = tuple(catalogue.whole(part) for part in parts)
-            targets |= {module: Target(module, one.rank, one.scaling, one.began) for module in modules}
-            stacked.setdefault(layer, []).append(_Parameter(modules, site.in_features, site.out_features, one))
-    unknown = [name for name in config.target_parameters or () if name not in used]
+            targets[module] = replace(one, module=module)
+    for layer in catalogue.experts:
+        for parameter in _fused_parameters(layer, target, catalogue):
+            targets |= {module: replace(parameter.target, module=module) for module in parameter.modules}
+            stacked.setdefault(layer, []).append(parameter)
+    unknown = [name for name in names if name not in used]
     if unknown:
         named = json.dumps(unknown)[:200]
         raise AdapterError(f"{CONFIG_NAME}: target_parameters={named}: the model has no such parameter")
     return targets, stacked
+
+
+def _fused_parameters(layer: int, target: Callable[[str], Target | None], catalogue: Catalogue) -> Iterator[_Parameter]:
+    """The targeted ones of a layer's two; an expert's sites are gate_up and down, one after the other."""
+    sites = catalogue.experts[layer]
+    for index, name in enumerate(PARAMETERS):
+        found = target(f"model.layers.{layer}.mlp.experts.{name}")
+        if found is not None:
+            modules = tuple(catalogue.module_of(site) for site in sites[index :: len(PARAMETERS)])
+            yield _Parameter(modules, sites[index].in_features, sites[index].out_features, found)
 
 
 def _pairs(entries: Mapping[str, Entry]) -> dict[tuple[int, str], dict[str, str]]:
@@ -137,7 +148,9 @@ def _pairs(entries: Mapping[str, Entry]) -> dict[tuple[int, str], dict[str, str]
         if found is not None:
             halves = pairs.setdefault((int(found["layer"]), found["inner"]), {})
             if found["half"] in halves:
-                raise AdapterError(f"tensors {show(halves[found['half']])} and {show(tensor)} are the same part")
+                raise AdapterError(
+                    f"tensors {quoted_name(halves[found['half']])} and {quoted_name(tensor)} are the same part"
+                )
             halves[found["half"]] = tensor
     return pairs
 
@@ -145,7 +158,7 @@ def _pairs(entries: Mapping[str, Entry]) -> dict[tuple[int, str], dict[str, str]
 def _stack(
     layer: int, halves: Mapping[str, str], entries: Mapping[str, Entry], stacked: Mapping[int, list[_Parameter]]
 ) -> Iterator[tuple[str, Stack]]:
-    """A and B of the parameter that they fit."""
+    """A and B as the stacks of the parameter that they fit."""
     shapes = {half: entries[tensor].shape for half, tensor in halves.items()}
     for parameter in stacked.get(layer, []):
         units = parameter.target.rank * len(parameter.modules)
@@ -154,4 +167,6 @@ def _stack(
                 yield tensor, Stack(half, parameter.modules, parameter.target.rank)
             return
     tensor = next(iter(halves.values()))
-    raise AdapterError(f"tensor {show(tensor)} and its other half, of shapes {shapes}, fit no parameter targeted there")
+    raise AdapterError(
+        f"tensor {quoted_name(tensor)} and its other half, of shapes {shapes}, fit no parameter targeted there"
+    )

@@ -1,67 +1,31 @@
-"""The names of an adapter's tensors, in every dialect of PEFT's versions: which module, and which part of it.
+"""The names of an adapter's tensors, as PEFT's versions write them: the module, and the part of it.
 
     base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight              a part "lora_A.weight"
     base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight      with the adapter's name in it
     model.layers.0.self_attn.q_proj.base_layer.bias                             a tensor of the base that was trained
 
-Knows nothing of shapes and values.
+Parts are declared by formats and variants. Knows nothing of shapes and values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from engine.errors import AdapterError
 from model_runner.lora.catalogue import Catalogue
-
-MARKERS = frozenset({
-    "lora_A",
-    "lora_B",
-    "lora_E",
-    "ranknum",
-    "lora_embedding_A",
-    "lora_embedding_B",
-    "lora_magnitude_vector",
-    "hada_w1_a",
-    "hada_w1_b",
-    "hada_w2_a",
-    "hada_w2_b",
-    "hada_t1",
-    "hada_t2",
-    "lokr_w1",
-    "lokr_w1_a",
-    "lokr_w1_b",
-    "lokr_w2",
-    "lokr_w2_a",
-    "lokr_w2_b",
-    "lokr_t2",
-})  # fmt: skip
-"""Name the part they begin; an adapter's name and "weight" or "bias" may follow."""
+from model_runner.lora.files.quoted import quoted_name
+from model_runner.lora.formats import registry
+from model_runner.lora.variants.trained_tokens import TOKENS, TOKENS_BASE
 
 WRAPPERS = frozenset({"base_layer", "modules_to_save", "original_module"})
 """Stand between a module and a tensor of its own."""
 
-OWN = ("weight", "bias")
-
-ORIGINAL = "original_module.weight"
-"""What a module in modules_to_save was before training: PEFT saves it where the vocabulary was resized."""
-
-COPY = "modules_to_save.weight"
-"""The trained one once more, saved beside it then."""
-
-TOKENS = "token_adapter.trainable_tokens_delta"
-"""Rows that stand in for those of trained tokens."""
-
-TOKENS_BASE = "token_adapter.base_layer.weight"
-"""All rows, of which those are some: saved where the vocabulary was resized."""
+OWN_TENSORS = ("weight", "bias")
 
 TOKEN_MARKER = "token_adapter"
-
-UNSUPPORTED = {
-    "lora_diag": "KaSA",
-}
-"""Components that tell which unsupported option a tensor belongs to."""
+"""Begins the parts of trained tokens, which have the adapter's name at their end."""
 
 PREFIXES = ("base_model.model.", "base_model.", "module.", "")
 HEADS = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
@@ -69,8 +33,8 @@ HEADS = ("", "model.", "language_model.", "model.language_model.", "language_mod
 
 
 @dataclass(frozen=True)
-class Name:
-    """`module` as the model knows it; `prefixed` and `named` say in which dialect it was written."""
+class TensorName:
+    """`module` as the model names it; `prefixed` and `named`: whether PEFT's prefix, the adapter's name are there."""
 
     module: str
     part: str
@@ -78,30 +42,34 @@ class Name:
     named: bool
 
 
-def parse(tensor: str, catalogue: Catalogue) -> Name:
+@cache
+def markers() -> frozenset[str]:
+    """The first components of the parts of formats; the adapter's name and "weight" or "bias" may follow."""
+    first = {part.partition(".")[0] for part in registry.known_parts()}
+    return frozenset(first - {TOKEN_MARKER, *OWN_TENSORS})
+
+
+@cache
+def spellings() -> Mapping[str, str]:
+    """Other spellings of parts."""
+    return {other: part for variant in registry.all_variants() for other, part in variant.spellings.items()}
+
+
+def parse_name(tensor: str, catalogue: Catalogue) -> TensorName:
     """What `tensor` is. Raises AdapterError for a name that nothing would use."""
     pieces = tensor.split(".")
     for piece in pieces:
-        if piece in UNSUPPORTED:
-            raise AdapterError(f"tensor {show(tensor)} is not supported ({UNSUPPORTED[piece]})")
-    markers = MARKERS | WRAPPERS | {TOKEN_MARKER}
-    at = next((index for index, piece in enumerate(pieces) if piece in markers), None)
-    if at is not None and pieces[at] == TOKEN_MARKER:
-        part, names = _token_part(pieces[at:])
-    elif at is None:
-        if pieces[-1] not in OWN:
-            raise AdapterError(f"tensor {show(tensor)} belongs to no format; nothing would use it")
-        at, part, names = len(pieces) - 1, pieces[-1], []
-    else:
-        rest = pieces[at + 1 :]
-        own = rest.pop() if rest and rest[-1] in OWN else ""
-        names, part = rest, _part(pieces[at], own)
+        if piece in registry.refused_parts():
+            raise AdapterError(f"tensor {quoted_name(tensor)} is not supported ({registry.refused_parts()[piece]})")
+    at, part, names = _split(pieces)
     if len(names) > 1 or not part:
-        raise AdapterError(f"tensor {show(tensor)} belongs to no format; nothing would use it")
+        raise AdapterError(f"tensor {quoted_name(tensor)} belongs to no format; nothing would use it")
     module = find_module(".".join(pieces[:at]), catalogue)
     if module is None:
-        raise AdapterError(f"tensor {show(tensor)}: the model has no module {show('.'.join(pieces[:at]))}")
-    return Name(module, part, tensor.startswith(PREFIXES[0]), bool(names))
+        raise AdapterError(
+            f"tensor {quoted_name(tensor)}: the model has no module {quoted_name('.'.join(pieces[:at]))}"
+        )
+    return TensorName(module, part, tensor.startswith(PREFIXES[0]), bool(names))
 
 
 def find_module(written: str, catalogue: Catalogue) -> str | None:
@@ -120,23 +88,32 @@ def find_module(written: str, catalogue: Catalogue) -> str | None:
 
 
 def adapted_modules(tensors: Iterable[str], catalogue: Catalogue) -> set[str]:
-    """The modules of the model, or fused ones, that these tensors are about; names that say nothing are passed over."""
+    """The modules of the model, or fused ones, that have a format's tensors; other names are passed over."""
     written = set()
     for tensor in tensors:
         pieces = tensor.split(".")
-        at = next((index for index, piece in enumerate(pieces) if piece in MARKERS), 0)
+        at = next((index for index, piece in enumerate(pieces) if piece in markers()), 0)
         written.add(".".join(pieces[:at]))
     found = {find_module(module, catalogue) for module in written}
     return {module for module in found if module is not None}
 
 
-def show(name: str) -> str:
-    """A name from a file, quoted and clipped, fit for one line."""
-    return repr(name if len(name) <= 200 else name[:197] + "...")
+def _split(pieces: list[str]) -> tuple[int, str, list[str]]:
+    """Where the part begins, the part ("" where it is none), and what is in the place of an adapter's name."""
+    begins = markers() | WRAPPERS | {TOKEN_MARKER}
+    at = next((index for index, piece in enumerate(pieces) if piece in begins), None)
+    if at is None:
+        last = pieces[-1]
+        return len(pieces) - 1, last if last in OWN_TENSORS else "", []
+    if pieces[at] == TOKEN_MARKER:
+        return at, *_token_part(pieces[at:])
+    rest = pieces[at + 1 :]
+    own = rest.pop() if rest and rest[-1] in OWN_TENSORS else ""
+    return at, _part(pieces[at], own), rest
 
 
 def _token_part(pieces: list[str]) -> tuple[str, list[str]]:
-    """Trained tokens' part, and an adapter's name behind it."""
+    """The part of trained tokens, and an adapter's name behind it."""
     for part in (TOKENS, TOKENS_BASE):
         known = part.split(".")
         if pieces[: len(known)] == known:
@@ -145,7 +122,8 @@ def _token_part(pieces: list[str]) -> tuple[str, list[str]]:
 
 
 def _part(marker: str, own: str) -> str:
-    """lora_A.weight, lora_E, bias; a magnitude is written with and without "weight"."""
+    """lora_A.weight, lora_E, bias, base_layer.weight."""
     if marker in WRAPPERS:
         return f"{marker}.{own}" if own == "weight" else own
-    return f"{marker}.{own}" if own and marker != "lora_magnitude_vector" else marker
+    written = f"{marker}.{own}" if own else marker
+    return spellings().get(written, written)

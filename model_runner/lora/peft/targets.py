@@ -2,10 +2,9 @@
 
     target_modules  a list: the full name, or its end after a dot; a string: a regular expression for the full name,
                     or "all-linear"
-    exclude_modules the same, and wins
+    exclude_modules the same; it takes precedence
     layers_...      for lists only: the first number in the name is the layer
-    rank_pattern    the first key that matches the name or its end after a dot, as a regular expression; AdaLoRA's:
-                    by full name, which of the values were kept
+    rank_pattern    the first key that matches the name or its end after a dot, as a regular expression
 
 Knows nothing of tensors.
 """
@@ -18,9 +17,11 @@ from collections.abc import Set as AbstractSet
 from typing import TypeVar
 
 from engine.errors import AdapterError
-from model_runner.lora.catalogue import OUTSIDE, Catalogue, leaf
-from model_runner.lora.formats.base import Target
-from model_runner.lora.peft.config import CONFIG_NAME, PeftConfig
+from model_runner.lora.catalogue import EMBEDDING_AND_HEAD, Catalogue, is_named, leaf
+from model_runner.lora.files.adapter_config import CONFIG_NAME
+from model_runner.lora.peft.config import PeftConfig
+from model_runner.lora.target_module import Target
+from model_runner.lora.variants.embedding_and_head import EmbeddingAndHead
 
 ALL_LINEAR = "all-linear"
 
@@ -30,41 +31,40 @@ V = TypeVar("V", int, float)
 def resolve_targets(
     config: PeftConfig, catalogue: Catalogue, adapted: AbstractSet[str] = frozenset()
 ) -> dict[str, Target]:
-    """Every module the config targets. Raises AdapterError for a target that the model has not.
+    """Every module the config targets. Raises AdapterError for a target that the model does not have.
 
-    `adapted` are the modules that the tensors are about: fused ones among them stand for several of the model's own,
-    and with `ensure_weight_tying` what PEFT saves of the embedding's twin, the head, is targeted as it is.
+    `adapted` are the modules that have tensors: fused ones among them stand for several of the model's own, and with
+    `ensure_weight_tying` what PEFT saved for the tied head (or embedding) is targeted too.
     """
     fused = adapted & catalogue.fused.keys()
     targeted = [module for module in _selected(config, catalogue, fused) if not _excluded(config, module)]
-    if config.ensure_weight_tying and set(targeted) & set(OUTSIDE):
-        targeted += [module for module in OUTSIDE if module in adapted and module not in targeted]
+    if config.variant(EmbeddingAndHead) is not None and set(targeted) & set(EMBEDDING_AND_HEAD):
+        targeted += [module for module in EMBEDDING_AND_HEAD if module in adapted and module not in targeted]
     if not targeted:
         raise AdapterError("target_modules: no module is left after exclude_modules and layers_to_transform")
-    kept = {_owner(key): sum(rank) for key, rank in (config.rank_pattern or {}).items() if isinstance(rank, list)}
-    given = {key: rank for key, rank in (config.rank_pattern or {}).items() if isinstance(rank, int)}
-    ranks = _patterns(given, "rank_pattern")
-    alphas = _patterns(config.alpha_pattern, "alpha_pattern")
-    targets = {}
-    for module in targeted:
-        began = _by_pattern(ranks, module, config.r)
-        rank = kept.get(module, began)
-        alpha = _by_pattern(alphas, module, config.alpha)
-        targets[module] = Target(module, rank, config.scaling(alpha, rank), began)
-    return targets
+    scales = Scales(config)
+    return {module: scales.target(module) for module in targeted}
 
 
-def target_of(config: PeftConfig, name: str) -> Target:
-    """Rank and scaling of one module or parameter, by the patterns."""
-    given = {key: rank for key, rank in (config.rank_pattern or {}).items() if isinstance(rank, int)}
-    rank = _by_pattern(_patterns(given, "rank_pattern"), name, config.r)
-    alpha = _by_pattern(_patterns(config.alpha_pattern, "alpha_pattern"), name, config.alpha)
-    return Target(name, rank, config.scaling(alpha, rank), rank)
+class Scales:
+    """The ranks and alphas of a config, its patterns compiled once.
 
+    A config may name every module of a deep model, which is more patterns than `re` caches.
+    """
 
-def _owner(key: str) -> str:
-    """The module of an AdaLoRA pattern's key, which ends in lora_E and may have the adapter's name behind it."""
-    return key.rpartition(".lora_E")[0] or key
+    def __init__(self, config: PeftConfig) -> None:
+        self._config = config
+        self._final_ranks = config.format.final_ranks(config.ranks)
+        self._ranks = _patterns(config.format.pattern_ranks(config.ranks), "rank_pattern")
+        self._alphas = _patterns(config.alphas, "alpha_pattern")
+
+    def target(self, name: str) -> Target:
+        """Rank and scaling of one module or parameter."""
+        form = self._config.format
+        initial = _by_pattern(self._ranks, name, form.default_rank)
+        rank = self._final_ranks.get(name, initial)
+        alpha = _by_pattern(self._alphas, name, form.default_alpha)
+        return Target(name, rank, self._config.scaling(alpha, rank), initial)
 
 
 def _selected(config: PeftConfig, catalogue: Catalogue, fused: AbstractSet[str]) -> list[str]:
@@ -72,16 +72,16 @@ def _selected(config: PeftConfig, catalogue: Catalogue, fused: AbstractSet[str])
     everything = catalogue.with_fused(fused)
     if isinstance(targets, str):
         if targets.lower() == ALL_LINEAR:
-            return [module for module in everything if module not in OUTSIDE]
+            return [module for module in everything if module not in EMBEDDING_AND_HEAD]
         found = [module for module in everything if _compiled(targets, "target_modules").fullmatch(module)]
         if not found:
             raise AdapterError(f"target_modules: {targets!r} matches no module of the model")
         return found
     for target in targets or []:
-        if not any(ends(module, target) for module in everything):
+        if not any(is_named(module, target) for module in everything):
             known = ", ".join(sorted({leaf(module) for module in everything}))
             raise AdapterError(f"target_modules: the model has no module {target!r} (it has {known})")
-    named = [module for module in everything if any(ends(module, target) for target in targets or [])]
+    named = [module for module in everything if any(is_named(module, target) for target in targets or [])]
     return [module for module in named if _in_layers(config, module)]
 
 
@@ -89,7 +89,7 @@ def _excluded(config: PeftConfig, module: str) -> bool:
     excluded = config.exclude_modules
     if isinstance(excluded, str):
         return bool(excluded and _compiled(excluded, "exclude_modules").fullmatch(module))
-    return any(ends(module, name) for name in excluded or [])
+    return any(is_named(module, name) for name in excluded or [])
 
 
 def _in_layers(config: PeftConfig, module: str) -> bool:
@@ -110,19 +110,12 @@ def _layer(patterns: list[str] | str | None, module: str) -> int | None:
     return None
 
 
-def _patterns(pattern: Mapping[str, V] | None, option: str) -> list[tuple[re.Pattern[str], V]]:
-    """Compiled once: a config may name every module of a deep model, which is more than re caches."""
-    return [(_compiled(rf"(.*\.)?({key})$", option), value) for key, value in (pattern or {}).items()]
+def _patterns(pattern: Mapping[str, V], option: str) -> list[tuple[re.Pattern[str], V]]:
+    return [(_compiled(rf"(.*\.)?({key})$", option), value) for key, value in pattern.items()]
 
 
 def _by_pattern(patterns: list[tuple[re.Pattern[str], V]], module: str, default: V) -> V:
     return next((value for pattern, value in patterns if pattern.match(module)), default)
-
-
-def ends(module: str, name: str) -> bool:
-    """Whether `module` is called `name`, in full or by its end after a dot."""
-    """Whether the module is called so, or ends so after a dot."""
-    return module == name or module.endswith("." + name)
 
 
 def _compiled(expression: str, option: str) -> re.Pattern[str]:

@@ -10,8 +10,8 @@ import msgspec
 import torch
 
 from engine.errors import AdapterError
+from model_runner.lora.base_weights import BaseWeights
 from model_runner.lora.catalogue import Catalogue
-from model_runner.lora.peft.base_weights import BaseWeights
 from model_runner.lora.peft.survey import AdapterSurvey, read_survey
 from model_runner.lora.transfer import shm_adapter
 from model_runner.lora.transfer.cpu_limit import bounded

@@ -103,14 +103,14 @@ def arrange(mappings: Iterable[TensorMapping], dtype: torch.dtype) -> tuple[list
         return begin
 
     for mapping in mappings:
-        for place in mapping.places:
-            rank, out = mapping.rank, place.out_features
-            a, b = take(rank * place.in_features, dtype.itemsize), take(rank * out, dtype.itemsize)
+        for ref in mapping.refs:
+            rank, out = mapping.rank, ref.out_features
+            a, b = take(rank * ref.in_features, dtype.itemsize), take(rank * out, dtype.itemsize)
             gain = take(out, VECTOR.itemsize) if mapping.has_gain else None
             bias = take(out, VECTOR.itemsize) if mapping.has_bias else None
-            shape = _shape(place.site, mapping.rows)
-            whole = take(math.prod(shape), dtype.itemsize) if mapping.has_whole else None
-            parts.append(Part(place.site.name, place.index, rank, a, b, gain, bias, whole, mapping.rows))
+            shape = _shape(ref.site, mapping.rows)
+            whole = take(math.prod(shape), dtype.itemsize) if mapping.has_full_weight else None
+            parts.append(Part(ref.site.name, ref.index, rank, a, b, gain, bias, whole, mapping.rows))
     return parts, end
 
 

@@ -242,6 +242,20 @@ def test_an_embedding_without_its_head_is_refused(tiny_model: Callable[[str], Pa
         Reader(Catalogue(sites), torch.float32, Limits(), path).survey(tmp_path / "a")
 
 
+def test_bias_on_a_head_of_another_vocabulary_is_refused(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    path = tiny_model("llama2")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.resize_token_embeddings(VOCAB + 4)
+    given = {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_bias=True, **given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.get_peft_model(model, config).save_pretrained(str(tmp_path / "a"))
+    sites, dtype = sites_of(path, "float32")
+    refused = examine(tmp_path / "a", sites, dtype, Limits(), path).refused
+    assert refused == "module lm_head has a bias beside a weight of its own: only one can be served"
+
+
 def test_what_is_said_of_it(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     path = tiny_model("llama2")
     save(path, tmp_path / "larger", "larger", 1)

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from engine.errors import AdapterError
 from model_runner.config import read_model_config
-from model_runner.lora.peft.config import COMMON, KINDS, PROVENANCE, REFUSED
-from model_runner.lora.peft.names import MARKERS, UNSUPPORTED, WRAPPERS
+from model_runner.lora.formats import registry
+from model_runner.lora.peft.config import PROVENANCE, PeftOptions
+from model_runner.lora.peft.names import WRAPPERS, markers
 from model_runner.lora.site import NORMS
 from model_runner.lora.store import AdapterStore
 from model_runner.model.families.decoder import Decoder
@@ -150,23 +151,30 @@ CONFIGS = {
 }
 
 
+OTHER_OPTIONS = ("use_tomorrow", "use_dora", "init_r", "use_rslora", "alpha")
+"""Options of some formats, and of none."""
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_option_of_pefts_config_is_classified(kind: str) -> None:
-    known = KINDS[kind].uses | KINDS[kind].harmless | COMMON | PROVENANCE | REFUSED.keys()
+    form = registry.find_format(kind)
+    common, refused = frozenset(PeftOptions.__struct_fields__), registry.refused_options()
+    known = form.used_options() | form.harmless | common | PROVENANCE | refused.keys()
     strangers = {field.name for field in dataclasses.fields(CONFIGS[kind])} - known
     if kind == "ADALORA":  # LoRA's options that its layers do not look at are refused where they are set
         strangers -= {"use_dora", "lora_bias", "target_parameters", "alora_invocation_tokens"}
     assert strangers == set()
-    sorts = [KINDS[kind].uses, KINDS[kind].harmless, COMMON, PROVENANCE, frozenset(REFUSED)]
+    sorts = [form.used_options(), form.harmless, common, PROVENANCE, frozenset(refused)]
     assert sum(map(len, sorts)) == len(frozenset().union(*sorts)), "an option is of two sorts"
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("option", [*REFUSED, "use_tomorrow", "use_dora", "init_r", "use_rslora", "alpha"])
+@pytest.mark.parametrize("option", [*registry.refused_options(), *OTHER_OPTIONS])
 def test_an_option_that_is_not_served_is_refused_by_name(
     kind: str, option: str, decoder: Decoder, copy: Callable[[str], Path]
 ) -> None:
-    if option in KINDS[kind].uses | KINDS[kind].harmless:
+    form = registry.find_format(kind)
+    if option in form.used_options() | form.harmless:
         pytest.skip("the format has it")
     root = copy({"LORA": "lora", "ADALORA": "adalora", "LOHA": "loha", "LOKR": "lokr"}[kind])
     path = root / CONFIG
@@ -179,10 +187,10 @@ def test_an_option_that_is_not_served_is_refused_by_name(
 
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 NORM = "base_model.model.model.layers.0.input_layernorm"
-STRAY = [f"{MODULE}.{marker}" for marker in sorted(MARKERS)] + [
-    f"{MODULE}.{marker}.default.{own}" for marker in sorted(MARKERS | WRAPPERS) for own in ("weight", "bias")
+STRAY = [f"{MODULE}.{marker}" for marker in sorted(markers())] + [
+    f"{MODULE}.{marker}.default.{own}" for marker in sorted(markers() | WRAPPERS) for own in ("weight", "bias")
 ]
-STRAY += [f"{MODULE}.{piece}.default" for piece in UNSUPPORTED]
+STRAY += [f"{MODULE}.{piece}.default" for piece in registry.refused_parts()]
 STRAY += [
     f"{MODULE}.weight",
     f"{MODULE}.token_adapter.trainable_tokens_delta",

@@ -337,7 +337,7 @@ def test_added_tokens_are_refused_by_their_file(root: Path) -> None:
 
 
 def test_shards_whose_headers_are_too_much_together(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model_runner.lora.peft.survey.MAX_HEADERS_BYTES", 100)
+    monkeypatch.setattr("model_runner.lora.files.weight_files.MAX_HEADERS_BYTES", 100)
     whole = root / "adapter_model.safetensors"
     index = {"weight_map": dict.fromkeys(load_file(whole), "adapter_model-1.safetensors")}
     whole.rename(root / "adapter_model-1.safetensors")

@@ -1,13 +1,14 @@
 """The weights of the base model, for formats whose normal form depends on them (DoRA, trained biases).
 
-They are the model's own where it was loaded in this process, else its checkpoint's, mapped and never copied: they lie
-in the page cache, which all processes share. Knows nothing of adapters. Legend: I in features, O columns of a slice.
+Where the model is loaded in this process they are the loaded ones, else its checkpoint's: mapped, never copied, as all
+processes share the page cache. Knows nothing of adapters. Legend: I in features, O output columns of a slice.
 """
 
 from __future__ import annotations
 
 import mmap
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,15 +17,15 @@ from engine.errors import AdapterError, ConfigError
 from model_runner.lora.catalogue import SiteRef
 from model_runner.lora.files.regular_file import open_regular
 from model_runner.lora.files.tensor_file import FLOATS, TensorFile, open_tensors
-from model_runner.lora.formats.dora import row_squares
+from model_runner.lora.variants.dora import row_squares
 from model_runner.weights.checkpoint import checkpoint_files
 
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
-"""The tensor that stands for another where a checkpoint has it once."""
+"""The tensor to read instead of one that the checkpoint does not have, because the two are tied."""
 
 
 class BaseWeights:
-    """`directory`: the model's, needed where the sites have no weights."""
+    """Reads them as they are asked for. `directory`: the model's, needed where the sites are on the meta device."""
 
     def __init__(self, directory: Path | None = None) -> None:
         self._directory = directory
@@ -32,34 +33,34 @@ class BaseWeights:
         self._mapped: dict[Path, torch.Tensor] = {}
         self._squares: dict[str, torch.Tensor] = {}
 
-    def weight(self, place: SiteRef) -> torch.Tensor:
-        """[O, I], for the embedding too. Raises AdapterError where it cannot be had."""
-        site, piece = place.site, place.slice
+    def weight(self, ref: SiteRef) -> torch.Tensor:
+        """[O, I], for the embedding too. Raises AdapterError where the checkpoint does not have it."""
+        site, piece = ref.site, ref.slice
         if site.base.device.type != "meta":
             return site.base.dequantize().t() if site.embeds else site.base.dequantize(slice(piece.start, piece.stop))
-        weight = self._read(f"{place.module}.weight", [place.out_features, place.in_features], turned=site.embeds)
+        weight = self._read(f"{ref.module}.weight", [ref.out_features, ref.in_features], transposed=site.embeds)
         return weight.t() if site.embeds else weight
 
-    def squares(self, place: SiteRef) -> torch.Tensor:
-        """[O] float32: |W|^2 by row, computed once."""
-        if place.module not in self._squares:
-            self._squares[place.module] = row_squares(self.weight(place))
-        return self._squares[place.module]
+    def squares(self, ref: SiteRef) -> torch.Tensor:
+        """[O] float32: |W|^2 by row, computed once for all adapters."""
+        if ref.module not in self._squares:
+            self._squares[ref.module] = row_squares(self.weight(ref))
+        return self._squares[ref.module]
 
-    def bias(self, place: SiteRef) -> torch.Tensor | None:
+    def bias(self, ref: SiteRef) -> torch.Tensor | None:
         """[O], or None where the model has none."""
-        site, piece = place.site, place.slice
+        site, piece = ref.site, ref.slice
         if site.base.device.type != "meta":
             return None if site.base.bias is None else site.base.bias[piece.start : piece.stop]
-        if f"{place.module}.bias" not in self._index():
+        if f"{ref.module}.bias" not in self._index():
             return None
-        return self._read(f"{place.module}.bias", [place.out_features])
+        return self._read(f"{ref.module}.bias", [ref.out_features])
 
-    def _read(self, name: str, shape: list[int], *, turned: bool = False) -> torch.Tensor:
+    def _read(self, name: str, shape: list[int], *, transposed: bool = False) -> torch.Tensor:
         index = self._index()
         name = name if name in index else TIED.get(name, name)
         file = index.get(name)
-        expected = shape[::-1] if turned else shape
+        expected = shape[::-1] if transposed else shape
         if file is None or file.entries[name].shape != expected or file.entries[name].dtype not in FLOATS:
             raise AdapterError(f"the base model's checkpoint has no tensor {name} of shape {expected}, which it needs")
         entry = file.entries[name]
@@ -79,11 +80,41 @@ class BaseWeights:
         return self._files
 
     def _map(self, path: Path) -> torch.Tensor:
-        """[bytes] of the whole file, to be read only."""
+        """[bytes] of the file, read-only."""
         if path not in self._mapped:
             with open_regular(path) as file, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch knows no tensors that must not be written
+                warnings.simplefilter("ignore")  # torch warns of buffers that cannot be written
                 self._mapped[path] = torch.frombuffer(
                     mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=torch.uint8
                 )
         return self._mapped[path]
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleSlice:
+    """A slice of `module`, for what depends on the base's weights. `bias_tensor`: the adapter's, for messages."""
+
+    base: BaseWeights
+    ref: SiteRef
+    module: str
+    bias_tensor: str
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return self.ref.out_features
+
+    def weight(self) -> torch.Tensor:
+        """[O, I]."""
+        return self.base.weight(self.ref)
+
+    def row_squares(self) -> torch.Tensor:
+        """[O] float32."""
+        return self.base.squares(self.ref)
+
+    def bias(self) -> torch.Tensor:
+        """[O]. Raises AdapterError where the model has none."""
+        bias = self.base.bias(self.ref)
+        if bias is None:
+            raise AdapterError(f"tensor {self.bias_tensor}: module {self.module} of the model has no bias")
+        return bias

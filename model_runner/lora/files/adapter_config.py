@@ -1,0 +1,28 @@
+"""PEFT's adapter_config.json as a JSON object, and the errors that name one of its options. Knows no option."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine.errors import AdapterError
+from model_runner.lora.files.quoted import quoted_value
+from model_runner.lora.files.regular_file import read_bounded
+
+CONFIG_NAME = "adapter_config.json"
+MAX_CONFIG_BYTES = 4 << 20
+
+
+def read_options(root: Path) -> dict[str, Any]:
+    """The options in the config of the adapter in `root`. Raises AdapterError naming the file."""
+    try:
+        return msgspec.json.decode(read_bounded(root / CONFIG_NAME, MAX_CONFIG_BYTES), type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{CONFIG_NAME}: {error}") from error
+
+
+def unsupported(option: str, value: object, reason: str) -> AdapterError:
+    """The error for an option that has a value which is not served."""
+    return AdapterError(f"{CONFIG_NAME}: {option}={quoted_value(value)} is not supported yet ({reason})")

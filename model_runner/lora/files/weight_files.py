@@ -1,0 +1,72 @@
+"""Which safetensors files a PEFT directory holds: adapter_model.safetensors, or shards with an index beside them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from engine.errors import AdapterError
+from model_runner.lora.files.quoted import quoted_name
+from model_runner.lora.files.regular_file import read_bounded
+from model_runner.lora.files.tensor_file import TensorFile, open_tensors
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+INDEX_NAME = "adapter_model.safetensors.index.json"
+PICKLE_NAME = "adapter_model.bin"
+EXTRA_TOKENS_NAME = "new_embeddings.safetensors"
+MAX_INDEX_BYTES = 16 << 20
+MAX_HEADERS_BYTES = 64 << 20
+"""Of all shards together."""
+
+CONVERSION = (
+    'python -c "import torch, safetensors.torch as s; '
+    f"s.save_file(torch.load('{PICKLE_NAME}', weights_only=True), '{WEIGHTS_NAME}')\""
+)
+
+
+class ShardIndex(msgspec.Struct, frozen=True):
+    """The index of a sharded checkpoint: which file holds which tensor."""
+
+    weight_map: dict[str, str]
+
+
+def open_weight_files(root: Path) -> list[TensorFile]:
+    """The headers of the adapter's files, checked. Raises AdapterError naming the file at fault."""
+    present = set(os.listdir(root))
+    weights = sorted(name for name in present if name.startswith("adapter_model") and name.endswith(".safetensors"))
+    if EXTRA_TOKENS_NAME in present:
+        raise AdapterError(f"{EXTRA_TOKENS_NAME}: added tokens are not supported yet")
+    if INDEX_NAME in present and WEIGHTS_NAME not in present:
+        return _open_shards(root)
+    if len(weights) > 1:
+        raise AdapterError(
+            f"{len(weights)} weight files ({quoted_name(', '.join(weights))}): keep either {WEIGHTS_NAME} alone or "
+            f"shards with their {INDEX_NAME}"
+        )
+    if WEIGHTS_NAME in present:
+        return [open_tensors(root / WEIGHTS_NAME)]
+    if PICKLE_NAME in present:
+        raise AdapterError(f"{PICKLE_NAME}: pickles are not read; convert it in its directory: {CONVERSION}")
+    raise AdapterError(f"{WEIGHTS_NAME}: not found")
+
+
+def _open_shards(root: Path) -> list[TensorFile]:
+    try:
+        index = msgspec.json.decode(read_bounded(root / INDEX_NAME, MAX_INDEX_BYTES), type=ShardIndex)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{INDEX_NAME}: {error}") from error
+    names = sorted(set(index.weight_map.values()))
+    for name in names:
+        if "/" in name or "\\" in name or not name.endswith(".safetensors"):
+            raise AdapterError(f"{INDEX_NAME}: {quoted_name(name)} is no safetensors file beside it")
+    files: list[TensorFile] = []
+    for name in names:
+        files.append(open_tensors(root / name))
+        if sum(len(file.head) for file in files) > MAX_HEADERS_BYTES:
+            raise AdapterError(f"{INDEX_NAME}: the headers of its files have more than {MAX_HEADERS_BYTES} bytes")
+    held = [(tensor, file.path.name) for file in files for tensor in file.entries]
+    for tensor, name in sorted(set(held) ^ set(index.weight_map.items())):
+        raise AdapterError(f"{INDEX_NAME}: tensor {quoted_name(tensor)} and file {quoted_name(name)} disagree")
+    return files

@@ -1,0 +1,20 @@
+"""The embedding and the head among the targets, which may be one weight: `ensure_weight_tying`."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from model_runner.lora.variants.base import Variant
+
+
+class EmbeddingAndHead(Variant, frozen=True, kw_only=True):
+    """`ensure_weight_tying`: what targets one of the two was saved for both."""
+
+    features: ClassVar = {"embedding and head": "`embed_tokens` and `lm_head` among the targets, tied or not"}
+
+    ensure_weight_tying: bool = False
+
+    @property
+    def is_on(self) -> bool:
+        """Whether both are targeted when one is."""
+        return self.ensure_weight_tying

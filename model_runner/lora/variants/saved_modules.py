@@ -1,0 +1,53 @@
+"""`modules_to_save`: the embedding, the head and norms with weights of their own, which PEFT saves in full."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from model_runner.lora.target_module import Term
+from model_runner.lora.variants.base import Variant
+
+FULL_WEIGHT = "weight"
+"""The module's own weight in full."""
+
+BASE_WEIGHT = "base_layer.weight"
+"""The base's weight, which PEFT saves beside LoRA on an embedding or where the vocabulary was resized."""
+
+SAVED_COPY = "modules_to_save.weight"
+"""The trained weight once more, saved beside it where the vocabulary was resized."""
+
+ORIGINAL = "original_module.weight"
+"""What the module was before training, saved then too. Nothing is made of it."""
+
+
+class SavedModules(Variant, frozen=True, kw_only=True):
+    """Modules that are trained and saved in full."""
+
+    features: ClassVar = {
+        "whole embedding and head": "the same in `modules_to_save`, or saved for another reason: a matrix of its own",
+        "norms": "`norm`, `input_layernorm` and the like in `modules_to_save`: weights of its own, of all norms or of"
+        " some",
+    }
+    becomes: ClassVar = frozenset[Term]({"full weight"})
+
+    modules_to_save: list[str] | None = None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether a module was saved."""
+        return bool(self.modules_to_save)
+
+    @property
+    def names(self) -> Sequence[str]:
+        """What the option says."""
+        return self.modules_to_save or ()
+
+    @property
+    def whole_request_options(self) -> Sequence[str]:
+        """The option itself."""
+        return ["modules_to_save"]
+
+    def means(self, module: str) -> bool:
+        """Whether `modules_to_save` means this module: PEFT takes every module that ends so, even inside a word."""
+        return module.endswith(tuple(self.names))

@@ -1,0 +1,73 @@
+"""`trainable_token_indices`: some tokens have rows of their own in the embedding, the head or both.
+
+    [5, 9]                         the embedding, and the head where it is tied to it
+    {"lm_head": [5]}               by module, by its full name or its end after a dot
+
+A vocabulary of another size than the base's needs no option; it is part of the same feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from engine.errors import AdapterError
+from model_runner.lora.catalogue import is_named
+from model_runner.lora.files.adapter_config import CONFIG_NAME
+from model_runner.lora.target_module import Term
+from model_runner.lora.variants.base import Variant
+
+TOKENS = "token_adapter.trainable_tokens_delta"
+"""Rows that stand in for those of trained tokens."""
+
+TOKENS_BASE = "token_adapter.base_layer.weight"
+"""All rows, of which those are some: saved where the vocabulary was resized."""
+
+
+class TrainedTokens(Variant, frozen=True, kw_only=True):
+    """The tokens, as PEFT writes them."""
+
+    features: ClassVar = {
+        "added tokens": "a vocabulary larger or smaller than the base's, and `trainable_token_indices`: embedding and"
+        " head become whole matrices with everything in them",
+    }
+    parts: ClassVar = frozenset({TOKENS, TOKENS_BASE})
+    becomes: ClassVar = frozenset[Term]({"full weight"})
+
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether a token was trained."""
+        return bool(self.trainable_token_indices)
+
+    @property
+    def whole_request_options(self) -> Sequence[str]:
+        """The option itself."""
+        return ["trainable_token_indices"]
+
+    @property
+    def modules(self) -> Sequence[str]:
+        """The modules that must have such rows; a list of tokens means the embedding."""
+        indices = self.trainable_token_indices
+        return list(indices) if isinstance(indices, dict) else ["embed_tokens"] if indices else []
+
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """The tokens of which `module` has rows of its own, in the order of these rows."""
+        indices = self.trainable_token_indices or []
+        if isinstance(indices, list):
+            return tuple(indices)
+        found = [tokens for name, tokens in indices.items() if is_named(module, name)] or list(indices.values())
+        return tuple(found[0]) if len(found) == 1 else ()
+
+    def check_tokens(self, module: str, vocabulary: int) -> None:
+        """Raises AdapterError for tokens that are given twice or are not in the vocabulary."""
+        tokens = self.tokens_of(module)
+        if len(set(tokens)) < len(tokens) or not 0 <= min(tokens) <= max(tokens) < vocabulary:
+            raise AdapterError(
+                f"{CONFIG_NAME}: trainable_token_indices are not different tokens of a vocabulary of {vocabulary}"
+            )
+
+    def revision(self) -> list[Any]:
+        """The tokens: the tensors are rows without them."""
+        return [self.trainable_token_indices]
