@@ -27,7 +27,7 @@ from model_runner.compute.kernels.cpu.kernel_user import KernelUser
 from model_runner.compute.kernels.cpu.kernels import KernelSet
 from model_runner.compute.sampler.sampler import Sampler
 from model_runner.config import ModelConfig, read_model_config
-from model_runner.graphs import Graphs
+from model_runner.graphs import DecodeGraphs
 from model_runner.lora.adapters import Adapters
 from model_runner.lora.backends import base as lora_backends
 from model_runner.lora.backends.base import LoraBackend
@@ -42,13 +42,12 @@ from model_runner.lora.transfer.messages import LoaderConfig, SiteShape
 from model_runner.lora.transfer.reader import Limits
 from model_runner.model.families.decoder import Decoder
 from model_runner.model.load import load_model
-from model_runner.platform.device import DTYPES, dtype_name, host_memory, resolve_device, resolve_dtype
-from model_runner.platform.device import memory as device_memory
+from model_runner.platform.device import DTYPES, device_memory, dtype_name, host_memory, resolve_device, resolve_dtype
 from model_runner.platform.shard import Shard
 from model_runner.quantization import base as quantization
 from model_runner.step import kv_pool
+from model_runner.step.capture import capture_for
 from model_runner.step.kv_pool import KvPool
-from model_runner.step.recorder import recorder_for
 from model_runner.step.rows import RowTable
 
 log = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ class Parts:
     sampler: Sampler
     capacity: Capacity
     kernels: KernelSet
-    graphs: Graphs | None = None
+    graphs: DecodeGraphs | None = None
 
 
 def assemble(config: RunnerConfig, *, progress: bool) -> Parts:
@@ -115,23 +114,23 @@ def _graphs(
     lora: Adapters | None,
     rows: RowTable,
     device: torch.device,
-) -> Graphs | None:
-    """The steps to be recorded; None where it is not wanted, or nothing here can be recorded."""
-    recorder = recorder_for(device) if config.cuda_graphs else None
-    if recorder is None:
+) -> DecodeGraphs | None:
+    """The decode steps to capture; None where the config or device does without, or a backend cannot be captured."""
+    capture = capture_for(device) if config.cuda_graphs else None
+    if capture is None:
         return None
-    if not decoder.recordable:
-        log.warning("without CUDA graphs: here this model's experts wait for the device (bfloat16 on Hopper does not)")
+    if not decoder.capturable:
+        log.warning("no CUDA graphs: this model's experts wait for the device here (in bfloat16 on Hopper they do not)")
         return None
     seams: list[AttentionBackend | LoraBackend] = [backend, lora.backend] if lora else [backend]
     for seam in seams:
         try:
             seam.static(1)
         except NotImplementedError as reason:
-            log.warning("without CUDA graphs: %s", reason)
+            log.warning("no CUDA graphs: %s", reason)
             return None
     sizes = memory_plan.graph_sizes(rows.scratch, config.cuda_graph_max_rows)
-    return Graphs(decoder, backend, lora.backend if lora else None, rows, sizes, recorder)
+    return DecodeGraphs(decoder, backend, lora.backend if lora else None, rows, sizes, capture)
 
 
 def _batched_tokens(config: RunnerConfig, device: torch.device) -> int:

@@ -36,8 +36,7 @@ from model_runner.compute.sampler.logprobs import Logprobs
 from model_runner.compute.sampler.sampler import Sampled
 from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.site import EMBED, EXPERTS, HEAD, full_weights_of
-from model_runner.platform.device import Arrival, upload
-from model_runner.platform.device import memory as device_memory
+from model_runner.platform.device import DeviceEvent, device_memory, upload
 from model_runner.step.batch import Batch
 from model_runner.step.layout import Layout
 
@@ -55,7 +54,7 @@ class Flight:
     epoch: int
     id: int
     began: float
-    arrival: Arrival
+    arrival: DeviceEvent
     sampling: list[int] = field(default_factory=list)
     sampled: Sampled | None = None
     scores: dict[int, list[Logprobs]] = field(default_factory=dict)
@@ -79,7 +78,7 @@ class Runner:
             runner = cls(parts)
             if parts.graphs is not None:
                 before = device_memory(parts.device)[1]
-                parts.graphs.record(progress=progress)
+                parts.graphs.capture(progress=progress)
                 runner._graph_bytes = max(0, before - device_memory(parts.device)[1])
             return runner
 
@@ -125,7 +124,7 @@ class Runner:
                 self._parts.rows.begin(new)
                 self._parts.sampler.begin(new)
             if not step.chunks:
-                return Flight(step.epoch, step.id, began, Arrival(self._parts.device))
+                return Flight(step.epoch, step.id, began, DeviceEvent(self._parts.device))
             return self._forward(step, began)
 
     def finish(self, flight: Flight) -> StepDone:
@@ -222,7 +221,7 @@ class Runner:
         known = parts.lora.pages.lanes if parts.lora else ()
         for chunk in chunks:
             _check_numbers(chunk, known, parts.capacity.kv_pages)
-            parts.rows.place(chunk)
+            parts.rows.add_chunk(chunk)
         layout = _layout(chunks, parts.rows.tables, parts.rows.page_size)
         offsets = layout.offsets()
         hidden_TH = self._hidden(layout, _inputs(chunks, layout))
@@ -231,22 +230,22 @@ class Runner:
         sampled = self._sample([chunks[index] for index in sampling], offsets[1:][sampling] - 1, hidden_TH)
         sampled = sampled.on_host() if sampled else None
         scores = {index: [part.on_host() for part in found] for index, found in scores.items()}
-        return Flight(step.epoch, step.id, began, Arrival(parts.device), sampling, sampled, scores, widths)
+        return Flight(step.epoch, step.id, began, DeviceEvent(parts.device), sampling, sampled, scores, widths)
 
     def _upload(self, values: NDArray[np.int64]) -> torch.Tensor:
         return upload(values, self._parts.device)
 
     def _hidden(self, layout: Layout, inputs_4T: NDArray[np.int64]) -> torch.Tensor:
-        """[T, H]: a recorded step's answer where there is one for it, else the forward, launched bit by bit."""
+        """[T, H]: replays a captured step if there is one for it, else runs the forward eagerly."""
         parts = self._parts
         lanes_T = self._lanes(layout, EXPERTS, full_weights_of(EMBED))
         lanes = set(layout.lanes_C.tolist()) if layout.lanes_C.any() else set()
         own_norms = bool(lanes) and parts.lora is not None and parts.lora.pages.own_norms(lanes)
-        if parts.graphs is not None and lanes_T is None and parts.graphs.takes(layout):
-            return parts.graphs.forward(layout, inputs_4T)
+        if parts.graphs is not None and lanes_T is None and parts.graphs.can_replay(layout):
+            return parts.graphs.replay(layout, inputs_4T)
         rows_T, given_T, positions_T, norm_lanes_T = self._upload(inputs_4T)
         batch = Batch(
-            tokens_T=torch.where(given_T < 0, parts.rows.last_R[rows_T], given_T),
+            tokens_T=torch.where(given_T < 0, parts.rows.last_tokens_R[rows_T], given_T),
             positions_T=positions_T,
             attention=parts.attention.plan(layout),
             lora=parts.lora.backend.plan(layout) if parts.lora and layout.lanes_C.any() else None,
@@ -272,7 +271,7 @@ class Runner:
         hidden_SH = hidden_TH[self._upload(last.astype(np.int64))]
         logits_SV = self._parts.decoder.logits(hidden_SH, *self._head_lora([(chunk.lane, 1) for chunk in chunks]))
         sampled = self._parts.sampler.sample(logits_SV, rows, positions)
-        self._parts.rows.last_R[self._upload(rows)] = sampled.tokens_S
+        self._parts.rows.last_tokens_R[self._upload(rows)] = sampled.tokens_S
         return sampled
 
     def _score(

@@ -41,7 +41,7 @@ from engine.messages import (
 from engine.processes.child import Child, Facts
 from engine.processes.pulse import Pulse
 from model_runner import memory_plan
-from model_runner.platform.compilations import Compilations
+from model_runner.platform.compilations import CompilationCounter
 from model_runner.platform.device import set_threads
 from model_runner.runner import Flight, Runner
 from model_runner.warmup import warm_up
@@ -61,7 +61,7 @@ def serve(child: Child, config: RunnerConfig) -> None:
     try:
         began = time.perf_counter()
         set_threads(config.cpu_threads)
-        compilations = Compilations().install()
+        compilations = CompilationCounter().install()
         runner = Runner.load(config, progress=True)
         if runner.capacity.device == "cuda":
             warm_up(runner, progress=True)
@@ -186,7 +186,7 @@ class Server:
 
     def _answer(self) -> None:
         """Answers the steps that have ended; never waits."""
-        while self._flights and self._flights[0].arrival.there:
+        while self._flights and self._flights[0].arrival.is_done:
             flight = self._flights.popleft()
             try:
                 done = self._runner.finish(flight)

@@ -1,6 +1,6 @@
-"""Where and in what numbers the runner computes: device, dtype, threads, memory. Knows nothing of models.
+"""Device, dtype, threads, memory, and copies between host and device. Does not know models.
 
-On a CPU, bfloat16 is chosen by itself only where the processor multiplies it (AMX or AVX512_BF16): elsewhere it is
+On a CPU, `--dtype auto` chooses bfloat16 only if the processor multiplies it (AMX or AVX512_BF16): otherwise it is
 emulated and slower than float32.
 """
 
@@ -27,14 +27,14 @@ MEMORY_INFO = Path("/proc/meminfo")
 
 def resolve_device(name: str) -> torch.device:
     """The device that `--device` means. Raises ConfigError when cuda is asked for and there is none."""
-    found = torch.cuda.is_available()
-    if name == "cuda" and not found:
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
         raise ConfigError("--device cuda: no CUDA device is usable here; use --device cpu or check the driver")
-    return torch.device("cuda", torch.cuda.current_device()) if found and name != "cpu" else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda and name != "cpu" else torch.device("cpu")
 
 
 def resolve_dtype(name: str, checkpoint: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that `--dtype` means: auto is the checkpoint's, and float32 on a CPU that cannot multiply it."""
+    """The dtype that `--dtype` means: auto is the checkpoint's, or float32 on a CPU that is slow in it."""
     if name != "auto":
         dtype = DTYPES[name]
         if dtype is torch.bfloat16 and device.type == "cpu" and not cpu_has_bfloat16():
@@ -46,7 +46,7 @@ def resolve_dtype(name: str, checkpoint: torch.dtype, device: torch.device) -> t
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As it is named in a flag."""
+    """The name that flags have for it."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -60,7 +60,7 @@ def cpu_has_bfloat16() -> bool:
 
 
 def set_threads(count: int | None = None) -> None:
-    """So many threads compute on a CPU; None: as OMP_NUM_THREADS says, else all cores up to four, then all but one."""
+    """Sets torch's threads; None: keeps OMP_NUM_THREADS if set, else all cores up to four, of more all but one."""
     if count is not None:
         torch.set_num_threads(count)
     elif "OMP_NUM_THREADS" not in os.environ:
@@ -69,28 +69,28 @@ def set_threads(count: int | None = None) -> None:
 
 
 def upload(values: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """The array on the device; never waits for it. On a CPU the tensor and the array are one.
+    """The array as a tensor on the device, without waiting. On a CPU the tensor shares the array's memory.
 
-    On CUDA by way of pinned memory from torch's host allocator, which gives a block out again only when the copy that
-    used it has run: a ring as long as what is in flight.
+    For CUDA the array is copied to pinned memory of torch's host allocator, which reuses a block only when the copy
+    from it is done.
     """
     host = torch.from_numpy(values)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
-def send(values: NDArray[Any], into: torch.Tensor) -> None:
-    """The array into a tensor of its shape on the device, without waiting, as `upload` does."""
+def upload_into(values: NDArray[Any], into: torch.Tensor) -> None:
+    """Copies the array into a tensor of its shape on the device, without waiting, as `upload` does."""
     host = torch.from_numpy(values)
     into.copy_(host.pin_memory() if into.is_cuda else host, non_blocking=True)
 
 
 def download(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on its way to the host; on CUDA it may be read once the stream has come so far (see `Arrival`)."""
+    """Starts a copy to the host; on CUDA it may be read once a `DeviceEvent` recorded after it is done."""
     return tensor.to("cpu", non_blocking=True)
 
 
-class Arrival:
-    """A point in the device's work that the host can ask about or wait for; on a CPU it is there at once."""
+class DeviceEvent:
+    """A point in the current stream that the host can query or wait for; on a CPU it is done at once."""
 
     def __init__(self, device: torch.device) -> None:
         self._event: Any = None
@@ -99,18 +99,18 @@ class Arrival:
             self._event.record()
 
     @property
-    def there(self) -> bool:
-        """Whether everything before it is done."""
+    def is_done(self) -> bool:
+        """Whether all work before it is done."""
         return self._event is None or bool(self._event.query())
 
     def wait(self) -> None:
-        """Returns when everything before it is done."""
+        """Returns when all work before it is done."""
         if self._event is not None:
             self._event.synchronize()
 
 
-def memory(device: torch.device) -> tuple[int, int]:
-    """(total, free) bytes of the device; on a CPU, of the machine or of the container that limits it."""
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """(total, free) bytes of the device; for a CPU, see `host_memory`."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total, free
@@ -118,7 +118,7 @@ def memory(device: torch.device) -> tuple[int, int]:
 
 
 def host_memory() -> tuple[int, int]:
-    """(total, free) bytes of the machine, or of the container that limits it. What can be reclaimed counts as free."""
+    """(total, free) bytes of the machine, or of the container that limits it. Reclaimable page cache counts as free."""
     kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in _lines(MEMORY_INFO))}
     total, free = kib["MemTotal"] << 10, kib["MemAvailable"] << 10
     limit = _number(CGROUP / "memory.max")

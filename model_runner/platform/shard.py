@@ -1,6 +1,6 @@
-"""A rank's share of the model: which part of a dimension it holds, and the sum over ranks. One rank for now.
+"""A rank's shard of the model: which part of a dimension it holds, and the sum over ranks. One rank for now.
 
-Knows nothing of layers.
+Does not know layers.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class Shard:
     size: int = 1
 
     def share(self, whole: int, what: str) -> int:
-        """How much of `whole` this rank holds. Raises ConfigError if it does not divide."""
+        """How much of a dimension of size `whole` this rank holds. Raises ConfigError if the ranks do not divide it."""
         if whole % self.size:
             raise ConfigError(f"--tp-size {self.size} does not divide the model's {what} ({whole})")
         return whole // self.size
 
     def span(self, whole: int, what: str) -> slice:
-        """Which part of `whole` this rank holds."""
+        """Which part of a dimension of size `whole` this rank holds."""
         share = self.share(whole, what)
         return slice(self.rank * share, (self.rank + 1) * share)
 

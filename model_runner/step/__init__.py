@@ -1,1 +1,1 @@
-"""One step on the host: layout, batch, rows, KV pool, and how device work is recorded."""
+"""One step on the host: layout, batch, rows, KV pool, and the capture of device work for replay."""

@@ -1,6 +1,6 @@
-"""What one step's forward is handed: flat tokens and positions, and the metadata the backends planned.
+"""The input of one step's forward: flat tokens and positions, and the metadata that the backends planned.
 
-Knows nothing of rows, chunks or requests. Legend: T tokens of the step.
+Does not know rows, chunks or requests. Legend: T tokens of the step.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class Batch:
 
     tokens_T     [T] int64
     positions_T  [T] int64, each token's position in its row
-    attention    what AttentionBackend.plan returned
-    lora         what LoraBackend.plan returned, None for a step of the base alone
-    lanes_T      [T] on the host, each token's lane, where one touches experts or brings a whole embedding: these are
-                 computed by lane; else None
-    norm_lanes_T [T] int64, each token's lane, where one may have norms of its own; else None
+    attention    the result of AttentionBackend.plan
+    lora         the result of LoraBackend.plan, None for a step of the base alone
+    lanes_T      [T] on the host, each token's lane, if an adapter of the step adapts experts or has a full embedding,
+                 which are computed lane by lane; else None
+    norm_lanes_T [T] int64, each token's lane, if an adapter of the step has its own norms; else None
     """
 
     tokens_T: torch.Tensor

@@ -1,6 +1,6 @@
 """The paged KV cache: two tensors a layer, [pages + 1, page_size, kv_heads, head_dim]; page 0 is scratch.
 
-Knows nothing of rows: the scheduler says who owns a page.
+Does not know rows: the scheduler assigns pages to requests.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from model_runner.platform.shard import Shard
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype, shard: Shard) -> int:
-    """What one page costs on this rank: K and V of all layers."""
+    """The bytes of one page on this rank: K and V of all layers."""
     heads = shard.share(config.num_kv_heads, "key/value heads")
     return 2 * config.num_layers * page_size * heads * config.head_dim * dtype.itemsize
 
 
 class KvPool:
-    """`pages` grantable pages, numbered 1..pages, beside the scratch page 0."""
+    """The KV cache: pages 1..`pages` for requests, and the scratch page 0."""
 
     def __init__(
         self, config: ModelConfig, pages: int, page_size: int, dtype: torch.dtype, device: torch.device, shard: Shard

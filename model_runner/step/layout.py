@@ -1,4 +1,4 @@
-"""What one step looks like, on the host: its chunks in order, as arrays. No tensors of the device, no weights.
+"""The chunks of one step in order, as host arrays. No device tensors, no weights.
 
 Legend: C chunks of the step, T tokens of the step (sum of lengths).
 """
@@ -15,7 +15,7 @@ Ints = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Layout:
-    """The chunks of one step. Attention and LoRA backends plan their metadata from it.
+    """The chunks of one step, from which attention and LoRA backends plan their metadata.
 
     rows_C     the row of each chunk (index into the page table)
     starts_C   tokens of the row that are in the KV cache before the step
@@ -34,16 +34,16 @@ class Layout:
 
     @property
     def chunks(self) -> int:
-        """How many chunks."""
+        """The number of chunks."""
         return len(self.rows_C)
 
     @property
     def tokens(self) -> int:
-        """How many tokens in all."""
+        """The number of tokens of all chunks."""
         return int(self.lengths_C.sum())
 
     def offsets(self) -> Ints:
-        """[C + 1]: where each chunk's tokens begin in the flat batch; the last entry is T."""
+        """[C + 1]: the index of each chunk's first token in the flat batch; the last entry is T."""
         return np.concatenate([[0], np.cumsum(self.lengths_C)]).astype(np.int32)
 
     def positions(self) -> Ints:
@@ -53,7 +53,7 @@ class Layout:
         return (within + np.repeat(self.starts_C, self.lengths_C)).astype(np.int32)
 
     def slots(self) -> NDArray[np.int64]:
-        """[T]: where each token's K and V go: page number * page_size + offset in the page."""
+        """[T]: the cache slot of each token's K and V: page number * page_size + offset in the page."""
         positions = self.positions()
         rows_T = np.repeat(self.rows_C, self.lengths_C)
         pages_T = self.tables[rows_T, positions // self.page_size].astype(np.int64)

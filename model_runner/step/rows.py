@@ -1,8 +1,8 @@
-"""The runner's rows: which request generation each holds, its KV pages, its lane, and the token it sampled last.
+"""The runner's rows: the request generation that each holds, its KV pages, its lane, and its last sampled token.
 
-Pages and lanes are the scheduler's numbers and kept on the host; the last sampled tokens stay on the device, so a
-decode chunk carries no token and a step can start before the host has seen the one before. Knows nothing of what a
-page or a lane holds.
+Pages and lanes are the scheduler's numbers, kept on the host. The last sampled tokens stay on the device, so a decode
+chunk carries no token and a step can be launched before the host has seen the result of the one before. Does not know
+what a page or a lane holds.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from engine.messages import Chunk, NewRow
 class RowTable:
     """All rows of a runner, as arrays indexed by row. A row that disagrees with the scheduler raises InternalError.
 
-    tables      [rows + 1, max_pages] int32: KV page numbers, 0 past a row's page count
-    last_R      [rows] int64 on the device: the last sampled token of each row
-    scratch     the number of the last line of `tables`, which stays zero: padded steps point there
+    tables         [rows + 1, max_pages] int32: KV page numbers, 0 past a row's page count
+    last_tokens_R  [rows] int64 on the device: the last sampled token of each row
+    scratch        the index of the last line of `tables`, which stays zero: the padding of captured steps uses it
     """
 
     def __init__(self, rows: int, max_pages: int, page_size: int, device: torch.device) -> None:
@@ -31,10 +31,10 @@ class RowTable:
         self.generations: NDArray[np.int64] = np.full(rows, -1, np.int64)
         self.prompt_lengths: NDArray[np.int32] = np.zeros(rows, np.int32)
         self.lanes: NDArray[np.int32] = np.zeros(rows, np.int32)
-        self.last_R = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.last_tokens_R = torch.zeros(rows, dtype=torch.int64, device=device)
 
     def begin(self, new: NewRow) -> None:
-        """The row forgets what it held and is of generation `new.generation` from now on."""
+        """Starts the row's next generation: forgets the pages and the lane of the one before."""
         if not 0 <= new.row < len(self.generations):
             raise InternalError(f"row {new.row} is not one of {len(self.generations)} rows")
         if new.generation <= self.generations[new.row]:
@@ -45,11 +45,13 @@ class RowTable:
         self.prompt_lengths[new.row] = new.prompt_length
         self.lanes[new.row] = 0
 
-    def place(self, chunk: Chunk) -> None:
+    def add_chunk(self, chunk: Chunk) -> None:
         """Appends the chunk's pages to its row's table and notes its lane."""
         row = chunk.row
         if not 0 <= row < len(self.generations) or self.generations[row] != chunk.generation:
-            raise InternalError(f"a chunk for row {row} generation {chunk.generation}, which is not what the row holds")
+            raise InternalError(
+                f"a chunk for row {row} generation {chunk.generation}, but the row holds another generation"
+            )
         held, limit = int(self.page_counts[row]), self.tables.shape[1]
         count = held + len(chunk.pages)
         if chunk.length < 1 or chunk.start + chunk.length > count * self.page_size or count > limit:

@@ -79,7 +79,7 @@ class World:
         return [
             *(each[pages].clone() for layer in layers for each in layer),
             rows.tables[self.row].tolist(), int(rows.page_counts[self.row]), int(rows.generations[self.row]),
-            int(rows.lanes[self.row]), int(rows.last_R[self.row]),
+            int(rows.lanes[self.row]), int(rows.last_tokens_R[self.row]),
         ]  # fmt: skip
 
     def step(self) -> Step:

@@ -1,4 +1,4 @@
-"""Recorded steps against eager ones: everything but the capture itself, on a CPU; the capture where there is a GPU."""
+"""Captured steps against eager ones: on a CPU all but the capture itself, which needs a GPU."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from engine.messages import AdapterState, LoadAdapter, Sampling
 from model_runner import memory_plan
 from model_runner.compute.attention import base as attention
 from model_runner.lora.backends import base as lora_backends
-from model_runner.platform.compilations import Compilations
+from model_runner.platform.compilations import CompilationCounter
 from model_runner.runner import Runner
-from model_runner.step.recorder import EagerRecorder, Recorder, Work
+from model_runner.step.capture import EagerCapture, GraphCapture, Work
 from model_runner.warmup import warm_up
 
 LINKS = Links(tokenizer="", scheduler="", runner="", door="")
@@ -33,16 +33,16 @@ ADAPTERS: list[dict[str, Any]] = [
 ]
 
 
-class Counting(Recorder):
-    """Records like `inner`, and counts what is recorded and replayed."""
+class CountingCapture(GraphCapture):
+    """Captures as `inner` does, and counts captures and replays."""
 
-    def __init__(self, inner: Recorder) -> None:
+    def __init__(self, inner: GraphCapture) -> None:
         self.inner = inner
-        self.recorded = self.replayed = 0
+        self.captured = self.replayed = 0
 
-    def record(self, work: Work) -> Work:
-        replay = self.inner.record(work)
-        self.recorded += 1
+    def capture(self, work: Work) -> Work:
+        replay = self.inner.capture(work)
+        self.captured += 1
 
         def counted() -> None:
             self.replayed += 1
@@ -70,13 +70,13 @@ def oracle(model: Path, sources: list[AdapterSource]) -> Oracle:
 
 
 @pytest.fixture
-def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
-    """Runners of this test record on a CPU too, with backends that can."""
-    recorder = Counting(EagerRecorder())
-    monkeypatch.setattr("model_runner.assembly.recorder_for", lambda device: recorder)
+def counting(monkeypatch: pytest.MonkeyPatch) -> CountingCapture:
+    """Lets the runners of a test capture on a CPU, with backends that have static metadata."""
+    capture = CountingCapture(EagerCapture())
+    monkeypatch.setattr("model_runner.assembly.capture_for", lambda device: capture)
     monkeypatch.setitem(attention.BACKENDS, "static", "fixtures.models.static_backends:StaticAttention")
     monkeypatch.setitem(lora_backends.BACKENDS, "static", "fixtures.models.static_backends:StaticLora")
-    return recorder
+    return capture
 
 
 def load(model: Path, sources: list[AdapterSource], **options: Any) -> Runner:
@@ -113,21 +113,21 @@ def expected(oracle: Oracle, requests: list[Ask]) -> list[list[int]]:
     return [oracle.greedy(a.prompt, a.count, f"a{a.adapter_id}" if a.adapter_id else None) for a in requests]
 
 
-def test_every_size_is_recorded_with_and_without_lora(
-    counting: Counting, model: Path, sources: list[AdapterSource]
+def test_every_size_is_captured_with_and_without_lora(
+    counting: CountingCapture, model: Path, sources: list[AdapterSource]
 ) -> None:
     runner = load(model, sources)
     assert runner.graph_sizes == [1, 2, 4, 8, 16]
-    assert counting.recorded == 2 * 5
+    assert counting.captured == 2 * 5
     assert load(model, [], cuda_graph_max_rows=3).graph_sizes == [1, 2, 3]
-    assert counting.recorded == 2 * 5 + 3
+    assert counting.captured == 2 * 5 + 3
     assert load(model, sources, cuda_graphs=False).graph_sizes == []
-    torch_too = load(model, sources, lora_backend="torch")  # has no static buffers: said, and done without
+    torch_too = load(model, sources, lora_backend="torch")  # has no static metadata: a warning, and eager steps
     assert torch_too.graph_sizes == []
 
 
-def test_replays_give_the_oracles_tokens_whatever_the_lanes_hold(
-    counting: Counting, model: Path, sources: list[AdapterSource], oracle: Oracle
+def test_replays_give_the_oracles_tokens_for_any_lanes(
+    counting: CountingCapture, model: Path, sources: list[AdapterSource], oracle: Oracle
 ) -> None:
     runner = load(model, sources)
     driver = Driver(runner, states(runner, sources))
@@ -139,28 +139,28 @@ def test_replays_give_the_oracles_tokens_whatever_the_lanes_hold(
     runner.close()
 
 
-def test_a_step_that_is_too_wide_or_holds_a_prefill_is_eager(counting: Counting, model: Path, oracle: Oracle) -> None:
+def test_prefills_and_wide_steps_run_eagerly(counting: CountingCapture, model: Path, oracle: Oracle) -> None:
     runner = load(model, [], cuda_graph_max_rows=2)
     requests = asks(oracle, 6, [0], seed=8, tokens=4)
     driver = Driver(runner)
     assert driver.serve(requests) == expected(oracle, requests)
     assert counting.replayed < driver.step_id
-    few = asks(oracle, 2, [0], seed=9, tokens=30)  # over page after page, with a row that is sometimes left out
+    few = asks(oracle, 2, [0], seed=9, tokens=30)  # over several pages; some steps leave a row out
     before = counting.replayed
     assert driver.serve(few) == expected(oracle, few)
     assert counting.replayed > before + 20
 
 
 @pytest.mark.parametrize("lora_backend", ["triton", "csgmv"])
-def test_the_kernels_static_metadata_is_all_a_replay_needs(
-    counting: Counting,
+def test_replays_of_the_triton_kernels_give_the_right_tokens(
+    counting: CountingCapture,
     model: Path,
     sources: list[AdapterSource],
     oracle: Oracle,
     lora_backend: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In triton's interpreter, so few steps: one size, and rows that join late or are left out."""
+    """Few steps, as triton's interpreter is slow: one size, and rows that join late or are left out."""
     monkeypatch.setattr(memory_plan, "graph_sizes", lambda rows, asked: [4])
     chosen = {"attention_backend": "triton", "lora_backend": lora_backend, "max_running_requests": 4}
     runner = load(model, sources, **chosen, context_length=64)
@@ -172,10 +172,10 @@ def test_the_kernels_static_metadata_is_all_a_replay_needs(
     runner.close()
 
 
-def test_draws_and_log_probabilities_are_those_of_eager_steps(
-    counting: Counting, model: Path, sources: list[AdapterSource]
+def test_draws_and_logprobs_are_those_of_eager_steps(
+    counting: CountingCapture, model: Path, sources: list[AdapterSource]
 ) -> None:
-    ways = [
+    samplings = [
         Sampling(temperature=0.9, seed=3),
         Sampling(temperature=0.8, seed=4, top_p=0.9, logprobs=2),
         Sampling(temperature=0.0, repetition_penalty=1.3, frequency_penalty=0.3),
@@ -185,7 +185,7 @@ def test_draws_and_log_probabilities_are_those_of_eager_steps(
     for cuda_graphs in (True, False):
         runner = load(model, sources, cuda_graphs=cuda_graphs)
         driver = Driver(runner, states(runner, sources), seed=5)
-        requests = [Ask([7, 8, 9 + n], 10, [0, 1, 2][n % 3], sampling=ways[n % 4]) for n in range(9)]
+        requests = [Ask([7, 8, 9 + n], 10, [0, 1, 2][n % 3], sampling=samplings[n % 4]) for n in range(9)]
         tokens = driver.serve(requests)
         chosen = [entry.token_id for ask in requests for entry in (*ask.logprobs, *ask.prompt_logprobs)]
         values = [entry.logprob for ask in requests for entry in (*ask.logprobs, *ask.prompt_logprobs)]
@@ -196,8 +196,8 @@ def test_draws_and_log_probabilities_are_those_of_eager_steps(
     assert values == pytest.approx(eager_values, abs=1e-4)
 
 
-def test_a_warm_up_tries_everything_and_leaves_nothing(
-    counting: Counting, model: Path, sources: list[AdapterSource], oracle: Oracle
+def test_warm_up_runs_every_shape_and_leaves_no_state(
+    counting: CountingCapture, model: Path, sources: list[AdapterSource], oracle: Oracle
 ) -> None:
     runner = load(model, sources, max_batched_tokens=64, context_length=120)
     pages = runner.rank_pages
@@ -205,13 +205,13 @@ def test_a_warm_up_tries_everything_and_leaves_nothing(
     seen: list[tuple[int, int, int]] = []
     launch = runner.launch
 
-    def noting(step: Any) -> Any:
+    def recording(step: Any) -> Any:
         lanes = {chunk.lane for chunk in step.chunks}
         longest = max((len(held) for lane in pages.lanes.values() for held in lane.values()), default=0)
         seen.append((sum(chunk.length for chunk in step.chunks), len(lanes - {0}), longest if lanes - {0} else 0))
         return launch(step)
 
-    runner.launch = noting  # type: ignore[method-assign]
+    runner.launch = recording  # type: ignore[method-assign]
     warm_up(runner)
     runner.launch = launch  # type: ignore[method-assign]
     assert {tokens for tokens, lanes, _ in seen if lanes == 0} >= {1, 2, 4, 8, 16, 24, 32, 64}
@@ -225,7 +225,7 @@ def test_a_warm_up_tries_everything_and_leaves_nothing(
     runner.close()
 
 
-def test_sizes_grow_coarser_and_end_with_all_rows() -> None:
+def test_graph_sizes_grow_coarser_and_end_with_all_rows() -> None:
     assert memory_plan.graph_sizes(256, None) == [
         1,
         2,
@@ -255,19 +255,19 @@ def test_sizes_grow_coarser_and_end_with_all_rows() -> None:
     assert two - one == 2 * memory_plan.GRAPH_BYTES
 
 
-def test_a_compile_while_serving_is_counted_and_told(caplog: pytest.LogCaptureFixture) -> None:
-    heard = Compilations()
-    heard.hear("before")
-    assert (heard.count, caplog.records) == (1, [])
-    heard.serving = True
-    heard.hear("_shrink")
-    assert heard.count == 2
+def test_compilation_while_serving_is_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    counter = CompilationCounter()
+    counter.add("before")
+    assert (counter.count, caplog.records) == (1, [])
+    counter.serving = True
+    counter.add("_shrink")
+    assert counter.count == 2
     assert "_shrink" in caplog.text
 
 
 @pytest.fixture
 def on_gpu(model: Path, sources: list[AdapterSource]) -> Iterator[Callable[..., Runner]]:
-    """`on_gpu(**options)`: a runner with the device's own backends."""
+    """`on_gpu(**options)` loads a runner with the GPU's own backends."""
     made: list[Runner] = []
 
     def begin(**options: Any) -> Runner:
@@ -281,7 +281,7 @@ def on_gpu(model: Path, sources: list[AdapterSource]) -> Iterator[Callable[..., 
 
 
 @pytest.mark.gpu
-def test_graphs_on_equals_graphs_off_on_a_gpu(
+def test_graphs_give_the_tokens_of_eager_steps_on_a_gpu(
     on_gpu: Callable[..., Runner], sources: list[AdapterSource], oracle: Oracle
 ) -> None:
     found = []
@@ -299,23 +299,23 @@ def test_graphs_on_equals_graphs_off_on_a_gpu(
 
 
 @pytest.mark.gpu
-def test_nothing_compiles_after_the_warm_up(
+def test_no_kernel_is_compiled_after_the_warm_up(
     on_gpu: Callable[..., Runner], sources: list[AdapterSource], oracle: Oracle
 ) -> None:
-    heard = Compilations().install()
+    counter = CompilationCounter().install()
     runner = on_gpu()
     warm_up(runner)
-    before = heard.count
+    before = counter.count
     assert before > 0
     driver = Driver(runner, states(runner, sources))
     for number, adapter_ids in enumerate([[1, 0, 2], [0], [3, 2]]):
         driver.serve(asks(oracle, 11, adapter_ids, seed=number), longest_chunk=50)
-    assert heard.count == before
+    assert counter.count == before
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graphs", [True, False])
-def test_a_launch_never_waits_for_the_device(
+def test_launch_never_waits_for_the_device(
     on_gpu: Callable[..., Runner], sources: list[AdapterSource], cuda_graphs: bool
 ) -> None:
     runner = on_gpu(cuda_graphs=cuda_graphs)
@@ -331,11 +331,11 @@ def test_a_launch_never_waits_for_the_device(
             torch.cuda.set_sync_debug_mode("default")
 
     runner.launch = strict  # type: ignore[method-assign]
-    ways = [
+    samplings = [
         Sampling(temperature=0.9, seed=3),
         Sampling(temperature=0.8, seed=4, top_p=0.9, top_k=9, min_p=0.01, logprobs=2),
         Sampling(temperature=0.0, repetition_penalty=1.3, min_tokens=3, end_ids=[2], logit_bias=[(5, 1.0)]),
         Sampling(temperature=0.0, prompt_logprobs=1, logprobs=0),
     ]
-    tokens = driver.serve([Ask([7, 8, 9 + n], 10, [0, 1, 2][n % 3], sampling=ways[n % 4]) for n in range(9)])
+    tokens = driver.serve([Ask([7, 8, 9 + n], 10, [0, 1, 2][n % 3], sampling=samplings[n % 4]) for n in range(9)])
     assert all(len(each) == 10 for each in tokens)

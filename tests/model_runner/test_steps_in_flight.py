@@ -29,7 +29,7 @@ class End(Exception):
 class Point:
     """A point that a device reaches when the test says so."""
 
-    there = False
+    is_done = False
 
 
 class Device:
@@ -52,7 +52,7 @@ class Device:
 
     def finish(self, flight: Any) -> StepDone:
         self.events.append(("finish", flight.id))
-        flight.arrival.there = True
+        flight.arrival.is_done = True
         return StepDone(epoch=0, id=flight.id)
 
     def advance(self) -> list[Any]:
@@ -63,13 +63,13 @@ class Device:
 
     def receive(self, timeout: float | None) -> Any:
         """The next messages of the script; a number ends that step, as time passes."""
-        assert timeout == 0.0 or not any(not f.arrival.there for f in self.flights.values()), "it would sleep"
+        assert timeout == 0.0 or not any(not f.arrival.is_done for f in self.flights.values()), "it would sleep"
         while True:
             if not self.script:
                 raise End
             item = self.script.pop(0)
             if isinstance(item, int):
-                self.flights[item].arrival.there = True
+                self.flights[item].arrival.is_done = True
                 return []
             return item
 

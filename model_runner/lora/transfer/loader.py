@@ -84,7 +84,7 @@ class Loader:
     def kill(self) -> str:
         """Ends it at once, if it runs; says how it ended."""
         self._end()
-        return self._child.ending
+        return self._child.exit_text
 
     def _read(self, packet: bytes, descriptors: list[int]) -> tuple[Reply, ShmAdapter | None]:
         try:

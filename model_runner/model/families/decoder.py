@@ -117,8 +117,8 @@ class Decoder:
         return self.weights.bytes
 
     @property
-    def recordable(self) -> bool:
-        """Whether its decode steps can be recorded as CUDA graphs: nothing in them waits for the device."""
+    def capturable(self) -> bool:
+        """Whether its decode steps can be captured as CUDA graphs: nothing in them waits for the device."""
         return True
 
     def finish_loading(self) -> None:

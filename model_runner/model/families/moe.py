@@ -28,6 +28,6 @@ class Moe(Decoder):
     layer_type = MoeLayer
 
     @property
-    def recordable(self) -> bool:
-        """Whether its decode steps can be recorded as CUDA graphs."""
+    def capturable(self) -> bool:
+        """Whether its decode steps can be captured as CUDA graphs."""
         return not any(isinstance(layer.mlp, SparseMLP) and layer.mlp.waits for layer in self.layers)

@@ -1,4 +1,4 @@
-"""A child that was started: what it is told, how it ends, and how that is put."""
+"""A ChildProcess: its config and environment, how it ends, and the words for that."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ import json, os, signal, subprocess, sys
 assert sys.flags.safe_path
 config = json.loads(sys.stdin.readline())
 print("a stray print")
-if config["deaf"]:
+if config["ignores_sigterm"]:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-compiler = subprocess.Popen(["sleep", "1000"], stdin=subprocess.DEVNULL) if config["busy"] else None
-os.write(config["pipe"], f"{compiler.pid if compiler else 0} {os.environ['OMP_NUM_THREADS']}".encode())
+grandchild = subprocess.Popen(["sleep", "1000"], stdin=subprocess.DEVNULL) if config["starts_process"] else None
+os.write(config["pipe"], f"{grandchild.pid if grandchild else 0} {os.environ['OMP_NUM_THREADS']}".encode())
 sys.exit(3 + len(sys.stdin.read()))
 """
 
 
 class Config(msgspec.Struct):
     pipe: int
-    deaf: bool = False
-    busy: bool = False
+    ignores_sigterm: bool = False
+    starts_process: bool = False
 
 
 @pytest.fixture
@@ -45,53 +45,57 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipe: tuple[int, int]
     (tmp_path / "a_child.py").write_text(CHILD)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
-    def started(*, leads: bool = False, deaf: bool = False, busy: bool = False) -> ChildProcess:
-        return ChildProcess("a_child", Config(pipe[1], deaf, busy), pipe[1], leads=leads)
+    def started(
+        *, leads_group: bool = False, ignores_sigterm: bool = False, starts_process: bool = False
+    ) -> ChildProcess:
+        return ChildProcess(
+            "a_child", Config(pipe[1], ignores_sigterm, starts_process), pipe[1], leads_group=leads_group
+        )
 
     return started
 
 
-def test_it_is_told_once_and_ends_with_its_lifeline(
+def test_child_gets_its_config_and_ends_with_its_stdin(
     start: Callable[..., ChildProcess], pipe: tuple[int, int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     child = start()
     assert os.read(pipe[0], 100) == b"0 1"
-    assert child.runs
-    assert child.ending == "does not end"
+    assert child.is_running
+    assert child.exit_text == "does not end"
     child._lifeline.close()
     child.wait()
-    assert child.ending == "ended with status 3"
+    assert child.exit_text == "ended with status 3"
     child.kill(0)
-    assert child.ending == "ended with status 3"
+    assert child.exit_text == "ended with status 3"
     assert capfd.readouterr().out == ""
 
 
-def test_one_that_leads_takes_along_what_it_started(start: Callable[..., ChildProcess], pipe: tuple[int, int]) -> None:
-    child = start(leads=True, busy=True)
+def test_group_leader_is_killed_with_its_processes(start: Callable[..., ChildProcess], pipe: tuple[int, int]) -> None:
+    child = start(leads_group=True, starts_process=True)
     started = int(os.read(pipe[0], 100).split()[0])
     assert runs(started)
     child.kill(10)
-    assert not child.runs
-    assert child.ending == "was killed by signal 9"
+    assert not child.is_running
+    assert child.exit_text == "was killed by signal 9"
     wait_for(lambda: not runs(started))
 
 
-def test_one_that_does_not_lead_is_killed_alone(start: Callable[..., ChildProcess], pipe: tuple[int, int]) -> None:
+def test_child_without_a_group_is_killed_alone(start: Callable[..., ChildProcess], pipe: tuple[int, int]) -> None:
     child = start()
     os.read(pipe[0], 100)
     assert os.getpgid(child.pid) == os.getpgid(0)
     child.kill(10)
-    assert child.ending == "was killed by signal 9"
+    assert child.exit_text == "was killed by signal 9"
 
 
-@pytest.mark.parametrize(("deaf", "signal"), [(False, 15), (True, 9)])
-def test_one_that_is_asked_may_refuse(
-    start: Callable[..., ChildProcess], pipe: tuple[int, int], deaf: bool, signal: int
+@pytest.mark.parametrize(("ignores_sigterm", "signal"), [(False, 15), (True, 9)])
+def test_terminate_ends_a_child_unless_it_ignores_it(
+    start: Callable[..., ChildProcess], pipe: tuple[int, int], ignores_sigterm: bool, signal: int
 ) -> None:
-    child = start(deaf=deaf)
+    child = start(ignores_sigterm=ignores_sigterm)
     os.read(pipe[0], 100)
-    child.ask_to_end()
-    child.wait(0.2 if deaf else 30)
-    assert child.runs == deaf
+    child.terminate()
+    child.wait(0.2 if ignores_sigterm else 30)
+    assert child.is_running == ignores_sigterm
     child.kill(10)
-    assert child.ending == f"was killed by signal {signal}"
+    assert child.exit_text == f"was killed by signal {signal}"

@@ -1,4 +1,4 @@
-"""Device and dtype: what auto means, and what is refused."""
+"""Device, dtype, memory and threads: what auto means, and what is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A /proc/cpuinfo of our own."""
+    """A file in place of /proc/cpuinfo."""
     info = tmp_path / "cpuinfo"
     monkeypatch.setattr(device, "CPU_INFO", info)
     return info
@@ -32,36 +32,36 @@ def processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("sse2 amx_bf16", torch.float32, torch.float32),
     ],
 )
-def test_auto_on_a_cpu(processor: Path, flags: str, checkpoint: torch.dtype, expected: torch.dtype) -> None:
+def test_auto_dtype_on_a_cpu(processor: Path, flags: str, checkpoint: torch.dtype, expected: torch.dtype) -> None:
     processor.write_text(f"model name\t: amx_bf16 in a name\nflags\t\t: {flags}\n")
     assert resolve_dtype("auto", checkpoint, CPU) is expected
 
 
-def test_auto_on_cuda_is_the_checkpoints_and_names_are_honoured(processor: Path) -> None:
+def test_auto_dtype_on_cuda_is_the_checkpoints(processor: Path) -> None:
     processor.write_text("flags : sse2\n")
     assert resolve_dtype("auto", torch.float16, torch.device("cuda")) is torch.float16
     assert resolve_dtype("float16", torch.float32, CPU) is torch.float16
     assert resolve_dtype("bfloat16", torch.float32, CPU) is torch.bfloat16
 
 
-def test_cuda_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_without_a_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device("auto") == CPU
     with pytest.raises(ConfigError, match="--device cuda"):
         resolve_device("cuda")
 
 
-def test_memory_is_measured_and_a_container_limits_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    total, free = device.memory(CPU)
+def test_memory_is_measured_within_the_containers_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    total, free = device.device_memory(CPU)
     assert 0 < free <= total
     monkeypatch.setattr(device, "CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("123456\n")
-    assert device.memory(CPU) == (123456, 123456)
+    assert device.device_memory(CPU) == (123456, 123456)
     (tmp_path / "memory.current").write_text("23456\n")
     (tmp_path / "memory.stat").write_text("anon 3456\ninactive_file 3456\n")
-    assert device.memory(CPU) == (123456, 123456 - 20000)
+    assert device.device_memory(CPU) == (123456, 123456 - 20000)
     (tmp_path / "memory.max").write_text("max\n")
-    assert device.memory(CPU)[0] > 10**8
+    assert device.device_memory(CPU)[0] > 10**8
 
 
 @pytest.mark.parametrize(
@@ -73,16 +73,16 @@ def test_memory_is_measured_and_a_container_limits_it(tmp_path: Path, monkeypatc
         (None, {}, 16, [15]),
     ],
 )
-def test_threads_are_the_flag_then_the_environment_then_the_cores(
+def test_threads_follow_the_flag_the_environment_the_cores(
     count: int | None,
     environment: dict[str, str],
     cores: int,
     expected: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    said: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", said.append)
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(device.os, "environ", environment)
     monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: set(range(cores)))
     device.set_threads(count)
-    assert said == expected
+    assert threads == expected

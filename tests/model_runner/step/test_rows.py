@@ -1,4 +1,4 @@
-"""Rows: page tables grow and are forgotten, and a row that disagrees with the scheduler is a fault."""
+"""Rows: page tables grow and are reset, and a chunk that contradicts the row's state raises InternalError."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def chunk(row: int, generation: int, start: int, length: int, pages: list[int], 
     return Chunk(row=row, generation=generation, start=start, length=length, pages=pages, lane=lane)
 
 
-def test_pages_append_and_a_new_generation_forgets_them() -> None:
+def test_pages_are_appended_until_a_new_generation() -> None:
     rows = table()
     rows.begin(new(1, 1))
-    rows.place(chunk(1, 1, 0, 10, [9, 4], lane=2))
-    rows.place(chunk(1, 1, 10, 1, []))
-    rows.place(chunk(1, 1, 16, 1, [7]))
+    rows.add_chunk(chunk(1, 1, 0, 10, [9, 4], lane=2))
+    rows.add_chunk(chunk(1, 1, 10, 1, []))
+    rows.add_chunk(chunk(1, 1, 16, 1, [7]))
     assert rows.tables[1].tolist() == [9, 4, 7, 0]
     assert rows.tables[[0, 2]].sum() == 0
     rows.begin(new(1, 2))
-    rows.place(chunk(1, 2, 0, 3, [5]))
+    rows.add_chunk(chunk(1, 2, 0, 3, [5]))
     assert rows.tables[1].tolist() == [5, 0, 0, 0]
     assert rows.lanes[1] == 0
 
@@ -39,19 +39,19 @@ def test_pages_append_and_a_new_generation_forgets_them() -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        chunk(1, 2, 0, 1, [1]),  # a generation that has not begun
-        chunk(0, 1, 0, 1, [1]),  # a row that never began
+        chunk(1, 2, 0, 1, [1]),  # a generation that was not begun
+        chunk(0, 1, 0, 1, [1]),  # a row that was never begun
         chunk(5, 1, 0, 1, [1]),  # no such row
         chunk(1, 1, 0, 9, [1]),  # more positions than pages
         chunk(1, 1, 0, 1, [1, 2, 3, 4, 5]),  # more pages than a row can have
-        chunk(1, 1, 0, 0, [1]),  # nothing
+        chunk(1, 1, 0, 0, [1]),  # no tokens
     ],
 )
-def test_a_chunk_that_disagrees_is_a_fault_and_changes_nothing(bad: Chunk) -> None:
+def test_contradicting_chunk_is_refused_without_changes(bad: Chunk) -> None:
     rows = table()
     rows.begin(new(1, 1))
     with pytest.raises(InternalError):
-        rows.place(bad)
+        rows.add_chunk(bad)
     assert rows.tables.sum() == 0
     assert rows.page_counts.sum() == 0
 

@@ -325,4 +325,4 @@ def test_a_child_ends_with_its_parent(own: Callable[..., Loaders], tmp_path: Pat
     child = loaders._workers[0].loader._child
     child._lifeline.close()
     child.wait(10)
-    assert child.ending == "ended with status 0"
+    assert child.exit_text == "ended with status 0"

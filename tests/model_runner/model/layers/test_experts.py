@@ -111,9 +111,9 @@ def test_a_rank_that_does_not_divide_an_expert_is_refused(tiny_model: TinyModel)
 
 
 def test_steps_that_wait_for_the_device_are_not_recorded(tiny_model: TinyModel) -> None:
-    for family, recordable in (("llama2", True), ("mixtral", False)):  # on a CPU
+    for family, capturable in (("llama2", True), ("mixtral", False)):  # on a CPU
         path = tiny_model(family)
-        assert load_model(path, read_model_config(path), device=CPU, dtype=torch.float32).recordable is recordable
+        assert load_model(path, read_model_config(path), device=CPU, dtype=torch.float32).capturable is capturable
 
 
 def test_memory_is_kept_for_a_token_in_several_experts(tiny_model: TinyModel) -> None:

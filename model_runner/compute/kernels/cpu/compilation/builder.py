@@ -36,7 +36,10 @@ class Builder:
         self._pipe_closed = False
         try:
             self._child = ChildProcess(
-                "model_runner.compute.kernels.cpu.compilation", replace(order, pipe=write_end), write_end, leads=True
+                "model_runner.compute.kernels.cpu.compilation",
+                replace(order, pipe=write_end),
+                write_end,
+                leads_group=True,
             )
         except BaseException:
             os.close(read_end)
@@ -62,7 +65,7 @@ class Builder:
                 return None
             if not data:
                 self._pipe_closed = True
-                if self._child.runs:
+                if self._child.is_running:
                     return None
                 raise BuilderGone(self.stop())
             self._received += data
@@ -86,11 +89,11 @@ class Builder:
     def stop(self) -> str:
         """Ends the builder and its compilers if they run; returns how the builder ended, in words."""
         self._stop()
-        return self._child.ending
+        return self._child.exit_text
 
 
 def _stop(child: ChildProcess, pipe: int) -> None:
-    child.ask_to_end()  # it removes its temporary files first
+    child.terminate()  # it removes its temporary files first
     child.wait(STOP_SECONDS)
     child.kill(STOP_SECONDS)
     os.close(pipe)
