@@ -149,8 +149,8 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
         "--request-timeout",
         type=float,
         metavar="S",
-        help="seconds that a request may take; then it ends with a 504 that says how far it came, or what it waited "
-        "for (no bound)",
+        help="seconds that a request may take from its arrival; then it ends with a 504 that says how far it came, or "
+        "what it waited for (no bound)",
     )
     add(
         "--max-stream-buffer",
