@@ -29,16 +29,16 @@ from engine.messages import (
     UnloadAdapter,
 )
 from tokenizer_proc.adapters.lifecycle import Lifecycle
-from tokenizer_proc.adapters.registry import AdapterDirectory
+from tokenizer_proc.adapters.registry import AdapterRegistry
 from tokenizer_proc.adapters.resolver import Resolver
-from tokenizer_proc.adapters.selection import Entry, Voice
-from tokenizer_proc.adapters.tokenizers import Library, Texts
+from tokenizer_proc.adapters.selection import AdapterSelection, Entry
+from tokenizer_proc.adapters.tokenizers import TextTools, TokenizerLibrary
 from tokenizer_proc.requests.deadline import Deadline
-from tokenizer_proc.requests.stream import Prepared, Stream
-from tokenizer_proc.requests.validation import SEEDS, check_priority, plan
-from tokenizer_proc.telemetry.metrics import Metrics, Picture
-from tokenizer_proc.text.generation_config import Defaults
-from tokenizer_proc.text.templates.chat_template import Chat, ChatTemplate
+from tokenizer_proc.requests.stream import PreparedRequest, Stream
+from tokenizer_proc.requests.validation import SEEDS, check_priority, validate_params
+from tokenizer_proc.telemetry.metrics import Metrics, MetricsSnapshot
+from tokenizer_proc.text.generation_config import GenerationConfig
+from tokenizer_proc.text.templates.chat_template import ChatRenderer, ChatTemplate
 from tokenizer_proc.text.tokenizer import Tokenizer
 from tokenizer_proc.upstream.router import Router
 
@@ -59,15 +59,17 @@ class Frontend:
         send: Callable[[msgspec.Struct], None],
         tokenizer: Tokenizer,
         chat: ChatTemplate,
-        defaults: Defaults,
+        generation_config: GenerationConfig,
     ) -> None:
         self.tokenizer = tokenizer
         self.chat = chat
-        self.texts = Library(Texts(tokenizer, chat, defaults), config.tokenizer_path, config.chat_template is not None)
-        config, own = _with_texts(config, self.texts)
-        self.adapters = AdapterDirectory(config.served_model_names, config.adapters, config.links.epoch, own)
-        self.metrics = Metrics(config.served_model_names[0], self._picture)
-        self.lifecycle = Lifecycle(config, self.adapters, send, self.metrics, self.texts)
+        self.tokenizer_library = TokenizerLibrary(
+            TextTools(tokenizer, chat, generation_config), config.tokenizer_path, config.chat_template is not None
+        )
+        config, own = _with_text_tools(config, self.tokenizer_library)
+        self.adapters = AdapterRegistry(config.served_model_names, config.adapters, config.links.epoch, own)
+        self.metrics = Metrics(config.served_model_names[0], self._snapshot)
+        self.lifecycle = Lifecycle(config, self.adapters, send, self.metrics, self.tokenizer_library)
         self._resolver: Resolver | None = None
         if config.lora_resolve_root is not None:
             self._resolver = Resolver(config.lora_resolve_root, self.adapters, self.lifecycle, config.lora_roots)
@@ -87,7 +89,7 @@ class Frontend:
         """With the tokenizer, template and defaults of the config's directories. Raises ConfigError."""
         tokenizer = Tokenizer.load(config.tokenizer_path)
         chat = ChatTemplate.load(config.tokenizer_path, config.chat_template, tokenizer.special_tokens)
-        return cls(config, send, tokenizer, chat, Defaults.load(config.model_path, tokenizer.eos_id))
+        return cls(config, send, tokenizer, chat, GenerationConfig.load(config.model_path, tokenizer.eos_id))
 
     # ------------------------------------------------------------------------------------------- for the doors
 
@@ -129,10 +131,10 @@ class Frontend:
                 if not await self._resolver.fetch(name):
                     return  # it will be refused by name: the rest need not be looked for
 
-    def texts_for(self, lora: str | AdapterMix | None) -> tuple[Tokenizer, Chat]:
+    def text_tools_for(self, lora: str | AdapterMix | None) -> tuple[Tokenizer, ChatRenderer]:
         """The tokenizer and chat template that go with a selection."""
-        texts = self._texts(self.adapters.resolve(lora))
-        return texts.tokenizer, texts.chat
+        text_tools = self._text_tools(self.adapters.resolve(lora))
+        return text_tools.tokenizer, text_tools.chat
 
     @property
     def is_ready(self) -> bool:
@@ -183,7 +185,7 @@ class Frontend:
             case AdapterState():
                 self._adapter_news(message)
             case Capacity():
-                self.capacity = self.router.waits.capacity = message
+                self.capacity = self.router.wait_reasons.capacity = message
                 self.adapters.load(self._send)
                 self.adapters.unload(self._send)
             case Hello() | Ping():
@@ -206,7 +208,7 @@ class Frontend:
             log.info("%d answers did not finish in time and are aborted", self.router.open)
             self.router.fail(EngineDead("the server is shutting down"))
             await self.router.idle(1.0)  # their readers are told
-        self.texts.close()
+        self.tokenizer_library.close()
 
     def _adapter_news(self, state: AdapterState) -> None:
         entry = self.adapters.entry(state.adapter_id)
@@ -247,7 +249,7 @@ class Frontend:
 
     def _long_waiting(self) -> list[dict[str, Any]]:
         """The oldest requests that wait for long, and for what, of plain JSON types."""
-        waits = self.router.waits
+        waits = self.router.wait_reasons
         return [
             {
                 "request_id": waiting.request_id,
@@ -263,7 +265,7 @@ class Frontend:
 
     # --------------------------------------------------------------------------------------------- for a stream
 
-    async def _prepare(self, submit: Submit) -> Prepared:
+    async def _prepare(self, submit: Submit) -> PreparedRequest:
         """The gate. Raises InvalidRequest, NotFound, AdapterError, or Overloaded while the model is loading."""
         if self.is_draining:
             raise Overloaded("the server is shutting down")
@@ -271,24 +273,24 @@ class Frontend:
             raise Overloaded("the model is still loading")
         check_priority(submit.priority, self._config.priorities)
         await self.fetch(None, submit.lora)
-        voice = self._voice(submit.lora, self.capacity)
+        selection = self._selection(submit.lora, self.capacity)
         for _ in range(ATTEMPTS):
-            texts = self._texts(voice)
-            with voice.held():  # so that it is not idle meanwhile
-                prompt_ids = await _prompt_ids(submit, texts, self.max_length)
-            voice = self._voice(submit.lora, self.capacity)  # what the names mean when it is sent
-            if self._texts(voice) is texts:
+            text_tools = self._text_tools(selection)
+            with selection.held():  # so that it is not idle meanwhile
+                prompt_ids = await _prompt_ids(submit, text_tools, self.max_length)
+            selection = self._selection(submit.lora, self.capacity)  # what the names mean when it is sent
+            if self._text_tools(selection) is text_tools:
                 break
         else:
             raise Overloaded("its adapter is being replaced all the time")
-        own = voice.speaker if voice.speaker is not None and voice.speaker.vocab_size else None
+        own = selection.speaker if selection.speaker is not None and selection.speaker.vocab_size else None
         if self._resolver is not None:
-            self._resolver.touch(voice.names)
-        return Prepared(
+            self._resolver.touch(selection.names)
+        return PreparedRequest(
             prompt_ids,
-            plan(
+            validate_params(
                 submit.params,
-                defaults=texts.defaults,
+                generation_config=text_tools.generation_config,
                 seed=self._seeds.randrange(SEEDS),
                 prompt=prompt_ids,
                 max_length=self.max_length,
@@ -296,39 +298,39 @@ class Frontend:
                 default_max_tokens=submit.default_max_tokens,
                 adapter=None if own is None else own.name,
             ),
-            voice,
-            texts.tokenizer,
+            selection,
+            text_tools.tokenizer,
         )
 
-    def _texts(self, voice: Voice) -> Texts:
-        return voice.texts or self.texts.base
+    def _text_tools(self, selection: AdapterSelection) -> TextTools:
+        return selection.text_tools or self.tokenizer_library.base
 
-    def _voice(self, lora: str | AdapterMix | None, capacity: Capacity) -> Voice:
-        voice = self.adapters.resolve(lora)
-        if voice.failure is not None:
-            raise AdapterError(voice.failure, param="lora_path")
-        if voice.stranger is not None:
+    def _selection(self, lora: str | AdapterMix | None, capacity: Capacity) -> AdapterSelection:
+        selection = self.adapters.resolve(lora)
+        if selection.failure is not None:
+            raise AdapterError(selection.failure, param="lora_path")
+        if selection.stranger is not None:
             raise InvalidRequest(
-                f"adapter `{voice.stranger}` has a vocabulary of its own: it can neither be mixed nor scaled",
+                f"adapter `{selection.stranger}` has a vocabulary of its own: it can neither be mixed nor scaled",
                 param="lora_path",
             )
-        if voice.activated is not None:
+        if selection.activated is not None:
             raise InvalidRequest(
-                f"adapter `{voice.activated}` acts from its invocation on (alora_invocation_tokens): do not mix it",
+                f"adapter `{selection.activated}` acts from its invocation on (alora_invocation_tokens): do not mix it",
                 param="lora_path",
             )
-        for group, pages in voice.pages.items():
+        for group, pages in selection.pages.items():
             if pages > capacity.max_lane_pages:
                 raise InvalidRequest(
                     f"the mix needs {pages} rank pages in {group}; at most {capacity.max_lane_pages} fit one request: "
                     "mix fewer adapters, or raise --max-lora-rank",
                     param="lora_path",
                 )
-        return voice
+        return selection
 
-    def _picture(self) -> Picture:
+    def _snapshot(self) -> MetricsSnapshot:
         config, stats = self._config, self.stats
-        return Picture(
+        return MetricsSnapshot(
             stats=stats,
             capacity=self.capacity,
             max_loras=config.max_loras if config.enable_lora else None,
@@ -346,7 +348,9 @@ def _plain(value: object) -> Any:
     return {name: field for name, field in msgspec.structs.asdict(value).items() if name != "oldest_waiting"}
 
 
-def _with_texts(config: TokenizerConfig, library: Library) -> tuple[TokenizerConfig, dict[int, Texts]]:
+def _with_text_tools(
+    config: TokenizerConfig, library: TokenizerLibrary
+) -> tuple[TokenizerConfig, dict[int, TextTools]]:
     """How the adapters of the start read and write, by id.
 
     Raises AdapterError where that makes no sense; whoever takes over from another process only goes on without those.
@@ -364,9 +368,9 @@ def _with_texts(config: TokenizerConfig, library: Library) -> tuple[TokenizerCon
     return msgspec.structs.replace(config, adapters=adapters), found
 
 
-async def _prompt_ids(submit: Submit, texts: Texts, max_length: int) -> list[int]:
+async def _prompt_ids(submit: Submit, text_tools: TextTools, max_length: int) -> list[int]:
     """The submit's prompt as token ids: of a text, of ids as they are, or of a chat through the template."""
-    prompt, tokenizer = submit.prompt, texts.tokenizer
+    prompt, tokenizer = submit.prompt, text_tools.tokenizer
     if isinstance(prompt, str):
         return await _encoded(prompt, tokenizer, submit.add_special_tokens, max_length)
     if len(prompt) > max_length:  # each of them is a token at least
@@ -380,7 +384,7 @@ async def _prompt_ids(submit: Submit, texts: Texts, max_length: int) -> list[int
         return [part for part in prompt if isinstance(part, int)]
     if len(messages) != len(prompt):
         raise InvalidRequest("a prompt is token ids or messages, not both", param="prompt")
-    text = await texts.chat.prompt(
+    text = await text_tools.chat.prompt(
         messages,
         add_generation_prompt=submit.add_generation_prompt,
         continue_final_message=submit.continue_final_message,

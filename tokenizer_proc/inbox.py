@@ -10,17 +10,17 @@ from engine.errors import InternalError
 from engine.ipc import AsyncInbox
 from engine.messages import Hello, ToTokenizer
 from tokenizer_proc.frontend import Frontend
-from tokenizer_proc.upstream.outbox import Uplink
+from tokenizer_proc.upstream.outbox import SchedulerOutbox
 
 log = logging.getLogger(__name__)
 
 
-class News:
+class SchedulerInbox:
     """The inbox of one front end."""
 
-    def __init__(self, frontend: Frontend, uplink: Uplink, inbox: AsyncInbox[ToTokenizer]) -> None:
+    def __init__(self, frontend: Frontend, outbox: SchedulerOutbox, inbox: AsyncInbox[ToTokenizer]) -> None:
         self.frontend = frontend
-        self._uplink = uplink
+        self._outbox = outbox
         self._inbox = inbox
 
     async def until_ready(self, stopping: asyncio.Event, forgiving: bool) -> bool:
@@ -50,7 +50,7 @@ class News:
         raise InternalError("the inbox ended")
 
     def _take(self, message: ToTokenizer) -> None:
-        if isinstance(message, Hello) and self._uplink.meet(message):
+        if isinstance(message, Hello) and self._outbox.follow(message):
             self.frontend.recover(message.epoch)
         else:
             self.frontend.handle(message)

@@ -27,9 +27,9 @@ from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.http.app import create_app
 from tokenizer_proc.http.auth import admin
 from tokenizer_proc.http.middleware import access_log, errors
-from tokenizer_proc.inbox import News
-from tokenizer_proc.upstream.outbox import Uplink
-from tokenizer_proc.zmq_server import Door
+from tokenizer_proc.inbox import SchedulerInbox
+from tokenizer_proc.upstream.outbox import SchedulerOutbox
+from tokenizer_proc.zmq_server import ZmqServer
 
 log = logging.getLogger(__name__)
 
@@ -45,15 +45,15 @@ async def serve(child: Child, config: TokenizerConfig) -> None:
     inbox: AsyncInbox[ToTokenizer] = AsyncInbox(
         context, config.links.tokenizer, ToTokenizer, config.links.max_frame_bytes
     )
-    uplink = Uplink(zmq.Context.shadow(context.underlying), config.links)
+    outbox = SchedulerOutbox(zmq.Context.shadow(context.underlying), config.links)
     try:
-        news = News(Frontend.load(config, uplink.send), uplink, inbox)
+        news = SchedulerInbox(Frontend.load(config, outbox.send), outbox, inbox)
         if not await news.until_ready(stopping, forgiving=config.links.epoch > 0):
             return
         await _work(child, config, context, news, stopping)
     finally:
         inbox.close()
-        uplink.close()
+        outbox.close()
         context.term()
 
 
@@ -61,7 +61,7 @@ async def _work(
     child: Child,
     config: TokenizerConfig,
     context: zmq.asyncio.Context,
-    news: News,
+    news: SchedulerInbox,
     stopping: asyncio.Event,
 ) -> None:
     """From the first message after the start to the last stream."""
@@ -96,7 +96,7 @@ async def _door(
     config: TokenizerConfig, context: zmq.asyncio.Context, frontend: Frontend
 ) -> AsyncIterator[asyncio.Future[None]]:
     """The ZeroMQ door, open while entered: the task that serves it."""
-    door = Door(context, config.links.door, frontend, config.links.max_frame_bytes)
+    door = ZmqServer(context, config.links.door, frontend, config.links.max_frame_bytes)
     task = asyncio.ensure_future(door.serve())
     try:
         yield task
@@ -151,7 +151,7 @@ async def _http(config: TokenizerConfig, frontend: Frontend) -> AsyncIterator[_H
         handler_cancellation=True,  # a client that is gone ends its handler, and so its stream
         shutdown_timeout=1.0,
         access_log=access_log.log,
-        access_log_class=access_log.Strangers,
+        access_log_class=access_log.MalformedRequestLogger,
     )
     await runner.setup()
     listener = socket.socket(fileno=config.listen_fd)

@@ -24,9 +24,9 @@ from engine import logs
 from engine.errors import EngineDead, EngineError, InternalError, InvalidRequest
 from engine.ipc import MAX_FRAME_BYTES, UNREADABLE
 from engine.messages import Answer, Cancel, Command, Delta, Failure, Ping, Submit, ToDoor
-from tokenizer_proc.adapters.lifecycle import Load
+from tokenizer_proc.adapters.lifecycle import LoadRequest
 from tokenizer_proc.frontend import Frontend, Stream
-from tokenizer_proc.telemetry.error_log import complaint
+from tokenizer_proc.telemetry.error_log import error_fields
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ SILENT_SECONDS = 5.0
 CHECK_SECONDS = 1.0
 
 
-class _Host:
+class _Client:
     """One embedding host: when it was last heard, and what runs for it by its own ids."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class _Host:
         task.add_done_callback(self.tasks.discard)
 
 
-class Door:
+class ZmqServer:
     """Serves `address` until `close`. Make and run it inside a running loop."""
 
     def __init__(
@@ -57,7 +57,7 @@ class Door:
     ) -> None:
         self._frontend = frontend
         self._max_frame = max_frame
-        self._hosts: dict[bytes, _Host] = {}
+        self._hosts: dict[bytes, _Client] = {}
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[ToDoor] = msgspec.msgpack.Decoder(ToDoor)
         self._socket: zmq.asyncio.Socket = context.socket(zmq.ROUTER)
@@ -91,7 +91,7 @@ class Door:
         return sum(len(host.tasks) for host in self._hosts.values())
 
     def _take(self, identity: bytes, frame: bytes) -> None:
-        host = self._hosts.setdefault(identity, _Host())
+        host = self._hosts.setdefault(identity, _Client())
         host.heard = time.monotonic()
         try:
             message = self._decoder.decode(frame)
@@ -110,16 +110,16 @@ class Door:
             case Command():
                 host.start(self._answer(identity, message))
 
-    def _submit(self, identity: bytes, host: _Host, submit: Submit) -> None:
+    def _submit(self, identity: bytes, host: _Client, submit: Submit) -> None:
         if submit.id in host.streams:
             error = InvalidRequest(f"request id {submit.id} is open already: use a new number", param="id")
-            log.info("submit %s", logs.pairs(id=submit.id, **complaint(error)))
+            log.info("submit %s", logs.pairs(id=submit.id, **error_fields(error)))
             self._send(identity, _failure(submit.id, error))
             return
         stream = host.streams[submit.id] = self._frontend.open(submit)
         host.start(self._run(identity, host, submit.id, stream))
 
-    async def _run(self, identity: bytes, host: _Host, id: int, stream: Stream) -> None:
+    async def _run(self, identity: bytes, host: _Client, id: int, stream: Stream) -> None:
         """Reads one stream to its end, for a host, and says in one line of the log how it ended."""
         tokens, finish = 0, set[str]()
         try:
@@ -132,7 +132,7 @@ class Door:
             log.info("submit %s", logs.pairs(id=id, prompt=len(stream.prompt_ids), tokens=tokens, finish=ends))
         except EngineError as error:
             level = logging.ERROR if isinstance(error, InternalError) else logging.INFO
-            log.log(level, "submit %s", logs.pairs(id=id, **complaint(error)))
+            log.log(level, "submit %s", logs.pairs(id=id, **error_fields(error)))
             self._send(identity, _failure(id, error))
         except Exception as error:
             log.exception("submit %s", logs.pairs(id=id, kind=InternalError.kind))
@@ -145,7 +145,7 @@ class Door:
         try:
             answer: Answer | Failure = await self._command(command)
         except EngineError as error:
-            log.info("command %s", logs.pairs(id=command.id, call=command.call, **complaint(error)))
+            log.info("command %s", logs.pairs(id=command.id, call=command.call, **error_fields(error)))
             answer = _failure(command.id, error)
         except Exception as error:
             log.exception("command %s", logs.pairs(id=command.id, call=command.call, kind=InternalError.kind))
@@ -164,7 +164,7 @@ class Door:
                     id=command.id, info={name: msgspec.Raw(msgspec.msgpack.encode(info[name])) for name in info}
                 )
             case "load":
-                ask = Load(
+                ask = LoadRequest(
                     name=command.lora_name,
                     path=command.lora_path,
                     pinned=command.pinned,
@@ -203,7 +203,7 @@ class Door:
                 if now - host.heard > SILENT_SECONDS:
                     self._give_up(identity, host)
 
-    def _give_up(self, identity: bytes, host: _Host) -> None:
+    def _give_up(self, identity: bytes, host: _Client) -> None:
         if host.streams:
             log.info("an embedding host is silent; %d of its calls are aborted", len(host.streams))
         for id in host.streams:

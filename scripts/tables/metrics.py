@@ -8,14 +8,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.messages import Capacity
 from tables.markdown import table
-from tokenizer_proc.telemetry.metrics import Metrics, Picture
+from tokenizer_proc.telemetry.metrics import Metrics, MetricsSnapshot
 
 CAPACITY = Capacity(kv_pages=1, page_size=16, rows=1, max_length=1, max_batched_tokens=1, vocab_size=1)
 
 
 def metrics() -> str:
     """One row for each series."""
-    picture = Picture(capacity=CAPACITY, max_loras=1)
+    picture = MetricsSnapshot(capacity=CAPACITY, max_loras=1)
     text = Metrics("base", lambda: picture).render().decode()
     families = [family for family in text_string_to_metric_families(text) if not family.name.endswith("_created")]
     rows = [(f"`{family.name}`", family.type, re.sub(r"\.$", "", family.documentation)) for family in families]

@@ -47,7 +47,7 @@ from engine.messages import (
     Update,
     Usage,
 )
-from tokenizer_proc.zmq_server import Door
+from tokenizer_proc.zmq_server import ZmqServer
 
 CASES = 10_000
 INBOXES = ("ToTokenizer", "ToScheduler", "ToRunner", "ToDoor", "ToHost")
@@ -214,7 +214,7 @@ def test_the_door_answers_every_host(tmp_path: Path) -> None:
 
     async def main() -> None:
         context = zmq.asyncio.Context()
-        door = Door(context, f"ipc://{tmp_path}/door", frontend)
+        door = ZmqServer(context, f"ipc://{tmp_path}/door", frontend)
         serving = asyncio.ensure_future(door.serve())
         hosts = [context.socket(zmq.DEALER) for _ in range(4)]
         try:

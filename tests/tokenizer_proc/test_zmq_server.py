@@ -16,7 +16,7 @@ from fixtures.serving.tokenizer_front import Fake
 
 from engine.messages import Answer, Cancel, Command, Delta, Failure, Ping, SamplingParams, Submit, ToHost
 from tokenizer_proc import zmq_server as door_module
-from tokenizer_proc.zmq_server import Door
+from tokenizer_proc.zmq_server import ZmqServer
 
 
 class Host:
@@ -39,9 +39,9 @@ class Host:
 
 
 @asynccontextmanager
-async def opened(fake: Fake, address: str) -> AsyncIterator[tuple[Door, Callable[[], Host]]]:
+async def opened(fake: Fake, address: str) -> AsyncIterator[tuple[ZmqServer, Callable[[], Host]]]:
     context = zmq.asyncio.Context()
-    door = Door(context, address, fake.front, max_frame=1 << 16)
+    door = ZmqServer(context, address, fake.front, max_frame=1 << 16)
     serving = asyncio.ensure_future(door.serve())
     hosts: list[Host] = []
 

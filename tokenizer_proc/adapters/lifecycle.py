@@ -22,10 +22,10 @@ from engine.config.sections import TokenizerConfig
 from engine.errors import AdapterError, EngineDead, EngineError, InvalidRequest, NotFound, Overloaded
 from engine.messages import LoadAdapter, PinAdapter, UnloadAdapter
 from engine.processes.journal import Journal
-from tokenizer_proc.adapters.registry import AdapterDirectory
+from tokenizer_proc.adapters.registry import AdapterRegistry
 from tokenizer_proc.adapters.selection import Entry
 from tokenizer_proc.adapters.sources import Sources
-from tokenizer_proc.adapters.tokenizers import Library
+from tokenizer_proc.adapters.tokenizers import TokenizerLibrary
 from tokenizer_proc.telemetry.metrics import Metrics
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ PRELOAD_SECONDS = 60.0  # how long an answer waits for pages
 ALREADY_LOADED = "adapter_already_loaded"
 
 
-class Load(msgspec.Struct, frozen=True, kw_only=True):
+class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What a caller asks for.
 
     `load_inplace`: a name that is taken is re-pointed. `if_missing`: a name that is taken is left as it is.
@@ -54,7 +54,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     if_missing: bool = False
 
 
-class _Names:
+class _NameLocks:
     """A lock for every name that is in use, and none for the others."""
 
     def __init__(self) -> None:
@@ -79,24 +79,24 @@ class Lifecycle:
     def __init__(
         self,
         config: TokenizerConfig,
-        directory: AdapterDirectory,
+        registry: AdapterRegistry,
         send: Callable[[msgspec.Struct], None],
         metrics: Metrics,
-        texts: Library | None = None,
+        library: TokenizerLibrary | None = None,
     ) -> None:
         self._config = config
-        self._directory = directory
+        self._registry = registry
         self._send = send
         self._metrics = metrics
-        self._texts = texts
+        self._library = library
         self._sources = Sources(config.lora_roots)
         self._journal = Journal(config.journal)
-        self._names = _Names()
+        self._names = _NameLocks()
         self._slots = asyncio.Semaphore(LOADS_AT_ONCE)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
 
-    async def load(self, ask: Load, sources: Sources | None = None) -> Entry:
+    async def load(self, ask: LoadRequest, sources: Sources | None = None) -> Entry:
         """Returns once the adapter can be named: it is on the host; with `preload`, once it is resident.
 
         Raises NotFound where there is no adapter, AdapterError for one that cannot be served, InvalidRequest for a
@@ -152,33 +152,33 @@ class Lifecycle:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.info("an adapter call failed: %s", error)
 
-    async def _load(self, ask: Load, sources: Sources) -> Entry:
+    async def _load(self, ask: LoadRequest, sources: Sources) -> Entry:
         async with self._names.held(ask.name):
-            now = self._directory.find(ask.name)
+            now = self._registry.find(ask.name)
             if now is not None and ask.if_missing:
                 return now
             is_sound = now is not None and now.state.state != "failed"
             if is_sound and not ask.load_inplace:
                 raise _already_loaded(ask.name)
             keeps_pin = now is not None and now.source.pinned
-            with self._directory.loading(ask.name), self._counted():
+            with self._registry.loading(ask.name), self._counted():
                 entry = await self._bring(ask, ask.pinned or keeps_pin, sources)
-            old = self._directory.point(entry)
+            old = self._registry.point(entry)
             self._journal.means(entry.source)
             if old is not None:
                 self._send(UnloadAdapter(old.source.adapter_id))
             log.info("adapter %s is loaded from %s", ask.name, entry.source.root)
             return entry
 
-    async def _bring(self, ask: Load, pinned: bool, sources: Sources) -> Entry:
+    async def _bring(self, ask: LoadRequest, pinned: bool, sources: Sources) -> Entry:
         """A new entry on the host, not named yet. Raises what keeps it from there, and leaves nothing then."""
         if pinned:
             self._check_pin(ask.name)
         root = await sources.find(ask.name, ask.path)
-        texts = await sources.read(lambda: self._texts.of(ask.name, root) if self._texts else None)
+        text_tools = await sources.read(lambda: self._library.of(ask.name, root) if self._library else None)
         if pinned:
             self._check_pin(ask.name)  # others may have come meanwhile
-        entry = self._directory.add(ask.name, ask.path, root, pinned=pinned, preload=ask.preload, texts=texts)
+        entry = self._registry.add(ask.name, ask.path, root, pinned=pinned, preload=ask.preload, text_tools=text_tools)
         try:
             async with self._slots:
                 adapter_id = entry.source.adapter_id
@@ -204,7 +204,7 @@ class Lifecycle:
                     f"the adapter `{name}` has lora_int_id {entry.source.adapter_id}, not {adapter_id}",
                     param="lora_int_id",
                 )
-            self._directory.take_name(name)
+            self._registry.take_name(name)
             self._journal.drops(name)
             self._send(UnloadAdapter(entry.source.adapter_id))
             return entry
@@ -220,7 +220,7 @@ class Lifecycle:
             return entry
 
     def _known(self, name: str) -> Entry:
-        entry = self._directory.find(name)
+        entry = self._registry.find(name)
         if entry is None:  # worded so that clients of both dialects recognise it
             raise NotFound(
                 f"The lora adapter '{name}' cannot be found: it does not exist.",
@@ -241,14 +241,14 @@ class Lifecycle:
         if not self._config.enable_lora:
             raise InvalidRequest("LoRA is not enabled: start with --enable-lora", code="lora_not_enabled")
 
-    def _check_name(self, ask: Load) -> None:
+    def _check_name(self, ask: LoadRequest) -> None:
         self._check_enabled()
         name = ask.name
         if not name or not ask.path:
             raise InvalidRequest(
                 "Both 'lora_name' and 'lora_path' must be provided.", param="lora_path" if name else "lora_name"
             )
-        if name in self._directory.base_names:
+        if name in self._registry.base_names:
             raise InvalidRequest(
                 f"The lora adapter '{name}' conflicts with a served base model.", param="lora_name", code="name_taken"
             )
@@ -259,7 +259,7 @@ class Lifecycle:
 
     def _check_pin(self, name: str) -> None:
         most = self._config.max_pinned
-        others = self._directory.pinned() - {name}
+        others = self._registry.pinned() - {name}
         if len(others) >= most:
             raise AdapterError(
                 f"the adapter '{name}' cannot be pinned: {len(others)} are, and --max-loras-per-batch "

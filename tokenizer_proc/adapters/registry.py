@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from engine.config.sections import AdapterSource
 from engine.errors import AdapterError, InvalidRequest, NotFound
 from engine.messages import AdapterCard, AdapterMix, AdapterState, LoadAdapter, UnloadAdapter
-from tokenizer_proc.adapters.selection import Entry, Voice
-from tokenizer_proc.adapters.tokenizers import Texts
+from tokenizer_proc.adapters.selection import AdapterSelection, Entry
+from tokenizer_proc.adapters.tokenizers import TextTools
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ _IDS_BY_EPOCH = 1 << 32  # so that an id means one adapter, also after a restart
 MAX_SCALE = 100.0  # a delta scaled beyond all sense overflows, and then the answer is noise
 
 
-class AdapterDirectory:
+class AdapterRegistry:
     """All adapters by name and by id. `base_names` are what the base model is called, the first one first."""
 
     def __init__(
@@ -33,10 +33,10 @@ class AdapterDirectory:
         base_names: Sequence[str],
         sources: Sequence[AdapterSource] = (),
         epoch: int = 0,
-        texts: Mapping[int, Texts] | None = None,
+        text_tools: Mapping[int, TextTools] | None = None,
     ) -> None:
         self.base_names = list(base_names)
-        entries = [Entry(source, texts=(texts or {}).get(source.adapter_id)) for source in sources]
+        entries = [Entry(source, text_tools=(text_tools or {}).get(source.adapter_id)) for source in sources]
         self._by_name = {entry.name: entry for entry in entries}
         self._by_id = {entry.source.adapter_id: entry for entry in entries}
         assert len(self._by_name) == len(self._by_id) == len(entries), "names and ids of adapters are unique"
@@ -74,12 +74,14 @@ class AdapterDirectory:
             number = entry.source.adapter_id
             self._starting.discard(number)
             del self._by_id[number], self._by_name[entry.name]
-        return [Voice([(entry, 1.0)]).failure or "" for entry in failed]
+        return [AdapterSelection([(entry, 1.0)]).failure or "" for entry in failed]
 
-    def add(self, name: str, path: str, root: str, *, pinned: bool, preload: bool, texts: Texts | None = None) -> Entry:
+    def add(
+        self, name: str, path: str, root: str, *, pinned: bool, preload: bool, text_tools: TextTools | None = None
+    ) -> Entry:
         """A new entry, under an id of its own; nothing is called by its name before `point`."""
         source = AdapterSource(adapter_id=next(self._ids), name=name, path=path, root=root, pinned=pinned)
-        entry = Entry(source, preload, texts)
+        entry = Entry(source, preload, text_tools)
         self._by_id[entry.source.adapter_id] = entry
         return entry
 
@@ -127,7 +129,7 @@ class AdapterDirectory:
     def failure(self) -> AdapterError | None:
         """The first adapter that could not be loaded, as an error that names it."""
         for entry in self._by_id.values():
-            if (text := Voice([(entry, 1.0)]).failure) is not None:
+            if (text := AdapterSelection([(entry, 1.0)]).failure) is not None:
                 return AdapterError(text, param="lora_path")
         return None
 
@@ -220,10 +222,10 @@ class AdapterDirectory:
             )
         return lora_path if named is None else named
 
-    def resolve(self, lora: str | AdapterMix | None) -> Voice:
+    def resolve(self, lora: str | AdapterMix | None) -> AdapterSelection:
         """The entries a selection stands for now. Raises NotFound or InvalidRequest with param lora_path."""
         if lora is None:
-            return Voice()
+            return AdapterSelection()
         mix = {lora: 1.0} if isinstance(lora, str) else lora
         if not mix:
             raise InvalidRequest("the adapter mix is empty: leave it out for the base model", param="lora_path")
@@ -233,7 +235,7 @@ class AdapterDirectory:
                     f"the scale of adapter `{name}` is {scale}; it must be from {-MAX_SCALE} to {MAX_SCALE}",
                     param="lora_path",
                 )
-        return Voice([(self._entry(name), scale) for name, scale in mix.items()])
+        return AdapterSelection([(self._entry(name), scale) for name, scale in mix.items()])
 
     def _entry(self, name: str) -> Entry:
         entry = self._by_name.get(name)

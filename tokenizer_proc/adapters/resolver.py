@@ -15,8 +15,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from engine.errors import ConfigError, EngineError
-from tokenizer_proc.adapters.lifecycle import LONGEST_NAME, Lifecycle, Load
-from tokenizer_proc.adapters.registry import AdapterDirectory
+from tokenizer_proc.adapters.lifecycle import LONGEST_NAME, Lifecycle, LoadRequest
+from tokenizer_proc.adapters.registry import AdapterRegistry
 from tokenizer_proc.adapters.selection import Entry
 from tokenizer_proc.adapters.sources import Sources
 
@@ -32,7 +32,7 @@ class Resolver:
     def __init__(
         self,
         root: str,
-        directory: AdapterDirectory,
+        registry: AdapterRegistry,
         lifecycle: Lifecycle,
         roots: Sequence[str] = (),
         most: int = MOST,
@@ -41,7 +41,7 @@ class Resolver:
         self._root = os.path.realpath(os.path.expanduser(root))
         if not os.path.isdir(self._root):
             raise ConfigError(f"--lora-resolve-root {root}: no such directory")
-        self._directory = directory
+        self._registry = registry
         self._lifecycle = lifecycle
         self._sources = Sources([self._root, *roots])
         self._most = most
@@ -58,7 +58,7 @@ class Resolver:
     async def fetch(self, name: str) -> bool:
         """Whether the name means an adapter now; it is loaded if it must be. Raises why that failed."""
         for _ in range(ATTEMPTS):  # it may be unloaded again before we look
-            if self._directory.find(name) is not None:
+            if self._registry.find(name) is not None:
                 self._touch(name)
                 return True
             if not _is_plain(name) or self._is_known_miss(name):
@@ -94,7 +94,7 @@ class Resolver:
             if path is None:
                 self._miss(name, None)
                 return False
-            entry = await self._lifecycle.load(Load(name=name, path=path, if_missing=True), self._sources)
+            entry = await self._lifecycle.load(LoadRequest(name=name, path=path, if_missing=True), self._sources)
         except EngineError as error:
             if error.status < 500:
                 self._miss(name, error)
@@ -108,7 +108,7 @@ class Resolver:
     async def _make_room(self) -> None:
         """Unloads idle ones beyond the bound; those that others unloaded or re-pointed are not counted any more."""
         for name, entry in list(self._used.items()):
-            if self._directory.find(name) is not entry:
+            if self._registry.find(name) is not entry:
                 del self._used[name]
         newest = next(reversed(self._used), None)
         for name, entry in list(self._used.items()):

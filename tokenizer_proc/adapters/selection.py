@@ -1,4 +1,4 @@
-"""One adapter under its id (Entry), and what one request runs through (Voice): entries with their scales.
+"""One adapter under its id (Entry), and what one request runs through (AdapterSelection): entries with their scales.
 
 A request holds the entries it resolved, not their names. Knows nothing of names' owners, HTTP or the scheduler.
 """
@@ -14,19 +14,19 @@ import msgspec
 
 from engine.config.sections import AdapterSource
 from engine.messages import AdapterCard, AdapterStage, AdapterState
-from tokenizer_proc.adapters.tokenizers import Texts
+from tokenizer_proc.adapters.tokenizers import TextTools
 
 
 class Entry:
     """One adapter under its id, which is never reused. `draining`: its name was taken, and it is on its way out.
 
     `preload`: whoever loaded it waits until it is resident. `vocab_size` are the tokens of a vocabulary of its own, 0:
-    the base's. `texts` is how it reads and writes, None: as the base.
+    the base's. `text_tools` is how it reads and writes, None: as the base.
     """
 
-    def __init__(self, source: AdapterSource, preload: bool = False, texts: Texts | None = None) -> None:
+    def __init__(self, source: AdapterSource, preload: bool = False, text_tools: TextTools | None = None) -> None:
         self.source = source
-        self.texts = texts
+        self.text_tools = text_tools
         self.preload = preload
         self.state = AdapterState(adapter_id=source.adapter_id, state="loading")
         self.in_flight = 0
@@ -96,12 +96,12 @@ class Entry:
             running=self.in_flight,
             created=self.created,
             vocab_size=self.vocab_size,
-            brings=list(self.texts.brings) if self.texts is not None else [],
+            brings=list(self.text_tools.brings) if self.text_tools is not None else [],
             invocation=state.invocation,
         )
 
 
-class Voice(msgspec.Struct, frozen=True):
+class AdapterSelection(msgspec.Struct, frozen=True):
     """What one request runs through: entries with their scales; none = the base."""
 
     parts: list[tuple[Entry, float]] = []
@@ -122,9 +122,9 @@ class Voice(msgspec.Struct, frozen=True):
         return self.parts[0][0] if len(self.parts) == 1 and self.parts[0][1] == 1.0 else None
 
     @property
-    def texts(self) -> Texts | None:
+    def text_tools(self) -> TextTools | None:
         """How it reads and writes: as its adapters do where they agree, else as the base (None)."""
-        found = {id(entry.texts): entry.texts for entry, _ in self.parts}
+        found = {id(entry.text_tools): entry.text_tools for entry, _ in self.parts}
         return next(iter(found.values())) if len(found) == 1 else None
 
     @property

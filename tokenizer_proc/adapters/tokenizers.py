@@ -29,9 +29,9 @@ import tokenizers
 from engine.errors import AdapterError, ConfigError, EngineError
 from engine.ipc import UNREADABLE
 from tokenizer_proc.text import files
-from tokenizer_proc.text.generation_config import Defaults
-from tokenizer_proc.text.sections import Sections
-from tokenizer_proc.text.templates.chat_template import Chat, ChatTemplate, template_of
+from tokenizer_proc.text.generation_config import GenerationConfig
+from tokenizer_proc.text.sections import TokenizerSections
+from tokenizer_proc.text.templates.chat_template import ChatRenderer, ChatTemplate, template_of
 from tokenizer_proc.text.templates.sandbox import Sandbox, SandboxedTemplate
 from tokenizer_proc.text.tokenizer import Tokenizer, is_from_library, special_tokens
 
@@ -51,19 +51,22 @@ NOT_READ = ("tokenizer.model", "vocab.json", "added_tokens.json")
 
 
 @dataclass(frozen=True, eq=False)
-class Texts:
+class TextTools:
     """One way to read and write. `brings` says in what it is not the base's: tokenizer, chat_template, generation."""
 
     tokenizer: Tokenizer
-    chat: Chat
-    defaults: Defaults
+    chat: ChatRenderer
+    generation_config: GenerationConfig
     brings: tuple[str, ...] = ()
 
 
-class Library:
-    """The texts of all adapters. `directory` is the base tokenizer's; `fixed_template`: the operator's is for all."""
+class TokenizerLibrary:
+    """The text tools of the base and of every adapter, shared where their files say the same.
 
-    def __init__(self, base: Texts, directory: str | Path, fixed_template: bool = False) -> None:
+    `directory` is the base tokenizer's. `fixed_template`: the operator's chat template is used for every adapter.
+    """
+
+    def __init__(self, base: TextTools, directory: str | Path, fixed_template: bool = False) -> None:
         self.base = base
         self.sandbox = Sandbox()
         self._directory = Path(directory)
@@ -73,10 +76,10 @@ class Library:
         self._contents: OrderedDict[bytes, bytes] = OrderedDict()
         self._kept: weakref.WeakValueDictionary[bytes, Tokenizer] = weakref.WeakValueDictionary()
         self._sizes: dict[bytes, int] = {}
-        self._texts: weakref.WeakValueDictionary[tuple[object, ...], Texts] = weakref.WeakValueDictionary()
-        self._base_sections: Sections | None = None
+        self._text_tools: weakref.WeakValueDictionary[tuple[object, ...], TextTools] = weakref.WeakValueDictionary()
+        self._base_sections: TokenizerSections | None = None
 
-    def of(self, name: str, root: str | Path) -> Texts:
+    def of(self, name: str, root: str | Path) -> TextTools:
         """What the adapter `name` brings in `root`; for a thread, as it may take a while. Raises AdapterError."""
         try:
             return self._read(name, Path(root))
@@ -90,7 +93,7 @@ class Library:
         """Ends the process of templates."""
         self.sandbox.close()
 
-    def _read(self, name: str, root: Path) -> Texts:
+    def _read(self, name: str, root: Path) -> TextTools:
         base, tokens = self.base, special_tokens(root)
         raw = files.read(root / NAME, files.MAX_TOKENIZER)
         if raw is not None:
@@ -100,28 +103,38 @@ class Library:
             unread = [other for other in NOT_READ if (root / other).is_file()]
             if unread:
                 log.warning("adapter `%s`: %s is not read, only %s: the model's own is used", name, unread[0], NAME)
-        kept = [token for token in base.defaults.end_ids if _same(token, tokenizer, base.tokenizer)]
-        defaults = base.defaults.over(root, kept, tokenizer.eos_id)
+        kept = [token for token in base.generation_config.end_ids if _same(token, tokenizer, base.tokenizer)]
+        generation_config = base.generation_config.over(root, kept, tokenizer.eos_id)
         source = (None if self._fixed_template else template_of(root)) or base.chat.source
-        if (tokenizer, source, defaults) == (base.tokenizer, base.chat.source, base.defaults):
+        if (tokenizer, source, generation_config) == (base.tokenizer, base.chat.source, base.generation_config):
             return base
-        key = tokenizer.origin, tuple(sorted(tokenizer.special_tokens.items())), source, msgspec.json.encode(defaults)
-        known = self._texts.get(key)
+        key = (
+            tokenizer.origin,
+            tuple(sorted(tokenizer.special_tokens.items())),
+            source,
+            msgspec.json.encode(generation_config),
+        )
+        known = self._text_tools.get(key)
         if known is None:
-            texts = Texts(tokenizer, self._chat(source, tokenizer), defaults, self._brings(tokenizer, source, defaults))
-            known = self._texts[key] = texts
+            text_tools = TextTools(
+                tokenizer,
+                self._chat(source, tokenizer),
+                generation_config,
+                self._brings(tokenizer, source, generation_config),
+            )
+            known = self._text_tools[key] = text_tools
         return known
 
-    def _brings(self, tokenizer: Tokenizer, source: str | None, defaults: Defaults) -> tuple[str, ...]:
+    def _brings(self, tokenizer: Tokenizer, source: str | None, generation_config: GenerationConfig) -> tuple[str, ...]:
         base = self.base
         own = {
             "tokenizer": tokenizer is not base.tokenizer,
             "chat_template": source != base.chat.source,
-            "generation": defaults != base.defaults,
+            "generation": generation_config != base.generation_config,
         }
         return tuple(name for name, is_own in own.items() if is_own)
 
-    def _chat(self, source: str | None, tokenizer: Tokenizer) -> Chat:
+    def _chat(self, source: str | None, tokenizer: Tokenizer) -> ChatRenderer:
         base, tokens = self.base, tokenizer.special_tokens
         if source is not None and source != base.chat.source:
             return SandboxedTemplate(self.sandbox, source, tokens)
@@ -145,7 +158,7 @@ class Library:
                 self._kept[content], self._sizes[content] = made, size
             return known or made
 
-    def _made(self, sections: Sections, raw: bytes, path: Path) -> tuple[bytes, Tokenizer, int]:
+    def _made(self, sections: TokenizerSections, raw: bytes, path: Path) -> tuple[bytes, Tokenizer, int]:
         """Its content, the tokenizer, and the bytes that are its own."""
         base = self._base_sections
         if base is not None and bytes(sections.model) == bytes(base.model):
@@ -172,9 +185,9 @@ class Library:
         base = self.base.tokenizer
         raw = files.read(self._directory / NAME, files.MAX_TOKENIZER)
         try:
-            self._base_sections = Sections.read(raw or b"")
+            self._base_sections = TokenizerSections.read(raw or b"")
         except UNREADABLE:  # no file, or one that the library understands better than we do
-            self._base_sections = Sections.read(base.backend.to_str().encode())
+            self._base_sections = TokenizerSections.read(base.backend.to_str().encode())
         self._kept[BASE], self._sizes[BASE] = base, 0
         if raw is not None:
             self._remember(hashlib.sha256(raw).digest(), BASE)
@@ -184,10 +197,10 @@ class Library:
         while len(self._contents) > MOST_FILES:
             self._contents.popitem(last=False)
 
-    def _checked(self, raw: bytes, path: Path) -> Sections:
+    def _checked(self, raw: bytes, path: Path) -> TokenizerSections:
         assert self._base_sections is not None
         try:
-            sections = Sections.read(raw)
+            sections = TokenizerSections.read(raw)
         except UNREADABLE as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
         strange = sorted(sections.patterns - self._base_sections.patterns)

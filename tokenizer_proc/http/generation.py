@@ -20,7 +20,7 @@ from engine.messages import Delta, Submit
 from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.http import sse
 from tokenizer_proc.http.batch import Batch, Choice
-from tokenizer_proc.http.middleware.access_log import RECORD
+from tokenizer_proc.http.middleware.access_log import ACCESS_RECORD
 from tokenizer_proc.requests.deadline import Deadline
 from tokenizer_proc.requests.tenants import Tenant
 
@@ -35,10 +35,10 @@ def holder(request: web.Request) -> Tenant:
 
 def deadline(service: Service, request: web.Request) -> Deadline:
     """When this call must be done."""
-    return service.frontend.deadline(request[RECORD].arrived)
+    return service.frontend.deadline(request[ACCESS_RECORD].arrived)
 
 
-class Open:
+class OpenCalls:
     """What is running, by the ids its clients know: what /abort_request looks in. An id means some items of a batch."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Service:
     def __init__(self, frontend: Frontend, config: TokenizerConfig) -> None:
         self.frontend = frontend
         self.config = config
-        self.open = Open()
+        self.open = OpenCalls()
         self.started = int(time.time())
 
 
@@ -102,7 +102,7 @@ class Writer(ABC):
         """Raises InvalidRequest for what can only be judged once the prompts are known."""
 
 
-class Call(msgspec.Struct, frozen=True, kw_only=True):
+class GenerationCall(msgspec.Struct, frozen=True, kw_only=True):
     """A body, understood: what to run together, and which of it can be aborted by which of `ids`.
 
     `names` are the client's words for what the front end complains of, where they differ.
@@ -114,7 +114,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     names: dict[str, str] = {}
 
 
-async def answer(service: Service, request: web.Request, call: Call, writer: Writer) -> web.StreamResponse:
+async def answer(service: Service, request: web.Request, call: GenerationCall, writer: Writer) -> web.StreamResponse:
     """Runs `call`. Whatever ends this (the client included) leaves nothing behind."""
     tenant = holder(request)
     try:
@@ -141,7 +141,7 @@ async def _charged(request: web.Request, batch: Batch) -> AsyncIterator[None]:
     finally:
         usage = batch.usage()
         tenant.charge(usage.prompt_tokens + usage.completion_tokens)
-        request[RECORD].facts |= {
+        request[ACCESS_RECORD].facts |= {
             "lora": _names(batch),
             "prompt": usage.prompt_tokens,
             "cached": usage.cached_tokens,

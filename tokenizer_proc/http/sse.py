@@ -10,8 +10,8 @@ from aiohttp import web
 
 from engine.errors import EngineError
 from tokenizer_proc.http.middleware import errors
-from tokenizer_proc.http.middleware.access_log import RECORD
-from tokenizer_proc.http.middleware.backpressure import OUTLET, Outlet, SlowReader
+from tokenizer_proc.http.middleware.access_log import ACCESS_RECORD
+from tokenizer_proc.http.middleware.backpressure import WRITE_BUFFER, SlowReader, WriteBuffer
 
 _HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -32,24 +32,26 @@ async def respond(request: web.Request, batches: AsyncGenerator[Sequence[object]
     A client that is gone ends it quietly, one that does not read is cut off; `batches` is closed before this returns,
     whatever happens.
     """
-    answer, outlet = web.StreamResponse(headers=_HEADERS), request[OUTLET]
+    answer, buffer = web.StreamResponse(headers=_HEADERS), request[WRITE_BUFFER]
     async with contextlib.aclosing(batches):
         try:
             await answer.prepare(request)
-            await outlet.write(answer, await _send(answer, outlet, batches))
+            await buffer.write(answer, await _send(answer, buffer, batches))
         except SlowReader as error:
-            outlet.cut(request, error)
+            buffer.cut(request, error)
         except ConnectionResetError:
-            request[RECORD].facts["end"] = "gone"
+            request[ACCESS_RECORD].facts["end"] = "gone"
     return answer
 
 
-async def _send(answer: web.StreamResponse, outlet: Outlet, batches: AsyncGenerator[Sequence[object], None]) -> bytes:
+async def _send(
+    answer: web.StreamResponse, buffer: WriteBuffer, batches: AsyncGenerator[Sequence[object], None]
+) -> bytes:
     """Sends the events and returns the last bytes."""
     try:
         async for events in batches:
             if events:
-                await outlet.write(answer, b"".join(map(frame, events)))
+                await buffer.write(answer, b"".join(map(frame, events)))
     except (SlowReader, ConnectionResetError):
         raise
     except Exception as error:

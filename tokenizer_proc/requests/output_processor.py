@@ -24,7 +24,7 @@ from tokenizer_proc.text.stops import StopFinder
 from tokenizer_proc.text.tokenizer import Tokenizer
 
 
-class Choice:
+class OutputProcessor:
     """Choice `index` of submit `submit_id`. `finish` is set by the delta that ends it."""
 
     def __init__(
@@ -55,7 +55,7 @@ class Choice:
         """Whether a stop string ended it: the scheduler may not know yet."""
         return self._stops.matched is not None
 
-    def take(self, update: Update) -> Delta | None:
+    def process(self, update: Update) -> Delta | None:
         """What an update brings; None when there is nothing new to tell. Raises InternalError for a gap."""
         assert self.finish is None, "a finished choice takes nothing more"
         skip = len(self.generated) - update.index

@@ -17,29 +17,29 @@ import msgspec
 
 from engine.errors import AdapterError, EngineError, InternalError
 from engine.messages import Delta, Submit, Update
-from tokenizer_proc.adapters.selection import Voice
+from tokenizer_proc.adapters.selection import AdapterSelection
 from tokenizer_proc.requests.deadline import Deadline
-from tokenizer_proc.requests.output_processor import Choice
-from tokenizer_proc.requests.validation import Plan
+from tokenizer_proc.requests.output_processor import OutputProcessor
+from tokenizer_proc.requests.validation import ValidatedParams
 from tokenizer_proc.telemetry.metrics import Metrics
 from tokenizer_proc.text.tokenizer import Tokenizer
 from tokenizer_proc.upstream.router import Router
 
 
-class Prepared(msgspec.Struct, frozen=True):
+class PreparedRequest(msgspec.Struct, frozen=True):
     """A submit past the gate."""
 
     prompt_ids: list[int]
-    plan: Plan
-    voice: Voice
+    params: ValidatedParams
+    selection: AdapterSelection
     tokenizer: Tokenizer
 
 
-class _Running:
+class _RunningChoice:
     """A choice, its request id, and when it last brought a token."""
 
-    def __init__(self, choice: Choice) -> None:
-        self.choice = choice
+    def __init__(self, processor: OutputProcessor) -> None:
+        self.processor = processor
         self.request_id = 0
         self.last: float | None = None
 
@@ -50,7 +50,7 @@ class Stream:
     def __init__(
         self,
         submit: Submit,
-        prepare: Callable[[Submit], Awaitable[Prepared]],
+        prepare: Callable[[Submit], Awaitable[PreparedRequest]],
         router: Router,
         metrics: Metrics,
         deadline: Deadline | None = None,
@@ -60,9 +60,9 @@ class Stream:
         self._prepare = prepare
         self._router = router
         self._metrics = metrics
-        self._voice = Voice()
+        self._selection = AdapterSelection()
         self._queue: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
-        self._running: list[_Running] = []
+        self._running: list[_RunningChoice] = []
         self._unread = 0  # choices whose last delta was not read yet
         self._cancelled = False
         self._failed = False
@@ -74,9 +74,9 @@ class Stream:
             self._release.enter_context(self._router.reserved(1))
             async with self._deadline.kept():
                 prepared = await self._prepare(self._submit)
-            self._release.enter_context(self._router.reserved(prepared.plan.n - 1))
-            self._release.enter_context(self._router.queued(len(prepared.prompt_ids) * prepared.plan.n))
-            self._release.enter_context(prepared.voice.held(prepared.plan.n))
+            self._release.enter_context(self._router.reserved(prepared.params.n - 1))
+            self._release.enter_context(self._router.queued(len(prepared.prompt_ids) * prepared.params.n))
+            self._release.enter_context(prepared.selection.held(prepared.params.n))
             self._start(prepared)
             left = self._deadline.left
             if left is not None:
@@ -117,46 +117,46 @@ class Stream:
         """Ends what has not finished, with finish reason abort; also before or while it is entered."""
         self._cancelled = True
         for running in [] if self._failed else self._running:
-            if running.choice.finish is None:
+            if running.processor.finish is None:
                 self._router.stop(running.request_id, abort=True)
-                self._tell(running.choice.abort())
+                self._tell(running.processor.abort())
 
-    def _start(self, prepared: Prepared) -> None:
-        plan, self.prompt_ids, self._voice = prepared.plan, prepared.prompt_ids, prepared.voice
-        for index in range(plan.n):
-            sampling = plan.sampling_of(index)
-            running = _Running(
-                Choice(
+    def _start(self, prepared: PreparedRequest) -> None:
+        params, self.prompt_ids, self._selection = prepared.params, prepared.prompt_ids, prepared.selection
+        for index in range(params.n):
+            sampling = params.sampling_of(index)
+            running = _RunningChoice(
+                OutputProcessor(
                     self._submit.id,
                     index,
                     self.prompt_ids,
-                    plan.text,
+                    params.text,
                     prepared.tokenizer,
                     scores_prompt=sampling.prompt_logprobs >= 0,
                 )
             )
             running.request_id = self._router.start(
                 functools.partial(self._receive, running),
-                running.choice.generated,
+                running.processor.generated,
                 prompt=self.prompt_ids,
-                lora=self._voice.lora,
+                lora=self._selection.lora,
                 sampling=sampling,
-                stopping=plan.stopping,
+                stopping=params.stopping,
                 priority=self._submit.priority,
                 cache_salt=self._submit.tenant,
             )
             self._running.append(running)
             self._unread += 1
-        self._metrics.began(self._voice.names, len(self.prompt_ids) * plan.n)
+        self._metrics.began(self._selection.names, len(self.prompt_ids) * params.n)
 
     def _close(self) -> None:
         try:
             for running in self._running:
-                self._router.stop(running.request_id, abort=running.choice.finish is None)
+                self._router.stop(running.request_id, abort=running.processor.finish is None)
         finally:
             self._release.close()
 
-    def _receive(self, running: _Running, news: Update | EngineError) -> None:
+    def _receive(self, running: _RunningChoice, news: Update | EngineError) -> None:
         """News of one choice, called by the router."""
         if isinstance(news, EngineError):
             self._fail(news)
@@ -166,7 +166,7 @@ class Stream:
             self._fail(self._refusal(news.error, news.code))
             return
         try:
-            delta = running.choice.take(news)
+            delta = running.processor.process(news)
         except InternalError as error:
             self._fail(error)
             return
@@ -181,10 +181,10 @@ class Stream:
         """The scheduler gives up a request for its adapters' sake; past the gate any other reason is our fault."""
         if code is not None:
             return InternalError(reason, code=code)
-        names = " + ".join(f"`{name}`" for name in self._voice.names)
+        names = " + ".join(f"`{name}`" for name in self._selection.names)
         return AdapterError(f"adapter {names}: {reason}", param="lora_path") if names else InternalError(reason)
 
-    def _measure(self, running: _Running, tokens: int) -> None:
+    def _measure(self, running: _RunningChoice, tokens: int) -> None:
         if not tokens:
             return
         now = time.monotonic()
@@ -193,7 +193,7 @@ class Stream:
         else:
             self._metrics.next_token((now - running.last) / tokens)
         running.last = now
-        self._metrics.generated(self._voice.names, tokens)
+        self._metrics.generated(self._selection.names, tokens)
 
     def _tell(self, delta: Delta) -> None:
         if delta.finish_reason is not None:
@@ -202,20 +202,20 @@ class Stream:
 
     def _expire(self) -> None:
         """Its time is up: what has not finished never will."""
-        late = [running for running in self._running if running.choice.finish is None]
+        late = [running for running in self._running if running.processor.finish is None]
         if late:
             self._fail(self._deadline.missed(self._progress(late)))
 
-    def _progress(self, late: list[_Running]) -> str:
+    def _progress(self, late: list[_RunningChoice]) -> str:
         """How far it came, and what those who have not finished wait for, as far as that is known."""
-        tokens = sum(len(running.choice.generated) for running in self._running)
+        tokens = sum(len(running.processor.generated) for running in self._running)
         told = f"{tokens or 'No'} {'tokens' if tokens > 1 else 'token'} had been generated"
         waits = [wait for running in late if (wait := self._router.wait(running.request_id)) is not None]
         if not waits:
             return told
         wait = max(waits, key=lambda wait: wait.seconds or 0.0)
         since = "" if wait.seconds is None else f", after {wait.seconds:.1f} s in the queue,"
-        return f"{told}. It still waited{since} for {self._router.waits.want(wait.reason)}"
+        return f"{told}. It still waited{since} for {self._router.wait_reasons.want(wait.reason)}"
 
     def _fail(self, error: EngineError) -> None:
         """The whole submit ends with `error`, the first one; its other choices are aborted."""

@@ -11,7 +11,7 @@ import msgspec
 
 from engine.errors import InvalidRequest
 from engine.messages import Sampling, SamplingParams, Stopping
-from tokenizer_proc.text.generation_config import Defaults
+from tokenizer_proc.text.generation_config import GenerationConfig
 
 MAX_N = 128
 MAX_STOPS = 16
@@ -34,7 +34,7 @@ class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
     has_logprobs: bool = False
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class ValidatedParams(msgspec.Struct, frozen=True, kw_only=True):
     """A request past the gate; choice i of n samples with seed + i."""
 
     n: int
@@ -51,17 +51,17 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def plan(
+def validate_params(
     params: SamplingParams,
     *,
-    defaults: Defaults,
+    generation_config: GenerationConfig,
     seed: int,
     prompt: Sequence[int],
     max_length: int,
     vocab_size: int,
     default_max_tokens: int | None,
     adapter: str | None = None,
-) -> Plan:
+) -> ValidatedParams:
     """Checks `params` for a prompt of token ids; `seed` serves where the client gives none.
 
     `vocab_size` is that of `adapter`, where it has a vocabulary of its own.
@@ -75,10 +75,10 @@ def plan(
     _check_stops(params.stop)
     max_tokens = _max_tokens(params.max_tokens, default_max_tokens, len(prompt), max_length)
     _within("min_tokens", params.min_tokens, 0, max_tokens)
-    end_ids = _end_ids(params, defaults, vocab_size)
-    return Plan(
+    end_ids = _end_ids(params, generation_config, vocab_size)
+    return ValidatedParams(
         n=params.n,
-        sampling=_sampling(params, defaults, seed, end_ids, vocab_size),
+        sampling=_sampling(params, generation_config, seed, end_ids, vocab_size),
         stopping=Stopping(max_tokens, params.min_tokens, end_ids),
         text=TextOptions(
             stop=params.stop,
@@ -174,18 +174,20 @@ def _check_stops(stops: Sequence[str]) -> None:
             raise InvalidRequest(f"a stop string has 1 to {MAX_STOP_CHARACTERS} characters", param="stop")
 
 
-def _end_ids(params: SamplingParams, defaults: Defaults, vocab_size: int) -> list[int]:
-    own = [] if params.ignore_eos else [token for token in defaults.end_ids if 0 <= token < vocab_size]
+def _end_ids(params: SamplingParams, generation_config: GenerationConfig, vocab_size: int) -> list[int]:
+    own = [] if params.ignore_eos else [token for token in generation_config.end_ids if 0 <= token < vocab_size]
     return list(dict.fromkeys(own + params.stop_token_ids))
 
 
-def _sampling(params: SamplingParams, defaults: Defaults, seed: int, end_ids: list[int], vocab_size: int) -> Sampling:
+def _sampling(
+    params: SamplingParams, generation_config: GenerationConfig, seed: int, end_ids: list[int], vocab_size: int
+) -> Sampling:
     return Sampling(
-        temperature=_or(params.temperature, defaults.temperature),
-        top_k=min(max(0, int(_or(params.top_k, defaults.top_k))), vocab_size),  # more than all is all
-        top_p=_or(params.top_p, defaults.top_p),
-        min_p=_or(params.min_p, defaults.min_p),
-        repetition_penalty=_or(params.repetition_penalty, defaults.repetition_penalty),
+        temperature=_or(params.temperature, generation_config.temperature),
+        top_k=min(max(0, int(_or(params.top_k, generation_config.top_k))), vocab_size),  # more than all is all
+        top_p=_or(params.top_p, generation_config.top_p),
+        min_p=_or(params.min_p, generation_config.min_p),
+        repetition_penalty=_or(params.repetition_penalty, generation_config.repetition_penalty),
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         seed=(seed if params.seed is None else params.seed) % SEEDS,

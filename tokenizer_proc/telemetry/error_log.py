@@ -9,7 +9,7 @@ from engine.errors import EngineError
 _TEXTS = re.compile(r"(sampling_params\S*\.)?(messages|prompt|text|input_ids|tokens|stop|chat_template_kwargs)\b")
 
 
-def complaint(error: EngineError) -> dict[str, object]:
+def error_fields(error: EngineError) -> dict[str, object]:
     """For `logs.pairs`. A complaint about a text ends where it would quote from it: that is for the client alone."""
     message = error.message
     if _TEXTS.match(error.param or ""):

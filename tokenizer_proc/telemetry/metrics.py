@@ -1,6 +1,6 @@
 """Prometheus metrics of one engine, in a registry of their own. Names are vLLM's where vLLM has one for the thing.
 
-Gauges are read when someone asks (a collector over the latest picture), so a series never outlives what it tells of.
+Gauges are read when someone asks (a collector over the latest snapshot), so a series never outlives what it tells of.
 Knows nothing of requests: it is told moments and counts.
 """
 
@@ -20,7 +20,7 @@ from engine.messages import Capacity, Stats, WaitReason
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
-class Picture(msgspec.Struct, frozen=True, kw_only=True):
+class MetricsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """The present, as the gauges show it. Adapters are told by name; `max_loras` None: LoRA is off.
 
     `tiers` says where each adapter is; `wanted` are those that requests wait for before the scheduler knows of them.
@@ -36,15 +36,15 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Live(Collector):
-    """Gauges of the picture at the moment of the scrape."""
+    """Gauges of the snapshot at the moment of the scrape."""
 
-    def __init__(self, model: str, picture: Callable[[], Picture]) -> None:
+    def __init__(self, model: str, snapshot: Callable[[], MetricsSnapshot]) -> None:
         self._model = model
-        self._picture = picture
+        self._snapshot = snapshot
 
     def collect(self) -> Iterable[Metric]:
-        picture = self._picture()
-        stats = picture.stats
+        snapshot = self._snapshot()
+        stats = snapshot.stats
         used = stats.kv_pages_used / stats.kv_pages if stats.kv_pages else 0.0
         yield self._gauge("vllm:num_requests_running", "Requests that hold a row.", stats.running)
         yield self._gauge("vllm:num_requests_waiting", "Requests that wait for a row.", stats.waiting)
@@ -55,13 +55,13 @@ class _Live(Collector):
         yield self._sum("vllm:prefix_cache_hits", "Prompt tokens found there, not computed.", stats.cached_tokens)
         yield self._gauge("chorus:kv_pages_cached", "KV pages in the prefix tree.", stats.kv_pages_cached)
         yield self._sum("chorus:kv_evictions", "KV pages that left the prefix tree for others.", stats.kv_evictions)
-        if picture.capacity is not None:
-            yield _cache_config(picture.capacity)
-        if picture.max_loras is not None:
-            yield _lora_info(picture, picture.max_loras)
-            yield _by_adapter("chorus:adapter_requests_running", "Rows by adapter.", picture.running)
-            yield _by_adapter("chorus:adapter_requests_waiting", "Waiting requests by adapter.", picture.waiting)
-            yield from _lora_memory(picture)
+        if snapshot.capacity is not None:
+            yield _cache_config(snapshot.capacity)
+        if snapshot.max_loras is not None:
+            yield _lora_info(snapshot, snapshot.max_loras)
+            yield _by_adapter("chorus:adapter_requests_running", "Rows by adapter.", snapshot.running)
+            yield _by_adapter("chorus:adapter_requests_waiting", "Waiting requests by adapter.", snapshot.waiting)
+            yield from _lora_memory(snapshot)
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         gauge = GaugeMetricFamily(name, text, labels=["model_name"])
@@ -87,24 +87,24 @@ def _cache_config(capacity: Capacity) -> Metric:
     return gauge
 
 
-def _lora_info(picture: Picture, max_loras: int) -> Metric:
+def _lora_info(snapshot: MetricsSnapshot, max_loras: int) -> Metric:
     """The one series that inference gateways route by: who is resident and ready, and who is wanted and is not."""
     gauge = GaugeMetricFamily(
         "vllm:lora_requests_info",
         "Adapters that are ready, and that are waited for; the value is the time of the scrape.",
         labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
     )
-    ready = {adapter for adapter, tier in picture.tiers.items() if tier == "resident"}
-    waiting = {*picture.waiting, *picture.wanted} - ready
+    ready = {adapter for adapter, tier in snapshot.tiers.items() if tier == "resident"}
+    waiting = {*snapshot.waiting, *snapshot.wanted} - ready
     gauge.add_metric([str(max_loras), ",".join(sorted(ready)), ",".join(sorted(waiting))], time.time())
     return gauge
 
 
-def _lora_memory(picture: Picture) -> Iterable[Metric]:
+def _lora_memory(snapshot: MetricsSnapshot) -> Iterable[Metric]:
     """Where adapters are, what the pool and the host hold, and how often they had to move."""
-    stats, capacity = picture.stats, picture.capacity
+    stats, capacity = snapshot.stats, snapshot.capacity
     tiers = GaugeMetricFamily("chorus:adapter_tier", "1: where the adapter is now.", labels=["adapter", "tier"])
-    for adapter, tier in sorted(picture.tiers.items()):
+    for adapter, tier in sorted(snapshot.tiers.items()):
         tiers.add_metric([adapter, tier], 1)
     yield tiers
     used = GaugeMetricFamily("chorus:lora_pool_pages_used", "Rank pages in use.", labels=["group"])
@@ -133,13 +133,13 @@ def _by_adapter(name: str, text: str, values: dict[str, int]) -> Metric:
 
 
 class Metrics:
-    """The registry. `picture` is asked at every scrape."""
+    """The registry. `snapshot` is asked at every scrape."""
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, model: str, picture: Callable[[], Picture] = Picture) -> None:
+    def __init__(self, model: str, snapshot: Callable[[], MetricsSnapshot] = MetricsSnapshot) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Live(model, picture))
+        self._registry.register(_Live(model, snapshot))
         self._model = model
         self._ttft = self._histogram("vllm:time_to_first_token_seconds", "From arrival to the first token.")
         self._itl = self._histogram("vllm:inter_token_latency_seconds", "Between tokens of one stream.")

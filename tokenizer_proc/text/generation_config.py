@@ -39,7 +39,7 @@ class _Model(msgspec.Struct):
     text_config: _Text | None = None
 
 
-class Defaults(msgspec.Struct, frozen=True, kw_only=True):
+class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Sampling values for what a client leaves out, and the ids that end an answer."""
 
     temperature: float = 1.0
@@ -50,7 +50,7 @@ class Defaults(msgspec.Struct, frozen=True, kw_only=True):
     end_ids: list[int] = []
 
     @classmethod
-    def load(cls, model_path: str | Path, eos_id: int | None = None) -> Defaults:
+    def load(cls, model_path: str | Path, eos_id: int | None = None) -> GenerationConfig:
         """From the model's directory; `eos_id` is the tokenizer's. Raises ConfigError on nonsense in the files."""
         generation = _read(Path(model_path) / "generation_config.json", _Generation)
         model = _read(Path(model_path) / "config.json", _Model)
@@ -62,7 +62,7 @@ class Defaults(msgspec.Struct, frozen=True, kw_only=True):
         )
         return cls(end_ids=list(dict.fromkeys(token for group in groups for token in group)), **_values(generation))
 
-    def over(self, directory: str | Path, kept: Sequence[int], eos_id: int | None) -> Defaults:
+    def over(self, directory: str | Path, kept: Sequence[int], eos_id: int | None) -> GenerationConfig:
         """With what a generation_config.json in `directory` says otherwise.
 
         `kept` are those of the end ids that still end an answer, `eos_id` is another one.

@@ -21,7 +21,7 @@ ANY_MODEL = {"type": "BPE", "vocab": {}, "merges": []}
 PIPELINE = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
-class Sections(msgspec.Struct):
+class TokenizerSections(msgspec.Struct):
     """What a tokenizer.json says; truncation and padding are no business of ours."""
 
     model: msgspec.Raw = msgspec.Raw()
@@ -32,7 +32,7 @@ class Sections(msgspec.Struct):
     decoder: Any = None
 
     @classmethod
-    def read(cls, raw: bytes) -> Sections:
+    def read(cls, raw: bytes) -> TokenizerSections:
         """Raises one of engine.ipc.UNREADABLE for what is no tokenizer.json."""
         return msgspec.json.decode(raw, type=cls)
 

@@ -15,7 +15,7 @@ from engine.messages import Hello
 log = logging.getLogger(__name__)
 
 
-class Uplink:
+class SchedulerOutbox:
     """An outbox to the scheduler that said Hello last; before any did, to the one of the config."""
 
     def __init__(self, context: zmq.Context[Any], links: Links) -> None:
@@ -28,7 +28,7 @@ class Uplink:
         """Queues one message."""
         self._outbox.send(message)
 
-    def meet(self, hello: Hello) -> bool:
+    def follow(self, hello: Hello) -> bool:
         """Whether this is another scheduler than the one so far: it is written to from now on."""
         if hello.inbox == self._outbox.address:
             return False

@@ -23,7 +23,7 @@ from msgspec.structs import replace
 
 from engine.errors import EngineError, InternalError, Overloaded
 from engine.messages import Abort, Generate, Progress, Sampling, Stats, Stopping, Update
-from tokenizer_proc.upstream.wait_reasons import Wait, Waits
+from tokenizer_proc.upstream.wait_reasons import RequestWait, WaitReasons
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Router:
         self._max_open = max_open
         self._ids = itertools.count(epoch * _IDS_BY_EPOCH + 1)
         self._newest = 0
-        self.waits = Waits()
+        self.wait_reasons = WaitReasons()
         self._requests: dict[int, _Open] = {}
         self._scheduler = 0
         self.began = 0.0
@@ -135,7 +135,7 @@ class Router:
     def resubmit(self, scheduler: int) -> None:
         """The scheduler of this incarnation knows nothing: it is told of every open request."""
         self._scheduler = scheduler
-        self.waits.forget()
+        self.wait_reasons.forget()
         for request in self._requests.values():
             self._send(replace(request.message, generated=list(request.tokens)))
 
@@ -163,12 +163,12 @@ class Router:
         """A picture of who waits."""
         listed = [self._requests.get(waiting.request_id) for waiting in stats.oldest_waiting]
         loras = {request.message.request_id: request.message.lora for request in listed if request is not None}
-        self.waits.take(stats, self._newest, loras)
+        self.wait_reasons.take(stats, self._newest, loras)
 
-    def wait(self, request_id: int) -> Wait | None:
+    def wait(self, request_id: int) -> RequestWait | None:
         """What a request waits for; None: it runs, is not open, or nobody knows."""
         request = self._requests.get(request_id)
-        return None if request is None else self.waits.of(request_id, len(request.tokens), request.message.lora)
+        return None if request is None else self.wait_reasons.of(request_id, len(request.tokens), request.message.lora)
 
     def lora(self, request_id: int) -> list[tuple[int, float]] | None:
         """What an open request runs through; None: it is not open."""
@@ -176,7 +176,7 @@ class Router:
         return None if request is None else request.message.lora
 
     def _full(self, bound: str) -> Overloaded:
-        waits = self.waits.mostly()
+        waits = self.wait_reasons.mostly()
         return Overloaded(f"{bound}: {waits}. Try again soon" if waits else f"{bound}: try again soon")
 
     def fail(self, error: EngineError) -> None:

@@ -39,14 +39,14 @@ _CAUSES: Mapping[WaitReason, str] = {
 }
 
 
-class Wait(msgspec.Struct, frozen=True):
+class RequestWait(msgspec.Struct, frozen=True):
     """For what a request waits, and how many seconds it had done so; None: nobody counted them."""
 
     reason: WaitReason
     seconds: float | None = None
 
 
-class Waits:
+class WaitReasons:
     """The newest picture. `capacity` gives the numbers in causes."""
 
     def __init__(self) -> None:
@@ -68,21 +68,21 @@ class Waits:
         for request_id, lora in loras.items():
             self._reasons.setdefault(tuple(lora), set()).add(self._listed[request_id].reason)
 
-    def of(self, request_id: int, generated: int, lora: Lora) -> Wait | None:
+    def of(self, request_id: int, generated: int, lora: Lora) -> RequestWait | None:
         """What a request with so many tokens waits for; None: it runs, or nobody knows.
 
         Of those who are not listed, and came later than all who are, one waits for sure if its adapters do not run.
         """
         waiting = self._listed.get(request_id)
         if waiting is not None:  # with other tokens than it has, it ran since
-            return Wait(waiting.reason, waiting.seconds) if waiting.generated == generated else None
+            return RequestWait(waiting.reason, waiting.seconds) if waiting.generated == generated else None
         is_told_of = len(self._listed) == self._stats.waiting or request_id < max(self._listed, default=0)
         if generated or is_told_of or request_id > self._newest or not lora:
             return None
         if any(self._stats.running_adapters.get(adapter_id) for adapter_id, _ in lora):
             return None
         like = self._reasons.get(tuple(lora), set())
-        return Wait(next(iter(like))) if len(like) == 1 else None
+        return RequestWait(next(iter(like))) if len(like) == 1 else None
 
     def long(self) -> list[WaitingRequest]:
         """Those of the oldest who wait for long, as of now."""

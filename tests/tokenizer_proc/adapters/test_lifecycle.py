@@ -14,7 +14,7 @@ from fixtures.serving.loading_front import LoadingFront, adapter_dir
 from engine.errors import AdapterError, EngineDead, EngineError, InvalidRequest, NotFound, Overloaded
 from engine.messages import AdapterState, SamplingParams, Submit
 from tokenizer_proc.adapters import lifecycle as lifecycle_module
-from tokenizer_proc.adapters.lifecycle import Load
+from tokenizer_proc.adapters.lifecycle import LoadRequest
 
 
 def run(work: Callable[[], Awaitable[Any]]) -> Any:
@@ -47,7 +47,7 @@ def test_a_load_makes_a_name_and_an_unload_takes_it(tmp_path: Path) -> None:
 
     async def work() -> None:
         lifecycle = world.front.lifecycle
-        entry = await lifecycle.load(Load(name="a", path=path))
+        entry = await lifecycle.load(LoadRequest(name="a", path=path))
         assert (entry.source.adapter_id, entry.source.path, entry.source.root) == (2, path, path)
         assert stages(world) == {"first": "host", "a": "host"}
         (load,) = world.loads()[1:]
@@ -61,7 +61,7 @@ def test_a_load_makes_a_name_and_an_unload_takes_it(tmp_path: Path) -> None:
         world.free(2)
         assert await lifecycle.freed(entry)
         assert stages(world) == {"first": "host"}
-        assert (await lifecycle.load(Load(name="a", path=path))).source.adapter_id == 3  # an id is never reused
+        assert (await lifecycle.load(LoadRequest(name="a", path=path))).source.adapter_id == 3  # an id is never reused
 
     run(work)
 
@@ -72,12 +72,12 @@ def test_preload_waits_for_pages_but_not_for_ever(tmp_path: Path, monkeypatch: p
 
     async def work() -> None:
         lifecycle = world.front.lifecycle
-        entry = await lifecycle.load(Load(name="a", path=str(adapter_dir(tmp_path / "a")), preload=True))
+        entry = await lifecycle.load(LoadRequest(name="a", path=str(adapter_dir(tmp_path / "a")), preload=True))
         assert entry.stage == "resident"
         assert world.loads()[0].preload
         world.resident = False
         assert (
-            await lifecycle.load(Load(name="b", path=str(adapter_dir(tmp_path / "b")), preload=True))
+            await lifecycle.load(LoadRequest(name="b", path=str(adapter_dir(tmp_path / "b")), preload=True))
         ).stage == "host"
 
     run(work)
@@ -98,7 +98,7 @@ def test_names_that_cannot_be(name: str, complaint: str, tmp_path: Path) -> None
 
     async def work() -> None:
         with pytest.raises(InvalidRequest, match=complaint) as refusal:
-            await world.front.lifecycle.load(Load(name=name, path=str(adapter_dir(tmp_path / "a"))))
+            await world.front.lifecycle.load(LoadRequest(name=name, path=str(adapter_dir(tmp_path / "a"))))
         assert refusal.value.param == "lora_name"
         assert world.loads() == []
 
@@ -108,7 +108,7 @@ def test_names_that_cannot_be(name: str, complaint: str, tmp_path: Path) -> None
 def test_without_lora_every_call_says_how_to_have_it() -> None:
     world = LoadingFront(enable_lora=False)
     calls: list[Callable[[], Awaitable[Any]]] = [
-        lambda: world.front.lifecycle.load(Load(name="a", path="/p")),
+        lambda: world.front.lifecycle.load(LoadRequest(name="a", path="/p")),
         lambda: world.front.lifecycle.unload("a"),
         lambda: world.front.lifecycle.pin("a", True),
     ]
@@ -125,17 +125,17 @@ def test_a_failed_load_leaves_nothing(tmp_path: Path) -> None:
     async def work() -> None:
         lifecycle = world.front.lifecycle
         with pytest.raises(AdapterError, match="`a`: tensor 'x' holds NaN") as refusal:
-            await lifecycle.load(Load(name="a", path=path))
+            await lifecycle.load(LoadRequest(name="a", path=path))
         assert refusal.value.param == "lora_path"
         with pytest.raises(NotFound, match="No adapter found for /no/such"):
-            await lifecycle.load(Load(name="a", path="/no/such"))
+            await lifecycle.load(LoadRequest(name="a", path="/no/such"))
         with pytest.raises(NotFound, match=r"there is no adapter_config\.json in it"):
-            await lifecycle.load(Load(name="a", path=str(tmp_path)))
+            await lifecycle.load(LoadRequest(name="a", path=str(tmp_path)))
         await until(lambda: world.front.adapters.entry(2) is None)
         assert stages(world) == {"first": "host"}
         assert world.unloads() == [2]
         world.refuse.clear()
-        assert (await lifecycle.load(Load(name="a", path=path))).source.adapter_id == 3
+        assert (await lifecycle.load(LoadRequest(name="a", path=path))).source.adapter_id == 3
         assert b"chorus:adapter_load_failures_total" in world.front.metrics.render()
         assert 'chorus:adapter_load_failures_total{model_name="base"} 3.0' in world.front.metrics.render().decode()
 
@@ -147,7 +147,9 @@ def test_a_name_that_is_being_loaded_cannot_be_used_yet(tmp_path: Path) -> None:
     world.held = True
 
     async def work() -> None:
-        load = asyncio.ensure_future(world.front.lifecycle.load(Load(name="a", path=str(adapter_dir(tmp_path / "a")))))
+        load = asyncio.ensure_future(
+            world.front.lifecycle.load(LoadRequest(name="a", path=str(adapter_dir(tmp_path / "a"))))
+        )
         await until(lambda: world.open_loads)
         assert stages(world) == {}
         with pytest.raises(NotFound, match="still loading"):
@@ -168,12 +170,12 @@ def test_a_taken_name_is_refused_or_re_pointed(tmp_path: Path) -> None:
     async def work() -> None:
         lifecycle = world.front.lifecycle
         with pytest.raises(InvalidRequest, match=r"has already been loaded\. If you want"):
-            await lifecycle.load(Load(name="a", path=one))
+            await lifecycle.load(LoadRequest(name="a", path=one))
         with pytest.raises(AdapterError, match="cut file"):
-            await lifecycle.load(Load(name="a", path=broken, load_inplace=True))
+            await lifecycle.load(LoadRequest(name="a", path=broken, load_inplace=True))
         assert await ask(world, "a") == 1
         world.held = True
-        load = asyncio.ensure_future(lifecycle.load(Load(name="a", path=one, load_inplace=True)))
+        load = asyncio.ensure_future(lifecycle.load(LoadRequest(name="a", path=one, load_inplace=True)))
         await until(lambda: world.open_loads)
         assert await ask(world, "a") == 1  # until the new one is there
         world.finish()
@@ -183,7 +185,7 @@ def test_a_taken_name_is_refused_or_re_pointed(tmp_path: Path) -> None:
         assert world.front.adapters.paths() == {"a": one}
         world.free(1)
         world.held = False
-        assert (await lifecycle.load(Load(name="a", path=two, load_inplace=True))).source.adapter_id == 4
+        assert (await lifecycle.load(LoadRequest(name="a", path=two, load_inplace=True))).source.adapter_id == 4
         assert world.unloads() == [2, 1, 3]
 
     run(work)
@@ -197,7 +199,7 @@ def test_an_adapter_that_was_lost_can_be_loaded_again(tmp_path: Path) -> None:
         world.front.handle(AdapterState(adapter_id=1, state="failed", revision="r", error="its files are gone"))
         with pytest.raises(AdapterError, match="its files are gone"):
             await ask(world, "a")
-        await world.front.lifecycle.load(Load(name="a", path=path))
+        await world.front.lifecycle.load(LoadRequest(name="a", path=path))
         assert await ask(world, "a") == 2
 
     run(work)
@@ -211,11 +213,11 @@ def test_calls_about_one_name_happen_in_order(tmp_path: Path) -> None:
     async def work() -> None:
         lifecycle = world.front.lifecycle
         calls: list[Awaitable[Any]] = [
-            lifecycle.load(Load(name="a", path=path)),
-            lifecycle.load(Load(name="a", path=path)),
+            lifecycle.load(LoadRequest(name="a", path=path)),
+            lifecycle.load(LoadRequest(name="a", path=path)),
             lifecycle.unload("a"),
             lifecycle.unload("a"),
-            lifecycle.load(Load(name="a", path=path)),
+            lifecycle.load(LoadRequest(name="a", path=path)),
         ]
         tasks = []
         for call in calls:
@@ -242,7 +244,9 @@ def test_different_names_load_side_by_side_but_not_all_at_once(tmp_path: Path) -
 
     async def work() -> None:
         lifecycle = world.front.lifecycle
-        tasks = [asyncio.ensure_future(lifecycle.load(Load(name=f"n{i}", path=path))) for i, path in enumerate(paths)]
+        tasks = [
+            asyncio.ensure_future(lifecycle.load(LoadRequest(name=f"n{i}", path=path))) for i, path in enumerate(paths)
+        ]
         await until(lambda: len(world.open_loads) == most)
         await asyncio.sleep(0.05)
         assert len(world.open_loads) == most
@@ -260,7 +264,7 @@ def test_a_caller_that_leaves_does_not_stop_a_load(tmp_path: Path) -> None:
 
     async def work() -> None:
         lifecycle = world.front.lifecycle
-        load = asyncio.ensure_future(lifecycle.load(Load(name="a", path=str(adapter_dir(tmp_path / "a")))))
+        load = asyncio.ensure_future(lifecycle.load(LoadRequest(name="a", path=str(adapter_dir(tmp_path / "a")))))
         await until(lambda: world.open_loads)
         load.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -278,14 +282,14 @@ def test_at_the_end_waiting_calls_are_told(tmp_path: Path) -> None:
 
     async def work() -> None:
         lifecycle = world.front.lifecycle
-        load = asyncio.ensure_future(lifecycle.load(Load(name="a", path=str(adapter_dir(tmp_path / "a")))))
+        load = asyncio.ensure_future(lifecycle.load(LoadRequest(name="a", path=str(adapter_dir(tmp_path / "a")))))
         await until(lambda: world.open_loads)
         await world.front.drain(0.1)
         with pytest.raises(EngineDead):
             await load
         assert world.unloads() == [1]
         with pytest.raises(Overloaded):
-            await lifecycle.load(Load(name="b", path="/p"))
+            await lifecycle.load(LoadRequest(name="b", path="/p"))
 
     run(work)
 
@@ -298,10 +302,10 @@ def test_too_many_open_calls_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
     async def work() -> None:
         lifecycle = world.front.lifecycle
-        open_calls = [asyncio.ensure_future(lifecycle.load(Load(name=name, path=path))) for name in "ab"]
+        open_calls = [asyncio.ensure_future(lifecycle.load(LoadRequest(name=name, path=path))) for name in "ab"]
         await until(lambda: len(world.open_loads) == 2)
         with pytest.raises(Overloaded, match="too many"):
-            await lifecycle.load(Load(name="c", path=path))
+            await lifecycle.load(LoadRequest(name="c", path=path))
         world.finish()
         await asyncio.gather(*open_calls)
 
@@ -314,18 +318,18 @@ def test_pins(tmp_path: Path) -> None:
 
     async def work() -> None:
         lifecycle, adapters = world.front.lifecycle, world.front.adapters
-        await lifecycle.load(Load(name="b", path=path, pinned=True))
+        await lifecycle.load(LoadRequest(name="b", path=path, pinned=True))
         await lifecycle.pin("a", True)
         await lifecycle.pin("a", True)  # twice is no more than once
         assert adapters.pinned() == {"a", "b"}
-        for call in (lifecycle.load(Load(name="c", path=path, pinned=True)), lifecycle.pin("c", True)):
+        for call in (lifecycle.load(LoadRequest(name="c", path=path, pinned=True)), lifecycle.pin("c", True)):
             with pytest.raises(EngineError):
                 await call
-        await lifecycle.load(Load(name="c", path=path))
+        await lifecycle.load(LoadRequest(name="c", path=path))
         with pytest.raises(AdapterError, match=r"--max-loras-per-batch 3 allows 2.*starvation") as refusal:
             await lifecycle.pin("c", True)
         assert refusal.value.param == "pinned"
-        moved = await lifecycle.load(Load(name="b", path=path, load_inplace=True))  # a name keeps its pin
+        moved = await lifecycle.load(LoadRequest(name="b", path=path, load_inplace=True))  # a name keeps its pin
         assert moved.source.pinned
         await lifecycle.unload("b")  # also while it is pinned
         await lifecycle.pin("c", True)
@@ -394,7 +398,7 @@ def test_re_pointing_under_traffic_answers_with_one_or_the_other(tmp_path: Path)
 
         clients = [asyncio.ensure_future(traffic()) for _ in range(4)]
         for turn in range(50):
-            await world.front.lifecycle.load(Load(name="a", path=paths[turn % 2], load_inplace=True))
+            await world.front.lifecycle.load(LoadRequest(name="a", path=paths[turn % 2], load_inplace=True))
         stop.set()
         await asyncio.gather(*clients)
         assert len(set(answers)) > 10
@@ -422,7 +426,7 @@ def test_a_name_that_moves_while_a_prompt_is_read(tmp_path: Path, monkeypatch: p
         request = asyncio.ensure_future(ask(world, "a"))
         await reading.wait()
         assert world.front.adapters.cards()[0].running == 1
-        await world.front.lifecycle.load(Load(name="a", path=path, load_inplace=True))
+        await world.front.lifecycle.load(LoadRequest(name="a", path=path, load_inplace=True))
         await until(lambda: world.front.adapters.entry(1) is None)
         go.set()
         assert await request == 2

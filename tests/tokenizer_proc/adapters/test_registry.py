@@ -8,11 +8,11 @@ import pytest
 from engine.config.sections import AdapterSource
 from engine.errors import InvalidRequest, NotFound
 from engine.messages import AdapterState, Footprint, LoadAdapter
-from tokenizer_proc.adapters.registry import AdapterDirectory
+from tokenizer_proc.adapters.registry import AdapterRegistry
 
 
-def directory(*names: str, bases: tuple[str, ...] = ("org/base", "b")) -> AdapterDirectory:
-    return AdapterDirectory(
+def registry(*names: str, bases: tuple[str, ...] = ("org/base", "b")) -> AdapterRegistry:
+    return AdapterRegistry(
         bases,
         [
             AdapterSource(adapter_id=number, name=name, path=f"given/{name}", root=f"/real/{name}")
@@ -36,11 +36,11 @@ def directory(*names: str, bases: tuple[str, ...] = ("org/base", "b")) -> Adapte
     ],
 )
 def test_what_model_names(model: str | None, expected: str | None) -> None:
-    assert directory("sql", "org/x:y", "x:sql").select(model) == expected
+    assert registry("sql", "org/x:y", "x:sql").select(model) == expected
 
 
 def test_the_longest_known_name_wins() -> None:
-    names = directory("sql", "b:sql", "c:sql", bases=("b", "b:c"))
+    names = registry("sql", "b:sql", "c:sql", bases=("b", "b:c"))
     assert names.select("b:sql") == "b:sql"
     assert names.select("b:c:sql") == "c:sql"
     assert names.select("b:c") is None
@@ -49,12 +49,12 @@ def test_the_longest_known_name_wins() -> None:
 @pytest.mark.parametrize("model", ["nope", "x:sql", "b:", "b:nope", "", " sql"])
 def test_unknown_models_are_not_found(model: str) -> None:
     with pytest.raises(NotFound, match=r"The model `.*` does not exist\.") as refusal:
-        directory("sql").select(model)
+        registry("sql").select(model)
     assert (refusal.value.code, refusal.value.param) == ("model_not_found", "model")
 
 
 def test_lora_path() -> None:
-    names = directory("sql", "poet")
+    names = registry("sql", "poet")
     assert names.select(None, "sql") == "sql"
     assert names.select("b", {"sql": 0.5, "poet": 0.5}) == {"sql": 0.5, "poet": 0.5}
     assert names.select("sql", "sql") == "sql"
@@ -72,21 +72,21 @@ def test_lora_path() -> None:
 
 
 def test_resolving_gives_ids_and_scales() -> None:
-    names = directory("sql", "poet")
+    names = registry("sql", "poet")
     assert names.resolve(None).lora == []
     assert names.resolve("poet").lora == [(2, 1.0)]
     assert names.resolve({"poet": 0.25, "sql": -1.0}).lora == [(2, 0.25), (1, -1.0)]
 
 
 def test_holding_counts_requests() -> None:
-    names = directory("sql", "poet")
+    names = registry("sql", "poet")
     with names.resolve({"sql": 1.0, "poet": 1.0}).held(3), names.resolve("sql").held():
         assert [card.running for card in names.cards()] == [4, 3]
     assert [card.running for card in names.cards()] == [0, 0]
 
 
 def test_states_make_it_ready_or_failed() -> None:
-    names = directory("sql", "poet")
+    names = registry("sql", "poet")
     sent: list[LoadAdapter] = []
     names.load(sent.append)
     assert [(load.adapter_id, load.path) for load in sent] == [(1, "/real/sql"), (2, "/real/poet")]
@@ -101,7 +101,7 @@ def test_states_make_it_ready_or_failed() -> None:
 
 
 def test_cards() -> None:
-    names = directory("sql")
+    names = registry("sql")
     names.handle(
         AdapterState(adapter_id=1, state="resident", revision="r", lora_rank=8, target_modules=["q_proj"], bytes=5)
     )
@@ -110,12 +110,12 @@ def test_cards() -> None:
     assert (card.path, card.root, card.parent, card.state) == ("given/sql", "/real/sql", "org/base", "resident")
     assert (card.revision, card.lora_rank, card.target_modules, card.bytes) == ("r", 8, ["q_proj"], 5)
     assert names.card("nope") is None
-    told = AdapterDirectory(["b"], [AdapterSource(adapter_id=1, name="a", path="p", root="r", base="theirs")])
+    told = AdapterRegistry(["b"], [AdapterSource(adapter_id=1, name="a", path="p", root="r", base="theirs")])
     assert told.cards()[0].parent == "theirs"
 
 
 def test_what_is_gone_is_forgotten() -> None:
-    names = directory("sql", "poet")
+    names = registry("sql", "poet")
     held = names.resolve("sql")
     names.handle(AdapterState(adapter_id=1, state="gone"))
     assert [card.name for card in names.cards()] == ["poet"]
@@ -125,7 +125,7 @@ def test_what_is_gone_is_forgotten() -> None:
 
 
 def test_pages_of_a_mix_add_up() -> None:
-    names = directory("sql", "poet")
+    names = registry("sql", "poet")
     names.handle(AdapterState(adapter_id=1, state="host", footprint=Footprint({"qkv": 1, "o": 2})))
     names.handle(AdapterState(adapter_id=2, state="host", footprint=Footprint({"qkv": 3})))
     assert names.resolve({"sql": 1.0, "poet": 0.1}).pages == {"qkv": 4, "o": 2}

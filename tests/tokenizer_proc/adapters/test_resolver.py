@@ -12,7 +12,7 @@ from fixtures.serving.loading_front import LoadingFront, adapter_dir
 
 from engine.errors import AdapterError, ConfigError, EngineError, NotFound
 from engine.messages import SamplingParams, Submit
-from tokenizer_proc.adapters.lifecycle import Load
+from tokenizer_proc.adapters.lifecycle import LoadRequest
 from tokenizer_proc.adapters.resolver import Resolver
 
 
@@ -143,7 +143,7 @@ def test_loads_and_unloads_by_call_have_the_last_word(root: Path, tmp_path: Path
 
     async def work() -> None:
         lifecycle = world.front.lifecycle
-        await lifecycle.load(Load(name="one", path=other))
+        await lifecycle.load(LoadRequest(name="one", path=other))
         assert await ask(world, "one") == 1
         await ask(world, "two")
         await ask(world, "three")

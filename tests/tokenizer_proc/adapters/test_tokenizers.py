@@ -22,9 +22,9 @@ from engine.config.sections import AdapterSource
 from engine.errors import AdapterError, InvalidRequest
 from engine.messages import AdapterState, ChatMessage, Generate, SamplingParams, Submit
 from tokenizer_proc.adapters import tokenizers as library_module
-from tokenizer_proc.adapters.tokenizers import Library, Texts
+from tokenizer_proc.adapters.tokenizers import TextTools, TokenizerLibrary
 from tokenizer_proc.frontend import Frontend
-from tokenizer_proc.text.generation_config import Defaults
+from tokenizer_proc.text.generation_config import GenerationConfig
 from tokenizer_proc.text.templates.chat_template import ChatTemplate
 from tokenizer_proc.text.templates.sandbox import SandboxedTemplate
 from tokenizer_proc.text.tokenizer import Tokenizer
@@ -38,16 +38,16 @@ def base(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def library(base: Path) -> Iterator[Library]:
+def library(base: Path) -> Iterator[TokenizerLibrary]:
     made = started(base)
     yield made
     made.close()
 
 
-def started(base: Path, **options: Any) -> Library:
+def started(base: Path, **options: Any) -> TokenizerLibrary:
     tokenizer = Tokenizer.load(base)
-    defaults = Defaults(end_ids=[tokenizer.backend.token_to_id("</s>"), 7], temperature=0.5)
-    return Library(Texts(tokenizer, ChatTemplate(TEMPLATE), defaults), base, **options)
+    defaults = GenerationConfig(end_ids=[tokenizer.backend.token_to_id("</s>"), 7], temperature=0.5)
+    return TokenizerLibrary(TextTools(tokenizer, ChatTemplate(TEMPLATE), defaults), base, **options)
 
 
 def adapter(base: Path, name: str, *, extra: str = "", template: str | None = None, eos: str = "</s>") -> Path:
@@ -64,7 +64,7 @@ def adapter(base: Path, name: str, *, extra: str = "", template: str | None = No
     return root
 
 
-def test_what_brings_nothing_new_is_the_base(base: Path, library: Library) -> None:
+def test_what_brings_nothing_new_is_the_base(base: Path, library: TokenizerLibrary) -> None:
     (base.parent / "bare").mkdir()
     assert library.of("bare", base.parent / "bare") is library.base
     assert library.of("gone", base.parent / "gone") is library.base
@@ -78,31 +78,31 @@ def test_what_brings_nothing_new_is_the_base(base: Path, library: Library) -> No
     assert library.of("spelt", spelt) is library.base
 
 
-def test_own_tokens_ends_and_template(base: Path, library: Library) -> None:
+def test_own_tokens_ends_and_template(base: Path, library: TokenizerLibrary) -> None:
     own = library.of("a", adapter(base, "a", extra="<|im_end|>", template=OWN, eos="<|im_end|>"))
     token = library.base.tokenizer.vocab_size
     assert own.tokenizer.encode("x<|im_end|>", add_special_tokens=False)[-1] == token == own.tokenizer.eos_id
     assert own.tokenizer.decode([token], skip_special_tokens=False) == "<|im_end|>"
-    assert own.defaults.end_ids == [*library.base.defaults.end_ids, token]
-    assert own.defaults.temperature == 0.5
+    assert own.generation_config.end_ids == [*library.base.generation_config.end_ids, token]
+    assert own.generation_config.temperature == 0.5
     assert own.brings == ("tokenizer", "chat_template", "generation")
     assert isinstance(own.chat, SandboxedTemplate)
     assert asyncio.run(own.chat.prompt([ChatMessage("user", "hi")])) == "<|end|>hi<|im_end|>"
     (base.parent / "a" / "generation_config.json").write_text('{"temperature": 1.0, "eos_token_id": [3]}')
-    assert library.of("a", base.parent / "a").defaults == Defaults(
-        end_ids=[*library.base.defaults.end_ids, 3, token], temperature=1.0
+    assert library.of("a", base.parent / "a").generation_config == GenerationConfig(
+        end_ids=[*library.base.generation_config.end_ids, 3, token], temperature=1.0
     )
 
 
-def test_an_id_that_means_something_else_ends_nothing(base: Path, library: Library) -> None:
+def test_an_id_that_means_something_else_ends_nothing(base: Path, library: TokenizerLibrary) -> None:
     root = base.parent / "other"
     made = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "</s>": 2}, []))
     made.decoder = tokenizers.decoders.ByteLevel()
     small_tokenizers.save(made, root)
-    assert library.of("other", root).defaults.end_ids == [2]
+    assert library.of("other", root).generation_config.end_ids == [2]
 
 
-def test_the_same_is_kept_once_and_freed(base: Path, library: Library) -> None:
+def test_the_same_is_kept_once_and_freed(base: Path, library: TokenizerLibrary) -> None:
     one = library.of("a", adapter(base, "a", extra="<x>", template=OWN))
     two = library.of("b", adapter(base, "b", extra="<x>", template=OWN))
     assert one is two
@@ -125,7 +125,7 @@ TRICKY = ["hello<x>  world", "<s>déjà<plain><|user|> x", "a b", "<x><x>", " <|
 
 
 def test_added_tokens_share_the_model_of_the_base(
-    base: Path, library: Library, monkeypatch: pytest.MonkeyPatch
+    base: Path, library: TokenizerLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = adapter(base, "a")
     made = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
@@ -151,7 +151,7 @@ def test_added_tokens_share_the_model_of_the_base(
     assert library.base.tokenizer.encode("<x>") != own.encode("<x>")
 
 
-def test_an_added_token_in_another_place_is_read_in_full(base: Path, library: Library) -> None:
+def test_an_added_token_in_another_place_is_read_in_full(base: Path, library: TokenizerLibrary) -> None:
     root = adapter(base, "a", extra="<x>")
     saved = json.loads((root / "tokenizer.json").read_text())
     saved["added_tokens"][-1]["id"] += 5
@@ -160,7 +160,9 @@ def test_an_added_token_in_another_place_is_read_in_full(base: Path, library: Li
     assert own.encode("a<x>") == whole.encode("a<x>")
 
 
-def test_many_different_tokenizers_are_bounded(base: Path, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_different_tokenizers_are_bounded(
+    base: Path, library: TokenizerLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(library_module, "MOST_TOKENIZERS", 2)
     kept = [library.of(name, adapter(base, name, extra=f"<{name}>")) for name in "ab"]
     root = adapter(base, "c", extra="<c>")
@@ -213,7 +215,7 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("name", SPOILT)
-def test_files_that_make_no_sense_are_a_refusal(name: str, base: Path, library: Library) -> None:
+def test_files_that_make_no_sense_are_a_refusal(name: str, base: Path, library: TokenizerLibrary) -> None:
     spoil, said = SPOILT[name]
     root = adapter(base, "a", template=OWN)
     spoil(root)  # type: ignore[operator]
@@ -232,7 +234,7 @@ def front(base: Path, **directories: Path) -> Fake:
     for name, root in directories.items():
         entry = fake.front.adapters.find(name)
         assert entry is not None
-        entry.texts = fake.front.texts.of(name, root)
+        entry.text_tools = fake.front.tokenizer_library.of(name, root)
     return fake
 
 
@@ -262,7 +264,7 @@ def test_each_adapter_reads_in_its_own_way(base: Path) -> None:
     card = fake.front.adapters.card("a")
     assert card is not None
     assert (card.vocab_size, card.brings) == (size + 1, ["tokenizer", "chat_template", "generation"])
-    fake.front.texts.close()
+    fake.front.tokenizer_library.close()
 
 
 def test_ids_are_those_of_the_adapters_own_vocabulary(base: Path) -> None:
@@ -297,19 +299,19 @@ def test_a_mix_reads_as_its_adapters_do_where_they_agree(base: Path) -> None:
 def test_a_name_that_moves_while_a_text_is_read(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = front(base, a=adapter(base, "a"))
     fake.front.handle(capacity(fake.front.tokenizer.vocab_size + 1))
-    newer = fake.front.texts.of("a", adapter(base, "newer", extra="<x>"))
+    newer = fake.front.tokenizer_library.of("a", adapter(base, "newer", extra="<x>"))
     directory = fake.front.adapters
 
     async def slow(text: str, special: bool = True) -> list[int]:
-        entry = directory.add("a", "newer", "newer", pinned=False, preload=False, texts=newer)
+        entry = directory.add("a", "newer", "newer", pinned=False, preload=False, text_tools=newer)
         entry.take(AdapterState(adapter_id=entry.source.adapter_id, state="host", revision="n"))
         directory.point(entry)
         return fake.front.tokenizer.encode(text, special)
 
     old = directory.find("a")
     assert old is not None
-    assert old.texts is not None
-    monkeypatch.setattr(old.texts.tokenizer, "encode_text", slow)
+    assert old.text_tools is not None
+    monkeypatch.setattr(old.text_tools.tokenizer, "encode_text", slow)
     generate = ask(fake, "a")
     assert generate.lora[0][0] > 1
     assert generate.prompt[-1] == fake.front.tokenizer.vocab_size
@@ -327,11 +329,11 @@ def test_what_an_adapter_of_the_start_brings_is_read_before_anything_is_served(b
             config(), adapters=sources, links=msgspec.structs.replace(LINKS, epoch=epoch)
         )
         tokenizer = Tokenizer.load(base)
-        return Frontend(settings, lambda _: None, tokenizer, ChatTemplate(TEMPLATE), Defaults())
+        return Frontend(settings, lambda _: None, tokenizer, ChatTemplate(TEMPLATE), GenerationConfig())
 
     with pytest.raises(AdapterError, match="adapter `broken`: the chat template is not valid jinja"):
         front_of(epoch=0)
     taken_over = front_of(epoch=1)
     assert [card.name for card in taken_over.adapters.cards()] == ["good"]
-    assert taken_over.texts_for("good")[0].vocab_size == taken_over.tokenizer.vocab_size + 1
-    taken_over.texts.close()
+    assert taken_over.text_tools_for("good")[0].vocab_size == taken_over.tokenizer.vocab_size + 1
+    taken_over.tokenizer_library.close()

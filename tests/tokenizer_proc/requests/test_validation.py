@@ -9,21 +9,21 @@ import pytest
 
 from engine.errors import InvalidRequest
 from engine.messages import SamplingParams
-from tokenizer_proc.requests.validation import SEEDS, Plan, plan
-from tokenizer_proc.text.generation_config import Defaults
+from tokenizer_proc.requests.validation import SEEDS, ValidatedParams, validate_params
+from tokenizer_proc.text.generation_config import GenerationConfig
 
 
 def gate(
     *,
     prompt: list[int] | None = None,
     default_max_tokens: int | None = None,
-    defaults: Defaults | None = None,
+    generation_config: GenerationConfig | None = None,
     given_seed: int = 5,
     **fields: Any,
-) -> Plan:
-    return plan(
+) -> ValidatedParams:
+    return validate_params(
         SamplingParams(**fields),
-        defaults=defaults or Defaults(end_ids=[2]),
+        generation_config=generation_config or GenerationConfig(end_ids=[2]),
         seed=given_seed,
         prompt=[1, 2, 3] if prompt is None else prompt,
         max_length=32,
@@ -100,17 +100,19 @@ def test_lengths() -> None:
 
 
 def test_defaults_fill_what_is_left_out_and_only_that() -> None:
-    defaults = Defaults(temperature=0.6, top_p=0.9, top_k=20, min_p=0.1, repetition_penalty=1.1)
-    assert gate(defaults=defaults).sampling.temperature == 0.6
-    asked = gate(defaults=defaults, temperature=0.0, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0).sampling
+    generation_config = GenerationConfig(temperature=0.6, top_p=0.9, top_k=20, min_p=0.1, repetition_penalty=1.1)
+    assert gate(generation_config=generation_config).sampling.temperature == 0.6
+    asked = gate(
+        generation_config=generation_config, temperature=0.0, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0
+    ).sampling
     assert (asked.temperature, asked.top_p, asked.top_k, asked.min_p, asked.repetition_penalty) == (0, 1, 0, 0, 1)
 
 
 def test_end_ids() -> None:
-    ends = Defaults(end_ids=[2, 3, 1000])
-    assert gate(defaults=ends, stop_token_ids=[7, 2]).stopping.end_ids == [2, 3, 7]
-    assert gate(defaults=ends, stop_token_ids=[7], ignore_eos=True).stopping.end_ids == [7]
-    passed = gate(defaults=ends, min_tokens=4)
+    ends = GenerationConfig(end_ids=[2, 3, 1000])
+    assert gate(generation_config=ends, stop_token_ids=[7, 2]).stopping.end_ids == [2, 3, 7]
+    assert gate(generation_config=ends, stop_token_ids=[7], ignore_eos=True).stopping.end_ids == [7]
+    passed = gate(generation_config=ends, min_tokens=4)
     assert passed.sampling.end_ids == passed.stopping.end_ids
     assert passed.sampling.min_tokens == passed.stopping.min_tokens == passed.text.min_tokens == 4
 
@@ -119,9 +121,9 @@ def test_every_choice_has_its_seed() -> None:
     assert [gate(n=3, seed=9).sampling_of(i).seed for i in range(3)] == [9, 10, 11]
     assert gate(n=2, given_seed=5).sampling_of(1).seed == 6
     assert gate(seed=-1).sampling_of(0).seed == SEEDS - 1
-    last = plan(
+    last = validate_params(
         SamplingParams(n=2, seed=SEEDS - 1),
-        defaults=Defaults(),
+        generation_config=GenerationConfig(),
         seed=0,
         prompt=[1],
         max_length=8,

@@ -5,20 +5,20 @@ from __future__ import annotations
 import re
 
 from engine.messages import Capacity, Stats
-from tokenizer_proc.telemetry.metrics import Metrics, Picture
+from tokenizer_proc.telemetry.metrics import Metrics, MetricsSnapshot
 
 CAPACITY = Capacity(kv_pages=8, page_size=16, rows=2, max_length=64, max_batched_tokens=8, vocab_size=10)
 
 
 def test_there_is_one_live_series_of_lora_info() -> None:
     pictures = [
-        Picture(
+        MetricsSnapshot(
             max_loras=4,
             waiting={"c": 1, "a": 1},
             wanted=["d"],
             tiers={"b": "resident", "a": "resident", "c": "host", "e": "disk"},
         ),
-        Picture(max_loras=4, tiers={"z": "resident"}),
+        MetricsSnapshot(max_loras=4, tiers={"z": "resident"}),
     ]
     metrics = Metrics("base", lambda: pictures[0])
     line = r"^vllm:lora_requests_info\{(.*)\} ([\d.e+]+)$"
@@ -28,12 +28,12 @@ def test_there_is_one_live_series_of_lora_info() -> None:
     pictures.pop(0)
     [(labels, _)] = re.findall(line, metrics.render().decode(), re.MULTILINE)
     assert labels == 'max_lora="4",running_lora_adapters="z",waiting_lora_adapters=""'
-    pictures[0] = Picture()
+    pictures[0] = MetricsSnapshot()
     assert "lora_requests_info" not in metrics.render().decode()
 
 
 def test_names_that_dashboards_know() -> None:
-    metrics = Metrics("base", lambda: Picture(stats=Stats(kv_pages=4, kv_pages_used=1), capacity=CAPACITY))
+    metrics = Metrics("base", lambda: MetricsSnapshot(stats=Stats(kv_pages=4, kv_pages_used=1), capacity=CAPACITY))
     text = metrics.render().decode()
     for name in (
         "vllm:num_requests_running",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import ConfigError
-from tokenizer_proc.text.generation_config import Defaults
+from tokenizer_proc.text.generation_config import GenerationConfig
 
 
 def write(directory: Path, name: str, **fields: object) -> None:
@@ -16,7 +16,7 @@ def write(directory: Path, name: str, **fields: object) -> None:
 
 
 def test_without_files_everything_is_neutral(tmp_path: Path) -> None:
-    assert Defaults.load(tmp_path) == Defaults()
+    assert GenerationConfig.load(tmp_path) == GenerationConfig()
 
 
 def test_values_of_the_file_are_taken(tmp_path: Path) -> None:
@@ -32,24 +32,24 @@ def test_values_of_the_file_are_taken(tmp_path: Path) -> None:
         transformers_version="4.0",
     )
     write(tmp_path, "config.json", eos_token_id=8, hidden_size=4)
-    assert Defaults.load(tmp_path, eos_id=2) == Defaults(
+    assert GenerationConfig.load(tmp_path, eos_id=2) == GenerationConfig(
         temperature=0.6, top_p=0.9, top_k=20, repetition_penalty=1.05, end_ids=[7, 8, 2]
     )
 
 
 def test_do_sample_false_means_greedy_and_silence_means_sampling(tmp_path: Path) -> None:
     write(tmp_path, "generation_config.json", do_sample=False, temperature=0.6)
-    assert Defaults.load(tmp_path).temperature == 0.0
+    assert GenerationConfig.load(tmp_path).temperature == 0.0
     write(tmp_path, "generation_config.json", eos_token_id=1)
-    assert Defaults.load(tmp_path) == Defaults(end_ids=[1])
+    assert GenerationConfig.load(tmp_path) == GenerationConfig(end_ids=[1])
 
 
 def test_nonsense_names_the_file_and_the_field(tmp_path: Path) -> None:
     write(tmp_path, "generation_config.json", temperature="warm")
     with pytest.raises(ConfigError, match=r"generation_config\.json.*temperature"):
-        Defaults.load(tmp_path)
+        GenerationConfig.load(tmp_path)
 
 
 def test_end_ids_of_a_nested_text_config(tmp_path: Path) -> None:
     write(tmp_path, "config.json", text_config={"eos_token_id": [5, 6]})
-    assert Defaults.load(tmp_path).end_ids == [5, 6]
+    assert GenerationConfig.load(tmp_path).end_ids == [5, 6]

@@ -11,7 +11,7 @@ from fixtures.models import small_tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenizer_proc.text.sections import Sections
+from tokenizer_proc.text.sections import TokenizerSections
 from tokenizer_proc.text.tokenizer import Tokenizer
 
 KINDS: dict[str, Callable[[], tokenizers.Tokenizer]] = {
@@ -30,7 +30,7 @@ def pair(kind: str) -> tuple[Tokenizer, Tokenizer]:
     more.add_special_tokens([ADDED[0]])
     more.add_tokens([tokenizers.AddedToken(ADDED[1], lstrip=True), tokenizers.AddedToken(ADDED[2], single_word=True)])
     raw = more.to_str().encode()
-    made = Sections.read(raw).over(base)
+    made = TokenizerSections.read(raw).over(base)
     assert made is not None
     return made, Tokenizer.parse(raw, Path("tokenizer.json"), {})
 
@@ -61,5 +61,5 @@ def test_what_is_known_of_it_is_the_same(kind: str) -> None:
 def test_patterns_are_found_wherever_they_are() -> None:
     split = {"type": "Split", "pattern": {"Regex": "a+"}, "behavior": "Isolated", "invert": False}
     replace = {"type": "Replace", "pattern": {"Regex": "b+"}, "content": ""}
-    sections = Sections(pre_tokenizer={"type": "Sequence", "pretokenizers": [split]}, decoder=replace)
+    sections = TokenizerSections(pre_tokenizer={"type": "Sequence", "pretokenizers": [split]}, decoder=replace)
     assert sections.patterns == {"a+", "b+"}

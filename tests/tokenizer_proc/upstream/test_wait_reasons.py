@@ -11,7 +11,7 @@ from fixtures.serving.tokenizer_front import Fake, capacity
 
 from engine.errors import EngineError, Overloaded, TimedOut
 from engine.messages import SamplingParams, Stats, Submit, Update, WaitingRequest, WaitReason
-from tokenizer_proc.upstream.wait_reasons import Wait, Waits
+from tokenizer_proc.upstream.wait_reasons import RequestWait, WaitReasons
 
 SQL, POET = [(1, 1.0)], [(2, 1.0)]
 
@@ -24,15 +24,15 @@ def picture(*listed: WaitingRequest, waiting: int | None = None, running: dict[i
     )
 
 
-def waits_of(stats: Stats, loras: dict[int, list[tuple[int, float]]] | None = None) -> Waits:
-    waits = Waits()
+def waits_of(stats: Stats, loras: dict[int, list[tuple[int, float]]] | None = None) -> WaitReasons:
+    waits = WaitReasons()
     waits.take(stats, 9, loras or {})
     return waits
 
 
 def test_whoever_is_listed() -> None:
     waits = waits_of(picture(WaitingRequest(3, 7.5, "lanes", 2)))
-    assert waits.of(3, 2, SQL) == Wait("lanes", 7.5)
+    assert waits.of(3, 2, SQL) == RequestWait("lanes", 7.5)
     assert waits.of(3, 4, SQL) is None, "it ran since"
     assert waits.of(4, 0, SQL) is None, "all who wait are listed"
     waits.forget()
@@ -43,7 +43,7 @@ def test_whoever_came_after_all_who_are_listed_waits_as_others_of_its_adapter_do
     listed = [WaitingRequest(3, 7.5, "lanes"), WaitingRequest(5, 6.0, "load"), WaitingRequest(6, 5.0, "rows")]
     loras = {3: SQL, 5: POET, 6: []}
     waits = waits_of(picture(*listed, waiting=9, running={2: 1}), loras)
-    assert waits.of(8, 0, SQL) == Wait("lanes", None)
+    assert waits.of(8, 0, SQL) == RequestWait("lanes", None)
     assert waits.of(4, 0, SQL) is None, "an older one would be listed if it waited"
     assert waits.of(8, 1, SQL) is None, "it ran"
     assert waits.of(8, 0, POET) is None, "its adapter runs: so may it"
@@ -55,7 +55,7 @@ def test_whoever_came_after_all_who_are_listed_waits_as_others_of_its_adapter_do
 
 
 def test_every_reason_has_words() -> None:
-    waits = Waits()
+    waits = WaitReasons()
     waits.capacity = capacity(300, max_loras=3)
     assert waits.want("lanes") == "a lane: no more adapters run at a time (--max-loras-per-batch: 3)"
     assert waits.want("rows") == "a row: no more requests run at a time (--max-running-requests: 8)"

@@ -40,7 +40,7 @@ def check(body: OpenAIBody, params: SamplingParams) -> None:
         raise InvalidRequest(f"best_of = {body.best_of} other than n = {params.n} is not supported", param="best_of")
 
 
-class Frame:
+class Envelope:
     """What surrounds the choices of one answer: id, object, created, model, usage."""
 
     def __init__(self, service: Service, body: OpenAIBody, prefix: str, kind: str, chunk_kind: str) -> None:

@@ -15,7 +15,7 @@ from tokenizer_proc.http.generation import Writer
 from tokenizer_proc.text.tokenizer import Tokenizer
 
 
-class Scoring(msgspec.Struct, frozen=True):
+class LogprobOptions(msgspec.Struct, frozen=True):
     """Log-probabilities of one prompt's answers; the prompt's own from position `start` on (-1: none)."""
 
     start: int
@@ -27,7 +27,11 @@ class NativeWriter(Writer):
     """One object for one choice, a list of them for a list. An event of a list says which choice it is of."""
 
     def __init__(
-        self, rids: Sequence[str], scoring: Sequence[Scoring | None], is_list: bool, tokenizers: Sequence[Tokenizer]
+        self,
+        rids: Sequence[str],
+        scoring: Sequence[LogprobOptions | None],
+        is_list: bool,
+        tokenizers: Sequence[Tokenizer],
     ) -> None:
         self._rids = rids
         self._tokenizers = tokenizers
@@ -90,7 +94,7 @@ def _finish_reason(choice: Choice) -> dict[str, object] | None:
             return {"type": "abort", "message": "aborted"}
 
 
-def _logprobs(choice: Choice, scoring: Scoring, tokenizer: Tokenizer) -> dict[str, object]:
+def _logprobs(choice: Choice, scoring: LogprobOptions, tokenizer: Tokenizer) -> dict[str, object]:
     found: dict[str, object] = {
         "input_token_logprobs": _input(choice, scoring, tokenizer),
         "output_token_logprobs": logprobs.triples(choice.logprobs, scoring.with_text),
@@ -102,7 +106,7 @@ def _logprobs(choice: Choice, scoring: Scoring, tokenizer: Tokenizer) -> dict[st
     return found
 
 
-def _input(choice: Choice, scoring: Scoring, tokenizer: Tokenizer) -> list[logprobs.Triple]:
+def _input(choice: Choice, scoring: LogprobOptions, tokenizer: Tokenizer) -> list[logprobs.Triple]:
     """The prompt's tokens from `start` on; nothing precedes the first, so its value is null."""
     prompt = choice.prompt
     if scoring.start < 0 or prompt.logprobs is None:

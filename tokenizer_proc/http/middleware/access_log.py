@@ -21,7 +21,7 @@ from aiohttp.typedefs import Handler
 from engine import logs
 from engine.errors import EngineError, InternalError
 from tokenizer_proc.http.middleware import errors
-from tokenizer_proc.telemetry.error_log import complaint
+from tokenizer_proc.telemetry.error_log import error_fields
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ REQUEST_ID = "X-Request-Id"
 LONGEST_ID = 256
 
 
-class Record:
+class AccessRecord:
     """What will be told of one call; routes add `facts`. `cause` is why it was ended, where no answer says so.
 
     `arrived` is when its head had been read (monotonic seconds).
@@ -57,21 +57,21 @@ class Record:
             method=self._request.method,
             path=self._request.rel_url.raw_path,
             status=status,
-            **({} if error is None else complaint(error)),
+            **({} if error is None else error_fields(error)),
             **self.facts,
             seconds=time.monotonic() - self.arrived,
         )
         log.log(level, "call %s", line, exc_info=fault)
 
 
-RECORD = web.RequestKey("record", Record)
+ACCESS_RECORD = web.RequestKey("record", AccessRecord)
 """Where a request carries its record."""
 
 
 @web.middleware
 async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """The outermost: whatever happens inside ends in one line."""
-    record = request[RECORD] = Record(request)
+    record = request[ACCESS_RECORD] = AccessRecord(request)
     answer = None
     try:
         answer = await handler(request)
@@ -87,11 +87,11 @@ async def middleware(request: web.Request, handler: Handler) -> web.StreamRespon
 
 async def name(request: web.Request, answer: web.StreamResponse) -> None:
     """Every answer carries its request's id: the client's own, or a new one."""
-    record = request.get(RECORD)
+    record = request.get(ACCESS_RECORD)
     answer.headers[REQUEST_ID] = record.id if record is not None else uuid.uuid4().hex
 
 
-class Strangers(AbstractAccessLogger):
+class MalformedRequestLogger(AbstractAccessLogger):
     """The line for what never became a call: it was no HTTP, and aiohttp answered it alone."""
 
     @property
@@ -101,7 +101,7 @@ class Strangers(AbstractAccessLogger):
 
     def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
         """What aiohttp tells of every answer; those of the application have their line already."""
-        if RECORD not in request:
+        if ACCESS_RECORD not in request:
             given = response.headers.get(REQUEST_ID)
             line = logs.pairs(id=given, status=response.status, kind="bad_http", seconds=time)
             log.info("call %s", line)

@@ -19,7 +19,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from engine.errors import EngineError
-from tokenizer_proc.http.middleware.access_log import RECORD
+from tokenizer_proc.http.middleware.access_log import ACCESS_RECORD
 
 LEAST_BYTES = 16 << 10
 UNBOUNDED = (1 << 31) - 1  # the highest mark that uvloop takes
@@ -32,7 +32,7 @@ class SlowReader(EngineError):
     kind = "slow_reader"
 
 
-class Outlet:
+class WriteBuffer:
     """One answer's way to its client. At most `most` bytes may wait, beside the largest write."""
 
     def __init__(self, transport: asyncio.WriteTransport, most: int, patience: float) -> None:
@@ -74,15 +74,15 @@ class Outlet:
 
     def cut(self, request: web.Request, error: SlowReader) -> None:
         """Ends the connection, and forgets what waits: also what waits in the kernel."""
-        request[RECORD].cause = error
+        request[ACCESS_RECORD].cause = error
         sock = self._transport.get_extra_info("socket")
         if sock is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._transport.abort()
 
 
-OUTLET = web.RequestKey("outlet", Outlet)
-"""Where a request carries its outlet."""
+WRITE_BUFFER = web.RequestKey("buffer", WriteBuffer)
+"""Where a request carries its buffer."""
 
 
 def bounded(most: int, patience: float) -> Middleware:
@@ -92,16 +92,16 @@ def bounded(most: int, patience: float) -> Middleware:
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.transport is None:
             raise ConnectionResetError("the client is gone")
-        outlet = request[OUTLET] = Outlet(cast(asyncio.WriteTransport, request.transport), most, patience)
+        buffer = request[WRITE_BUFFER] = WriteBuffer(cast(asyncio.WriteTransport, request.transport), most, patience)
         answer = await handler(request)
-        if isinstance(request[RECORD].cause, SlowReader):
+        if isinstance(request[ACCESS_RECORD].cause, SlowReader):
             return answer
         try:
-            await outlet.finish(answer, request)
+            await buffer.finish(answer, request)
         except SlowReader as error:
-            outlet.cut(request, error)
+            buffer.cut(request, error)
         except ConnectionResetError:
-            request[RECORD].facts["end"] = "gone"
+            request[ACCESS_RECORD].facts["end"] = "gone"
         return answer
 
     return middleware

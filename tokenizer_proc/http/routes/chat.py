@@ -14,8 +14,8 @@ from tokenizer_proc.http.bodies import body as bodies
 from tokenizer_proc.http.bodies.fields import SPELLINGS_OPENAI
 from tokenizer_proc.http.bodies.messages import TemplateKwargs, Turn, chat_messages
 from tokenizer_proc.http.dialects import logprobs
-from tokenizer_proc.http.dialects.openai import Frame, LoraField, OpenAIBody, check
-from tokenizer_proc.http.generation import Call, Service, Writer, answer
+from tokenizer_proc.http.dialects.openai import Envelope, LoraField, OpenAIBody, check
+from tokenizer_proc.http.generation import GenerationCall, Service, Writer, answer
 
 MAX_TOP_LOGPROBS = 20  # OpenAI's own bound
 
@@ -40,10 +40,10 @@ async def chat_completions(service: Service, request: web.Request) -> web.Stream
     await access.fetch(service, request, body.model, body.lora_path)
     lora = access.select(service, request, body.model or None, body.lora_path)
     submit = _submit(body, lora, replace(params, logprobs=_wanted_logprobs(body)))
-    frame = Frame(service, body, "chatcmpl", "chat.completion", "chat.completion.chunk")
-    writer = ChatWriter(frame, body.logprobs)
+    envelope = Envelope(service, body, "chatcmpl", "chat.completion", "chat.completion.chunk")
+    writer = ChatWriter(envelope, body.logprobs)
     names = bodies.spelt(fields, SPELLINGS_OPENAI) | {"prompt": "messages", "logprobs": "top_logprobs"}
-    call = Call(submits=[submit], ids={frame.id: [0]}, stream=body.stream, names=names)
+    call = GenerationCall(submits=[submit], ids={envelope.id: [0]}, stream=body.stream, names=names)
     return await answer(service, request, call, writer)
 
 
@@ -78,8 +78,8 @@ def _wanted_logprobs(body: ChatBody) -> int | None:
 class ChatWriter(Writer):
     """Chat completions: the first event of a choice says its role, the last its finish reason."""
 
-    def __init__(self, frame: Frame, with_logprobs: bool) -> None:
-        self._frame = frame
+    def __init__(self, envelope: Envelope, with_logprobs: bool) -> None:
+        self._envelope = envelope
         self._with_logprobs = with_logprobs
 
     def events(self, batch: Batch, choice: Choice, delta: Delta) -> list[object]:
@@ -96,11 +96,11 @@ class ChatWriter(Writer):
 
     def last_events(self, batch: Batch) -> list[object]:
         """The usage, where asked for."""
-        return self._frame.usage_chunks(batch.usage())
+        return self._envelope.usage_chunks(batch.usage())
 
     def whole(self, batch: Batch) -> object:
         """A chat.completion."""
-        return self._frame.whole([self._choice(choice) for choice in batch.choices], batch.usage())
+        return self._envelope.whole([self._choice(choice) for choice in batch.choices], batch.usage())
 
     def _choice(self, choice: Choice) -> dict[str, object]:
         return {
@@ -114,4 +114,4 @@ class ChatWriter(Writer):
         self, choice: Choice, delta: dict[str, str], scored: object = None, finish_reason: str | None = None
     ) -> object:
         one = {"index": choice.number, "delta": delta, "logprobs": scored, "finish_reason": finish_reason}
-        return self._frame.chunk([one])
+        return self._envelope.chunk([one])

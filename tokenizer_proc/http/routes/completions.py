@@ -15,8 +15,8 @@ from tokenizer_proc.http.bodies import body as bodies
 from tokenizer_proc.http.bodies.fields import SPELLINGS_OPENAI
 from tokenizer_proc.http.bodies.prompts import PromptField, TokenIds, prompts, spread
 from tokenizer_proc.http.dialects.logprobs import LegacyLogprobs, empty, joined
-from tokenizer_proc.http.dialects.openai import Frame, LoraField, OpenAIBody, check
-from tokenizer_proc.http.generation import Call, Service, Writer, answer
+from tokenizer_proc.http.dialects.openai import Envelope, LoraField, OpenAIBody, check
+from tokenizer_proc.http.generation import GenerationCall, Service, Writer, answer
 from tokenizer_proc.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
@@ -42,12 +42,12 @@ async def completions(service: Service, request: web.Request) -> web.StreamRespo
     await access.fetch(service, request, body.model, *named)
     spread_out = spread(body.lora_path, len(asked), "lora_path")
     loras = [access.select(service, request, body.model or None, lora) for lora in spread_out]
-    frame = Frame(service, body, "cmpl", "text_completion", "text_completion")
-    tokenizers = [service.frontend.texts_for(lora)[0] for lora in loras]
-    writer = CompletionWriter(frame, tokenizers, body, params, asked)
+    envelope = Envelope(service, body, "cmpl", "text_completion", "text_completion")
+    tokenizers = [service.frontend.text_tools_for(lora)[0] for lora in loras]
+    writer = CompletionWriter(envelope, tokenizers, body, params, asked)
     submits = _submits(body, _params(body, params), asked, loras)
     names = bodies.spelt(fields, SPELLINGS_OPENAI) | {"prompt_logprobs": "logprobs"}
-    call = Call(submits=submits, ids={frame.id: range(len(submits))}, stream=body.stream, names=names)
+    call = GenerationCall(submits=submits, ids={envelope.id: range(len(submits))}, stream=body.stream, names=names)
     return await answer(service, request, call, writer)
 
 
@@ -85,13 +85,13 @@ class CompletionWriter(Writer):
 
     def __init__(
         self,
-        frame: Frame,
+        envelope: Envelope,
         tokenizers: Sequence[Tokenizer],
         body: CompletionBody,
         params: SamplingParams,
         asked: Sequence[str | TokenIds],
     ) -> None:
-        self._frame = frame
+        self._envelope = envelope
         self._tokenizers = tokenizers
         self._echo = body.echo
         self._scores = body.logprobs is not None
@@ -109,16 +109,16 @@ class CompletionWriter(Writer):
             self._held.setdefault(choice.item, {})[choice.number] = cursor
             return []
         due = self._held.pop(choice.item, {}) | {choice.number: cursor}
-        return [self._frame.chunk([self._choice(one)]) for one in due.values() if one.has_news]
+        return [self._envelope.chunk([self._choice(one)]) for one in due.values() if one.has_news]
 
     def last_events(self, batch: Batch) -> list[object]:
         """The usage, where asked for."""
-        return self._frame.usage_chunks(self._usage(batch))
+        return self._envelope.usage_chunks(self._usage(batch))
 
     def whole(self, batch: Batch) -> object:
         """A text_completion."""
         cursors = [self._cursor(choice) for choice in batch.choices]
-        return self._frame.whole([self._choice(cursor) for cursor in cursors], self._usage(batch))
+        return self._envelope.whole([self._choice(cursor) for cursor in cursors], self._usage(batch))
 
     def _cursor(self, choice: Choice) -> _Cursor:
         return _Cursor(choice, self._tokenizers[choice.item])

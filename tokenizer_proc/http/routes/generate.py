@@ -15,8 +15,8 @@ from tokenizer_proc.http.auth import access
 from tokenizer_proc.http.bodies import body as bodies
 from tokenizer_proc.http.bodies.fields import SPELLINGS_NATIVE
 from tokenizer_proc.http.bodies.prompts import PromptField, TokenIds, is_single, prompts, spread
-from tokenizer_proc.http.dialects.sglang import NativeWriter, Scoring
-from tokenizer_proc.http.generation import Call, Service, answer
+from tokenizer_proc.http.dialects.sglang import LogprobOptions, NativeWriter
+from tokenizer_proc.http.generation import GenerationCall, Service, answer
 
 DEFAULT_MAX_TOKENS = 128
 
@@ -66,8 +66,8 @@ async def generate(service: Service, request: web.Request) -> web.StreamResponse
     ]
     submits = _submits(body, asked, params, loras)
     is_list = not is_single(field) or any(one.sampling.n > 1 for one in params)
-    writer = NativeWriter(rids, scoring, is_list, [service.frontend.texts_for(lora)[0] for lora in loras])
-    call = Call(submits=submits, ids=_by_rid(body.rid, rids), stream=body.stream, names=_names(body))
+    writer = NativeWriter(rids, scoring, is_list, [service.frontend.text_tools_for(lora)[0] for lora in loras])
+    call = GenerationCall(submits=submits, ids=_by_rid(body.rid, rids), stream=body.stream, names=_names(body))
     return await answer(service, request, call, writer)
 
 
@@ -138,7 +138,7 @@ def _read(asked: Mapping[str, object], at: str) -> tuple[SamplingParams, LorasFi
     return bodies.params(present, SPELLINGS_NATIVE, at), bodies.decode(lora, _Lora, at).lora_path
 
 
-def _scoring(body: GenerateBody, size: int) -> list[Scoring | None]:
+def _scoring(body: GenerateBody, size: int) -> list[LogprobOptions | None]:
     wanted = spread(body.return_logprob, size, "return_logprob")
     starts = spread(body.logprob_start_len, size, "logprob_start_len")
     tops = spread(body.top_logprobs_num, size, "top_logprobs_num")
@@ -149,11 +149,12 @@ def _scoring(body: GenerateBody, size: int) -> list[Scoring | None]:
             )
     with_text = body.return_text_in_logprobs
     return [
-        Scoring(start, top, with_text) if want else None for want, start, top in zip(wanted, starts, tops, strict=True)
+        LogprobOptions(start, top, with_text) if want else None
+        for want, start, top in zip(wanted, starts, tops, strict=True)
     ]
 
 
-def _scored(one: _Params, scoring: Scoring | None) -> _Params:
+def _scored(one: _Params, scoring: LogprobOptions | None) -> _Params:
     if scoring is None:
         return one
     prompt = scoring.top if scoring.start >= 0 else None

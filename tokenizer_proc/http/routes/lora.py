@@ -17,7 +17,7 @@ from aiohttp import web
 
 from engine.errors import EngineError, InvalidRequest, NotFound
 from engine.messages import AdapterStage
-from tokenizer_proc.adapters.lifecycle import Load
+from tokenizer_proc.adapters.lifecycle import LoadRequest
 from tokenizer_proc.http.bodies import body as bodies
 from tokenizer_proc.http.bodies.fields import IGNORED_BY_ROUTE
 from tokenizer_proc.http.generation import Service, as_json
@@ -64,7 +64,7 @@ async def load(service: Service, request: web.Request) -> web.StreamResponse:
 
     async def work(fields: bodies.Fields) -> AdapterStage | None:
         body = bodies.decode(fields, LoadBody)
-        ask = Load(name=body.lora_name, path=body.lora_path, pinned=body.pinned, preload=body.preload)
+        ask = LoadRequest(name=body.lora_name, path=body.lora_path, pinned=body.pinned, preload=body.preload)
         entry = await service.frontend.lifecycle.load(ask)
         return entry.stage if body.preload and entry.stage != "resident" else None
 
@@ -109,7 +109,7 @@ async def v1_load(service: Service, request: web.Request) -> web.StreamResponse:
     body = bodies.decode(await bodies.read(request), V1LoadBody)
     if body.is_3d_lora_weight:
         raise InvalidRequest("'is_3d_lora_weight' is not supported here, other than False", param="is_3d_lora_weight")
-    ask = Load(name=body.lora_name, path=body.lora_path, load_inplace=body.load_inplace, preload=body.preload)
+    ask = LoadRequest(name=body.lora_name, path=body.lora_path, load_inplace=body.load_inplace, preload=body.preload)
     await service.frontend.lifecycle.load(ask)
     return web.Response(text=f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 

@@ -11,7 +11,7 @@ from tokenizer_proc.http.bodies import body as bodies
 from tokenizer_proc.http.bodies.messages import TemplateKwargs, Turn, chat_messages
 from tokenizer_proc.http.dialects.openai import LoraField
 from tokenizer_proc.http.generation import Service, as_json
-from tokenizer_proc.text.templates.chat_template import Chat
+from tokenizer_proc.text.templates.chat_template import ChatRenderer
 from tokenizer_proc.text.tokenizer import Tokenizer
 
 _TAKEN = ("self", "messages", "add_generation_prompt", "continue_final_message")
@@ -43,7 +43,7 @@ class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
 async def tokenize(service: Service, request: web.Request) -> web.StreamResponse:
     """Text or chat messages to tokens: `{"tokens", "count", "max_model_len"}`."""
     body = bodies.decode(await bodies.read(request), TokenizeBody)
-    tokenizer, template = await _texts(service, request, body)
+    tokenizer, template = await _text_tools(service, request, body)
     text = await _text(body, template)
     special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
     ids = await tokenizer.encode_text(text, special)
@@ -53,7 +53,7 @@ async def tokenize(service: Service, request: web.Request) -> web.StreamResponse
 async def detokenize(service: Service, request: web.Request) -> web.StreamResponse:
     """Tokens to text: `{"prompt", "text"}`, the same text under vLLM's name and SGLang's."""
     body = bodies.decode(await bodies.read(request), DetokenizeBody)
-    tokenizer, _ = await _texts(service, request, body)
+    tokenizer, _ = await _text_tools(service, request, body)
     _check(body.tokens, tokenizer.vocab_size)
     text = await tokenizer.decode_ids(body.tokens, skip_special_tokens=body.skip_special_tokens)
     return as_json({"prompt": text, "text": text})
@@ -68,12 +68,14 @@ def _check(tokens: list[int], vocab_size: int) -> None:
     )
 
 
-async def _texts(service: Service, request: web.Request, body: TokenizeBody | DetokenizeBody) -> tuple[Tokenizer, Chat]:
+async def _text_tools(
+    service: Service, request: web.Request, body: TokenizeBody | DetokenizeBody
+) -> tuple[Tokenizer, ChatRenderer]:
     await access.fetch(service, request, body.model, body.lora_path)
-    return service.frontend.texts_for(access.select(service, request, body.model or None, body.lora_path))
+    return service.frontend.text_tools_for(access.select(service, request, body.model or None, body.lora_path))
 
 
-async def _text(body: TokenizeBody, template: Chat) -> str:
+async def _text(body: TokenizeBody, template: ChatRenderer) -> str:
     given = [name for name in ("prompt", "text", "messages") if getattr(body, name) is not None]
     if len(given) != 1:
         raise InvalidRequest("send exactly one of prompt, text and messages", param=given[1] if given else "prompt")

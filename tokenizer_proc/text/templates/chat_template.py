@@ -152,7 +152,7 @@ def template_of(directory: Path) -> str | None:
     return None
 
 
-class Chat(ABC):
+class ChatRenderer(ABC):
     """What makes a prompt of messages, wherever it is computed."""
 
     source: str | None
@@ -179,7 +179,7 @@ def check_messages(messages: Sequence[ChatMessage], add_generation_prompt: bool,
         )
 
 
-class ChatTemplate(Chat):
+class ChatTemplate(ChatRenderer):
     """Messages to prompt text. `source` None: the model has no template, and every chat is refused with a reason."""
 
     def __init__(self, source: str | None, special_tokens: Mapping[str, str] | None = None) -> None:

@@ -35,7 +35,7 @@ KEPT = 32
 LENGTH = struct.Struct(">I")
 
 
-class Job(msgspec.Struct, frozen=True, array_like=True):
+class RenderJob(msgspec.Struct, frozen=True, array_like=True):
     """What to render; without messages the template is only compiled."""
 
     source: str
@@ -46,7 +46,7 @@ class Job(msgspec.Struct, frozen=True, array_like=True):
     kwargs: dict[str, str | int | float | bool | None] = {}
 
 
-class Reply(msgspec.Struct, frozen=True, array_like=True):
+class RenderReply(msgspec.Struct, frozen=True, array_like=True):
     """The text, or why there is none and which field is at fault. `last`: the process has grown, and ends."""
 
     text: str | None = None
@@ -61,7 +61,7 @@ def main() -> None:
     jobs, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     for source in ("{{ strftime_now('%H') }}{{ messages | tojson }}", "{{ raise_exception('now all is imported') }}"):
-        _do(Job(source, {}, [ChatMessage("user", "a")]))
+        _do(RenderJob(source, {}, [ChatMessage("user", "a")]))
     _confine()
     small = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     replies.write(LENGTH.pack(0))
@@ -70,7 +70,7 @@ def main() -> None:
         used = resource.getrusage(resource.RUSAGE_SELF)
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)
         resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used.ru_utime + used.ru_stime) + CPU_SECONDS, hard))
-        reply = _do(msgspec.msgpack.decode(frame, type=Job))
+        reply = _do(msgspec.msgpack.decode(frame, type=RenderJob))
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - small) * 1024
         encoded = _encoded(msgspec.structs.replace(reply, last=grown > MEMORY_BYTES // 2))
         replies.write(LENGTH.pack(len(encoded)) + encoded)
@@ -87,19 +87,23 @@ def read_frame(source: BinaryIO) -> bytes | None:
     return frame if len(frame) == length else None
 
 
-def _do(job: Job) -> Reply:
+def _do(job: RenderJob) -> RenderReply:
     try:
         template = _compiled(job.source, tuple(job.special_tokens.items()))
         if not job.messages:
-            return Reply("")
+            return RenderReply("")
         text = template.render(job.messages, job.add_generation_prompt, job.continue_final_message, **job.kwargs)
         if len(text) > MAX_CHARACTERS:
-            return Reply(refused=f"the chat template made more than {MAX_CHARACTERS} characters", param="messages")
-        return Reply(text)
+            return RenderReply(
+                refused=f"the chat template made more than {MAX_CHARACTERS} characters", param="messages"
+            )
+        return RenderReply(text)
     except EngineError as error:
-        return Reply(refused=error.message, param=error.param or "messages")
+        return RenderReply(refused=error.message, param=error.param or "messages")
     except (MemoryError, RecursionError) as error:
-        return Reply(refused=f"the chat template needs too much memory ({type(error).__name__})", param="messages")
+        return RenderReply(
+            refused=f"the chat template needs too much memory ({type(error).__name__})", param="messages"
+        )
 
 
 @lru_cache(maxsize=KEPT)
@@ -107,11 +111,11 @@ def _compiled(source: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatT
     return ChatTemplate(source, dict(special_tokens))
 
 
-def _encoded(reply: Reply) -> bytes:
+def _encoded(reply: RenderReply) -> bytes:
     try:
         return msgspec.msgpack.encode(reply)
     except (UnicodeEncodeError, MemoryError):
-        return msgspec.msgpack.encode(Reply(refused="the chat template makes no valid text", param="messages"))
+        return msgspec.msgpack.encode(RenderReply(refused="the chat template makes no valid text", param="messages"))
 
 
 def _confine() -> None:

@@ -25,8 +25,8 @@ import msgspec
 from engine.errors import InternalError, InvalidRequest
 from engine.ipc import UNREADABLE
 from engine.messages import ChatMessage
-from tokenizer_proc.text.templates.chat_template import Chat, Value, check_messages
-from tokenizer_proc.text.templates.renderer import CPU_SECONDS, LENGTH, MAX_FRAME, MEMORY_BYTES, Job, Reply
+from tokenizer_proc.text.templates.chat_template import ChatRenderer, Value, check_messages
+from tokenizer_proc.text.templates.renderer import CPU_SECONDS, LENGTH, MAX_FRAME, MEMORY_BYTES, RenderJob, RenderReply
 
 START_SECONDS = 60.0
 WALL_SECONDS = 30.0
@@ -41,7 +41,7 @@ TOO_MUCH = (
 KEPT_VARIABLES = frozenset({"PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL"})
 
 
-class _Gone(Exception):
+class _RendererGone(Exception):
     """The process ended, or did not answer in time."""
 
 
@@ -54,12 +54,12 @@ class Sandbox:
         self._turn = asyncio.Lock()
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="chat templates")
 
-    async def render(self, job: Job) -> str:
+    async def render(self, job: RenderJob) -> str:
         """The text. Raises InvalidRequest with the template's own words, or because it takes too much."""
         async with self._turn:
             return await asyncio.get_running_loop().run_in_executor(self._thread, self.do, job)
 
-    def do(self, job: Job) -> str:
+    def do(self, job: RenderJob) -> str:
         """The same for a thread."""
         frame = msgspec.msgpack.encode(job)
         if len(frame) > MAX_FRAME:
@@ -81,13 +81,13 @@ class Sandbox:
                     with contextlib.suppress(OSError):
                         pipe.close()
 
-    def _exchange(self, frame: bytes) -> Reply:
+    def _exchange(self, frame: bytes) -> RenderReply:
         process = self._started()
         deadline = time.monotonic() + WALL_SECONDS
         try:
             _write(process, LENGTH.pack(len(frame)) + frame, deadline)
-            reply = msgspec.msgpack.decode(_read(process, deadline), type=Reply)
-        except _Gone as error:
+            reply = msgspec.msgpack.decode(_read(process, deadline), type=RenderReply)
+        except _RendererGone as error:
             self.close()
             raise InvalidRequest(TOO_MUCH, param="messages", code="chat_template_stopped") from error
         except UNREADABLE as error:
@@ -112,13 +112,13 @@ class Sandbox:
             os.set_blocking(pipe.fileno(), False)
         try:
             _read(self._process, time.monotonic() + START_SECONDS)
-        except _Gone as error:
+        except _RendererGone as error:
             self.close()
             raise InternalError("the process of chat templates does not start") from error
         return self._process
 
 
-class SandboxedTemplate(Chat):
+class SandboxedTemplate(ChatRenderer):
     """A template of an adapter. Raises InvalidRequest when it cannot be compiled."""
 
     source: str
@@ -128,7 +128,7 @@ class SandboxedTemplate(Chat):
         self._sandbox = sandbox
         self._special_tokens = dict(special_tokens)
         self._turn = asyncio.Lock()
-        sandbox.do(Job(source, self._special_tokens, []))
+        sandbox.do(RenderJob(source, self._special_tokens, []))
 
     async def prompt(
         self,
@@ -139,7 +139,7 @@ class SandboxedTemplate(Chat):
     ) -> str:
         """The prompt text. Raises InvalidRequest with the template's own words, or because it takes too much."""
         check_messages(messages, add_generation_prompt, continue_final_message)
-        job = Job(
+        job = RenderJob(
             self.source, self._special_tokens, list(messages), add_generation_prompt, continue_final_message, kwargs
         )
         async with self._turn:
@@ -156,14 +156,14 @@ def _write(process: subprocess.Popen[bytes], data: bytes, deadline: float) -> No
         except BlockingIOError:
             continue
         except OSError as error:
-            raise _Gone from error
+            raise _RendererGone from error
 
 
 def _read(process: subprocess.Popen[bytes], deadline: float) -> bytes:
     """The next frame."""
     (length,) = LENGTH.unpack(_read_exactly(process, LENGTH.size, deadline))
     if length > MAX_FRAME:
-        raise _Gone
+        raise _RendererGone
     return _read_exactly(process, length, deadline)
 
 
@@ -177,7 +177,7 @@ def _read_exactly(process: subprocess.Popen[bytes], count: int, deadline: float)
         except BlockingIOError:
             continue
         if not part:
-            raise _Gone
+            raise _RendererGone
         parts.append(part)
         left -= len(part)
     return b"".join(parts)
@@ -187,4 +187,4 @@ def _wait(descriptor: int, event: int, deadline: float) -> None:
     poll = select.poll()
     poll.register(descriptor, event)
     if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-        raise _Gone
+        raise _RendererGone

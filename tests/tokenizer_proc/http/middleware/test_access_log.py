@@ -222,7 +222,9 @@ def test_an_id_that_makes_no_sense_is_replaced(given: str, caplog: pytest.LogCap
 def test_what_is_no_http_is_one_line(data: bytes, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> bytes:
         runner = web.AppRunner(
-            create_app(FakeFrontend(), config()), access_log=access_log.log, access_log_class=access_log.Strangers
+            create_app(FakeFrontend(), config()),
+            access_log=access_log.log,
+            access_log_class=access_log.MalformedRequestLogger,
         )
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -19,7 +19,7 @@ from fixtures.serving.scripted_scheduler import ScriptedScheduler
 from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.http.app import create_app
 from tokenizer_proc.http.middleware import backpressure
-from tokenizer_proc.http.middleware.backpressure import LEAST_BYTES, Outlet, SlowReader
+from tokenizer_proc.http.middleware.backpressure import LEAST_BYTES, SlowReader, WriteBuffer
 
 LOOPS = [asyncio.run, uvloop.run]
 SCORED = {"input_ids": [1, 2], "return_logprob": True, "top_logprobs_num": 2, "stream": True,
@@ -69,7 +69,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def made(most: int, patience: float) -> tuple[Pipe, Callable[[int], None]]:
     """A pipe, and what writes so many bytes through an outlet into it."""
     pipe = Pipe()
-    way = Outlet(cast(Any, pipe), most, patience)
+    way = WriteBuffer(cast(Any, pipe), most, patience)
 
     def write(size: int) -> None:
         asyncio.run(way.write(cast(Any, Sink(pipe)), b"x" * size))
