@@ -220,7 +220,7 @@ class Scheduler:
             host_bytes=books.host.bytes,
             host_evictions=counters.host_evictions,
             audits=counters.audits,
-            step_seconds=counters.take_step_seconds(),
+            step_seconds=counters.pop_step_seconds(),
             cached_tokens=counters.cached_tokens,
             kv_pages_cached=len(books.kv.radix_cache),
             kv_evictions=books.kv.evictions,

@@ -1,4 +1,4 @@
-"""The sums behind Stats. Knows nothing of when they are sent."""
+"""The counters behind the Stats message. Knows nothing of when it is sent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Counters:
-    """What happened since the start; `step_seconds` are those of the latest steps, handed out once."""
+    """Events since the start of the scheduler."""
 
     steps: int = 0
     preemptions: int = 0
@@ -22,10 +22,10 @@ class Counters:
     host_evictions: int = 0
     audits: int = 0
     cached_tokens: int = 0
-    step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
+    step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=4096))  # of steps not reported yet
 
-    def take_step_seconds(self) -> list[float]:
-        """The times since the last call."""
+    def pop_step_seconds(self) -> list[float]:
+        """The times of the steps since the last call."""
         seconds = list(self.step_seconds)
         self.step_seconds.clear()
         return seconds

@@ -3,9 +3,9 @@
 python scripts/bench_planner.py               the medians, and where the time of a decode step goes
 python scripts/bench_planner.py --rows 64     of another size
 
-decode     every row decodes, nobody can be admitted
+decode     every row decodes, and no request can be admitted
 turnover   a row ends before each step, so one is admitted, and its adapter is filled
-late       somebody waited too long, and lanes are looked at for him
+late       requests have waited too long, so the deadlines are checked and lanes chosen for preemption
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SAMPLING = Sampling()
 
 
 class Bench:
-    """A scheduler in the middle of its work, with a runner that answers at once."""
+    """A loaded scheduler, with a runner that answers at once."""
 
     def __init__(self, rows: int, waiting: int, adapters: int, lanes: int, pool: int) -> None:
         capacity = Capacity(
@@ -74,7 +74,7 @@ class Bench:
             self.core.handle(card, self.now)
 
     def ask(self, adapter: int) -> None:
-        """One more request, that never ends."""
+        """Sends one more request, which never ends."""
         self.sent += 1
         message = Generate(
             epoch=0,
@@ -87,7 +87,7 @@ class Bench:
         self.core.handle(message, self.now)
 
     def plan(self) -> Step:
-        """The next step; a hundredth of a second goes by."""
+        """The next step, 10 ms later."""
         self.now += 0.01
         step = self.core.plan(self.now)
         assert step is not None
@@ -95,14 +95,14 @@ class Bench:
         return step
 
     def answer(self, step: Step) -> None:
-        """The step is done, and its fills."""
+        """Answers a step and its fills."""
         tokens = [1] * sum(chunk.samples for chunk in step.chunks)
         self.core.handle(StepDone(epoch=0, id=step.id, tokens=tokens, seconds=0.01), self.now)
         for fill in step.fills:
             self.core.handle(AdapterState(adapter_id=fill.adapter_id, state="resident", seconds=0.001), self.now)
 
     def times(self, count: int, before: Callable[[int], None]) -> list[float]:
-        """Microseconds of so many plans."""
+        """Microseconds of so many plans, with `before` called before each."""
         found = []
         for number in range(count):
             before(number)
@@ -113,18 +113,18 @@ class Bench:
         return found
 
     def end_one(self, _number: int) -> None:
-        """A running row's client goes, and another request comes."""
+        """Aborts a running request, and sends another one."""
         running = self.core._books.running.ordered
         self.core.handle(Abort(0, running[len(running) // 2].id), self.now)
         self.ask(1 + (self.sent * 7919) % self.adapters)
 
     def hurry(self, _number: int) -> None:
-        """Everybody waited for very long, and it is time to look."""
+        """Advances the clock so far that all requests have waited too long."""
         self.now += 1e7
 
 
 def breakdown(rows: int) -> dict[str, float]:
-    """Microseconds of what no planner of one chunk a row can do without."""
+    """Microseconds of the least that any planner of one chunk per row needs."""
     floor = []
     for _ in range(200):
         began = time.perf_counter()

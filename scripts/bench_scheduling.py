@@ -1,11 +1,11 @@
-"""Who waits for whom with far more adapters than a step may have: our order beside vLLM's and SGLang's, simulated.
+"""Waiting times with far more adapters than lanes: the admission order beside vLLM's and SGLang's, simulated.
 
 python scripts/bench_scheduling.py                    2,000 adapters, Zipf 1.0, 64 in a step, a pool for 256
 python scripts/bench_scheduling.py --adapters 200 --max-loras 8 --pool 32 --requests 3000      a quick look
 
-Every rule is measured at the same load: --load times what our own scheduler does in a closed loop. What must hold is
-said below the table, and ends the script with 1 where it does not: nobody waits longer than --lora-max-wait because of
-its adapter; the slowest percent of cold adapters waits at most twice as long as that of hot ones, and a load.
+Each rule is measured at the same load: --load times the capacity of the real core in a closed loop. Two promises are
+checked below the table, and the script returns 1 where one is broken: no request waits longer than --lora-max-wait
+because of its adapter, and the p99 TTFT of cold adapters is at most twice that of hot ones, and a load.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from tqdm import tqdm
 from scheduler.simulate import profile
 from scheduler.simulate.experiment import Experiment, Setup
 from scheduler.simulate.results import report
-from scheduler.simulate.trace import Ask, rescale
+from scheduler.simulate.trace import TraceRequest, rescale
 from scheduler.simulate.workload import Workload
 
 PROFILES = Path(profile.__file__).parent / "profiles"
 
 
-def folded(asks: Sequence[Ask], count: int) -> list[Ask]:
-    """The same requests for `count` adapters alone, in turn."""
-    return [with_fields(ask, adapter=f"a{number % count}") for number, ask in enumerate(asks)]
+def folded(requests: Sequence[TraceRequest], count: int) -> list[TraceRequest]:
+    """The same requests for only `count` adapters, in turn."""
+    return [with_fields(request, adapter=f"a{number % count}") for number, request in enumerate(requests)]
 
 
 def load_seconds(costs: profile.Profile) -> float:
-    """How long the largest adapter takes from disk to the device, alone."""
+    """The seconds that the largest adapter takes from disk to the device, with no other beside it."""
     size = costs.adapter_bytes(max(costs.lora_ranks))
     return costs.load.of(size) + costs.fill.of(size)
 
 
 def verdicts(summary: report.Summary, bound: float, load: float, step: float) -> list[tuple[bool, str]]:
-    """What must hold of our own column; `step`: the longest gap between tokens, within which anything is noticed."""
+    """The promises for the real core. `step` is the p99 gap between tokens, after which a deadline is noticed."""
     hot, cold = summary["ttft"]["hot"]["p99"], summary["ttft"]["cold"]["p99"]
     longest = summary["passed"]["all"]["max"]
     return [
@@ -56,7 +56,7 @@ def verdicts(summary: report.Summary, bound: float, load: float, step: float) ->
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table and what must hold."""
+    """Prints the table and the promises."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--profile", type=Path, default=PROFILES / "gpu-8b.json")
@@ -73,16 +73,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     costs = profile.read(args.profile)
     workload = Workload(adapters=args.adapters, requests=args.requests, alpha=args.alpha, seed=args.seed)
-    asks = workload.asks()
+    requests = workload.generate()
     ours = Setup("chorus", args.max_loras, args.pool, args.window, max_wait=args.lora_max_wait)
     with tqdm(unit="req", leave=False, disable=None) as bar:
-        most = Experiment(ours, costs, bar.update).capacity(asks)
-        few = Experiment(ours, costs, bar.update).capacity(folded(asks, 8))
-        asks = rescale(asks, args.load * most)
+        most = Experiment(ours, costs, bar.update).capacity(requests)
+        few = Experiment(ours, costs, bar.update).capacity(folded(requests, 8))
+        requests = rescale(requests, args.load * most)
         columns = []
         for rule in args.rules:
             bar.set_description(rule)
-            summary, _ = Experiment(replace(ours, rule=rule), costs, bar.update).run(asks)
+            summary, _ = Experiment(replace(ours, rule=rule), costs, bar.update).run(requests)
             columns.append((rule, summary))
     print(f"{args.adapters} adapters, Zipf {args.alpha:g}, {args.max_loras} in a step, a pool for {args.pool}")
     print(f"{costs.name} ({costs.source.split(':')[0]})")
@@ -90,9 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report.table(columns), end="\n\n")
     held = True
     if args.rules[0] == "chorus":
-        ours_found = columns[0][1]
-        step = ours_found["itl"]["p99"]
-        for holds, text in verdicts(ours_found, args.lora_max_wait, load_seconds(costs), step):
+        core_summary = columns[0][1]
+        step = core_summary["itl"]["p99"]
+        for holds, text in verdicts(core_summary, args.lora_max_wait, load_seconds(costs), step):
             print("holds: " if holds else "BROKEN:", text)
             held = held and holds
     return 0 if held else 1

@@ -3,10 +3,10 @@
 python scripts/measure_profile.py --out measured.json                     the 0.5B shape; some minutes on two cores
 python scripts/measure_profile.py --shape 1b --device cuda --out h.json
 
-A runner in this process, in the environment that a launch gives it, gets hand-made steps: prompts of several lengths,
-then decodes with several numbers of rows, lengths of context and adapters. The median times of each kind of step are
-fitted by least squares, with no cost below 0, and printed beside the fit. Ranks and rows of the profile are those given
-here, its memory what the runner reports.
+A runner in this process, with the environment of a launch, gets constructed steps: prompts of several lengths, then
+decodes with several numbers of rows, context lengths and adapters. The median times of each kind of step are fitted by
+least squares, with no cost below 0, and printed beside the fit. The profile's ranks and rows are the flags', its memory
+is what the runner reports.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from engine.messages import (
 )
 from engine.processes import incarnations
 from model_runner.runner import Runner
-from scheduler.simulate.profile import UNITS, CopyCost, Profile, Room, StepCost
+from scheduler.simulate.profile import UNITS, CopyCost, MachineLimits, Profile, StepCost
 
 GREEDY = Sampling(temperature=0.0)
 FEATURES = ("base", "decode_row", "prefill_token", "context_token", "lane", "lane_byte")
@@ -51,15 +51,15 @@ FEATURES = ("base", "decode_row", "prefill_token", "context_token", "lane", "lan
 
 @dataclass(frozen=True)
 class Point:
-    """One timed step: what was in it, in the order of FEATURES, and its seconds."""
+    """One timed step: its contents, in the order of FEATURES, and its seconds."""
 
     features: tuple[float, ...]
     seconds: float
 
 
 @dataclass
-class Rig:
-    """A runner with `count` resident adapters, one in each lane, and a step counter."""
+class RunnerBench:
+    """A runner with resident adapters, one in each lane, and the steps timed so far."""
 
     runner: Runner
     states: dict[int, AdapterState]
@@ -77,8 +77,8 @@ class Rig:
         self.step += 1
         return self.runner.execute(Step(epoch=0, id=self.step, **parts)).seconds  # type: ignore[arg-type]
 
-    def settle(self) -> list[AdapterState]:
-        """Goes on with loads and fills until none is under way."""
+    def finish_transfers(self) -> list[AdapterState]:
+        """Advances loads and fills until none is under way."""
         states: list[AdapterState] = []
         while self.runner.wait is not None:
             states += self.runner.advance()
@@ -86,7 +86,7 @@ class Rig:
         return states
 
     def measure(self, rows: int, context: int, lanes: int, decodes: int) -> None:
-        """Prompts of `context` tokens, one a step, for so many rows, then decodes of all of them."""
+        """Times prompts of `context` tokens for so many rows, one per step, then decodes of all rows."""
         self.generation += 1
         pages = iter(range(1, self.runner.capacity.kv_pages + 1))
         for row in range(rows):
@@ -105,12 +105,12 @@ class Rig:
             ]
             seconds = self.run(chunks=chunks)
             read = rows * (context + number + 1)
-            self._note((rows, context, len(used)), rows, 0, read, used, seconds)
+            self._record((rows, context, len(used)), rows, 0, read, used, seconds)
 
     def _prompt(self, row: int, context: int, decodes: int, lane: int, pages: Iterator[int]) -> None:
         capacity = self.runner.capacity
         new = [NewRow(row=row, generation=self.generation, prompt_length=context, sampling=GREEDY, history=[])]
-        mine = [next(pages) for _ in range(-(-(context + decodes + 1) // capacity.page_size))]
+        own = [next(pages) for _ in range(-(-(context + decodes + 1) // capacity.page_size))]
         for start in range(0, context, capacity.max_batched_tokens):
             length = min(capacity.max_batched_tokens, context - start)
             chunk = Chunk(
@@ -120,14 +120,14 @@ class Rig:
                 length=length,
                 lane=lane,
                 tokens=[300 + (start + i) % 500 for i in range(length)],
-                pages=mine if start == 0 else [],
+                pages=own if start == 0 else [],
                 samples=start + length == context,
             )
             seconds = self.run(new_rows=new if start == 0 else [], chunks=[chunk])
             used = [lane] if lane else []
-            self._note((0, start, length, sum(map(self.lane_bytes, used))), 0, length, start + length, used, seconds)
+            self._record((0, start, length, sum(map(self.lane_bytes, used))), 0, length, start + length, used, seconds)
 
-    def _note(
+    def _record(
         self, kind: tuple[int, ...], rows: int, tokens: int, context: int, lanes: Sequence[int], seconds: float
     ) -> None:
         size = sum(map(self.lane_bytes, lanes))
@@ -136,13 +136,13 @@ class Rig:
 
 
 def medians(kinds: Iterable[Sequence[Point]]) -> list[Point]:
-    """The point in the middle of each kind, by what is in it."""
+    """The median point of each kind, sorted by contents."""
     middles = (sorted(kind, key=lambda point: point.seconds)[len(kind) // 2] for kind in kinds)
     return sorted(middles, key=lambda point: point.features)
 
 
 def table(points: Sequence[Point], costs: dict[str, float]) -> str:
-    """Measured and fitted milliseconds, step by step."""
+    """Measured and fitted milliseconds of each point."""
     lines = ["rows  prompt  KV read  lanes  lane MB       ms      fit"]
     for point in points:
         _, rows, tokens, context, lanes, size = point.features
@@ -159,9 +159,9 @@ def fit(points: Sequence[Point]) -> tuple[dict[str, float], float]:
     kept = list(range(len(FEATURES)))
     matrix = np.array([[*point.features] for point in points])
     times = np.array([point.seconds for point in points])
-    there = matrix[:, matrix.any(axis=0)]
-    if np.linalg.matrix_rank(there / np.linalg.norm(there, axis=0)) < there.shape[1]:
-        kept.remove(FEATURES.index("lane"))  # every lane has as many bytes: they tell it all
+    present = matrix[:, matrix.any(axis=0)]
+    if np.linalg.matrix_rank(present / np.linalg.norm(present, axis=0)) < present.shape[1]:
+        kept.remove(FEATURES.index("lane"))  # all lanes have equally many bytes, so the two costs cannot be told apart
     while True:
         scaled = matrix[:, kept] / times[:, None]
         costs = np.linalg.lstsq(scaled, np.ones(len(points)), rcond=None)[0]
@@ -174,7 +174,7 @@ def fit(points: Sequence[Point]) -> tuple[dict[str, float], float]:
 
 
 def rounded(figure: float) -> float:
-    """To four digits: no more are measured."""
+    """Rounded to four digits: the measurement is no more exact."""
     return float(f"{figure:.4g}")
 
 
@@ -182,7 +182,7 @@ def line(copies: dict[int, list[float]]) -> CopyCost:
     """seconds + bytes / bytes_per_second through the median of the copies of each size."""
     sizes = sorted(copies)
     slope, start = np.polyfit(sizes, [statistics.median(copies[size]) for size in sizes], 1)
-    if slope <= 0 or start < 0:  # too little between the sizes: it is all in the bytes
+    if slope <= 0 or start < 0:  # the sizes are too close: the whole time is put on the bytes
         slope, start = statistics.median(statistics.median(copies[size]) / size for size in sizes), 0.0
     return CopyCost(seconds=rounded(start), bytes_per_second=rounded(1 / slope))
 
@@ -210,23 +210,23 @@ def start(
     return Runner.load(config, progress=True)
 
 
-def residents(runner: Runner, directory: Path, lanes: int, rounds: int) -> tuple[Rig, CopyCost, CopyCost]:
-    """Points lane n at adapter n, after loads and fills of every adapter, again and again: what each of both costs.
+def residents(runner: Runner, directory: Path, lanes: int, rounds: int) -> tuple[RunnerBench, CopyCost, CopyCost]:
+    """Loads and fills each adapter `rounds` times, into lane n adapter n. Returns (bench, cost of a load, of a fill).
 
-    The first round is a warm-up: loaders start, and nobody has touched the rank pages yet.
+    The first round is a warm-up: the loaders start, and the rank pages are touched for the first time.
     """
-    rig = Rig(runner, {}, dict(runner.capacity.rank_page_bytes))
+    bench = RunnerBench(runner, {}, dict(runner.capacity.rank_page_bytes))
     free = {group: iter(range(count)) for group, count in runner.capacity.rank_pages.items()}
     pages: dict[int, dict[str, list[int]]] = {}
     loads: dict[int, list[float]] = {}
     fills: dict[int, list[float]] = {}
     runner.start_loader()
-    rig.settle()  # all that is compiled beside the serving
+    bench.finish_transfers()  # what is compiled in the background
     for number in tqdm(list(range(1, lanes + 1)) * (1 + rounds), desc="adapters", leave=False):
         runner.evict_adapter(EvictAdapter(number))
         began = time.perf_counter()
         state = runner.load_adapter(LoadAdapter(adapter_id=number, path=str(directory / f"p{number}")))
-        state = rig.states[number] = state or rig.settle()[-1]
+        state = bench.states[number] = state or bench.finish_transfers()[-1]
         assert state.state == "host", state
         took = time.perf_counter() - began
         if warm := number in pages:
@@ -234,16 +234,16 @@ def residents(runner: Runner, directory: Path, lanes: int, rounds: int) -> tuple
         else:
             pages[number] = {group: [next(free[group]) for _ in range(n)] for group, n in state.footprint.pages.items()}
         began = time.perf_counter()
-        rig.run(fills=[Fill(number, pages[number], now=True)])
+        bench.run(fills=[Fill(number, pages[number], now=True)])
         if warm:
             fills.setdefault(state.bytes, []).append(time.perf_counter() - began)
-        rig.settle()
-        rig.run(lanes=[LanePages(number, {group: [(n, 1.0) for n in some] for group, some in pages[number].items()})])
-    return rig, line(loads), line(fills)
+        bench.finish_transfers()
+        bench.run(lanes=[LanePages(number, {group: [(n, 1.0) for n in some] for group, some in pages[number].items()})])
+    return bench, line(loads), line(fills)
 
 
 def describe(shape: str, capacity: Capacity, ranks: Sequence[int], groups: Iterable[str], source: str) -> Profile:
-    """A profile of what the runner says of itself; its costs are still to be filled in. `groups`: the adapters'."""
+    """A profile from the runner's capacity, without costs. `groups` are those of the adapters."""
     return Profile(
         name=f"{shape} shape, {capacity.dtype}, {capacity.device}"
         + (f", {torch.get_num_threads()} threads" if capacity.device == "cpu" else ""),
@@ -251,7 +251,7 @@ def describe(shape: str, capacity: Capacity, ranks: Sequence[int], groups: Itera
         step=StepCost(base=0.0),
         fill=CopyCost(bytes_per_second=1.0),
         load=CopyCost(bytes_per_second=1.0),
-        room=Room(
+        room=MachineLimits(
             rows=capacity.rows,
             kv_tokens=capacity.kv_pages * capacity.page_size,
             max_length=capacity.max_length,
@@ -267,7 +267,7 @@ def describe(shape: str, capacity: Capacity, ranks: Sequence[int], groups: Itera
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, fits, writes."""
+    """Measures, fits and writes a profile."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shape", choices=sorted(SHAPES), default="0.5b")
@@ -278,28 +278,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--max-running-requests", type=int, help="rows of the profile (the runner's own number)")
     add("--contexts", type=int, nargs="+", default=[32, 96, 384])
     add("--decodes", type=int, default=8)
-    add("--rounds", type=int, default=3, help="everything is measured so often, one round after the other")
+    add("--rounds", type=int, default=3, help="how often everything is measured, one round after the other")
     add("--gap", type=float, default=0.0008, help="seconds between steps that a second one in flight hides (0.0008)")
     add("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     shape, directory = SHAPES[args.shape], scratch() / f"bench-{args.shape}"
     runner = start(shape, directory, args.ranks, args.lanes, args.device, args.max_running_requests)
     try:
-        rig, load, fill = residents(runner, directory, args.lanes, args.rounds)
-        rig.measure(2, 64, 1, args.decodes)  # a warm-up
-        rig.points.clear()
+        bench, load, fill = residents(runner, directory, args.lanes, args.rounds)
+        bench.measure(2, 64, 1, args.decodes)  # a warm-up
+        bench.points.clear()
         plan = [(r, c, n) for r in args.rows for c in args.contexts for n in sorted({0, 1, min(r, args.lanes)})]
         for rows, context, lanes in tqdm(plan * args.rounds, desc="steps", leave=False):
-            rig.measure(rows, context, lanes, args.decodes)
+            bench.measure(rows, context, lanes, args.decodes)
     finally:
         runner.close()
-    kinds = medians(rig.points.values())
+    kinds = medians(bench.points.values())
     costs, error = fit(kinds)
-    steps = [point.seconds for points in rig.points.values() for point in points]
+    steps = [point.seconds for points in bench.points.values() for point in points]
     source = (
         f"scripts/measure_profile.py: {len(steps)} steps of {len(kinds)} kinds, median error of the fit {error:.0%}"
     )
-    profile = describe(args.shape, runner.capacity, args.ranks, rig.states[1].footprint.pages, source)
+    profile = describe(args.shape, runner.capacity, args.ranks, bench.states[1].footprint.pages, source)
     profile = replace(profile, step=StepCost(**costs), load=load, fill=fill, gap=args.gap)
     args.out.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")
     print(table(kinds, costs))
@@ -311,13 +311,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def as_served() -> None:
-    """Starts this process anew in the environment of a launch's runner: how threads wait is decided at their start."""
+def exec_with_launch_environment() -> None:
+    """Restarts this process with the environment of a launch's runner, which takes effect at the start of a process."""
     wanted = incarnations.computing()
     if wanted:
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **wanted})
 
 
 if __name__ == "__main__":
-    as_served()
+    exec_with_launch_environment()
     sys.exit(main())

@@ -1,6 +1,6 @@
-"""`python -m scheduler.simulate trace.jsonl --profile measured.json`: how many adapters, which pool, which cap?
+"""The command line: `python -m scheduler.simulate trace.jsonl --profile measured.json`.
 
-Lists (8,32,64) are tried in every combination, side by side in one table.
+A flag takes one value or a list (8,32,64); all combinations are simulated and shown side by side in one table.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from scheduler.simulate import profile, trace
 from scheduler.simulate.experiment import RULES, Experiment, Setup
 from scheduler.simulate.fleet import ROUTERS
 from scheduler.simulate.results import plot, report
-from scheduler.simulate.results.journal import Journal
 from scheduler.simulate.results.report import Summary
+from scheduler.simulate.results.request_log import RequestLog
 
 POLICIES = ("fcfs", "priority", "fair")
 PROFILES = Path(__file__).parent / "profiles"
@@ -51,7 +51,7 @@ def _names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """The parser of all flags."""
     found = _Parser(prog="python -m scheduler.simulate", description=__doc__, allow_abbrev=False)
     add = found.add_argument
     add("trace", type=Path, help="a file that scripts/make_trace.py wrote, or your own")
@@ -60,24 +60,27 @@ def parser() -> argparse.ArgumentParser:
     add("--lora-pool-size", type=_numbers, metavar="N,..", help="adapters of the largest rank (as many as lanes)")
     add("--rule", type=_names(RULES), default=["chorus"], metavar="R,..", help=f"{', '.join(RULES)} (chorus)")
     add("--window", type=_numbers, default=[1], metavar="N,..", help="steps in flight (1)")
-    add("--lora-max-wait", type=float, default=5.0, metavar="S", help="of our own: nobody is passed for longer (5 s)")
+    add("--lora-max-wait", type=float, default=5.0, metavar="S", help="chorus: a request is passed for no longer (5 s)")
     add(
         "--schedule-policy",
         type=_names(POLICIES),
         default=["fcfs"],
         metavar="P,..",
-        help="of our own: fcfs, fair (fcfs)",
+        help="chorus: fcfs, priority, fair (fcfs)",
     )
-    add("--drain-after", type=float, default=1.0, metavar="S", help="of the drain rule: starving after (1 s)")
+    add("--drain-after", type=float, default=1.0, metavar="S", help="drain: an adapter starves after so long (1 s)")
     add("--max-running-requests", "--max-num-seqs", type=int, metavar="N", help="rows (the profile's)")
     add("--max-num-batched-tokens", "--chunked-prefill-size", type=int, metavar="N", help="(the profile's)")
     add("--max-total-tokens", type=int, metavar="N", help="tokens of KV cache (the profile's)")
     add("--max-loaded-loras", "--max-cpu-loras", type=int, metavar="N", help="adapters on the host (no limit)")
-    add("--lora-ranks", type=_numbers, metavar="R,..", help="ranks, dealt out to the adapters (the profile's)")
+    add("--lora-ranks", type=_numbers, metavar="R,..", help="LoRA ranks, assigned by adapter name (the profile's)")
     add("--replicas", type=int, default=1, metavar="N", help="machines (1)")
-    add("--router", choices=ROUTERS, default="hash", help="an adapter's home, its two homes, or any replica (hash)")
+    add("--router", choices=ROUTERS, default="hash", help="an adapter's one replica, its two, or any (hash)")
     add(
-        "--start", choices=["warm", "cold"], default="warm", help="adapters are read before, or when first named (warm)"
+        "--start",
+        choices=["warm", "cold"],
+        default="warm",
+        help="load adapters before time 0, or at their first request (warm)",
     )
     add("--load", type=float, metavar="F", help="rescale arrivals to this share of the configuration's own capacity")
     add("--rate", type=float, metavar="R", help="rescale arrivals to so many requests a second")
@@ -88,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def setups(args: argparse.Namespace) -> list[Setup]:
-    """Every combination; without pool sizes, a pool for as many adapters as there are lanes."""
+    """All combinations of the flags; without pool sizes the pool holds as many adapters as there are lanes."""
     same = Setup(
         max_loaded=args.max_loaded_loras,
         replicas=args.replicas,
@@ -106,48 +109,48 @@ def setups(args: argparse.Namespace) -> list[Setup]:
     ]
 
 
-def measured(args: argparse.Namespace) -> profile.Profile:
-    """The profile with what flags say otherwise."""
+def read_profile(args: argparse.Namespace) -> profile.Profile:
+    """The profile, changed by the flags."""
     found = profile.read(args.profile)
-    room = {
+    limits = {
         "rows": args.max_running_requests,
         "max_batched_tokens": args.max_num_batched_tokens,
         "kv_tokens": args.max_total_tokens,
     }
-    changed = {name: value for name, value in room.items() if value is not None}
+    changed = {name: value for name, value in limits.items() if value is not None}
     for name, value in changed.items():
         if value < 1:
             raise ConfigError(f"{name} {value}: must be at least 1")
     found = msgspec.structs.replace(found, room=msgspec.structs.replace(found.room, **changed))
     if args.lora_ranks:
         largest = max(found.room.max_lora_rank, *args.lora_ranks)
-        room_for = msgspec.structs.replace(found.room, max_lora_rank=largest)
-        found = msgspec.structs.replace(found, lora_ranks=args.lora_ranks, room=room_for)
+        room = msgspec.structs.replace(found.room, max_lora_rank=largest)
+        found = msgspec.structs.replace(found, lora_ranks=args.lora_ranks, room=room)
     return found
 
 
-def run(args: argparse.Namespace) -> list[tuple[str, Setup, Summary, Journal]]:
-    """All configurations, one after the other."""
-    costs, asks = measured(args), trace.read(args.trace)
+def run(args: argparse.Namespace) -> list[tuple[str, Setup, Summary, RequestLog]]:
+    """Simulates all configurations, one after the other."""
+    costs, requests = read_profile(args), trace.read(args.trace)
     for value, flag in ((args.load, "--load"), (args.rate, "--rate"), (args.replicas, "--replicas")):
         if value is not None and value <= 0:
             raise ConfigError(f"{flag} {value}: must be above 0")
     if args.rate is not None:
-        asks = trace.rescale(asks, args.rate)
+        requests = trace.rescale(requests, args.rate)
     plans = setups(args)
-    total = len(asks) * len(plans) * (2 if args.load else 1)
-    out = []
+    total = len(requests) * len(plans) * (2 if args.load else 1)
+    results = []
     with tqdm(total=total, unit="req", leave=False, disable=None) as bar:
         for setup in plans:
             label = setup.label + (f" w{setup.window}" if len(args.window) > 1 else "")
             bar.set_description(label)
-            summary, journal = Experiment(setup, costs, bar.update).run(asks, args.hot, args.load)
-            out.append((label, setup, summary, journal))
-    return out
+            summary, log = Experiment(setup, costs, bar.update).run(requests, args.hot, args.load)
+            results.append((label, setup, summary, log))
+    return results
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table; 2 and one line for a mistake."""
+    """Prints the table. A wrong flag or file prints one line and returns 2."""
     try:
         args = parser().parse_args(argv)
         runs = run(args)
@@ -157,8 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = [{"label": label, "setup": setup, "summary": summary} for label, setup, summary, _ in runs]
             args.json.write_bytes(msgspec.json.format(msgspec.json.encode(rows), indent=2) + b"\n")
         if args.plot:
-            hot = trace.hot_adapters([journey.ask for journey in runs[0][3].journeys.values()], args.hot)
-            plot.draw(args.plot, [(label, summary, journal, hot) for label, _, summary, journal in runs])
+            hot = trace.hot_adapters([timeline.request for timeline in runs[0][3].timelines.values()], args.hot)
+            plot.draw(args.plot, [(label, summary, log, hot) for label, _, summary, log in runs])
     except EngineError as error:
         print(error.message, file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""One configuration against one trace: builds the fleet, runs it, says what happened. Knows nothing of flags."""
+"""One configuration on one trace: builds the fleet, runs it and summarises it. Knows nothing of flags."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from msgspec.structs import replace
 
 from scheduler.core import Scheduler
 from scheduler.requests.policy import SchedulePolicy
-from scheduler.simulate.baselines.plain import Plain
-from scheduler.simulate.baselines.rules import Drain, Skip
-from scheduler.simulate.baselines.shelf import Shelf
+from scheduler.simulate.baselines.adapter_tiers import AdapterTiers
+from scheduler.simulate.baselines.baseline import BaselineScheduler
+from scheduler.simulate.baselines.rules import DrainStarving, SkipAhead
 from scheduler.simulate.fleet import Fleet
-from scheduler.simulate.machine import Machine, weigh
+from scheduler.simulate.machine import Machine, adapter_on_disk
 from scheduler.simulate.profile import Profile
 from scheduler.simulate.replica import Core, Replica
-from scheduler.simulate.results.journal import Journal
 from scheduler.simulate.results.report import Summary, summarise
-from scheduler.simulate.trace import Ask, hot_adapters, rescale
+from scheduler.simulate.results.request_log import RequestLog
+from scheduler.simulate.trace import TraceRequest, hot_adapters, rescale
 from scheduler.state import Bounds
 
 RULES = ("chorus", "skip", "drain")
@@ -27,29 +27,24 @@ RULES = ("chorus", "skip", "drain")
 
 @dataclass(frozen=True)
 class Setup:
-    """What is compared: a rule on so many machines, with so many lanes and a pool for so many adapters.
+    """One configuration to compare."""
 
-    `drain_after`: seconds after which the drain rule calls an adapter starving. `warm`: adapters are read and filled
-    before time begins, as far as there is room; else every one is read when it is first named. `max_wait` and `policy`
-    are those of our own scheduler. `audit`: the books are proved after every call.
-    """
-
-    rule: str = "chorus"
-    max_loras: int = 8
-    pool: int = 8
-    window: int = 1
-    max_loaded: int | None = None
+    rule: str = "chorus"  # one of RULES
+    max_loras: int = 8  # lanes
+    pool: int = 8  # adapters of the largest rank that the rank pages hold
+    window: int = 1  # steps in flight
+    max_loaded: int | None = None  # adapters on the host; None: no limit
     replicas: int = 1
     router: str = "hash"
-    warm: bool = True
-    drain_after: float = 1.0
-    max_wait: float = 5.0
-    policy: SchedulePolicy = "fcfs"
-    audit: bool = False
+    warm: bool = True  # adapters are loaded and filled before time 0, as far as they fit; else when first requested
+    drain_after: float = 1.0  # of the drain rule: seconds after which an adapter starves
+    max_wait: float = 5.0  # of chorus: --lora-max-wait, in seconds
+    policy: SchedulePolicy = "fcfs"  # of chorus
+    audit: bool = False  # the core's audit runs after each call
 
     @property
     def label(self) -> str:
-        """Short, for a table."""
+        """The heading of its column."""
         rule = self.rule if self.policy == "fcfs" else f"{self.rule} {self.policy}"
         return f"{rule} {self.max_loras}/{self.pool}"
 
@@ -60,50 +55,53 @@ def _ignore(_count: int) -> None:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A setup with a profile; `tell` hears how many requests ended."""
+    """A setup on a machine profile. `on_finished` is called with numbers of requests that ended."""
 
     setup: Setup
     profile: Profile
-    tell: Callable[[int], object] = _ignore
+    on_finished: Callable[[int], object] = _ignore
 
-    def capacity(self, asks: Sequence[Ask], backlog: float = 2.0) -> float:
-        """Requests a second at most: a closed loop with `backlog` requests in flight for each row."""
-        fleet = self._fleet(asks)
+    def capacity(self, requests: Sequence[TraceRequest], backlog: float = 2.0) -> float:
+        """The most requests per second: a closed loop with `backlog` open requests for each row."""
+        fleet = self._fleet(requests)
         concurrency = max(1, int(backlog * self.profile.room.rows * self.setup.replicas))
-        return fleet.run_closed(asks, min(concurrency, max(1, len(asks) // 3)))
+        return fleet.run_closed(requests, min(concurrency, max(1, len(requests) // 3)))
 
-    def run(self, asks: Sequence[Ask], hot: int | None = None, load: float | None = None) -> tuple[Summary, Journal]:
-        """Every request at its time; with `load`, at that share of what the machines can do at most."""
-        most = self.capacity(asks) if load is not None else None
-        if most is not None and load is not None:
-            asks = rescale(asks, load * most)
-        fleet = self._fleet(asks)
-        fleet.run_open(asks)
+    def run(
+        self, requests: Sequence[TraceRequest], hot: int | None = None, load: float | None = None
+    ) -> tuple[Summary, RequestLog]:
+        """Sends each request at its time; with `load`, at that share of the capacity."""
+        capacity = self.capacity(requests) if load is not None else None
+        if capacity is not None and load is not None:
+            requests = rescale(requests, load * capacity)
+        fleet = self._fleet(requests)
+        fleet.run_open(requests)
         for replica in fleet.replicas:
             replica.core.check()
-            assert replica.open == 0, f"replica {replica.number} has {replica.open} requests left"
+            left = replica.open_requests
+            assert left == 0, f"replica {replica.number} has {left} requests left"
         stats = [replica.core.stats() for replica in fleet.replicas]
-        summary = summarise(fleet.journal, hot_adapters(asks, hot), stats, fleet.now)
+        summary = summarise(fleet.log, hot_adapters(requests, hot), stats, fleet.now)
         busy = sum(replica.machine.busy for replica in fleet.replicas) / (fleet.now * len(fleet.replicas))
         steps = max(1, summary["steps"])
-        filled = {
+        per_step = {
             "busy": busy,
             "rows": sum(replica.machine.rows for replica in fleet.replicas) / steps,
             "lanes": sum(replica.machine.lanes for replica in fleet.replicas) / steps,
         }
-        return {"capacity": most, **summary, **filled}, fleet.journal
+        return {"capacity": capacity, **summary, **per_step}, fleet.log
 
-    def _fleet(self, asks: Sequence[Ask]) -> Fleet:
-        popular = Counter(ask.adapter for ask in asks if ask.adapter is not None)
+    def _fleet(self, requests: Sequence[TraceRequest]) -> Fleet:
+        popular = Counter(request.adapter for request in requests if request.adapter is not None)
         names = [name for name, _ in reversed(popular.most_common())]
         ids = {name: number for number, name in enumerate(names, 1)}
-        weights = {number: weigh(self.profile, name) for name, number in ids.items()}
-        journal = Journal()
+        on_disk = {number: adapter_on_disk(self.profile, name) for name, number in ids.items()}
+        log = RequestLog()
         replicas = [
-            Replica(number, self._core(), Machine(self.profile, weights), journal, ids, self.setup.audit)
+            Replica(number, self._core(), Machine(self.profile, on_disk), log, ids, self.setup.audit)
             for number in range(self.setup.replicas)
         ]
-        fleet = Fleet(replicas, self.setup.router, journal, self.tell)
+        fleet = Fleet(replicas, self.setup.router, log, self.on_finished)
         if self.setup.warm:
             fleet.warm_up(names)
         return fleet
@@ -113,12 +111,12 @@ class Experiment:
         capacity = self.profile.capacity(max_loras=setup.max_loras, pool_adapters=setup.pool)
         if setup.rule == "chorus":
             return Scheduler(capacity, bounds(setup), setup.window)
-        rule = Drain(setup.drain_after) if setup.rule == "drain" else Skip()
-        return Plain(Shelf(replace(capacity), setup.max_loaded), rule, setup.window)
+        rule = DrainStarving(setup.drain_after) if setup.rule == "drain" else SkipAhead()
+        return BaselineScheduler(AdapterTiers(replace(capacity), setup.max_loaded), rule, setup.window)
 
 
 def bounds(setup: Setup) -> Bounds:
-    """What our own scheduler's flags would say."""
+    """The bounds that chorus would have from its flags."""
     return Bounds(
         max_loras=setup.max_loras,
         max_loaded_loras=setup.max_loaded,

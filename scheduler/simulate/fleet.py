@@ -1,9 +1,9 @@
-"""Replicas side by side, a router before them, and requests by the clock or as fast as they are served.
+"""Replicas side by side behind a router, in an open or a closed loop.
 
-    open    every request at its time
-    closed  a fixed number in flight, the next one in order as soon as one ends: what the machines can do at most
+    open    each request is sent at its time
+    closed  a fixed number of requests is open, and the next one is sent as soon as one ends: the fleet's capacity
 
-Time is one for all: whatever is due first happens first, wherever.
+All replicas share one clock: the next event of any of them happens first.
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ from collections.abc import Callable, Sequence
 from zlib import crc32
 
 from scheduler.simulate.replica import Replica
-from scheduler.simulate.results.journal import Journal
-from scheduler.simulate.trace import Ask
+from scheduler.simulate.results.request_log import RequestLog
+from scheduler.simulate.trace import TraceRequest
 
 ROUTERS = ("hash", "two", "least")
 
 
 class Router:
-    """Which replica a request goes to.
+    """Chooses the replica of a request; for the base model always the one with the fewest open requests.
 
-    hash    every adapter has its home, by its name
-    two     every adapter has two homes; the less loaded one
-    least   the least loaded of all
-    Requests for the base go to the least loaded.
+    hash    each adapter has one replica, by the hash of its name
+    two     each adapter has two, and the one with fewer open requests is chosen
+    least   any replica: the one with the fewest open requests
     """
 
     def __init__(self, replicas: Sequence[Replica], kind: str) -> None:
@@ -33,17 +32,17 @@ class Router:
         self._homes: dict[str, Sequence[Replica]] = {}
 
     def homes(self, adapter: str) -> Sequence[Replica]:
-        """Where the adapter's requests may go."""
+        """The replicas that the adapter's requests may go to."""
         if self._kind == "least" or len(self._replicas) == 1:
             return self._replicas
         count = 2 if self._kind == "two" else 1
         order = sorted(self._replicas, key=lambda replica: crc32(f"{replica.number} {adapter}".encode()))
         return order[:count]
 
-    def choose(self, ask: Ask) -> Replica:
-        """The one for this request."""
-        homes = self._replicas if ask.adapter is None else self._home_of(ask.adapter)
-        return homes[0] if len(homes) == 1 else min(homes, key=lambda replica: (replica.open, replica.number))
+    def choose(self, request: TraceRequest) -> Replica:
+        """The replica of this request."""
+        homes = self._replicas if request.adapter is None else self._home_of(request.adapter)
+        return homes[0] if len(homes) == 1 else min(homes, key=lambda replica: (replica.open_requests, replica.number))
 
     def _home_of(self, adapter: str) -> Sequence[Replica]:
         homes = self._homes.get(adapter)
@@ -53,62 +52,66 @@ class Router:
 
 
 class Fleet:
-    """Replicas of one configuration; `tell` hears how many requests ended."""
+    """Replicas of one configuration. `on_finished` is called with numbers of requests that ended."""
 
     def __init__(
-        self, replicas: Sequence[Replica], router: str, journal: Journal, tell: Callable[[int], object] = lambda n: None
+        self,
+        replicas: Sequence[Replica],
+        router: str,
+        log: RequestLog,
+        on_finished: Callable[[int], object] = lambda n: None,
     ) -> None:
-        self.replicas, self.journal = replicas, journal
+        self.replicas, self.log = replicas, log
         self.router = Router(replicas, router)
-        self._tell = tell
+        self._on_finished = on_finished
         self.now = 0.0
 
     def warm_up(self, adapters: Sequence[str]) -> None:
-        """Every replica begins with the adapters whose home it is, the busiest last."""
-        mine: dict[int, list[str]] = {}
+        """Loads into each replica the adapters that may be routed to it, the busiest last."""
+        names: dict[int, list[str]] = {}
         for name in adapters:
             for replica in self.router.homes(name):
-                mine.setdefault(replica.number, []).append(name)
+                names.setdefault(replica.number, []).append(name)
         for replica in self.replicas:
-            replica.warm_up(mine.get(replica.number, []))
+            replica.warm_up(names.get(replica.number, []))
 
-    def run_open(self, asks: Sequence[Ask]) -> None:
-        """Every request at its time, to the last one's end."""
-        for number, ask in enumerate(asks):
-            self._until(ask.at)
-            self.now = ask.at
-            self.router.choose(ask).submit(number, ask, ask.at)
-        self._until(float("inf"))
+    def run_open(self, requests: Sequence[TraceRequest]) -> None:
+        """Sends each request at its time, and runs until the last one has ended."""
+        for number, request in enumerate(requests):
+            self._run_until(request.at)
+            self.now = request.at
+            self.router.choose(request).submit(number, request, request.at)
+        self._run_until(float("inf"))
 
-    def run_closed(self, asks: Sequence[Ask], concurrency: int) -> float:
-        """Served requests a second while `concurrency` were in flight, all but the first and the last of them."""
-        for number, ask in enumerate(asks[:concurrency]):
-            self.router.choose(ask).submit(number, ask, 0.0)
-        number, ended = min(concurrency, len(asks)), 0
+    def run_closed(self, requests: Sequence[TraceRequest], concurrency: int) -> float:
+        """Keeps `concurrency` requests open. Returns requests per second, without the first and last ones."""
+        for number, request in enumerate(requests[:concurrency]):
+            self.router.choose(request).submit(number, request, 0.0)
+        number, ended = min(concurrency, len(requests)), 0
         marks: list[tuple[float, int]] = []
-        while (replica := self._soonest()).next_event < float("inf"):
+        while (replica := self._next_replica()).next_event < float("inf"):
             self.now = max(self.now, replica.next_event)
             count = replica.advance()
-            self._tell(count)
+            self._on_finished(count)
             ended += count
-            if count and ended >= concurrency and number < len(asks):
+            if count and ended >= concurrency and number < len(requests):
                 marks.append((self.now, ended))
-            for ask in asks[number : number + count]:
-                self.router.choose(ask).submit(number, ask, self.now)
+            for request in requests[number : number + count]:
+                self.router.choose(request).submit(number, request, self.now)
                 number += 1
         if len(marks) < 2:
-            return len(asks) / self.now
+            return len(requests) / self.now
         (began, first), (last, count) = marks[0], marks[-1]
         return (count - first) / (last - began)
 
-    def _until(self, when: float) -> None:
-        while (replica := self._soonest()).next_event <= when:
+    def _run_until(self, when: float) -> None:
+        while (replica := self._next_replica()).next_event <= when:
             if replica.next_event == float("inf"):
                 return
             self.now = max(self.now, replica.next_event)
-            self._tell(replica.advance())
+            self._on_finished(replica.advance())
 
-    def _soonest(self) -> Replica:
+    def _next_replica(self) -> Replica:
         if len(self.replicas) == 1:
             return self.replicas[0]
         return min(self.replicas, key=_next_event)

@@ -1,11 +1,11 @@
-"""A runner that computes nothing and takes its time: messages in, their answers at a later time. Virtual seconds.
+"""A simulated model runner: takes messages and answers them after the time that a profile gives. Virtual seconds.
 
     steps   one after the other:      |gap/2|==== step 7 ====|fills|==== step 8 ====| ...        StepDone gap/2 after
-    fills   at once, before the step's forward; or between steps, a share of each one's time, and freely when idle;
-            or beside them, in their own order
+    fills   `now`: before the step's forward; else between steps, for a share of each step's time and all idle time,
+            or beside the steps, one after the other
     loads   `loaders` at a time, in order
 
-Knows costs; not who waits for what.
+Knows costs, and nothing of requests.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ NEVER = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
-    """An adapter on disk."""
+class AdapterOnDisk:
+    """The size of an adapter."""
 
     rank: int
     bytes: int
@@ -41,18 +41,18 @@ class Weights:
     revision: str
 
 
-def weigh(profile: Profile, name: str) -> Weights:
-    """The adapter of that name: its rank is one of the profile's, whatever its popularity."""
+def adapter_on_disk(profile: Profile, name: str) -> AdapterOnDisk:
+    """The adapter of that name. Its rank is one of the profile's, by the hash of its name."""
     stamp = crc32(name.encode())
     rank = profile.lora_ranks[stamp % len(profile.lora_ranks)]
-    return Weights(rank, profile.adapter_bytes(rank), profile.footprint(rank), f"{stamp:08x}-{name}")
+    return AdapterOnDisk(rank, profile.adapter_bytes(rank), profile.footprint(rank), f"{stamp:08x}-{name}")
 
 
 class Machine:
-    """One runner; `weights` are the adapters by id. While `instant`, loads and fills take no time."""
+    """One runner. `adapters` are by id. While `instant` is set, loads and fills take no time."""
 
-    def __init__(self, profile: Profile, weights: Mapping[int, Weights]) -> None:
-        self._profile, self._weights = profile, weights
+    def __init__(self, profile: Profile, adapters: Mapping[int, AdapterOnDisk]) -> None:
+        self._profile, self._adapters = profile, adapters
         self.instant = False
         self.busy = 0.0  # seconds in steps
         self.rows = self.lanes = 0  # decoding rows, and lanes, of all steps
@@ -60,19 +60,19 @@ class Machine:
         self._events: list[tuple[float, int, StepDone | AdapterState]] = []
         self._number = 0
         self._free_at = 0.0
-        self._fills: deque[list[float]] = deque()  # [adapter id, seconds left]: those between steps
+        self._fills: deque[list[float]] = deque()  # [adapter id, seconds left] of fills between steps
         self._copies_free_at = 0.0
         self._loaders = [0.0] * profile.loaders
         self._lane_bytes: dict[int, int] = {}
 
     @property
     def next_event(self) -> float:
-        """When the next answer comes."""
+        """The time of the next answer."""
         soonest = self._events[0][0] if self._events else NEVER
         return min(soonest, self._free_at + self._fills[0][1]) if self._fills else soonest
 
     def pop(self) -> tuple[float, StepDone | AdapterState]:
-        """The next answer and its time."""
+        """Removes the next answer; returns it with its time."""
         if self._fills and (not self._events or self._free_at + self._fills[0][1] < self._events[0][0]):
             adapter_id, seconds = self._fills.popleft()
             self._free_at += seconds
@@ -81,7 +81,7 @@ class Machine:
         return when, message
 
     def accept(self, message: Step | LoadAdapter | UnloadAdapter | EvictAdapter, now: float) -> None:
-        """Takes what the scheduler sends at `now`."""
+        """Takes a message that the scheduler sends at `now`."""
         match message:
             case Step():
                 self._step(message, now)
@@ -98,7 +98,7 @@ class Machine:
         half = 0.0 if self.instant else self._profile.gap / 2
         begin = max(now + half, self._free_at)
         if self._fills:
-            self._fill_for(begin - self._free_at)
+            self._advance_fills(begin - self._free_at)
         first = sum([self._fill(fill, begin) for fill in step.fills])
         for lane in step.lanes:
             sizes = self._profile.unit_bytes
@@ -110,10 +110,10 @@ class Machine:
         self._answer(end + half, StepDone(epoch=step.epoch, id=step.id, tokens=[0] * samples, seconds=seconds))
         self._free_at = end
         if self._fills:
-            self._fill_for(self._profile.fill_share * seconds)
+            self._advance_fills(self._profile.fill_share * seconds)
 
     def _seconds(self, step: Step) -> tuple[float, int]:
-        """(how long it takes, how many tokens it samples)."""
+        """(the seconds of a step, the number of tokens that it samples)."""
         if not step.chunks:
             return 0.0, 0
         rows = tokens = context = samples = 0
@@ -140,8 +140,8 @@ class Machine:
     # ---------------------------------------------------------------------------------------------------- adapters
 
     def _fill(self, fill: Fill, begin: float) -> float:
-        """A fill of a step that begins then. Returns how long the step waits for it."""
-        seconds = 0.0 if self.instant else self._profile.fill.of(self._weights[fill.adapter_id].bytes)
+        """Begins a fill of a step. Returns for how long the step waits for it."""
+        seconds = 0.0 if self.instant else self._profile.fill.of(self._adapters[fill.adapter_id].bytes)
         self.fill_seconds += seconds
         if fill.now:
             self._answer(begin + seconds, self._state(fill.adapter_id, "resident", seconds))
@@ -153,8 +153,8 @@ class Machine:
             self._answer(self._copies_free_at, self._state(fill.adapter_id, "resident", seconds))
         return 0.0
 
-    def _fill_for(self, seconds: float) -> None:
-        """Goes on with the fills from the time the machine is free at, for so long at most."""
+    def _advance_fills(self, seconds: float) -> None:
+        """Spends up to so many seconds on fills, from the time at which the machine is free."""
         while self._fills and seconds > 0:
             adapter_id, left = self._fills[0]
             spent = min(left, seconds)
@@ -167,21 +167,21 @@ class Machine:
                 self._answer(self._free_at, self._state(int(adapter_id), "resident"))
 
     def _load(self, adapter_id: int, now: float) -> None:
-        seconds = 0.0 if self.instant else self._profile.load.of(self._weights[adapter_id].bytes)
+        seconds = 0.0 if self.instant else self._profile.load.of(self._adapters[adapter_id].bytes)
         self.load_seconds += seconds
         end = max(now, heapq.heappop(self._loaders)) + seconds
         heapq.heappush(self._loaders, end)
         self._answer(end, self._state(adapter_id, "host", seconds))
 
     def _state(self, adapter_id: int, state: str, seconds: float = 0.0) -> AdapterState:
-        weights = self._weights[adapter_id]
+        adapter = self._adapters[adapter_id]
         return AdapterState(
             adapter_id=adapter_id,
             state=state,  # type: ignore[arg-type]
-            revision=weights.revision,
-            footprint=weights.footprint,
-            bytes=weights.bytes,
-            lora_rank=weights.rank,
+            revision=adapter.revision,
+            footprint=adapter.footprint,
+            bytes=adapter.bytes,
+            lora_rank=adapter.rank,
             seconds=seconds,
         )
 

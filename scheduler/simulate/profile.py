@@ -1,4 +1,4 @@
-"""What things cost on one machine, as measured: steps, fills, loads, and what it can hold. Simulates nothing.
+"""A machine profile: the measured costs of steps, fills and loads, and the machine's limits. Simulates nothing.
 
 step    base + decode_row * rows + prefill_token * tokens + context_token * (KV tokens read)
              + lane * (lanes in the step) + lane_byte * (bytes of their rank pages)
@@ -23,7 +23,7 @@ class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class StepCost(_Part, frozen=True, kw_only=True):
-    """Seconds of one step, by what is in it."""
+    """Seconds of one step, by its contents."""
 
     base: float
     decode_row: float = 0.0
@@ -34,7 +34,7 @@ class StepCost(_Part, frozen=True, kw_only=True):
 
 
 class CopyCost(_Part, frozen=True, kw_only=True):
-    """Seconds of one copy of so many bytes."""
+    """Seconds of one copy: a constant, and a part that is proportional to its bytes."""
 
     seconds: float = 0.0
     bytes_per_second: float
@@ -43,8 +43,8 @@ class CopyCost(_Part, frozen=True, kw_only=True):
         return self.seconds + size / self.bytes_per_second
 
 
-class Room(_Part, frozen=True, kw_only=True):
-    """What the machine holds."""
+class MachineLimits(_Part, frozen=True, kw_only=True):
+    """What fits into the machine's memory, and the limits of its launch."""
 
     rows: int
     kv_tokens: int
@@ -56,55 +56,50 @@ class Room(_Part, frozen=True, kw_only=True):
 
 
 class Profile(_Part, frozen=True, kw_only=True):
-    """One machine with one model.
-
-    `unit_bytes`: by group, what one LoRA rank unit takes. `lora_ranks`: those of the adapters, dealt out by name.
-    `fill_share`: the share of a step's time that fills may take after it; 0 means that they go on beside the steps, on
-    their own. `gap`: seconds from a step's end to the next one's begin that a second step in flight hides.
-    """
+    """One machine with one model."""
 
     name: str
     source: str
     step: StepCost
     fill: CopyCost
     load: CopyCost
-    room: Room
-    unit_bytes: dict[str, int]
-    lora_ranks: list[int]
+    room: MachineLimits
+    unit_bytes: dict[str, int]  # of one LoRA rank unit, by group
+    lora_ranks: list[int]  # of the adapters, assigned by name
     loaders: int = 2
-    fill_share: float = 0.0
-    gap: float = 0.0
+    fill_share: float = 0.0  # the part of a step's time that fills may take after it; 0: fills run beside the steps
+    gap: float = 0.0  # seconds between two steps that a second step in flight hides
 
     def capacity(self, *, max_loras: int, pool_adapters: int) -> Capacity:
-        """What the runner would say of itself, with a pool for so many adapters of the largest rank."""
-        room, pages = self.room, -(-self.room.max_lora_rank // UNITS)
+        """The capacity that the runner would report, with rank pages for so many adapters of the largest rank."""
+        limits, pages = self.room, -(-self.room.max_lora_rank // UNITS)
         return Capacity(
-            kv_pages=room.kv_tokens // room.page_size,
-            page_size=room.page_size,
-            rows=room.rows,
-            max_length=room.max_length,
-            max_batched_tokens=room.max_batched_tokens,
+            kv_pages=limits.kv_tokens // limits.page_size,
+            page_size=limits.page_size,
+            rows=limits.rows,
+            max_length=limits.max_length,
+            max_batched_tokens=limits.max_batched_tokens,
             vocab_size=1 << 20,
             max_loras=max_loras,
             rank_pages=dict.fromkeys(self.unit_bytes, pages * pool_adapters),
-            max_lora_rank=room.max_lora_rank,
+            max_lora_rank=limits.max_lora_rank,
             max_lane_pages=2 * pages,
-            device="cpu" if self.fill_share else "cuda",  # that is where copies take turns with the steps
+            device="cpu" if self.fill_share else "cuda",  # on a CPU fills and steps take turns
             rank_page_bytes={group: UNITS * size for group, size in self.unit_bytes.items()},
-            host_bytes=room.host_bytes,
+            host_bytes=limits.host_bytes,
         )
 
     def footprint(self, rank: int) -> Footprint:
-        """The pages of an adapter on all sites."""
+        """The rank pages of an adapter on all sites."""
         return Footprint(dict.fromkeys(self.unit_bytes, -(-rank // UNITS)))
 
     def adapter_bytes(self, rank: int) -> int:
-        """What an adapter takes on the host, and its fill copies."""
+        """The bytes of an adapter on the host, which its fill copies."""
         return rank * sum(self.unit_bytes.values())
 
 
 def read(path: Path) -> Profile:
-    """Reads a profile. Raises ConfigError that says what is wrong in it."""
+    """Reads a profile. Raises ConfigError if the file is missing or wrong."""
     try:
         profile = msgspec.json.decode(path.read_bytes(), type=Profile)
     except OSError as error:

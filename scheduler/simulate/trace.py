@@ -1,9 +1,9 @@
-"""What is asked and when: one JSON object a line. Knows nothing of how traces are made or served.
+"""Traces: requests with their times, one JSON object per line. Knows nothing of how traces are made or served.
 
     {"at": 0.31, "adapter": "a17", "prompt": 380, "output": 120}
     {"at": 0.34, "adapter": null, "prompt": 900, "output": 40, "group": "g3", "prefix": 512, "tenant": "t1"}
 
-Requests of one `group` share their first `prefix` prompt tokens; all other tokens are nobody else's.
+Requests of one `group` share their first `prefix` prompt tokens; no other tokens are equal.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import msgspec
 from engine.errors import ConfigError
 
 
-class Ask(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One request: when it comes (seconds), for which adapter, how long its prompt and answer are (tokens)."""
+class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One request: its time in seconds, its adapter, and the lengths of its prompt and answer in tokens."""
 
     at: float
     adapter: str | None
@@ -45,47 +45,47 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
         return shared + [number] * (self.prompt - prefix)
 
 
-def read(path: Path) -> list[Ask]:
-    """The requests of a file, by time. Raises ConfigError that names the line."""
-    decoder = msgspec.json.Decoder(Ask)
-    asks: list[Ask] = []
+def read(path: Path) -> list[TraceRequest]:
+    """The requests of a file, by time. Raises ConfigError with the number of a wrong line."""
+    decoder = msgspec.json.Decoder(TraceRequest)
+    requests: list[TraceRequest] = []
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     for number, line in enumerate(lines, 1):
         try:
-            asks += [decoder.decode(line)] if line.strip() else []
+            requests += [decoder.decode(line)] if line.strip() else []
         except msgspec.MsgspecError as error:
             raise ConfigError(f"{path}, line {number}: {error}") from None
-    if not asks:
+    if not requests:
         raise ConfigError(f"{path}: holds no requests; scripts/make_trace.py writes some")
-    return sorted(asks, key=lambda ask: ask.at)
+    return sorted(requests, key=lambda request: request.at)
 
 
-def write(path: Path, asks: Iterable[Ask]) -> None:
-    """Writes them, one a line."""
+def write(path: Path, requests: Iterable[TraceRequest]) -> None:
+    """Writes requests, one per line."""
     encoder = msgspec.json.Encoder()
     with path.open("wb") as lines:
-        lines.writelines(encoder.encode(ask) + b"\n" for ask in asks)
+        lines.writelines(encoder.encode(request) + b"\n" for request in requests)
 
 
-def rescale(asks: Sequence[Ask], rate: float) -> list[Ask]:
-    """The same requests in the same order, at `rate` requests a second on average."""
-    factor = len(asks) / rate / max(asks[-1].at, 1e-9)
-    return [msgspec.structs.replace(ask, at=ask.at * factor) for ask in asks]
+def rescale(requests: Sequence[TraceRequest], rate: float) -> list[TraceRequest]:
+    """The same requests in the same order, at `rate` requests per second on average."""
+    factor = len(requests) / rate / max(requests[-1].at, 1e-9)
+    return [msgspec.structs.replace(request, at=request.at * factor) for request in requests]
 
 
-def hot_adapters(asks: Iterable[Ask], count: int | None) -> set[str]:
-    """The busiest `count` adapters; None: the busiest of all that together get half of the requests for adapters."""
-    busy = Counter(ask.adapter for ask in asks if ask.adapter is not None)
+def hot_adapters(requests: Iterable[TraceRequest], count: int | None) -> set[str]:
+    """The busiest `count` adapters; None: the fewest that together get half of the requests for adapters."""
+    busy = Counter(request.adapter for request in requests if request.adapter is not None)
     if count is not None:
         return {name for name, _ in busy.most_common(count)}
     hot: set[str] = set()
     left = sum(busy.values()) / 2
-    for name, requests in busy.most_common():
+    for name, requested in busy.most_common():
         if left <= 0:
             break
         hot.add(name)
-        left -= requests
+        left -= requested
     return hot

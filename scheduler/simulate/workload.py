@@ -1,10 +1,10 @@
-"""Traces of many adapters: who asks, when, for how much. Seeded; knows nothing of machines or schedulers.
+"""Generates traces with many adapters from a seed. Knows nothing of machines or schedulers.
 
-slora        the S-LoRA paper (7.2): every adapter has Gamma arrivals of its own, rates by a power law i^-alpha
+slora        the S-LoRA paper (7.2): each adapter has its own Gamma arrivals, with rates by the power law i^-alpha
 slora-code   its released generator: one Gamma process for all, adapter floor(n u^(1/alpha)), so alpha 1 is uniform
 zipf         Poisson arrivals, adapter i with weight i^-alpha
-bursts       the same, but in the first part of each period requests come `factor` times as fast as in the rest
-drift        the same as zipf, but every period the ranks move on by some adapters: the hot ones cool down
+bursts       zipf, but in the first part of each period requests arrive `factor` times as fast as in the rest
+drift        zipf, but in each period the ranks shift by `step` adapters, so that hot adapters cool down
 """
 
 from __future__ import annotations
@@ -15,54 +15,50 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-from scheduler.simulate.trace import Ask
+from scheduler.simulate.trace import TraceRequest
 
 KINDS = ("slora", "slora-code", "zipf", "bursts", "drift")
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Everything that decides a trace. Lengths are uniform, both ends included.
-
-    `cv`: coefficient of variation of the gaps. `base_share`: requests without an adapter. `tenants`: how many there
-    are; an adapter belongs to one. `groups`: prompt prefixes by adapter, of `prefix` tokens each.
-    """
+    """All parameters of a trace. Lengths are uniform, both ends included."""
 
     kind: str = "zipf"
     adapters: int = 200
-    rate: float = 10.0
+    rate: float = 10.0  # requests per second
     requests: int = 1000
     alpha: float = 1.0
-    cv: float = 1.0
+    cv: float = 1.0  # coefficient of variation of the gaps between arrivals
     prompt: tuple[int, int] = (8, 511)
     output: tuple[int, int] = (8, 511)
-    base_share: float = 0.0
-    tenants: int = 0
-    groups: int = 0
-    prefix: int = 0
-    period: float = 60.0
-    factor: float = 5.0
-    burst_share: float = 0.2
-    step: int = 10
+    base_share: float = 0.0  # the share of requests for the base model
+    tenants: int = 0  # each adapter belongs to one
+    groups: int = 0  # shared prompt prefixes per adapter
+    prefix: int = 0  # tokens of a shared prefix
+    period: float = 60.0  # seconds, of bursts and drift
+    factor: float = 5.0  # of bursts
+    burst_share: float = 0.2  # of a period
+    step: int = 10  # of drift
     seed: int = 0
 
-    def asks(self) -> list[Ask]:
+    def generate(self) -> list[TraceRequest]:
         """The requests in order of arrival."""
         rng = random.Random(self.seed)
-        arrivals = self._each_its_own(rng) if self.kind == "slora" else self._together(rng)
+        arrivals = self._separate_arrivals(rng) if self.kind == "slora" else self._joint_arrivals(rng)
         found = []
         for when, adapter in arrivals:
             base = self.base_share > 0 and rng.random() < self.base_share
-            found.append(self._ask(rng, when, None if base else adapter))
+            found.append(self._request(rng, when, None if base else adapter))
         return found
 
-    def _ask(self, rng: random.Random, when: float, adapter: int | None) -> Ask:
+    def _request(self, rng: random.Random, when: float, adapter: int | None) -> TraceRequest:
         prompt, output = rng.randint(*self.prompt), rng.randint(*self.output)
         group = f"{adapter}.{rng.randrange(self.groups)}" if self.groups else None
         tenant = ""
         if self.tenants:
             tenant = f"t{(rng.randrange(self.tenants) if adapter is None else adapter % self.tenants)}"
-        return Ask(
+        return TraceRequest(
             at=round(when, 6),
             adapter=None if adapter is None else f"a{adapter}",
             prompt=prompt,
@@ -74,19 +70,19 @@ class Workload:
 
     # ---------------------------------------------------------------------------------------------------- arrivals
 
-    def _each_its_own(self, rng: random.Random) -> list[tuple[float, int]]:
-        """Gamma arrivals by adapter, over the time that gives so many requests on average."""
+    def _separate_arrivals(self, rng: random.Random) -> list[tuple[float, int]]:
+        """Gamma arrivals of each adapter, over the time that gives `requests` arrivals on average."""
         seconds = self.requests / self.rate
         arrivals = []
         for adapter, share in enumerate(self._shares()):
             rate = self.rate * share
-            now = _gap(rng, rate, self.cv) * rng.random()  # the process did not begin with the trace
+            now = _gap(rng, rate, self.cv) * rng.random()  # the process began before the trace
             while now < seconds:
                 arrivals.append((now, adapter))
                 now += _gap(rng, rate, self.cv)
         return sorted(arrivals)
 
-    def _together(self, rng: random.Random) -> Iterator[tuple[float, int]]:
+    def _joint_arrivals(self, rng: random.Random) -> Iterator[tuple[float, int]]:
         now, bounds = 0.0, list(accumulate(self._shares()))
         for _ in range(self.requests):
             if self.kind == "slora-code":
@@ -102,8 +98,8 @@ class Workload:
     def _rate_at(self, now: float) -> float:
         if self.kind != "bursts":
             return self.rate
-        quiet = self.rate / (self.burst_share * self.factor + 1 - self.burst_share)
-        return quiet * self.factor if now % self.period < self.burst_share * self.period else quiet
+        outside = self.rate / (self.burst_share * self.factor + 1 - self.burst_share)
+        return outside * self.factor if now % self.period < self.burst_share * self.period else outside
 
     def _shares(self) -> list[float]:
         weights = [(number + 1) ** -self.alpha for number in range(self.adapters)]
@@ -112,6 +108,6 @@ class Workload:
 
 
 def _gap(rng: random.Random, rate: float, cv: float) -> float:
-    """Seconds to the next arrival: Gamma with mean 1/rate; cv 1 is a Poisson process, above it comes in bursts."""
+    """Seconds to the next arrival: Gamma with mean 1/rate. cv 1 is a Poisson process, more makes bursts."""
     shape = cv**-2
     return rng.gammavariate(shape, 1 / (rate * shape))

@@ -14,11 +14,11 @@ def test_it_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[st
     out = tmp_path / "t.jsonl"
     flags = ["--adapters", "9", "--requests", "200", "--prompt", "5:7", "--output", "3", "--tenants", "2"]
     assert make_trace.main(["zipf", *flags, "-o", str(out)]) == 0
-    asks = read(out)
+    requests = read(out)
     assert "200 requests" in capsys.readouterr().out
-    assert {ask.output for ask in asks} == {3}
-    assert {ask.prompt for ask in asks} == {5, 6, 7}
-    assert {ask.tenant for ask in asks} == {"t0", "t1"}
+    assert {request.output for request in requests} == {3}
+    assert {request.prompt for request in requests} == {5, 6, 7}
+    assert {request.tenant for request in requests} == {"t0", "t1"}
 
 
 def test_a_range_that_is_none(tmp_path: Path) -> None:

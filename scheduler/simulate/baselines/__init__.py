@@ -1,1 +1,1 @@
-"""Schedulers by the rules of other engines, to compare with."""
+"""Schedulers with the admission rules of vLLM and SGLang, for comparison."""

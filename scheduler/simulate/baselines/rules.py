@@ -1,10 +1,10 @@
-"""How others choose who goes next: two rules for a queue that is walked in order. Knows no tiers, rows or pages.
+"""Two admission rules for a queue that is walked in order. Knows no tiers, rows or pages.
 
-skip    vLLM's: whoever would be one adapter too many is skipped, for as long as that lasts
+skip    vLLM's: a request whose adapter finds no free lane is skipped, for as long as that lasts
 drain   SGLang's: the same, and when an adapter has starved for `threshold` seconds while all lanes are taken, the
-        running adapter that is done soonest takes only requests that end about as soon as it does, until it is gone
+        running adapter that ends soonest admits only requests that end about as soon as it does, until it has ended
 
-Both are written from their published behaviour, to compare with; whom a freed lane goes to is the queue's order.
+Both are written from their published behaviour. A free lane goes to the first request in the queue.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TOLERANCE = 1.2
 
 
 class Waiter(Protocol):
-    """A waiting request: its adapter (0: the base), when it came, and the tokens it is still to generate."""
+    """A waiting request: its adapter (0: the base), its arrival, and the tokens that it may still generate."""
 
     @property
     def adapter(self) -> int: ...
@@ -28,25 +28,26 @@ class Waiter(Protocol):
     def remaining(self) -> int: ...
 
 
-class Skip:
-    """Plain skip-ahead."""
+class SkipAhead:
+    """Skips requests whose adapter finds no lane."""
 
     def begin(self, waiting: Sequence[Waiter], running: Mapping[int, int], full: bool, now: float) -> None:
-        """A step is about to be made. `running`: by running adapter, the most tokens that one of its requests is to
-        generate; `full`: no lane is free.
+        """A step is being planned. `full`: no lane is free.
+
+        `running`: by running adapter, the most tokens that one of its requests may still generate.
         """
 
     def permits(self, waiter: Waiter, lanes: Mapping[int, int] | set[int], cap: int) -> bool:
-        """Whether it may go in, beside the adapters in `lanes`."""
+        """Whether a request may be admitted beside the adapters in `lanes`."""
         return waiter.adapter == 0 or waiter.adapter in lanes or len(lanes) < cap
 
 
-class Drain(Skip):
-    """Skip-ahead with adapters that are drained for starving ones."""
+class DrainStarving(SkipAhead):
+    """Skips ahead, and drains running adapters for starving ones."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
-        self.draining: dict[int, int] = {}  # adapter: tokens until it is done
+        self.draining: dict[int, int] = {}  # adapter: tokens until its last request ends
 
     def begin(self, waiting: Sequence[Waiter], running: Mapping[int, int], full: bool, now: float) -> None:
         self.draining = {adapter: running[adapter] for adapter in self.draining if adapter in running}

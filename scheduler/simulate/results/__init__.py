@@ -1,1 +1,1 @@
-"""What came out of a simulation: the journal of requests, the report and the plot."""
+"""The results of a simulation: the log of requests, the report and the plot."""

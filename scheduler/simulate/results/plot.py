@@ -1,4 +1,4 @@
-"""A picture of a comparison: waiting times by class of adapter. Needs matplotlib, and asks for it in one line."""
+"""Plots a comparison: waiting times by class of adapter. Needs matplotlib, which is not installed by default."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import ConfigError
-from scheduler.simulate.results.journal import Journal
 from scheduler.simulate.results.report import Summary, class_of
+from scheduler.simulate.results.request_log import RequestLog
 
 STYLES = {"hot": "-", "cold": "--", "base": ":"}
 
 
-def draw(path: Path, runs: Sequence[tuple[str, Summary, Journal, set[str]]]) -> None:
-    """Left: how many requests had their first token after so long. Right: the slowest percent, and who was passed."""
+def draw(path: Path, runs: Sequence[tuple[str, Summary, RequestLog, set[str]]]) -> None:
+    """Left: the share of requests by their time to first token. Right: p99 TTFT, and the longest time passed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(13, 5), layout="constrained")
     shares, bars = figure.subplots(1, 2)
-    for number, (label, _, journal, hot) in enumerate(runs):
+    for number, (label, _, log, hot) in enumerate(runs):
         for name, style in STYLES.items():
-            times = sorted(j.ttft for j in journal.journeys.values() if j.served and class_of(j, hot) == name)
+            times = sorted(t.ttft for t in log.timelines.values() if t.served and class_of(t, hot) == name)
             if times:
                 heights = [(index + 1) / len(times) for index in range(len(times))]
                 shares.plot(times, heights, style, color=f"C{number % 10}", label=f"{label}, {name}")
@@ -33,7 +33,7 @@ def draw(path: Path, runs: Sequence[tuple[str, Summary, Journal, set[str]]]) -> 
     figure.savefig(path, dpi=120)
 
 
-def _bars(bars: object, runs: Sequence[tuple[str, Summary, Journal, set[str]]]) -> None:
+def _bars(bars: object, runs: Sequence[tuple[str, Summary, RequestLog, set[str]]]) -> None:
     from matplotlib.axes import Axes
 
     assert isinstance(bars, Axes)

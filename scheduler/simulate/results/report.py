@@ -1,9 +1,9 @@
-"""Percentiles, fairness and a table out of what happened. Knows nothing of how it came about.
+"""Percentiles, fairness and a table from the log of requests. Knows nothing of schedulers or machines.
 
 hot     the busiest adapters; cold: all others; base: requests without one
-passed  how long a request waited after a later one was let in: what adapters cost it
-speed   of an adapter or tenant: tokens its requests got for each second they were open; Jain's index is 1 when all are
-        alike, and 1/n when one of n has everything (Jain, Chiu, Hawe 1984)
+passed  how long a request waited after a later one was admitted: the cost of sharing lanes
+speed   of an adapter or tenant: generated tokens per second that its requests were open. Jain's index of the speeds is
+        1 when all are equal, and 1/n when one of n gets all (Jain, Chiu, Hawe 1984)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from engine.messages import Stats
-from scheduler.simulate.results.journal import Gaps, Journal, Journey, passed
+from scheduler.simulate.results.request_log import GapHistogram, RequestLog, RequestTimeline, passed
 
 CLASSES = ("all", "hot", "cold", "base")
 PERCENTILES = (50, 90, 99)
@@ -20,7 +20,7 @@ Summary = dict[str, Any]
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Nearest rank; 0 without values. `values` need not be sorted."""
+    """The nearest rank; 0 without values. `values` need not be sorted."""
     if not values:
         return 0.0
     ordered = sorted(values)
@@ -34,37 +34,37 @@ def jain(values: Iterable[float]) -> float:
     return sum(found) ** 2 / (len(found) * squares) if squares else 1.0
 
 
-def class_of(journey: Journey, hot: set[str]) -> str:
-    """hot, cold or base."""
-    adapter = journey.ask.adapter
+def class_of(timeline: RequestTimeline, hot: set[str]) -> str:
+    """The class of a request: hot, cold or base."""
+    adapter = timeline.request.adapter
     return "base" if adapter is None else "hot" if adapter in hot else "cold"
 
 
-def summarise(journal: Journal, hot: set[str], stats: Sequence[Stats], seconds: float) -> Summary:
-    """All numbers of one run; times in seconds. `stats`: one of each replica."""
-    served = [journey for journey in journal.journeys.values() if journey.served]
-    by_class: dict[str, list[Journey]] = {name: [] for name in CLASSES}
-    for journey in served:
-        by_class["all"].append(journey)
-        by_class[class_of(journey, hot)].append(journey)
-    waits = passed(served)
-    tokens, prompts = sum(j.tokens for j in served), sum(j.ask.prompt for j in served)
+def summarise(log: RequestLog, hot: set[str], stats: Sequence[Stats], seconds: float) -> Summary:
+    """All numbers of one run; times in seconds. `stats` has one entry per replica."""
+    served = [timeline for timeline in log.timelines.values() if timeline.served]
+    by_class: dict[str, list[RequestTimeline]] = {name: [] for name in CLASSES}
+    for timeline in served:
+        by_class["all"].append(timeline)
+        by_class[class_of(timeline, hot)].append(timeline)
+    seconds_passed = passed(served)
+    tokens, prompts = sum(t.tokens for t in served), sum(t.request.prompt for t in served)
     span = max(seconds, 1e-9)
     return {
-        "requests": len(journal.journeys),
-        "failed": sum(journey.error is not None for journey in journal.journeys.values()),
+        "requests": len(log.timelines),
+        "failed": sum(timeline.error is not None for timeline in log.timelines.values()),
         "seconds": seconds,
         "requests_per_s": len(served) / span,
         "tokens_per_s": tokens / span,
-        "ttft": {name: _spread([j.ttft for j in group]) for name, group in by_class.items()},
-        "e2e": {name: _spread([j.e2e for j in group]) for name, group in by_class.items()},
-        "itl": _gaps(journal.gaps),
-        "passed": {name: _spread([waits[j.number] for j in group]) for name, group in by_class.items()},
+        "ttft": {name: _spread([t.ttft for t in group]) for name, group in by_class.items()},
+        "e2e": {name: _spread([t.e2e for t in group]) for name, group in by_class.items()},
+        "itl": _gaps(log.gaps),
+        "passed": {name: _spread([seconds_passed[t.number] for t in group]) for name, group in by_class.items()},
         "fairness": {
-            "adapters": jain(_speeds(served, lambda journey: journey.ask.adapter)),
-            "tenants": jain(_speeds(served, lambda journey: journey.ask.tenant or None)),
+            "adapters": jain(_speeds(served, lambda timeline: timeline.request.adapter)),
+            "tenants": jain(_speeds(served, lambda timeline: timeline.request.tenant or None)),
         },
-        "prefix_hits": sum(j.cached for j in served) / max(1, prompts),
+        "prefix_hits": sum(t.cached for t in served) / max(1, prompts),
         **{name: sum(getattr(each, name) for each in stats) for name in SUMS},
     }
 
@@ -77,16 +77,16 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {**spread, "max": max(values, default=0.0), "count": len(values)}
 
 
-def _gaps(gaps: Gaps) -> dict[str, float]:
+def _gaps(gaps: GapHistogram) -> dict[str, float]:
     return {**{f"p{percent}": gaps.percentile(percent) for percent in PERCENTILES}, "max": gaps.longest}
 
 
-def _speeds(journeys: Iterable[Journey], key: Callable[[Journey], str | None]) -> list[float]:
+def _speeds(timelines: Iterable[RequestTimeline], key: Callable[[RequestTimeline], str | None]) -> list[float]:
     sums: dict[str, tuple[int, float]] = {}
-    for journey in journeys:
-        if (name := key(journey)) is not None:
+    for timeline in timelines:
+        if (name := key(timeline)) is not None:
             tokens, seconds = sums.get(name, (0, 0.0))
-            sums[name] = tokens + journey.tokens, seconds + journey.e2e
+            sums[name] = tokens + timeline.tokens, seconds + timeline.e2e
     return [tokens / max(seconds, 1e-9) for tokens, seconds in sums.values()]
 
 
@@ -94,7 +94,7 @@ def _speeds(journeys: Iterable[Journey], key: Callable[[Journey], str | None]) -
 
 
 def table(columns: Sequence[tuple[str, Summary]]) -> str:
-    """Configurations side by side, one number a line."""
+    """Configurations side by side, one number per line."""
     lines = [["", *(name for name, _ in columns)]]
     for label, show in _LINES:
         cells = [show(summary) for _, summary in columns]

@@ -15,7 +15,7 @@ from engine.messages import Generate, Sampling, Stopping
 from scheduler.requests.fairness import ANSWER_COST, PROMPT_COST, FairShares
 from scheduler.requests.request import Request, from_message
 from scheduler.simulate.experiment import Experiment, Setup
-from scheduler.simulate.trace import Ask
+from scheduler.simulate.trace import TraceRequest
 from scheduler.simulate.workload import Workload
 from scheduler.types import Order
 
@@ -166,25 +166,25 @@ def replace_lora(message: Generate, adapter_id: int) -> Generate:
     )
 
 
-def two_tenants(flood: float) -> list[Ask]:
+def two_tenants(flood: float) -> list[TraceRequest]:
     """quiet sends four requests a second for twenty adapters; flood sends as many as given, for five others."""
-    quiet = Workload(adapters=20, rate=4.0, requests=120, prompt=(20, 60), output=(10, 40), seed=1).asks()
+    quiet = Workload(adapters=20, rate=4.0, requests=120, prompt=(20, 60), output=(10, 40), seed=1).generate()
     named = [replace_ask(one, "quiet", f"q{one.adapter}") for one in quiet]
     if flood:
         loud = Workload(adapters=5, rate=flood, requests=int(30 * flood), prompt=(20, 60), output=(10, 40), seed=2)
-        named += [replace_ask(one, "flood", f"f{one.adapter}") for one in loud.asks()]
+        named += [replace_ask(one, "flood", f"f{one.adapter}") for one in loud.generate()]
     return sorted(named, key=lambda one: one.at)
 
 
-def replace_ask(one: Ask, tenant: str, adapter: str) -> Ask:
-    return Ask(at=one.at, adapter=adapter, prompt=one.prompt, output=one.output, tenant=tenant)
+def replace_ask(one: TraceRequest, tenant: str, adapter: str) -> TraceRequest:
+    return TraceRequest(at=one.at, adapter=adapter, prompt=one.prompt, output=one.output, tenant=tenant)
 
 
-def slowest(policy: str, asks: list[Ask]) -> float:
+def slowest(policy: str, requests: list[TraceRequest]) -> float:
     """p99 TTFT of the quiet tenant, all of whose requests were served."""
     setup = Setup(max_loras=8, pool=32, policy=policy, max_wait=1.0)
-    _, journal = Experiment(setup, profile_with(rows=8)).run(asks)
-    times = sorted(j.ttft for j in journal.journeys.values() if j.ask.tenant == "quiet")
+    _, log = Experiment(setup, profile_with(rows=8)).run(requests)
+    times = sorted(t.ttft for t in log.timelines.values() if t.request.tenant == "quiet")
     assert len(times) == 120
     return times[int(0.99 * len(times))]
 
@@ -203,6 +203,6 @@ def test_core_passes_its_audits_under_the_fair_policy(seed: int, window: int) ->
     """Few pages, few lanes and several tenants: preemptions and fills, with an audit after each call."""
     workload = Workload(adapters=12, rate=50.0, requests=120, prompt=(4, 60), output=(2, 30), tenants=3, seed=seed)
     setup = Setup(max_loras=2, pool=4, window=window, policy="fair", max_wait=0.2, audit=True)
-    summary, _ = Experiment(setup, profile_with(rows=8, kv_tokens=320)).run(workload.asks())
+    summary, _ = Experiment(setup, profile_with(rows=8, kv_tokens=320)).run(workload.generate())
     assert summary["failed"] == 0
     assert summary["preemptions"] > 0

@@ -1,4 +1,4 @@
-"""The machine's time, by hand."""
+"""scheduler.simulate.machine: the times of steps, fills and loads, by hand."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from engine.messages import (
     Step,
     StepDone,
 )
-from scheduler.simulate.machine import NEVER, Machine, weigh
+from scheduler.simulate.machine import NEVER, Machine, adapter_on_disk
 from scheduler.simulate.profile import Profile, StepCost
 
 
 def machine(profile: Profile = PROFILE, adapters: int = 4) -> Machine:
-    return Machine(profile, {number: weigh(profile, f"a{number}") for number in range(1, adapters + 1)})
+    return Machine(profile, {number: adapter_on_disk(profile, f"a{number}") for number in range(1, adapters + 1)})
 
 
 def step(number: int, rows: int = 0, prompt: int = 0, fills: list[int] | None = None) -> Step:
@@ -42,7 +42,7 @@ def drain(found: Machine) -> list[tuple[float, str]]:
     return out
 
 
-def test_a_step_costs_what_is_in_it() -> None:
+def test_step_costs_its_rows_and_prompt_tokens() -> None:
     found = machine()
     found.accept(step(1, rows=3, prompt=20), 1.0)
     when, done = found.pop()
@@ -52,7 +52,7 @@ def test_a_step_costs_what_is_in_it() -> None:
     assert found.busy == pytest.approx(0.015)
 
 
-def test_context_and_lanes_cost_too() -> None:
+def test_step_costs_its_context_and_lanes() -> None:
     costs = StepCost(base=0.0, context_token=0.001, lane=0.1, lane_byte=1e-6)
     found = machine(profile_with(step=costs))
     chunks = [Chunk(row=row, generation=1, start=9, length=1, lane=2) for row in range(2)]
@@ -61,14 +61,14 @@ def test_context_and_lanes_cost_too() -> None:
     assert drain(found) == [(round(2 * 10 * 0.001 + 0.1 + 16 * 500_000 * 1e-6, 6), "step 1")]
 
 
-def test_steps_follow_one_another_and_a_gap_lies_around_each() -> None:
+def test_steps_run_one_by_one_with_half_a_gap_on_each_side() -> None:
     found = machine(profile_with(gap=0.004))
-    found.accept(step(1, rows=1), 0.0)  # 2 ms there, 11 ms, 2 ms back
+    found.accept(step(1, rows=1), 0.0)  # 2 ms to the runner, 11 ms, 2 ms back
     found.accept(step(2, rows=1), 0.0)  # begins at once after the first
     assert drain(found) == [(0.015, "step 1"), (0.026, "step 2")]
 
 
-def test_loads_wait_for_a_loader() -> None:
+def test_loads_wait_for_a_free_loader() -> None:
     found = machine(profile_with(loaders=2))
     for adapter_id in (1, 2, 3):
         found.accept(LoadAdapter(adapter_id=adapter_id, path="x"), 0.0)
@@ -76,13 +76,13 @@ def test_loads_wait_for_a_loader() -> None:
     assert drain(found) == [(0.01, "4 disk"), (0.08, "1 host"), (0.08, "2 host"), (0.16, "3 host")]
 
 
-def test_fills_beside_the_steps_take_their_own_time() -> None:
+def test_fills_beside_the_steps_run_one_by_one() -> None:
     found = machine()
     found.accept(step(1, rows=1, fills=[1, 2]), 0.0)
     assert drain(found) == [(0.008, "1 resident"), (0.011, "step 1"), (0.016, "2 resident")]
 
 
-def test_fills_between_steps_take_a_share_of_each_and_all_when_idle() -> None:
+def test_fills_between_steps_take_a_share_of_each_step() -> None:
     found = machine(profile_with(fill_share=0.5))
     found.accept(step(1, rows=1, fills=[1, 2]), 0.0)
     assert found.pop()[0] == pytest.approx(0.011)
@@ -94,7 +94,7 @@ def test_fills_between_steps_take_a_share_of_each_and_all_when_idle() -> None:
     ]
 
 
-def test_idle_time_goes_to_fills() -> None:
+def test_fills_use_all_idle_time() -> None:
     found = machine(profile_with(fill_share=0.1))
     found.accept(step(1, fills=[1]), 0.0)
     assert found.pop()[0] == 0.0
@@ -103,7 +103,7 @@ def test_idle_time_goes_to_fills() -> None:
     assert found.next_event == pytest.approx(0.016 + 0.003)
 
 
-def test_a_step_waits_for_its_fills_at_once() -> None:
+def test_step_waits_for_its_immediate_fills() -> None:
     found = machine(profile_with(fill_share=0.5))
     pages = {"qkv": [0], "down": [0]}
     chunks = [Chunk(row=0, generation=1, start=9, length=1, lane=1)]
@@ -112,7 +112,7 @@ def test_a_step_waits_for_its_fills_at_once() -> None:
     assert drain(found) == [(0.008, "1 resident"), (0.019, "step 1")]
 
 
-def test_warming_up_takes_no_time() -> None:
+def test_instant_loads_and_fills_take_no_time() -> None:
     found = machine(profile_with(fill_share=0.1, gap=0.01))
     found.instant = True
     found.accept(LoadAdapter(adapter_id=1, path="x"), 0.0)
@@ -120,11 +120,13 @@ def test_warming_up_takes_no_time() -> None:
     assert {when for when, _ in drain(found)} == {0.0}
 
 
-def test_ranks_do_not_follow_popularity() -> None:
+def test_ranks_do_not_depend_on_popularity() -> None:
     profile = profile_with(lora_ranks=[4, 16])
-    ranks = [weigh(profile, f"a{number}").rank for number in range(200)]
+    ranks = [adapter_on_disk(profile, f"a{number}").rank for number in range(200)]
     assert 60 < ranks.count(4) < 140
     assert 5 < ranks[:20].count(4) < 15
-    state = machine(profile)._state(1, "host")
+    found = machine(profile)
+    found.accept(LoadAdapter(adapter_id=1, path="x"), 0.0)
+    _, state = found.pop()
     assert isinstance(state, AdapterState)
-    assert state.bytes == weigh(profile, "a1").rank * 500_000
+    assert state.bytes == adapter_on_disk(profile, "a1").rank * 500_000

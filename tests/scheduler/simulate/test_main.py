@@ -1,4 +1,4 @@
-"""The command: tables, files, and one line for each mistake."""
+"""The command line of scheduler.simulate: tables, files, and one line for each error."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from scheduler.simulate.workload import Workload
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[str]:
-    write(tmp_path / "t.jsonl", Workload(adapters=12, requests=80, rate=40.0, output=(2, 9), prompt=(4, 30)).asks())
+    write(tmp_path / "t.jsonl", Workload(adapters=12, requests=80, rate=40.0, output=(2, 9), prompt=(4, 30)).generate())
     (tmp_path / "p.json").write_bytes(msgspec.json.encode(PROFILE))
     return [str(tmp_path / "t.jsonl"), "--profile", str(tmp_path / "p.json")]
 
 
-def test_configurations_side_by_side(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_shows_configurations_side_by_side(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out.json"
     flags = ["--max-loras", "2,4", "--lora-pool-size", "4,8", "--load", "0.5", "--json", str(out)]
     assert main([*files, *flags]) == 0
@@ -36,13 +38,13 @@ def test_configurations_side_by_side(files: list[str], tmp_path: Path, capsys: p
     assert rows[0]["summary"]["adapter_fills"] > rows[3]["summary"]["adapter_fills"]
 
 
-def test_a_picture(files: list[str], tmp_path: Path) -> None:
+def test_plot_is_written(files: list[str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert main([*files, "--rule", "chorus,skip", "--plot", str(tmp_path / "out.png")]) == 0
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_picture_needs_a_library(
+def test_plot_without_matplotlib_is_an_error(
     files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -61,7 +63,7 @@ def test_a_picture_needs_a_library(
         (["--profile", "nowhere.json"], "nowhere.json"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_error_is_one_line(
     files: list[str], flags: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*files, *flags]) == 2
@@ -72,13 +74,15 @@ def test_a_mistake_is_one_line(
 
 
 @pytest.mark.parametrize("path", sorted(PROFILES.glob("*.json")), ids=lambda path: path.stem)
-def test_the_profiles_that_come_along_can_be_read(path: Path) -> None:
+def test_bundled_profiles_can_be_read(path: Path) -> None:
     found = profile.read(path)
     pages = found.capacity(max_loras=8, pool_adapters=16).rank_pages
     assert all(count == 16 * -(-found.room.max_lora_rank // 16) for count in pages.values())
 
 
-def test_a_profile_that_makes_no_sense(tmp_path: Path, capsys: pytest.CaptureFixture[str], files: list[str]) -> None:
+def test_profile_with_too_large_ranks_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], files: list[str]
+) -> None:
     bad = msgspec.to_builtins(PROFILE) | {"lora_ranks": [64]}
     (tmp_path / "bad.json").write_text(json.dumps(bad))
     assert main([files[0], "--profile", str(tmp_path / "bad.json")]) == 2

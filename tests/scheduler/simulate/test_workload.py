@@ -1,4 +1,4 @@
-"""Traces have the rates, the skew and the bursts that they say they have."""
+"""scheduler.simulate.workload and trace: rates, skew and bursts are as given, and files are read as written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import ConfigError
-from scheduler.simulate.trace import Ask, hot_adapters, read, rescale, write
+from scheduler.simulate.trace import TraceRequest, hot_adapters, read, rescale, write
 from scheduler.simulate.workload import KINDS, Workload
 
 
@@ -23,76 +23,80 @@ def spread(values: list[float]) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_rate_is_what_was_asked_for_and_the_seed_decides(kind: str) -> None:
+def test_trace_has_the_given_rate_and_follows_the_seed(kind: str) -> None:
     workload = Workload(kind=kind, adapters=50, rate=20.0, requests=8000, seed=1)
-    asks = workload.asks()
-    assert len(asks) / asks[-1].at == pytest.approx(20.0, rel=0.1)
-    assert [one.at for one in asks] == sorted(one.at for one in asks)
-    assert asks == workload.asks()
-    assert asks != Workload(kind=kind, adapters=50, rate=20.0, requests=8000, seed=2).asks()
+    requests = workload.generate()
+    assert len(requests) / requests[-1].at == pytest.approx(20.0, rel=0.1)
+    assert [one.at for one in requests] == sorted(one.at for one in requests)
+    assert requests == workload.generate()
+    assert requests != Workload(kind=kind, adapters=50, rate=20.0, requests=8000, seed=2).generate()
 
 
 @pytest.mark.parametrize("cv", [0.5, 1.0, 4.0])
-def test_each_adapter_of_the_paper_has_gamma_arrivals_of_its_own(cv: float) -> None:
-    asks = Workload(kind="slora", adapters=4, rate=10.0, requests=20000, alpha=1.0, cv=cv, seed=3).asks()
+def test_slora_adapters_have_their_own_gamma_arrivals(cv: float) -> None:
+    requests = Workload(kind="slora", adapters=4, rate=10.0, requests=20000, alpha=1.0, cv=cv, seed=3).generate()
     times: dict[str | None, list[float]] = {}
-    for one in asks:
+    for one in requests:
         times.setdefault(one.adapter, []).append(one.at)
     for number in range(4):
-        mine = gaps(times[f"a{number}"])
-        assert spread(mine) == pytest.approx(cv, rel=0.2)
-        assert 1 / statistics.mean(mine) == pytest.approx(10 / (number + 1) / (25 / 12), rel=0.2)
+        own = gaps(times[f"a{number}"])
+        assert spread(own) == pytest.approx(cv, rel=0.2)
+        assert 1 / statistics.mean(own) == pytest.approx(10 / (number + 1) / (25 / 12), rel=0.2)
 
 
-def test_the_released_code_has_one_gamma_process_and_a_power_function() -> None:
-    asks = Workload(kind="slora-code", adapters=200, rate=10.0, requests=20000, alpha=0.3, cv=4.0, seed=4).asks()
-    assert spread(gaps([one.at for one in asks])) == pytest.approx(4.0, rel=0.15)
-    busy = Counter(one.adapter for one in asks)
+def test_slora_code_has_one_gamma_process_and_a_power_law() -> None:
+    requests = Workload(
+        kind="slora-code", adapters=200, rate=10.0, requests=20000, alpha=0.3, cv=4.0, seed=4
+    ).generate()
+    assert spread(gaps([one.at for one in requests])) == pytest.approx(4.0, rel=0.15)
+    busy = Counter(one.adapter for one in requests)
     for number in (0, 1, 9):  # P(i) = ((i+1)/n)^alpha - (i/n)^alpha
         expected = ((number + 1) / 200) ** 0.3 - (number / 200) ** 0.3
-        assert busy[f"a{number}"] / len(asks) == pytest.approx(expected, rel=0.15)
-    uniform = Counter(one.adapter for one in Workload(kind="slora-code", adapters=10, requests=9000, alpha=1.0).asks())
+        assert busy[f"a{number}"] / len(requests) == pytest.approx(expected, rel=0.15)
+    uniform = Counter(
+        one.adapter for one in Workload(kind="slora-code", adapters=10, requests=9000, alpha=1.0).generate()
+    )
     assert max(uniform.values()) < 1.2 * min(uniform.values())
 
 
-def test_zipf() -> None:
-    busy = Counter(one.adapter for one in Workload(adapters=100, requests=20000, alpha=1.0).asks())
+def test_zipf_weights_follow_the_rank() -> None:
+    busy = Counter(one.adapter for one in Workload(adapters=100, requests=20000, alpha=1.0).generate())
     total = sum(1 / k for k in range(1, 101))
     for rank in (1, 2, 10):
         assert busy[f"a{rank - 1}"] / 20000 == pytest.approx(1 / rank / total, rel=0.15)
 
 
-def test_bursts_come_in_the_first_part_of_a_period() -> None:
+def test_bursts_are_in_the_first_part_of_each_period() -> None:
     workload = Workload(kind="bursts", rate=20.0, requests=20000, period=50.0, factor=5.0, burst_share=0.2)
-    inside = sum(one.at % 50 < 10 for one in workload.asks())
+    inside = sum(one.at % 50 < 10 for one in workload.generate())
     assert inside / 20000 == pytest.approx(5 * 0.2 / (5 * 0.2 + 0.8), rel=0.05)
 
 
-def test_the_hot_set_drifts() -> None:
-    asks = Workload(kind="drift", adapters=100, rate=20.0, requests=9000, period=100.0, step=10).asks()
+def test_hot_set_drifts_each_period() -> None:
+    requests = Workload(kind="drift", adapters=100, rate=20.0, requests=9000, period=100.0, step=10).generate()
     for period in range(4):
-        busy = Counter(one.adapter for one in asks if int(one.at / 100) == period)
+        busy = Counter(one.adapter for one in requests if int(one.at / 100) == period)
         assert busy.most_common(1)[0][0] == f"a{10 * period}"
 
 
-def test_tenants_groups_and_the_base() -> None:
-    asks = Workload(adapters=20, requests=4000, base_share=0.25, tenants=3, groups=2, prefix=100).asks()
-    assert sum(one.adapter is None for one in asks) / 4000 == pytest.approx(0.25, abs=0.03)
+def test_tenants_groups_and_base_share_are_as_given() -> None:
+    requests = Workload(adapters=20, requests=4000, base_share=0.25, tenants=3, groups=2, prefix=100).generate()
+    assert sum(one.adapter is None for one in requests) / 4000 == pytest.approx(0.25, abs=0.03)
     owners: dict[str, set[str]] = {}
-    for one in asks:
+    for one in requests:
         if one.adapter:
             owners.setdefault(one.adapter, set()).add(one.tenant)
     assert all(len(owner) == 1 for owner in owners.values())
-    same = [one for one in asks if one.group == "0.1" and one.prefix == 100][:2]
+    same = [one for one in requests if one.group == "0.1" and one.prefix == 100][:2]
     first, second = (one.tokens(number) for number, one in enumerate(same))
     assert first[:100] == second[:100]
     assert not set(first[100:]) & set(second[100:])
 
 
-def test_files_are_read_as_they_were_written(tmp_path: Path) -> None:
-    asks = Workload(requests=50, tenants=2, groups=1, prefix=9).asks()
-    write(tmp_path / "t.jsonl", asks)
-    assert read(tmp_path / "t.jsonl") == asks
+def test_trace_file_is_read_as_written(tmp_path: Path) -> None:
+    requests = Workload(requests=50, tenants=2, groups=1, prefix=9).generate()
+    write(tmp_path / "t.jsonl", requests)
+    assert read(tmp_path / "t.jsonl") == requests
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,7 @@ def test_files_are_read_as_they_were_written(tmp_path: Path) -> None:
         ('{"at": 0, "adapter": null, "prompt": 4, "output": 1, "prefix": 5}', "at most"),
     ],
 )
-def test_a_bad_file_is_refused_with_its_line(tmp_path: Path, text: str, problem: str) -> None:
+def test_bad_trace_file_is_refused_with_its_line(tmp_path: Path, text: str, problem: str) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text(text)
     with pytest.raises(ConfigError, match=problem):
@@ -115,12 +119,12 @@ def test_a_bad_file_is_refused_with_its_line(tmp_path: Path, text: str, problem:
         read(tmp_path / "none")
 
 
-def test_rescaling_keeps_the_order() -> None:
-    asks = rescale(Workload(requests=100).asks(), 3.0)
-    assert len(asks) / asks[-1].at == pytest.approx(3.0)
+def test_rescaled_trace_has_the_given_rate() -> None:
+    requests = rescale(Workload(requests=100).generate(), 3.0)
+    assert len(requests) / requests[-1].at == pytest.approx(3.0)
 
 
-def test_hot_are_those_that_get_half() -> None:
-    asks = [Ask(at=0, adapter=name, prompt=1, output=1) for name in "aaaabbcdef"]
-    assert hot_adapters(asks, None) == {"a", "b"}
-    assert hot_adapters(asks, 1) == {"a"}
+def test_hot_adapters_are_those_that_get_half() -> None:
+    requests = [TraceRequest(at=0, adapter=name, prompt=1, output=1) for name in "aaaabbcdef"]
+    assert hot_adapters(requests, None) == {"a", "b"}
+    assert hot_adapters(requests, 1) == {"a"}

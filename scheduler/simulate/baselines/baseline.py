@@ -1,13 +1,14 @@
-"""A scheduler of plain lists under somebody else's rule, to compare ours with. For the simulator alone.
+"""A scheduler of simple lists with the admission rule of another engine. For the simulator alone.
 
-It has what ours has (decodes first, chunked prefill, preemption of the latest, tiers, fills beside the steps, several
-steps in flight), so that what differs is who goes next. It has no prefix cache, no mixes, and counts KV pages only.
+It has what the real core has (decodes first, chunked prefill, preemption of the latest row, memory tiers, fills beside
+the steps, several steps in flight), so only the order of admissions differs. It has no prefix cache and no mixes, and
+only counts KV pages.
 
     waiting, in order of arrival:   r1  r2  r3  r4  r5 ...
-                                    |   |   |   '-- lacks pages or a row: nobody after it goes in
-                                    |   |   '-- not resident: its adapter takes a lane and is fetched; the next is asked
-                                    |   '-- the rule says no: the next is asked
-                                    '-- goes in
+                                    |   |   |   '-- lacks pages or a row: no later request is admitted
+                                    |   |   '-- not resident: its adapter gets a lane and is fetched; the walk goes on
+                                    |   '-- the rule refuses it: the walk goes on
+                                    '-- admitted
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from engine.messages import (
     ToScheduler,
     Update,
 )
-from scheduler.simulate.baselines.rules import Skip
-from scheduler.simulate.baselines.shelf import Shelf
+from scheduler.simulate.baselines.adapter_tiers import AdapterTiers
+from scheduler.simulate.baselines.rules import SkipAhead
 
 
 @dataclass(eq=False, slots=True)
@@ -41,15 +42,15 @@ class _Request:
     order: int
     row: int = -1
     computed: int = 0
-    known: int = 0  # generated tokens that came
-    sent: int = 0  # and those that were asked for
+    known: int = 0  # generated tokens that are known
+    sent: int = 0  # those, and the samples of steps in flight
     pages: int = 0
-    flights: int = 0
+    steps_in_flight: int = 0
     prefilled: bool = False
 
     @property
     def length(self) -> int:
-        """Tokens known: prompt and answer."""
+        """Known tokens: prompt and answer."""
         return len(self.message.prompt) + self.known
 
     @property
@@ -66,12 +67,12 @@ class _Draft:
     parts: list[tuple[_Request, bool]] = field(default_factory=list)
 
 
-class Plain:
-    """The whole of it. `shelf` are the adapters' tiers, `rule` says who may go."""
+class BaselineScheduler:
+    """The scheduler: `tiers` keeps the adapters, `rule` decides which requests may be admitted."""
 
-    def __init__(self, shelf: Shelf, rule: Skip, window: int = 1) -> None:
-        self._shelf, self._rule, self._window = shelf, rule, window
-        capacity = shelf.capacity
+    def __init__(self, tiers: AdapterTiers, rule: SkipAhead, window: int = 1) -> None:
+        self._tiers, self._rule, self._window = tiers, rule, window
+        capacity = tiers.capacity
         self._page, self._budget = capacity.page_size, capacity.max_batched_tokens
         self._free_pages = capacity.kv_pages
         self._free_rows = list(range(capacity.rows - 1, -1, -1))
@@ -79,30 +80,30 @@ class Plain:
         self._running: list[_Request] = []
         self._lanes: dict[int, int] = {}  # adapter: lane number
         self._free_lanes = list(range(capacity.max_loras, 0, -1))
-        self._flights: list[tuple[int, list[tuple[_Request, bool]]]] = []
+        self._in_flight: list[tuple[int, list[tuple[_Request, bool]]]] = []
         self._updates: list[Update] = []
-        self._steps = self._orders = self._preemptions = 0
+        self._steps = self._arrivals = self._preemptions = 0
 
-    # ------------------------------------------------------------------------------------------------------- verbs
+    # ----------------------------------------------------------------------------------------------------- methods
 
     def handle(self, message: ToScheduler, now: float) -> list[object]:
-        """Takes one message in."""
+        """Takes one message. Returns the messages to be sent."""
         match message:
             case StepDone():
                 self._apply(message)
             case Generate():
-                self._orders += 1
+                self._arrivals += 1
                 adapter = message.lora[0][0] if message.lora else 0
-                self._waiting.append(_Request(message, now, adapter, self._orders))
+                self._waiting.append(_Request(message, now, adapter, self._arrivals))
             case LoadAdapter():
-                self._shelf.introduce(message)
+                self._tiers.add(message)
             case AdapterState():
-                self._shelf.hear(message)
+                self._tiers.apply(message)
         return self.take()
 
     def plan(self, now: float) -> Step | None:
         """The next step, if the window has room and there is something to do."""
-        if len(self._flights) >= self._window:
+        if len(self._in_flight) >= self._window:
             return None
         draft = _Draft(self._budget)
         self._decode(draft)
@@ -110,38 +111,38 @@ class Plain:
             if not request.prefilled and draft.budget > 0:
                 self._prefill(request, draft)
         self._admit(draft, now)
-        fills = self._shelf.take_fills(self._steps + 1)
+        fills = self._tiers.plan_fills(self._steps + 1)
         if not draft.chunks and not fills:
             return None
         self._steps += 1
-        self._shelf.name(self._lanes, self._steps)
-        self._flights.append((self._steps, draft.parts))
+        self._tiers.mark_used(self._lanes, self._steps)
+        self._in_flight.append((self._steps, draft.parts))
         return Step(epoch=0, id=self._steps, fills=fills, lanes=draft.lanes, new_rows=draft.rows, chunks=draft.chunks)
 
     def take(self) -> list[object]:
-        """What is to be sent since the last call."""
+        """The messages to be sent since the last call."""
         out: list[object] = [Progress(0, self._updates)] if self._updates else []
         self._updates = []
-        orders: list[LoadAdapter | EvictAdapter] = self._shelf.take_orders(self._lanes)
-        return out + orders
+        transfers: list[LoadAdapter | EvictAdapter] = self._tiers.plan_transfers(self._lanes)
+        return out + transfers
 
     def stats(self) -> Stats:
-        """Sums."""
-        shelf = self._shelf
+        """Counters."""
+        tiers = self._tiers
         return Stats(
             running=len(self._running),
             waiting=len(self._waiting),
             steps=self._steps,
             preemptions=self._preemptions,
-            adapter_fills=shelf.fills,
-            adapter_evictions=shelf.evictions,
-            adapter_loads=shelf.loads,
-            host_evictions=shelf.host_evictions,
+            adapter_fills=tiers.fills,
+            adapter_evictions=tiers.evictions,
+            adapter_loads=tiers.loads,
+            host_evictions=tiers.host_evictions,
         )
 
     def check(self) -> None:
-        """Proves rows, pages and lanes."""
-        capacity = self._shelf.capacity
+        """Asserts that rows, pages and lanes are accounted for."""
+        capacity = self._tiers.capacity
         assert len(self._running) + len(self._free_rows) == capacity.rows
         assert sum(request.pages for request in self._running) + self._free_pages == capacity.kv_pages
         assert len(self._lanes) + len(self._free_lanes) == capacity.max_loras
@@ -156,7 +157,7 @@ class Plain:
                 self._add(request, draft, 1, [], samples=True)
 
     def _grow(self, request: _Request, length: int) -> bool:
-        """Pages for so many positions, taken from the latest if need be; false if it had to give way itself."""
+        """Pages for so many positions, by preempting the latest rows if need be; False if it is preempted itself."""
         need = -(-length // self._page) - request.pages
         while need > self._free_pages:
             victim = self._running[-1]
@@ -192,34 +193,34 @@ class Plain:
         draft.budget -= length
         request.computed += length
         request.sent += samples
-        request.flights += 1
+        request.steps_in_flight += 1
 
     def _admit(self, draft: _Draft, now: float) -> None:
-        """Walks the queue."""
+        """Walks the queue, and admits what the rule, lanes and memory allow."""
         self._rule.begin(self._waiting, self._longest(), not self._free_lanes, now)
-        let_in: set[int] = set()
+        admitted: set[int] = set()
         for request in self._waiting:
             if draft.budget <= 0:
                 break
-            if not self._rule.permits(request, self._lanes, self._shelf.capacity.max_loras):
+            if not self._rule.permits(request, self._lanes, self._tiers.capacity.max_loras):
                 continue
             if request.adapter and not self._has_lane(request.adapter):
                 continue
             need = -(-request.length // self._page)
-            if request.flights or not self._free_rows or need + len(self._running) > self._free_pages:
+            if request.steps_in_flight or not self._free_rows or need + len(self._running) > self._free_pages:
                 break
             self._enter(request, draft)
-            let_in.add(request.order)
-        if let_in:
-            self._waiting = [request for request in self._waiting if request.order not in let_in]
+            admitted.add(request.order)
+        if admitted:
+            self._waiting = [request for request in self._waiting if request.order not in admitted]
 
     def _has_lane(self, adapter: int) -> bool:
-        """Whether it may run now; else its lane is taken and it is being fetched."""
+        """Whether the adapter can run now. If it is not resident, it gets a lane and is fetched."""
         if adapter not in self._lanes:
-            if not self._shelf.can_hold(adapter, self._lanes):
+            if not self._tiers.can_hold(adapter, self._lanes):
                 return False
             self._lanes[adapter] = self._free_lanes.pop()
-        return self._shelf.resident(adapter, self._lanes)
+        return self._tiers.resident(adapter, self._lanes)
 
     def _enter(self, request: _Request, draft: _Draft) -> None:
         request.row = self._free_rows.pop()
@@ -227,27 +228,27 @@ class Plain:
         self._running.sort(key=lambda each: each.order)
         self._grow(request, request.length)
         if request.adapter:
-            draft.lanes.append(LanePages(self._lanes[request.adapter], self._shelf.lane_pages(request.adapter)))
+            draft.lanes.append(LanePages(self._lanes[request.adapter], self._tiers.lane_pages(request.adapter)))
         sampling = request.message.sampling
         draft.rows.append(NewRow(row=request.row, generation=1, prompt_length=1, sampling=sampling, history=[]))
         self._prefill(request, draft)
 
     def _longest(self) -> dict[int, int]:
-        """By running adapter, the most tokens that one of its requests is to generate."""
+        """By running adapter, the most tokens that one of its requests may still generate."""
         longest: dict[int, int] = {}
         for request in self._running:
             if request.adapter:
                 longest[request.adapter] = max(longest.get(request.adapter, 0), request.remaining)
         return longest
 
-    # ------------------------------------------------------------------------------------------------------ its end
+    # ------------------------------------------------------------------------------------------------------ results
 
     def _apply(self, done: StepDone) -> None:
-        number, parts = self._flights.pop(0)
+        number, parts = self._in_flight.pop(0)
         assert number == done.id
-        self._shelf.step_done(number)
+        self._tiers.step_done(number)
         for request, samples in parts:
-            request.flights -= 1
+            request.steps_in_flight -= 1
             if not samples:
                 continue
             index, last = request.known, request.remaining == 1
@@ -264,7 +265,7 @@ class Plain:
                 self._leave(request)
 
     def _leave(self, request: _Request) -> None:
-        """Frees row and pages, and the lane with the last of its adapter."""
+        """Frees its row and pages, and its lane if it is the adapter's last request."""
         self._running.remove(request)
         self._free_rows.append(request.row)
         self._free_pages += request.pages

@@ -1,6 +1,6 @@
-"""The tiers for a plain scheduler: disk, host, device, least recently used goes first. Knows nothing of requests.
+"""The adapters of a baseline scheduler on disk, host and device, with LRU eviction. Knows nothing of requests.
 
-An adapter with a lane stays on the device, and what is being loaded or filled stays where it is.
+An adapter with a lane stays on the device, and one that is loading or filling is not evicted.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Container, Iterable
 from engine.messages import AdapterState, Capacity, EvictAdapter, Fill, LoadAdapter
 from scheduler.adapters.rank_pages import GroupPages, RankPages
 
-AT_A_TIME = 4
+MAX_LOADS = 4  # at a time
 
 
-class Shelf:
-    """Adapters by id. `max_host` None is no bound on how many the host holds."""
+class AdapterTiers:
+    """Adapters by id. `max_host` limits the adapters on the host; None: no limit."""
 
     def __init__(self, capacity: Capacity, max_host: int | None) -> None:
         self.capacity = capacity
@@ -24,9 +24,9 @@ class Shelf:
         self._sources: dict[int, LoadAdapter] = {}
         self._need: dict[int, dict[str, int]] = {}
         self._size: dict[int, int] = {}
-        self._wanted: dict[int, None] = {}  # to be read, in order
+        self._wanted: dict[int, None] = {}  # to be loaded, in order
         self._loading: set[int] = set()
-        self._host: dict[int, None] = {}  # least recently used first, as below
+        self._host: dict[int, None] = {}  # least recently used first, and so is _device
         self._host_bytes = 0
         self._leaving: set[int] = set()
         self._device: dict[int, GroupPages] = {}
@@ -34,14 +34,14 @@ class Shelf:
         self._last_step: dict[int, int] = {}
         self._fills: list[int] = []
 
-    def introduce(self, source: LoadAdapter) -> None:
-        """An adapter that may be named from now on; it is read at once."""
+    def add(self, source: LoadAdapter) -> None:
+        """A new adapter; it is loaded at once."""
         if source.adapter_id not in self._sources:
             self._sources[source.adapter_id] = source
             self._wanted[source.adapter_id] = None
 
-    def hear(self, state: AdapterState) -> None:
-        """The machine's word."""
+    def apply(self, state: AdapterState) -> None:
+        """The machine's report of an adapter's state."""
         adapter = state.adapter_id
         if state.state == "host":
             self._loading.discard(adapter)
@@ -56,38 +56,38 @@ class Shelf:
             self._leaving.discard(adapter)
 
     def can_hold(self, adapter: int, busy: Container[int]) -> bool:
-        """Whether it could have its pages beside the busy ones."""
+        """Whether it fits on the device beside the busy adapters, by eviction if need be."""
         if adapter in self._device or adapter not in self._need:
             return True
-        return self._make_room(adapter, busy, really=False)
+        return self._make_room(adapter, busy, evict=False)
 
     def resident(self, adapter: int, busy: Container[int]) -> bool:
-        """Whether lanes may name it; if not, it is fetched."""
+        """Whether it can run now; if not, it is loaded or filled."""
         if adapter in self._device:
             self._touch(adapter)
             return adapter not in self._filling
         if adapter in self._host:
-            if adapter not in self._fills and self._make_room(adapter, busy, really=True):
+            if adapter not in self._fills and self._make_room(adapter, busy, evict=True):
                 self._fills.append(adapter)
         elif adapter not in self._loading and adapter not in self._leaving:
             self._wanted[adapter] = None
         return False
 
     def lane_pages(self, adapter: int) -> dict[str, list[tuple[int, float]]]:
-        """What its lane holds."""
+        """Its lane's rank pages, by group."""
         return {group: [(page, 1.0) for page in pages] for group, pages in self._device[adapter].items()}
 
-    def name(self, adapters: Iterable[int], step: int) -> None:
-        """The step names these adapters' pages."""
+    def mark_used(self, adapters: Iterable[int], step: int) -> None:
+        """A step uses the rank pages of these adapters."""
         for adapter in adapters:
             self._last_step[adapter] = step
 
     def step_done(self, step: int) -> None:
-        """Pages that it was the last to name are free."""
+        """Frees released rank pages whose last step is done."""
         self._rank_pages.step_done(step)
 
-    def take_fills(self, step: int) -> list[Fill]:
-        """What the next step is to fill."""
+    def plan_fills(self, step: int) -> list[Fill]:
+        """The fills of the next step."""
         out = []
         for adapter in self._fills:
             if adapter in self._device or self._rank_pages.lacking(self._need[adapter]):
@@ -101,13 +101,13 @@ class Shelf:
         self._fills.clear()
         return out
 
-    def take_orders(self, busy: Container[int]) -> list[LoadAdapter | EvictAdapter]:
-        """Loads that may begin, and what makes room for them."""
+    def plan_transfers(self, busy: Container[int]) -> list[LoadAdapter | EvictAdapter]:
+        """Loads that can begin, and the evictions that make room for them."""
         out: list[LoadAdapter | EvictAdapter] = []
         for adapter in list(self._wanted):
-            if len(self._loading) >= AT_A_TIME:
+            if len(self._loading) >= MAX_LOADS:
                 break
-            while self._host_full(adapter) and (victim := self._spare(busy)) is not None:
+            while self._host_full(adapter) and (victim := self._host_victim(busy)) is not None:
                 self._host_bytes -= self._size[victim]
                 del self._host[victim]
                 self._leaving.add(victim)
@@ -127,13 +127,13 @@ class Shelf:
         bound = self.capacity.host_bytes
         return (self._max_host is not None and count >= self._max_host) or bool(bound and size > bound)
 
-    def _spare(self, busy: Container[int]) -> int | None:
-        """The host copy that goes next: first one that is on the device too, then one that nobody needs."""
+    def _host_victim(self, busy: Container[int]) -> int | None:
+        """The host copy to be evicted next: one that is also on the device, else one without a lane."""
         free = [a for a in self._host if a not in self._filling and a not in self._fills]
         on_device = next((a for a in free if a in self._device), None)
         return on_device if on_device is not None else next((a for a in free if a not in busy), None)
 
-    def _make_room(self, adapter: int, busy: Container[int], really: bool) -> bool:
+    def _make_room(self, adapter: int, busy: Container[int], evict: bool) -> bool:
         lacking = self._rank_pages.lacking(self._need[adapter], with_cooling=True)
         victims = []
         for other, pages in self._device.items():
@@ -146,10 +146,10 @@ class Shelf:
             lacking = {group: count for group, count in left.items() if count > 0}
         if lacking:
             return False
-        for victim in victims if really else ():
+        for victim in victims if evict else ():
             self._rank_pages.release(self._device.pop(victim), self._last_step[victim])
             self.evictions += 1
-        return not really or not self._rank_pages.lacking(self._need[adapter])
+        return not evict or not self._rank_pages.lacking(self._need[adapter])
 
     def _touch(self, adapter: int) -> None:
         self._device[adapter] = self._device.pop(adapter)
