@@ -34,7 +34,8 @@ from model_runner.lora.backends.base import LoraBackend
 from model_runner.lora.normal_form import NormalForm, lane_pages
 from model_runner.lora.peft.survey import AdapterSurvey
 from model_runner.lora.pool.fills import FillQueue
-from model_runner.lora.pool.pages import RankPagePool, page_bytes
+from model_runner.lora.pool.pages import RankPagePool
+from model_runner.lora.pool.site_pools import page_bytes
 from model_runner.lora.site import EMBED, EXPERTS, HEAD, NORMS, Site
 from model_runner.lora.store import AdapterStore
 from model_runner.lora.transfer.loaders import Loaders

@@ -20,7 +20,7 @@ from model_runner.config import read_model_config
 from model_runner.lora.catalogue import Catalogue, leaf
 from model_runner.lora.normal_form import MAX_RANK
 from model_runner.lora.peft.survey import AdapterSurvey
-from model_runner.lora.pool.pages import page_bytes
+from model_runner.lora.pool.site_pools import page_bytes
 from model_runner.lora.site import Site
 from model_runner.lora.transfer.reader import Limits, Reader
 from model_runner.lora.transfer.shm_adapter import arrange

@@ -240,7 +240,7 @@ class Runner:
         parts = self._parts
         lanes_T = self._lanes(layout, EXPERTS, full_weights_of(EMBED))
         lanes = set(layout.lanes_C.tolist()) if layout.lanes_C.any() else set()
-        own_norms = bool(lanes) and parts.lora is not None and parts.lora.pages.own_norms(lanes)
+        own_norms = bool(lanes) and parts.lora is not None and parts.lora.pages.refresh_norms(lanes)
         if parts.graphs is not None and lanes_T is None and parts.graphs.can_replay(layout):
             return parts.graphs.replay(layout, inputs_4T)
         rows_T, given_T, positions_T, norm_lanes_T = self._upload(inputs_4T)
@@ -258,7 +258,7 @@ class Runner:
         """Each token's lane, where one touches such a group; None elsewhere, so that nobody else pays for it."""
         lora = self._parts.lora
         made = [group for group in groups if lora is not None and group in lora.pages.page_counts]
-        if lora is None or not any(lora.pages.touch(set(layout.lanes_C), group) for group in made):
+        if lora is None or not any(lora.pages.any_lane_uses(set(layout.lanes_C), group) for group in made):
             return None
         return np.repeat(layout.lanes_C, layout.lengths_C)
 
@@ -310,7 +310,7 @@ class Runner:
         lanes_C, lengths_C = np.array(runs, np.int32).T.copy()
         nothing_C = np.zeros_like(lanes_C)
         layout = Layout(nothing_C, nothing_C, lengths_C, lanes_C, np.zeros((1, 1), np.int32), 1)
-        touched = lora.pages.touch({lane for lane, _ in runs}, HEAD)
+        touched = lora.pages.any_lane_uses({lane for lane, _ in runs}, HEAD)
         return lora.backend.plan(layout) if touched else None, self._lanes(layout, full_weights_of(HEAD))
 
 

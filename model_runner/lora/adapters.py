@@ -73,7 +73,7 @@ class Adapters:
         if adapter is None:
             raise InternalError(f"a fill of adapter {fill.adapter_id}, which is not in the host tier")
         if fill.now:
-            self.fills.at_once(adapter, fill.pages)
+            self.fills.fill_at_once(adapter, fill.pages)
         else:
             self.fills.add(adapter, fill.pages)
 
@@ -94,7 +94,7 @@ class Adapters:
     @property
     def wait(self) -> float | None:
         """For how many seconds `advance` need not be called unless the loaders' descriptor is readable."""
-        return self.fills.wait if self.fills else self.loaders.wait
+        return self.fills.poll_seconds if self.fills else self.loaders.wait
 
     def name(self, message: LoadAdapter) -> str:
         """What the adapter is called in messages."""

@@ -11,18 +11,18 @@ from model_runner.memory_plan import GIB, PoolSize, kv_budget, plan_kv, plan_ran
 PAGES = {"qkv": 1000, "o": 500, "down": 700}
 
 
-def test_a_cpu_gives_four_gib_or_a_quarter_scaled_by_the_fraction() -> None:
+def test_cpu_kv_is_four_gib_or_a_quarter_of_memory() -> None:
     assert kv_budget("cpu", 64 * GIB, 60 * GIB, 0.9, 0) == 4 * GIB
     assert kv_budget("cpu", 8 * GIB, 1 * GIB, 0.9, 0) == 2 * GIB
     assert kv_budget("cpu", 8 * GIB, 1 * GIB, 0.45, 0) == 1 * GIB
 
 
-def test_cuda_gives_its_fraction_less_what_is_used_and_reserved() -> None:
+def test_cuda_kv_is_the_fraction_less_used_and_reserved() -> None:
     assert kv_budget("cuda", 80 * GIB, 60 * GIB, 0.9, 10 * GIB) == 42 * GIB
     assert kv_budget("cuda", 80 * GIB, 4 * GIB, 0.5, GIB) == 0
 
 
-def test_never_more_pages_than_all_rows_can_fill() -> None:
+def test_kv_pages_are_no_more_than_rows_can_fill() -> None:
     plan = plan_kv(10**9, 1000, 16, length=100, asked_length=None, asked_rows=3)
     assert (plan.pages, plan.rows, plan.max_length) == (3 * 7, 3, 100)
 
@@ -33,7 +33,7 @@ def test_rows_come_from_memory_and_are_at_least_one() -> None:
     assert plan_kv(10**9, 1000, 16, length=4096, asked_length=None, asked_rows=None).rows == 256
 
 
-def test_a_length_nobody_asked_for_gives_way_and_an_asked_one_is_refused() -> None:
+def test_default_length_shrinks_and_an_asked_one_is_refused() -> None:
     assert plan_kv(10_000, 1000, 16, length=4096, asked_length=None, asked_rows=None).max_length == 160
     with pytest.raises(ConfigError, match=r"--context-length 4096.* 160 tokens"):
         plan_kv(10_000, 1000, 16, length=4096, asked_length=4096, asked_rows=None)
@@ -41,7 +41,7 @@ def test_a_length_nobody_asked_for_gives_way_and_an_asked_one_is_refused() -> No
         plan_kv(999, 1000, 16, length=10, asked_length=None, asked_rows=None)
 
 
-def test_asked_tokens_are_a_bound_and_may_be_more_than_all_rows_fill() -> None:
+def test_max_total_tokens_is_a_bound_on_the_kv_cache() -> None:
     few = plan_kv(10**9, 1000, 16, length=100, asked_length=None, asked_rows=3, asked_tokens=70)
     assert (few.pages, few.max_length) == (4, 64)
     assert plan_kv(10**9, 1000, 16, length=100, asked_length=None, asked_rows=3, asked_tokens=1600).pages == 100
@@ -69,7 +69,7 @@ def plan(
     return plan_rank_pages(PAGES, groups, max_rank=rank, default=4, room=room, asked=asked)
 
 
-def test_rank_pages_hold_the_adapters_or_a_tenth_but_always_one() -> None:
+def test_default_pool_is_a_tenth_but_at_least_one_adapter() -> None:
     assert plan(10**9) == {"qkv": 8, "o": 8}
     assert plan(65_000) == {"qkv": 4, "o": 4}  # a tenth is two adapters of 3000
     assert plan(10_000) == {"qkv": 2, "o": 2}
@@ -79,7 +79,7 @@ def test_rank_pages_hold_the_adapters_or_a_tenth_but_always_one() -> None:
         plan(3000)
 
 
-def test_a_pool_that_was_asked_for_holds_whole_adapters_and_may_take_more_than_a_tenth() -> None:
+def test_asked_pool_may_be_larger_than_a_tenth() -> None:
     assert plan(30_000, asked=PoolSize(adapters=9)) == {"qkv": 18, "o": 18}
     assert plan(30_000, asked=PoolSize(bytes=9 * 3000 - 1)) == {"qkv": 16, "o": 16}
     with pytest.raises(ConfigError, match="--lora-pool-size: 10 adapters of rank 20"):
@@ -90,10 +90,10 @@ def test_a_pool_that_was_asked_for_holds_whole_adapters_and_may_take_more_than_a
         plan(30_000, asked=PoolSize(bytes=2999))
 
 
-def test_on_cuda_pools_share_the_fraction_with_what_is_used() -> None:
+def test_cuda_pools_share_the_fraction_with_used_memory() -> None:
     assert pool_room("cuda", 80 * GIB, 60 * GIB, 0.5).free == 20 * GIB
     assert pool_room("cuda", 80 * GIB, 10 * GIB, 0.5).free == 0
 
 
-def test_a_lane_is_twice_the_largest_adapter() -> None:
+def test_lane_pages_are_twice_the_largest_adapters() -> None:
     assert [lane_pages(rank) for rank in (1, 16, 17, 64)] == [2, 2, 4, 8]

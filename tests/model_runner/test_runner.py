@@ -95,19 +95,19 @@ def expected(oracle: Oracle, requests: list[Ask]) -> list[list[int]]:
     return [oracle.greedy(ask.prompt, ask.count, name(ask.adapter_id)) for ask in requests]
 
 
-def test_base_and_six_adapters_in_one_batch_of_24(driver: Driver, oracle: Oracle) -> None:
+def test_base_and_six_adapters_share_a_batch_of_24(driver: Driver, oracle: Oracle) -> None:
     requests = asks(oracle, 24, [0, 1, 2, 3, 4, 5, 6], seed=1)
     assert driver.serve(requests) == expected(oracle, requests)
     assert len({tuple(tokens) for tokens in expected(oracle, requests)}) > 20
 
 
-def test_rows_lanes_and_pages_are_used_again(driver: Driver, oracle: Oracle) -> None:
+def test_rows_lanes_and_pages_are_reused(driver: Driver, oracle: Oracle) -> None:
     for seed in range(3):
         requests = asks(oracle, 8, [seed + 1, 0, seed + 4], seed=10 + seed, tokens=5)
         assert driver.serve(requests, longest_chunk=50) == expected(oracle, requests)
 
 
-def test_fewer_lanes_than_adapters(model: Path, sources: list[AdapterSource], oracle: Oracle) -> None:
+def test_lanes_may_be_fewer_than_adapters(model: Path, sources: list[AdapterSource], oracle: Oracle) -> None:
     small = load(model, sources, max_loras=2)
     driver = Driver(small, host_states(small, sources))
     for pair in ([1, 6], [2, 3], [5, 4], [6, 2]):
@@ -115,9 +115,7 @@ def test_fewer_lanes_than_adapters(model: Path, sources: list[AdapterSource], or
         assert driver.serve(requests) == expected(oracle, requests)
 
 
-def test_a_step_of_the_base_alone_never_plans_lora(
-    driver: Driver, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_base_only_step_plans_no_lora(driver: Driver, oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
     def plan(*_: object) -> None:
         raise AssertionError("planned")
 
@@ -128,7 +126,7 @@ def test_a_step_of_the_base_alone_never_plans_lora(
         driver.serve(asks(oracle, 1, [2], seed=9, tokens=1))
 
 
-def test_without_lora(model: Path, oracle: Oracle) -> None:
+def test_runner_without_lora(model: Path, oracle: Oracle) -> None:
     plain = load(model, [], max_loras=0)
     requests = asks(oracle, 5, [0], seed=3)
     assert Driver(plain).serve(requests) == expected(oracle, requests)
@@ -175,7 +173,7 @@ def _fresh(ask: Ask) -> Ask:
 
 @settings(max_examples=25)
 @given(data=st.data())
-def test_any_company_and_any_chunks_give_the_tokens_of_the_request_alone(
+def test_tokens_do_not_depend_on_batch_or_chunks(
     data: st.DataObject, runner: Runner, sources: list[AdapterSource], alone: list[tuple[Ask, list[int]]]
 ) -> None:
     company = data.draw(st.lists(st.sampled_from(range(len(alone))), min_size=1, max_size=20))
@@ -206,7 +204,7 @@ def test_logprobs_and_prompt_logprobs_equal_the_oracle(
             assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=2e-4)
 
 
-def test_a_step_for_another_generation_is_a_fault(driver: Driver) -> None:
+def test_step_for_another_generation_is_an_error(driver: Driver) -> None:
     driver.step(new_rows=[NewRow(row=0, generation=1, prompt_length=2, sampling=GREEDY)])
     first = Chunk(row=0, generation=1, start=0, length=2, tokens=[5, 6], pages=[1])
     driver.step(chunks=[first])
@@ -223,9 +221,7 @@ def test_a_step_for_another_generation_is_a_fault(driver: Driver) -> None:
         driver.step(fills=[Fill(99, {})])
 
 
-def test_adapters_come_and_go_and_a_broken_one_hurts_nobody(
-    driver: Driver, oracle: Oracle, model: Path, tmp_path: Path
-) -> None:
+def test_broken_adapter_fails_alone(driver: Driver, oracle: Oracle, model: Path, tmp_path: Path) -> None:
     runner = driver.runner
     late = make_adapter(model, tmp_path / "late", r=4, seed=50)
     state = bring(runner, LoadAdapter(adapter_id=20, path=str(late)))
@@ -289,7 +285,7 @@ def test_sizes_follow_the_adapters_and_the_flags(model: Path, sources: list[Adap
     assert 0 < pooled.host_bytes < 1 << 50
 
 
-def test_an_inferred_rank_only_sizes_the_pool_and_a_flag_is_a_limit(
+def test_max_rank_flag_is_a_limit_and_an_inferred_one_not(
     model: Path, sources: list[AdapterSource], tmp_path: Path
 ) -> None:
     roots = {rank: make_adapter(model, tmp_path / f"wide{rank}", r=rank, seed=rank) for rank in (32, 33, 512)}
@@ -326,7 +322,7 @@ def test_an_inferred_rank_only_sizes_the_pool_and_a_flag_is_a_limit(
         ({"attention_backend": "magic"}, ConfigError, "--attention-backend magic"),
     ],
 )
-def test_a_config_that_cannot_be_served(
+def test_config_that_cannot_be_served_is_refused(
     model: Path, options: dict[str, Any], error: type[Exception], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -334,7 +330,7 @@ def test_a_config_that_cannot_be_served(
         load(model, [], **options)
 
 
-def test_a_broken_start_up_adapter_ends_the_launch(model: Path, sources: list[AdapterSource]) -> None:
+def test_broken_startup_adapter_ends_the_launch(model: Path, sources: list[AdapterSource]) -> None:
     with pytest.raises(AdapterError, match=r"a3.*rank 20.*--max-lora-rank 8"):
         load(model, sources, max_lora_rank=8, lora_targets=["all"])
     with pytest.raises(AdapterError, match=r"a1.*--lora-target-modules"):

@@ -60,7 +60,7 @@ def load(path: Path, device: str = DEVICE, adapter: Path | None = None) -> Runne
         "olmo2",  # norms of q and k over all heads: not fused
     ],
 )
-def test_tokens_equal_the_oracles(
+def test_triton_tokens_equal_the_oracle(
     family: str, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "create", lambda device: CountedOps())
@@ -82,7 +82,7 @@ def test_tokens_equal_the_oracles(
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2"])
-def test_norms_of_an_adapter_and_of_the_base_in_one_step(
+def test_adapter_norms_and_base_norms_share_a_step(
     family: str, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "create", lambda device: CountedOps())
@@ -105,7 +105,7 @@ def test_norms_of_an_adapter_and_of_the_base_in_one_step(
         runner.close()
 
 
-def test_a_cpu_without_the_interpreter_is_one_line(
+def test_triton_on_a_cpu_is_refused_in_one_line(
     tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton_backend, "interpreting", lambda: False)

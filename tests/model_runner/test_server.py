@@ -116,7 +116,7 @@ def first_chunk(lane: int = 0) -> dict[str, Any]:
     }
 
 
-def test_a_life_from_config_to_the_end_of_stdin(
+def test_runner_serves_until_stdin_ends(
     start: Callable[..., Child], tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     from fixtures.models.oracle import Oracle
@@ -175,7 +175,7 @@ def test_a_life_from_config_to_the_end_of_stdin(
     assert child.process.wait(timeout=30) == 0
 
 
-def test_steps_go_on_while_a_load_is_held(
+def test_steps_go_on_during_a_slow_load(
     start: Callable[..., Child], tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     root = str(make_adapter(tiny_model("llama3"), tmp_path / "a", r=8))
@@ -205,7 +205,7 @@ def test_steps_go_on_while_a_load_is_held(
     assert child.process.wait(timeout=30) == 0
 
 
-def test_evicted_adapters_come_back_only_as_they_were(
+def test_evicted_adapter_reloads_only_unchanged(
     start: Callable[..., Child], tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     root = make_adapter(tiny_model("llama3"), tmp_path / "a", r=8)
@@ -244,7 +244,7 @@ def test_sigterm_ends_with_zero(start: Callable[..., Child]) -> None:
     assert child.process.wait(timeout=30) == 0
 
 
-def test_a_step_that_makes_no_sense_ends_the_process(start: Callable[..., Child]) -> None:
+def test_impossible_step_ends_the_process(start: Callable[..., Child]) -> None:
     child = start()
     assert isinstance(child.report(), Ready)
     child.outbox.send(step(7, chunks=[Chunk(row=0, generation=5, start=0, length=1)]))
@@ -255,7 +255,7 @@ def test_a_step_that_makes_no_sense_ends_the_process(start: Callable[..., Child]
     assert b"row 0 generation 5" in errors
 
 
-def test_what_cannot_be_served_is_reported_in_one_line(start: Callable[..., Child]) -> None:
+def test_launch_failure_is_reported_in_one_line(start: Callable[..., Child]) -> None:
     child = start(context_length=10**6)
     report = child.report()
     assert isinstance(report, Failed)

@@ -85,7 +85,7 @@ def events(monkeypatch: pytest.MonkeyPatch, script: list[Any]) -> list[Any]:
     return device.events
 
 
-def test_a_step_is_launched_behind_the_one_that_runs_and_each_is_answered_as_it_ends(
+def test_second_step_is_launched_behind_the_running_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     one, two, three = (Step(epoch=0, id=number) for number in (1, 2, 3))
@@ -102,12 +102,12 @@ def test_a_step_is_launched_behind_the_one_that_runs_and_each_is_answered_as_it_
     ]
 
 
-def test_a_new_scheduler_hears_nothing_of_the_old_ones_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reset_drops_the_old_schedulers_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     found = events(monkeypatch, [[Step(epoch=0, id=1), Step(epoch=0, id=2)], [Reset(0)]])
     assert found[2:] == [("finish", 1), ("finish", 2), "reset", (RunnerReady.__name__, None)]
 
 
-def test_tokens_do_not_depend_on_what_was_launched_behind_a_step(tiny_model: Callable[[str], Path]) -> None:
+def test_tokens_do_not_depend_on_the_step_behind(tiny_model: Callable[[str], Path]) -> None:
     fields: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_running_requests": 4}
     runner = Runner.load(RunnerConfig(links=LINKS, model_path=str(tiny_model("llama3")), **fields))
     prompts = [[7, 8, 9 + row] for row in range(4)]

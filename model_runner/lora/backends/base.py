@@ -30,12 +30,12 @@ BACKENDS = {
 }
 
 LARGEST_LANE = 64
-"""Pages of the longest lane there can be: twice what the highest rank needs."""
+"""The most pages that a lane may name in a group: twice what the highest rank needs."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """`chunk_size`: rows of a chunk of one lane at most. `lane_pages`: pages that a lane may name in a group."""
+    """`chunk_size`: the most rows of a chunk of one lane. `lane_pages`: the most pages a lane may name in a group."""
 
     chunk_size: int = 16
     lane_pages: int = LARGEST_LANE
@@ -45,7 +45,7 @@ DEFAULTS = Options()
 
 
 class LoraBackend(KernelUser, ABC):
-    """How the answer of a site's base linear becomes each token's own lane's.
+    """Changes the answer of a site's base linear to what each token's own lane asks for.
 
         y = x W^T + b  +  sum over rank pages    scale * (x A^T) B
                        +  sum over vector slots  scale * (gain_less_one * (x W^T) + bias)
@@ -61,20 +61,20 @@ class LoraBackend(KernelUser, ABC):
     def plan(self, layout: Layout, into: Any | None = None) -> Any:
         """The step's metadata, from host arrays, without a device sync.
 
-        `into`: what `static` returned, for a layout of as many chunks of length 1; filled in place and returned.
+        `into`: what `static` returned, for a layout of as many chunks of length 1: it is filled in place and returned.
+        Else None where no chunk has a lane.
         """
 
     def static(self, tokens: int) -> Any:
-        """Metadata whose buffers never move, for decode steps of exactly `tokens` chunks of length 1 (CUDA graphs)."""
+        """Metadata in buffers whose addresses never change, for CUDA graphs of decode steps of `tokens` chunks."""
         raise NotImplementedError(f"{type(self).__name__} has no static buffers")
 
     @abstractmethod
     def adapt(self, y_TO: torch.Tensor, x: torch.Tensor, site: Site, meta: Any) -> None:
-        """Changes the base's answer y [T, O] in place: each token's own lane's gains, deltas and biases. No row reaches
-        another.
+        """Puts the gains, deltas and biases of each token's lane on the answer y [T, O] of the base, in place.
 
-        x is [T, I], or the tokens [T] of the embedding, whose inputs are one-hot. `meta` is what `plan` returned; for a
-        step that it returned None for, `adapt` is not called.
+        Nothing of one row reaches another. x is [T, I], or the tokens [T] of the embedding, whose inputs are one-hot.
+        `meta` is what `plan` returned; where that was None, `adapt` is not called.
         """
 
 

@@ -1,18 +1,18 @@
-"""Reads: how torch's own matmuls compute some lanes' deltas, each lane as a batch entry of its own.
+"""Batched matmuls over some lanes' deltas, each lane one entry of the batch.
 
     L = 3 lanes, 1 page each, m = 2      x rows [L, m]    page [L, k]
       lane 4, 2 tokens                     0  7             3        h [L, m, k, S, 16] = x A^T * scale
       lane 1, 1 token                      5  5 (again)     0        y [L, m, O]       += h B, slice by slice
       lane 2, 2 tokens                     2  3             8
 
-Short lanes repeat their own first token, so nothing of one lane can reach a row of another. The shrunk values are
-rounded to the LoRA dtype between A and B, as PEFT does; sums inside a matmul are float32. Measured on one core,
+A short lane is padded with its own first token, so nothing of one lane can reach a row of another. The shrunk values
+are rounded to the LoRA dtype between A and B, as PEFT does; sums inside a matmul are float32. Measured on one core,
 bfloat16 and float32, against a loop over lanes (hidden 896, 8 lanes of rank 16, a decode each): the deltas take 0.38
 and 0.56 of the time; one matmul over all lanes with a mask takes 0.32 and 1.19, and loses in both from 32 rows on.
 
-Knows nothing of which lanes go together. Legend: T tokens of the step, n = L * m rows of a read, L lanes, m tokens of
-each, k pages of each, P pages of the pool, S slices, R = 16 units of a page, Q = k * R, I in features, O out features,
-V vector slots or vocabulary, W columns of a slice.
+The caller decides which lanes share a batch. Legend: T tokens of the step, n = L * m rows of a batch, L lanes, m tokens
+of each, k pages of each, P pages of the pool, S slices, R = 16 units of a page, Q = k * R, I in features, O out
+features, V vector slots or vocabulary, W columns of a slice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model_runner.lora.pool.pages import SitePool, VectorPool
+from model_runner.lora.pool.site_pools import SitePool, VectorPool
 from model_runner.lora.site import Site, Slice
 
 Index = slice | torch.Tensor
@@ -32,7 +32,7 @@ Index = slice | torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class LaneTokens:
-    """One lane of the step: where its tokens are, and its (page, scale) pairs in one group."""
+    """One lane of the step: the rows of its tokens, and its (page, scale) pairs in one group."""
 
     rows: NDArray[np.int64]
     pairs: list[tuple[int, float]]
@@ -42,9 +42,9 @@ class LaneTokens:
 class LaneBatch:
     """Some lanes' tokens and pages in one group.
 
-    rows_n      where the tokens are in the batch
-    real        the entries of rows_n that are no repetition, None: all
-    real_rows   where they are in the batch, None: rows_n is a run, and y was changed in place
+    rows_n      the tokens' rows in the step
+    real        the entries of rows_n that are no padding, None: all
+    real_rows   the rows of those in the step, None: rows_n is a run, and y was changed in place
     pages       the lanes' pages, one lane after the other; `numbers` is the same on the host
     scales      [L, 1, k, 1, 1], None: 1 everywhere
     """
@@ -59,7 +59,7 @@ class LaneBatch:
 
 
 def plan_lane_batch(lanes: list[LaneTokens], device: torch.device) -> LaneBatch:
-    """The read of lanes that hold equally many pages, in page order, so that neighbours are read as a view."""
+    """The batch of lanes with equally many pages, in page order, so that adjacent pages are read as a view."""
     lanes = sorted(lanes, key=lambda lane: lane.pairs[0][0])
     longest = max(len(lane.rows) for lane in lanes)
     rows_Lm = np.stack(
@@ -80,14 +80,15 @@ def plan_lane_batch(lanes: list[LaneTokens], device: torch.device) -> LaneBatch:
     )
 
 
-def add_vectors(y_TO: torch.Tensor, site: Site, pool: VectorPool, read: LaneBatch) -> None:
-    """Adds gain_less_one * (y - b) + bias to the read's rows of y, in float32, in place."""
-    y_nO = _take(y_TO, read.rows_n)
-    y_LmO = y_nO.float().view(read.lanes, -1, site.out_features)
-    gain_L1O, bias_L1O = (_weighted(_take(vectors_VO, read.pages), read) for vectors_VO in (pool.gain_VO, pool.bias_VO))
+def add_vectors(y_TO: torch.Tensor, site: Site, pool: VectorPool, batch: LaneBatch) -> None:
+    """Adds gain_less_one * (y - b) + bias to the batch's rows of y, in float32, in place."""
+    y_nO = _gather(y_TO, batch.rows_n)
+    y_LmO = y_nO.float().view(batch.lanes, -1, site.out_features)
+    gain_L1O = _sum_of_vectors(pool.gain_VO, batch)
+    bias_L1O = _sum_of_vectors(pool.bias_VO, batch)
     bare_LmO = y_LmO if site.base.bias is None else y_LmO - site.base.bias.float()
     y_nO.copy_((y_LmO + (gain_L1O * bare_LmO + bias_L1O)).view_as(y_nO))
-    _put(y_TO, y_nO, read)
+    _scatter(y_TO, y_nO, batch)
 
 
 def add_delta(
@@ -96,41 +97,41 @@ def add_delta(
     site: Site,
     pool: SitePool,
     touched: Iterable[tuple[int, Slice]],
-    read: LaneBatch,
+    batch: LaneBatch,
 ) -> None:
-    """Adds the read's delta to its rows of y, in place, in the slices that are `touched` (with their indices).
+    """Adds the batch's delta to its rows of y, in place, in the slices that are `touched` (with their indices).
 
     x is [T, I], or the tokens [T] of a site that embeds.
     """
-    x_n = _take(x, read.rows_n)
-    h_LmkSR = (_look_up if site.embeds else _shrink)(x_n, pool.a_PSRI, read)
-    b_LQO = _take(pool.b_PRO, read.pages).view(read.lanes, -1, site.out_features)
-    y_nO = _take(y_TO, read.rows_n)
-    y_LmO = y_nO.view(read.lanes, -1, site.out_features)
+    x_n = _gather(x, batch.rows_n)
+    h_LmkSR = (_look_up if site.embeds else _shrink)(x_n, pool.a_PSRI, batch)
+    b_LQO = _gather(pool.b_PRO, batch.pages).view(batch.lanes, -1, site.out_features)
+    y_nO = _gather(y_TO, batch.rows_n)
+    y_LmO = y_nO.view(batch.lanes, -1, site.out_features)
     for index, piece in touched:
         _expand(y_LmO[:, :, piece.start : piece.stop], h_LmkSR[..., index, :], b_LQO[..., piece.start : piece.stop])
-    _put(y_TO, y_nO, read)
+    _scatter(y_TO, y_nO, batch)
 
 
-def _shrink(x_nI: torch.Tensor, a_PSRI: torch.Tensor, read: LaneBatch) -> torch.Tensor:
+def _shrink(x_nI: torch.Tensor, a_PSRI: torch.Tensor, batch: LaneBatch) -> torch.Tensor:
     """[L, m, k, S, R]: each lane's tokens times its own pages of A, scaled."""
     _, slices, units, features = a_PSRI.shape
-    x_LmI = x_nI.to(a_PSRI.dtype).reshape(read.lanes, -1, features)
-    a_LQI = _take(a_PSRI, read.pages).view(read.lanes, -1, features)
+    x_LmI = x_nI.to(a_PSRI.dtype).reshape(batch.lanes, -1, features)
+    a_LQI = _gather(a_PSRI, batch.pages).view(batch.lanes, -1, features)
     h_LmQ = _multiply(x_LmI, a_LQI.transpose(1, 2))
-    h_LmkSR = h_LmQ.view(read.lanes, x_LmI.shape[1], -1, slices, units)
-    return h_LmkSR if read.scales is None else (h_LmkSR * read.scales).to(a_PSRI.dtype)
+    h_LmkSR = h_LmQ.view(batch.lanes, x_LmI.shape[1], -1, slices, units)
+    return h_LmkSR if batch.scales is None else (h_LmkSR * batch.scales).to(a_PSRI.dtype)
 
 
-def _look_up(tokens_n: torch.Tensor, a_PSVR: torch.Tensor, read: LaneBatch) -> torch.Tensor:
-    """[L, m, k, 1, R]: what `_shrink` would make of one-hot tokens."""
-    pages_L1k = torch.tensor(read.numbers, device=a_PSVR.device).view(read.lanes, 1, -1)
-    h_LmkSR = a_PSVR[pages_L1k, :, tokens_n.view(read.lanes, -1, 1)]
-    return h_LmkSR if read.scales is None else (h_LmkSR * read.scales).to(a_PSVR.dtype)
+def _look_up(tokens_n: torch.Tensor, a_PSVR: torch.Tensor, batch: LaneBatch) -> torch.Tensor:
+    """[L, m, k, 1, R]: the same as `_shrink` of one-hot tokens."""
+    pages_L1k = torch.tensor(batch.numbers, device=a_PSVR.device).view(batch.lanes, 1, -1)
+    h_LmkSR = a_PSVR[pages_L1k, :, tokens_n.view(batch.lanes, -1, 1)]
+    return h_LmkSR if batch.scales is None else (h_LmkSR * batch.scales).to(a_PSVR.dtype)
 
 
 def _expand(y_LmW: torch.Tensor, h_LmkR: torch.Tensor, b_LQW: torch.Tensor) -> None:
-    """Adds each lane's shrunk values times its own pages of B, in place; a LoRA dtype of its own is rounded to y's."""
+    """Adds each lane's shrunk values times its own pages of B, in place, rounded to the dtype of y."""
     h_LmQ = h_LmkR.flatten(2)
     if y_LmW.dtype != b_LQW.dtype:
         y_LmW += _multiply(h_LmQ, b_LQW)
@@ -141,33 +142,33 @@ def _expand(y_LmW: torch.Tensor, h_LmkR: torch.Tensor, b_LQW: torch.Tensor) -> N
 
 
 def _multiply(left_Lmn: torch.Tensor, right_Lnk: torch.Tensor) -> torch.Tensor:
-    """[L, m, k]. One lane's is a plain matmul: as a batch of one, a prefill's expand takes 1.3 times the time."""
+    """[L, m, k]. One lane alone is a plain matmul: as a batch of one, a prefill's expand takes 1.3 times as long."""
     if len(left_Lmn) == 1:
         return torch.mm(left_Lmn[0], right_Lnk[0])[None]
     return torch.bmm(left_Lmn, right_Lnk)
 
 
-def _weighted(vectors_QO: torch.Tensor, read: LaneBatch) -> torch.Tensor:
+def _sum_of_vectors(vectors_VO: torch.Tensor, batch: LaneBatch) -> torch.Tensor:
     """[L, 1, O]: the sum of each lane's own vectors, scaled."""
-    vectors_LkO = vectors_QO.view(read.lanes, -1, vectors_QO.shape[1])
-    if read.scales is not None:
-        vectors_LkO = vectors_LkO * read.scales.view(read.lanes, -1, 1)
+    vectors_LkO = _gather(vectors_VO, batch.pages).view(batch.lanes, -1, vectors_VO.shape[1])
+    if batch.scales is not None:
+        vectors_LkO = vectors_LkO * batch.scales.view(batch.lanes, -1, 1)
     return vectors_LkO.sum(1, keepdim=True)
 
 
-def _put(y_TO: torch.Tensor, y_nO: torch.Tensor, read: LaneBatch) -> None:
-    """The rows of a read back into y, each once; a run was changed in place."""
-    if read.real_rows is not None:
-        y_TO.index_copy_(0, read.real_rows, y_nO if read.real is None else y_nO.index_select(0, read.real))
+def _scatter(y_TO: torch.Tensor, y_nO: torch.Tensor, batch: LaneBatch) -> None:
+    """Writes the rows of a batch back into y, each once; a run was changed in place."""
+    if batch.real_rows is not None:
+        y_TO.index_copy_(0, batch.real_rows, y_nO if batch.real is None else y_nO.index_select(0, batch.real))
 
 
-def _take(source: torch.Tensor, index: Index) -> torch.Tensor:
+def _gather(source: torch.Tensor, index: Index) -> torch.Tensor:
     """A view for a run, a gathered copy otherwise."""
     return source[index] if isinstance(index, slice) else source.index_select(0, index)
 
 
 def _index(numbers: NDArray[np.int64], device: torch.device) -> Index:
-    """Numbers as a slice where they ascend by one, else as an index."""
+    """The numbers as a slice where they ascend by one, else as an index tensor."""
     if (np.diff(numbers) == 1).all():
         return slice(int(numbers[0]), int(numbers[-1]) + 1)
     return torch.from_numpy(numbers).to(device)

@@ -1,9 +1,9 @@
-"""DeltaPlan: how the compiled delta computes all lanes' deltas in one call, straight from the pool.
+"""All lanes' deltas of a group in one call of the compiled delta kernel, straight from the pool.
 
     lane 4, pages 3 9   row 0, row 7         plan   2 lanes | 2 tokens 2 uses, 1 token 2 uses | 0 7  5 | 3 9  0 2
     lane 1, pages 0 2   row 5                scales                                                      1 1 .5 .5
 
-Knows nothing of how the delta is compiled. Legend: q uses of pages by lanes.
+Knows nothing of how the kernel is compiled. Legend: q uses of pages by lanes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from model_runner.platform.device import dtype_name
 
 @dataclass(frozen=True, eq=False)
 class DeltaPlan:
-    """The adapted tokens of a step in one group, and whose pages they go by.
+    """The adapted tokens of a step in one group, and the pages of their lanes.
 
     plan        int64: the number of lanes, each one's tokens and uses, their rows in the batch, their pages
     scales_q    of each use of a page, float32; `numbers` are the pages

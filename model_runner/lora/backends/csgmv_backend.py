@@ -1,7 +1,7 @@
-"""LoRA by triton kernels, cut by lane: tokens are put together by lane, in chunks of at most --max-lora-chunk-size.
+"""LoRA by triton kernels, cut by lane: the tokens of a lane are grouped into tiles of at most --max-lora-chunk-size.
 
-A lane's pages are read once for up to that many tokens, whosever they are. Sorting is of chunks, not of tokens: only
-what is left of a chunk when whole tiles are taken off is gathered.
+A lane's pages are read once for up to that many tokens, of any request. Chunks are sorted, not tokens: only what
+remains of a chunk after its full tiles is gathered.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from model_runner.step.layout import Layout
 
 
 class CsgmvLora(TiledLora):
-    """Tiles by lane, of as many rows as the longest lane wants and the flag allows."""
+    """Tiles by lane, with as many rows as the lane with most tokens needs and the flag allows."""
 
     name = "csgmv"
 
@@ -29,5 +29,5 @@ class CsgmvLora(TiledLora):
         return by_lane(layout, rows)
 
     def most_tiles(self, tokens: int) -> int:
-        """Whole ones, and a last one for each lane."""
+        """The full tiles, and one that is not full for each lane."""
         return min(tokens, self.pages.max_lanes + tokens // DECODE_ROWS)

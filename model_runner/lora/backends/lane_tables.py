@@ -1,10 +1,10 @@
-"""The lanes as arrays, group by group: pages, scales and real units of each, made anew only when something changed.
+"""The lanes as arrays, group by group: pages, scales and real units, built again only when lanes or pages changed.
 
-    group "qkv"     pages [lanes + 1, K]   scales [lanes + 1, K]   units [lanes + 1, K]   numbers [lanes + 1]
+    group "qkv"     pages [lanes + 1, K]   scales [lanes + 1, K]   units [lanes + 1, K]   counts [lanes + 1]
 
-Row 0 is the base, which has nothing. `units` packs how many units of a page are real, eight bits a slice, or is -1
-where the sites of the group do not agree: then the kernels look into `site_units`, a table on the device. A page that
-no site uses and a scale of 0 are left out. Knows nothing of steps.
+Row 0 is the base, which has no pages. `units` packs how many units of a page are real, eight bits a slice, or is -1
+where the sites of the group differ: then the kernels read `site_units`, a table on the device. Pages that no site uses
+and pages of scale 0 are left out. Knows nothing of steps.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model_runner.lora.pool.pages import Lane, RankPagePool, SitePool
+from model_runner.lora.pool.pages import Lane, RankPagePool
+from model_runner.lora.pool.site_pools import SitePool
 from model_runner.lora.pool.upload import Upload
 from model_runner.lora.site import vectors_of
 
 ALIGNED = 4
-"""Every site's units begin at a multiple of so many int32, as triton compiles anew for other pointers."""
+"""Every site's units begin at a multiple of so many int32: triton compiles another variant for unaligned pointers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +31,11 @@ class GroupLanes:
     pages_LK: NDArray[np.int32]
     scales_LK: NDArray[np.float32]
     units_LK: NDArray[np.int32]
-    numbers_L: NDArray[np.int32]
+    counts_L: NDArray[np.int32]
 
 
 class LaneTables:
-    """`most` is how many pages a lane may name in a group. `refresh` before use; `groups` is what it found."""
+    """`most` is how many pages a lane may name in a group. Call `refresh` before `groups` is read."""
 
     def __init__(self, pages: RankPagePool, most: int, upload: Upload) -> None:
         self.groups: dict[str, GroupLanes] = {}
@@ -54,22 +55,22 @@ class LaneTables:
         self._site_units = torch.zeros(total, dtype=torch.int32, device=pages.device)
 
     def site_units(self, name: str) -> torch.Tensor:
-        """[P * S] int32 on the device: the real units of each page at one site. Never moves."""
+        """[P * S] int32 on the device: the real units of each page at one site. Its address never changes."""
         begin = self._offsets[name]
         return self._site_units[begin : begin + self._pages.pools[name].units_PS.size]
 
     def refresh(self) -> bool:
-        """Takes over what lanes and pages have become; whether anything did."""
+        """Builds the arrays again if lanes or pages changed; whether they did."""
         if self._version == self._pages.version:
             return False
         self._version = self._pages.version
         packed = {group: _pack([pool.units_PS for pool in pools]) for group, pools in self._pools.items()}
-        self.groups = {group: self._lanes(group, packed.get(group)) for group in self.most}
+        self.groups = {group: self._group_lanes(group, packed.get(group)) for group in self.most}
         if any((lanes.units_LK < 0).any() for lanes in self.groups.values()):
-            self._send_units()
+            self._upload_units()
         return True
 
-    def _lanes(self, group: str, packed_P: NDArray[np.int32] | None) -> GroupLanes:
+    def _group_lanes(self, group: str, packed_P: NDArray[np.int32] | None) -> GroupLanes:
         shape = (self._pages.max_lanes + 1, self.most[group])
         lanes = GroupLanes(
             np.zeros(shape, np.int32),
@@ -78,17 +79,17 @@ class LaneTables:
             np.zeros(shape[0], np.int32),
         )
         for lane, held in self._pages.lanes.items():
-            pairs = _used(held, group, packed_P)
+            pairs = _effective(held, group, packed_P)
             count = len(pairs)
             assert count <= shape[1], f"lane {lane} names {count} pages of {group}, at most {shape[1]} are possible"
             if count:
                 lanes.pages_LK[lane, :count], lanes.scales_LK[lane, :count] = zip(*pairs, strict=True)
-                lanes.numbers_L[lane] = count
+                lanes.counts_L[lane] = count
         if packed_P is not None:
             lanes.units_LK[...] = packed_P[lanes.pages_LK]
         return lanes
 
-    def _send_units(self) -> None:
+    def _upload_units(self) -> None:
         table = self._upload.buffer(self._site_units.numel())
         for name, begin in self._offsets.items():
             units_PS = self._pages.pools[name].units_PS
@@ -96,13 +97,13 @@ class LaneTables:
         self._upload.send(self._site_units.numel(), self._site_units)
 
 
-def _used(lane: Lane, group: str, packed_P: NDArray[np.int32] | None) -> list[tuple[int, float]]:
-    """The lane's pages that add anything."""
+def _effective(lane: Lane, group: str, packed_P: NDArray[np.int32] | None) -> list[tuple[int, float]]:
+    """The lane's (page, scale) pairs that have an effect."""
     return [(page, scale) for page, scale in lane.get(group, ()) if scale and (packed_P is None or packed_P[page] != 0)]
 
 
 def _pack(units: list[NDArray[np.int32]]) -> NDArray[np.int32]:
-    """[P]: the units of a page's slices in eight bits each, -1 where sites differ."""
+    """[P]: the units of a page's slices, eight bits each; -1 where sites differ."""
     units_NPS = np.stack(units)
     packed = (units_NPS[0] << (8 * np.arange(units_NPS.shape[2]))).sum(axis=1)
     return np.where((units_NPS == units_NPS[0]).all(axis=(0, 2)), packed, -1).astype(np.int32)

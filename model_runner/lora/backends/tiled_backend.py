@@ -1,10 +1,10 @@
 """LoRA by triton kernels: one shrink and one expand a site, over the step's tiles.
 
     layout --cut--> tiles --records--> table on the host --one copy--> table on the device      once a step
-    x --shrink--> h [split, row, page, slice, 16] --expand--> y, in place                       once a site
+    x --shrink--> h [split, row, page, slice, 16] --expand--> y, in span                       once a site
 
-What is planned is kept while lanes and layout stay the same, so that a running decode plans nothing. How a step is cut
-is the subclass's. Legend: T tokens of the step, I in features, O out features.
+A plan is kept while lanes and layout stay the same, so that consecutive decode steps plan nothing. A subclass says how
+a step is cut. Legend: T tokens of the step, I in features, O out features.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from model_runner.lora.site import Site
 from model_runner.step.layout import Layout
 
 DECODE_ROWS = 16
-"""Rows of a tile in buffers that never move."""
+"""Rows of a tile in static buffers."""
 
 RECENT = 4
-"""Plans that are kept: a step has one for its tokens, and one for the rows that its head is asked for."""
+"""Plans that are kept: a step has one for its tokens, and one for the rows that need logits."""
 
 Key = tuple[int, bytes, bytes]
 
 
 @dataclass(eq=False)
 class TiledLoraMetadata:
-    """A step's work on the device. `h` is scratch of its own where the buffers never move.
+    """A step's work on the device. `h` is the scratch of static metadata; else the backend's is used.
 
-    Everything but what the table says (and `key`, which tells steps apart) stays as it was made.
+    `key` says which step the table was written for; it and the contents of the table change, the rest does not.
     """
 
     key: Key | None
     tokens: int
     rows: int
-    places: work_table.TableLayout
+    layout: work_table.TableLayout
     table: torch.Tensor
     gather: torch.Tensor | None
     h: torch.Tensor | None = None
@@ -74,13 +74,13 @@ class TiledLora(LoraBackend):
             )
         self._upload = Upload(device)
         self._lanes = LaneTables(pages, options.lane_pages, self._upload)
-        self._processors, self._pdl = _abilities(device)
+        self._processors, self._pdl = _device_properties(device)
         self._h = torch.empty(0, dtype=torch.float32, device=device)
         self._recent: dict[Key, TiledLoraMetadata] = {}
 
     @abstractmethod
     def rows(self, layout: Layout) -> int:
-        """The most rows that a tile of this step should have: 16 to 128, a power of two."""
+        """The most rows of a tile of this step: 16 to 128, a power of two."""
 
     @abstractmethod
     def cut(self, layout: Layout, rows: int) -> Tiles:
@@ -88,7 +88,7 @@ class TiledLora(LoraBackend):
 
     @abstractmethod
     def most_tiles(self, tokens: int) -> int:
-        """Into how many tiles of DECODE_ROWS rows so many chunks of length 1 may be cut at most."""
+        """The most tiles of DECODE_ROWS rows that so many chunks of length 1 can be cut into."""
 
     @property
     def gathers(self) -> bool:
@@ -103,50 +103,52 @@ class TiledLora(LoraBackend):
             return self._recent.get(key) or self._plan(layout, key)
         if into.key != key:
             assert layout.tokens == layout.chunks == into.tokens, "static buffers are for chunks of length 1"
-            self._write(self.cut(layout, DECODE_ROWS), into.places, into.table)
+            self._write(self.cut(layout, DECODE_ROWS), into.layout, into.table)
             into.key = key
         return into
 
     def static(self, tokens: int) -> TiledLoraMetadata:
-        """Buffers for any decode step of so many chunks of length 1; without work in them until they are planned."""
-        places = work_table.largest(self._lanes.most, self.most_tiles(tokens), tokens if self.gathers else 0)
-        table = torch.zeros(max(1, places.size), dtype=torch.int32, device=self.pages.device)
-        gather = table[places.gather_at :] if self.gathers else None
-        meta = TiledLoraMetadata(None, tokens, DECODE_ROWS, places, table, gather)
-        sites = [site for site in self.pages.sites if site.group in places.groups]
-        self._reserve(max((self._numbers_of_h(site, meta) for site in sites), default=0))
+        """Buffers for any decode step of so many chunks of length 1, with no work in them until `plan` fills them."""
+        table_layout = work_table.largest_layout(
+            self._lanes.most, self.most_tiles(tokens), tokens if self.gathers else 0
+        )
+        table = torch.zeros(max(1, table_layout.size), dtype=torch.int32, device=self.pages.device)
+        gather = table[table_layout.gather_at :] if self.gathers else None
+        meta = TiledLoraMetadata(None, tokens, DECODE_ROWS, table_layout, table, gather)
+        sites = [site for site in self.pages.sites if site.group in table_layout.groups]
+        self._reserve(max((self._scratch_floats(site, meta) for site in sites), default=0))
         meta.h = self._h
         return meta
 
     def adapt(self, y_TO: torch.Tensor, x: torch.Tensor, site: Site, meta: TiledLoraMetadata) -> None:
-        """A shrink and an expand. Of the embedding a token's units are looked up while B is expanded: no shrink."""
-        place = meta.places.groups.get(site.group)
-        if place is None:
+        """Launches a shrink and an expand. The embedding has no shrink: the expand looks a token's units up."""
+        span = meta.layout.groups.get(site.group)
+        if span is None:
             return
         if site.embeds:
-            self._expand(y_TO, site, meta, place, 0, x)
+            self._expand(y_TO, site, meta, span, 0, x)
             return
-        splits = self._shrink(x, site, meta, place) if place.items and site.name in self.pages.pools else 0
-        self._expand(y_TO, site, meta, place, splits, None)
+        splits = self._shrink(x, site, meta, span) if span.items and site.name in self.pages.pools else 0
+        self._expand(y_TO, site, meta, span, splits, None)
 
     def _plan(self, layout: Layout, key: Key) -> TiledLoraMetadata | None:
         rows = self.rows(layout)
         tiles = self.cut(layout, rows)
-        places = work_table.exact(tiles, self._lanes.groups)
-        if not places.groups:
+        table_layout = work_table.exact_layout(tiles, self._lanes.groups)
+        if not table_layout.groups:
             return None
-        table = self._write(tiles, places, None)
-        gather = table[places.gather_at :] if self.gathers else None
+        table = self._write(tiles, table_layout, None)
+        gather = table[table_layout.gather_at :] if self.gathers else None
         if len(self._recent) == RECENT:
             del self._recent[next(iter(self._recent))]
-        self._recent[key] = TiledLoraMetadata(key, layout.tokens, rows, places, table, gather)
+        self._recent[key] = TiledLoraMetadata(key, layout.tokens, rows, table_layout, table, gather)
         return self._recent[key]
 
-    def _shrink(self, x_TI: torch.Tensor, site: Site, meta: TiledLoraMetadata, place: work_table.GroupRange) -> int:
-        """Fills the scratch; into how many splits."""
-        tiling = self._shrink_tiling(site, meta, place)
+    def _shrink(self, x_TI: torch.Tensor, site: Site, meta: TiledLoraMetadata, span: work_table.GroupRange) -> int:
+        """Fills the scratch; the number of splits."""
+        tiling = self._shrink_tiling(site, meta, span)
         if meta.h is None:
-            self._reserve(self._numbers_of_h(site, meta))
+            self._reserve(self._scratch_floats(site, meta))
         shrink(
             x_TI,
             self.pages.pools[site.name].a_PSRI,
@@ -154,10 +156,10 @@ class TiledLora(LoraBackend):
             meta.table,
             meta.gather,
             self._lanes.site_units(site.name),
-            items_at=place.items_at,
-            capacity=place.items,
-            programs=place.items if meta.h is None else programs(place.items, tiling.splits, self._processors),
-            width=place.width,
+            items_at=span.items_at,
+            capacity=span.items,
+            programs=span.items if meta.h is None else programs(span.items, tiling.splits, self._processors),
+            width=span.width,
             tiling=tiling,
             pdl=self._pdl,
         )
@@ -168,7 +170,7 @@ class TiledLora(LoraBackend):
         y_TO: torch.Tensor,
         site: Site,
         meta: TiledLoraMetadata,
-        place: work_table.GroupRange,
+        span: work_table.GroupRange,
         splits: int,
         tokens_T: torch.Tensor | None,
     ) -> None:
@@ -179,7 +181,7 @@ class TiledLora(LoraBackend):
             meta.rows,
             max(piece.width for piece in site.slices),
             site.out_features,
-            place.tiles,
+            span.tiles,
             self._lanes.most.get(site.group, 0),
             self.pages.dtype.itemsize,
             self._processors,
@@ -193,12 +195,12 @@ class TiledLora(LoraBackend):
             meta.gather,
             None if pool is None else self._lanes.site_units(site.name),
             stops=stops,
-            items_at=place.items_at,
-            tiles_at=place.tiles_at,
-            slots_at=place.slots_at,
-            capacity=place.tiles,
-            programs=place.tiles if meta.h is None else programs(place.tiles, blocks, self._processors),
-            width=place.width,
+            items_at=span.items_at,
+            tiles_at=span.tiles_at,
+            slots_at=span.slots_at,
+            capacity=span.tiles,
+            programs=span.tiles if meta.h is None else programs(span.tiles, blocks, self._processors),
+            width=span.width,
             splits=max(1, splits),
             tiling=tiling,
             vectors=None if vectors is None else Vectors(vectors.gain_VO, vectors.bias_VO, site.base.bias),
@@ -206,35 +208,35 @@ class TiledLora(LoraBackend):
             pdl=self._pdl and splits > 0,
         )
 
-    def _shrink_tiling(self, site: Site, meta: TiledLoraMetadata, place: work_table.GroupRange) -> ShrinkTiling:
+    def _shrink_tiling(self, site: Site, meta: TiledLoraMetadata, span: work_table.GroupRange) -> ShrinkTiling:
         return shrink_tiling(
             meta.rows,
             site.in_features,
             len(site.slices),
-            place.tiles,
+            span.tiles,
             self._lanes.most[site.group],
             self.pages.dtype.itemsize,
             self._processors,
         )
 
-    def _numbers_of_h(self, site: Site, meta: TiledLoraMetadata) -> int:
-        """Floats of scratch that the site needs."""
-        place = meta.places.groups[site.group]
+    def _scratch_floats(self, site: Site, meta: TiledLoraMetadata) -> int:
+        """How many floats of scratch the site needs."""
+        span = meta.layout.groups[site.group]
         if site.embeds or site.name not in self.pages.pools:
             return 0
-        return self._shrink_tiling(site, meta, place).splits * meta.tokens * place.width * len(site.slices) * 16
+        return self._shrink_tiling(site, meta, span).splits * meta.tokens * span.width * len(site.slices) * 16
 
     def _reserve(self, numbers: int) -> None:
         if self._h.numel() < numbers:
             self._h = torch.empty(numbers, dtype=torch.float32, device=self.pages.device)
 
-    def _write(self, tiles: Tiles, places: work_table.TableLayout, into: torch.Tensor | None) -> torch.Tensor:
-        work_table.write(self._upload.buffer(places.size), places, tiles, self._lanes.groups)
-        return self._upload.send(places.size, into)
+    def _write(self, tiles: Tiles, table_layout: work_table.TableLayout, into: torch.Tensor | None) -> torch.Tensor:
+        work_table.write(self._upload.buffer(table_layout.size), table_layout, tiles, self._lanes.groups)
+        return self._upload.send(table_layout.size, into)
 
 
-def _abilities(device: torch.device) -> tuple[int, bool]:
-    """Multiprocessors, and whether kernels may be launched before the last one has ended."""
+def _device_properties(device: torch.device) -> tuple[int, bool]:
+    """The number of multiprocessors, and whether a kernel may start before the one ahead of it ends (PDL)."""
     if interpreting() or device.type != "cuda":
         return INTERPRETED, False
     properties = torch.cuda.get_device_properties(device)

@@ -1,11 +1,11 @@
-"""A step cut into tiles: at most so many rows of one lane each, in the two ways that the backends want.
+"""A step cut into tiles of at most so many rows of one lane, by request or by lane.
 
-    by request     each chunk of the step is cut on its own           [AAAAAAAA][AAA]  [B]  [A]  [CC]
-    by lane        whole tiles as above; what remains of every        [AAAAAAAA]  [AAA A]  [B]  [CC]
-                   chunk is put together by lane
+    by request     each chunk of the step is cut by itself            [AAAAAAAA][AAA]  [B]  [A]  [CC]
+    by lane        full tiles as above; the remainders of all         [AAAAAAAA]  [AAA A]  [B]  [CC]
+                   chunks are grouped by lane
 
-A tile's rows follow one another in the batch, or are listed in `gather`; then its start is -1 - the first entry. Rows
-of lane 0 are in no tile. Costs what the chunks and tiles cost, not the tokens. Knows nothing of pages and devices.
+The rows of a tile are adjacent in the step, or are listed in `gather`; then the tile's start is -1 - the first entry.
+Rows of lane 0 are in no tile. The work grows with chunks and tiles, not with tokens. Knows nothing of pages.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Ints = NDArray[np.int32]
 
 @dataclass(frozen=True, eq=False)
 class Tiles:
-    """Where each tile begins, how many rows it has, and its lane; `gather` are rows of those that are scattered."""
+    """Where each tile begins, how many rows it has, and its lane; `gather` lists the rows of scattered tiles."""
 
     starts: Ints
     counts: Ints
@@ -42,24 +42,24 @@ def by_request(layout: Layout, rows: int) -> Tiles:
 
 
 def by_lane(layout: Layout, rows: int) -> Tiles:
-    """Whole tiles of a chunk, and the rest of every chunk together with those of its lane."""
+    """Full tiles of each chunk, and tiles of what remains of the chunks of each lane."""
     chosen = np.flatnonzero(layout.lanes_C)
     chosen = chosen[np.argsort(layout.lanes_C[chosen], kind="stable")]
     lanes, lengths = layout.lanes_C[chosen], layout.lengths_C[chosen]
     begins = layout.offsets()[:-1][chosen]
     whole = lengths - lengths % rows
     starts, counts, source = _cut(begins, whole, rows)
-    gather, rest_starts, rest_counts, rest_lanes = _rest(begins + whole, lengths - whole, lanes, rows)
+    gather, more_starts, more_counts, more_lanes = _tile_remainders(begins + whole, lengths - whole, lanes, rows)
     return Tiles(
-        np.concatenate([starts, rest_starts]),
-        np.concatenate([counts, rest_counts]),
-        np.concatenate([lanes[source], rest_lanes]),
+        np.concatenate([starts, more_starts]),
+        np.concatenate([counts, more_counts]),
+        np.concatenate([lanes[source], more_lanes]),
         gather,
     )
 
 
 def _cut(begins: Ints, lengths: Ints, rows: int) -> tuple[Ints, Ints, NDArray[np.intp]]:
-    """Runs in pieces of `rows` and a rest: starts, counts, and which run each is of."""
+    """Cuts runs into pieces of at most `rows`: starts, counts, and the index of the run of each piece."""
     pieces = -(-lengths // rows)
     source = np.repeat(np.arange(len(lengths)), pieces)
     skipped = _within(pieces) * rows
@@ -68,8 +68,8 @@ def _cut(begins: Ints, lengths: Ints, rows: int) -> tuple[Ints, Ints, NDArray[np
     return starts.astype(np.int32), counts.astype(np.int32), source
 
 
-def _rest(begins: Ints, lengths: Ints, lanes: Ints, rows: int) -> tuple[Ints, Ints, Ints, Ints]:
-    """Short runs, in the order of their lanes, put together: gathered rows, and the starts, counts, lanes of tiles."""
+def _tile_remainders(begins: Ints, lengths: Ints, lanes: Ints, rows: int) -> tuple[Ints, Ints, Ints, Ints]:
+    """Groups short runs, in the order of their lanes: gathered rows, and the starts, counts, lanes of tiles."""
     gather = (np.repeat(begins, lengths) + _within(lengths)).astype(np.int32)
     lanes_n = np.repeat(lanes, lengths)
     firsts = np.flatnonzero(np.diff(lanes_n, prepend=0))
@@ -81,7 +81,7 @@ def _rest(begins: Ints, lengths: Ints, lanes: Ints, rows: int) -> tuple[Ints, In
 
 
 def _within(counts: NDArray[np.integer]) -> NDArray[np.int64]:
-    """0, 1, .. for each of `counts`."""
+    """0, 1, .. up to each of `counts`, one after the other."""
     starts = np.cumsum(counts) - counts
     within: NDArray[np.int64] = np.arange(counts.sum()) - np.repeat(starts, counts)
     return within

@@ -1,13 +1,13 @@
-"""LoRA in torch: the reference on any device, and with what is compiled of it the fast path on a CPU.
+"""LoRA in torch: the reference on any device, and with its compiled delta kernel the fast path on a CPU.
 
-A step becomes, per group of sites, one part or a few:
+The plan of a step has, per group of sites, one part or a few:
 
-    DeltaPlan   all lanes in one call of the compiled delta, once it is there
-    LaneBatch     until then: batched matmuls over lanes that hold equally many pages and have about equally many tokens
+    DeltaPlan    all lanes in one call of the compiled delta kernel, once it is compiled
+    LaneBatch    until then: batched matmuls over lanes with equally many pages and about equally many tokens
 
-A lane with a long prefill is a read of its own; gains, biases and the embedding are reads always. Nothing of one lane
-can reach a row of another. Knows nothing of adapters and formats. Legend: T tokens of the step, I in features, O out
-features.
+A lane with a long prefill is a batch of its own; gains, biases and the embedding always go by LaneBatch. Nothing of one
+lane can reach a row of another. Knows nothing of adapters and formats. Legend: T tokens of the step, I in features, O
+out features.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from model_runner.lora.site import Site, Slice, vectors_of
 from model_runner.step.layout import Layout
 
 SHARED_TOKENS = (4, 16, 64)
-"""Lanes of at most so many tokens in a step share reads; above the last, a lane is a read of its own."""
+"""Lanes of at most so many tokens in a step share a LaneBatch; above the last, a lane is a batch of its own."""
 
 MAX_TOUCHED = 1 << 14
-"""Entries of the cache of touched slices (site and pages), which is cleared above."""
+"""Entries of the cache of touched slices, by site and pages. The cache is cleared when it holds more."""
 
 TorchLoraMetadata = dict[str, list[LaneBatch | DeltaPlan]]
 
@@ -65,14 +65,14 @@ class TorchLora(LoraBackend):
         return {group: parts for group, parts in meta.items() if parts} or None
 
     def adapt(self, y_TO: torch.Tensor, x: torch.Tensor, site: Site, meta: TorchLoraMetadata) -> None:
-        """Gains and biases before the deltas: a gain is of the base alone."""
-        for read in meta.get(vectors_of(site.group), ()):
-            assert isinstance(read, LaneBatch)
+        """Adds gains and biases, then the deltas: a gain multiplies the base's answer alone."""
+        for batch in meta.get(vectors_of(site.group), ()):
+            assert isinstance(batch, LaneBatch)
             pool = self.pages.vectors[site.name]
-            if pool.held_V[list(read.numbers)].any():
-                add_vectors(y_TO, site, pool, read)
+            if pool.held_V[list(batch.numbers)].any():
+                add_vectors(y_TO, site, pool, batch)
         for part in meta.get(site.group, ()):
-            touched = self._slices(site, part)
+            touched = self._touched_slices(site, part)
             if not touched:
                 continue
             if isinstance(part, DeltaPlan):
@@ -90,8 +90,8 @@ class TorchLora(LoraBackend):
             shared.setdefault((_bound(lane, len(tokens.rows)), len(tokens.pairs)), []).append(tokens)
         return [plan_lane_batch(together, self.pages.device) for together in shared.values()]
 
-    def _slices(self, site: Site, part: LaneBatch | DeltaPlan) -> list[tuple[int, Slice]]:
-        """The slices of the site in which any of the part's pages holds something."""
+    def _touched_slices(self, site: Site, part: LaneBatch | DeltaPlan) -> list[tuple[int, Slice]]:
+        """The slices of the site in which any of the part's pages has units."""
         key = (site.name, part.numbers)
         if key not in self._touched:
             units_S = self.pages.pools[site.name].units_PS[list(part.numbers)].max(axis=0).tolist()
@@ -100,5 +100,5 @@ class TorchLora(LoraBackend):
 
 
 def _bound(lane: int, tokens: int) -> int:
-    """What lanes of one read have in common: the bound of their tokens, or the lane alone."""
+    """Lanes with the same bound share a batch: the bound of their tokens, or a number of the lane's own."""
     return next((bound for bound in SHARED_TOKENS if tokens <= bound), -lane)

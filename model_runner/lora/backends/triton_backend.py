@@ -1,6 +1,6 @@
-"""LoRA by triton kernels, cut by request: every chunk of a step is tiles of its own, whoever else has its lane.
+"""LoRA by triton kernels, cut by request: no tile has rows of two chunks, even of the same lane.
 
-Nothing is gathered, so planning and addressing are the simplest; requests of one lane read its pages once each.
+Nothing is gathered, so planning and addressing are simple; each request of a lane reads the lane's pages by itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MOST_ROWS = 64
 
 
 class TritonLora(TiledLora):
-    """Tiles by request, of as many rows as the longest chunk wants."""
+    """Tiles by request, with as many rows as the longest chunk needs."""
 
     name = "triton"
 

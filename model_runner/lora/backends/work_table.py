@@ -2,8 +2,9 @@
 
     | qkv: items .. | tiles .. | slots .. | o: items .. | tiles .. | .. | gathered rows |
 
-Exactly as large as the step needs, or, for buffers that never move, as large as any step of so many tokens can need;
-unused records are zero. Costs what the tiles and their pages cost. The records are kernels.lora_segments'.
+It is exactly as large as the step needs, or, for static buffers, as large as any step of so many tokens can need;
+unused records are zero. Writing it takes time in proportion to the tiles and their pages. The layout of a record is
+that of compute/kernels/triton/lora/segments.py.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from model_runner.lora.site import vectors_of
 
 @dataclass(frozen=True)
 class GroupRange:
-    """Where a group's records lie in the table, how many fit, and how many pages the largest lane has."""
+    """Where a group's records begin in the table, how many fit, and `width`, the most pages of a lane."""
 
     items_at: int
     items: int
@@ -35,15 +36,15 @@ class GroupRange:
 
 @dataclass(frozen=True)
 class TableLayout:
-    """Where everything lies: the groups that have work, the gathered rows, and the size of the table."""
+    """The ranges of the groups that have work, where the gathered rows begin, and the size of the table."""
 
     groups: dict[str, GroupRange]
     gather_at: int
     size: int
 
 
-def largest(most: Mapping[str, int], tiles: int, rows: int) -> TableLayout:
-    """Room for any step of so many tiles and gathered rows; `most` pages or slots a lane, by group."""
+def largest_layout(most: Mapping[str, int], tiles: int, rows: int) -> TableLayout:
+    """The layout for any step of so many tiles and gathered rows; `most` is pages or slots of a lane, by group."""
     sizes = {
         group: (tiles * most.get(group, 0), tiles, tiles * most.get(vectors_of(group), 0), most.get(group, 0))
         for group in _groups(most)
@@ -51,46 +52,46 @@ def largest(most: Mapping[str, int], tiles: int, rows: int) -> TableLayout:
     return _lay_out(sizes, rows)
 
 
-def exact(tiles: Tiles, groups: Mapping[str, GroupLanes]) -> TableLayout:
-    """Room for this step."""
+def exact_layout(tiles: Tiles, groups: Mapping[str, GroupLanes]) -> TableLayout:
+    """The smallest layout for this step."""
     sizes = {}
     for group in _groups(groups):
-        pages_t, slots_t = _numbers(tiles, groups, group)
+        pages_t, slots_t = _counts(tiles, groups, group)
         busy = np.count_nonzero(pages_t + slots_t)
         if busy:
             sizes[group] = (int(pages_t.sum()), int(busy), int(slots_t.sum()), int(pages_t.max()))
     return _lay_out(sizes, len(tiles.gather))
 
 
-def write(table: NDArray[np.int32], places: TableLayout, tiles: Tiles, groups: Mapping[str, GroupLanes]) -> None:
-    """The step's records into their places; all others become zero."""
-    table[: places.gather_at] = 0
-    table[places.gather_at : places.gather_at + len(tiles.gather)] = tiles.gather
-    for group, place in places.groups.items():
-        pages_t, slots_t = _numbers(tiles, groups, group)
+def write(table: NDArray[np.int32], layout: TableLayout, tiles: Tiles, groups: Mapping[str, GroupLanes]) -> None:
+    """Writes the step's records; all other records become zero."""
+    table[: layout.gather_at] = 0
+    table[layout.gather_at : layout.gather_at + len(tiles.gather)] = tiles.gather
+    for group, span in layout.groups.items():
+        pages_t, slots_t = _counts(tiles, groups, group)
         busy = np.flatnonzero(pages_t + slots_t)
         pages_t, slots_t = pages_t[busy], slots_t[busy]
         rows_tn = np.stack([tiles.starts[busy], tiles.counts[busy]], axis=1)
         lanes_t = tiles.lanes[busy]
-        tile = table[place.tiles_at :][: len(busy) * RECORD].reshape(-1, RECORD)
+        tile = table[span.tiles_at :][: len(busy) * RECORD].reshape(-1, RECORD)
         tile[:, :2], tile[:, 2], tile[:, 3] = rows_tn, np.cumsum(pages_t) - pages_t, pages_t
         tile[:, 4], tile[:, 5] = np.cumsum(slots_t) - slots_t, slots_t
-        _write_list(table[place.items_at :], groups.get(group), lanes_t, pages_t, rows_tn)
-        _write_list(table[place.slots_at :], groups.get(vectors_of(group)), lanes_t, slots_t, rows_tn)
+        _write_list(table[span.items_at :], groups.get(group), lanes_t, pages_t, rows_tn)
+        _write_list(table[span.slots_at :], groups.get(vectors_of(group)), lanes_t, slots_t, rows_tn)
 
 
 def _write_list(
     room: NDArray[np.int32],
     lanes: GroupLanes | None,
     lanes_t: NDArray[np.int32],
-    numbers_t: NDArray[np.int32],
+    counts_t: NDArray[np.int32],
     rows_tn: NDArray[np.int32],
 ) -> None:
-    """A record for each of a tile's pages, tile after tile."""
-    if lanes is None or not len(numbers_t):
+    """Writes a record for each page of each tile, tile after tile."""
+    if lanes is None or not len(counts_t):
         return
-    tile_w = np.repeat(np.arange(len(numbers_t)), numbers_t)
-    order_w = np.arange(len(tile_w)) - np.repeat(np.cumsum(numbers_t) - numbers_t, numbers_t)
+    tile_w = np.repeat(np.arange(len(counts_t)), counts_t)
+    order_w = np.arange(len(tile_w)) - np.repeat(np.cumsum(counts_t) - counts_t, counts_t)
     at = (lanes_t[tile_w], order_w)
     record = room[: len(tile_w) * RECORD].reshape(-1, RECORD)
     record[:, :2], record[:, 3] = rows_tn[tile_w], order_w
@@ -98,13 +99,13 @@ def _write_list(
     record[:, 5] = lanes.scales_LK[at].view(np.int32)
 
 
-def _numbers(tiles: Tiles, groups: Mapping[str, GroupLanes], group: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """How many pages and slots each tile has in a group."""
+def _counts(tiles: Tiles, groups: Mapping[str, GroupLanes], group: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """How many pages and how many slots each tile has in a group."""
     none = np.zeros(len(tiles), np.int32)
     pages, slots = groups.get(group), groups.get(vectors_of(group))
     return (
-        none if pages is None else pages.numbers_L[tiles.lanes],
-        none if slots is None else slots.numbers_L[tiles.lanes],
+        none if pages is None else pages.counts_L[tiles.lanes],
+        none if slots is None else slots.counts_L[tiles.lanes],
     )
 
 
@@ -114,9 +115,9 @@ def _groups(names: Mapping[str, object]) -> list[str]:
 
 
 def _lay_out(sizes: Mapping[str, tuple[int, int, int, int]], rows: int) -> TableLayout:
-    places, at = {}, 0
+    ranges, at = {}, 0
     for group, (items, tiles, slots, width) in sizes.items():
         starts = [at, at + items * RECORD, at + (items + tiles) * RECORD]
         at += (items + tiles + slots) * RECORD
-        places[group] = GroupRange(starts[0], items, starts[1], tiles, starts[2], slots, width)
-    return TableLayout(places, at, at + rows)
+        ranges[group] = GroupRange(starts[0], items, starts[1], tiles, starts[2], slots, width)
+    return TableLayout(ranges, at, at + rows)

@@ -1,19 +1,21 @@
-"""Whole matrices that adapters bring in the place of the base's: the embedding and the head, a slot an adapter.
+"""Full weights that adapters bring in the place of the base's embedding or head, one slot an adapter.
 
-    y = y + sum over the lane's slots  scale * (answer of the slot's matrix - answer of the base's)
+    y = y + sum over the lane's slots  scale * (answer of the slot's weight - answer of the base's)
 
-With scale 1 and no delta beside it that is the slot's own answer. A matrix of another vocabulary than the base's stands
+With scale 1 and no delta beside it that is the slot's own answer. A weight of another vocabulary than the base's is
 alone in its lane: its answer is taken as it is, and the logits of a row end where its vocabulary does:
 
-    row of the base             | 0 .. 319 | -inf          |      as wide as the widest vocabulary in the step
+    row of the base             | 0 .. 319 | -inf          |      as wide as the largest vocabulary in the step
     row of 330 tokens           | 0 .. 319 | 320 .. 329    |
     row of 300 tokens           | 0 .. 299 | -inf | -inf   |
 
-Such rows are computed by lane, outside of recorded steps: the matrices are large, and few adapters have one. Knows
+Such rows are computed lane by lane, outside captured steps: the weights are large, and few adapters have one. Knows
 nothing of steps. Legend: T tokens, O out features, n rows of one lane, S rows of the head, V columns of logits.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -21,25 +23,28 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from model_runner.lora.pool.pages import RankPagePool
+from model_runner.lora.pool.site_pools import FullWeightPool
 from model_runner.lora.site import Site, full_weights_of
 from model_runner.platform.device import upload
 
-Lanes = NDArray[np.int32]
+LaneIndices = NDArray[np.int32]
+"""The lane of each row."""
 
 
-def vocabularies(site: Site, pages: RankPagePool, lanes_S: Lanes) -> NDArray[np.int64]:
+def vocabularies(site: Site, pages: RankPagePool, lanes_S: LaneIndices) -> NDArray[np.int64]:
     """[S]: how many tokens the vocabulary of each row's lane has."""
     pool, group = pages.full_weights.get(site.name), full_weights_of(site.group)
-    found = np.full(len(lanes_S), site.vocabulary)
-    for lane in np.unique(lanes_S).tolist() if pool is not None else []:
+    sizes_S = np.full(len(lanes_S), site.vocabulary)
+    if pool is None:
+        return sizes_S
+    for lane in np.unique(lanes_S).tolist():
         for slot, _ in pages.lanes.get(lane, {}).get(group, ()):
-            assert pool is not None
-            found[lanes_S == lane] = pool.vocab_S[slot]
-    return found
+            sizes_S[lanes_S == lane] = pool.vocab_S[slot]
+    return sizes_S
 
 
-def replace_rows(y_TO: torch.Tensor, x: torch.Tensor, site: Site, pages: RankPagePool, lanes_T: Lanes) -> None:
-    """Changes the rows of lanes that have matrices of their own at this site, in place.
+def replace_rows(y_TO: torch.Tensor, x: torch.Tensor, site: Site, pages: RankPagePool, lanes_T: LaneIndices) -> None:
+    """Changes the rows of lanes that have full weights of this site, in place.
 
     Of a head's y, the first columns are the base's.
     """
@@ -54,36 +59,43 @@ def replace_rows(y_TO: torch.Tensor, x: torch.Tensor, site: Site, pages: RankPag
         x_n = x[rows_n]
         if any(pool.vocab_S[slot] != site.vocabulary for slot, _ in pairs):
             assert [scale for _, scale in pairs] == [1.0], f"lane {lane} mixes vocabularies"
-            own_nO = _answer(site, pool.matrix(pairs[0][0]), x_n)
+            own_nO = _answer(site, pool.weight(pairs[0][0]), x_n)
             y_TO[rows_n, : own_nO.shape[1]] = own_nO
-            continue
-        y_nO = y_TO[rows_n, : site.out_features].float()
-        base_nO = _base_answer(site, x_n).float()
-        for slot, scale in pairs:
-            y_nO += scale * (_answer(site, pool.matrix(slot), x_n).float() - base_nO)
-        y_TO[rows_n, : site.out_features] = y_nO.to(y_TO.dtype)
+        else:
+            y_nO = y_TO[rows_n, : site.out_features].float()
+            _add_changes(y_nO, x_n, site, pool, pairs)
+            y_TO[rows_n, : site.out_features] = y_nO.to(y_TO.dtype)
 
 
-def _base_answer(site: Site, x_n: torch.Tensor) -> torch.Tensor:
-    """[n, O]: what the base answers."""
-    return functional.embedding(x_n, site.base.dequantize()) if site.embeds else site.base.apply(x_n)
-
-
-def _answer(site: Site, matrix: torch.Tensor, x_n: torch.Tensor) -> torch.Tensor:
-    """[n, O]: what a matrix in the place of the base's answers."""
-    return functional.embedding(x_n, matrix) if site.embeds else functional.linear(x_n, matrix)
-
-
-def widen(y_SV: torch.Tensor, vocab_S: NDArray[np.int64]) -> torch.Tensor:
-    """y with a column for every token of the largest vocabulary; what is new holds nothing that counts."""
+def pad_vocabulary(y_SV: torch.Tensor, vocab_S: NDArray[np.int64]) -> torch.Tensor:
+    """y with a column for every token of the largest vocabulary; the values of new columns are not meaningful."""
     more = int(vocab_S.max(initial=0)) - y_SV.shape[1]
     return functional.pad(y_SV, (0, more)) if more > 0 else y_SV
 
 
-def close(logits_SV: torch.Tensor, vocab_S: NDArray[np.int64]) -> None:
-    """No row can have a token beyond its own vocabulary: -inf there, in place."""
+def mask_beyond_vocabulary(logits_SV: torch.Tensor, vocab_S: NDArray[np.int64]) -> None:
+    """-inf, in place, in the columns beyond each row's own vocabulary."""
     columns = logits_SV.shape[1]
     if (vocab_S < columns).any():
         ends_S1 = upload(vocab_S, logits_SV.device)[:, None]
         beyond_SV = torch.arange(columns, device=logits_SV.device)[None] >= ends_S1
         logits_SV.masked_fill_(beyond_SV, float("-inf"))
+
+
+def _add_changes(
+    y_nO: torch.Tensor, x_n: torch.Tensor, site: Site, pool: FullWeightPool, pairs: Sequence[tuple[int, float]]
+) -> None:
+    """Adds scale * (the slot's answer - the base's) for each slot, in float32, in place."""
+    base_nO = _base_answer(site, x_n).float()
+    for slot, scale in pairs:
+        y_nO += scale * (_answer(site, pool.weight(slot), x_n).float() - base_nO)
+
+
+def _base_answer(site: Site, x_n: torch.Tensor) -> torch.Tensor:
+    """[n, O]: the answer of the base."""
+    return functional.embedding(x_n, site.base.dequantize()) if site.embeds else site.base.apply(x_n)
+
+
+def _answer(site: Site, weight: torch.Tensor, x_n: torch.Tensor) -> torch.Tensor:
+    """[n, O]: the answer of a weight in the place of the base's."""
+    return functional.embedding(x_n, weight) if site.embeds else functional.linear(x_n, weight)

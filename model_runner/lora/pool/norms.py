@@ -1,10 +1,11 @@
-"""Norms that adapters bring in the place of the base's: slots of whole weights, and what each lane is normed with.
+"""Norm weights that adapters bring in the place of the base's: slots of full weights, and a table of weights by lane.
 
     slots [V, N] float32     every norm of the model side by side, as one adapter has them
     table [lanes + 1, N]     row 0 the base's; of a lane  base + sum over its slots  scale * (slot - base)
 
-The weights of a step's rows are rows of the table, which never moves: a recorded step reads it by lane like any other.
-Knows nothing of steps. Legend: V slots, N numbers of all norms, L = lanes + 1, H numbers of one norm.
+The norm weights of a step's rows are rows of the table. Its address never changes, so a captured step reads it by lane
+as an eager step does. Knows nothing of steps. Legend: V slots, N numbers of all norms, L = lanes + 1, H numbers of one
+norm.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class NormPool:
             self._spans[site.name] = slice(begin, begin + site.out_features)
             begin += site.out_features
         self._version = -1
-        self._own: set[int] = set()
+        self._lanes_with_slots: set[int] = set()
 
     @property
     def bytes(self) -> int:
@@ -55,22 +56,20 @@ class NormPool:
         return self.slots_VN[slot, self._spans[site.name]]
 
     def refresh(self, lanes: Mapping[int, Pairs], version: int) -> None:
-        """Brings the table up to date with the lanes that have slots; `version` tells whether they, or what slots hold,
-        changed.
-        """
+        """Brings the table up to date with the lanes that have slots. The same `version` as before: nothing changed."""
         if version == self._version:
             return
         self._version = version
-        for lane in self._own - lanes.keys():
+        for lane in self._lanes_with_slots - lanes.keys():
             self.table_LN[lane] = self.base_N
         for lane, pairs in lanes.items():
             self.table_LN[lane] = self._weights(pairs)
-        self._own = set(lanes)
+        self._lanes_with_slots = set(lanes)
 
     def _weights(self, pairs: Pairs) -> torch.Tensor:
-        """[N]: those of one adapter as they are, of a mix the sum of what each changes."""
+        """[N]: the weights of one adapter as they are; of a mix, the base plus the scaled change of each adapter."""
         (slot, scale), *more = pairs
         if scale == 1 and not more:
             return self.slots_VN[slot]
-        moved = [(self.slots_VN[slot] - self.base_N) * scale for slot, scale in pairs]
-        return self.base_N + torch.stack(moved).sum(0)
+        changes = [(self.slots_VN[slot] - self.base_N) * scale for slot, scale in pairs]
+        return self.base_N + torch.stack(changes).sum(0)

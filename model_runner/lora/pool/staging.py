@@ -1,9 +1,9 @@
-"""From the host to CUDA memory beside the computation: a ring of pinned buffers, and a stream of its own.
+"""Copies from the host to CUDA memory beside the computation: a ring of pinned buffers, and a side stream.
 
-    host tier --memcpy--> pinned buffer 0..3 --asynchronous copy on the side stream--> page
+    host cache --memcpy--> pinned buffer 0..3 --asynchronous copy on the side stream--> page
 
-So no adapter needs pinned memory of its own, and a copy waits for the device only when the whole ring is on its way.
-Knows nothing of adapters.
+No adapter needs pinned memory of its own, and a copy waits for the device only when all buffers are in flight. Knows
+nothing of adapters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BUFFERS = 4
 
 
 class Staging:
-    """The ring. Buffers grow to the largest pair of tensors that passes; what it fills was made before it."""
+    """The ring. A buffer grows to the largest pair of tensors it has held; its targets are allocated before it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -29,7 +29,7 @@ class Staging:
 
     @contextmanager
     def into(self, a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Host tensors shaped like these contiguous device tensors, to be written; they are sent on leaving."""
+        """Host tensors like these contiguous device tensors, for the caller to write; they are sent on leaving."""
         number, self._next = self._next, (self._next + 1) % BUFFERS
         self._sent[number].synchronize()
         buffer = self._buffers[number]
@@ -44,15 +44,15 @@ class Staging:
             b.copy_(host_b, non_blocking=True)
             self._sent[number].record()
 
-    def follow(self) -> None:
-        """What is sent from now on waits for what the computation was given so far."""
+    def wait_for_compute(self) -> None:
+        """Copies from now on wait for what the computation stream has been given so far."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
-    def lead(self) -> None:
-        """What the computation is given from now on waits for what was sent so far."""
+    def make_compute_wait(self) -> None:
+        """What the computation stream is given from now on waits for the copies so far."""
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
-    def mark(self) -> torch.cuda.Event:
+    def record(self) -> torch.cuda.Event:
         """An event after everything that was sent so far."""
         event = _event()
         event.record(self._stream)

@@ -1,7 +1,7 @@
-"""A step's tables from the host to the device: one asynchronous copy each, from a ring of pinned buffers.
+"""Copies a step's tables to the device: one asynchronous copy each, from a ring of pinned buffers.
 
-A buffer is written again only after its copy has left it, which with as many buffers as these never waits in practice.
-Without CUDA the copy is done at once. Knows nothing of what the numbers mean.
+A buffer is written again only after its copy has ended; with four buffers that never waits in practice. Without CUDA
+the copy is synchronous. Knows nothing of what the numbers mean.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Upload:
         self._next = 0
 
     def buffer(self, numbers: int) -> NDArray[np.int32]:
-        """Room for so many int32 on the host, unwritten; `send` sends what the last one holds."""
+        """An unwritten host buffer of so many int32; `send` sends the last one asked for."""
         self._next = (self._next + 1) % BUFFERS
         event = self._sent[self._next]
         if event is not None:
@@ -35,7 +35,7 @@ class Upload:
         return self._buffers[self._next][:numbers].numpy()
 
     def send(self, numbers: int, into: torch.Tensor | None = None) -> torch.Tensor:
-        """The first so many int32 of the last buffer, on the device; at the beginning of `into` where it is given."""
+        """Sends the first so many int32 of the last buffer; into the beginning of `into` where it is given."""
         source = self._buffers[self._next][:numbers]
         target = torch.empty(numbers, dtype=torch.int32, device=self._device) if into is None else into
         target[:numbers].copy_(source, non_blocking=True)

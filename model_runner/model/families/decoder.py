@@ -24,7 +24,7 @@ import torch
 from model_runner.compute.attention.base import AttentionBackend
 from model_runner.config import ModelConfig
 from model_runner.lora.backends.base import LoraBackend
-from model_runner.lora.pool.full_weights import Lanes
+from model_runner.lora.pool.full_weights import LaneIndices
 from model_runner.lora.site import Site
 from model_runner.model.layers.attention import Attention
 from model_runner.model.layers.embedding import Embedding, Head, read_head
@@ -152,7 +152,7 @@ class Decoder:
         """Embeddings as the first layer takes them."""
         return x_TH
 
-    def logits(self, hidden_SH: torch.Tensor, lora: Any = None, lanes_S: Lanes | None = None) -> torch.Tensor:
+    def logits(self, hidden_SH: torch.Tensor, lora: Any = None, lanes_S: LaneIndices | None = None) -> torch.Tensor:
         """[S, V] float32 for the rows of `forward`'s answer that are asked for.
 
         `lora` is planned for these rows; `lanes_S` are theirs, where one of them brings a head of its own.

@@ -11,7 +11,13 @@ import torch
 from torch.nn.functional import embedding
 
 from model_runner.lora.backends.base import LoraBackend
-from model_runner.lora.pool.full_weights import Lanes, close, replace_rows, vocabularies, widen
+from model_runner.lora.pool.full_weights import (
+    LaneIndices,
+    mask_beyond_vocabulary,
+    pad_vocabulary,
+    replace_rows,
+    vocabularies,
+)
 from model_runner.lora.site import EMBED, HEAD, Site, Slice
 from model_runner.model.layers.weights import Weights
 from model_runner.quantization.base import LinearMethod
@@ -26,7 +32,7 @@ class Embedding:
         self.site = Site("embed", "model", -1, EMBED, (Slice("embed_tokens", 0, weight.shape[1]),), Plain(weight))
         self.lora: LoraBackend | None = None
 
-    def __call__(self, tokens_T: torch.Tensor, lora: Any = None, lanes_T: Lanes | None = None) -> torch.Tensor:
+    def __call__(self, tokens_T: torch.Tensor, lora: Any = None, lanes_T: LaneIndices | None = None) -> torch.Tensor:
         """[T] -> [T, H]; `lora` is what the backend planned for these tokens, `lanes_T` as in the batch."""
         known_T = tokens_T
         if lanes_T is not None:  # a token beyond the base's vocabulary is in its own lane's table
@@ -46,7 +52,7 @@ class Head:
         self.site = Site("head", "", -1, HEAD, (Slice("lm_head", 0, base.shape[0]),), base, tied=tied)
         self.lora: LoraBackend | None = None
 
-    def __call__(self, hidden_SH: torch.Tensor, lora: Any = None, lanes_S: Lanes | None = None) -> torch.Tensor:
+    def __call__(self, hidden_SH: torch.Tensor, lora: Any = None, lanes_S: LaneIndices | None = None) -> torch.Tensor:
         """[S, H] -> [S, V] float32; `lora` is what the backend planned for these rows, `lanes_S` their lanes.
 
         V is the largest vocabulary among these rows'; `close` says where each of them ends.
@@ -55,14 +61,14 @@ class Head:
         if self.lora is not None and lora is not None:
             self.lora.adapt(y_SV, hidden_SH, self.site, lora)
         if self.lora is not None and lanes_S is not None:
-            y_SV = widen(y_SV, vocabularies(self.site, self.lora.pages, lanes_S))
+            y_SV = pad_vocabulary(y_SV, vocabularies(self.site, self.lora.pages, lanes_S))
             replace_rows(y_SV, hidden_SH, self.site, self.lora.pages, lanes_S)
         return y_SV.float()
 
-    def close(self, logits_SV: torch.Tensor, lanes_S: Lanes) -> None:
+    def close(self, logits_SV: torch.Tensor, lanes_S: LaneIndices) -> None:
         """Ends each row's logits where its vocabulary ends, in place."""
         if self.lora is not None:
-            close(logits_SV, vocabularies(self.site, self.lora.pages, lanes_S))
+            mask_beyond_vocabulary(logits_SV, vocabularies(self.site, self.lora.pages, lanes_S))
 
 
 def read_head(weights: Weights, vocabulary: int, hidden: int) -> Head:

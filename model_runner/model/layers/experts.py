@@ -108,7 +108,7 @@ class SparseMLP:
 
     def _touched(self, lanes_T: NDArray[np.int32]) -> bool:
         lora = self.router.lora
-        return lora is not None and lora.pages.touch(set(lanes_T.tolist()), EXPERTS)
+        return lora is not None and lora.pages.any_lane_uses(set(lanes_T.tolist()), EXPERTS)
 
     def _together(self, x_nH: torch.Tensor, experts_n: torch.Tensor) -> torch.Tensor:
         """[n, H]: every pick through its expert; picks are sorted by expert."""

@@ -35,7 +35,7 @@ def write(directory: Path, model_type: str = "llama", **fields: Any) -> Path:
 
 
 @pytest.mark.parametrize("model_type", TYPES)
-def test_absent_fields_mean_what_transformers_means(model_type: str, tmp_path: Path) -> None:
+def test_absent_fields_have_the_defaults_of_transformers(model_type: str, tmp_path: Path) -> None:
     from transformers import AutoConfig
 
     model_config = read_model_config(write(tmp_path, model_type))
@@ -59,7 +59,7 @@ def test_absent_fields_mean_what_transformers_means(model_type: str, tmp_path: P
 
 
 @pytest.mark.parametrize("model_type", TYPES)
-def test_absent_numbers_of_a_familys_own_are_those_of_transformers(model_type: str, tmp_path: Path) -> None:
+def test_absent_family_numbers_are_those_of_transformers(model_type: str, tmp_path: Path) -> None:
     from transformers import AutoConfig
 
     model_config = read_model_config(write(tmp_path, model_type))
@@ -78,7 +78,7 @@ def test_absent_numbers_of_a_familys_own_are_those_of_transformers(model_type: s
 
 
 @pytest.mark.parametrize("name", TYPES.values())
-def test_every_family_has_a_model_and_words_for_people(name: str, tmp_path: Path) -> None:
+def test_every_family_has_a_decoder_and_a_title(name: str, tmp_path: Path) -> None:
     import transformers
 
     assert hasattr(transformers, name)
@@ -88,7 +88,7 @@ def test_every_family_has_a_model_and_words_for_people(name: str, tmp_path: Path
     assert build_decoder(model_config, Weights(torch.device("meta"), torch.float32, Shard())).sites
 
 
-def test_the_tiny_models_are_of_all_families(tiny_model: Callable[[str], Path]) -> None:
+def test_tiny_models_cover_all_families(tiny_model: Callable[[str], Path]) -> None:
     assert {read_model_config(tiny_model(name)).family for name in FAMILIES} == {
         kind.removesuffix("_text") for kind in TYPES
     }
@@ -145,11 +145,13 @@ def test_biases_and_norms_are_those_in_the_checkpoint(family: str, tiny_model: C
         ("smollm3", {"sliding_window": 7, "use_sliding_window": True}, (None, None, None, 7)),
     ],
 )
-def test_windows(model_type: str, fields: dict[str, Any], windows: tuple[int | None, ...], tmp_path: Path) -> None:
+def test_windows_by_layer(
+    model_type: str, fields: dict[str, Any], windows: tuple[int | None, ...], tmp_path: Path
+) -> None:
     assert read_model_config(write(tmp_path, model_type, **fields)).windows == windows
 
 
-def test_a_null_cap_is_none(tmp_path: Path) -> None:
+def test_null_softcap_is_none(tmp_path: Path) -> None:
     model_config = read_model_config(
         write(tmp_path, "gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
     )
@@ -157,7 +159,7 @@ def test_a_null_cap_is_none(tmp_path: Path) -> None:
     assert model_config.logit_cap is None
 
 
-def test_layers_that_are_not_turned(tmp_path: Path) -> None:
+def test_layers_without_rotation(tmp_path: Path) -> None:
     model_config = read_model_config(write(tmp_path, "smollm3", no_rope_layers=[1, 0, 0, 1]))
     assert [rope is not None for rope in model_config.ropes] == [True, False, False, True]
 
@@ -187,7 +189,7 @@ def test_dtype_by_its_old_and_new_name(tmp_path: Path) -> None:
     assert read_model_config(write(tmp_path)).dtype == torch.float32
 
 
-def test_model_type_serves_where_architectures_is_absent(tmp_path: Path) -> None:
+def test_model_type_stands_in_for_absent_architectures(tmp_path: Path) -> None:
     assert read_model_config(write(tmp_path, "qwen3", architectures=None)).family == "qwen3"
 
 
@@ -245,14 +247,12 @@ def test_refusals_name_the_field(fields: dict[str, Any], named: str, tmp_path: P
         ("qwen3_moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers"),
     ],
 )
-def test_a_twist_that_is_not_served_is_named(
-    model_type: str, fields: dict[str, Any], named: str, tmp_path: Path
-) -> None:
+def test_unserved_field_is_named(model_type: str, fields: dict[str, Any], named: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=named):
         read_model_config(write(tmp_path, model_type, **fields))
 
 
-def test_values_that_change_nothing_are_no_twist(tmp_path: Path) -> None:
+def test_inert_values_are_accepted(tmp_path: Path) -> None:
     inert = {"embedding_multiplier": 1.0, "use_qk_norm": False, "num_local_experts": 0, "clip_qkv": None}
     assert read_model_config(write(tmp_path, **inert, layer_types=["full_attention"] * 4)).family == "llama"
 
@@ -266,18 +266,18 @@ def test_values_that_change_nothing_are_no_twist(tmp_path: Path) -> None:
         ("mistral", ["full_attention"] * 4),
     ],
 )
-def test_layer_types_that_cannot_be(model_type: str, kinds: list[str], tmp_path: Path) -> None:
+def test_impossible_layer_types_are_refused(model_type: str, kinds: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="layer_types"):
         read_model_config(write(tmp_path, model_type, layer_types=kinds))
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000, "\x00"])
-def test_a_config_that_is_none(text: str, tmp_path: Path) -> None:
+def test_config_that_is_no_json_object_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json"):
         read_model_config(tmp_path)
 
 
-def test_no_config_at_all(tmp_path: Path) -> None:
+def test_missing_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is .* a model directory"):
         read_model_config(tmp_path)

@@ -94,7 +94,7 @@ PHI_VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("length", [512, 513])
 @pytest.mark.parametrize("variant", PHI_VARIANTS)
-def test_longrope_by_the_length_that_is_served(variant: str, length: int, tmp_path: Path) -> None:
+def test_longrope_factors_by_context_length(variant: str, length: int, tmp_path: Path) -> None:
     from transformers import AutoConfig
     from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
@@ -111,7 +111,7 @@ def test_longrope_by_the_length_that_is_served(variant: str, length: int, tmp_pa
     torch.testing.assert_close(ours.sin[:, 0], sin[0, :, :12], atol=1e-3, rtol=0)
 
 
-def test_only_the_first_dimensions_of_a_head_are_turned() -> None:
+def test_partial_rotation_turns_the_first_dimensions() -> None:
     rotate = Rotary(Rope(share=0.5), 8, torch.device("cpu"), torch.float32)(torch.tensor([3, 5]))
     heads = torch.arange(48.0).view(2, 3, 8)
     turned = TorchOps().rope(heads, *rotate)
@@ -119,7 +119,7 @@ def test_only_the_first_dimensions_of_a_head_are_turned() -> None:
     assert not torch.equal(turned[..., :4], heads[..., :4])
 
 
-def test_yarn_reaches_beyond_a_config_left_as_it_was(tmp_path: Path) -> None:
+def test_yarn_extends_an_unchanged_max_length(tmp_path: Path) -> None:
     assert read_model_config(write(tmp_path, **VARIANTS["yarn"])).max_length == 4096
     scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
     assert read_model_config(write(tmp_path, rope_scaling=scaling)).max_length == 16384

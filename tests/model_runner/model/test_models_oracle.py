@@ -65,7 +65,7 @@ def test_logits_equal_transformers(family: str, tiny_model: TinyModel) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama3", "mistral", "qwen2", "qwen3", "gemma3", "olmo2", "phi3"])
-def test_half_precision_stays_near(family: str, dtype: torch.dtype, tiny_model: TinyModel) -> None:
+def test_half_precision_logits_stay_near_transformers(family: str, dtype: torch.dtype, tiny_model: TinyModel) -> None:
     path = tiny_model(family)
     oracle = Oracle(path)
     ids = draw_ids(4, 40)
@@ -75,7 +75,7 @@ def test_half_precision_stays_near(family: str, dtype: torch.dtype, tiny_model: 
     assert (ours.exp() - oracle.logprobs(ids).exp()).abs().mean(0).max() < tolerance
 
 
-def test_rows_do_not_feel_who_shares_the_batch(tiny_model: TinyModel) -> None:
+def test_rows_do_not_depend_on_the_rest_of_the_batch(tiny_model: TinyModel) -> None:
     decoder = load(tiny_model("llama3"))
     draw = random.Random(5)
     ids = [draw.randrange(VOCAB) for _ in range(40)]
@@ -89,7 +89,7 @@ def test_rows_do_not_feel_who_shares_the_batch(tiny_model: TinyModel) -> None:
     torch.testing.assert_close(torch.cat([first, second]), expected, atol=1e-4, rtol=1e-5)
 
 
-def test_longrope_is_chosen_by_what_is_served(tmp_path: Path) -> None:
+def test_longrope_factors_follow_the_context_length(tmp_path: Path) -> None:
     path = build("phi3-longrope", tmp_path, original_max_position_embeddings=24)
     oracle = Oracle(path)
     short = draw_prompts(oracle, (1, 5, 12))
@@ -102,7 +102,7 @@ def test_longrope_is_chosen_by_what_is_served(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_on_cuda(family: str, tiny_model: TinyModel) -> None:
+def test_greedy_tokens_on_cuda_equal_transformers(family: str, tiny_model: TinyModel) -> None:
     path = tiny_model(family)
     oracle, decoder = Oracle(path), load(path, device="cuda")
     prompts = draw_prompts(oracle)

@@ -24,7 +24,7 @@ needs_packing = pytest.mark.skipif(not Packed.supports(torch.bfloat16, CPU), rea
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_packing)], ids=str)
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 32, 33, 130])
-def test_equals_the_exact_product(rows: int, dtype: torch.dtype) -> None:
+def test_packed_linear_equals_the_exact_product(rows: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(rows)
     wide_TI, weight_OI, bias_O = (
         torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, 96), (160, 48), (160,))
@@ -43,7 +43,7 @@ def test_equals_the_exact_product(rows: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(y_TO.double(), exact, rtol=near, atol=near * 10)
 
 
-def test_only_bfloat16_on_a_cpu_is_packed_and_a_switch_turns_it_off() -> None:
+def test_packing_is_for_bfloat16_on_a_cpu() -> None:
     assert not Packed.supports(torch.float32, CPU)
     assert not Packed.supports(torch.bfloat16, torch.device("cuda"))
     torch._C._set_mkldnn_enabled(False)
@@ -54,7 +54,7 @@ def test_only_bfloat16_on_a_cpu_is_packed_and_a_switch_turns_it_off() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama2", "qwen2", "gemma2", "phi3", "mixtral"])
-def test_a_packed_model_equals_peft(family: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_packed_model_equals_peft(family: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     path = tiny_model(family)
     targets = ["qkv_proj", "gate_up_proj"] if family == "phi3" else ["q_proj", "v_proj", "o_proj"]
     adapters = {

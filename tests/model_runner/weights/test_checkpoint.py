@@ -48,7 +48,7 @@ def spoil(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) 
     save_file(tensors, directory / SINGLE)
 
 
-def test_every_tensor_arrives_where_its_name_says(tiny_model: TinyModel) -> None:
+def test_every_tensor_is_copied_to_its_placement(tiny_model: TinyModel) -> None:
     path = tiny_model("qwen2")
     expected, ours = load_file(path / SINGLE), filled(path)
     assert ours.keys() == expected.keys()
@@ -75,7 +75,7 @@ def test_fused_sites_hold_their_slices_side_by_side(tiny_model: TinyModel) -> No
 
 
 @pytest.mark.parametrize("family", ["qwen3", "phi3", "mixtral"])
-def test_sharded_equals_whole(family: str, tmp_path: Path) -> None:
+def test_sharded_checkpoint_equals_a_single_file(family: str, tmp_path: Path) -> None:
     whole = build(family, tmp_path / "whole")
     parts = build(family, tmp_path / "parts", max_shard_size="100KB")
     assert (parts / INDEX).is_file()
@@ -85,7 +85,7 @@ def test_sharded_equals_whole(family: str, tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-def test_a_fused_tensor_is_cut_into_its_parts(tiny_model: TinyModel) -> None:
+def test_fused_tensor_is_one_slice(tiny_model: TinyModel) -> None:
     path = tiny_model("phi3")
     tensors, decoder = load_file(path / SINGLE), load(path)
     for site in decoder.sites:
@@ -94,7 +94,7 @@ def test_a_fused_tensor_is_cut_into_its_parts(tiny_model: TinyModel) -> None:
             assert torch.equal(site.base.weight, tensors[f"{site.path}.{site.group}_proj.weight"])
 
 
-def test_a_fused_tensor_of_another_shape_is_named(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_fused_tensor_of_another_shape_is_named(tiny_model: TinyModel, tmp_path: Path) -> None:
     shutil.copytree(tiny_model("phi3"), tmp_path / "m")
     name = "model.layers.1.self_attn.qkv_proj.weight"
     spoil(tmp_path / "m", lambda tensors: tensors.update({name: tensors[name][:-1].contiguous()}))
@@ -102,7 +102,7 @@ def test_a_fused_tensor_of_another_shape_is_named(tiny_model: TinyModel, tmp_pat
         load(tmp_path / "m")
 
 
-def test_a_missing_expert_is_named(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_missing_expert_is_named(tiny_model: TinyModel, tmp_path: Path) -> None:
     shutil.copytree(tiny_model("mixtral"), tmp_path / "m")
     name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
     spoil(tmp_path / "m", lambda tensors: tensors.pop(name))
@@ -118,7 +118,7 @@ def test_other_float_types_are_cast(stored: torch.dtype, copy: Path) -> None:
         assert torch.equal(tensor, expected[name])
 
 
-def test_harmless_tensors_are_passed_over(copy: Path) -> None:
+def test_harmless_tensors_are_skipped(copy: Path) -> None:
     spoil(copy, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     spoil(copy, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
     load(copy)
@@ -139,15 +139,13 @@ NORM = "model.layers.1.input_layernorm.weight"
         (lambda t: t.update({NORM: torch.ones(64).to(torch.float8_e4m3fn)}), "F8_E4M3"),
     ],
 )
-def test_a_tensor_that_is_wrong_is_named(
-    change: Callable[[dict[str, torch.Tensor]], object], named: str, copy: Path
-) -> None:
+def test_wrong_tensor_is_named(change: Callable[[dict[str, torch.Tensor]], object], named: str, copy: Path) -> None:
     spoil(copy, change)
     with pytest.raises(ConfigError, match=named):
         load(copy)
 
 
-def test_an_untied_head_is_needed(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_untied_head_is_required(tiny_model: TinyModel, tmp_path: Path) -> None:
     shutil.copytree(tiny_model("llama2"), tmp_path / "m")
     spoil(tmp_path / "m", lambda t: t.pop("lm_head.weight"))
     with pytest.raises(ConfigError, match=r"lm_head\.weight"):
@@ -171,13 +169,13 @@ def test_weights_too_large_for_float16_are_refused(copy: Path) -> None:
         struct.pack("<Q", 69) + b'{"model.norm.weight":{"dtype":"F32","shape":[64],"data_offsets":[0,8]}}'[:69],
     ],
 )
-def test_a_lying_header_is_an_error_by_name(data: bytes, copy: Path) -> None:
+def test_false_header_is_named(data: bytes, copy: Path) -> None:
     (copy / SINGLE).write_bytes(data)
     with pytest.raises(ConfigError, match=SINGLE):
         load(copy)
 
 
-def test_a_cut_off_file_is_an_error_by_name(copy: Path) -> None:
+def test_truncated_file_is_named(copy: Path) -> None:
     data = (copy / SINGLE).read_bytes()
     (copy / SINGLE).write_bytes(data[: len(data) // 2])
     with pytest.raises(ConfigError, match=SINGLE):
@@ -188,14 +186,14 @@ def test_a_cut_off_file_is_an_error_by_name(copy: Path) -> None:
     "index",
     ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "gone.safetensors"}}', '{"weight_map": {"a": "../x"}}'],
 )
-def test_an_index_that_is_wrong(index: str, copy: Path) -> None:
+def test_wrong_index_is_refused(index: str, copy: Path) -> None:
     (copy / SINGLE).rename(copy.parent / "x")
     (copy / INDEX).write_text(index)
     with pytest.raises(ConfigError, match="index"):
         load(copy)
 
 
-def test_a_tensor_in_two_shards(copy: Path) -> None:
+def test_tensor_in_two_shards_is_refused(copy: Path) -> None:
     (copy / SINGLE).rename(copy / "a.safetensors")
     shutil.copy(copy / "a.safetensors", copy / "b.safetensors")
     (copy / INDEX).write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
@@ -203,7 +201,7 @@ def test_a_tensor_in_two_shards(copy: Path) -> None:
         load(copy)
 
 
-def test_a_directory_without_safetensors_says_what_to_do(copy: Path) -> None:
+def test_directory_without_safetensors_names_the_conversion(copy: Path) -> None:
     (copy / SINGLE).unlink()
     with pytest.raises(ConfigError, match=SINGLE):
         load(copy)
@@ -212,7 +210,7 @@ def test_a_directory_without_safetensors_says_what_to_do(copy: Path) -> None:
         load(copy)
 
 
-def test_progress_goes_to_stderr_and_only_when_wanted(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_goes_to_stderr_on_request(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     load(copy)
     assert capsys.readouterr() == ("", "")
     load(copy, progress=True)
@@ -221,7 +219,7 @@ def test_progress_goes_to_stderr_and_only_when_wanted(copy: Path, capsys: pytest
     assert "weights: 100%" in err
 
 
-def test_a_placement_takes_only_its_cut(tmp_path: Path) -> None:
+def test_placement_takes_only_its_cut(tmp_path: Path) -> None:
     save_file({"w": torch.arange(24.0).view(4, 6)}, tmp_path / SINGLE)
     into = torch.empty(4, 3)
     load_checkpoint(tmp_path, [Placement("w", into, (4, 6), (slice(None), slice(3, 6)))])

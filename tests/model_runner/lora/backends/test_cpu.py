@@ -108,7 +108,7 @@ def check(lora: TorchLora, chunks: list[tuple[int, int]]) -> None:
         torch.testing.assert_close(compute(lora, site, x, meta).double(), y, atol=2e-4, rtol=2e-4)
 
 
-def test_a_plan_counts_lanes_and_then_names_their_rows_and_pages() -> None:
+def test_plan_lists_lanes_then_rows_and_pages() -> None:
     tokens = plan_delta(
         [
             LaneTokens(np.array([0, 7]), [(3, 1.0), (9, 1.5)]),
@@ -122,7 +122,7 @@ def test_a_plan_counts_lanes_and_then_names_their_rows_and_pages() -> None:
     assert (tokens.plan.dtype, tokens.scales_q.dtype) == (torch.int64, torch.float32)
 
 
-def test_all_lanes_of_a_group_are_one_part() -> None:
+def test_all_lanes_of_a_group_are_one_plan() -> None:
     lora = backend(Eager())
     meta = lora.plan(layout([(1, 2), (3, 40), (0, 3), (2, 1), (6, 33), (1, 30), (7, 1), (5, 1)]))
     assert meta is not None
@@ -135,7 +135,7 @@ def test_all_lanes_of_a_group_are_one_part() -> None:
     assert [type(part) for part in meta[vectors_of("qkv")]] == [LaneBatch]
 
 
-def test_without_kernels_everything_is_read() -> None:
+def test_lane_batches_are_used_without_kernels() -> None:
     never = KernelSet("never")
     for lora in (backend(), backend(never), backend(KernelSet("background"))):
         meta = lora.plan(layout([(1, 2), (2, 1), (6, 3)]))
@@ -143,7 +143,7 @@ def test_without_kernels_everything_is_read() -> None:
         assert {type(part) for parts in meta.values() for part in parts} == {LaneBatch}
 
 
-def test_a_function_that_comes_while_it_runs_is_used_from_the_next_step_on() -> None:
+def test_kernel_compiled_later_is_used_from_the_next_step() -> None:
     kernels = Eager({KernelKey("delta", "float32")})
     lora = backend(kernels)
     chunks = [(1, 2), (4, 1)]
@@ -162,7 +162,7 @@ def test_a_function_that_comes_while_it_runs_is_used_from_the_next_step_on() -> 
     assert kernels.calls
 
 
-def test_what_no_page_touches_is_not_computed() -> None:
+def test_untouched_sites_call_no_kernel() -> None:
     kernels = Eager()
     lora = backend(kernels)
     meta = lora.plan(layout([(4, 1)]))
@@ -174,7 +174,7 @@ def test_what_no_page_touches_is_not_computed() -> None:
         assert len(kernels.calls) == (site.layer == 1 and site.group in ("gate_up", "o"))
 
 
-def test_the_pool_is_handed_over_where_it_lies_and_so_is_a_strided_input() -> None:
+def test_pool_is_passed_without_a_copy() -> None:
     kernels = Eager()
     lora = backend(kernels)
     site = SITES[0]
@@ -192,7 +192,7 @@ def test_the_pool_is_handed_over_where_it_lies_and_so_is_a_strided_input() -> No
     assert torch.equal(given_x, x)
 
 
-def test_what_is_asked_for() -> None:
+def test_wanted_kernels_by_dtype() -> None:
     for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
         deltas = DeltaKernel(RankPagePool(SITES, {"down": 1}, 1, dtype, CPU))
         assert deltas.wanted_kernels(dtype) == [KernelKey("delta", name)]
@@ -211,7 +211,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_steps(step: str) -> None:
+def test_steps_equal_float64(step: str) -> None:
     check(backend(Eager()), STEPS[step])
 
 
@@ -221,13 +221,13 @@ LORA = backend(EAGER)
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, len(MIXES)), st.sampled_from([1, 1, 1, 2, 5, 40])), min_size=1, max_size=10))
-def test_any_step(chunks: list[tuple[int, int]]) -> None:
+def test_any_step_equals_float64(chunks: list[tuple[int, int]]) -> None:
     EAGER.calls.clear()
     check(LORA, chunks)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 3e38])
-def test_a_poisoned_row_leaves_all_others_bit_equal(poison: float) -> None:
+def test_poisoned_row_leaves_all_others_bit_equal(poison: float) -> None:
     chunks = [(1, 1), (2, 2), (0, 1), (3, 1), (5, 1)]
     lora = backend(Eager())
     meta = lora.plan(layout(chunks))
@@ -240,7 +240,7 @@ def test_a_poisoned_row_leaves_all_others_bit_equal(poison: float) -> None:
             assert torch.equal(compute(lora, site, x, meta)[others], clean[others])
 
 
-def test_the_largest_weights_of_one_lane_leave_all_others_bit_equal() -> None:
+def test_largest_weights_leave_other_lanes_bit_equal() -> None:
     chunks = [(1, 1), (2, 2), (0, 1), (3, 1), (1, 1)]
     lanes = np.repeat(*np.array(chunks).T)
     lora = backend(Eager())

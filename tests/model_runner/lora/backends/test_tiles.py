@@ -46,14 +46,14 @@ def test_every_row_of_a_lane_is_in_one_tile_of_that_lane(chunks: list[tuple[int,
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=80))
-def test_by_lane_decodes_make_as_few_tiles_as_there_can_be(lanes: list[int]) -> None:
+def test_by_lane_decodes_make_the_fewest_tiles(lanes: list[int]) -> None:
     tiles = by_lane(layout([(lane, 1) for lane in lanes]), 16)
     per_lane = Counter(lane for lane in lanes if lane)
     assert Counter(tiles.lanes.tolist()) == {lane: -(-number // 16) for lane, number in per_lane.items()}
     assert len(tiles) <= min(len(lanes), 6 + len(lanes) // 16)
 
 
-def test_rows_in_a_row_are_not_gathered() -> None:
+def test_adjacent_rows_are_not_gathered() -> None:
     tiles = by_lane(layout([(2, 1), (0, 3), (1, 1), (1, 20), (2, 1), (3, 1), (4, 2), (4, 3)]), 16)
     assert tiles.lanes.tolist() == [1, 1, 2, 3, 4]
     assert [rows_of(tiles, tile) for tile in (1, 2)] == [[4, 21, 22, 23, 24], [0, 25]]
@@ -62,13 +62,13 @@ def test_rows_in_a_row_are_not_gathered() -> None:
     assert tiles.counts.tolist() == [16, 5, 2, 1, 5]
 
 
-def test_records_say_what_the_lanes_have() -> None:
+def test_records_hold_the_pages_of_the_lanes() -> None:
     world = World(torch.float32)
     tables = LaneTables(world.pages, 64, Upload(CPU))
     assert tables.refresh()
     assert not tables.refresh()
     tiles = by_request(layout([(1, 3), (0, 2), (8, 1), (10, 4)]), 16)
-    places = work_table.exact(tiles, tables.groups)
+    places = work_table.exact_layout(tiles, tables.groups)
     assert "o" in places.groups
     table = np.full(places.size, -7, np.int32)
     work_table.write(table, places, tiles, tables.groups)
@@ -82,7 +82,7 @@ def test_records_say_what_the_lanes_have() -> None:
     assert work[:, :4].tolist() == [[0, 3, 0, 1], [5, 1, 1, 2]]
 
 
-def test_units_are_packed_where_sites_agree_and_left_to_the_device_where_not() -> None:
+def test_units_are_packed_where_sites_agree() -> None:
     world = World(torch.float32)
     tables = LaneTables(world.pages, 64, Upload(CPU))
     tables.refresh()
@@ -94,7 +94,7 @@ def test_units_are_packed_where_sites_agree_and_left_to_the_device_where_not() -
         assert held.data_ptr() % 16 == tables.site_units(world.sites[0].name).data_ptr() % 16
 
 
-def test_a_page_that_is_filled_again_is_known_for_what_it_holds_now() -> None:
+def test_refilled_page_has_its_new_units() -> None:
     sites = random_sites(layers=1)
     pages = RankPagePool(sites, {"qkv": 1}, 1, torch.float32, CPU)
     tables = LaneTables(pages, 8, Upload(CPU))
@@ -107,7 +107,7 @@ def test_a_page_that_is_filled_again_is_known_for_what_it_holds_now() -> None:
     assert tables.groups["qkv"].units_LK[1].tolist() == [16 << 16]
 
 
-def test_the_ring_of_buffers_goes_round() -> None:
+def test_upload_buffers_are_reused_in_turn() -> None:
     upload = Upload(CPU)
     sent = []
     for number in range(2 * BUFFERS):
@@ -118,7 +118,7 @@ def test_the_ring_of_buffers_goes_round() -> None:
 
 @pytest.mark.parametrize("rows", [16, 32, 64, 128])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_tilings_hold_what_they_promise(rows: int, itemsize: int) -> None:
+def test_tilings_keep_their_bounds(rows: int, itemsize: int) -> None:
     for processors in (0, 20, 132):
         for features in (8, 24, 100, 896, 4096, 14336):
             for slices in (1, 2, 3):

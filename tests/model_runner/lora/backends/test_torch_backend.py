@@ -124,7 +124,7 @@ STEPS = {
 
 @pytest.mark.parametrize("shuffle", [0, 1])
 @pytest.mark.parametrize("step", STEPS)
-def test_steps(step: str, shuffle: int) -> None:
+def test_steps_equal_float64(step: str, shuffle: int) -> None:
     check(backend(shuffle), STEPS[step])
 
 
@@ -133,11 +133,11 @@ SCATTERED = backend(shuffle=7)
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, len(MIXES)), st.sampled_from([1, 1, 1, 2, 5, 40])), min_size=1, max_size=12))
-def test_any_step(chunks: list[tuple[int, int]]) -> None:
+def test_any_step_equals_float64(chunks: list[tuple[int, int]]) -> None:
     check(SCATTERED, chunks)
 
 
-def test_a_base_only_step_has_no_metadata_and_is_the_base_linear() -> None:
+def test_base_only_step_has_no_metadata() -> None:
     lora = backend()
     assert lora.plan(layout([(0, 3), (0, 1)])) is None
     assert lora.plan(layout([(10, 3)])) is None
@@ -146,7 +146,7 @@ def test_a_base_only_step_has_no_metadata_and_is_the_base_linear() -> None:
         assert torch.equal(compute(lora, site, x, None), site.base.apply(x))
 
 
-def test_rows_of_the_base_are_never_touched() -> None:
+def test_rows_of_the_base_are_never_changed() -> None:
     lora = backend(shuffle=3)
     chunks = [(0, 2), (1, 1), (0, 1), (2, 40), (0, 5), (7, 1)]
     meta = lora.plan(layout(chunks))
@@ -159,7 +159,7 @@ def test_rows_of_the_base_are_never_touched() -> None:
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 3e38])
 @pytest.mark.parametrize("chunks", [[(1, 1), (2, 1), (3, 1), (0, 1)], [(1, 40), (2, 40), (3, 1), (0, 1)]])
-def test_a_poisoned_row_leaves_all_others_bit_equal(poison: float, chunks: list[tuple[int, int]]) -> None:
+def test_poisoned_row_leaves_all_others_bit_equal(poison: float, chunks: list[tuple[int, int]]) -> None:
     lora = backend(shuffle=2)
     meta = lora.plan(layout(chunks))
     tokens = sum(length for _, length in chunks)
@@ -176,9 +176,7 @@ def test_a_poisoned_row_leaves_all_others_bit_equal(poison: float, chunks: list[
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("chunks", [[(1, 1), (2, 1), (3, 1), (0, 1)], [(1, 40), (2, 40), (3, 1), (0, 1)]])
-def test_the_largest_weights_of_one_lane_leave_all_others_bit_equal(
-    dtype: torch.dtype, chunks: list[tuple[int, int]]
-) -> None:
+def test_largest_weights_leave_other_lanes_bit_equal(dtype: torch.dtype, chunks: list[tuple[int, int]]) -> None:
     lora = backend(shuffle=2, dtype=dtype)
     meta = lora.plan(layout(chunks))
     lanes = np.repeat(*np.array(chunks).T)
@@ -201,7 +199,7 @@ def test_the_largest_weights_of_one_lane_leave_all_others_bit_equal(
             assert not torch.isfinite(y[lanes == 2]).all()
 
 
-def test_stale_pages_do_not_show_in_the_next_adapters_rows() -> None:
+def test_refilled_pages_hold_nothing_of_the_last_adapter() -> None:
     pages = RankPagePool(SITES, {"qkv": 2, "o": 0, "gate_up": 0, "down": 2}, 2, torch.float32, CPU)
     lora = TorchLora(pages)
     first = random_adapter(SITES, 1, {"q_proj": 16, "k_proj": 16, "v_proj": 16, "down_proj": 16})
@@ -210,7 +208,7 @@ def test_stale_pages_do_not_show_in_the_next_adapters_rows() -> None:
     run_alone(lora, second, {"qkv": [1]})
 
 
-def test_pages_that_gain_slices_when_they_are_filled_again() -> None:
+def test_refilled_pages_may_gain_slices() -> None:
     lora = TorchLora(RankPagePool(SITES, {"qkv": 1, "down": 1}, 1, torch.float32, CPU))
     run_alone(lora, random_adapter(SITES, 1, {"q_proj": 5}, layers={0}), {"qkv": [0]})
     wide = random_adapter(SITES, 2, {"q_proj": 2, "v_proj": 16})
@@ -222,7 +220,7 @@ def test_pages_that_gain_slices_when_they_are_filled_again() -> None:
         torch.testing.assert_close(compute(lora, site, x, meta).double(), y, atol=2e-4, rtol=2e-4)
 
 
-def test_a_scale_of_zero_reads_nothing_even_where_it_would_overflow() -> None:
+def test_scale_of_zero_reads_nothing() -> None:
     lora = backend()
     for held in lora.pages.pools.values():
         held.a_PSRI.fill_(torch.finfo(torch.float32).max)
@@ -244,7 +242,7 @@ def run_alone(lora: TorchLora, adapter: NormalForm, granted: dict[str, list[int]
         torch.testing.assert_close(compute(lora, site, x, meta).double(), y, atol=2e-4, rtol=2e-4)
 
 
-def test_lanes_that_change_hands_between_steps() -> None:
+def test_lane_may_change_its_adapter_between_steps() -> None:
     lora = backend()
     meta = lora.plan(layout([(1, 2)]))
     compute(lora, SITES[0], inputs(2, SITES[0]), meta)
@@ -256,7 +254,7 @@ def test_lanes_that_change_hands_between_steps() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_lora_dtype_of_its_own(dtype: torch.dtype) -> None:
+def test_lora_dtype_may_differ_from_the_models(dtype: torch.dtype) -> None:
     lora = backend(shuffle=4, dtype=dtype)
     chunks = [(1, 40), (2, 1), (7, 1), (0, 2)]
     meta = lora.plan(layout(chunks))
@@ -268,7 +266,7 @@ def test_a_lora_dtype_of_its_own(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_model_of_the_same_narrow_dtype(dtype: torch.dtype) -> None:
+def test_lora_and_model_in_the_same_half_precision(dtype: torch.dtype) -> None:
     lora = backend(shuffle=4, dtype=dtype)
     chunks = [(1, 40), (2, 1), (7, 3), (0, 2), (4, 66)]
     meta = lora.plan(layout(chunks))
@@ -281,7 +279,7 @@ def test_a_model_of_the_same_narrow_dtype(dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("step", STEPS)
-def test_steps_on_a_gpu(step: str) -> None:
+def test_steps_on_a_gpu_equal_float64(step: str) -> None:
     device, chunks = torch.device("cuda"), STEPS[step]
     lora = backend(1, torch.float32, device)
     meta = lora.plan(layout(chunks))

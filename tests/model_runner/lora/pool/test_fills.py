@@ -24,7 +24,7 @@ def same(ours: RankPagePool, theirs: RankPagePool) -> bool:
     )
 
 
-def test_a_turn_copies_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_advance_copies_one_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model_runner.lora.pool.fills.SLICE_BYTES", 1)
     ours, theirs = pool(), pool()
     one, two = random_adapter(SITES, 1, RANKS), random_adapter(SITES, 2, {"down_proj": 3})
@@ -46,7 +46,7 @@ def test_a_turn_copies_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert same(ours, theirs)
 
 
-def test_with_time_enough_a_turn_does_all() -> None:
+def test_advance_with_time_copies_everything() -> None:
     fills = FillQueue(pool())
     for number in range(3):
         fills.add(random_adapter(SITES, number, {"down_proj": 4}), {"down": [number]})
@@ -55,7 +55,7 @@ def test_with_time_enough_a_turn_does_all() -> None:
     assert fills.advance(60.0) == []
 
 
-def test_a_new_scheduler_knows_no_fills(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clear_drops_all_fills(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model_runner.lora.pool.fills.SLICE_BYTES", 1)
     fills = FillQueue(pool())
     fills.add(random_adapter(SITES, 1, RANKS), {"qkv": [3, 1], "down": [0]})
@@ -66,14 +66,14 @@ def test_a_new_scheduler_knows_no_fills(monkeypatch: pytest.MonkeyPatch) -> None
     assert [adapter.adapter_id for adapter, _ in fills.advance(60.0)] == [2]
 
 
-def test_a_fill_at_once_is_there_before_what_comes_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fill_at_once_is_complete_before_queued_fills(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model_runner.lora.pool.fills.SLICE_BYTES", 1)
     ours, theirs = pool(), pool()
     large, small = random_adapter(SITES, 1, RANKS), random_adapter(SITES, 2, {"down_proj": 3})
     fills = FillQueue(ours)
     fills.add(large, {"qkv": [3, 1], "down": [0]})
     fills.advance(0.0)
-    fills.at_once(small, {"down": [2]})
+    fills.fill_at_once(small, {"down": [2]})
     theirs.fill(small, {"down": [2]})
     for name, held in ours.pools.items():
         assert torch.equal(held.b_PRO[2], theirs.pools[name].b_PRO[2])
@@ -85,7 +85,7 @@ def test_a_fill_at_once_is_there_before_what_comes_next(monkeypatch: pytest.Monk
 
 
 @pytest.mark.gpu
-def test_on_cuda_a_fill_at_once_comes_between_the_steps() -> None:
+def test_fill_at_once_on_cuda_is_ordered_between_steps() -> None:
     device = torch.device("cuda")
     ours = RankPagePool(SITES, {"qkv": 4, "down": 3}, 4, torch.float32, device)
     fills, expected = FillQueue(ours), []
@@ -96,7 +96,7 @@ def test_on_cuda_a_fill_at_once_comes_between_the_steps() -> None:
         adapter, theirs = random_adapter(SITES, number, {"down_proj": 16}), pool()
         theirs.fill(adapter, {"down": [2]})
         expected.append(next(pool for name, pool in theirs.pools.items() if "down" in name).b_PRO[2])
-        fills.at_once(adapter, {"down": [2]})
+        fills.fill_at_once(adapter, {"down": [2]})
         for _ in range(20):
             work = torch.tanh(work @ work)  # the step is long: a copy that does not wait for it overwrites the page
         read.append(held.b_PRO[2] + 0 * work[0, 0])

@@ -8,7 +8,8 @@ import torch
 from engine.messages import Footprint, LanePages
 from model_runner.lora.normal_form import Delta, NormalForm, footprint
 from model_runner.lora.pool.norms import NormPool
-from model_runner.lora.pool.pages import RankPagePool, page_bytes
+from model_runner.lora.pool.pages import RankPagePool
+from model_runner.lora.pool.site_pools import page_bytes
 from model_runner.lora.site import NORMS, Site, Slice, full_weights_of
 from model_runner.quantization.plain import Plain
 
@@ -55,14 +56,14 @@ def own(one: NormalForm, number: int) -> torch.Tensor:
     return delta.full_weight
 
 
-def test_an_adapters_norms_are_one_slot_and_those_it_has_not_are_the_bases(pages: RankPagePool) -> None:
+def test_norms_an_adapter_lacks_are_the_bases(pages: RankPagePool) -> None:
     one = adapter(5, "input_layernorm", "k_norm")
     assert one.footprint == Footprint(pages={FULL: 1})
     assert page_bytes(SITES, torch.bfloat16) == {FULL: 4 * 40}
     pages.fill(one, {FULL: [2]})
     pages.set_lane(LanePages(3, {FULL: [(2, 1.0)]}))
-    assert pages.own_norms([0, 3])
-    assert not pages.own_norms([0, 1])
+    assert pages.refresh_norms([0, 3])
+    assert not pages.refresh_norms([0, 1])
     assert torch.equal(table(pages, 0)[3], own(one, 0))
     assert torch.equal(table(pages, 1)[3], SITES[1].base.weight)
     assert torch.equal(table(pages, 2)[3], own(one, 2))
@@ -70,31 +71,31 @@ def test_an_adapters_norms_are_one_slot_and_those_it_has_not_are_the_bases(pages
         assert torch.equal(table(pages, number)[[0, 1, 2, 4]], site.base.weight.expand(4, -1))
 
 
-def test_a_lane_that_is_given_to_another_has_his_norms_or_the_bases(pages: RankPagePool) -> None:
+def test_lane_given_to_another_adapter_has_its_norms(pages: RankPagePool) -> None:
     pages.fill(adapter(5, "q_norm"), {FULL: [0]})
     pages.set_lane(LanePages(1, {FULL: [(0, 1.0)]}))
-    assert pages.own_norms([1])
+    assert pages.refresh_norms([1])
     other = adapter(6, "input_layernorm")
     pages.fill(other, {FULL: [0]})  # its lane says the same as before
-    assert pages.own_norms([1])
+    assert pages.refresh_norms([1])
     assert torch.equal(table(pages, 0)[1], own(other, 0))
     assert torch.equal(table(pages, 1)[1], SITES[1].base.weight)
     pages.set_lane(LanePages(1, {}))
-    assert not pages.own_norms([1])
+    assert not pages.refresh_norms([1])
     assert torch.equal(table(pages, 0)[1], SITES[0].base.weight)
     pages.set_lane(LanePages(2, {FULL: [(0, 1.0)]}))
-    pages.own_norms([2])
+    pages.refresh_norms([2])
     pages.reset_lanes()
-    assert not pages.own_norms([2])
+    assert not pages.refresh_norms([2])
     assert torch.equal(table(pages, 0)[2], SITES[0].base.weight)
 
 
-def test_a_mix_is_the_sum_of_what_each_changes(pages: RankPagePool) -> None:
+def test_mix_adds_the_scaled_changes_of_its_adapters(pages: RankPagePool) -> None:
     one, two = adapter(5, "q_norm"), adapter(6, "q_norm", "k_norm")
     pages.fill(one, {FULL: [1]})
     pages.fill(two, {FULL: [0]})
     pages.set_lane(LanePages(4, {FULL: [(1, 0.5), (0, -0.25)]}))
-    assert pages.own_norms([4])
+    assert pages.refresh_norms([4])
     base = SITES[1].base.weight.float()
     mixed = base + 0.5 * (own(one, 1).float() - base) - 0.25 * (own(two, 1).float() - base)
     assert torch.equal(table(pages, 1)[4], mixed.bfloat16())
@@ -102,8 +103,8 @@ def test_a_mix_is_the_sum_of_what_each_changes(pages: RankPagePool) -> None:
     assert torch.equal(table(pages, 2)[4], (base - 0.25 * (own(two, 2).float() - base)).bfloat16())
 
 
-def test_without_slots_there_is_no_table() -> None:
+def test_pool_without_slots_has_no_table() -> None:
     pages = RankPagePool(SITES, {}, 4, torch.bfloat16, CPU)
     assert pages.norms is None
-    assert not pages.own_norms([0])
+    assert not pages.refresh_norms([0])
     assert pages.bytes == 0

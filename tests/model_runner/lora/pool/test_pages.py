@@ -10,7 +10,8 @@ from fixtures.adapters.lora_sites import random_adapter, random_sites
 
 from engine.messages import Footprint, LanePages
 from model_runner.lora.normal_form import PAGE_RANK, Delta, NormalForm, footprint
-from model_runner.lora.pool.pages import RankPagePool, page_bytes
+from model_runner.lora.pool.pages import RankPagePool
+from model_runner.lora.pool.site_pools import page_bytes
 from model_runner.lora.site import EMBED, Site, Slice, vectors_of
 from model_runner.quantization.plain import Plain
 
@@ -32,7 +33,7 @@ def units(adapter: NormalForm, site: Site, index: int) -> tuple[torch.Tensor, to
     return delta.a, delta.b
 
 
-def test_bytes_of_a_page_are_the_bytes_of_the_pools() -> None:
+def test_page_bytes_are_the_bytes_of_the_pools() -> None:
     sizes = page_bytes(SITES, torch.float32)
     assert sizes["qkv"] == 2 * 4 * PAGE_RANK * (3 * 24 + 48)
     assert pages(1).bytes == sum(sizes.values())
@@ -42,7 +43,7 @@ def test_bytes_of_a_page_are_the_bytes_of_the_pools() -> None:
     assert half == {group: size if group.endswith(".vectors") else size // 2 for group, size in sizes.items()}
 
 
-def test_a_fill_spreads_the_units_over_pages_that_need_not_be_adjacent() -> None:
+def test_fill_spreads_units_over_scattered_pages() -> None:
     adapter = random_adapter(SITES, 1, {"q_proj": 35, "v_proj": 4, "down_proj": 16})
     assert adapter.footprint == Footprint(pages={"qkv": 3, "down": 1})
     pool = pages()
@@ -63,7 +64,7 @@ def test_a_fill_spreads_the_units_over_pages_that_need_not_be_adjacent() -> None
         assert not held.b_PRO[page].any()
 
 
-def test_nothing_of_the_last_adapter_shows_in_a_page_that_is_filled_again() -> None:
+def test_refilled_page_holds_nothing_of_the_last_adapter() -> None:
     old = random_adapter(SITES, 1, {"q_proj": 16, "k_proj": 16, "v_proj": 16, "down_proj": 16})
     new = random_adapter(SITES, 2, {"q_proj": 3}, layers={1})
     reused, fresh = pages(2), pages(2)
@@ -78,7 +79,7 @@ def test_nothing_of_the_last_adapter_shows_in_a_page_that_is_filled_again() -> N
             assert ours.units_PS.tolist() == theirs.units_PS.tolist()
 
 
-def test_a_fill_writes_its_own_pages_only() -> None:
+def test_fill_writes_its_own_pages_only() -> None:
     pool = pages(3)
     pool.fill(random_adapter(SITES, 1, {"o_proj": 16}), {"o": [1]})
     before = {name: (held.a_PSRI.clone(), held.b_PRO.clone()) for name, held in pool.pools.items()}
@@ -88,14 +89,14 @@ def test_a_fill_writes_its_own_pages_only() -> None:
         assert torch.equal(pool.pools[name].b_PRO[1], b[1])
 
 
-def test_a_grant_that_is_not_the_footprint_is_our_own_fault() -> None:
+def test_grant_other_than_the_footprint_is_an_assertion() -> None:
     adapter = random_adapter(SITES, 1, {"q_proj": 17})
     for granted in ({"qkv": [0]}, {"qkv": [0, 1, 2]}, {"qkv": [0, 1], "o": [0]}, {}):
         with pytest.raises(AssertionError, match="footprint"):
             pages().fill(adapter, granted)
 
 
-def test_gains_and_biases_go_into_a_vector_slot_and_nothing_of_the_last_ones_stays() -> None:
+def test_vector_slot_holds_gains_and_biases() -> None:
     adapter = random_adapter(SITES, 1, {"q_proj": 4, "v_proj": 4})
     gain, bias = torch.rand(32), torch.rand(8)
     deltas = dict(adapter.deltas)
@@ -118,7 +119,7 @@ def test_gains_and_biases_go_into_a_vector_slot_and_nothing_of_the_last_ones_sta
     assert not pool.pools["layers.1.qkv"].a_PSRI.any()
 
 
-def test_the_embeddings_units_of_a_token_lie_together() -> None:
+def test_embedding_units_of_a_token_are_adjacent() -> None:
     table = torch.randn(50, 6)
     site = Site("embed", "model", -1, EMBED, (Slice("embed_tokens", 0, 6),), Plain(table))
     assert (site.in_features, site.out_features) == (50, 6)
@@ -140,7 +141,7 @@ def test_groups_without_pages_have_no_pool() -> None:
     assert set(pool.pools) == {"layers.0.qkv", "layers.1.qkv"}
 
 
-def test_lanes() -> None:
+def test_lanes_are_replaced_and_reset() -> None:
     pool = pages()
     version = pool.version
     pool.set_lane(LanePages(1, {"qkv": [(3, 1.0), (0, 0.5)], "o": []}))
@@ -153,6 +154,6 @@ def test_lanes() -> None:
 
 
 @pytest.mark.parametrize("lane", [LanePages(0, {}), LanePages(5, {}), LanePages(1, {"qkv": [(6, 1.0)]})])
-def test_lanes_and_pages_that_do_not_exist(lane: LanePages) -> None:
+def test_unknown_lanes_and_pages_are_refused(lane: LanePages) -> None:
     with pytest.raises(AssertionError):
         pages().set_lane(lane)

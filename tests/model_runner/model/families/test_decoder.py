@@ -57,7 +57,7 @@ def load(path: Path) -> Decoder:
         ("qwen3-moe", 36),
     ],
 )
-def test_every_site_goes_through_the_lora_backend_once(family: str, sites: int, tiny_model: TinyModel) -> None:
+def test_every_site_is_adapted_once(family: str, sites: int, tiny_model: TinyModel) -> None:
     decoder, lora = load(tiny_model(family)), Recorder()
     plain = Driver(decoder).step([(Row([5, 6, 7]), 3)])
     ours = Driver(decoder, lora=lora).step([(Row([5, 6, 7]), 3)])
@@ -70,7 +70,7 @@ def test_every_site_goes_through_the_lora_backend_once(family: str, sites: int, 
     assert {site.group for site in asked} <= {"embed", "qkv", "o", "gate_up", "down", "head", "router"}
 
 
-def test_row_parallel_linears_reduce_what_lora_returned(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_parallel_linears_reduce_after_lora(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, lora = load(tiny_model("llama2")), Recorder()
     after: list[str] = []
 
@@ -99,7 +99,7 @@ def test_two_ranks_hold_the_halves_of_every_site(tiny_model: TinyModel) -> None:
             assert torch.equal(torch.cat(ours), site.base.weight[part.start : part.stop])
 
 
-def test_two_ranks_hold_the_halves_of_every_part_of_a_fused_tensor(tiny_model: TinyModel) -> None:
+def test_two_ranks_hold_the_halves_of_fused_tensors(tiny_model: TinyModel) -> None:
     path = tiny_model("phi3")
     whole, config = load(path), read_model_config(path)
     ranks = [load_model(path, config, device=CPU, dtype=torch.float32, shard=Shard(rank, 2)) for rank in range(2)]
@@ -112,12 +112,12 @@ def test_two_ranks_hold_the_halves_of_every_part_of_a_fused_tensor(tiny_model: T
         assert torch.equal(torch.cat(joined), site)
 
 
-def test_olmo2_norms_all_heads_at_once_and_so_on_one_rank(tiny_model: TinyModel) -> None:
+def test_olmo2_is_refused_on_two_ranks(tiny_model: TinyModel) -> None:
     with pytest.raises(ConfigError, match="--tp-size 2: an OLMo 2"):
         build_decoder(read_model_config(tiny_model("olmo2")), Weights(CPU, torch.float32, Shard(0, 2)))
 
 
-def test_a_bias_after_the_reduce_is_added_by_one_rank(tiny_model: TinyModel) -> None:
+def test_row_parallel_bias_is_on_rank_0_alone(tiny_model: TinyModel) -> None:
     path = tiny_model("llama-bias")
     config = read_model_config(path)
     with pytest.raises(ConfigError, match="does not divide"):
@@ -128,7 +128,7 @@ def test_a_bias_after_the_reduce_is_added_by_one_rank(tiny_model: TinyModel) -> 
     assert biases[1] is None
 
 
-def test_the_pool_costs_what_it_says(tiny_model: TinyModel) -> None:
+def test_kv_pool_bytes_are_those_of_its_tensors(tiny_model: TinyModel) -> None:
     config = read_model_config(tiny_model("mistral"))
     pool = KvPool(config, 5, 4, torch.bfloat16, CPU, Shard())
     tensors = [tensor for layer in range(config.num_layers) for tensor in pool.layer(layer)]
@@ -138,7 +138,7 @@ def test_the_pool_costs_what_it_says(tiny_model: TinyModel) -> None:
     assert page_bytes(config, 4, torch.bfloat16, Shard(0, 2)) * 2 == page_bytes(config, 4, torch.bfloat16, Shard())
 
 
-def test_logits_only_of_the_rows_asked_for(tiny_model: TinyModel) -> None:
+def test_logits_are_of_the_given_rows(tiny_model: TinyModel) -> None:
     decoder = load(tiny_model("qwen3"))
     hidden = torch.randn(5, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
     logits = decoder.logits(hidden[[1, 4]])

@@ -63,13 +63,15 @@ def slow(block: SparseMLP, x_TH: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("tokens", [1, 2, 40])
 @pytest.mark.parametrize(("family", "layer"), [("mixtral", 0), ("qwen3-moe", 2)])
-def test_equals_the_sum_over_all_experts(family: str, layer: int, tokens: int, tiny_model: TinyModel) -> None:
+def test_sparse_mlp_equals_the_sum_over_all_experts(
+    family: str, layer: int, tokens: int, tiny_model: TinyModel
+) -> None:
     block = experts_of(tiny_model(family), layer)
     x_TH = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(tokens))
     torch.testing.assert_close(block(x_TH, NO_BATCH), slow(block, x_TH), atol=1e-4, rtol=1e-4)
 
 
-def test_weights_of_the_chosen_need_not_sum_to_one(tiny_model: TinyModel) -> None:
+def test_expert_weights_need_not_sum_to_one(tiny_model: TinyModel) -> None:
     block = experts_of(tiny_model("qwen3-moe"), 0)
     block.renormalize = False
     x_TH = torch.randn(9, 64, generator=torch.Generator().manual_seed(1))
@@ -78,7 +80,7 @@ def test_weights_of_the_chosen_need_not_sum_to_one(tiny_model: TinyModel) -> Non
     torch.testing.assert_close(block(x_TH, NO_BATCH), slow(block, x_TH), atol=1e-4, rtol=1e-4)
 
 
-def test_the_shares_of_two_ranks_sum_to_the_whole(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_of_two_ranks_sum_to_the_whole(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_model("mixtral")
     x_TH = torch.randn(7, 64, generator=torch.Generator().manual_seed(2))
     whole = experts_of(path, 1)(x_TH, NO_BATCH)
@@ -87,7 +89,7 @@ def test_the_shares_of_two_ranks_sum_to_the_whole(tiny_model: TinyModel, monkeyp
     torch.testing.assert_close(shares[0] + shares[1], whole, atol=1e-4, rtol=1e-4)
 
 
-def test_adapters_on_attention_pay_nothing_for_experts(
+def test_attention_adapters_keep_the_grouped_matmul(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for family, dense in (("mixtral", []), ("qwen3-moe", [1])):
@@ -102,7 +104,7 @@ def test_adapters_on_attention_pay_nothing_for_experts(
         Driver(decoder, lora=lora).step([(Row([3, 4, 5], lane=1), 3), (Row([6]), 1)])
 
 
-def test_a_rank_that_does_not_divide_an_expert_is_refused(tiny_model: TinyModel) -> None:
+def test_expert_size_that_ranks_do_not_divide_is_refused(tiny_model: TinyModel) -> None:
     model_config = read_model_config(tiny_model("mixtral"))
     assert model_config.experts is not None
     odd = dataclasses.replace(model_config, experts=dataclasses.replace(model_config.experts, width=33))
@@ -110,18 +112,18 @@ def test_a_rank_that_does_not_divide_an_expert_is_refused(tiny_model: TinyModel)
         SparseMLP(odd, 0, Weights(CPU, torch.float32, Shard(0, 2)))
 
 
-def test_steps_that_wait_for_the_device_are_not_recorded(tiny_model: TinyModel) -> None:
+def test_steps_that_wait_for_the_device_are_not_captured(tiny_model: TinyModel) -> None:
     for family, capturable in (("llama2", True), ("mixtral", False)):  # on a CPU
         path = tiny_model(family)
         assert load_model(path, read_model_config(path), device=CPU, dtype=torch.float32).capturable is capturable
 
 
-def test_memory_is_kept_for_a_token_in_several_experts(tiny_model: TinyModel) -> None:
+def test_memory_margin_covers_several_experts_per_token(tiny_model: TinyModel) -> None:
     assert read_model_config(tiny_model("llama2")).widest == 96
     assert read_model_config(tiny_model("qwen3-moe")).widest == 3 * (48 + 64)
 
 
-def test_a_token_does_not_feel_a_broken_one(tiny_model: TinyModel) -> None:
+def test_tokens_are_not_changed_by_a_poisoned_one(tiny_model: TinyModel) -> None:
     block = experts_of(tiny_model("mixtral"), 0)
     x_TH = torch.randn(6, 64, generator=torch.Generator().manual_seed(3))
     expected = block(x_TH, NO_BATCH)
@@ -156,7 +158,7 @@ def check_against_peft(path: Path, adapters: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(("family", "linears"), [("mixtral", MIXTRAL), ("qwen3-moe", QWEN)])
-def test_an_a_and_b_for_each_expert_equal_peft(family: str, linears: tuple[str, ...], tmp_path: Path) -> None:
+def test_adapters_by_expert_equal_peft(family: str, linears: tuple[str, ...], tmp_path: Path) -> None:
     path = build(family, tmp_path / "model", **({"mlp_only_layers": []} if family == "qwen3-moe" else {}))
     adapters = {
         "experts": make_expert_adapter(path, tmp_path / "a", linears, seed=1),
@@ -168,7 +170,7 @@ def test_an_a_and_b_for_each_expert_equal_peft(family: str, linears: tuple[str, 
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
-def test_parameters_of_all_experts_equal_peft(family: str, tmp_path: Path) -> None:
+def test_adapters_on_stacked_parameters_equal_peft(family: str, tmp_path: Path) -> None:
     path = build(family, tmp_path / "model")
     both = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     options: dict[str, dict[str, Any]] = {
@@ -200,7 +202,7 @@ def test_parameters_of_all_experts_equal_peft(family: str, tmp_path: Path) -> No
         (lambda config, tensors: [tensors.pop(STACKED.format(2, half)) for half in "AB"], "layers.2.*has no tensors"),
     ],
 )
-def test_parameters_that_do_not_fit_are_named(
+def test_stacked_parameters_that_do_not_fit_are_named(
     change: Callable[[dict[str, Any], Any], object],
     named: str,
     tiny_model: TinyModel,

@@ -88,7 +88,7 @@ def test_thirty_two_lanes() -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 def test_tiles_as_a_gpu_has_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks, several splits of I, long tiles."""
-    monkeypatch.setattr(tiled_backend, "_abilities", lambda device: (132, False))
+    monkeypatch.setattr(tiled_backend, "_device_properties", lambda device: (132, False))
     monkeypatch.setattr(tiled_backend, "expand_tiling", _narrow(tiled_backend.expand_tiling))
     backend.cache_clear()
     check(name, torch.float32, [(4, 1), (1, 2), (8, 1), (0, 1)])
