@@ -34,7 +34,6 @@ from scheduler.core import Scheduler
 from scheduler.state import Bounds
 
 BUDGET_US = 200.0
-SAMPLING = Sampling()
 
 
 class Bench:
@@ -53,6 +52,7 @@ class Bench:
             max_lane_pages=8,
         )
         self.adapters, self.now, self.sent = adapters, 0.0, 0
+        self.running: dict[int, int] = {}  # request by row
         self.core = Scheduler(capacity, Bounds(lanes, lora_max_wait=1e6))
         self._load()
         for number in range(rows):
@@ -81,7 +81,7 @@ class Bench:
             request_id=self.sent,
             prompt=[self.sent % 1000] * 32,
             lora=[(adapter, 1.0)],
-            sampling=SAMPLING,
+            sampling=Sampling(seed=self.sent),
             stopping=Stopping(1 << 19),
         )
         self.core.handle(message, self.now)
@@ -96,6 +96,7 @@ class Bench:
 
     def answer(self, step: Step) -> None:
         """Answers a step and its fills."""
+        self.running |= {new.row: new.sampling.seed for new in step.new_rows}
         tokens = [1] * sum(chunk.samples for chunk in step.chunks)
         self.core.handle(StepDone(epoch=0, id=step.id, tokens=tokens, seconds=0.01), self.now)
         for fill in step.fills:
@@ -114,8 +115,8 @@ class Bench:
 
     def end_one(self, _number: int) -> None:
         """Aborts a running request, and sends another one."""
-        running = self.core._books.running.ordered
-        self.core.handle(Abort(0, running[len(running) // 2].id), self.now)
+        running = sorted(self.running.values())
+        self.core.handle(Abort(0, running[len(running) // 2]), self.now)
         self.ask(1 + (self.sent * 7919) % self.adapters)
 
     def hurry(self, _number: int) -> None:

@@ -55,8 +55,8 @@ def verdicts(summary: report.Summary, bound: float, load: float, step: float) ->
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table and the promises."""
+def flags() -> argparse.ArgumentParser:
+    """The parser of all flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--profile", type=Path, default=PROFILES / "gpu-8b.json")
@@ -70,19 +70,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--window", type=int, default=1)
     add("--seed", type=int, default=0)
     add("--rules", nargs="+", default=["chorus", "skip", "drain"])
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table and the promises."""
+    args = flags().parse_args(argv)
     costs = profile.read(args.profile)
     workload = Workload(adapters=args.adapters, requests=args.requests, alpha=args.alpha, seed=args.seed)
     requests = workload.generate()
-    ours = Setup("chorus", args.max_loras, args.pool, args.window, max_wait=args.lora_max_wait)
+    core = Setup("chorus", args.max_loras, args.pool, args.window, max_wait=args.lora_max_wait)
     with tqdm(unit="req", leave=False, disable=None) as bar:
-        most = Experiment(ours, costs, bar.update).capacity(requests)
-        few = Experiment(ours, costs, bar.update).capacity(folded(requests, 8))
+        most = Experiment(core, costs, bar.update).capacity(requests)
+        few = Experiment(core, costs, bar.update).capacity(folded(requests, 8))
         requests = rescale(requests, args.load * most)
         columns = []
         for rule in args.rules:
             bar.set_description(rule)
-            summary, _ = Experiment(replace(ours, rule=rule), costs, bar.update).run(requests)
+            summary, _ = Experiment(replace(core, rule=rule), costs, bar.update).run(requests)
             columns.append((rule, summary))
     print(f"{args.adapters} adapters, Zipf {args.alpha:g}, {args.max_loras} in a step, a pool for {args.pool}")
     print(f"{costs.name} ({costs.source.split(':')[0]})")

@@ -266,8 +266,8 @@ def describe(shape: str, capacity: Capacity, ranks: Sequence[int], groups: Itera
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, fits and writes a profile."""
+def flags() -> argparse.ArgumentParser:
+    """The parser of all flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shape", choices=sorted(SHAPES), default="0.5b")
@@ -281,7 +281,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--rounds", type=int, default=3, help="how often everything is measured, one round after the other")
     add("--gap", type=float, default=0.0008, help="seconds between steps that a second one in flight hides (0.0008)")
     add("--out", type=Path, required=True)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, fits and writes a profile."""
+    args = flags().parse_args(argv)
     shape, directory = SHAPES[args.shape], scratch() / f"bench-{args.shape}"
     runner = start(shape, directory, args.ranks, args.lanes, args.device, args.max_running_requests)
     try:

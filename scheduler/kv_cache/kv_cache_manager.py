@@ -14,12 +14,13 @@ A page in the tree has one reference by the tree and one by each row that reads 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from scheduler.kv_cache.block_pool import BlockPool
-from scheduler.kv_cache.radix_cache import RadixCache, page_keys
+from scheduler.kv_cache.page_keys import request_page_keys
+from scheduler.kv_cache.radix_cache import RadixCache
 from scheduler.requests.request import Request
-from scheduler.types import BASE_OWNER, Namespace, Node, Owner
+from scheduler.types import BASE_OWNER, Node, Owner
 
 
 class KvCacheManager:
@@ -154,7 +155,7 @@ class KvCacheManager:
             node = node.parent
         last, coming = node, 0
         alora = self.radix_cache.find_alora(owner, request.cache_salt)
-        for key in self._keys(request, alora, node.depth, limit):
+        for key in request_page_keys(request, alora, self._page_size, node.depth, limit):
             child = node.children.get(key)
             if child is None:
                 break
@@ -178,21 +179,6 @@ class KvCacheManager:
             return self.radix_cache.find_root(root_owner, request.cache_salt)
         return node
 
-    def _keys(self, request: Request, alora: Namespace | None, begin: int, end: int) -> Iterator[bytes]:
-        """The keys of its pages number `begin` to `end` - 1; without `alora`, only those before the invocation."""
-        keys = page_keys(request.tokens, self._page_size, begin, end)
-        if request.invocation_start is None:
-            yield from keys
-            return
-        first, offset = divmod(request.invocation_start, self._page_size)
-        for index, key in enumerate(keys, begin):
-            if index != first:
-                yield key
-            elif alora is not None:
-                yield alora.first_key(key, offset)
-            else:
-                return
-
     def _insert(self, request: Request, step: int, through: bool) -> Node | None:
         """Walks on from its node over its full, known pages and inserts those that are not in the tree.
 
@@ -203,7 +189,7 @@ class KvCacheManager:
             return node
         full = min(request.computed, len(request.tokens)) // self._page_size
         alora = None if request.alora is None or request.alora.dropped else request.alora
-        for key in self._keys(request, alora, node.depth, full):
+        for key in request_page_keys(request, alora, self._page_size, node.depth, full):
             page = request.pages[node.depth]
             child = node.children.get(key)
             if child is None:
@@ -235,7 +221,7 @@ class KvCacheManager:
         path = prefix.path()
         pages = [node.page for node in path]
         assert pages == request.pages[: len(path)], f"request {number} holds the path of other pages"
-        keys = list(self._keys(request, request.alora, 0, len(path)))
+        keys = list(request_page_keys(request, request.alora, self._page_size, 0, len(path)))
         assert [node.key for node in path] == keys, f"request {number} holds the path of other tokens"
         assert len(path) * self._page_size <= request.computed, f"request {number} holds pages it did not compute"
         assert prefix.namespace.cache_salt == request.cache_salt, f"request {number} holds pages of another cache_salt"

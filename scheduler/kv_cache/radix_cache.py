@@ -21,24 +21,12 @@ nodes are in order of their last use, a child always before its parent, so the f
 
 from __future__ import annotations
 
-from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import count
 
 from scheduler.kv_cache import radix_audit
 from scheduler.types import Namespace, Node, Owner
-
-KEYS_AT_ONCE = 32
-
-
-def page_keys(tokens: Sequence[int], size: int, begin: int, end: int) -> Iterator[bytes]:
-    """The keys of the pages number `begin` to `end` - 1 of these tokens; a page holds `size` tokens."""
-    width = array("I").itemsize * size
-    for first in range(begin, end, KEYS_AT_ONCE):
-        data = array("I", tokens[first * size : min(end, first + KEYS_AT_ONCE) * size]).tobytes()
-        for at in range(0, len(data), width):
-            yield data[at : at + width]
 
 
 class RadixCache:

@@ -31,31 +31,8 @@ from engine.messages import (
     Update,
 )
 from scheduler.simulate.baselines.adapter_tiers import AdapterTiers
+from scheduler.simulate.baselines.request import BaselineRequest
 from scheduler.simulate.baselines.rules import SkipAhead
-
-
-@dataclass(eq=False, slots=True)
-class _Request:
-    message: Generate
-    arrived: float
-    adapter: int
-    order: int
-    row: int = -1
-    computed: int = 0
-    known: int = 0  # generated tokens that are known
-    sent: int = 0  # those, and the samples of steps in flight
-    pages: int = 0
-    steps_in_flight: int = 0
-    prefilled: bool = False
-
-    @property
-    def length(self) -> int:
-        """Known tokens: prompt and answer."""
-        return len(self.message.prompt) + self.known
-
-    @property
-    def remaining(self) -> int:
-        return self.message.stopping.max_tokens - self.known
 
 
 @dataclass(slots=True)
@@ -64,7 +41,7 @@ class _Draft:
     chunks: list[Chunk] = field(default_factory=list)
     rows: list[NewRow] = field(default_factory=list)
     lanes: list[LanePages] = field(default_factory=list)
-    parts: list[tuple[_Request, bool]] = field(default_factory=list)
+    parts: list[tuple[BaselineRequest, bool]] = field(default_factory=list)
 
 
 class BaselineScheduler:
@@ -76,11 +53,11 @@ class BaselineScheduler:
         self._page, self._budget = capacity.page_size, capacity.max_batched_tokens
         self._free_pages = capacity.kv_pages
         self._free_rows = list(range(capacity.rows - 1, -1, -1))
-        self._waiting: list[_Request] = []
-        self._running: list[_Request] = []
+        self._waiting: list[BaselineRequest] = []
+        self._running: list[BaselineRequest] = []
         self._lanes: dict[int, int] = {}  # adapter: lane number
         self._free_lanes = list(range(capacity.max_loras, 0, -1))
-        self._in_flight: list[tuple[int, list[tuple[_Request, bool]]]] = []
+        self._in_flight: list[tuple[int, list[tuple[BaselineRequest, bool]]]] = []
         self._updates: list[Update] = []
         self._steps = self._arrivals = self._preemptions = 0
 
@@ -94,7 +71,7 @@ class BaselineScheduler:
             case Generate():
                 self._arrivals += 1
                 adapter = message.lora[0][0] if message.lora else 0
-                self._waiting.append(_Request(message, now, adapter, self._arrivals))
+                self._waiting.append(BaselineRequest(message, now, adapter, self._arrivals))
             case LoadAdapter():
                 self._tiers.add(message)
             case AdapterState():
@@ -156,7 +133,7 @@ class BaselineScheduler:
             if wanted and draft.budget > 0 and self._grow(request, request.computed + 1):
                 self._add(request, draft, 1, [], samples=True)
 
-    def _grow(self, request: _Request, length: int) -> bool:
+    def _grow(self, request: BaselineRequest, length: int) -> bool:
         """Pages for so many positions, by preempting the latest rows if need be; False if it is preempted itself."""
         need = -(-length // self._page) - request.pages
         while need > self._free_pages:
@@ -172,12 +149,12 @@ class BaselineScheduler:
         request.pages += need
         return True
 
-    def _prefill(self, request: _Request, draft: _Draft) -> None:
+    def _prefill(self, request: BaselineRequest, draft: _Draft) -> None:
         length = min(draft.budget, request.length - request.computed)
         request.prefilled = request.computed + length == request.length
         self._add(request, draft, length, [0] * length, samples=request.prefilled)
 
-    def _add(self, request: _Request, draft: _Draft, length: int, tokens: list[int], samples: bool) -> None:
+    def _add(self, request: BaselineRequest, draft: _Draft, length: int, tokens: list[int], samples: bool) -> None:
         draft.chunks.append(
             Chunk(
                 row=request.row,
@@ -222,7 +199,7 @@ class BaselineScheduler:
             self._lanes[adapter] = self._free_lanes.pop()
         return self._tiers.resident(adapter, self._lanes)
 
-    def _enter(self, request: _Request, draft: _Draft) -> None:
+    def _enter(self, request: BaselineRequest, draft: _Draft) -> None:
         request.row = self._free_rows.pop()
         self._running.append(request)
         self._running.sort(key=lambda each: each.order)
@@ -264,7 +241,7 @@ class BaselineScheduler:
             elif last:
                 self._leave(request)
 
-    def _leave(self, request: _Request) -> None:
+    def _leave(self, request: BaselineRequest) -> None:
         """Frees its row and pages, and its lane if it is the adapter's last request."""
         self._running.remove(request)
         self._free_rows.append(request.row)

@@ -11,7 +11,7 @@ from fixtures.scheduling.fake_runner import FakeRunner
 from fixtures.scheduling.seeded_world import Client, World
 from fixtures.scheduling.simulation import Simulation
 
-from engine.messages import Abort, Fill, Progress, RunnerReady, Step
+from engine.messages import Abort, Fill, Generate, Progress, RunnerReady, Sampling, Step
 from scheduler.batching.isolation import ASIDE, ENDED, POISON
 from scheduler.core import Scheduler
 
@@ -102,10 +102,20 @@ def test_poison_adapter_is_set_aside(seed: int, window: int) -> None:
     assert any(client.error == ASIDE for client in sim.clients.values()) or sim.states[1].error == ASIDE
 
 
+def _generate(request_id: int) -> Generate:
+    return generate(request_id, max_tokens=9, sampling=Sampling(seed=request_id))
+
+
+def _requests_of(step: Step, rows: dict[int, int]) -> list[int]:
+    """The requests of a step's chunks. `rows` keeps the request of each row, whose seed is its id."""
+    rows |= {new.row: new.sampling.seed for new in step.new_rows}
+    return [rows[chunk.row] for chunk in step.chunks]
+
+
 def _core_with_steps(window: int = 1) -> tuple[Scheduler, list[Step]]:
     core = new_core(window)
     for number in (1, 2):
-        core.handle(generate(number, max_tokens=9), 0.0)
+        core.handle(_generate(number), 0.0)
     return core, [plan_of(core) for _ in range(window)]
 
 
@@ -119,16 +129,17 @@ def _die(core: Scheduler, epoch: int, own: bool = True) -> list[Any]:
 def test_suspects_run_one_at_a_time(window: int) -> None:
     core, _ = _core_with_steps(window)
     assert _die(core, 1) == []
-    core.handle(generate(3, max_tokens=9), 0.0)
+    core.handle(_generate(3), 0.0)
     seen: list[list[int]] = []
+    rows: dict[int, int] = {}
     steps: list[Step] = []
     while True:
         while (step := core.plan(0.0)) is not None:
             steps.append(step)
+            seen.append(_requests_of(step, rows))
         if not steps:
             break
         core.check()
-        seen.append([request.id for request, _, _ in core._books.flights[0].parts])
         done(core, steps.pop(0))
     alone = [ids for ids in seen if len(ids) == 1]
     assert alone[0] == [1]
@@ -154,8 +165,9 @@ def test_aborted_suspect_lets_the_next_one_run() -> None:
     core.handle(Abort(0, 1), 0.0)
     assert core.plan(0.0) is None, "its step is still in flight"
     done(core, step)
-    assert len(plan_of(core).new_rows) == 1
-    assert [request.id for request, _, _ in core._books.flights[0].parts] == [2]
+    step = plan_of(core)
+    assert len(step.new_rows) == 1
+    assert _requests_of(step, {}) == [2]
 
 
 def test_new_scheduler_finds_the_poison_request_again() -> None:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.kv_cache.radix_cache import RadixCache, page_keys
+from scheduler.kv_cache.page_keys import page_keys
+from scheduler.kv_cache.radix_cache import RadixCache
 from scheduler.types import Node, Owner
 
 ONE: Owner = (("r1", 1.0),)

@@ -71,8 +71,8 @@ def test_drain_ends_the_stream_for_a_starving_adapter() -> None:
         trace_request(0.001, "b"),
         *[trace_request(0.05 * k, "a") for k in range(1, 20)],
     ]
-    place = order(run("drain", requests)).index(1)
-    assert place < 5
+    position = order(run("drain", requests)).index(1)
+    assert position < 5
 
 
 def test_request_without_a_row_is_not_passed() -> None:
