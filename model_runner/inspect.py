@@ -77,9 +77,8 @@ def examine(root: Path, sites: list[Site], dtype: torch.dtype, limits: Limits, m
         report.brings = [name for name in TEXT_FILES if (root / name).is_file()]
         _describe(report, survey, page_bytes(sites, dtype, max(0, survey.added_tokens)), dtype)
         limits.check(survey)
-        parcel = reader.read(root)
-        label, _ = parcel.open(reader.catalogue, dtype)
-        report.revision = label.revision
+        manifest, _ = reader.read(root).open(reader.catalogue, dtype)
+        report.revision = manifest.revision
     except AdapterError as error:
         report.refused = error.message
     except OSError as error:

@@ -181,7 +181,7 @@ class Runner:
     @property
     def wait(self) -> float | None:
         """For how many seconds `advance` need not be called unless `descriptor` is readable; None: for ever."""
-        waits = [self._parts.kernels.poll_seconds, None if self._parts.lora is None else self._parts.lora.wait]
+        waits = [self._parts.kernels.poll_seconds, None if self._parts.lora is None else self._parts.lora.poll_seconds]
         return min((seconds for seconds in waits if seconds is not None), default=None)
 
     @property

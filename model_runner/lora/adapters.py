@@ -1,9 +1,9 @@
-"""The adapters of one runner: loaders, host tier, fills, rank pages and backend, behind what a scheduler can ask for.
+"""The adapters of one runner, behind the messages of a scheduler: load, unload, evict, fill, point a lane.
 
     LoadAdapter --> loaders --> host tier --> fills --> rank pages <-- lanes
-                        '--- advance() -------'--> AdapterState, when there is one
+                        '--- advance() -------'--> AdapterState
 
-Nothing here waits. Which pages an adapter gets is the scheduler's decision. Knows nothing of rows and steps.
+No call blocks. The scheduler decides which pages an adapter is filled into. Knows nothing of rows and steps.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from model_runner.lora.pool.fills import FillQueue
 from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.site import EMBED, HEAD, full_weights_of
 from model_runner.lora.store import AdapterStore, refusal
-from model_runner.lora.transfer.loaders import Loaders, Outcome
+from model_runner.lora.transfer.loaders import Loaders, LoadOutcome
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """`max_rank` and `targets` (module names) are what the pages were sized for; `names` are for messages."""
+    """Loaders, host tier, fills, rank pages and backend of one runner.
+
+    The pages were sized for `max_rank` and `targets` (module names). `names` are the adapters' names for errors.
+    """
 
     store: AdapterStore
     loaders: Loaders
@@ -39,7 +42,7 @@ class Adapters:
     names: dict[int, str] = field(default_factory=dict)
 
     def load(self, message: LoadAdapter) -> AdapterState | None:
-        """Brings an adapter to the host tier: its state at once if it is there, else when `advance` has it."""
+        """Loads an adapter into the host tier. Returns its state if it is there; else `advance` returns it later."""
         name = self.name(message)
         try:
             known = self.store.known(message.adapter_id, name, message.revision)
@@ -51,8 +54,8 @@ class Adapters:
         return None
 
     def unload(self, adapter_id: int) -> AdapterState:
-        """Frees the adapter's host memory; its pages are the scheduler's to give to others."""
-        self.loaders.forget(adapter_id)
+        """Frees the adapter's host memory and cancels its load; the scheduler frees its pages."""
+        self.loaders.cancel(adapter_id)
         self.store.drop(adapter_id)
         return AdapterState(adapter_id=adapter_id, state="gone")
 
@@ -65,9 +68,9 @@ class Adapters:
         return _state(adapter, "disk")
 
     def fill(self, fill: Fill) -> None:
-        """Copies an adapter of the host tier into its pages at once, or begins to.
+        """Copies an adapter of the host tier into its pages, or queues the copy.
 
-        Raises InternalError when it is not there.
+        Raises InternalError for an adapter that is not in the host tier.
         """
         adapter = self.store.get(fill.adapter_id)
         if adapter is None:
@@ -78,36 +81,36 @@ class Adapters:
             self.fills.add(adapter, fill.pages)
 
     def point(self, lane: LanePages) -> None:
-        """The lane has these pages from now on."""
+        """Points the lane at these pages."""
         self.pages.set_lane(lane)
 
     def reset(self) -> None:
-        """Forgets lanes and fills; the host tier and what is being loaded stay."""
+        """Clears lanes and fills; the host tier and loads under way stay."""
         self.fills.clear()
         self.pages.reset_lanes()
 
     def advance(self, seconds: float) -> list[AdapterState]:
-        """Copies for about so long, and takes what was loaded; what there is to tell."""
+        """Copies fills for about so many seconds and collects finished loads. Returns the states that changed."""
         states = [_state(adapter, "resident", took) for adapter, took in self.fills.advance(seconds)]
         return states + [self._loaded(outcome) for outcome in self.loaders.collect()]
 
     @property
-    def wait(self) -> float | None:
-        """For how many seconds `advance` need not be called unless the loaders' descriptor is readable."""
-        return self.fills.poll_seconds if self.fills else self.loaders.wait
+    def poll_seconds(self) -> float | None:
+        """Seconds after which `advance` must be called even if the loaders' descriptor is not readable; None: never."""
+        return self.fills.poll_seconds if self.fills else self.loaders.poll_seconds
 
     def name(self, message: LoadAdapter) -> str:
-        """What the adapter is called in messages."""
+        """The adapter's name for errors and logs."""
         return message.name or self.names.get(message.adapter_id) or Path(message.path).name
 
     def refuse(self, adapter_id: int, reason: str) -> AdapterState:
-        """The adapter is not served; nothing of it is kept."""
+        """Drops the adapter. Returns its state, failed for this reason."""
         log.warning("%s", reason)
         self.store.drop(adapter_id)
         return AdapterState(adapter_id=adapter_id, state="failed", error=reason)
 
     def check_fits(self, name: str, rank: int, targets: list[str], footprint: Footprint, vocab_size: int = 0) -> None:
-        """Raises AdapterError for an adapter that the pools or a lane can never hold."""
+        """Raises AdapterError for an adapter that is too large for the pools or a lane, even when they are empty."""
         base = next(site.vocabulary for site in self.pages.sites if site.group == EMBED)
         added = vocab_size - base
         if added > self.pages.extra_vocab:
@@ -129,18 +132,18 @@ class Adapters:
                     " --max-lora-rank or more --lora-target-modules"
                 )
 
-    def _loaded(self, outcome: Outcome) -> AdapterState:
-        """A load that has ended: the adapter is kept, or refused in one line."""
+    def _loaded(self, outcome: LoadOutcome) -> AdapterState:
+        """Keeps the adapter of a finished load, or refuses it in one line."""
         message = outcome.message
         name = self.name(message)
         try:
-            if outcome.parcel is None:
+            if outcome.adapter is None:
                 raise refusal(name, AdapterError(outcome.reason))
-            adapter = self.store.keep(message.adapter_id, name, outcome.parcel)
+            adapter = self.store.keep(message.adapter_id, name, outcome.adapter)
             self.check_fits(name, adapter.rank, adapter.targets, adapter.footprint, adapter.vocab_size)
         except AdapterError as error:
             return self.refuse(message.adapter_id, error.message)
-        except Exception as error:  # whatever is wrong with it, it must not cost the others their runner
+        except Exception as error:  # a faulty adapter must not end the runner, which serves other adapters
             log.exception("adapter %r cannot be kept", name)
             return self.refuse(message.adapter_id, f"adapter {name!r}: {type(error).__name__}: {error}")
         log.info("adapter %r: %.1f MB loaded in %.2f s", name, adapter.bytes / 1e6, outcome.seconds)

@@ -1,10 +1,10 @@
-"""The normal form: what every adapter format becomes, so that pages and kernels know nothing of formats.
+"""The normal form: every adapter format is converted to it, so that pages and kernels know nothing of formats.
 
     y = gain * (x W^T) + b + sum over slices (x A^T) B + bias        A [r, in], B [r, out of the slice]
 
-W and b are the base's. Scaling (alpha, rsLoRA, patterns) is folded into B. A lane's scale multiplies what an adapter
-changes, so a mix is the weighted sum of its adapters' changes: b + x W^T + sum of scale * ((gain - 1) * (x W^T) + ...).
-Lives on the host; knows nothing of pages, lanes or files.
+W and b are the base's. The scaling (alpha, rsLoRA, patterns) is folded into B. A lane's scale multiplies the difference
+that an adapter makes, so a mix is the weighted sum: b + x W^T + sum of scale * ((gain - 1) * (x W^T) + ...).
+The tensors are in host memory. Knows nothing of pages, lanes or files.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ PAGE_RANK = 16
 """Units of LoRA rank in one rank page."""
 
 MAX_RANK = 512
-"""The highest rank that is served at all."""
+"""The highest rank that is served."""
 
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """What an adapter does to one slice of one site; rank 0: A and B are empty.
+    """The change that an adapter makes to one slice of one site; with rank 0, A and B are empty.
 
-    `gain` and `bias` are per output column in float32, or None: 1 and 0. `full_weight` is a matrix that is taken
-    instead of the base's, with as many rows or, where an adapter has a vocabulary of its own, with others; or None.
+    `gain` and `bias` are float32 [out of the slice]; None means 1 and 0. `full_weight` replaces the base's weight; its
+    rows are another number where the adapter has a vocabulary of its own.
     """
 
     a: torch.Tensor
@@ -45,7 +45,7 @@ class Delta:
 
     @property
     def has_vectors(self) -> bool:
-        """Whether it needs a vector slot."""
+        """Whether it has a gain or a bias, which need a vector slot."""
         return self.gain is not None or self.bias is not None
 
     @property
@@ -56,7 +56,7 @@ class Delta:
 
 
 Deltas = Mapping[str, tuple[Delta | None, ...]]
-"""By site name: one entry for each slice of the site, None where the adapter leaves it alone."""
+"""By site name: one entry for each slice of the site, None where the adapter does not change it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +67,8 @@ class NormalForm:
     rank       the highest rank of any slice
     targets    sorted names of the modules it touches ("q_proj")
     cast_from  float dtypes of its files that differ from the serving dtype (empty: nothing was cast)
-    vocab_size tokens of its own vocabulary, 0: the base's
-    invocation tokens from whose last occurrence in a prompt on it acts (none: from the first token on)
+    vocab_size tokens of its own vocabulary; 0: it has the base's
+    invocation the adapter acts from the last occurrence of these tokens in a prompt on (none: from the first token on)
     """
 
     adapter_id: int
@@ -90,23 +90,23 @@ def pages_for(rank: int) -> int:
 
 
 def lane_pages(max_rank: int) -> int:
-    """The longest lane, in pages of one group: twice the largest adapter, so that two of them can be mixed."""
+    """Pages of one group in the longest lane: twice those of the largest adapter, so that two can be mixed."""
     return 2 * pages_for(max_rank)
 
 
 def vocabulary(deltas: Deltas, sites: Mapping[str, Site]) -> int:
-    """Tokens of the vocabulary that an adapter with these deltas has of its own, 0: the base's."""
-    wholes = {
-        name: delta.full_weight
-        for name, slices in deltas.items()
-        for delta in slices
-        if delta and delta.full_weight is not None
-    }
-    return next((len(whole) for name, whole in wholes.items() if len(whole) != sites[name].vocabulary), 0)
+    """Tokens of an adapter's own vocabulary; 0: it has the base's."""
+    for name, slices in deltas.items():
+        for delta in slices:
+            if delta is not None and delta.full_weight is not None:
+                rows = len(delta.full_weight)
+                if rows != sites[name].vocabulary:
+                    return rows
+    return 0
 
 
 def footprint(deltas: Deltas, sites: Mapping[str, Site]) -> Footprint:
-    """Pages for each touched group (its highest rank decides), vector slots for gains and biases, matrix slots."""
+    """Rank pages by group, of its highest rank; vector slots for gains and biases; matrix slots."""
     pages: dict[str, int] = {}
     for name, slices in deltas.items():
         group = sites[name].group

@@ -1,7 +1,7 @@
 """A site: a linear (or embedding, or head) that LoRA touches, as data. Slices are data too: qkv has three, gate_up two.
 
-The embedding is a linear of one-hot tokens: its in features are the vocabulary. A norm is a site too, though nothing
-but a weight in place of its own can come to it. Knows nothing of adapters or steps.
+The embedding is a linear of one-hot tokens: its in features are the vocabulary. A norm is a site too, whose weight an
+adapter can replace and not change otherwise. Knows nothing of adapters or steps.
 Legend: I in features, O out features (all slices side by side), of this rank's shard.
 """
 
@@ -33,9 +33,9 @@ def vectors_of(group: str) -> str:
 
 
 def full_weights_of(group: str) -> str:
-    """The group of the matrix slots (whole matrices in the place of the base's) of the site of `group`.
+    """The group of the matrix slots of the site of `group`: full weights that replace the base's.
 
-    Of the norms: one slot for all of them together.
+    All norms together have one slot.
     """
     return f"{group}.full"
 
@@ -50,7 +50,7 @@ class Slice:
 
     @property
     def width(self) -> int:
-        """How many output columns."""
+        """Output columns."""
         return self.stop - self.start
 
 
@@ -62,7 +62,7 @@ class Site:
     path      module path of the parent in a checkpoint, e.g. "model.layers.3.self_attn"; a slice's full checkpoint
               name is f"{path}.{slice.module}"
     layer     index of the decoder layer, -1 outside of them
-    group     whose rank pages go together: qkv, o, gate_up, down, embed, head, router, experts; norms
+    group     sites whose rank pages go together: qkv, o, gate_up, down, embed, head, router, experts; norms
     base      the base linear [O, I] (row-parallel: I is the shard); of the embedding its table [I, O], of a norm its
               weight [O]
     tied      of a head: its weight is the embedding's
@@ -78,7 +78,7 @@ class Site:
 
     @property
     def replaceable(self) -> bool:
-        """Whether an adapter may bring a whole weight in its place."""
+        """Whether an adapter may replace its weight in full."""
         return self.group in (EMBED, HEAD, NORMS)
 
     @property

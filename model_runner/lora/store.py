@@ -1,4 +1,4 @@
-"""The host tier: adapters by id in the normal form, one copy of equal bytes. Knows nothing of pages and processes."""
+"""The host tier: adapters by id in the normal form; equal files share one copy. Knows nothing of pages, processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_MESSAGE = 600
 
 
 class AdapterStore:
-    """Keeps adapters, and reads them where a child need not. `max_rank` and `targets` None mean: no limit."""
+    """Keeps adapters, and reads those that no loader child has to. `max_rank` and `targets` None: no limit."""
 
     def __init__(
         self,
@@ -41,56 +41,56 @@ class AdapterStore:
         self._adapters: dict[int, NormalForm] = {}
 
     def load(self, adapter_id: int, name: str, root: Path, revision: str = "") -> NormalForm:
-        """Reads the adapter in `root` in this process, as `adapter_id`; doing it twice is harmless.
+        """Reads the adapter in `root` in this process, unless `adapter_id` is in the store.
 
-        `revision`, when not empty, must be what the files hash to. Raises AdapterError: one line with the adapter's
+        `revision`, when not empty, must be the hash of the files. Raises AdapterError: one line with the adapter's
         name, the part at fault and the reason.
         """
         known = self.known(adapter_id, name, revision)
         if known is not None:
             return known
         try:
-            parcel = self.reader.read(root, revision)
+            shm = self.reader.read(root, revision)
         except (AdapterError, OSError) as error:
             raise refusal(name, error) from error
-        return self.keep(adapter_id, name, parcel)
+        return self.keep(adapter_id, name, shm)
 
     def survey(self, name: str, root: Path) -> AdapterSurvey:
-        """Checks all but the values of the adapter in `root`, and keeps nothing. Raises AdapterError."""
+        """Checks everything but the values of the adapter in `root`; keeps nothing. Raises AdapterError."""
         try:
             return self.reader.survey(root)
         except (AdapterError, OSError) as error:
             raise refusal(name, error) from error
 
     def known(self, adapter_id: int, name: str, revision: str) -> NormalForm | None:
-        """The adapter if it is here. Raises AdapterError if it is of another revision than the one expected."""
+        """The adapter, or None if it is not in the store. Raises AdapterError if it has another revision."""
         adapter = self._adapters.get(adapter_id)
         if adapter is not None and revision and adapter.revision != revision:
             reason = AdapterError(f"its files have changed (revision {adapter.revision}, not {revision})")
             raise refusal(name, reason)
         return adapter
 
-    def keep(self, adapter_id: int, name: str, parcel: ShmAdapter) -> NormalForm:
-        """Takes what a reader made, here or in a child. Raises AdapterError for a parcel that makes no sense."""
+    def keep(self, adapter_id: int, name: str, shm: ShmAdapter) -> NormalForm:
+        """Adds an adapter that a reader made, here or in a child. Raises AdapterError if its memory is invalid."""
         try:
-            label, opened = parcel.open(self.catalogue, self.dtype)
+            manifest, opened = shm.open(self.catalogue, self.dtype)
         except AdapterError as error:
             raise refusal(name, error) from error
-        deltas = self._shared(label.revision) or opened
+        deltas = self._shared(manifest.revision) or opened
         present = [delta for slices in deltas.values() for delta in slices if delta is not None]
         sites = self.catalogue.sites
         adapter = NormalForm(
             adapter_id=adapter_id,
             name=name,
-            revision=label.revision,
+            revision=manifest.revision,
             rank=max(delta.rank for delta in present),
-            targets=sorted({sites[part.site].slices[part.index].module for part in label.parts}),
+            targets=sorted({sites[part.site].slices[part.index].module for part in manifest.parts}),
             footprint=footprint(deltas, sites),
             deltas=deltas,
             bytes=sum(delta.bytes for delta in present),
-            cast_from=label.cast_from,
+            cast_from=manifest.cast_from,
             vocab_size=vocabulary(deltas, sites),
-            invocation=label.invocation,
+            invocation=manifest.invocation,
         )
         if adapter.cast_from:
             log.info("adapter %r: %s weights are served in %s", name, ", ".join(adapter.cast_from), self.dtype)
@@ -98,11 +98,11 @@ class AdapterStore:
         return adapter
 
     def get(self, adapter_id: int) -> NormalForm | None:
-        """The adapter, or None if it is not in the host tier."""
+        """The adapter, or None if it is not in the store."""
         return self._adapters.get(adapter_id)
 
     def drop(self, adapter_id: int) -> None:
-        """Forgets the adapter and frees its host memory; an id that is not there is fine."""
+        """Frees the adapter's host memory, if it is in the store."""
         self._adapters.pop(adapter_id, None)
 
     def __iter__(self) -> Iterator[NormalForm]:
@@ -112,12 +112,12 @@ class AdapterStore:
         return len(self._adapters)
 
     def _shared(self, revision: str) -> Deltas | None:
-        """Two names of the same bytes hold one copy."""
+        """The deltas of another adapter with the same revision."""
         return next((known.deltas for known in self._adapters.values() if known.revision == revision), None)
 
 
 def refusal(name: str, reason: Exception) -> AdapterError:
-    """The one line that says which adapter cannot be served, and why."""
+    """The error in one line: which adapter cannot be served, and why."""
     text = reason.message if isinstance(reason, AdapterError) else str(reason)
     line = " ".join(f"adapter {name!r}: {text}".split())
     return AdapterError(line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 3] + "...")

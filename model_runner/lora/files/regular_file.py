@@ -1,6 +1,6 @@
-"""Opening the files of an adapter: regular files only, so that a pipe or a device can neither block nor never end.
+"""Opens the files of an adapter: regular files only, as reading a pipe or a device may block or never end.
 
-Links are followed. Knows nothing of what is in the files.
+Links are followed. Knows nothing of the content of the files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from engine.errors import AdapterError
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """The file, unbuffered. Raises AdapterError when it is missing or is no regular file."""
+    """The file, unbuffered. Raises AdapterError if it is missing or not a regular file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
@@ -28,7 +28,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """The whole file. Raises AdapterError when it has more than `limit` bytes."""
+    """The content of the file. Raises AdapterError if it has more than `limit` bytes."""
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size <= limit:
             data = read_exactly(file, limit + 1)

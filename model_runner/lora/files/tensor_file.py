@@ -1,7 +1,7 @@
-"""One safetensors file: its header first, checked against the file's size, its bytes later and only once.
+"""One safetensors file: the header is read and checked first, then the tensors one at a time, each read once.
 
-The header is bounded and checked before any tensor is read, so that a lying file costs nothing; the tensors then come
-one at a time, hashed on the way: what is hashed is what is used. Knows nothing of adapters.
+The header's size is bounded, and it is checked against the file's size before any tensor is read. The tensors are
+hashed as they are read, so the hash is that of the values that are used. Knows nothing of adapters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from engine.errors import AdapterError
 from model_runner.lora.files.regular_file import open_regular, read_exactly
 
 SLICE_BYTES = 4 << 20
-"""Read and hashed at a time: small enough for the processor's cache."""
+"""Read and hashed at a time: fits the processor's cache."""
 
 MAX_HEADER_BYTES = 16 << 20
 
@@ -34,7 +34,7 @@ FLOATS = {
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """What the header says of one tensor; offsets count from the end of the header."""
+    """One tensor in the header; offsets count from the end of the header."""
 
     dtype: str
     shape: list[int]
@@ -48,7 +48,7 @@ class Entry(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, eq=False)
 class TensorFile:
-    """The header of a safetensors file; `read` brings the tensors."""
+    """The header of a safetensors file; `tensors` reads the rest."""
 
     path: Path
     size: int
@@ -56,9 +56,9 @@ class TensorFile:
     entries: dict[str, Entry] = field(repr=False)
 
     def tensors(self, digest: Callable[[bytes], None]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor with its name, in the file's order; each is overwritten when the next is asked for.
+        """Every tensor with its name, in the file's order, in one buffer: each is overwritten by the next.
 
-        After the last one, `digest` gets the sha256 of the whole file.
+        After the last one, `digest` is called with the sha256 of the whole file.
         """
         hashed = hashlib.sha256()
         ordered = sorted(self.entries.items(), key=lambda item: item[1].data_offsets)
@@ -87,7 +87,7 @@ class TensorFile:
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """The file's header, checked. Raises AdapterError for anything that is not a whole safetensors file."""
+    """The file's header, checked. Raises AdapterError for anything but a complete safetensors file."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         prefix = read_exactly(file, 8)

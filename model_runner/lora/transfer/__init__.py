@@ -1,1 +1,1 @@
-"""Reading adapters in niced children of the runner (`-m model_runner.lora.transfer`), which hand over shared memory."""
+"""Loads adapters in niced children of the runner (`-m model_runner.lora.transfer`), which return shared memory."""

@@ -1,4 +1,4 @@
-"""A loader as the runner starts it: niced, and the first process that the kernel ends when memory is short."""
+"""The entry of a loader child: niced, and the first process that the kernel kills when memory is short."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NICENESS = 10
 
 
 def main() -> None:
-    """Gives way to the runner, reads the config, then serves; torch is imported only after the first of these."""
+    """Lowers its priority, reads the config, then serves. torch is imported after the priority is lowered."""
     os.nice(NICENESS)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")

@@ -1,7 +1,7 @@
-"""A bound on processor time, for work whose length a stranger decides: regular expressions of an adapter's config.
+"""A bound on processor time, for the regular expressions in an adapter's config, which may take very long to match.
 
-The interpreter's own matcher looks for signals while it works, so a timer that counts this process's processor time can
-end it. Only the main thread hears signals: elsewhere nothing is bounded. Knows nothing of adapters.
+Python's `re` checks for signals while it matches, so a timer on this process's processor time can interrupt it. Only
+the main thread handles signals: in other threads nothing is bounded. Knows nothing of adapters.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from types import FrameType
 from engine.errors import AdapterError
 
 SECONDS = 10.0
-"""A survey of a deep model's adapter takes a fraction of one."""
+"""The survey of an adapter for a deep model takes a fraction of a second."""
 
 
 @contextlib.contextmanager
 def bounded(what: str) -> Iterator[None]:
-    """Raises AdapterError in the body when it has taken SECONDS of processor time."""
+    """Raises AdapterError in the body once it has used SECONDS of processor time."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     seconds = SECONDS
 
-    def ring(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         raise AdapterError(f"{what} takes more than {seconds:g} seconds of processor time")
 
-    former = signal.signal(signal.SIGVTALRM, ring)
+    former = signal.signal(signal.SIGVTALRM, interrupt)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield

@@ -1,6 +1,6 @@
-"""One loader child as its runner sees it: started by name, asked, heard, killed. Nothing here waits for it.
+"""The runner's handle of one loader child: starts it, sends jobs, receives packets, kills it. Never blocks on it.
 
-Knows nothing of adapters: jobs go in, packets come out.
+Knows nothing of adapters.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from model_runner.platform.child_process import ChildProcess
 Reply = Surveyed | Refused | Loaded
 _REPLY: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 END_SECONDS = 0.2
-"""How long a killed child is waited for; one that hangs in the kernel is left to it."""
+"""How long a killed child is waited for; it may hang in the kernel for longer."""
 
 
 class LoaderGone(Exception):
-    """The child is dead, or speaks nonsense; `str` says how it ended."""
+    """The child is dead, or was killed because its packet was invalid; `str` says how it ended."""
 
 
 class Loader:
-    """A running child. Whoever starts it ends it; one that is forgotten is killed."""
+    """A running child. It is killed when this object is garbage collected, if not before."""
 
     def __init__(self, config: LoaderConfig) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -38,8 +38,8 @@ class Loader:
         self._socket = ours
         try:
             with theirs:
-                told = replace(config, socket=theirs.fileno())
-                self._child = ChildProcess("model_runner.lora.transfer", told, theirs.fileno())
+                own_config = replace(config, socket=theirs.fileno())
+                self._child = ChildProcess("model_runner.lora.transfer", own_config, theirs.fileno())
         except BaseException:
             ours.close()
             raise
@@ -51,19 +51,19 @@ class Loader:
         return self._child.pid
 
     def fileno(self) -> int:
-        """Readable when there is something to hear."""
+        """Readable when there is a packet."""
         return self._socket.fileno()
 
-    def ask(self, job: LoadJob) -> bool:
-        """Hands over a job; False if the child is not there to take it."""
+    def send(self, job: LoadJob) -> bool:
+        """Sends a job; False if the child cannot take it."""
         try:
             self._socket.send(msgspec.msgpack.encode(job))
         except OSError:
             return False
         return True
 
-    def hear(self) -> Iterator[tuple[Reply, ShmAdapter | None]]:
-        """Everything it has said; the receiver owns the parcels. Raises LoaderGone."""
+    def receive(self) -> Iterator[tuple[Reply, ShmAdapter | None]]:
+        """Every packet that has come, with its adapter, which the caller must close. Raises LoaderGone."""
         while True:
             descriptors = array.array("i")
             try:
@@ -82,7 +82,7 @@ class Loader:
             yield self._read(packet, list(descriptors))
 
     def kill(self) -> str:
-        """Ends it at once, if it runs; says how it ended."""
+        """Kills it, if it runs. Returns how it ended."""
         self._end()
         return self._child.exit_text
 
@@ -96,7 +96,9 @@ class Loader:
                 os.close(descriptor)
             self.kill()
             raise LoaderGone(f"made no sense ({error})") from error
-        return reply, ShmAdapter(descriptors[0], reply.size, reply.label) if isinstance(reply, Loaded) else None
+        return reply, ShmAdapter(descriptors[0], reply.tensor_bytes, reply.manifest_bytes) if isinstance(
+            reply, Loaded
+        ) else None
 
 
 def _end(child: ChildProcess, link: socket.socket) -> None:

@@ -1,9 +1,9 @@
-"""The loads under way: at most two children, so that a huge load does not hold up a small one; one adapter's in order.
+"""Loads under way, in at most two children, so that a huge load does not delay a small one; each adapter's in order.
 
-    submit --> queue --> a child that is idle --> collect: a parcel, or the reason why there is none
+    submit --> queue --> idle child --> collect: an adapter in shared memory, or the reason why there is none
 
-A child that dies, or takes too long and is killed, costs the load it was at; another takes its place. Knows nothing of
-what is in a parcel.
+When a child dies, or is killed because its load takes too long, that load fails and another child is started for the
+next. Knows nothing of what an adapter is.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from model_runner.lora.transfer.loader import Loader, LoaderGone
 from model_runner.lora.transfer.messages import LoaderConfig, LoadJob, Refused, Surveyed
 from model_runner.lora.transfer.shm_adapter import ShmAdapter
 
-COUNT = 2
+MAX_CHILDREN = 2
 MAX_PATH = 4096
-LOOK_SECONDS = 1.0
-"""How often a load under way is compared with its time limit."""
+POLL_SECONDS = 1.0
+"""How often the time limits of loads under way are checked."""
 
 
 class TimeLimit(msgspec.Struct, frozen=True):
-    """How long a load may take: `seconds` to start and check headers, then as many again and 1 / `rate` a byte."""
+    """How long a load may take: `seconds` until the headers are checked, then as many again and 1 / `rate` per byte."""
 
     seconds: float = 60.0
     rate: float = 20e6
@@ -38,30 +38,30 @@ TIME_LIMIT = TimeLimit()
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
-    """What became of a load: a parcel, which the receiver owns, or the reason why there is none."""
+class LoadOutcome:
+    """The result of a load: an adapter in shared memory, which the caller must close, or the reason why not."""
 
     message: LoadAdapter
     seconds: float
-    parcel: ShmAdapter | None = None
+    adapter: ShmAdapter | None = None
     reason: str = ""
 
 
 @dataclass(eq=False)
 class _Load:
-    """One load, queued or at a child. `wanted` ends when its adapter is unloaded."""
+    """One load, queued or in a child. `is_wanted` becomes False when its adapter is unloaded."""
 
     number: int
     message: LoadAdapter
     began: float
     started: float = 0.0
     deadline: float = 0.0
-    wanted: bool = True
+    is_wanted: bool = True
 
 
 @dataclass(eq=False)
 class _Worker:
-    """A child and what it is doing."""
+    """A child and its load, if it has one."""
 
     loader: Loader
     load: _Load | None = None
@@ -69,7 +69,7 @@ class _Worker:
 
 @dataclass(eq=False)
 class Loaders:
-    """The children of one runner. `fileno` is readable when `collect` has something to do."""
+    """The children of one runner. `fileno` is readable when `collect` should be called."""
 
     config: LoaderConfig
     time_limit: TimeLimit = TIME_LIMIT
@@ -77,18 +77,18 @@ class Loaders:
     _numbers: Iterator[int] = field(default_factory=itertools.count, init=False)
     _queue: list[_Load] = field(default_factory=list, init=False)
     _workers: list[_Worker] = field(default_factory=list, init=False)
-    _outcomes: list[Outcome] = field(default_factory=list, init=False)
+    _outcomes: list[LoadOutcome] = field(default_factory=list, init=False)
     _selector: selectors.EpollSelector = field(default_factory=selectors.EpollSelector, init=False)
 
     @property
-    def wait(self) -> float | None:
-        """For how many seconds `fileno` may be waited for before `collect` is called all the same."""
+    def poll_seconds(self) -> float | None:
+        """Seconds after which `collect` must be called even if `fileno` is not readable; None: never."""
         if self._outcomes:
             return 0.0
-        return LOOK_SECONDS if self._queue or self._busy else None
+        return POLL_SECONDS if self._queue or self._busy else None
 
     def fileno(self) -> int:
-        """One descriptor for all children, for as long as this lives."""
+        """One descriptor for all children, which stays the same until `close`."""
         return self._selector.fileno()
 
     @property
@@ -97,14 +97,14 @@ class Loaders:
         return [worker.loader.pid for worker in self._workers]
 
     def start(self) -> None:
-        """Starts a child before it is needed."""
+        """Starts a child ahead of the first load."""
         if not self._workers:
             self._add()
 
     def submit(self, message: LoadAdapter) -> None:
-        """Queues a load; one that is under way already answers for both."""
-        under_way = [load.message for load in [*self._queue, *self._busy] if load.wanted]
-        if any(_same(known, message) for known in under_way):
+        """Queues a load, unless the same load is under way."""
+        under_way = [load.message for load in [*self._queue, *self._busy] if load.is_wanted]
+        if any(_is_same(known, message) for known in under_way):
             return
         load = _Load(next(self._numbers), message, self.clock())
         if len(message.path.encode()) > MAX_PATH or len(message.revision) > MAX_PATH:
@@ -113,16 +113,16 @@ class Loaders:
         self._queue.append(load)
         self._assign()
 
-    def forget(self, adapter_id: int) -> None:
-        """Whatever is under way for this adapter is wanted no longer."""
+    def cancel(self, adapter_id: int) -> None:
+        """Drops the loads of this adapter; the result of one in a child is discarded."""
         self._queue = [load for load in self._queue if load.message.adapter_id != adapter_id]
         for load in self._busy:
-            load.wanted = load.wanted and load.message.adapter_id != adapter_id
+            load.is_wanted = load.is_wanted and load.message.adapter_id != adapter_id
 
-    def collect(self) -> list[Outcome]:
-        """What has ended since the last call. Never waits."""
+    def collect(self) -> list[LoadOutcome]:
+        """The loads that finished since the last call. Never blocks."""
         for key, _ in self._selector.select(0):
-            self._hear(key.data)
+            self._receive(key.data)
         now = self.clock()
         for worker in list(self._workers):
             if worker.load is not None and now > worker.load.deadline:
@@ -134,15 +134,15 @@ class Loaders:
         return outcomes
 
     def close(self) -> None:
-        """Ends the children; what was under way is lost."""
+        """Kills the children and drops the loads under way."""
         for worker in list(self._workers):
             self._selector.unregister(worker.loader)
             worker.loader.kill()
         self._workers.clear()
         self._selector.close()
         for outcome in self._outcomes:
-            if outcome.parcel is not None:
-                outcome.parcel.close()
+            if outcome.adapter is not None:
+                outcome.adapter.close()
 
     @property
     def _busy(self) -> list[_Load]:
@@ -155,10 +155,10 @@ class Loaders:
         return worker
 
     def _assign(self) -> None:
-        """Gives idle children what waits, the first whose adapter no child is at."""
+        """Gives queued loads to idle children, in order, unless a child is loading the same adapter."""
         while (load := self._next()) is not None:
             worker = next((worker for worker in self._workers if worker.load is None), None)
-            if worker is None and len(self._workers) == COUNT:
+            if worker is None and len(self._workers) == MAX_CHILDREN:
                 return
             try:
                 worker = worker or self._add()
@@ -167,7 +167,7 @@ class Loaders:
                 self._finish(load, reason=f"no loader process can be started ({error})")
                 continue
             job = LoadJob(load.number, load.message.path, load.message.revision)
-            if not worker.loader.ask(job):
+            if not worker.loader.send(job):
                 self._lose(worker, "")
                 continue
             self._queue.remove(load)
@@ -179,33 +179,33 @@ class Loaders:
         taken = {load.message.adapter_id for load in self._busy}
         return next((load for load in self._queue if load.message.adapter_id not in taken), None)
 
-    def _hear(self, worker: _Worker) -> None:
+    def _receive(self, worker: _Worker) -> None:
         try:
-            for reply, parcel in worker.loader.hear():
+            for reply, adapter in worker.loader.receive():
                 load = worker.load
-                assert load is not None, "nobody asked"
-                assert load.number == reply.job, "an answer to another question"
+                assert load is not None, "a reply without a job"
+                assert load.number == reply.job, "a reply to another job"
                 if isinstance(reply, Surveyed):
                     load.deadline = self.clock() + self.time_limit.seconds + reply.bytes / self.time_limit.rate
                     continue
                 worker.load = None
-                self._finish(load, parcel, reply.reason if isinstance(reply, Refused) else "")
+                self._finish(load, adapter, reply.reason if isinstance(reply, Refused) else "")
         except LoaderGone as gone:
             self._lose(worker, f"the loader process {gone}")
 
     def _lose(self, worker: _Worker, reason: str) -> None:
-        """The child is dead; so is its load."""
+        """Removes a dead child; its load fails."""
         self._selector.unregister(worker.loader)
         self._workers.remove(worker)
         if worker.load is not None:
             self._finish(worker.load, reason=reason)
 
-    def _finish(self, load: _Load, parcel: ShmAdapter | None = None, reason: str = "") -> None:
-        if load.wanted:
-            self._outcomes.append(Outcome(load.message, self.clock() - load.began, parcel, reason))
-        elif parcel is not None:
-            parcel.close()
+    def _finish(self, load: _Load, adapter: ShmAdapter | None = None, reason: str = "") -> None:
+        if load.is_wanted:
+            self._outcomes.append(LoadOutcome(load.message, self.clock() - load.began, adapter, reason))
+        elif adapter is not None:
+            adapter.close()
 
 
-def _same(one: LoadAdapter, other: LoadAdapter) -> bool:
+def _is_same(one: LoadAdapter, other: LoadAdapter) -> bool:
     return (one.adapter_id, one.path, one.revision) == (other.adapter_id, other.path, other.revision)

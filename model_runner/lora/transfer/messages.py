@@ -1,12 +1,12 @@
-"""What a runner and its loader children say to one another, over a SOCK_SEQPACKET pair: one message a packet.
+"""The messages between a runner and its loader children, over a SOCK_SEQPACKET pair: one message per packet.
 
     runner                                        loader
       | -- LoaderConfig, a JSON line on stdin ----->|   once; the end of stdin ends the child
       | -- LoadJob ------------------------------------>|
-      |<-- Surveyed --------------------------------|   config and headers are sound; so many bytes are to be read
+      |<-- Surveyed --------------------------------|   config and headers are valid; so many bytes are to be read
       |<-- Loaded, with the descriptor of the memory|   or Refused
 
-Packets are small; a label, which may be long, lies in the parcel's memory behind the tensors.
+Packets are small; the manifest, which may be long, is in the shared memory behind the tensors.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class SiteShape(msgspec.Struct, frozen=True, array_like=True):
         return cls(site.name, site.path, site.layer, site.group, slices, *sizes, tied=site.tied)
 
     def site(self) -> Site:
-        """The site again, its weight on the meta device."""
+        """A site of this shape, its weight on the meta device."""
         shape = (self.out_features,) if self.group == NORMS else (self.out_features, self.in_features)
         weight = torch.empty(shape[::-1] if self.group == EMBED else shape, device="meta")
         slices = tuple(Slice(*s) for s in self.slices)
@@ -50,10 +50,7 @@ class SiteShape(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LoaderConfig(msgspec.Struct, frozen=True):
-    """All that a loader must know of the model, which lies in `model`.
-
-    `socket` is the descriptor of its end of the pair.
-    """
+    """What a loader must know: the model's sites and directory, and the descriptor of its end of the socket pair."""
 
     sites: list[SiteShape]
     dtype: str
@@ -64,29 +61,29 @@ class LoaderConfig(msgspec.Struct, frozen=True):
 
 
 class Packet(msgspec.Struct, tag=True, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Something sent. `job` counts the jobs of a runner."""
+    """One message. `job` is the number of the job, counted by the runner."""
 
     job: int
 
 
 class LoadJob(Packet, frozen=True):
-    """Read the adapter in `root`; `revision`, when not empty, is what it must hash to."""
+    """Read the adapter in `root`; `revision`, when not empty, must be the hash of its files."""
 
     root: str
     revision: str = ""
 
 
 class Surveyed(Packet, frozen=True):
-    """Config and headers are sound; `bytes` are to be read."""
+    """Config and headers are valid; so many `bytes` are to be read."""
 
     bytes: int
 
 
 class Loaded(Packet, frozen=True):
-    """The parcel's descriptor comes with this packet; its label is the `label` bytes behind the `size` of tensors."""
+    """Comes with the descriptor of the shared memory, which holds the tensors and then the manifest."""
 
-    size: int
-    label: int
+    tensor_bytes: int
+    manifest_bytes: int
 
 
 class Refused(Packet, frozen=True):

@@ -1,4 +1,4 @@
-"""From an adapter's directory to a parcel: survey, limits, memory, values, revision. Knows nothing of names and ids."""
+"""Reads an adapter's directory into shared memory: survey, limits, values, revision. Knows nothing of names and ids."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.peft.survey import AdapterSurvey, read_survey
 from model_runner.lora.transfer import shm_adapter
 from model_runner.lora.transfer.cpu_limit import bounded
-from model_runner.lora.transfer.shm_adapter import Label, ShmAdapter
+from model_runner.lora.transfer.shm_adapter import Manifest, ShmAdapter
 from model_runner.platform.device import host_memory
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What the operator allows; None: no limit. `targets` are module names, or "all"; `biases`: may there be any;
-    `extra_vocab`: tokens more than the base has.
+    """What the operator allows; None: no limit. `targets` are module names, or "all"; `biases`: whether there may be
+    any; `extra_vocab`: tokens more than the base has.
     """
 
     max_rank: int | None = None
@@ -52,7 +52,7 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class Reader:
-    """Reads adapters for one model in one dtype, within limits; `model` is the model's directory."""
+    """Reads adapters for one model in one dtype, within limits. `model` is the model's directory."""
 
     def __init__(self, catalogue: Catalogue, dtype: torch.dtype, limits: Limits, model: Path | None = None) -> None:
         self.base = BaseWeights(model)
@@ -61,17 +61,17 @@ class Reader:
         self.limits = limits
 
     def survey(self, root: Path) -> AdapterSurvey:
-        """What config and headers say, within the limits. Raises AdapterError or OSError."""
+        """Reads and checks config and headers. Raises AdapterError or OSError."""
         with bounded("matching the names in its config"):
             survey = read_survey(root, self.catalogue)
         self.limits.check(survey)
         return survey
 
     def read(self, root: Path, revision: str = "", announce: Callable[[int], None] = lambda _: None) -> ShmAdapter:
-        """The adapter in `root`; `revision`, when not empty, must be what its files hash to.
+        """The adapter in `root`; `revision`, when not empty, must be the hash of its files.
 
-        `announce` is told how many bytes are to be read once all but the values is checked. Raises AdapterError or
-        OSError; peak memory is the parcel and one tensor, a few times over.
+        `announce` is called with the number of bytes to be read, once everything but the values is checked. Raises
+        AdapterError or OSError. Peak memory is the adapter and a few copies of one tensor.
         """
         survey = self.survey(root)
         parts, size = shm_adapter.arrange(survey.mappings, self.dtype)
@@ -85,8 +85,8 @@ class Reader:
             found = survey.read(shm_adapter.views(memory, parts, self.catalogue, self.dtype), self.base)
             if revision and found != revision:
                 raise AdapterError(f"{root}: its files have changed (revision {found}, not {revision})")
-            label = Label(found, survey.cast_from(self.dtype), parts, survey.invocation)
-            return shm_adapter.seal(descriptor, size, label)
+            manifest = Manifest(found, survey.cast_from(self.dtype), parts, survey.invocation)
+            return shm_adapter.seal(descriptor, size, manifest)
         except BaseException:
             os.close(descriptor)
             raise

@@ -1,10 +1,10 @@
-"""An adapter in the normal form as one piece of shared memory, to be handed from one process to another.
+"""An adapter in the normal form as one block of shared memory, to be sent from one process to another.
 
-    | A | B | gain | bias | A | B .. | label       each piece at a multiple of 64 bytes; the label says where
-    |<--------- `tensors` bytes ---->|
+    | A | B | gain | bias | A | B .. | manifest       each tensor at a multiple of 64 bytes; the manifest says where
+    |<------ `tensor_bytes` -------->|
 
-The memory has no name: it is given back when the last mapping and descriptor of it are gone. Whoever receives one
-trusts nothing: every number is checked before a view is made. Knows nothing of processes.
+The memory has no name: the kernel frees it with its last mapping and descriptor. The receiver checks every number of
+the manifest before it makes a view. Knows nothing of processes.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from model_runner.lora.site import NORMS, Site
 
 ALIGNMENT = 64
 VECTOR = torch.float32
-"""What gains and biases are held in."""
+"""The dtype of gains and biases."""
 
 FIXED_SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-"""Memory that shrinks under a mapping kills whoever reads it, so a parcel is sealed."""
+"""Reading a mapping of memory that has shrunk kills the process, so the memory is sealed."""
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Slice `index` of a site: its rank, and the byte offsets of A [rank, in] and B [rank, out of the slice].
 
-    Of the gain and the bias too, float32 [out of the slice], and of a whole matrix, where there are such; it is shaped
-    like the base's, but for its `rows` where they are not 0.
+    Also the offsets of the gain and the bias, float32 [out of the slice], and of a full weight, where there are such. A
+    full weight has the base's shape, with `rows` rows where that is not 0.
     """
 
     site: str
@@ -47,12 +47,12 @@ class Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     b: int
     gain: int | None = None
     bias: int | None = None
-    whole: int | None = None
+    full_weight: int | None = None
     rows: int = 0
 
 
-class Label(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What the parts are, and what they were read from."""
+class Manifest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Where the parts are, and what they were read from."""
 
     revision: str
     cast_from: list[str]
@@ -62,42 +62,48 @@ class Label(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 @dataclass
 class ShmAdapter:
-    """The descriptor of the memory, owned until it is opened or closed; tensors first, then the label."""
+    """The descriptor of the memory, which `open` and `close` close, and the bytes of tensors and manifest."""
 
     descriptor: int
-    tensors: int
-    label: int
+    tensor_bytes: int
+    manifest_bytes: int
 
-    def open(self, catalogue: Catalogue, dtype: torch.dtype) -> tuple[Label, Deltas]:
-        """The label, and the adapter as views of the memory, which lives as long as any of them. Closes the parcel.
+    def open(self, catalogue: Catalogue, dtype: torch.dtype) -> tuple[Manifest, Deltas]:
+        """The manifest, and the adapter as views of the memory, which lives as long as one of them. Closes the file.
 
-        Raises AdapterError for sizes and a label that do not fit the memory or the model.
+        Raises AdapterError for sizes and a manifest that do not fit the memory or the model.
         """
         try:
             size = os.fstat(self.descriptor).st_size
-            if self.tensors <= 0 or self.label <= 0 or self.tensors + self.label != size or self.tensors % ALIGNMENT:
-                raise AdapterError(f"its memory of {size} bytes is not {self.tensors} and {self.label}")
+            self._check_sizes(size)
             if fcntl.fcntl(self.descriptor, fcntl.F_GET_SEALS) & FIXED_SIZE != FIXED_SIZE:
                 raise AdapterError("its memory can change its size")
-            label = msgspec.msgpack.decode(os.pread(self.descriptor, self.label, self.tensors), type=Label)
-            return label, views(map_memory(self.descriptor, self.tensors), label.parts, catalogue, dtype)
+            manifest = msgspec.msgpack.decode(
+                os.pread(self.descriptor, self.manifest_bytes, self.tensor_bytes), type=Manifest
+            )
+            return manifest, views(map_memory(self.descriptor, self.tensor_bytes), manifest.parts, catalogue, dtype)
         except (*UNREADABLE, OSError) as error:
             raise AdapterError(f"its memory cannot be read ({error})") from error
         finally:
             self.close()
 
+    def _check_sizes(self, size: int) -> None:
+        both = (self.tensor_bytes, self.manifest_bytes)
+        if min(both) <= 0 or sum(both) != size or self.tensor_bytes % ALIGNMENT:
+            raise AdapterError(f"its memory of {size} bytes is not {self.tensor_bytes} and {self.manifest_bytes}")
+
     def close(self) -> None:
-        """Gives the descriptor back; twice is harmless."""
+        """Closes the descriptor, if it is open."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
 
 
 def arrange(mappings: Iterable[TensorMapping], dtype: torch.dtype) -> tuple[list[Part], int]:
-    """Where each piece of these modules goes, and how many bytes all of them take."""
+    """Where each tensor of these modules goes, and how many bytes all of them take."""
     parts, end = [], 0
 
-    def take(elements: int, itemsize: int) -> int:
+    def reserve(elements: int, itemsize: int) -> int:
         nonlocal end
         begin, end = end, _aligned(end + elements * itemsize)
         return begin
@@ -105,39 +111,39 @@ def arrange(mappings: Iterable[TensorMapping], dtype: torch.dtype) -> tuple[list
     for mapping in mappings:
         for ref in mapping.refs:
             rank, out = mapping.rank, ref.out_features
-            a, b = take(rank * ref.in_features, dtype.itemsize), take(rank * out, dtype.itemsize)
-            gain = take(out, VECTOR.itemsize) if mapping.has_gain else None
-            bias = take(out, VECTOR.itemsize) if mapping.has_bias else None
+            a, b = reserve(rank * ref.in_features, dtype.itemsize), reserve(rank * out, dtype.itemsize)
+            gain = reserve(out, VECTOR.itemsize) if mapping.has_gain else None
+            bias = reserve(out, VECTOR.itemsize) if mapping.has_bias else None
             shape = _shape(ref.site, mapping.rows)
-            whole = take(math.prod(shape), dtype.itemsize) if mapping.has_full_weight else None
-            parts.append(Part(ref.site.name, ref.index, rank, a, b, gain, bias, whole, mapping.rows))
+            full_weight = reserve(math.prod(shape), dtype.itemsize) if mapping.has_full_weight else None
+            parts.append(Part(ref.site.name, ref.index, rank, a, b, gain, bias, full_weight, mapping.rows))
     return parts, end
 
 
 def allocate(size: int) -> int:
-    """The descriptor of `size` zero bytes of memory that has no name."""
+    """The descriptor of `size` zero bytes of shared memory."""
     descriptor = os.memfd_create("adapter", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, size)
     return descriptor
 
 
-def seal(descriptor: int, tensors: int, label: Label) -> ShmAdapter:
-    """Puts the label behind the tensors and fixes the size."""
-    raw = msgspec.msgpack.encode(label)
-    written = os.pwrite(descriptor, raw, tensors)
-    assert written == len(raw), "memory takes all or raises"
+def seal(descriptor: int, tensor_bytes: int, manifest: Manifest) -> ShmAdapter:
+    """Writes the manifest behind the tensors and fixes the size."""
+    raw = msgspec.msgpack.encode(manifest)
+    written = os.pwrite(descriptor, raw, tensor_bytes)
+    assert written == len(raw), "a write to memory is complete or raises"
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, FIXED_SIZE)
-    return ShmAdapter(descriptor, tensors, len(raw))
+    return ShmAdapter(descriptor, tensor_bytes, len(raw))
 
 
 def map_memory(descriptor: int, size: int) -> torch.Tensor:
-    """[size] bytes, shared; the mapping needs no descriptor and lives as long as the tensor and its views."""
+    """[size] bytes. The mapping outlives the descriptor; it lives as long as the tensor and its views."""
     storage = torch.UntypedStorage.from_file(f"/proc/self/fd/{descriptor}", True, size)
     return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
 
 
 def views(memory: torch.Tensor, parts: Iterable[Part], catalogue: Catalogue, dtype: torch.dtype) -> Deltas:
-    """The parts as tensors. Raises AdapterError for a part that is not inside the memory or not of this model."""
+    """The parts as tensors. Raises AdapterError for a part that is outside of the memory or not of this model."""
     values, wide = memory.view(dtype), memory.view(VECTOR)
     found: dict[str, list[Delta | None]] = {}
     for part in parts:
@@ -149,16 +155,22 @@ def views(memory: torch.Tensor, parts: Iterable[Part], catalogue: Catalogue, dty
         b = _view(values, part.b, part.rank, out)
         gain, bias = (None if at is None else _view(wide, at, 1, out)[0] for at in (part.gain, part.bias))
         slices = found.setdefault(site.name, [None] * len(site.slices))
-        if part.whole is not None and (not site.replaceable or part.rows < 0 or (part.rows and site.group == NORMS)):
-            raise AdapterError(f"{part} is not of this model")
-        shape = _shape(site, part.rows)
-        whole = None if part.whole is None else _view(values, part.whole, 1, math.prod(shape)).view(shape)
-        slices[part.index] = Delta(a, b, gain, bias, whole)
+        full_weight = _full_weight(values, part, site)
+        slices[part.index] = Delta(a, b, gain, bias, full_weight)
     return {name: tuple(slices) for name, slices in found.items()}
 
 
+def _full_weight(values: torch.Tensor, part: Part, site: Site) -> torch.Tensor | None:
+    if part.full_weight is None:
+        return None
+    if not site.replaceable or part.rows < 0 or (part.rows and site.group == NORMS):
+        raise AdapterError(f"{part} is not of this model")
+    shape = _shape(site, part.rows)
+    return _view(values, part.full_weight, 1, math.prod(shape)).view(shape)
+
+
 def _shape(site: Site, rows: int) -> list[int]:
-    """Of a whole weight, with `rows` of its own or, where they are 0, the base's."""
+    """The shape of a full weight: the base's, with `rows` rows where that is not 0."""
     return [rows or site.base.shape[0], *site.base.shape[1:]]
 
 

@@ -1,4 +1,4 @@
-"""The loader process: one job after the other, bounded in memory.
+"""The loader process: does one job after the other, within a memory limit.
 
 Knows nothing of ids, names, pages and steps.
 """
@@ -22,10 +22,11 @@ from model_runner.lora.transfer.reader import Reader
 from model_runner.platform.device import DTYPES
 
 DATA_BYTES = 2 << 30
-LARGEST = 16
-"""Bytes for each number of the model's largest matrix: a few copies of one like it.
+BYTES_PER_ELEMENT = 16
+"""For each element of the model's largest matrix: a few copies of such a matrix.
 
-Private memory beyond what an idle loader has: a backstop, as headers are checked first. Parcels do not count."""
+Together the private memory that a loader may use beyond that of an idle one. Headers are checked before anything is
+allocated, so it is a second line of defence. Shared memory does not count."""
 
 MAX_REASON = 2000
 
@@ -33,31 +34,31 @@ log = logging.getLogger(__name__)
 
 
 def serve(config: LoaderConfig) -> None:
-    """Does jobs until the runner hangs up, or is gone."""
+    """Does jobs until the runner closes the socket or dies."""
     torch.set_num_threads(1)
     catalogue = Catalogue([shape.site() for shape in config.sites])
     _bound_memory(max((math.prod(site.base.shape) for site in catalogue.sites.values()), default=0))
     reader = Reader(catalogue, DTYPES[config.dtype], config.limits, Path(config.model) if config.model else None)
-    gone = contextlib.suppress(ConnectionError)  # killed with words of ours unread
+    gone = contextlib.suppress(ConnectionError)  # the runner died with packets unread
     with gone, socket.socket(fileno=config.socket) as link, torch.inference_mode():
         while packet := link.recv(MAX_PACKET):
-            _do(link, reader, msgspec.msgpack.decode(packet, type=LoadJob))
+            _do_job(link, reader, msgspec.msgpack.decode(packet, type=LoadJob))
 
 
-def _do(link: socket.socket, reader: Reader, job: LoadJob) -> None:
+def _do_job(link: socket.socket, reader: Reader, job: LoadJob) -> None:
     def announce(size: int) -> None:
         link.send(msgspec.msgpack.encode(Surveyed(job.job, size)))
 
     try:
-        parcel = reader.read(Path(job.root), job.revision, announce)
+        adapter = reader.read(Path(job.root), job.revision, announce)
     except Exception as error:
         link.send(msgspec.msgpack.encode(Refused(job.job, _reason(error)[:MAX_REASON])))
         return
     try:
-        loaded = Loaded(job.job, parcel.tensors, parcel.label)
-        socket.send_fds(link, [msgspec.msgpack.encode(loaded)], [parcel.descriptor])
+        loaded = Loaded(job.job, adapter.tensor_bytes, adapter.manifest_bytes)
+        socket.send_fds(link, [msgspec.msgpack.encode(loaded)], [adapter.descriptor])
     finally:
-        parcel.close()
+        adapter.close()
 
 
 def _reason(error: Exception) -> str:
@@ -65,13 +66,14 @@ def _reason(error: Exception) -> str:
         return error.message
     if isinstance(error, OSError):
         return str(error)
-    log.exception("a fault while loading")
+    log.exception("an unexpected error while loading")
     return f"{type(error).__name__}: {error}"
 
 
 def _bound_memory(largest: int) -> None:
+    """`largest`: elements of the largest matrix."""
     data_pages = int(Path("/proc/self/statm").read_text().split()[5])
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    bound = data_pages * resource.getpagesize() + DATA_BYTES + LARGEST * largest
+    bound = data_pages * resource.getpagesize() + DATA_BYTES + BYTES_PER_ELEMENT * largest
     if hard == resource.RLIM_INFINITY or bound < hard:
         resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))

@@ -25,7 +25,7 @@ from msgspec.structs import replace
 from engine.messages import LoadAdapter
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.store import AdapterStore
-from model_runner.lora.transfer.loaders import Loaders, Outcome, TimeLimit
+from model_runner.lora.transfer.loaders import Loaders, LoadOutcome, TimeLimit
 from model_runner.lora.transfer.messages import LoaderConfig, LoadJob, SiteShape
 from model_runner.lora.transfer.reader import Limits
 
@@ -42,9 +42,9 @@ def message(root: Path, adapter_id: int = 1, revision: str = "") -> LoadAdapter:
     return LoadAdapter(adapter_id=adapter_id, path=str(root), revision=revision)
 
 
-def finish(loaders: Loaders, count: int = 1) -> list[Outcome]:
+def finish(loaders: Loaders, count: int = 1) -> list[LoadOutcome]:
     """The next outcomes."""
-    found, deadline = list[Outcome](), time.monotonic() + 60
+    found, deadline = list[LoadOutcome](), time.monotonic() + 60
     while len(found) < count:
         assert time.monotonic() < deadline
         found += loaders.collect()
@@ -55,7 +55,7 @@ def finish(loaders: Loaders, count: int = 1) -> list[Outcome]:
 def refused(loaders: Loaders, load: LoadAdapter) -> str:
     loaders.submit(load)
     (outcome,) = finish(loaders)
-    assert outcome.parcel is None
+    assert outcome.adapter is None
     assert outcome.message == load
     return outcome.reason
 
@@ -63,8 +63,8 @@ def refused(loaders: Loaders, load: LoadAdapter) -> str:
 def loads(loaders: Loaders, root: Path) -> None:
     loaders.submit(message(root))
     (outcome,) = finish(loaders)
-    assert outcome.parcel is not None, outcome.reason
-    outcome.parcel.close()
+    assert outcome.adapter is not None, outcome.reason
+    outcome.adapter.close()
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +95,13 @@ def own() -> Iterator[Callable[..., Loaders]]:
 def test_a_child_hands_over_what_this_process_would_read(shared: Loaders, tmp_path: Path) -> None:
     root = adapter(tmp_path)
     shared.submit(message(root))
-    assert shared.wait is not None
+    assert shared.poll_seconds is not None
     (outcome,) = finish(shared)
-    assert shared.wait is None
-    assert outcome.parcel is not None
-    label, deltas = outcome.parcel.open(Catalogue(SITES), torch.float32)
+    assert shared.poll_seconds is None
+    assert outcome.adapter is not None
+    manifest, deltas = outcome.adapter.open(Catalogue(SITES), torch.float32)
     expected = AdapterStore(SITES, torch.float32, max_rank=None, targets=None).load(1, "x", root)
-    assert label.revision == expected.revision
+    assert manifest.revision == expected.revision
     assert deltas.keys() == expected.deltas.keys()
     for name, slices in expected.deltas.items():
         for ours, theirs in zip(deltas[name], slices, strict=True):
@@ -208,8 +208,8 @@ def test_a_hundred_rounds_leave_nothing(shared: Loaders, tmp_path: Path) -> None
     for number in range(100):
         shared.submit(message(roots[number % 4]))
         (outcome,) = finish(shared)
-        assert outcome.parcel is not None
-        _, deltas = outcome.parcel.open(catalogue, torch.float32)
+        assert outcome.adapter is not None
+        _, deltas = outcome.adapter.open(catalogue, torch.float32)
         assert len(deltas) == 4
         del deltas
     assert shared.pids == pids
@@ -277,10 +277,10 @@ def test_the_time_limit_grows_with_what_is_to_be_read(own: Callable[..., Loaders
     loaders.submit(message(root))
     (load,) = loaders._busy
     latest = load.deadline
-    while loaders.wait is not None:
+    while loaders.poll_seconds is not None:
         for outcome in loaders.collect():
-            assert outcome.parcel is not None
-            outcome.parcel.close()
+            assert outcome.adapter is not None
+            outcome.adapter.close()
         latest = max(latest, load.deadline)
     size = (root / "adapter_model.safetensors").stat().st_size
     assert latest - began > 50 + 0.9 * size / 1000
@@ -291,9 +291,9 @@ def test_an_unloaded_adapter_is_told_of_no_more(shared: Loaders, tmp_path: Path)
     opened = descriptors() - 2 * len(shared.pids)
     shared.submit(message(root, 5))
     shared.submit(message(root, 5))
-    shared.forget(5)
+    shared.cancel(5)
     loads(shared, root)
-    while shared.wait is not None:
+    while shared.poll_seconds is not None:
         assert shared.collect() == []
     assert descriptors() - 2 * len(shared.pids) == opened
 
@@ -306,9 +306,9 @@ def test_asking_twice_is_answered_once(shared: Loaders, tmp_path: Path) -> None:
     outcomes = finish(shared, 2)
     assert sorted(outcome.message.adapter_id for outcome in outcomes) == [6, 7]
     for outcome in outcomes:
-        assert outcome.parcel is not None
-        outcome.parcel.close()
-    assert shared.wait is None
+        assert outcome.adapter is not None
+        outcome.adapter.close()
+    assert shared.poll_seconds is None
 
 
 def test_a_child_that_cannot_be_started(own: Callable[..., Loaders], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from engine.errors import AdapterError
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.transfer import shm_adapter
 from model_runner.lora.transfer.reader import Limits, Reader
-from model_runner.lora.transfer.shm_adapter import Label, Part, ShmAdapter
+from model_runner.lora.transfer.shm_adapter import Manifest, Part, ShmAdapter
 
 SITES = random_sites()
 CATALOGUE = Catalogue(SITES)
@@ -31,8 +31,8 @@ def reader(sites: Catalogue = CATALOGUE, dtype: torch.dtype = torch.float32) -> 
 def test_what_comes_out_is_what_the_files_hold_scaled(tmp_path: Path) -> None:
     tensors = plain_tensors(SITES, TARGETS, rank=5)
     root = write_adapter(tmp_path, tensors, target_modules=TARGETS, r=5, lora_alpha=10)
-    label, deltas = reader().read(root).open(CATALOGUE, torch.float32)
-    assert label.cast_from == []
+    manifest, deltas = reader().read(root).open(CATALOGUE, torch.float32)
+    assert manifest.cast_from == []
     seen = 0
     for site in SITES:
         for piece, delta in zip(site.slices, deltas.get(site.name, (None,) * 3), strict=False):
@@ -72,8 +72,8 @@ def test_dropped_memory_is_given_back_and_no_descriptor_is_kept(tmp_path: Path) 
 
 def make(parts: list[Part], tensors: int = 896, size: int | None = None) -> ShmAdapter:
     descriptor = shm_adapter.allocate(tensors)
-    made = shm_adapter.seal(descriptor, tensors, Label("r", [], parts))
-    return made if size is None else ShmAdapter(descriptor, size, made.label)
+    made = shm_adapter.seal(descriptor, tensors, Manifest("r", [], parts))
+    return made if size is None else ShmAdapter(descriptor, size, made.manifest_bytes)
 
 
 def test_a_sound_parcel_opens() -> None:
