@@ -272,7 +272,8 @@ class Abort(Message, frozen=True):
 class LoadAdapter(Message, frozen=True, kw_only=True):
     """tokenizer_proc -> scheduler -> ranks: bring this directory to the host tier as `adapter_id` (> 0).
 
-    Doing it twice is harmless. `revision`, when not empty, must be what the files hash to. `name` is for messages.
+    Doing it twice is harmless, and does not revive one that failed: to try its files again takes a new id. `revision`,
+    when not empty, must be what the files hash to. `name` is for messages.
     `preload` asks the scheduler to make it resident as soon as there is room. Answered by AdapterState.
     """
 

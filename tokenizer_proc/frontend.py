@@ -230,7 +230,7 @@ class Frontend:
                 self.metrics.adapter_seconds("fill", now.seconds)
             case stage, "gone" if entry.draining and stage != "failed":
                 self.metrics.adapter_seconds("unload", time.monotonic() - entry.released)
-            case _, "failed" if before.revision:
+            case stage, "failed" if before.revision and stage != "failed":
                 self.metrics.load_failed()  # its files were to be read again; a first load's caller counts it himself
 
     def _pool(self) -> dict[str, dict[str, int]]:

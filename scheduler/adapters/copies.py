@@ -47,9 +47,9 @@ class Copy:
     which the runner has it. `card` is what was learnt (`known`: from a load). `users` counts promised lane keys,
     `requests` live requests that name it; `last_step` is the last step to name its pages. `last_used`, `held_since` and
     `filled_since` are the ticks that eviction goes by. `wish`: it is to become resident unasked, in this place of the
-    queue. `error`: it cannot be served, until it is loaded again. `sent`: the runner has heard of it. `leaving`: the
-    runner is to free it. `tried`: the paths of the load under way. `fills`: those that the runner has not
-    answered; they read the host copy. One at once makes it resident when it is planned, see loading/device_loader.
+    queue. `error`: it cannot be served; the same files may be, under a new id. `sent`: the runner has heard of it.
+    `leaving`: the runner is to free it. `tried`: the paths of the load under way. `fills`: those that the runner has
+    not answered; they read the host copy. One at once makes it resident when it is planned, see loading/device_loader.
     """
 
     id: int

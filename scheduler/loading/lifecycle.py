@@ -32,7 +32,11 @@ class Custody:
     # ------------------------------------------------------------------------------------------------ what is asked
 
     def load(self, message: LoadAdapter) -> None:
-        """A new adapter; one that failed is tried again, one on disk is read, and of any other its state is told."""
+        """A new adapter; of a known one its state is told, and it is read when it is on disk.
+
+        One that failed stays failed: the tokenizer process sends all it knows again whenever a runner starts, and to
+        try the same files again it loads them under a new id.
+        """
         books = self._books
         adapter = books.directory.adapters.get(message.adapter_id)
         if adapter is None:
@@ -41,7 +45,7 @@ class Custody:
                 error = f"adapter id {message.adapter_id} was used before; give the adapter a new one"
                 books.news.append(AdapterState(adapter_id=message.adapter_id, state="failed", error=error))
                 return
-        elif adapter.draining:
+        elif adapter.draining or adapter.copy.error is not None:
             books.news.append(adapter.report())
             return
         else:
@@ -128,13 +132,11 @@ class Custody:
     def _again(self, adapter: Adapter, message: LoadAdapter) -> None:
         """A known id: what is wanted of it now. Its revision, once learnt, stays what its files must hash to."""
         copy = adapter.copy
-        if copy.error is not None or copy.to_load:
+        if copy.to_load:
             adapter.source = message
             if not copy.known:
                 copy.card = replace(copy.card, revision=message.revision)
-        if copy.error is not None:
-            copy.error = None
-        elif copy.known:
+        if copy.known:
             self._books.news.append(adapter.report())
 
     def _pin(self, adapter: Adapter, pinned: bool) -> None:

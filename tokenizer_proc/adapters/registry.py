@@ -47,8 +47,13 @@ class AdapterRegistry:
     # --------------------------------------------------------------------------------------------- how it changes
 
     def load(self, send: Callable[[LoadAdapter], None]) -> None:
-        """Asks for every adapter to be brought to the host tier; asking again is harmless. `unload` comes after."""
+        """Asks for every adapter to be brought to the host tier; asking again is harmless. `unload` comes after.
+
+        One that failed is left out: a scheduler that does not know it yet would try it again.
+        """
         for entry in self._by_id.values():
+            if entry.state.state == "failed":
+                continue
             source = entry.source
             send(
                 LoadAdapter(

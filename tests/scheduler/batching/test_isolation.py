@@ -10,6 +10,7 @@ from fixtures.scheduling.by_hand import capacity_of, done, generate, new_core, p
 from fixtures.scheduling.fake_runner import FakeRunner
 from fixtures.scheduling.seeded_world import Client, World
 from fixtures.scheduling.simulation import Simulation
+from msgspec.structs import replace
 
 from engine.messages import Abort, Fill, Generate, Progress, RunnerReady, Sampling, Step
 from scheduler.batching.isolation import ASIDE, ENDED, POISON
@@ -24,6 +25,11 @@ class Poisoned(Simulation):
         self.deaths = 0
         self.filling: set[int] = set()
         super().__init__(world)
+
+    def _generate(self, request_id: int) -> Generate:
+        """A poison has at least one token to compute."""
+        message = super()._generate(request_id)
+        return replace(message, generated=[]) if request_id in self.poison else message
 
     def _end_step(self) -> None:
         step = self.runner.queue[0]
@@ -100,6 +106,20 @@ def test_poison_adapter_is_set_aside(seed: int, window: int) -> None:
     assert not sim.failed
     assert 2 <= sim.deaths <= 5
     assert any(client.error == ASIDE for client in sim.clients.values()) or sim.states[1].error == ASIDE
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_adapter_set_aside_is_served_after_a_new_load(seed: int) -> None:
+    """Its files were mended; the new runner's Capacity alone does not bring it back."""
+    sim = Poisoned(World(960 + seed, requests=40, adapters=5, kv_pages=60, rows=8, mix_rate=0.0), {}, {1}).run()
+    sim._reset()
+    sim._resend()
+    assert sim.states[1].error == ASIDE
+    sim.fills = frozenset()
+    sim._load_again(1)
+    while sim.runner.events or sim.runner.queue:
+        sim._happen()
+    assert sim.states[max(sim.loaded)].state in ("host", "resident")
 
 
 def _generate(request_id: int) -> Generate:

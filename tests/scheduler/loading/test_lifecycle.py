@@ -102,7 +102,17 @@ def test_a_failing_adapter_fails_its_requests_by_name() -> None:
     assert core.handle(generate(2, lora=[(1, 1.0)]), 0.0) == [
         Progress(0, [Update(request_id=2, index=0, error="bad file")])
     ]
-    again = LoadAdapter(adapter_id=1, path="p")
+
+
+def test_a_failed_adapter_is_tried_again_by_a_new_id_alone() -> None:
+    """The same id comes again whenever a runner starts."""
+    core = new_core()
+    add_adapter(core, 1)
+    core.handle(AdapterState(adapter_id=1, state="failed", error="bad file"), 0.0)
+    (state,) = core.handle(LoadAdapter(adapter_id=1, path="p", pinned=True, preload=True), 0.0)
+    assert isinstance(state, AdapterState)
+    assert (state.state, state.error) == ("failed", "bad file")
+    again = LoadAdapter(adapter_id=2, path="p")
     assert core.handle(again, 0.0) == [again]
     core.check()
 

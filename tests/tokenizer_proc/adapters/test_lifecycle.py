@@ -142,6 +142,14 @@ def test_a_failed_load_leaves_nothing(tmp_path: Path) -> None:
     run(work)
 
 
+def test_a_failure_that_is_told_twice_counts_once() -> None:
+    world = LoadingFront("first")
+    failed = AdapterState(adapter_id=1, state="failed", revision="r", error="it is set aside")
+    for _ in range(2):
+        world.front.handle(failed)
+    assert 'chorus:adapter_load_failures_total{model_name="base"} 1.0' in world.front.metrics.render().decode()
+
+
 def test_a_name_that_is_being_loaded_cannot_be_used_yet(tmp_path: Path) -> None:
     world = LoadingFront()
     world.held = True
