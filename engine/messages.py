@@ -423,7 +423,7 @@ class WaitingRequest(Part, frozen=True):
 
 
 class Stats(Message, frozen=True, kw_only=True):
-    """scheduler -> tokenizer_proc, each second while anything changes: a picture of the scheduler, and sums.
+    """scheduler -> tokenizer_proc, each second while anything changes or requests are open: a picture, and sums.
 
     `oldest_waiting` are those of the waiting requests that arrived first, in this order; all, if they are not many.
     """

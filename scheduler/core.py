@@ -187,6 +187,11 @@ class Scheduler:
         """Whether no step is in flight."""
         return not self._books.flights
 
+    @property
+    def has_requests(self) -> bool:
+        """Whether a request runs or waits."""
+        return bool(self._books.requests)
+
     def why(self, request_id: int) -> WaitReason | None:
         """Why a request waits; None if it does not."""
         request = self._books.requests.get(request_id)

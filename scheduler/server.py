@@ -146,11 +146,13 @@ class Loop:
         self._send(core.take())
 
     def _look(self, core: Scheduler, now: float) -> None:
-        """Proves the books when idle (and now and then under load), and tells of what changed each second."""
+        """Proves the books when idle (and now and then under load). Each second it tells of what changed, and that it
+        is there while requests are open: one that waits for a long load brings no other news.
+        """
         if self._unproved and now >= self._audit_at(core):
             core.check(AUDIT_PAGES)
             self._unproved, self._untold, self._audited = False, True, now
-        if self._untold and now >= self._stats_at:
+        if self._tells(core) and now >= self._stats_at:
             self._post.send(core.stats())
             self._untold, self._stats_at = False, now + STATS_SECONDS
 
@@ -159,11 +161,14 @@ class Loop:
         if self._core is None:
             return None
         due = min(
-            self._stats_at if self._untold else float("inf"),
+            self._stats_at if self._tells(self._core) else float("inf"),
             self._audit_at(self._core) if self._unproved else float("inf"),
             self._plan_at,
         )
         return None if due == float("inf") else max(0.001, due - time.monotonic())
+
+    def _tells(self, core: Scheduler) -> bool:
+        return self._untold or core.has_requests
 
     def _audit_at(self, core: Scheduler) -> float:
         return self._audited + (IDLE_AUDIT_SECONDS if core.idle else BUSY_AUDIT_SECONDS)

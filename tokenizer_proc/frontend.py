@@ -27,6 +27,7 @@ from engine.messages import (
     Submit,
     ToTokenizer,
     UnloadAdapter,
+    WaitReason,
 )
 from tokenizer_proc.adapters.lifecycle import Lifecycle
 from tokenizer_proc.adapters.registry import AdapterRegistry
@@ -47,6 +48,7 @@ __all__ = ["Frontend", "Stream"]
 log = logging.getLogger(__name__)
 
 STUCK_SECONDS = 30.0
+ADAPTER_WAITS: tuple[WaitReason, ...] = ("load", "fill")
 ATTEMPTS = 5
 
 
@@ -82,7 +84,7 @@ class Frontend:
         self._send = send
         self._seeds = random.Random(config.seed)
         self._started = time.time()
-        self._heard = time.monotonic()
+        self._moved = time.monotonic()
 
     @classmethod
     def load(cls, config: TokenizerConfig, send: Callable[[msgspec.Struct], None]) -> Frontend:
@@ -143,8 +145,8 @@ class Frontend:
 
     @property
     def is_stuck(self) -> bool:
-        """Requests are open, and for long there was no news of any: a step hangs, or is endless."""
-        return self.router.open > 0 and time.monotonic() - max(self._heard, self.router.began) > STUCK_SECONDS
+        """Requests are open, and for long nothing moved: the scheduler is silent, or a step hangs, or is endless."""
+        return self.router.open > 0 and time.monotonic() - max(self._moved, self.router.began) > STUCK_SECONDS
 
     @property
     def max_length(self) -> int:
@@ -174,7 +176,8 @@ class Frontend:
 
     def handle(self, message: ToTokenizer) -> None:
         """Takes in one message of the scheduler."""
-        self._heard = time.monotonic()
+        if not isinstance(message, Stats) or _shows_motion(self.stats, message):
+            self._moved = time.monotonic()
         match message:
             case Progress():
                 self.router.handle(message)
@@ -339,6 +342,15 @@ class Frontend:
             wanted=self._resolver.loading if self._resolver is not None else [],
             tiers=self.adapters.stages(),
         )
+
+
+def _shows_motion(before: Stats, now: Stats) -> bool:
+    """Whether the work goes on: steps were done between the two, or no step is due, as nothing runs or could.
+
+    A request that waits for an adapter may wait for as long as its load takes.
+    """
+    is_loading = any(now.waiting_reasons.get(reason) for reason in ADAPTER_WAITS)
+    return now.steps != before.steps or (not now.running and (is_loading or not now.waiting))
 
 
 def _plain(value: object) -> Any:

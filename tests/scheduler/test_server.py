@@ -139,6 +139,19 @@ def test_who_waits_is_told_of(house: House) -> None:
     assert len({each.reason for each in waiting}) == 1
 
 
+def test_a_lone_request_that_waits_for_a_load_is_told_of(house: House) -> None:
+    """The load takes as long as it likes: the scheduler says each second that it is there."""
+    house.scheduler.send(RunnerReady(epoch=0, capacity=CAPACITY))
+    house.scheduler.send(LoadAdapter(adapter_id=1, path="adapters/1"))
+    house.scheduler.send(_generate(1, [(1, 1.0)]))
+    told: list[Stats] = []
+    end = time.monotonic() + 20
+    while len(told) < 4:
+        assert time.monotonic() < end, f"silence after {told}"
+        told += [message for message in house.tokenizer.receive(0.1) if isinstance(message, Stats)]
+    assert all(stats.waiting_reasons == {"load": 1} for stats in told[-3:])
+
+
 def test_a_request_through_real_sockets(house: House) -> None:
     assert house.ready.startswith(b'{"type":"Ready"'), "ready as soon as the inbox is bound, without a runner"
     assert house.until(Hello)[0].process == "scheduler"

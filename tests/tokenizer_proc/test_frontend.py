@@ -512,6 +512,31 @@ def test_open_requests_without_news_are_noticed(monkeypatch: pytest.MonkeyPatch)
     run(work)
 
 
+@pytest.mark.parametrize(
+    ("picture", "stuck"),
+    [
+        (Stats(waiting=1, waiting_reasons={"load": 1}), False),
+        (Stats(waiting=1, waiting_reasons={"fill": 1}), False),
+        (Stats(waiting=1, waiting_reasons={"turn": 1}), True),
+        (Stats(running=1), True),
+        (Stats(running=1, waiting=1, waiting_reasons={"load": 1}), True),
+        (Stats(running=1, steps=1), False),
+    ],
+)
+def test_a_wait_for_an_adapter_is_not_a_hung_step(picture: Stats, stuck: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler tells each second that it is there, also while the runner hangs."""
+    fake = Fake()
+    monkeypatch.setattr(frontend, "STUCK_SECONDS", 0.05)
+
+    async def work() -> None:
+        async with fake.front.open(submit("hello")):
+            await asyncio.sleep(0.1)
+            fake.front.handle(picture)
+            assert fake.front.is_stuck == stuck
+
+    run(work)
+
+
 def test_an_adapter_that_acts_from_its_invocation_on_is_not_mixed_and_says_what_it_is() -> None:
     fake = Fake("sql", "fox")
     fake.front.handle(AdapterState(adapter_id=1, state="host", revision="r", invocation=[5, 6]))
