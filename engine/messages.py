@@ -152,8 +152,9 @@ FinishReason = Literal["stop", "length", "abort"]
 class Delta(Message, frozen=True, kw_only=True):
     """tokenizer_proc -> host: more of choice `index` of Submit `id`. The last one of a choice has `finish_reason`.
 
-    `stop_reason` is the stop string or token id that ended it. `prompt_logprobs` come with the first delta; the first
-    position's is None. `prompt_token_ids` come with the first delta of choice 0.
+    `stop_reason` is the stop string or token id that ended it. `prompt_logprobs` come with choice 0, in pieces, the last of
+    them with its first token at the latest; the first position's is None. An aborted choice may lack the rest of them.
+    `prompt_token_ids` come with the first delta of choice 0.
     """
 
     id: int
@@ -273,8 +274,8 @@ class LoadAdapter(Message, frozen=True, kw_only=True):
     """tokenizer_proc -> scheduler -> ranks: bring this directory to the host tier as `adapter_id` (> 0).
 
     Doing it twice is harmless, and does not revive one that failed: to try its files again takes a new id. `revision`,
-    when not empty, must be what the files hash to. `name` is for messages.
-    `preload` asks the scheduler to make it resident as soon as there is room. Answered by AdapterState.
+    when not empty, must be what the files hash to. `name` is for messages. `preload` asks the scheduler to make it
+    resident as soon as there is room. Answered by AdapterState.
     """
 
     adapter_id: int
@@ -319,7 +320,8 @@ class Update(Part, frozen=True, kw_only=True):
     """News of one request. `index` counts generated tokens: it is the number of the first token in `tokens`.
 
     Tokens below the receiver's count are duplicates and dropped; a gap is a fault. `error` ends the request as failed;
-    with a `code` the reason is not its adapters.
+    with a `code` the reason is not its adapters. `prompt_logprobs` come in pieces, all before the first token;
+    `prompt_index` counts the positions of earlier pieces, like `index`.
     """
 
     request_id: int
@@ -332,10 +334,11 @@ class Update(Part, frozen=True, kw_only=True):
     logprobs: list[LogprobIds] | None = None
     prompt_logprobs: list[LogprobIds] | None = None
     code: str | None = None
+    prompt_index: int = 0
 
 
 class Progress(Message, frozen=True):
-    """scheduler -> tokenizer_proc: one step's news, a list for all requests of the batch.
+    """scheduler -> tokenizer_proc: one step's news, a list for all requests of the batch, or a part of it if large.
 
     `epoch` is the tokenizer process's, `scheduler` the sender's own: a dead one's last words are dropped, for another
     has taken its requests over.

@@ -51,6 +51,7 @@ from scheduler.batching.planner import Planner
 from scheduler.loading.device_loader import Filling
 from scheduler.loading.disk_loader import Loading
 from scheduler.loading.lifecycle import Custody
+from scheduler.progress import messages, pieces
 from scheduler.requests.request import Request
 from scheduler.requests.stopping import finish_of
 from scheduler.state import Books, Bounds
@@ -168,12 +169,10 @@ class Scheduler:
     # --------------------------------------------------------------------------------------------- what others see
 
     def take(self) -> list[Upstream | Downstream]:
-        """Everything to be sent since the last call, one Progress for all requests first."""
+        """Everything to be sent since the last call, the requests' Progress first: one, unless that would be large."""
         books = self._books
-        out: list[Upstream | Downstream] = []
-        if books.updates:
-            out.append(Progress(self._client_epoch, books.updates, self._incarnation))
-        out += books.news
+        progress = [Progress(self._client_epoch, part, self._incarnation) for part in messages(books.updates)]
+        out: list[Upstream | Downstream] = [*progress, *books.news]
         books.updates, books.news = [], []
         return out
 
@@ -269,7 +268,6 @@ class Scheduler:
                 finish=ending[0] if ending else None,
                 stop_reason=ending[1] if ending else None,
                 logprobs=[logprobs] if logprobs is not None else None,
-                prompt_logprobs=request.pop_scores(),
             )
         )
         if ending is not None:
@@ -277,7 +275,9 @@ class Scheduler:
 
     def _score(self, request: Request, scores: list[LogprobIds], count: int) -> None:
         assert len(scores) == count, f"request {request.id} has {len(scores)} prompt logprobs of {count}"
-        request.prompt_scores.extend(scores)
+        if not request.done:
+            self._books.updates += pieces(request.id, request.generated, request.scores_known, scores)
+        request.scores_known += count
 
     def _meet_client(self, epoch: int) -> None:
         """A tokenizer process of a newer epoch knows nothing of the older one's requests, and nothing of us."""

@@ -44,9 +44,10 @@ class SchedulerInbox:
             stop.cancel()
 
     async def read(self) -> NoReturn:
-        """Reads for ever."""
+        """Reads for ever. However many messages there are, the event loop turns after each."""
         async for message in self._inbox:
             self._take(message)
+            await asyncio.sleep(0)
         raise InternalError("the inbox ended")
 
     def _take(self, message: ToTokenizer) -> None:

@@ -27,6 +27,7 @@ def join(deltas: Sequence[Delta]) -> Completion:
     assert last.finish_reason is not None
     assert last.usage is not None
     scored = any(delta.logprobs is not None for delta in deltas)
+    prompt_pieces = [delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not None]
     return Completion(
         text="".join(delta.text for delta in deltas),
         token_ids=[token for delta in deltas for token in delta.token_ids],
@@ -34,5 +35,5 @@ def join(deltas: Sequence[Delta]) -> Completion:
         stop_reason=last.stop_reason,
         usage=last.usage,
         logprobs=[position for delta in deltas for position in delta.logprobs or ()] if scored else None,
-        prompt_logprobs=next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None),
+        prompt_logprobs=[position for piece in prompt_pieces for position in piece] if prompt_pieces else None,
     )

@@ -23,22 +23,45 @@ from scheduler.loading.device_loader import Filling
 from scheduler.requests.request import Request
 from scheduler.state import Books, Flight
 
+MOST_SCORES = 1 << 17  # log-probabilities of prompts that a step may bring: 2 MB in its answer
+MOST_NUMBERS = 1 << 20  # in the new rows of a step, beyond which no further row is let in: 5 MB
+
 
 @dataclass(slots=True)
 class _Draft:
-    """A step that is being planned."""
+    """A step that is being planned. `budget` is in tokens; `scores` and `numbers` keep its frame and its answer's small."""
 
     flight: Flight
     budget: int
+    scores: int = MOST_SCORES
+    numbers: int = MOST_NUMBERS
     lanes: list[LanePages] = field(default_factory=list)
     new_rows: list[NewRow] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
+
+    def begin(self, request: Request) -> None:
+        """Its row is new."""
+        row = NewRow(
+            row=request.row,
+            generation=request.generation,
+            prompt_length=request.prompt_length,
+            sampling=request.sampling,
+            history=list(request.tokens) if request.needs_history else [],
+        )
+        self.new_rows.append(row)
+        biases, ends = row.sampling.logit_bias, row.sampling.end_ids
+        self.numbers -= len(row.history) + len(request.pages) + len(ends) + 3 * len(biases)
+
+    def most_scored(self, request: Request) -> int:
+        """How many of its positions may be scored, one at least; they are taken when a chunk is added."""
+        return max(1, self.scores // (1 + request.sampling.prompt_logprobs))
 
     def add(self, request: Request, chunk: Chunk, scored: int = 0) -> None:
         self.chunks.append(chunk)
         self.flight.parts.append((request, chunk.samples, scored))
         self.flight.starts.append(chunk.start)
         self.budget -= chunk.length
+        self.scores -= scored * (1 + request.sampling.prompt_logprobs)
         request.steps_in_flight += 1
         request.computed += chunk.length
         request.scored += scored
@@ -146,6 +169,7 @@ class Planner:
             else:
                 scores = True
                 end = end if known == request.prompt_length else min(end, request.to_score)
+                end = min(end, start + draft.most_scored(request))
         samples = end == known
         chunk = Chunk(
             row=request.row,
@@ -165,16 +189,8 @@ class Planner:
     def _admit(self, draft: _Draft, next_request: Callable[[], Request | None]) -> None:
         """Admits requests while there is budget for their first chunk."""
         books = self._books
-        while draft.budget > 0 and (request := next_request()) is not None:
+        while draft.budget > 0 and draft.numbers > 0 and (request := next_request()) is not None:
             if self._admission.admit(request):
                 draft.lanes.append(LanePages(request.lane, books.lane_pages(request.key)))
-            draft.new_rows.append(
-                NewRow(
-                    row=request.row,
-                    generation=request.generation,
-                    prompt_length=request.prompt_length,
-                    sampling=request.sampling,
-                    history=list(request.tokens) if request.needs_history else [],
-                )
-            )
+            draft.begin(request)
             self._prefill(draft, request, list(request.pages))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.messages import Generate, LogprobIds, Sampling, Stopping
+from engine.messages import Generate, Sampling, Stopping
 from scheduler.types import LaneKey, Namespace, Node, Order
 
 
@@ -45,8 +45,7 @@ class Request:
     done: bool = False
     admitted: bool = False  # it has had a row
     scored: int = 0  # prompt positions whose log-probability was planned
-    prompt_scores: list[LogprobIds] = field(default_factory=list)  # the log-probabilities that came
-    scores_sent: bool = False
+    scores_known: int = 0  # those of them whose log-probability came
 
     @property
     def generated(self) -> int:
@@ -79,14 +78,6 @@ class Request:
         s = self.sampling
         return s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
 
-    def pop_scores(self) -> list[LogprobIds] | None:
-        """The prompt's log-probabilities, returned once, when they were asked for and are complete."""
-        asked = self.sampling.prompt_logprobs >= 0 and not self.scores_sent
-        if not asked or len(self.prompt_scores) < self.to_score:
-            return None
-        self.scores_sent = True
-        return self.prompt_scores
-
     def pop_cached(self) -> int:
         """How many prompt tokens were found in the radix tree, returned once."""
         cached, self.cached = self.cached, 0
@@ -100,7 +91,7 @@ class Request:
         """The steps in flight are never answered: their samples and scores are planned again, and the KV is lost."""
         self.prefix = self.alora = None
         self.steps_in_flight = self.pending = 0
-        self.scored = len(self.prompt_scores)
+        self.scored = self.scores_known
 
 
 def from_message(message: Generate, key: LaneKey, order: Order) -> Request:

@@ -91,20 +91,23 @@ def test_a_long_prompt_does_not_hold_up_who_decodes(flag: int | None, bound: int
     assert [chunk.length for chunk in plan_of(core).chunks] == [512]
 
 
-def test_prompt_logprobs_are_scored_in_chunks_and_sent_once() -> None:
+def test_prompt_logprobs_are_sent_as_they_come_and_once() -> None:
     core = new_core()
     core.handle(generate(1, prompt=10, max_tokens=2, sampling=Sampling(prompt_logprobs=0, logprobs=0)), 0.0)
     step = plan_of(core)
     (chunk,) = step.chunks
     assert (chunk.scores, chunk.samples, chunk.length, len(chunk.tokens)) == (True, False, 8, 9)
     scores = [LogprobIds(10 + i, -float(i), []) for i in range(1, 10)]
-    assert done(core, step, prompt_logprobs={0: scores[:8]}) == []
+    assert done(core, step, prompt_logprobs={0: scores[:8]}) == [
+        Update(request_id=1, index=0, prompt_logprobs=scores[:8])
+    ]
     step = plan_of(core)
     (chunk,) = step.chunks
     assert (chunk.scores, chunk.samples, chunk.length, len(chunk.tokens)) == (True, True, 2, 2)
     own = LogprobIds(50, -1.0, [])
-    (update,) = done(core, step, prompt_logprobs={0: scores[8:]}, logprobs={0: own})
-    assert (update.prompt_logprobs, update.logprobs) == (scores, [own])
+    piece, update = done(core, step, prompt_logprobs={0: scores[8:]}, logprobs={0: own})
+    assert piece == Update(request_id=1, index=0, prompt_logprobs=scores[8:], prompt_index=8)
+    assert (update.prompt_logprobs, update.logprobs) == (None, [own])
     (update,) = done(core, plan_of(core), logprobs={0: own})
     assert (update.prompt_logprobs, update.finish) == (None, "length")
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import msgspec
 import pytest
 from fixtures.serving.tokenizer_front import END, LINKS, Fake, capacity, scores
 
+from engine.client.completion import join
 from engine.errors import (
     AdapterError,
     EngineDead,
@@ -24,6 +26,7 @@ from engine.messages import (
     ChatMessage,
     Delta,
     Footprint,
+    Generate,
     LoadAdapter,
     Progress,
     SamplingParams,
@@ -256,15 +259,97 @@ def test_logprobs_carry_text_and_exact_bytes() -> None:
                 fake.say(
                     Update(request_id=generate.request_id, index=0, tokens=ids, logprobs=scores(ids), finish="length")
                 )
-            one, two = await rest(stream)
+            prompt, one, two = await rest(stream)
             assert one.logprobs is not None
             joined = b"".join(bytes(position.chosen.bytes) for position in one.logprobs)
             assert joined.decode() == one.text == "🙂"
             assert one.logprobs[0].chosen.token == "\ufffd"
             assert [entry.token_id for entry in one.logprobs[0].top] == [ids[0], 5]
-            assert one.prompt_logprobs is not None
-            assert [None if each is None else each.chosen.token_id for each in one.prompt_logprobs] == [None, 6, 7]
-            assert two.prompt_logprobs is None
+            assert prompt.prompt_logprobs is not None
+            assert [None if each is None else each.chosen.token_id for each in prompt.prompt_logprobs] == [None, 6, 7]
+            assert (one.prompt_logprobs, two.prompt_logprobs) == (None, None)
+
+    run(work)
+
+
+def _shown(deltas: list[Delta]) -> list[list[int | None] | None]:
+    """The prompt's positions that each delta brought."""
+    return [
+        None if each.prompt_logprobs is None else [p and p.chosen.token_id for p in each.prompt_logprobs]
+        for each in deltas
+    ]
+
+
+def test_prompt_logprobs_come_in_pieces_and_once() -> None:
+    """A scheduler that takes over begins again, with other pieces."""
+    fake = Fake()
+
+    async def work() -> None:
+        async with fake.front.open(submit([5, 6, 7, 8, 9], prompt_logprobs=1)) as stream:
+            request_id = fake.generates[0].request_id
+
+            def say(index: int, *ids: int, **fields: Any) -> None:
+                piece = scores(list(ids)) if ids else None
+                fake.say(Update(request_id=request_id, index=0, prompt_logprobs=piece, prompt_index=index, **fields))
+
+            say(0, 6, 7)
+            say(0, 6)
+            say(1, 7, 8)
+            say(0, 6, 7, 8, 9)
+            say(0, tokens=[5], finish="length")
+            deltas = await rest(stream)
+        assert _shown(deltas) == [[None, 6, 7], [8], [9], None]
+        assert join(deltas).prompt_logprobs == [p for delta in deltas for p in delta.prompt_logprobs or []]
+
+    run(work)
+
+
+def test_prompt_logprobs_with_a_gap_are_a_fault() -> None:
+    fake = Fake()
+
+    async def work() -> None:
+        async with fake.front.open(submit([5, 6, 7, 8], prompt_logprobs=1)) as stream:
+            request_id = fake.generates[0].request_id
+            fake.say(Update(request_id=request_id, index=0, prompt_logprobs=scores([7]), prompt_index=1))
+            with pytest.raises(InternalError, match="prompt positions 0 to 1 of a request were lost"):
+                await rest(stream)
+
+    run(work)
+
+
+def test_a_prompt_of_one_token_has_one_position() -> None:
+    fake = Fake()
+
+    async def work() -> None:
+        async with fake.front.open(submit([5], prompt_logprobs=1)) as stream:
+            fake.say(Update(request_id=fake.generates[0].request_id, index=0, tokens=[6], finish="length"))
+            assert _shown(await rest(stream)) == [[None]]
+
+    run(work)
+
+
+def test_a_request_that_grew_larger_than_a_frame_fails_alone() -> None:
+    """Another scheduler takes over, and is told of the tokens that each request has."""
+    fake = Fake()
+    told: list[Generate] = []
+
+    def send(message: msgspec.Struct) -> None:
+        if isinstance(message, Generate) and len(message.generated) > 1:
+            raise InternalError("a Generate of 9 bytes exceeds the frame bound")
+        if isinstance(message, Generate):
+            told.append(message)
+
+    async def work() -> None:
+        async with fake.front.open(submit([5], n=2, seed=1)) as large, fake.front.open(submit([6])) as small:
+            ids = [each.request_id for each in fake.generates]
+            fake.say(Update(request_id=ids[0], index=0, tokens=[7, 8]))
+            fake.front.router._send = send
+            fake.front.recover(1)
+            assert [each.request_id for each in told] == [ids[2]]
+            fake.front.handle(Progress(0, [Update(request_id=ids[2], index=0, tokens=[7], finish="length")], 1))
+            assert (await rest(small))[-1].finish_reason == "length"
+            with pytest.raises(InternalError, match="frame bound"):
+                await rest(large)
 
     run(work)
 

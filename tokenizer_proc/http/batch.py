@@ -17,13 +17,31 @@ from engine.messages import Delta, FinishReason, PositionLogprobs, Submit, Usage
 from tokenizer_proc.frontend import Frontend, Stream
 from tokenizer_proc.requests.deadline import Deadline
 
+LARGE = 512  # positions with log-probabilities: more of them take long to write
+
 
 class Prompt:
-    """One submit's prompt as the model sees it; `logprobs` come with its first delta, if asked for."""
+    """One submit's prompt as the model sees it. Its log-probabilities come in pieces, if asked for."""
 
     def __init__(self, token_ids: list[int]) -> None:
         self.token_ids = token_ids
-        self.logprobs: list[PositionLogprobs | None] | None = None
+        self.scored: list[PositionLogprobs | None] = []
+        self._ended = False
+
+    @property
+    def logprobs(self) -> list[PositionLogprobs | None] | None:
+        """Of every position, once they are all there."""
+        return self.scored if self.scored and len(self.scored) == len(self.token_ids) else None
+
+    @property
+    def awaits_logprobs(self) -> bool:
+        """Whether more may come, if they were asked for."""
+        return self.logprobs is None and not self._ended
+
+    def add(self, delta: Delta) -> None:
+        """What a delta of its choices brings; they come with the first choice."""
+        self.scored += delta.prompt_logprobs or []
+        self._ended = self._ended or (delta.index == 0 and delta.finish_reason is not None)
 
 
 class Choice:
@@ -103,14 +121,23 @@ class Batch:
                 pass
 
     async def deltas(self) -> AsyncGenerator[tuple[Choice, Delta], None]:
-        """Every delta with its choice, which already holds it. Raises the first EngineError of any stream."""
+        """Every delta with its choice, which already holds it, but for those that only tell of the prompt.
+
+        Raises the first EngineError of any stream.
+        """
         async with contextlib.aclosing(self._merged()) as merged:
             async for item, delta in merged:
                 choice = self._of_item[item][delta.index]
-                choice.add(delta)
-                if delta.prompt_logprobs is not None:
-                    choice.prompt.logprobs = delta.prompt_logprobs
-                yield choice, delta
+                choice.prompt.add(delta)
+                if delta.prompt_logprobs is None or delta.token_ids or delta.finish_reason is not None:
+                    choice.add(delta)
+                    yield choice, delta
+
+    @property
+    def is_large(self) -> bool:
+        """Whether its answer may take long to write."""
+        scored = sum(len(prompt.scored) for prompt in self.prompts)
+        return scored + sum(len(choice.logprobs) for choice in self.choices) > LARGE
 
     def usage(self) -> Usage:
         """Of the whole call: each prompt is counted once, every choice's answer is."""

@@ -44,7 +44,8 @@ class OutputProcessor:
         self._scores_prompt = scores_prompt
         self._detokenizer = Detokenizer(tokenizer, prompt, options.skip_special_tokens)
         self._stops = StopFinder(options.stop, options.include_stop)
-        self._prompt_scores: list[LogprobIds] = []
+        self._scored = 0  # positions of the prompt whose log-probabilities came
+        self._scores_begun = False
         self._cached = 0
         self._told = False
         self.generated: list[int] = []
@@ -62,8 +63,7 @@ class OutputProcessor:
         if skip < 0:
             raise InternalError(f"tokens {len(self.generated)} to {update.index} of a request were lost")
         self._cached = max(self._cached, update.cached_tokens)
-        if update.prompt_logprobs and not self._told:
-            self._prompt_scores.extend(update.prompt_logprobs)
+        scored_prompt = self._read_scores(update)
         ended_by = update.stop_reason if update.finish == "stop" else None
         tokens, text = self._read(update.tokens[skip:], ended_by)
         self.finish = update.finish
@@ -72,15 +72,31 @@ class OutputProcessor:
         stop_reason: str | int | None = ended_by
         if self._stops.matched is not None:
             self.finish, stop_reason = "stop", self._stops.matched
-        if not tokens and self.finish is None:
+        if not tokens and self.finish is None and scored_prompt is None:
             return None
         scores = update.logprobs[skip : skip + len(tokens)] if update.logprobs is not None else []
-        return self._delta(text, tokens, stop_reason, scores)
+        return self._delta(text, tokens, stop_reason, scores, scored_prompt)
 
     def abort(self) -> Delta:
         """The delta that ends it before its time."""
         self.finish = "abort"
-        return self._delta(self._stops.push(self._detokenizer.flush()) + self._stops.flush(), [], None, [])
+        return self._delta(self._stops.push(self._detokenizer.flush()) + self._stops.flush(), [], None, [], None)
+
+    def _read_scores(self, update: Update) -> list[PositionLogprobs | None] | None:
+        """The prompt's next positions; None if there is nothing new of them. The first one of all has no value."""
+        if not self._scores_prompt:
+            return None
+        skip = self._scored - update.prompt_index
+        if update.prompt_logprobs and skip < 0:
+            raise InternalError(f"prompt positions {self._scored} to {update.prompt_index} of a request were lost")
+        found = [self._position(each) for each in (update.prompt_logprobs or [])[skip:]]
+        self._scored += len(found)
+        if self._scores_begun:
+            return [*found] or None
+        if not (found or update.tokens or update.finish):
+            return None
+        self._scores_begun = True
+        return [None, *found]
 
     def _read(self, tokens: Sequence[int], ended_by: int | None) -> tuple[list[int], str]:
         """Text of new tokens, up to the one that completes a stop string. The text of an end token is left out."""
@@ -97,7 +113,12 @@ class OutputProcessor:
         return list(tokens), text
 
     def _delta(
-        self, text: str, tokens: list[int], stop_reason: str | int | None, scores: Sequence[LogprobIds]
+        self,
+        text: str,
+        tokens: list[int],
+        stop_reason: str | int | None,
+        scores: Sequence[LogprobIds],
+        scored_prompt: list[PositionLogprobs | None] | None,
     ) -> Delta:
         is_first, self._told = not self._told, True
         usage = Usage(len(self._prompt), len(self.generated), self._cached) if self.finish is not None else None
@@ -110,12 +131,9 @@ class OutputProcessor:
             stop_reason=stop_reason,
             usage=usage,
             logprobs=[self._position(each) for each in scores] if self._options.has_logprobs else None,
-            prompt_logprobs=self._scored_prompt() if is_first and self._scores_prompt else None,
+            prompt_logprobs=scored_prompt,
             prompt_token_ids=self._prompt if is_first and self._index == 0 else None,
         )
-
-    def _scored_prompt(self) -> list[PositionLogprobs | None]:
-        return [None, *(self._position(each) for each in self._prompt_scores)]
 
     def _position(self, ids: LogprobIds) -> PositionLogprobs:
         return PositionLogprobs(
@@ -123,5 +141,4 @@ class OutputProcessor:
         )
 
     def _token(self, token_id: int, logprob: float) -> TokenLogprob:
-        exact = self._tokenizer.token_bytes(token_id)
-        return TokenLogprob(token_id, logprob, exact.decode("utf-8", "replace"), list(exact))
+        return TokenLogprob(token_id, logprob, *self._tokenizer.pieces.shown(token_id))

@@ -65,6 +65,7 @@ class Pieces:
         plain = self._strips_space or kinds == ["Replace", "ByteFallback", "Fuse"]
         self.additive = self._byte_level or self._metaspace or (plain and _is_space_rule(parts[0]))
         self._cache: dict[int, bytes] = {}
+        self._shown: dict[int, tuple[str, list[int]]] = {}
 
     def __getitem__(self, token_id: int) -> bytes:
         """The bytes a token adds to a text that has begun; nothing for an id without a token."""
@@ -72,6 +73,14 @@ class Pieces:
         if piece is None:
             piece = self._cache[token_id] = self._bytes(token_id)
         return piece
+
+    def shown(self, token_id: int) -> tuple[str, list[int]]:
+        """Its text, and its bytes as numbers: one list for all who ask, not to be changed."""
+        found = self._shown.get(token_id)
+        if found is None:
+            piece = self[token_id]
+            found = self._shown[token_id] = piece.decode("utf-8", "replace"), list(piece)
+        return found
 
     def first(self, token_id: int) -> bytes:
         """The bytes it adds as the first token of a text."""

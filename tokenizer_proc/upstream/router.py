@@ -136,8 +136,15 @@ class Router:
         """The scheduler of this incarnation knows nothing: it is told of every open request."""
         self._scheduler = scheduler
         self.wait_reasons.forget()
-        for request in self._requests.values():
-            self._send(replace(request.message, generated=list(request.tokens)))
+        for request_id in list(self._requests):
+            request = self._requests.get(request_id)
+            if request is None:
+                continue  # it ended with another choice of its call
+            try:
+                self._send(replace(request.message, generated=list(request.tokens)))
+            except EngineError as error:  # with its tokens it is larger than a frame: its call alone fails
+                self.stop(request_id, abort=False)
+                request.receiver(error)
 
     def stop(self, request_id: int, abort: bool) -> None:
         """Forgets a request, and with `abort` tells the scheduler to forget it. Twice is harmless."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.messages import Generate, LogprobIds, Sampling, Stopping
+from engine.messages import Generate, Sampling, Stopping
 from scheduler.requests.request import from_message
 from scheduler.types import BASE, lane_key
 
@@ -44,18 +44,9 @@ def test_history_is_needed_only_for_penalties(penalty: str) -> None:
     assert from_message(_generate(**{penalty: 0.5}), BASE, 0).needs_history
 
 
-def test_scores_are_returned_once_and_complete() -> None:
-    request = from_message(_generate(prompt_logprobs=0), BASE, 0)
-    assert request.pop_scores() is None
-    request.prompt_scores = [LogprobIds(2, -1.0, []), LogprobIds(3, -1.0, [])]
-    assert [score.token_id for score in request.pop_scores() or []] == [2, 3]
-    assert request.pop_scores() is None
-    assert from_message(_generate(), BASE, 0).pop_scores() is None
-
-
 def test_lost_steps_leave_their_scores_to_be_planned_again() -> None:
     request = from_message(_generate(prompt_logprobs=0), BASE, 0)
     request.scored, request.steps_in_flight, request.pending = 2, 2, 1
-    request.prompt_scores = [LogprobIds(2, -1.0, [])]
+    request.scores_known = 1
     request.lose_steps_in_flight()
     assert (request.scored, request.steps_in_flight, request.pending) == (1, 0, 0)

@@ -105,7 +105,7 @@ class CompletionWriter(Writer):
         cursor = self._cursors.get(choice.number)
         if cursor is None:
             cursor = self._cursors[choice.number] = self._cursor(choice)
-        if self._echo and self._scores and choice.prompt.logprobs is None:
+        if self._echo and self._scores and choice.prompt.awaits_logprobs:
             self._held.setdefault(choice.item, {})[choice.number] = cursor
             return []
         due = self._held.pop(choice.item, {}) | {choice.number: cursor}

@@ -11,7 +11,7 @@ from aiohttp.test_utils import TestClient
 from fixtures.serving.api_calls import error, get, ok, post, serve, stream
 from fixtures.serving.scripted_scheduler import ScriptedScheduler
 
-from engine.messages import Submit
+from engine.messages import LogprobIds, Progress, Submit, Update
 from tokenizer_proc.http.batch import Batch
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
@@ -47,6 +47,40 @@ def test_echo_with_scores() -> None:
         assert choice["logprobs"]["top_logprobs"][1] == {"A": -0.5, "a": -1.0}
     events = stream(ScriptedScheduler("c").frontend(), "/v1/completions", body)
     assert sum(len(event["choices"][0]["logprobs"]["tokens"]) for event in events[:-1]) == 6
+
+
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "abc", "echo": True, "logprobs": 1}),
+        ("/generate", {"text": "abc", "return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 1}),
+    ],
+)
+def test_an_abort_amid_the_prompts_scores(path: str, body: dict[str, Any], streams: bool) -> None:
+    """Of three positions one came: the answer ends, and says nothing of the prompt's log-probabilities."""
+    scheduler = ScriptedScheduler("c")
+    scheduler.hold_after = 0
+    frontend = scheduler.frontend()
+
+    async def scenario(client: TestClient) -> str:
+        call = asyncio.create_task(client.post(path, json=body | {"stream": streams}))
+        while not scheduler.generates:
+            await asyncio.sleep(0.01)
+        piece = [LogprobIds(97, -1.0, [(65, -0.5)])]
+        request_id = scheduler.generates[0].request_id
+        frontend.handle(Progress(0, [Update(request_id=request_id, index=0, prompt_logprobs=piece)]))
+        await asyncio.sleep(0.01)
+        async with client.post("/abort_request", json={"abort_all": True}) as answer:
+            assert await answer.json() == {"aborted": 1}
+        async with await call as answer:
+            assert answer.status == 200
+            return await answer.text()
+
+    text = serve(frontend, scenario)
+    assert '"abort"' in text
+    assert "-1.0" not in text
+    assert "error" not in text
 
 
 def test_generate_with_mixed_adapters() -> None:

@@ -1,0 +1,50 @@
+"""Updates as Progress messages of bounded size: none is too large for a frame, or takes long to read.
+
+updates    a  b(scores)  c  b(scores)  b        at most MOST_ENTRIES in a message, a piece of scores at least
+messages   [a c]  [b(scores)]  [b(scores) b]    who has no scores of its prompt does not wait behind those of others
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from engine.messages import LogprobIds, Update
+
+MOST_ENTRIES = 4096  # tokens with their log-probabilities: 60 kB, and some milliseconds for the tokenizer process
+
+
+def pieces(request_id: int, index: int, scored: int, scores: Sequence[LogprobIds]) -> Iterator[Update]:
+    """The log-probabilities of prompt positions that follow `scored` others, as updates of bounded size."""
+    start = 0
+    while start < len(scores):
+        length = max(1, MOST_ENTRIES // (1 + len(scores[start].top)))
+        piece = list(scores[start : start + length])
+        yield Update(request_id=request_id, index=index, prompt_logprobs=piece, prompt_index=scored + start)
+        start += length
+
+
+def messages(updates: Sequence[Update]) -> Iterator[list[Update]]:
+    """The updates of each message. Those of one request stay in their order."""
+    scored = {update.request_id for update in updates if update.prompt_logprobs is not None}
+    first = [update for update in updates if update.request_id not in scored] if scored else updates
+    last = [update for update in updates if update.request_id in scored] if scored else []
+    found: list[Update] = []
+    entries = 0
+    for update in (*first, *last):
+        size = _entries(update)
+        if found and entries + size > MOST_ENTRIES:
+            yield found
+            found, entries = [], 0
+        found.append(update)
+        entries += size
+    if found:
+        yield found
+
+
+def _entries(update: Update) -> int:
+    """Its tokens, with their alternatives and those of the prompt's."""
+    found = max(1, len(update.tokens))
+    for scores in (update.logprobs, update.prompt_logprobs):
+        if scores is not None:
+            found += sum(len(each.top) for each in scores)
+    return found if update.prompt_logprobs is None else found + len(update.prompt_logprobs)
