@@ -5,6 +5,7 @@ Knows no dialect: a `Writer` is one.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from abc import ABC, abstractmethod
@@ -21,6 +22,7 @@ from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.http import sse
 from tokenizer_proc.http.batch import Batch, Choice
 from tokenizer_proc.http.middleware.access_log import ACCESS_RECORD
+from tokenizer_proc.http.encoding import encoded, in_slices
 from tokenizer_proc.requests.deadline import Deadline
 from tokenizer_proc.requests.tenants import Tenant
 
@@ -126,7 +128,7 @@ async def answer(service: Service, request: web.Request, call: GenerationCall, w
                 if call.stream:
                     return await sse.respond(request, _events(batch, writer))
                 await batch.finish()
-                return as_json(writer.whole(batch))
+                return _json(await encoded(lambda: writer.whole(batch), batch.is_large))
     except InvalidRequest as error:
         error.param = call.names.get(error.param or "", error.param)
         raise
@@ -159,11 +161,23 @@ def _names(batch: Batch) -> str | None:
 
 def as_json(value: object) -> web.Response:
     """A 200 with `value` as JSON."""
-    return web.Response(body=msgspec.json.encode(value), content_type="application/json")
+    return _json(msgspec.json.encode(value))
+
+
+def _json(body: bytes) -> web.Response:
+    return web.Response(body=body, content_type="application/json")
 
 
 async def _events(batch: Batch, writer: Writer) -> AsyncGenerator[Sequence[object], None]:
     async with contextlib.aclosing(batch.deltas()) as deltas:
         async for choice, delta in deltas:
-            yield writer.events(batch, choice, delta)
+            if batch.is_large:
+                yield await asyncio.to_thread(_large_events, batch, writer, choice, delta)
+            else:
+                yield writer.events(batch, choice, delta)
     yield writer.last_events(batch)
+
+
+def _large_events(batch: Batch, writer: Writer, choice: Choice, delta: Delta) -> list[object]:
+    """The events of a delta, encoded already."""
+    return [msgspec.Raw(in_slices(event)) for event in writer.events(batch, choice, delta)]

@@ -132,9 +132,9 @@ def test_pages_of_a_mix_add_up() -> None:
     assert msgspec.json.encode(names.cards())
 
 
-def test_a_failed_adapter_is_not_asked_for_again() -> None:
+def test_failed_adapter_is_not_asked_for_again() -> None:
     """Whenever a runner or a scheduler starts it is told of the adapters."""
-    names, asked = directory("sql", "poet"), list[int]()
+    names, asked = registry("sql", "poet"), list[int]()
     names.handle(AdapterState(adapter_id=1, state="host", revision="r"))
     names.handle(AdapterState(adapter_id=1, state="failed", revision="r", error="it is set aside"))
     names.load(lambda message: asked.append(message.adapter_id))

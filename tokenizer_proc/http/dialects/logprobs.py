@@ -5,10 +5,20 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
+import msgspec
+
 from engine.messages import PositionLogprobs, TokenLogprob
 from tokenizer_proc.text.tokenizer import Tokenizer
 
 _FLOOR = -9999.0
+
+
+def as_json(value: object) -> msgspec.Raw:
+    """One of many values of an answer, as it will be written.
+
+    Lists by the hundred thousand would make the collector of cycles slow, and it holds up the event loop.
+    """
+    return msgspec.Raw(msgspec.json.encode(value))
 
 
 def _value(token: TokenLogprob) -> float:
@@ -45,6 +55,7 @@ class LegacyLogprobs:
         for token_id, position in zip(token_ids, positions or [None] * len(token_ids), strict=True):
             piece = self._bytes.decode(self._tokenizer.token_bytes(token_id))
             _append(shape, self._at, self._tokenizer.token_text(token_id), position)
+            shape["top_logprobs"][-1] = as_json(shape["top_logprobs"][-1])
             if text.startswith(piece, self._at):
                 self._at += len(piece)
             elif self._at == 0 and piece.startswith(" ") and text.startswith(piece[1:]):
@@ -112,6 +123,6 @@ def triples(positions: Sequence[PositionLogprobs], with_text: bool) -> list[Trip
     return [triple(position.chosen, with_text) for position in positions]
 
 
-def top_triples(positions: Sequence[PositionLogprobs | None], with_text: bool) -> list[list[Triple] | None]:
+def top_triples(positions: Sequence[PositionLogprobs | None], with_text: bool) -> list[msgspec.Raw | None]:
     """The best tokens of each position; null where nothing precedes it."""
-    return [None if one is None else [triple(top, with_text) for top in one.top] for one in positions]
+    return [None if one is None else as_json([triple(top, with_text) for top in one.top]) for one in positions]

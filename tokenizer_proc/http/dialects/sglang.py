@@ -11,6 +11,7 @@ from engine.errors import InvalidRequest
 from engine.messages import Delta
 from tokenizer_proc.http.batch import Batch, Choice
 from tokenizer_proc.http.dialects import logprobs
+from tokenizer_proc.http.encoding import in_slices
 from tokenizer_proc.http.generation import Writer
 from tokenizer_proc.text.tokenizer import Tokenizer
 
@@ -38,6 +39,7 @@ class NativeWriter(Writer):
         self._scoring = scoring
         self._is_list = is_list
         self._begun = time.monotonic()
+        self._prompts: dict[int, dict[str, object]] = {}
 
     def check(self, batch: Batch) -> None:
         """`logprob_start_len` must lie inside the prompt."""
@@ -79,7 +81,18 @@ class NativeWriter(Writer):
         if choice.finish_reason is not None:
             meta["e2e_latency"] = time.monotonic() - self._begun
         scoring = self._scoring[choice.item]
-        return meta if scoring is None else meta | _logprobs(choice, scoring, self._tokenizers[choice.item])
+        return meta if scoring is None else meta | self._of_prompt(choice, scoring) | _logprobs(choice, scoring)
+
+    def _of_prompt(self, choice: Choice, scoring: Scoring) -> dict[str, object]:
+        """What every event says of the prompt: written once, when it is all there."""
+        if choice.prompt.logprobs is None:
+            return _prompt_logprobs(choice, scoring, self._tokenizers[choice.item])
+        found = self._prompts.get(choice.item)
+        if found is None:
+            values = _prompt_logprobs(choice, scoring, self._tokenizers[choice.item])
+            found = {name: msgspec.Raw(in_slices(value)) for name, value in values.items()}
+            self._prompts[choice.item] = found
+        return found
 
 
 def _finish_reason(choice: Choice) -> dict[str, object] | None:
@@ -94,15 +107,18 @@ def _finish_reason(choice: Choice) -> dict[str, object] | None:
             return {"type": "abort", "message": "aborted"}
 
 
-def _logprobs(choice: Choice, scoring: LogprobOptions, tokenizer: Tokenizer) -> dict[str, object]:
-    found: dict[str, object] = {
-        "input_token_logprobs": _input(choice, scoring, tokenizer),
-        "output_token_logprobs": logprobs.triples(choice.logprobs, scoring.with_text),
-    }
+def _logprobs(choice: Choice, scoring: LogprobOptions) -> dict[str, object]:
+    found: dict[str, object] = {"output_token_logprobs": logprobs.triples(choice.logprobs, scoring.with_text)}
+    if scoring.top:
+        found["output_top_logprobs"] = logprobs.top_triples(choice.logprobs, scoring.with_text)
+    return found
+
+
+def _prompt_logprobs(choice: Choice, scoring: LogprobOptions, tokenizer: Tokenizer) -> dict[str, object]:
+    found: dict[str, object] = {"input_token_logprobs": _input(choice, scoring, tokenizer)}
     if scoring.top:
         prompt = (choice.prompt.logprobs or [])[max(scoring.start, 0) :]
         found["input_top_logprobs"] = logprobs.top_triples(prompt, scoring.with_text)
-        found["output_top_logprobs"] = logprobs.top_triples(choice.logprobs, scoring.with_text)
     return found
 
 
