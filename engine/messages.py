@@ -152,9 +152,9 @@ FinishReason = Literal["stop", "length", "abort"]
 class Delta(Message, frozen=True, kw_only=True):
     """tokenizer_proc -> host: more of choice `index` of Submit `id`. The last one of a choice has `finish_reason`.
 
-    `stop_reason` is the stop string or token id that ended it. `prompt_logprobs` come with choice 0, in pieces, the last of
-    them with its first token at the latest; the first position's is None. An aborted choice may lack the rest of them.
-    `prompt_token_ids` come with the first delta of choice 0.
+    `stop_reason` is the stop string or token id that ended it. `prompt_logprobs` come with choice 0, in pieces, the
+    last of them with its first token at the latest; the first position's is None. An aborted choice may lack
+    the rest of them. `prompt_token_ids` come with the first delta of choice 0.
     """
 
     id: int

@@ -29,7 +29,7 @@ MOST_NUMBERS = 1 << 20  # in the new rows of a step, beyond which no further row
 
 @dataclass(slots=True)
 class _Draft:
-    """A step that is being planned. `budget` is in tokens; `scores` and `numbers` keep its frame and its answer's small."""
+    """A step that is being planned. `budget` is in tokens; `scores` and `numbers` bound its frame and its answer's."""
 
     flight: Flight
     budget: int

@@ -98,6 +98,6 @@ def test_rows_with_much_to_tell_are_let_in_over_several_steps(sampling: Sampling
     core = _core(max_batched_tokens=1 << 18)
     prompt = 100_000 if sampling.repetition_penalty != 1.0 else 3
     for number in range(1, 33):
-        core.handle(generate(number, prompt=prompt, max_tokens=1, salt="one", sampling=sampling), 0.0)
+        core.handle(generate(number, prompt=prompt, max_tokens=1, cache_salt="one", sampling=sampling), 0.0)
     updates = [update for messages in _run(core) for message in messages for update in message.updates]
     assert sorted(update.request_id for update in updates if update.finish) == list(range(1, 33))

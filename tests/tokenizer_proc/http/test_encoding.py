@@ -9,10 +9,10 @@ import msgspec
 import pytest
 from fixtures.serving.api_calls import ok, post, stream
 from fixtures.serving.fake_frontend import FakeFrontend
-from tokenizer_proc.http.encoding import SLICE, in_slices
 
 from tokenizer_proc.http import batch
 from tokenizer_proc.http.dialects import logprobs
+from tokenizer_proc.http.encoding import SLICE, in_slices
 
 ECHO = {"prompt": "ab", "echo": True, "logprobs": 2}
 SCORED = {"text": "ab", "return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2}
