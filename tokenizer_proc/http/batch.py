@@ -88,6 +88,7 @@ class Batch:
         self.prompts: list[Prompt] = []
         self.choices: list[Choice] = []
         self._of_item: list[list[Choice]] = []
+        self._scored = 0  # positions with log-probabilities so far, of all prompts and choices
 
     async def __aenter__(self) -> Batch:
         async with self._stack:
@@ -129,6 +130,7 @@ class Batch:
             async for item, delta in merged:
                 choice = self._of_item[item][delta.index]
                 choice.prompt.add(delta)
+                self._scored += len(delta.prompt_logprobs or ()) + len(delta.logprobs or ())
                 if delta.prompt_logprobs is None or delta.token_ids or delta.finish_reason is not None:
                     choice.add(delta)
                     yield choice, delta
@@ -136,8 +138,7 @@ class Batch:
     @property
     def is_large(self) -> bool:
         """Whether its answer may take long to write."""
-        scored = sum(len(prompt.scored) for prompt in self.prompts)
-        return scored + sum(len(choice.logprobs) for choice in self.choices) > LARGE
+        return self._scored > LARGE
 
     def usage(self) -> Usage:
         """Of the whole call: each prompt is counted once, every choice's answer is."""

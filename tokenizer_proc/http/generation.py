@@ -21,8 +21,8 @@ from engine.messages import Delta, Submit
 from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.http import sse
 from tokenizer_proc.http.batch import Batch, Choice
-from tokenizer_proc.http.middleware.access_log import ACCESS_RECORD
 from tokenizer_proc.http.encoding import encoded, in_slices
+from tokenizer_proc.http.middleware.access_log import ACCESS_RECORD
 from tokenizer_proc.requests.deadline import Deadline
 from tokenizer_proc.requests.tenants import Tenant
 

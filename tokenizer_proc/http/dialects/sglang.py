@@ -83,7 +83,7 @@ class NativeWriter(Writer):
         scoring = self._scoring[choice.item]
         return meta if scoring is None else meta | self._of_prompt(choice, scoring) | _logprobs(choice, scoring)
 
-    def _of_prompt(self, choice: Choice, scoring: Scoring) -> dict[str, object]:
+    def _of_prompt(self, choice: Choice, scoring: LogprobOptions) -> dict[str, object]:
         """What every event says of the prompt: written once, when it is all there."""
         if choice.prompt.logprobs is None:
             return _prompt_logprobs(choice, scoring, self._tokenizers[choice.item])

@@ -8,7 +8,7 @@ from typing import Any
 from fixtures.serving.tokenizer_front import Fake
 
 from engine.messages import Progress, Update
-from tokenizer_proc.inbox import News
+from tokenizer_proc.inbox import SchedulerInbox
 
 
 class FullInbox:
@@ -27,11 +27,11 @@ class FullInbox:
         return Progress(0, [Update(request_id=9, index=0)])
 
 
-def test_the_loop_turns_between_messages_that_are_all_there() -> None:
+def test_event_loop_turns_between_queued_messages() -> None:
     async def work() -> list[int]:
         inbox: Any = FullInbox(5)
-        uplink: Any = None
-        reading = asyncio.ensure_future(News(Fake().front, uplink, inbox).read())
+        outbox: Any = None
+        reading = asyncio.ensure_future(SchedulerInbox(Fake().front, outbox, inbox).read())
         seen = [inbox.left]
         while inbox.left:
             await asyncio.sleep(0)
