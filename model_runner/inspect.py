@@ -1,7 +1,7 @@
-"""`python -m model_runner.inspect PATH --model-path BASE`: what an adapter holds, and why it would be refused, if so.
+"""`python -m model_runner.inspect PATH --model-path BASE`: what an adapter contains, and why it would be refused.
 
-Reads the adapter as a loader would, and of the base model config.json and the weights that a DoRA or a trained bias is
-measured by: nothing is started.
+Reads the adapter as a loader does. Of the base model it reads config.json, and the weights that DoRA or a trained bias
+depend on. Starts no process.
 Exit status 0: it would be served; 1: it would not.
 """
 
@@ -30,18 +30,18 @@ from model_runner.platform.device import DTYPES, resolve_device, resolve_dtype
 from model_runner.platform.shard import Shard
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-"""By which an adapter reads and writes text in its own way."""
+"""Files of an adapter that replace the model's tokenizer or chat template."""
 
 
 class Group(msgspec.Struct, frozen=True):
-    """The rank pages of one group of sites: how many, and their bytes on the device."""
+    """The rank pages of one group of sites: their number, and their bytes on the device."""
 
     pages: int
     bytes: int
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """What is known of an adapter. `refused` says why it would not be served; None: it would be."""
+    """The report on an adapter. `refused` is why it would not be served; None: it would be."""
 
     path: str
     format: str = ""
@@ -62,14 +62,14 @@ class Report(msgspec.Struct, kw_only=True):
 
 
 def sites_of(model: Path, dtype: str) -> tuple[list[Site], torch.dtype]:
-    """The sites of a model directory without its weights, and what `--dtype` means for it. Raises ConfigError."""
+    """The sites of a model directory, without weights, and the dtype that `--dtype` means. Raises ConfigError."""
     model_config = read_model_config(model)
     resolved = resolve_dtype(dtype, model_config.dtype, resolve_device("auto"))
     return build_decoder(model_config, Weights(torch.device("meta"), resolved, Shard())).sites, resolved
 
 
 def examine(root: Path, sites: list[Site], dtype: torch.dtype, limits: Limits, model: Path | None = None) -> Report:
-    """Everything that can be said of the adapter in `root`; values are read and checked too, against `model`'s."""
+    """The report on the adapter in `root`. Values are read and checked too, with the weights in `model`."""
     report = Report(path=str(root), dtype=str(dtype).removeprefix("torch."))
     reader = Reader(Catalogue(sites), dtype, Limits(), model)
     try:

@@ -30,7 +30,7 @@ def root(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_adapter(model, out, r=20, targets=["q_proj", "v_proj", "down_proj"], rank_pattern={"v_proj": 3})
 
 
-def test_what_is_said_is_what_a_runner_would_find(model: Path, root: Path) -> None:
+def test_report_equals_what_the_store_loads(model: Path, root: Path) -> None:
     sites, dtype = sites_of(model, "float32")
     assert {site.base.weight.device.type for site in sites} == {"meta"}
     report = examine(root, sites, dtype, Limits())
@@ -45,7 +45,7 @@ def test_what_is_said_is_what_a_runner_would_find(model: Path, root: Path) -> No
     assert examine(root, sites, torch.bfloat16, Limits()).cast_from == ["float32"]
 
 
-def test_limits_are_named_and_the_rest_is_still_told(model: Path, root: Path) -> None:
+def test_report_names_the_limit_and_stays_complete(model: Path, root: Path) -> None:
     sites, dtype = sites_of(model, "float32")
     for limits, says in (
         (Limits(19), "--max-lora-rank 19"),
@@ -56,7 +56,9 @@ def test_limits_are_named_and_the_rest_is_still_told(model: Path, root: Path) ->
         assert report.lora_rank == 20
 
 
-def test_the_command(model: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_the_report_and_exit_status(
+    model: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = ["--model-path", str(model)]
     assert main([str(root), *base]) == 0
     text = capsys.readouterr().out
@@ -70,7 +72,7 @@ def test_the_command(model: Path, root: Path, tmp_path: Path, capsys: pytest.Cap
         main([str(root), *base, "--max-lora-rank", "513"])
 
 
-def test_as_a_process_with_json(model: Path, root: Path) -> None:
+def test_command_as_a_process_prints_json(model: Path, root: Path) -> None:
     command = [sys.executable, "-m", "model_runner.inspect", str(root), "--model-path", str(model), "--json"]
     done = subprocess.run([*command, "--max-lora-rank", "8"], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1, done.stderr

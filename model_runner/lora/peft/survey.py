@@ -33,7 +33,7 @@ from model_runner.lora.variants.saved_modules import ORIGINAL
 
 @dataclass(frozen=True, eq=False)
 class AdapterSurvey:
-    """What config and headers say of an adapter; everything but the values is checked."""
+    """Config and headers of an adapter, checked; only the values are not."""
 
     config: PeftConfig
     files: list[TensorFile]
@@ -49,7 +49,7 @@ class AdapterSurvey:
 
     @property
     def invocation(self) -> list[int]:
-        """The tokens from which on it acts; none: from the first token on."""
+        """The adapter acts from these tokens on; none: from the first token on."""
         activated = self.config.variant(ActivatedLora)
         return activated.invocation if activated is not None else []
 
@@ -60,27 +60,27 @@ class AdapterSurvey:
 
     @property
     def targets(self) -> list[str]:
-        """Sorted names of the modules it touches ("q_proj")."""
+        """Sorted names of the modules it changes ("q_proj")."""
         return sorted({ref.slice.module for mapping in self.mappings for ref in mapping.refs})
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of a vocabulary of its own, 0: the base's."""
+        """Tokens of its own vocabulary; 0: it has the base's."""
         return max(mapping.rows for mapping in self.mappings)
 
     @property
     def added_tokens(self) -> int:
-        """How many tokens more than the base its vocabulary has; below 0: fewer."""
+        """Tokens of its vocabulary minus those of the base's; 0 if it has no vocabulary of its own."""
         return next((mapping.rows - mapping.refs[0].site.vocabulary for mapping in self.mappings if mapping.rows), 0)
 
     @property
-    def biased(self) -> str | None:
-        """A module that is given a bias, if there is one."""
+    def biased_module(self) -> str | None:
+        """The first module that gets a bias, if there is one."""
         return next((mapping.name for mapping in self.mappings if mapping.has_bias), None)
 
     @property
     def footprint(self) -> Footprint:
-        """The rank pages and vector slots it needs, by group."""
+        """The rank pages, vector slots and matrix slots that it needs, by group."""
         pages: dict[str, int] = {}
         for mapping in self.mappings:
             group = mapping.refs[0].site.group
@@ -99,7 +99,7 @@ class AdapterSurvey:
 
     @property
     def tensors(self) -> int:
-        """How many tensors the files hold."""
+        """Tensors in the files."""
         return sum(len(file.entries) for file in self.files)
 
     def cast_from(self, dtype: torch.dtype) -> list[str]:
@@ -108,30 +108,31 @@ class AdapterSurvey:
         return sorted(str(kind).removeprefix("torch.") for kind in kinds if kind != dtype)
 
     def read(self, into: Deltas, base: BaseWeights) -> str:
-        """Reads, hashes and converts into these tensors, whose shapes are those of `mappings`; the revision.
+        """Reads, hashes and converts the tensors into those of `into`. Returns the revision.
 
-        A module is converted when all of its tensors were read: a file that holds them together, as PEFT's do, needs
-        memory for one module. Raises AdapterError for values that are not finite in the dtype of `into`.
+        A module is converted once all of its tensors are read, so files in which they follow one another, as PEFT
+        writes them, need memory for one module only. Raises AdapterError for values that are not finite in the dtype of
+        `into`.
         """
         owners: dict[str, list[tuple[TensorMapping, str]]] = {}
         for mapping in self.mappings:
             for part, tensor in mapping.parts.items():
                 owners.setdefault(tensor, []).append((mapping, part))
-        waiting: dict[str, dict[str, torch.Tensor]] = {}
+        incomplete: dict[str, dict[str, torch.Tensor]] = {}
         digest = hashlib.sha256(self.config.scale_bytes())
         for file in self.files:
-            for stored, whole in file.tensors(digest.update):
-                for name, values in self.unstacked.parts(stored, whole):
+            for stored, tensor in file.tensors(digest.update):
+                for name, values in self.unstacked.parts(stored, tensor):
                     for mapping, part in owners[name]:
-                        held = waiting.setdefault(mapping.name, {})
-                        held[part] = values[:0] if part == ORIGINAL else values.clone()  # nothing is made of it
+                        held = incomplete.setdefault(mapping.name, {})
+                        held[part] = values[:0] if part == ORIGINAL else values.clone()  # the original is not used
                         if len(held) == len(mapping.parts):
-                            convert(mapping, waiting.pop(mapping.name), into, base)
+                            convert(mapping, incomplete.pop(mapping.name), into, base)
         return digest.hexdigest()
 
 
 def read_survey(root: Path, catalogue: Catalogue) -> AdapterSurvey:
-    """Config and headers of the adapter in `root`, every name and shape checked against the model."""
+    """Reads config and headers of the adapter in `root` and checks every name and shape against the model."""
     if not root.is_dir():
         raise AdapterError(f"{root}: no such directory")
     config = read_config(root)
@@ -159,7 +160,7 @@ def _check_variants(config: PeftConfig, mappings: Iterable[TensorMapping], catal
 
 
 def _dialect(entries: Iterable[str], catalogue: Catalogue) -> str:
-    """How the tensors are named."""
+    """The pattern of the tensors' names."""
     names = [parse_name(tensor, catalogue) for tensor in entries]
     part = min(name.part for name in names)
     if any(name.named for name in names):

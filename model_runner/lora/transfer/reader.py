@@ -36,8 +36,8 @@ class Limits(msgspec.Struct, frozen=True):
             given = served.module.target.rank
             meant = "" if given == survey.rank else f" ({survey.format} of rank {given} is served as such)"
             raise AdapterError(f"rank {survey.rank} is above --max-lora-rank {self.max_rank}{meant}")
-        if survey.biased is not None and not self.biases:
-            raise AdapterError(f"it gives {survey.biased} a bias, which --no-enable-lora-bias does not allow")
+        if survey.biased_module is not None and not self.biases:
+            raise AdapterError(f"it gives {survey.biased_module} a bias, which --no-enable-lora-bias does not allow")
         if self.extra_vocab is not None and survey.added_tokens > self.extra_vocab:
             raise AdapterError(
                 f"its vocabulary has {survey.vocab_size} tokens, {survey.added_tokens} more than the model's, and"

@@ -99,7 +99,7 @@ def clear(model: Any, prompt: list[int]) -> list[int] | None:
 
 
 @pytest.mark.parametrize("family", ["llama2", "llama3", "gemma2"])
-def test_every_vocabulary_in_one_batch(family: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_vocabularies_in_one_batch_equal_peft(family: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     path, draw = tiny_model(family), random.Random(3)
     saved = SAVED | (TIED if family != "llama2" else {})
     models: dict[str | None, Any] = {None: transformers.AutoModelForCausalLM.from_pretrained(path)}
@@ -131,7 +131,7 @@ def test_every_vocabulary_in_one_batch(family: str, tiny_model: Callable[[str], 
 
 
 @pytest.mark.parametrize("backend", ["triton", "csgmv"])
-def test_on_kernels_too(backend: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_vocabularies_on_kernels_equal_peft(backend: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     path, names = tiny_model("llama3"), ["larger", "smaller"]
     models = {name: save(path, tmp_path / name, name, seed) for seed, name in enumerate(names)}
     decoder = load_model(path, read_model_config(path), device=torch.device("cpu"), dtype=torch.float32)
@@ -164,7 +164,7 @@ def started(path: Path, roots: list[Path], **more: Any) -> tuple[Runner, dict[in
     return runner, {message.adapter_id: load(runner, message) for message in messages}
 
 
-def test_sampling_knows_each_rows_vocabulary(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_sampling_uses_each_rows_vocabulary(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     path, last = tiny_model("llama2"), VOCAB + 9
     larger = save(path, tmp_path / "larger", "larger", 1)
     smaller = save(path, tmp_path / "smaller", "smaller", 2)
@@ -212,7 +212,7 @@ def penalised(model: Any, prompt: list[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def test_what_an_adapter_may_add_is_bounded(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_added_tokens_above_the_limit_are_refused(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     path = tiny_model("llama2")
     for seed, name in enumerate(("larger", "smaller", "larger, untrained")):
         save(path, tmp_path / name, name, seed)
@@ -233,7 +233,7 @@ def test_what_an_adapter_may_add_is_bounded(tiny_model: Callable[[str], Path], t
     runner.close()
 
 
-def test_an_embedding_without_its_head_is_refused(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_embedding_without_its_head_is_refused(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     path = tiny_model("llama2")
     (name,) = TIED
     save(path, tmp_path / "a", name, 1)
@@ -256,7 +256,7 @@ def test_bias_on_a_head_of_another_vocabulary_is_refused(tiny_model: Callable[[s
     assert refused == "module lm_head has a bias beside a weight of its own: only one can be served"
 
 
-def test_what_is_said_of_it(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_report_names_the_vocabulary_and_text_files(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     path = tiny_model("llama2")
     save(path, tmp_path / "larger", "larger", 1)
     for name in ("tokenizer.json", "chat_template.jinja"):

@@ -115,7 +115,7 @@ def test_delta_weights_equal_pefts(case: str, tmp_path: Path) -> None:
     assert adapter.cast_from == []
 
 
-def test_a_target_beside_layers_pattern_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
+def test_layers_pattern_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
     model = save(tmp_path, {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [0]})
     config = (tmp_path / "adapter_config.json").read_text()
     config = config.replace('"layers_pattern": null', '"layers_pattern": "blocks"')
@@ -142,7 +142,7 @@ def test_scaling_is_folded_in_float32_before_the_cast(tmp_path: Path) -> None:
     assert torch.equal(delta.b, (layer.lora_B["default"].weight.t() * layer.scaling["default"]).bfloat16())
 
 
-def test_names_with_the_adapters_name_in_them(tmp_path: Path) -> None:
+def test_tensor_names_may_hold_the_adapters_name(tmp_path: Path) -> None:
     model = save(tmp_path, CASES["list"])
     store = store_for(model)
     plain = store.load(1, "plain", tmp_path)
@@ -167,7 +167,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", UNSUPPORTED)
-def test_what_peft_can_and_we_cannot_is_refused_by_name(case: str, tmp_path: Path) -> None:
+def test_unsupported_peft_options_are_refused_by_name(case: str, tmp_path: Path) -> None:
     extra, named = UNSUPPORTED[case]
     model = save(tmp_path, {"r": 4, "target_modules": ["q_proj"]} | extra)
     plain = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "num_hidden_layers": 3}))

@@ -38,7 +38,7 @@ FAMILIES = (
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_format_in_one_batch(family: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_every_format_in_one_batch_equals_peft(family: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     path = tiny_model(family)
     has_biases = any(name.endswith("bias") for name in load_file(path / "model.safetensors"))
     names = [name for name in ZOO if has_biases or name not in BIASED]
@@ -75,7 +75,7 @@ MIXES: list[dict[str, float]] = [
 ]
 
 
-def test_a_mix_is_the_weighted_sum_of_what_each_changes(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_mix_is_the_weighted_sum_of_its_changes(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     path = tiny_model("llama2")
     names = list(dict.fromkeys(name for mix in MIXES for name in mix))
     adapters = {name: save(path, tmp_path / name, ZOO[name](), seed) for seed, name in enumerate(names)}
@@ -120,7 +120,7 @@ def everything(
 
 
 @pytest.mark.parametrize("backend", ["triton", "csgmv"])
-def test_the_kernels_give_the_oracles_tokens_for_every_format(
+def test_kernels_give_pefts_tokens_for_every_format(
     backend: str,
     everything: tuple[Path, dict[str, Path], list[list[int]], list[list[int]]],
     monkeypatch: pytest.MonkeyPatch,

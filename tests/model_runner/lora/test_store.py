@@ -27,7 +27,7 @@ def adapter_dir(root: Path, rank: int = 4, **config: object) -> Path:
     return write_adapter(root, plain_tensors(SITES, TARGETS, rank), target_modules=TARGETS, **{"r": rank, **config})
 
 
-def test_what_is_learnt(tmp_path: Path) -> None:
+def test_store_reads_rank_targets_footprint_and_bytes(tmp_path: Path) -> None:
     adapter = store().load(3, "cat", adapter_dir(tmp_path / "cat", rank=17))
     assert (adapter.adapter_id, adapter.name, adapter.rank) == (3, "cat", 17)
     assert adapter.targets == ["down_proj", "q_proj", "v_proj"]
@@ -38,14 +38,14 @@ def test_what_is_learnt(tmp_path: Path) -> None:
     assert adapter.bytes == 4 * floats
 
 
-def test_the_groups_highest_rank_decides_its_pages(tmp_path: Path) -> None:
+def test_group_pages_follow_its_highest_rank(tmp_path: Path) -> None:
     tensors = plain_tensors(SITES, ["q_proj", "v_proj"]) | plain_tensors(SITES, ["down_proj"], 33)
     root = write_adapter(tmp_path, tensors, target_modules=TARGETS, rank_pattern={"down_proj": 33})
     assert store().load(1, "cat", root).footprint == Footprint(pages={"qkv": 1, "down": 3})
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_the_highest_rank_of_any_layer_decides(layer: int, tmp_path: Path) -> None:
+def test_highest_rank_of_any_layer_decides_the_pages(layer: int, tmp_path: Path) -> None:
     deep = {name: value for name, value in plain_tensors(SITES, ["o_proj"], 40).items() if f"layers.{layer}." in name}
     tensors = plain_tensors(SITES, ["o_proj"]) | deep
     pattern = {f"layers.{layer}.self_attn.o_proj": 40}
@@ -53,14 +53,14 @@ def test_the_highest_rank_of_any_layer_decides(layer: int, tmp_path: Path) -> No
     assert store().load(1, "cat", root).footprint == Footprint(pages={"o": 3})
 
 
-def test_loading_twice_is_harmless(tmp_path: Path) -> None:
+def test_loading_twice_returns_the_same_adapter(tmp_path: Path) -> None:
     root = adapter_dir(tmp_path)
     host = store()
     assert host.load(1, "cat", root) is host.load(1, "cat", root)
     assert len(host) == 1
 
 
-def test_keeping_and_dropping(tmp_path: Path) -> None:
+def test_store_keeps_and_drops_adapters(tmp_path: Path) -> None:
     host = store()
     cat = host.load(1, "cat", adapter_dir(tmp_path))
     assert host.get(1) is cat
@@ -71,14 +71,14 @@ def test_keeping_and_dropping(tmp_path: Path) -> None:
     assert list(host) == []
 
 
-def test_a_refused_adapter_is_not_kept(tmp_path: Path) -> None:
+def test_refused_adapter_is_not_kept(tmp_path: Path) -> None:
     host = store(max_rank=2)
     with pytest.raises(AdapterError):
         host.load(1, "cat", adapter_dir(tmp_path))
     assert host.get(1) is None
 
 
-def test_two_names_of_the_same_bytes_share_them(tmp_path: Path) -> None:
+def test_two_names_of_equal_files_share_their_deltas(tmp_path: Path) -> None:
     host = store()
     root = adapter_dir(tmp_path)
     one, two = host.load(1, "one", root), host.load(2, "two", root)
@@ -86,7 +86,7 @@ def test_two_names_of_the_same_bytes_share_them(tmp_path: Path) -> None:
     assert one.deltas is two.deltas
 
 
-def test_the_revision_is_the_bytes_and_what_scales_them(tmp_path: Path) -> None:
+def test_revision_depends_on_bytes_and_scaling_options(tmp_path: Path) -> None:
     root = adapter_dir(tmp_path)
     first = store().load(1, "x", root).revision
     assert len(first) == 64
@@ -104,7 +104,7 @@ def test_the_revision_is_the_bytes_and_what_scales_them(tmp_path: Path) -> None:
     assert store().load(1, "x", root).revision != first
 
 
-def test_changed_files_do_not_pass_for_the_expected_revision(tmp_path: Path) -> None:
+def test_changed_files_are_refused_for_an_expected_revision(tmp_path: Path) -> None:
     root = adapter_dir(tmp_path)
     revision = store().load(1, "cat", root).revision
     assert store().load(1, "cat", root, revision).revision == revision
@@ -112,7 +112,7 @@ def test_changed_files_do_not_pass_for_the_expected_revision(tmp_path: Path) -> 
         store().load(1, "cat", root, "0" * 64)
 
 
-def test_the_rank_limit_names_its_flag_before_any_data_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_limit_names_its_flag_before_data_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = adapter_dir(tmp_path, rank=17)
     assert store(max_rank=17).load(1, "cat", root).rank == 17
     monkeypatch.setattr(TensorFile, "tensors", lambda *_: pytest.fail("the data was read"))
@@ -120,7 +120,7 @@ def test_the_rank_limit_names_its_flag_before_any_data_is_read(tmp_path: Path, m
         store(max_rank=16).load(1, "cat", root)
 
 
-def test_the_target_limit_names_its_flag(tmp_path: Path) -> None:
+def test_target_limit_names_its_flag(tmp_path: Path) -> None:
     root = adapter_dir(tmp_path)
     store(targets=["all"]).load(1, "cat", root)
     store(targets=[*TARGETS, "o_proj"]).load(1, "cat", root)
@@ -128,7 +128,7 @@ def test_the_target_limit_names_its_flag(tmp_path: Path) -> None:
         store(targets=["q_proj", "o_proj"]).load(1, "cat", root)
 
 
-def test_shards_and_their_index(tmp_path: Path) -> None:
+def test_sharded_adapter_equals_the_unsharded_one(tmp_path: Path) -> None:
     root = adapter_dir(tmp_path)
     whole = store().load(1, "whole", root)
     tensors = load_file(root / "adapter_model.safetensors")

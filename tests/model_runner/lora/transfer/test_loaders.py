@@ -92,7 +92,7 @@ def own() -> Iterator[Callable[..., Loaders]]:
         loaders.close()
 
 
-def test_a_child_hands_over_what_this_process_would_read(shared: Loaders, tmp_path: Path) -> None:
+def test_child_loads_what_this_process_would_read(shared: Loaders, tmp_path: Path) -> None:
     root = adapter(tmp_path)
     shared.submit(message(root))
     assert shared.poll_seconds is not None
@@ -109,7 +109,7 @@ def test_a_child_hands_over_what_this_process_would_read(shared: Loaders, tmp_pa
             assert ours is None or theirs is None or (torch.equal(ours.a, theirs.a) and torch.equal(ours.b, theirs.b))
 
 
-def test_children_give_way_and_hold_nothing_of_ours(shared: Loaders, tmp_path: Path) -> None:
+def test_child_is_niced_and_bounded_in_memory(shared: Loaders, tmp_path: Path) -> None:
     loads(shared, adapter(tmp_path))
     (pid,) = shared.pids
     assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0) + 10
@@ -133,7 +133,7 @@ def start(link: socket.socket, words: bytes) -> subprocess.Popen[bytes]:
     return child
 
 
-def test_a_child_ends_in_silence_when_its_runner_dies_without_reading_its_answers(tmp_path: Path) -> None:
+def test_child_exits_silently_when_replies_are_not_read(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         child = start(theirs, msgspec.json.encode(replace(CONFIG, socket=theirs.fileno())) + b"\n")
@@ -147,7 +147,7 @@ def test_a_child_ends_in_silence_when_its_runner_dies_without_reading_its_answer
         assert child.stderr.read() == b""
 
 
-def test_a_child_ends_in_silence_when_its_runner_dies_in_the_middle_of_the_config() -> None:
+def test_child_exits_silently_on_a_cut_config() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         child = start(theirs, msgspec.json.encode(CONFIG)[:-40])
@@ -165,7 +165,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_a_refusal_says_why_and_costs_no_child(case: str, shared: Loaders, tmp_path: Path) -> None:
+def test_refusal_says_why_and_the_child_lives(case: str, shared: Loaders, tmp_path: Path) -> None:
     kind, says = REFUSALS[case]
     load = message(tmp_path / "none")
     if kind in ("rank", "revision"):
@@ -181,7 +181,7 @@ def test_a_refusal_says_why_and_costs_no_child(case: str, shared: Loaders, tmp_p
     assert shared.pids == pids
 
 
-def test_every_kind_of_broken_adapter_is_one_line_and_costs_no_child(shared: Loaders, tmp_path: Path) -> None:
+def test_broken_adapter_is_refused_and_the_child_lives(shared: Loaders, tmp_path: Path) -> None:
     whole = adapter(tmp_path / "whole")
     loads(shared, whole)
     pids, held, opened = shared.pids, max(map(private_bytes, shared.pids)), descriptors()
@@ -198,7 +198,7 @@ def test_every_kind_of_broken_adapter_is_one_line_and_costs_no_child(shared: Loa
     assert max(map(private_bytes, pids)) - held < 64 << 20
 
 
-def test_a_hundred_rounds_leave_nothing(shared: Loaders, tmp_path: Path) -> None:
+def test_hundred_loads_leak_nothing(shared: Loaders, tmp_path: Path) -> None:
     roots = [adapter(tmp_path / str(number), rank=number + 1) for number in range(4)]
     for root in roots:
         loads(shared, root)
@@ -217,7 +217,7 @@ def test_a_hundred_rounds_leave_nothing(shared: Loaders, tmp_path: Path) -> None
     assert sum(map(private_bytes, pids)) - private < 8 << 20
 
 
-def test_one_adapter_in_order_and_others_beside_it(own: Callable[..., Loaders], tmp_path: Path) -> None:
+def test_loads_of_one_adapter_are_ordered_others_parallel(own: Callable[..., Loaders], tmp_path: Path) -> None:
     loaders = own()
     first, second, other = (adapter(tmp_path / name, rank) for name, rank in (("a", 3), ("b", 4), ("c", 5)))
     loaders.start()
@@ -235,7 +235,7 @@ def test_one_adapter_in_order_and_others_beside_it(own: Callable[..., Loaders], 
     assert [o.message.path for o in finish(loaders, 2)] == [str(first), str(second)]
 
 
-def test_a_killed_child_costs_the_load_it_was_at(own: Callable[..., Loaders], tmp_path: Path) -> None:
+def test_killed_child_fails_its_load_only(own: Callable[..., Loaders], tmp_path: Path) -> None:
     loaders, root = own(), adapter(tmp_path)
     opened = descriptors()
     loads(loaders, root)
@@ -254,7 +254,7 @@ def test_a_killed_child_costs_the_load_it_was_at(own: Callable[..., Loaders], tm
     assert pid not in children()
 
 
-def test_what_takes_too_long_is_stopped(own: Callable[..., Loaders], tmp_path: Path) -> None:
+def test_load_that_takes_too_long_is_stopped(own: Callable[..., Loaders], tmp_path: Path) -> None:
     loaders = own()
     good = adapter(tmp_path / "good")
     bad = adapter(tmp_path / "bad")
@@ -269,7 +269,7 @@ def test_what_takes_too_long_is_stopped(own: Callable[..., Loaders], tmp_path: P
     loads(loaders, good)
 
 
-def test_the_time_limit_grows_with_what_is_to_be_read(own: Callable[..., Loaders], tmp_path: Path) -> None:
+def test_time_limit_grows_with_the_bytes_to_read(own: Callable[..., Loaders], tmp_path: Path) -> None:
     loaders, root = own(), adapter(tmp_path)
     loads(loaders, root)
     loaders.time_limit = TimeLimit(seconds=50.0, rate=1000.0)
@@ -286,7 +286,7 @@ def test_the_time_limit_grows_with_what_is_to_be_read(own: Callable[..., Loaders
     assert latest - began > 50 + 0.9 * size / 1000
 
 
-def test_an_unloaded_adapter_is_told_of_no_more(shared: Loaders, tmp_path: Path) -> None:
+def test_cancelled_load_gives_no_outcome(shared: Loaders, tmp_path: Path) -> None:
     root = adapter(tmp_path)
     opened = descriptors() - 2 * len(shared.pids)
     shared.submit(message(root, 5))
@@ -298,7 +298,7 @@ def test_an_unloaded_adapter_is_told_of_no_more(shared: Loaders, tmp_path: Path)
     assert descriptors() - 2 * len(shared.pids) == opened
 
 
-def test_asking_twice_is_answered_once(shared: Loaders, tmp_path: Path) -> None:
+def test_same_load_twice_gives_one_outcome(shared: Loaders, tmp_path: Path) -> None:
     root = adapter(tmp_path)
     shared.submit(message(root, 6))
     shared.submit(message(root, 6))
@@ -311,7 +311,9 @@ def test_asking_twice_is_answered_once(shared: Loaders, tmp_path: Path) -> None:
     assert shared.poll_seconds is None
 
 
-def test_a_child_that_cannot_be_started(own: Callable[..., Loaders], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_that_cannot_be_started_is_a_refusal(
+    own: Callable[..., Loaders], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(24, "Too many open files")
 
@@ -319,7 +321,7 @@ def test_a_child_that_cannot_be_started(own: Callable[..., Loaders], monkeypatch
     assert "no loader process can be started" in refused(own(), message(Path("/x")))
 
 
-def test_a_child_ends_with_its_parent(own: Callable[..., Loaders], tmp_path: Path) -> None:
+def test_child_ends_with_its_parent(own: Callable[..., Loaders], tmp_path: Path) -> None:
     loaders = own()
     loads(loaders, adapter(tmp_path))
     child = loaders._workers[0].loader._child

@@ -28,7 +28,7 @@ def reader(sites: Catalogue = CATALOGUE, dtype: torch.dtype = torch.float32) -> 
     return Reader(sites, dtype, Limits())
 
 
-def test_what_comes_out_is_what_the_files_hold_scaled(tmp_path: Path) -> None:
+def test_opened_adapter_is_the_files_scaled(tmp_path: Path) -> None:
     tensors = plain_tensors(SITES, TARGETS, rank=5)
     root = write_adapter(tmp_path, tensors, target_modules=TARGETS, r=5, lora_alpha=10)
     manifest, deltas = reader().read(root).open(CATALOGUE, torch.float32)
@@ -48,7 +48,7 @@ def test_what_comes_out_is_what_the_files_hold_scaled(tmp_path: Path) -> None:
     assert seen == len(tensors)
 
 
-def test_dropped_memory_is_given_back_and_no_descriptor_is_kept(tmp_path: Path) -> None:
+def test_dropped_memory_is_freed_and_descriptors_closed(tmp_path: Path) -> None:
     sites = random_sites(layers=2, hidden=1024, inner=2048)
     tensors = plain_tensors(sites, TARGETS, rank=64)
     root = write_adapter(tmp_path, tensors, target_modules=TARGETS, r=64)
@@ -76,7 +76,7 @@ def make(parts: list[Part], tensors: int = 896, size: int | None = None) -> ShmA
     return made if size is None else ShmAdapter(descriptor, size, made.manifest_bytes)
 
 
-def test_a_sound_parcel_opens() -> None:
+def test_valid_shm_adapter_opens() -> None:
     _, deltas = make([PART]).open(CATALOGUE, torch.float32)
     assert [delta.b.shape if delta else None for delta in deltas["layers.0.o"]] == [(4, 24)]
 
@@ -100,7 +100,7 @@ def test_a_sound_parcel_opens() -> None:
         Part("layers.0.o", 0, 8, 0, 0),
     ],
 )
-def test_a_part_that_is_not_there(part: Part) -> None:
+def test_part_outside_of_memory_or_model_is_refused(part: Part) -> None:
     opened = descriptors()
     with pytest.raises(AdapterError, match=r"not inside its memory|not of this model"):
         make([PART, part]).open(CATALOGUE, torch.float32)
@@ -108,14 +108,14 @@ def test_a_part_that_is_not_there(part: Part) -> None:
 
 
 @pytest.mark.parametrize("size", [0, -64, 832, 960, 1 << 62])
-def test_sizes_that_are_not_the_memorys(size: int) -> None:
+def test_sizes_that_do_not_fit_the_memory_are_refused(size: int) -> None:
     opened = descriptors()
     with pytest.raises(AdapterError, match="memory"):
         make([PART], size=size).open(CATALOGUE, torch.float32)
     assert descriptors() == opened
 
 
-def test_a_label_that_is_none_and_memory_that_could_shrink() -> None:
+def test_invalid_manifest_and_unsealed_memory_are_refused() -> None:
     descriptor = shm_adapter.allocate(768)
     os.pwrite(descriptor, b"nonsense", 768)
     with pytest.raises(AdapterError, match="can change its size"):
@@ -125,16 +125,14 @@ def test_a_label_that_is_none_and_memory_that_could_shrink() -> None:
         ShmAdapter(descriptor, 768, 8).open(CATALOGUE, torch.float32)
 
 
-def test_an_adapter_that_memory_cannot_hold_is_refused_before_it_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_adapter_above_free_memory_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_adapter(tmp_path, plain_tensors(SITES, TARGETS), target_modules=TARGETS)
     monkeypatch.setattr("model_runner.lora.transfer.reader.host_memory", lambda: (1000, 1000))
     with pytest.raises(AdapterError, match="of host memory, and 0 MiB are free"):
         reader().read(root, announce=lambda _: pytest.fail("announced"))
 
 
-def test_a_refused_adapter_leaves_no_descriptor(tmp_path: Path) -> None:
+def test_refused_adapter_leaves_no_descriptor(tmp_path: Path) -> None:
     tensors = plain_tensors(SITES, TARGETS)
     tensors[next(iter(tensors))][0, 0] = float("nan")
     root = write_adapter(tmp_path, tensors, target_modules=TARGETS)

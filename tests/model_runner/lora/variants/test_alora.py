@@ -56,7 +56,7 @@ def load(sites: list[Site], root: Path, number: int = 1) -> Any:
     return AdapterStore(sites, torch.float32, max_rank=None, targets=None).load(number, "fox", root)
 
 
-def test_its_invocation_is_part_of_what_it_is(
+def test_invocation_is_part_of_the_revision_and_the_report(
     model: Path, sites: list[Site], make: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = make(use_rslora=True)
@@ -87,7 +87,7 @@ def test_its_invocation_is_part_of_what_it_is(
         (7, OPTION),
     ],
 )
-def test_an_invocation_that_no_prompt_could_hold_is_refused(
+def test_impossible_invocation_is_refused(
     tokens: object, says: str, sites: list[Site], make: Callable[..., Path]
 ) -> None:
     with pytest.raises(AdapterError, match=rf"adapter 'fox'.*{says}") as caught:
@@ -104,7 +104,7 @@ def test_an_invocation_that_no_prompt_could_hold_is_refused(
         ({"trainable_token_indices": [5]}, "trainable_token_indices"),
     ],
 )
-def test_what_changes_the_whole_of_a_request_is_refused_by_name(
+def test_options_for_the_whole_request_are_refused_by_name(
     options: dict[str, Any], named: str, sites: list[Site], make: Callable[..., Path]
 ) -> None:
     with pytest.raises(AdapterError, match=rf"{named} is not served together with {OPTION}"):
@@ -115,7 +115,7 @@ def test_what_changes_the_whole_of_a_request_is_refused_by_name(
     ("options", "named"),
     [({"use_dora": True}, "use_dora"), ({"target_modules": ["q_proj", "embed_tokens"]}, "module model.embed_tokens")],
 )
-def test_what_peft_refuses_too(
+def test_combinations_that_peft_refuses_are_refused(
     options: dict[str, Any], named: str, sites: list[Site], make: Callable[..., Path]
 ) -> None:
     with pytest.raises(ValueError, match="unsupported variant combination"):
@@ -124,6 +124,6 @@ def test_what_peft_refuses_too(
         load(sites, rewrite(make(**options | {OPTION: None}), **{OPTION: [3]}))
 
 
-def test_the_head_and_biases_of_its_own_are_served(model: Path, sites: list[Site], make: Callable[..., Path]) -> None:
+def test_head_and_lora_bias_are_served(model: Path, sites: list[Site], make: Callable[..., Path]) -> None:
     report = examine(make(target_modules=["q_proj", "lm_head"], lora_bias=True), sites, torch.float32, Limits(), model)
     assert (report.refused, report.invocation, set(report.ranks)) == (None, [3, 1, 3], {"q_proj", "lm_head"})
