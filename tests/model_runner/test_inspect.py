@@ -1,4 +1,4 @@
-"""The preflight: what is said of a sound adapter, of one beyond a limit, and of a broken one."""
+"""`model_runner.inspect` on a valid adapter, one above a limit, and a broken one."""
 
 from __future__ import annotations
 

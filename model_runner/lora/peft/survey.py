@@ -116,8 +116,8 @@ class AdapterSurvey:
         """
         owners: dict[str, list[tuple[TensorMapping, str]]] = {}
         for mapping in self.mappings:
-            for part, tensor in mapping.parts.items():
-                owners.setdefault(tensor, []).append((mapping, part))
+            for part, name in mapping.parts.items():
+                owners.setdefault(name, []).append((mapping, part))
         incomplete: dict[str, dict[str, torch.Tensor]] = {}
         digest = hashlib.sha256(self.config.scale_bytes())
         for file in self.files:

@@ -18,6 +18,7 @@ from fixtures.models.drive import Driver, Row
 from fixtures.models.tiny_models import VOCAB
 from fixtures.scheduling.step_driver import GREEDY, Ask, load
 from fixtures.scheduling.step_driver import Driver as Steps
+from safetensors.torch import load_file, save_file
 
 from engine.config.sections import AdapterSource, Links, RunnerConfig
 from engine.errors import AdapterError
@@ -52,11 +53,11 @@ SAVED: dict[str, tuple[int, dict[str, Any]]] = {
 """By name: the vocabulary, and how PEFT is configured."""
 
 TIED = {"larger, embedding by LoRA": (VOCAB + 4, options(target_modules=["v_proj", "embed_tokens"]))}
-"""Only where the head is the embedding: else nothing would be said of the head."""
+"""For a head that is tied to the embedding: for another, the config says nothing of the head."""
 
 
 def save(base: Path, out: Path, name: str, seed: int) -> Any:
-    """Saved by PEFT after a resize, everything that is trained drawn at random; the model itself, as the oracle."""
+    """Saves an adapter with PEFT after a resize, all trained values drawn at random. Returns the model as oracle."""
     size, given = (SAVED | TIED)[name]
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     draw = torch.Generator().manual_seed(seed)
@@ -88,7 +89,7 @@ def logits(model: Any, tokens: list[int]) -> torch.Tensor:
 
 
 def clear(model: Any, prompt: list[int]) -> list[int] | None:
-    """The N greedy tokens, None where two of them are too near one another to tell apart."""
+    """The N greedy tokens; None if the two best logits of a step are too close to compare."""
     tokens = list(prompt)
     for _ in range(N):
         best = logits(model, tokens)[-1].topk(2)
@@ -146,7 +147,7 @@ def test_vocabularies_on_kernels_equal_peft(backend: str, tiny_model: Callable[[
 
 
 def started(path: Path, roots: list[Path], **more: Any) -> tuple[Runner, dict[int, AdapterState]]:
-    """A runner with these adapters from the start, ids from 1 on."""
+    """A runner launched with these adapters, with ids from 1 on."""
     sources = [AdapterSource(adapter_id=i, name=root.name, path="", root=str(root)) for i, root in enumerate(roots, 1)]
     links = Links(tokenizer="", scheduler="", runner="", door="")
     config = RunnerConfig(
@@ -240,6 +241,17 @@ def test_embedding_without_its_head_is_refused(tiny_model: Callable[[str], Path]
     sites = load_model(path, read_model_config(path), device=torch.device("cpu"), dtype=torch.float32).sites
     with pytest.raises(AdapterError, match=r"324 for model.embed_tokens and 320 for lm_head: .* saved together"):
         Reader(Catalogue(sites), torch.float32, Limits(), path).survey(tmp_path / "a")
+
+
+def test_all_rows_without_trained_tokens_are_refused(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    path = tiny_model("llama2")
+    save(path, tmp_path / "a", "some tokens of the embedding", 1)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    rows = {"base_model.model.lm_head.token_adapter.base_layer.weight": torch.zeros(VOCAB, 64)}
+    save_file(load_file(file) | rows, file)
+    sites, dtype = sites_of(path, "float32")
+    refused = examine(tmp_path / "a", sites, dtype, Limits(), path).refused
+    assert "lm_head has no token_adapter.trainable_tokens_delta" in (refused or "")
 
 
 def test_bias_on_a_head_of_another_vocabulary_is_refused(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

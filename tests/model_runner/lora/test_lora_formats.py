@@ -25,9 +25,11 @@ N = 6
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
-    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),  # to a layer without a bias: all of Llama's
-    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match"),  # AdaLoRA's are no patterns
-    pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match"),  # of modules that are fused
+    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),  # Llama's linears have no bias
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match"),  # AdaLoRA's are module names
+    pytest.mark.filterwarnings(
+        "ignore:The following alpha_pattern keys did not match"
+    ),  # names of modules that are fused
 ]
 
 
@@ -53,7 +55,7 @@ def test_every_format_in_one_batch_equals_peft(family: str, tiny_model: Callable
                 break
         asks.append((prompt, lane))
         expected.append(oracle.greedy(prompt, N, name))
-        if name and name not in BIASED:  # with those, what PEFT calls the base is not the base
+        if name and name not in BIASED:  # PEFT changes the base's own biases
             moved = oracle.logits(prompt, name) - oracle.logits(prompt)
             assert moved.abs().max() > 0.05, f"{name} has no effect"
 
@@ -126,7 +128,7 @@ def test_kernels_give_pefts_tokens_for_every_format(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path, adapters, prompts, expected = everything
-    monkeypatch.setattr("model_runner.compute.ops.base.create", lambda device: TritonOps())  # norms are theirs
+    monkeypatch.setattr("model_runner.compute.ops.base.create", lambda device: TritonOps())  # the norms are kernels too
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     decoder = load_model(path, read_model_config(path), device=device, dtype=torch.float32)
     lora = attach_adapters(decoder, adapters, backend=backend)

@@ -32,7 +32,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def rewrite(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
-    """Edits the header of a safetensors file, leaving its data alone."""
+    """Edits the header of a safetensors file; its data stay as they are."""
     raw = path.read_bytes()
     length = struct.unpack("<Q", raw[:8])[0]
     header = json.loads(raw[8 : 8 + length])
@@ -115,7 +115,7 @@ def test_header_above_the_bound_is_not_read(root: Path) -> None:
     path = root / "adapter_model.safetensors"
     with path.open("r+b") as file:
         file.write(struct.pack("<Q", 1 << 30))
-        file.truncate(1 << 31)  # sparse: claims are cheap, so they are checked first
+        file.truncate(1 << 31)  # sparse: the header's size is checked before it is read
     assert "header claims" in refusal(SITES, root)
 
 

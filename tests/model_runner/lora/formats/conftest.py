@@ -23,7 +23,7 @@ def model(tiny_model: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def decoder(model: Path) -> Decoder:
-    """The base as we load it."""
+    """The base as the runner loads it."""
     return load_model(model, read_model_config(model), device=torch.device("cpu"), dtype=torch.float32)
 
 
@@ -36,5 +36,5 @@ def zoo(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
 
 @pytest.fixture
 def copy(zoo: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
-    """An adapter of the zoo, to be changed."""
+    """A copy of one of these adapters, to be changed."""
     return lambda name: Path(shutil.copytree(zoo[name], tmp_path / "copy"))

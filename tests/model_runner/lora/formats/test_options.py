@@ -23,7 +23,7 @@ CONFIG = "adapter_config.json"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`"),
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
-    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match"),  # AdaLoRA's are no patterns
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match"),  # AdaLoRA's are module names
 ]
 
 
@@ -45,7 +45,7 @@ def test_every_option_of_pefts_config_is_classified(kind: str) -> None:
     common, refused = frozenset(PeftOptions.__struct_fields__), registry.refused_options()
     known = form.used_options() | form.harmless | common | PROVENANCE | refused.keys()
     strangers = {field.name for field in dataclasses.fields(CONFIGS[kind])} - known
-    if kind == "ADALORA":  # LoRA's options that its layers do not look at are refused where they are set
+    if kind == "ADALORA":  # LoRA's options that AdaLoRA's layers ignore are refused when they are set
         strangers -= {"use_dora", "lora_bias", "target_parameters", "alora_invocation_tokens"}
     assert strangers == set()
     sorts = [form.used_options(), form.harmless, common, PROVENANCE, frozenset(refused)]

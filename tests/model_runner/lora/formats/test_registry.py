@@ -26,7 +26,7 @@ MODULE = "base_model.model.model.layers.{}.self_attn.v_proj"
 
 
 class Gains(PeftFormat, frozen=True, kw_only=True):
-    """A gain alone, stored as a logarithm, to be multiplied with a temperature; with trained biases if need be."""
+    """A gain alone, stored as a logarithm and multiplied with a temperature; biases may be trained."""
 
     peft_type: ClassVar = "GAINS"
     name: ClassVar = "Gains"
@@ -51,7 +51,7 @@ class Gains(PeftFormat, frozen=True, kw_only=True):
         return {"gains_log.weight": [module.out_features]}
 
     def rank(self, module: Module, found: Mapping[str, Shape]) -> int:
-        """None."""
+        """0."""
         return 0
 
     def change(self, module: Module, tensors: Mapping[str, torch.Tensor]) -> Change:
@@ -64,7 +64,7 @@ class Gains(PeftFormat, frozen=True, kw_only=True):
 
 
 def clear_caches() -> None:
-    """What is read of the table once."""
+    """Clears what was read from the table."""
     for reader in (*vars(registry).values(), names.markers, names.spellings):
         if hasattr(reader, "cache_clear"):
             reader.cache_clear()
@@ -72,7 +72,7 @@ def clear_caches() -> None:
 
 @pytest.fixture(autouse=True)
 def gains(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The format is in the table."""
+    """Adds the format to the table."""
     monkeypatch.setitem(registry.FORMATS, "GAINS", f"{__name__}:Gains")
     clear_caches()
     yield
@@ -81,7 +81,7 @@ def gains(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def save(root: Path, spare: str = "", **options: object) -> Path:
-    """An adapter of the format, and a tensor that is not part of it."""
+    """An adapter of the format, with a `spare` tensor that does not belong to it."""
     tensors = {f"{MODULE.format(layer)}.gains_log.fox.weight": torch.full((8,), 0.5) for layer in range(2)}
     if spare:
         tensors[spare] = torch.zeros(8)

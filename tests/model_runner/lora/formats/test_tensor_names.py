@@ -21,7 +21,7 @@ CONFIG = "adapter_config.json"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`"),
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
-    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match"),  # AdaLoRA's are no patterns
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match"),  # AdaLoRA's are module names
 ]
 
 

@@ -25,7 +25,7 @@ CONFIG = "adapter_config.json"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`"),
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
-    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match"),  # AdaLoRA's are no patterns
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match"),  # AdaLoRA's are module names
 ]
 
 
@@ -117,7 +117,7 @@ def test_stray_tensor_beside_norms_is_refused_by_name(decoder: Decoder, copy: Ca
 
 def test_modules_to_save_means_norms_by_the_end_of_their_name(decoder: Decoder, copy: Callable[[str], Path]) -> None:
     root = copy("all norms")
-    assert sum("norm.weight" in name for name in load_file(root / WEIGHTS)) == 7  # PEFT takes whatever ends so
+    assert sum("norm.weight" in name for name in load_file(root / WEIGHTS)) == 7  # PEFT takes every module that ends so
     held = load(decoder.sites, root)
     assert held.footprint.pages == {"down": 1, "norms.full": 1}
     assert set(held.targets) == {"down_proj", "input_layernorm", "norm", "post_attention_layernorm"}

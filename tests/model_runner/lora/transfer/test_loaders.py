@@ -1,4 +1,4 @@
-"""Loader children as real processes: what they hand over, how they die, and that nothing of them stays."""
+"""Loader children as real processes: the adapters they return, how they end, and that they leave nothing behind."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def message(root: Path, adapter_id: int = 1, revision: str = "") -> LoadAdapter:
 
 
 def finish(loaders: Loaders, count: int = 1) -> list[LoadOutcome]:
-    """The next outcomes."""
+    """The next `count` outcomes."""
     found, deadline = list[LoadOutcome](), time.monotonic() + 60
     while len(found) < count:
         assert time.monotonic() < deadline
@@ -69,7 +69,7 @@ def loads(loaders: Loaders, root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Loaders]:
-    """For tests that leave the children as they are."""
+    """For tests that leave the children alive."""
     loaders = Loaders(CONFIG)
     loaders.start()
     yield loaders
@@ -120,7 +120,7 @@ def test_child_is_niced_and_bounded_in_memory(shared: Loaders, tmp_path: Path) -
 
 
 def start(link: socket.socket, words: bytes) -> subprocess.Popen[bytes]:
-    """A child with nobody of ours around it, given `words` as its config."""
+    """A child without a Loader, with `words` on its stdin."""
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", "model_runner.lora.transfer"],
         stdin=subprocess.PIPE,
@@ -240,7 +240,7 @@ def test_killed_child_fails_its_load_only(own: Callable[..., Loaders], tmp_path:
     opened = descriptors()
     loads(loaders, root)
     (pid,) = loaders.pids
-    os.kill(pid, signal.SIGKILL)  # idle: nobody is told
+    os.kill(pid, signal.SIGKILL)  # idle: there is no outcome
     while loaders.pids:
         assert loaders.collect() == []
     loads(loaders, root)

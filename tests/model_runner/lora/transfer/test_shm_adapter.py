@@ -1,4 +1,4 @@
-"""An adapter in one piece of shared memory: what comes out is what went in, nothing is believed, nothing is kept."""
+"""An adapter in shared memory: it opens as it was written, every number is checked, and nothing leaks."""
 
 from __future__ import annotations
 

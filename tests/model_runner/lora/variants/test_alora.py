@@ -1,4 +1,4 @@
-"""Adapters that act from their invocation on: what is read of them, and what is refused, as PEFT saved them."""
+"""Activated LoRA as PEFT saves it: the invocation is read, and options that do not fit it are refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def model(tiny_model: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def sites(model: Path) -> list[Site]:
-    """Where adapters land."""
+    """The base's sites."""
     return sites_of(model, "float32")[0]
 
 
@@ -46,7 +46,7 @@ def make(model: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 def rewrite(root: Path, **fields: object) -> Path:
-    """The same with other options in its config, whatever its tensors are."""
+    """Changes options in the config and leaves the tensors as they are."""
     path = root / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     return root
