@@ -1,12 +1,12 @@
-"""The runner process: model up, then messages in order until the parent is gone.
+"""The runner process: loads the model, then handles messages in order until its parent ends.
 
 A step is launched as soon as it comes and answered as soon as it has ended, whatever was launched behind it:
 
     GPU     launch n | launch n+1 | ... n ends: answer n | launch n+2 | ... n+1 ends: answer n+1
-    CPU     launching computes: n | answer n | n+1, which lies in the inbox | answer n+1
+    CPU     a launch computes: n | answer n | n+1, which waits in the inbox | answer n+1
 
-A fault in a step ends the process: its state can no longer be trusted, and whoever sent the step can rebuild it. An
-adapter that cannot be loaded hurts that adapter only.
+An error in a step ends the process: its state can no longer be trusted, and the scheduler can rebuild it in a new one.
+An adapter that cannot be loaded fails alone.
 """
 
 from __future__ import annotations
@@ -40,32 +40,32 @@ from engine.messages import (
 )
 from engine.processes.child import Child, Facts
 from engine.processes.pulse import Pulse
-from model_runner import memory_plan
+from model_runner.build.memory_plan import describe_bytes
+from model_runner.launched_step import LaunchedStep
 from model_runner.platform.compilations import CompilationCounter
 from model_runner.platform.device import set_threads
-from model_runner.runner import Flight, Runner
+from model_runner.runner import Runner
 from model_runner.warmup import warm_up
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.00005  # between two looks at the inbox and the device while a step runs on it
-SCHEDULERS = 1 << 20  # an epoch for each pair of incarnations: ours, and the scheduler's that we serve
+POLL_SECONDS = 0.00005
+"""Between two polls of the inbox and the device while a step runs."""
+
+SCHEDULER_EPOCHS = 1 << 20
+"""An epoch is the runner's incarnation times this, plus the scheduler's incarnation that it serves."""
 
 
 def serve(child: Child, config: RunnerConfig) -> None:
-    """Loads, reports, and handles messages for ever. Ends with 0 on SIGTERM, with 1 on a fault."""
+    """Loads, reports, and handles messages for ever. Exits with 0 on SIGTERM, with 1 on an error."""
     signal.signal(signal.SIGTERM, _exit)
     context: zmq.Context[Any] = zmq.Context()
-    links = config.links
-    inbox: Inbox[Any] = Inbox(context, links.runner, ToRunner, links.max_frame_bytes)  # first: nothing sent is lost
+    # The inbox is bound before anything is loaded, so that no message is lost.
+    inbox: Inbox[Any] = Inbox(context, config.links.runner, ToRunner, config.links.max_frame_bytes)
+    compilations = CompilationCounter().install()
+    began = time.perf_counter()
     try:
-        began = time.perf_counter()
-        set_threads(config.cpu_threads)
-        compilations = CompilationCounter().install()
-        runner = Runner.load(config, progress=True)
-        if runner.capacity.device == "cuda":
-            warm_up(runner, progress=True)
-            log.info("device memory: %s", memory_plan.shares(runner.memory()))
+        runner = _load_runner(config)
         server = Server(runner, inbox, context, config)
         server.announce()
     except Exception as error:
@@ -73,7 +73,7 @@ def serve(child: Child, config: RunnerConfig) -> None:
             log.exception("the model runner cannot start")
         child.failed(error)
         sys.exit(1)
-    runner.start_loader()
+    runner.adapters.start()
     compilations.serving = True
     child.ready(facts(runner, time.perf_counter() - began))
     child.keep_pulse(server.pulse)
@@ -81,7 +81,17 @@ def serve(child: Child, config: RunnerConfig) -> None:
         server.loop()
     except Exception:
         log.exception("the model runner ends by its own fault")
-        os._exit(1)  # at once: a broken device may hold up an orderly end until it looks like somebody else's doing
+        os._exit(1)  # an orderly end may hang on a broken device, and the cause would look like another process's
+
+
+def _load_runner(config: RunnerConfig) -> Runner:
+    """A runner that is ready to serve: on a GPU, warmed up."""
+    set_threads(config.cpu_threads)
+    runner = Runner.load(config, progress=True)
+    if runner.capacity.device == "cuda":
+        warm_up(runner, progress=True)
+        log.info("device memory: %s", describe_bytes(runner.memory()))
+    return runner
 
 
 def _exit(_signal: int, _frame: FrameType | None) -> NoReturn:
@@ -89,10 +99,10 @@ def _exit(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 
 def facts(runner: Runner, seconds: float) -> Facts:
-    """What a person would like to read."""
+    """What the launch banner shows."""
     c = runner.capacity
     return {
-        "family": runner.family,
+        "family": runner.parts.decoder.config.family,
         "device": c.device,
         "dtype": c.dtype,
         "attention_backend": c.attention_backend,
@@ -117,8 +127,8 @@ def facts(runner: Runner, seconds: float) -> Facts:
 class Server:
     """A loaded runner behind its inbox, and the scheduler it answers.
 
-    Its epoch changes with each scheduler that it is reset for: steps that a dead one left behind are of no epoch that
-    counts, wherever in the inbox they stand.
+    Each scheduler that it is reset for has its own epoch. Steps of a dead scheduler that are still in the inbox have an
+    old epoch and are dropped.
     """
 
     def __init__(self, runner: Runner, inbox: Inbox[Any], context: zmq.Context[Any], config: RunnerConfig) -> None:
@@ -126,49 +136,49 @@ class Server:
         self._inbox = inbox
         self._context = context
         self._config = config
-        self._epoch = config.links.epoch * SCHEDULERS
+        self._epoch = config.links.epoch * SCHEDULER_EPOCHS
         self.pulse = Pulse()
         self._scheduler = self._connect(config.links.scheduler)
-        self._flights: deque[Flight] = deque()
+        self._launched: deque[LaunchedStep] = deque()
 
     def announce(self) -> None:
-        """Tells the scheduler who this is and what it can hold."""
+        """Sends the scheduler this process's address and what the runner can hold."""
         links = self._config.links
         self._scheduler.send(Hello("runner", links.epoch, links.runner, self._config.rank))
         after_fault = self._config.after_fault
         self._scheduler.send(RunnerReady(epoch=self._epoch, capacity=self._runner.capacity, after_fault=after_fault))
 
     def loop(self) -> NoReturn:
-        """Handles messages in order, and goes on with fills and loads after each and while idle, for ever."""
-        if self._runner.descriptor is not None:
-            self._inbox.watch(self._runner.descriptor)
+        """Handles messages in order, and continues fills and loads after each and while idle, for ever."""
+        if self._runner.adapters.descriptor is not None:
+            self._inbox.watch(self._runner.adapters.descriptor)
         while True:
-            for message in self._inbox.receive(0.0 if self._flights else self._runner.wait):
+            for message in self._inbox.receive(0.0 if self._launched else self._runner.poll_seconds):
                 self.handle(message)
                 self._answer()
                 self._advance()
             self._answer()
             self._advance()
-            if self._flights:
-                time.sleep(LOOK_SECONDS)
+            if self._launched:
+                time.sleep(POLL_SECONDS)
 
     def handle(self, message: ToRunner) -> None:
-        """Does one message and answers it."""
+        """Handles one message and answers it."""
         match message:
             case Step():
                 self._launch(message)
             case LoadAdapter():
                 self._load(message)
             case UnloadAdapter():
-                self._tell(self._runner.unload_adapter(message))
+                self._report(self._runner.adapters.unload(message.adapter_id))
             case EvictAdapter():
-                self._tell(self._runner.evict_adapter(message))
+                self._report(self._runner.adapters.evict(message.adapter_id))
             case Reset():
                 self._reset(message)
             case Ping():
                 self._scheduler.send(Ping(self._epoch))
             case Hello():
-                self._meet(message)
+                self._greet(message)
 
     def _connect(self, address: str) -> Outbox:
         return Outbox(self._context, address, self._config.links.max_frame_bytes)
@@ -179,51 +189,51 @@ class Server:
             return
         self.pulse.tick()
         try:
-            self._flights.append(self._runner.launch(step))
+            self._launched.append(self._runner.launch(step))
         except Exception:
             log.exception("step %d of %d chunks failed: the runner ends", step.id, len(step.chunks))
             raise
 
     def _answer(self) -> None:
-        """Answers the steps that have ended; never waits."""
-        while self._flights and self._flights[0].arrival.is_done:
-            flight = self._flights.popleft()
+        """Sends the answers of steps that have ended; never waits."""
+        while self._launched and self._launched[0].done.is_done:
+            launched = self._launched.popleft()
             try:
-                done = self._runner.finish(flight)
+                done = self._runner.finish(launched)
             except Exception:
-                log.exception("step %d failed on the device: the runner ends", flight.id)
+                log.exception("step %d failed on the device: the runner ends", launched.id)
                 raise
             self._scheduler.send(done)
             self.pulse.tick()
-        if not self._flights:
+        if not self._launched:
             self.pulse.rest()
 
-    def _drop_flights(self) -> None:
-        """Waits for what runs; nobody asks for it any more."""
-        while self._flights:
-            self._runner.finish(self._flights.popleft())
+    def _drain_launched(self) -> None:
+        """Waits for the launched steps, whose answers no scheduler needs."""
+        while self._launched:
+            self._runner.finish(self._launched.popleft())
 
     def _load(self, message: LoadAdapter) -> None:
-        state = self._runner.load_adapter(message)
+        state = self._runner.adapters.load(message)
         if state is not None:
-            self._tell(state)
+            self._report(state)
 
     def _advance(self) -> None:
         for state in self._runner.advance():
-            self._tell(state)
+            self._report(state)
 
-    def _tell(self, state: AdapterState) -> None:
+    def _report(self, state: AdapterState) -> None:
         self._scheduler.send(replace(state, epoch=self._epoch))
 
     def _reset(self, message: Reset) -> None:
-        """Another scheduler: nothing of the one before counts."""
-        self._drop_flights()
-        self._epoch = self._config.links.epoch * SCHEDULERS + message.epoch
+        """Starts the next epoch, for another scheduler: forgets the rows and steps of the one before."""
+        self._drain_launched()
+        self._epoch = self._config.links.epoch * SCHEDULER_EPOCHS + message.epoch
         self._runner.reset()
         self._scheduler.send(RunnerReady(epoch=self._epoch, capacity=self._runner.capacity))
 
-    def _meet(self, hello: Hello) -> None:
-        """A scheduler whose inbox is elsewhere is a new one: it is answered there from now on."""
+    def _greet(self, hello: Hello) -> None:
+        """A scheduler with another inbox address is a new one: connects to it."""
         if hello.process == "scheduler" and hello.inbox != self._scheduler.address:
             self._scheduler.close()
             self._scheduler = self._connect(hello.inbox)

@@ -80,7 +80,7 @@ class RunnerBench:
     def finish_transfers(self) -> list[AdapterState]:
         """Advances loads and fills until none is under way."""
         states: list[AdapterState] = []
-        while self.runner.wait is not None:
+        while self.runner.poll_seconds is not None:
             states += self.runner.advance()
             time.sleep(0.0005)
         return states
@@ -220,12 +220,12 @@ def residents(runner: Runner, directory: Path, lanes: int, rounds: int) -> tuple
     pages: dict[int, dict[str, list[int]]] = {}
     loads: dict[int, list[float]] = {}
     fills: dict[int, list[float]] = {}
-    runner.start_loader()
+    runner.adapters.start()
     bench.finish_transfers()  # what is compiled in the background
     for number in tqdm(list(range(1, lanes + 1)) * (1 + rounds), desc="adapters", leave=False):
         runner.evict_adapter(EvictAdapter(number))
         began = time.perf_counter()
-        state = runner.load_adapter(LoadAdapter(adapter_id=number, path=str(directory / f"p{number}")))
+        state = runner.adapters.load(LoadAdapter(adapter_id=number, path=str(directory / f"p{number}")))
         state = bench.states[number] = state or bench.finish_transfers()[-1]
         assert state.state == "host", state
         took = time.perf_counter() - began

@@ -80,8 +80,8 @@ class Adapters:
         else:
             self.fills.add(adapter, fill.pages)
 
-    def point(self, lane: LanePages) -> None:
-        """Points the lane at these pages."""
+    def set_lane(self, lane: LanePages) -> None:
+        """Sets the pages of the lane."""
         self.pages.set_lane(lane)
 
     def reset(self) -> None:
@@ -98,6 +98,19 @@ class Adapters:
     def poll_seconds(self) -> float | None:
         """Seconds after which `advance` must be called even if the loaders' descriptor is not readable; None: never."""
         return self.fills.poll_seconds if self.fills else self.loaders.poll_seconds
+
+    @property
+    def descriptor(self) -> int:
+        """Readable when a loader has sent something."""
+        return self.loaders.fileno()
+
+    def start(self) -> None:
+        """Starts the process that reads adapters, before the first is asked for."""
+        self.loaders.start()
+
+    def close(self) -> None:
+        """Ends the loader processes."""
+        self.loaders.close()
 
     def name(self, message: LoadAdapter) -> str:
         """The adapter's name for errors and logs."""

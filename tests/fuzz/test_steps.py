@@ -13,7 +13,7 @@ import pytest
 import torch
 from fixtures.adapters.mutations import Mutator
 from fixtures.models.tiny_models import make_adapter
-from fixtures.scheduling.step_driver import load, settle
+from fixtures.scheduling.step_driver import finish_transfers, load
 
 from engine.config.sections import Links, RunnerConfig
 from engine.errors import EngineError
@@ -73,7 +73,7 @@ class World:
 
     def _state(self) -> list[Any]:
         """All that the runner holds for the row that nobody names."""
-        parts = self.runner._parts
+        parts = self.runner.parts
         rows, pages = parts.rows, slice(min(self.pages), max(self.pages) + 1)
         layers = map(parts.pool.layer, range(parts.decoder.config.num_layers))
         return [
@@ -187,13 +187,13 @@ def test_loads(runner: Runner, tmp_path: Path) -> None:
         match mutator.word(mutator.draw.choice(sound)):
             case LoadAdapter() as message if message.adapter_id != 1:
                 asked[message.adapter_id] += 1
-                state = runner.load_adapter(message)
+                state = runner.adapters.load(message)
                 answered.update([state.adapter_id] if state else [])
             case UnloadAdapter() as message if message.adapter_id != 1 and message.adapter_id not in asked:
                 assert runner.unload_adapter(message).state == "gone"
             case EvictAdapter() as message if message.adapter_id != 1 and message.adapter_id not in asked:
                 assert runner.evict_adapter(message).state == "disk"
         answered.update(state.adapter_id for state in runner.advance())
-    answered.update(state.adapter_id for state in settle(runner))
+    answered.update(state.adapter_id for state in finish_transfers(runner))
     assert answered.keys() == asked.keys()
     assert load(runner, LoadAdapter(adapter_id=1, path=str(tmp_path))).state == "host"  # it is known already

@@ -17,7 +17,7 @@ from fixtures.scheduling.step_driver import load as bring
 
 from engine.config.sections import AdapterSource, Links, RunnerConfig
 from engine.messages import AdapterState, LoadAdapter, Sampling
-from model_runner import memory_plan
+from model_runner.build import memory_plan
 from model_runner.compute.attention import base as attention
 from model_runner.lora.backends import base as lora_backends
 from model_runner.platform.compilations import CompilationCounter
@@ -73,7 +73,7 @@ def oracle(model: Path, sources: list[AdapterSource]) -> Oracle:
 def counting(monkeypatch: pytest.MonkeyPatch) -> CountingCapture:
     """Lets the runners of a test capture on a CPU, with backends that have static metadata."""
     capture = CountingCapture(EagerCapture())
-    monkeypatch.setattr("model_runner.assembly.capture_for", lambda device: capture)
+    monkeypatch.setattr("model_runner.build.assembly.capture_for", lambda device: capture)
     monkeypatch.setitem(attention.BACKENDS, "static", "fixtures.models.static_backends:StaticAttention")
     monkeypatch.setitem(lora_backends.BACKENDS, "static", "fixtures.models.static_backends:StaticLora")
     return capture
@@ -200,7 +200,7 @@ def test_warm_up_runs_every_shape_and_leaves_no_state(
     counting: CountingCapture, model: Path, sources: list[AdapterSource], oracle: Oracle
 ) -> None:
     runner = load(model, sources, max_batched_tokens=64, context_length=120)
-    pages = runner.rank_pages
+    pages = runner.adapters.pages
     assert pages is not None
     seen: list[tuple[int, int, int]] = []
     launch = runner.launch

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from engine.config.sections import AdapterSource, Links, RunnerConfig
 from engine.errors import AdapterError, ConfigError, InternalError
-from engine.messages import AdapterState, Chunk, Fill, LoadAdapter, NewRow, Sampling, UnloadAdapter
+from engine.messages import AdapterState, Chunk, Fill, LoadAdapter, NewRow, Sampling
 from model_runner.runner import Runner
 
 LINKS = Links(tokenizer="", scheduler="", runner="", door="")
@@ -187,7 +187,7 @@ def test_tokens_do_not_depend_on_batch_or_chunks(
 def test_logprobs_and_prompt_logprobs_equal_the_oracle(
     driver: Driver, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model_runner.runner.SCORED_ELEMENTS", 3 * VOCAB)
+    monkeypatch.setattr("model_runner.step_forward.SCORED_ELEMENTS", 3 * VOCAB)
     sampling = msgspec.structs.replace(GREEDY, logprobs=2, prompt_logprobs=3)
     requests = asks(oracle, 4, [0, 2, 6], seed=4, tokens=3)
     for ask in requests:
@@ -237,7 +237,7 @@ def test_broken_adapter_fails_alone(driver: Driver, oracle: Oracle, model: Path,
         broken = bring(runner, LoadAdapter(adapter_id=adapter_id, path=str(path)))
         assert broken.state == "failed"
         assert path.name in (broken.error or "")
-    assert runner.unload_adapter(UnloadAdapter(20)).state == "gone"
+    assert runner.adapters.unload(20).state == "gone"
     with pytest.raises(InternalError):
         driver.step(fills=[Fill(20, {"qkv": [0], "o": [0], "gate_up": [0], "down": [0]})])
     requests = asks(oracle, 2, [6, 0], seed=6, tokens=3)

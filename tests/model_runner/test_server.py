@@ -38,7 +38,7 @@ from engine.messages import (
     UnloadAdapter,
 )
 from engine.processes.child import Failed, Ready
-from model_runner.server import SCHEDULERS
+from model_runner.server import SCHEDULER_EPOCHS
 
 pytestmark = pytest.mark.e2e
 
@@ -86,7 +86,7 @@ class Child:
         self._context.destroy(linger=0)
 
 
-EPOCH = 3 * SCHEDULERS  # of the third runner, while nobody has reset it
+EPOCH = 3 * SCHEDULER_EPOCHS  # of the third runner, while nobody has reset it
 
 
 @pytest.fixture

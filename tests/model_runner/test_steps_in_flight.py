@@ -1,4 +1,4 @@
-"""Two steps in flight in the runner: launched in order, answered as each ends, and none the worse for the other."""
+"""Two steps in flight in the runner: launched in order, answered as each ends, with the tokens of one at a time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from engine.config.sections import Links, RunnerConfig
 from engine.messages import Capacity, Chunk, NewRow, Reset, RunnerReady, Sampling, Step, StepDone
+from model_runner.lora.adapters_off import AdaptersOff
 from model_runner.runner import Runner
 from model_runner.server import Server
 
@@ -23,37 +24,37 @@ CHOICES = [
 
 
 class End(Exception):
-    """Nothing more is to come."""
+    """The script of the test has ended."""
 
 
-class Point:
-    """A point that a device reaches when the test says so."""
+class FakeEvent:
+    """A device event that is done when the test says so."""
 
     is_done = False
 
 
-class Device:
-    """A runner whose steps end when told, and the inbox and outbox beside it."""
+class FakeRunner:
+    """A runner whose steps end when the script says so; it is its own inbox and outbox."""
 
-    wait: float | None = None
-    descriptor: int | None = None
+    poll_seconds: float | None = None
+    adapters = AdaptersOff()
     capacity = Capacity(kv_pages=1, page_size=1, rows=1, max_length=1, max_batched_tokens=1, vocab_size=1)
 
     def __init__(self, script: list[Any]) -> None:
         self.script = script
-        self.flights: dict[int, Any] = {}
+        self.launched: dict[int, Any] = {}
         self.events: list[Any] = []
         self.address = LINKS.scheduler
 
     def launch(self, step: Step) -> Any:
         self.events.append(("launch", step.id))
-        self.flights[step.id] = type("Flight", (), {"id": step.id, "arrival": Point()})()
-        return self.flights[step.id]
+        self.launched[step.id] = type("FakeLaunchedStep", (), {"id": step.id, "done": FakeEvent()})()
+        return self.launched[step.id]
 
-    def finish(self, flight: Any) -> StepDone:
-        self.events.append(("finish", flight.id))
-        flight.arrival.is_done = True
-        return StepDone(epoch=0, id=flight.id)
+    def finish(self, step: Any) -> StepDone:
+        self.events.append(("finish", step.id))
+        step.done.is_done = True
+        return StepDone(epoch=0, id=step.id)
 
     def advance(self) -> list[Any]:
         return []
@@ -62,14 +63,14 @@ class Device:
         self.events.append("reset")
 
     def receive(self, timeout: float | None) -> Any:
-        """The next messages of the script; a number ends that step, as time passes."""
-        assert timeout == 0.0 or not any(not f.arrival.is_done for f in self.flights.values()), "it would sleep"
+        """The next messages of the script; a number ends the step of that id."""
+        assert timeout == 0.0 or not any(not step.done.is_done for step in self.launched.values()), "it would block"
         while True:
             if not self.script:
                 raise End
             item = self.script.pop(0)
             if isinstance(item, int):
-                self.flights[item].arrival.is_done = True
+                self.launched[item].done.is_done = True
                 return []
             return item
 
@@ -78,11 +79,11 @@ class Device:
 
 
 def events(monkeypatch: pytest.MonkeyPatch, script: list[Any]) -> list[Any]:
-    device: Any = Device(script)
-    monkeypatch.setattr(Server, "_connect", lambda *_: device)
+    runner: Any = FakeRunner(script)
+    monkeypatch.setattr(Server, "_connect", lambda *_: runner)
     with pytest.raises(End):
-        Server(device, device, device, RunnerConfig(links=LINKS, model_path="")).loop()
-    return device.events
+        Server(runner, runner, runner, RunnerConfig(links=LINKS, model_path="")).loop()
+    return runner.events
 
 
 def test_second_step_is_launched_behind_the_running_one(
@@ -143,12 +144,12 @@ def test_tokens_do_not_depend_on_the_step_behind(tiny_model: Callable[[str], Pat
 
     alone = [runner.execute(step) for step in steps(1)]
     runner.reset()
-    found, flights = [], []
+    found, launched = [], []
     for step in steps(3):
-        flights.append(runner.launch(step))
-        if len(flights) > 1:
-            found.append(runner.finish(flights.pop(0)))
-    found.append(runner.finish(flights.pop(0)))
+        launched.append(runner.launch(step))
+        if len(launched) > 1:
+            found.append(runner.finish(launched.pop(0)))
+    found.append(runner.finish(launched.pop(0)))
     assert [done.tokens for done in found] == [done.tokens for done in alone]
     assert [done.logprobs for done in found] == [done.logprobs for done in alone]
     assert len(alone[-1].tokens) == 2

@@ -57,13 +57,13 @@ def decode_row(runner: Runner, footprint: Footprint, batch: int, lanes: int) -> 
         "lanes": lanes,
         "ms": seconds * 1000,
         "bytes": step_bytes(runner, footprint, batch, lanes),
-        "modules": 4 * runner._parts.decoder.config.num_layers if lanes else 0,
+        "modules": 4 * runner.parts.decoder.config.num_layers if lanes else 0,
     }
 
 
 def step_bytes(runner: Runner, footprint: Footprint, batch: int, lanes: int) -> int:
     """What a step reads: all weights but the embedding, the rows' KV, the adapters' pages."""
-    c, decoder = runner.capacity, runner._parts.decoder
+    c, decoder = runner.capacity, runner.parts.decoder
     table = decoder.embed.weight
     weights = c.weight_bytes - (0 if decoder.config.tie_embeddings else table.numel() * table.element_size())
     kv = batch * (PROMPT + STEPS * REPEATS // 2) * c.kv_bytes // ((c.kv_pages + 1) * c.page_size)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 
 from engine.messages import Chunk, Fill, Footprint, LanePages, NewRow, Sampling, Step
-from model_runner.runner import Flight, Runner
+from model_runner.launched_step import LaunchedStep
+from model_runner.runner import Runner
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -23,7 +24,7 @@ class Rows:
         self._generations = [0] * batch
         self._each = -(-(prompt + most) // runner.capacity.page_size)
         self._ids = 0
-        self._flights: list[Flight] = []
+        self._launched: list[LaunchedStep] = []
         runner.reset()
 
     def point(self, footprint: Footprint, slots: dict[int, int]) -> None:
@@ -63,14 +64,14 @@ class Rows:
 
     def launch(self, step: Step) -> None:
         """Behind the one in flight; waits for the one before that."""
-        self._flights.append(self.runner.launch(step))
-        if len(self._flights) > 2:
-            self.runner.finish(self._flights.pop(0))
+        self._launched.append(self.runner.launch(step))
+        if len(self._launched) > 2:
+            self.runner.finish(self._launched.pop(0))
 
     def drain(self) -> None:
         """Waits for all."""
-        while self._flights:
-            self.runner.finish(self._flights.pop(0))
+        while self._launched:
+            self.runner.finish(self._launched.pop(0))
 
     def step(
         self,

@@ -16,7 +16,7 @@ import torch
 
 from engine.config.sections import Links, RunnerConfig
 from engine.messages import Footprint
-from model_runner import assembly
+from model_runner.build import assembly
 from model_runner.config import ModelConfig
 from model_runner.lora.normal_form import Delta, NormalForm, footprint
 from model_runner.model.families.decoder import Decoder
@@ -57,7 +57,7 @@ def load(directory: Path, **options: Any) -> Runner:
 
 def host_adapters(runner: Runner, count: int, rank: int) -> Footprint:
     """So many adapters in the host tier, with ids from 1 and one copy of the values. What each occupies."""
-    lora = runner._parts.lora
+    lora = runner.parts.lora
     assert lora is not None
     made = _adapter(runner, rank)
     for number in range(1, count + 1):
@@ -67,7 +67,7 @@ def host_adapters(runner: Runner, count: int, rank: int) -> Footprint:
 
 def _adapter(runner: Runner, rank: int) -> NormalForm:
     """An adapter on all linears."""
-    parts = runner._parts
+    parts = runner.parts
     assert parts.lora is not None
     draw = torch.Generator().manual_seed(rank)
     dtype = parts.lora.pages.dtype

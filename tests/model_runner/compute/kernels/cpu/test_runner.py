@@ -79,6 +79,6 @@ def test_float32_runner_compiles_nothing_unless_asked(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     runner = Runner.load(config(tiny_model("llama3"), tmp_path, dtype="float32", cpu_kernels=mode))
-    assert runner.wait is None
+    assert runner.poll_seconds is None
     runner.close()
     assert not (tmp_path / "chorus").exists()

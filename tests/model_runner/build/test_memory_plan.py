@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from engine.errors import ConfigError
+from model_runner.build.lora_plan import PoolSize, plan_rank_pages, pool_room
+from model_runner.build.memory_plan import GIB, kv_budget, plan_kv, resolve_length
 from model_runner.lora.normal_form import lane_pages
-from model_runner.memory_plan import GIB, PoolSize, kv_budget, plan_kv, plan_rank_pages, pool_room, resolve_length
 
 PAGES = {"qkv": 1000, "o": 500, "down": 700}
 
