@@ -30,13 +30,10 @@ class Outbox:
     """A PUSH socket to one inbox. Sending never blocks; the peer may not be bound yet."""
 
     def __init__(self, context: zmq.Context[Any], address: str, max_frame: int = MAX_FRAME_BYTES) -> None:
-        self.address = address
+        self._context = context
         self._max_frame = max_frame
         self._encoder = msgspec.msgpack.Encoder()
-        self._socket: zmq.Socket[bytes] = zmq.Context(context).socket(zmq.PUSH)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.LINGER, 1000)
-        self._socket.connect(address)
+        self._connect(address)
 
     def send(self, message: msgspec.Struct) -> None:
         """Queues one message. Raises InternalError when it is larger than a frame may be."""
@@ -45,9 +42,21 @@ class Outbox:
             raise InternalError(f"a {type(message).__name__} of {len(frame)} bytes exceeds the frame bound")
         self._socket.send(frame, copy=False)
 
+    def reconnect(self, address: str) -> None:
+        """Sends to another inbox from now on; what was queued is still delivered to the former one, as by `close`."""
+        self.close()
+        self._connect(address)
+
     def close(self) -> None:
         """Drops the socket; what was queued is still delivered for up to a second."""
         self._socket.close()
+
+    def _connect(self, address: str) -> None:
+        self.address = address
+        self._socket: zmq.Socket[bytes] = zmq.Context(self._context).socket(zmq.PUSH)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.connect(address)
 
 
 class _Decoding(Generic[T]):

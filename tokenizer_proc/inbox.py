@@ -1,4 +1,7 @@
-"""What the scheduler says, brought to the front end; another scheduler is told first what the one before knew."""
+"""The scheduler's messages, read one after the other and given to the front end.
+
+When another scheduler takes over, it is first told of the adapters and of every open request.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class SchedulerInbox:
-    """The inbox of one front end."""
+    """Reads `inbox` for one front end; `outbox` follows the scheduler that says Hello."""
 
     def __init__(self, frontend: Frontend, outbox: SchedulerOutbox, inbox: AsyncInbox[ToTokenizer]) -> None:
         self.frontend = frontend
@@ -24,10 +27,10 @@ class SchedulerInbox:
         self._inbox = inbox
 
     async def until_ready(self, stopping: asyncio.Event, forgiving: bool) -> bool:
-        """Reads until requests can be served; False when we are to stop before.
+        """Reads until requests can be served; False if `stopping` is set before that.
 
-        Raises AdapterError for an adapter of the start that cannot be loaded; `forgiving`, it is only left out: whoever
-        takes over serves what is still there.
+        Raises AdapterError for a start-up adapter that cannot be loaded. With `forgiving` such an adapter is left out
+        and logged: a tokenizer process that takes over serves the adapters that still load.
         """
         stop = asyncio.ensure_future(stopping.wait())
         try:
@@ -37,26 +40,26 @@ class SchedulerInbox:
                 if not message.done():
                     message.cancel()
                     return False
-                self._take(message.result())
-                self._look_for_failures(forgiving)
+                self._handle(message.result())
+                self._check_adapters(forgiving)
             return True
         finally:
             stop.cancel()
 
     async def read(self) -> NoReturn:
-        """Reads for ever. However many messages there are, the event loop turns after each."""
+        """Reads until cancelled. The event loop turns after each message, however many there are."""
         async for message in self._inbox:
-            self._take(message)
+            self._handle(message)
             await asyncio.sleep(0)
         raise InternalError("the inbox ended")
 
-    def _take(self, message: ToTokenizer) -> None:
+    def _handle(self, message: ToTokenizer) -> None:
         if isinstance(message, Hello) and self._outbox.follow(message):
             self.frontend.recover(message.epoch)
         else:
             self.frontend.handle(message)
 
-    def _look_for_failures(self, forgiving: bool) -> None:
+    def _check_adapters(self, forgiving: bool) -> None:
         if forgiving:
             for reason in self.frontend.adapters.give_up_failed():
                 log.error("%s; it is not served any more", reason)

@@ -41,7 +41,7 @@ class Obliging(ScriptedScheduler):
         match message:
             case UnloadAdapter():
                 self._later(AdapterState(adapter_id=message.adapter_id, state="gone"))
-            case LoadAdapter() if self._frontend.capacity is not None and self.started:
+            case LoadAdapter() if self.front.capacity is not None and self.started:
                 state = "resident" if message.preload else "host"
                 self._later(AdapterState(adapter_id=message.adapter_id, state=state, revision="r"))
             case _:
@@ -50,7 +50,7 @@ class Obliging(ScriptedScheduler):
     started = False
 
     def _later(self, state: AdapterState) -> None:
-        asyncio.get_running_loop().call_soon(self._frontend.handle, state)
+        asyncio.get_running_loop().call_soon(self.front.handle, state)
 
 
 def bodies(adapter: Path) -> list[tuple[str, Any]]:

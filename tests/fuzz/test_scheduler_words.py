@@ -129,7 +129,7 @@ def test_words() -> None:
             for done in [each for each in clients if each.done()]:
                 clients.discard(done)
                 done.result()
-        frontend.router.fail(EngineError("the end"))
+        frontend.router.fail_all(EngineError("the end"))
         async with asyncio.timeout(10):
             await asyncio.gather(*clients)
         assert frontend.router.open == 0

@@ -369,7 +369,7 @@ def test_leaving_early_aborts_and_releases() -> None:
         assert fake.aborted == [fake.generates[1].request_id]
         assert fake.front.adapters.cards()[0].running == 0
         assert fake.front.router.open == 0
-        assert await fake.front.router.idle(0.01)
+        assert await fake.front.router.wait_idle(0.01)
 
     run(work)
 

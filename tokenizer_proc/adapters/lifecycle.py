@@ -1,11 +1,11 @@
 """Loading, re-pointing, pinning and unloading adapters while requests run.
 
-    load     source found -> LoadAdapter -> on the host -> the name means the new entry -> the old one drains
+    load     source found -> LoadAdapter -> on the host -> the name means the new entry -> the old entry drains
                                          -> failed: the name means what it meant before
-    unload   the name means nothing -> UnloadAdapter -> its requests finish -> gone
+    unload   the name is removed -> UnloadAdapter -> its requests finish -> gone
 
-Calls about one name happen in the order they came, those of different names side by side. A call that was begun ends,
-whether or not its caller waits. Knows nothing of HTTP or of who may call.
+Calls about one name run in the order they came, those about different names side by side. A call that has begun runs to
+its end, also when its caller no longer waits. Knows nothing of HTTP or of callers' rights.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from engine.config.sections import TokenizerConfig
 from engine.errors import AdapterError, EngineDead, EngineError, InvalidRequest, NotFound, Overloaded
 from engine.messages import LoadAdapter, PinAdapter, UnloadAdapter
 from engine.processes.journal import Journal
+from tokenizer_proc.adapters.entry import Entry
 from tokenizer_proc.adapters.registry import AdapterRegistry
-from tokenizer_proc.adapters.selection import Entry
 from tokenizer_proc.adapters.sources import Sources
 from tokenizer_proc.adapters.tokenizers import TokenizerLibrary
 from tokenizer_proc.telemetry.metrics import Metrics
@@ -34,17 +34,14 @@ log = logging.getLogger(__name__)
 LOADS_AT_ONCE = 8
 CALLS_AT_ONCE = 1024
 LONGEST_NAME = 256
-FREED_SECONDS = 60.0  # how long an answer waits for memory to be free
-PRELOAD_SECONDS = 60.0  # how long an answer waits for pages
+FREED_SECONDS = 60.0  # an unload's answer waits this long for memory to be free
+PRELOAD_SECONDS = 60.0  # a preload's answer waits this long for the adapter to be resident
 
 ALREADY_LOADED = "adapter_already_loaded"
 
 
 class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a caller asks for.
-
-    `load_inplace`: a name that is taken is re-pointed. `if_missing`: a name that is taken is left as it is.
-    """
+    """A load call. For a name that is taken: `load_inplace` re-points it, `if_missing` leaves it as it is."""
 
     name: str
     path: str
@@ -55,7 +52,7 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _NameLocks:
-    """A lock for every name that is in use, and none for the others."""
+    """One lock for each name that a call holds or waits for."""
 
     def __init__(self) -> None:
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
@@ -74,7 +71,7 @@ class _NameLocks:
 
 
 class Lifecycle:
-    """Changes the directory, and tells the scheduler with `send`."""
+    """Runs adapter calls: changes the registry, and tells the scheduler by `send`."""
 
     def __init__(
         self,
@@ -97,10 +94,10 @@ class Lifecycle:
         self._closed = False
 
     async def load(self, ask: LoadRequest, sources: Sources | None = None) -> Entry:
-        """Returns once the adapter can be named: it is on the host; with `preload`, once it is resident.
+        """Returns when the adapter is on the host and can be named; with `preload`, when it is resident.
 
-        Raises NotFound where there is no adapter, AdapterError for one that cannot be served, InvalidRequest for a
-        name that is no name or is taken.
+        Raises NotFound if there is no adapter at the path, AdapterError for one that cannot be served, InvalidRequest
+        for a name that is not valid or is taken.
         """
         self._check_name(ask)
         entry = await self._to_the_end(self._load(ask, sources or self._sources))
@@ -109,21 +106,21 @@ class Lifecycle:
         return entry
 
     async def unload(self, name: str, adapter_id: int | None = None) -> Entry:
-        """Takes the name at once; returns what it meant. Raises NotFound, InvalidRequest for an id of another one."""
+        """Removes the name at once and returns its entry. Raises NotFound, InvalidRequest for another `adapter_id`."""
         self._check_enabled()
         return await self._to_the_end(self._unload(name, adapter_id))
 
     async def freed(self, entry: Entry) -> bool:
-        """Waits until its memory is free, but for FREED_SECONDS at most; whether it is."""
+        """Waits up to FREED_SECONDS until the adapter's memory is free; whether it is."""
         return await entry.reaches("gone", FREED_SECONDS)
 
     async def pin(self, name: str, pinned: bool) -> Entry:
-        """Keeps it in memory for good, or no longer. Raises NotFound, AdapterError when no more may be pinned."""
+        """Pins or unpins an adapter. Raises NotFound, AdapterError when no more may be pinned."""
         self._check_enabled()
         return await self._to_the_end(self._pin(name, pinned))
 
     async def close(self) -> None:
-        """Takes no more calls and ends those that wait, with EngineDead."""
+        """Refuses new calls and ends the open ones with EngineDead."""
         self._closed = True
         tasks = list(self._tasks)
         for task in tasks:
@@ -133,7 +130,7 @@ class Lifecycle:
     # ----------------------------------------------------------------------------------------------------- private
 
     async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
-        """What `work` returns; it goes on when the caller leaves."""
+        """Returns what `work` returns; a caller that is cancelled does not end it."""
         if self._closed or len(self._tasks) >= CALLS_AT_ONCE:
             work.close()
             raise Overloaded("the server is shutting down" if self._closed else "too many adapter calls are open")
@@ -171,13 +168,13 @@ class Lifecycle:
             return entry
 
     async def _bring(self, ask: LoadRequest, pinned: bool, sources: Sources) -> Entry:
-        """A new entry on the host, not named yet. Raises what keeps it from there, and leaves nothing then."""
+        """A new entry on the host, not named yet. When it cannot be loaded, raises why and leaves nothing behind."""
         if pinned:
             self._check_pin(ask.name)
         root = await sources.find(ask.name, ask.path)
-        text_tools = await sources.read(lambda: self._library.of(ask.name, root) if self._library else None)
+        text_tools = await sources.read(lambda: self._library.load(ask.name, root) if self._library else None)
         if pinned:
-            self._check_pin(ask.name)  # others may have come meanwhile
+            self._check_pin(ask.name)  # other adapters may have been pinned meanwhile
         entry = self._registry.add(ask.name, ask.path, root, pinned=pinned, preload=ask.preload, text_tools=text_tools)
         try:
             async with self._slots:
@@ -221,7 +218,7 @@ class Lifecycle:
 
     def _known(self, name: str) -> Entry:
         entry = self._registry.find(name)
-        if entry is None:  # worded so that clients of both dialects recognise it
+        if entry is None:  # worded so that clients of SGLang and of vLLM recognise it
             raise NotFound(
                 f"The lora adapter '{name}' cannot be found: it does not exist.",
                 param="lora_name",
@@ -271,7 +268,7 @@ class Lifecycle:
 
 
 def _already_loaded(name: str) -> InvalidRequest:
-    """vLLM's words, which its clients look for."""
+    """Worded as vLLM does, because its clients match the text."""
     return InvalidRequest(
         f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
         "'load_inplace' to True.",

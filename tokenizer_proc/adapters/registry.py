@@ -1,9 +1,9 @@
-"""Adapter names and what they stand for at the moment; who still uses an entry is counted in it.
+"""Adapter names, and the entries that they stand for at the moment.
 
     name --alias--> Entry(adapter_id, state, in_flight) <--held by-- open requests
 
-A request holds the entry it resolved, not the name: a name that later points elsewhere, or is removed, does not touch
-what is in flight. Knows nothing of HTTP, text or the scheduler; loads go out through the function that it is given.
+A request holds the entry it resolved, not the name: when a name is re-pointed or removed, requests in flight are not
+touched. Knows nothing of HTTP, text or the scheduler's link; messages go out through the functions it is given.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from engine.config.sections import AdapterSource
 from engine.errors import AdapterError, InvalidRequest, NotFound
 from engine.messages import AdapterCard, AdapterMix, AdapterState, LoadAdapter, UnloadAdapter
-from tokenizer_proc.adapters.selection import AdapterSelection, Entry
+from tokenizer_proc.adapters.entry import Entry
+from tokenizer_proc.adapters.selection import AdapterSelection
 from tokenizer_proc.adapters.tokenizers import TextTools
 
 log = logging.getLogger(__name__)
 
-_IDS_BY_EPOCH = 1 << 32  # so that an id means one adapter, also after a restart
-MAX_SCALE = 100.0  # a delta scaled beyond all sense overflows, and then the answer is noise
+_IDS_BY_EPOCH = 1 << 32  # an id is never reused, not even after a restart
+MAX_SCALE = 100.0  # a larger scale makes the delta overflow, and the answer noise
 
 
 class AdapterRegistry:
-    """All adapters by name and by id. `base_names` are what the base model is called, the first one first."""
+    """All adapters by name and by id. `base_names` are the base model's names, the main one first."""
 
     def __init__(
         self,
@@ -44,12 +45,12 @@ class AdapterRegistry:
         self._starting = set(self._by_id)
         self._loading: set[str] = set()
 
-    # --------------------------------------------------------------------------------------------- how it changes
+    # ---------------------------------------------------------------------------------------------------- changes
 
     def load(self, send: Callable[[LoadAdapter], None]) -> None:
-        """Asks for every adapter to be brought to the host tier; asking again is harmless. `unload` comes after.
+        """Asks the scheduler to load every adapter to the host; asking again is harmless. `unload` comes after.
 
-        One that failed is left out: a scheduler that does not know it yet would try it again.
+        An adapter that failed is left out: a new scheduler would try to load it again.
         """
         for entry in self._by_id.values():
             if entry.state.state == "failed":
@@ -67,13 +68,13 @@ class AdapterRegistry:
             )
 
     def unload(self, send: Callable[[UnloadAdapter], None]) -> None:
-        """Tells again of those that drain; asking again is harmless."""
+        """Asks the scheduler again to unload the adapters that drain; asking again is harmless."""
         for entry in self._by_id.values():
             if entry.draining:
                 send(UnloadAdapter(entry.source.adapter_id))
 
     def give_up_failed(self) -> list[str]:
-        """Forgets the adapters of the start that cannot be loaded any more; why."""
+        """Forgets the start-up adapters that cannot be loaded; returns the reasons."""
         failed = [self._by_id[number] for number in self._starting if self._by_id[number].state.state == "failed"]
         for entry in failed:
             number = entry.source.adapter_id
@@ -84,14 +85,14 @@ class AdapterRegistry:
     def add(
         self, name: str, path: str, root: str, *, pinned: bool, preload: bool, text_tools: TextTools | None = None
     ) -> Entry:
-        """A new entry, under an id of its own; nothing is called by its name before `point`."""
+        """Makes an entry with an id of its own; `point` gives it its name."""
         source = AdapterSource(adapter_id=next(self._ids), name=name, path=path, root=root, pinned=pinned)
         entry = Entry(source, preload, text_tools)
         self._by_id[entry.source.adapter_id] = entry
         return entry
 
     def point(self, entry: Entry) -> Entry | None:
-        """From now on the entry's name means it. Returns what the name meant before, which is released."""
+        """Makes the entry's name mean it. Returns the entry that the name meant before, released."""
         old = self._by_name.get(entry.name)
         self._by_name[entry.name] = entry
         if old is not None:
@@ -99,7 +100,7 @@ class AdapterRegistry:
         return old
 
     def take_name(self, name: str) -> Entry | None:
-        """Nothing is called so any more. Returns what was; it is released."""
+        """Removes a name. Returns the entry that it meant, released."""
         entry = self._by_name.pop(name, None)
         if entry is not None:
             entry.release()
@@ -107,7 +108,7 @@ class AdapterRegistry:
 
     @contextlib.contextmanager
     def loading(self, name: str) -> Iterator[None]:
-        """While entered, a request for the name (if it means nothing yet) is told that it is being loaded."""
+        """While entered, a request for a name that means nothing yet is told that it is being loaded."""
         self._loading.add(name)
         try:
             yield
@@ -115,7 +116,7 @@ class AdapterRegistry:
             self._loading.discard(name)
 
     def handle(self, state: AdapterState) -> None:
-        """News of one adapter; an entry that is gone is forgotten."""
+        """Stores the state of one adapter; an entry that is gone is forgotten."""
         entry = self._by_id.get(state.adapter_id)
         if entry is None:
             log.warning("state %s of an unknown adapter %d", state.state, state.adapter_id)
@@ -124,15 +125,15 @@ class AdapterRegistry:
             del self._by_id[state.adapter_id]
             if self._by_name.get(entry.name) is entry:
                 del self._by_name[entry.name]
-        entry.take(state)
+        entry.update(state)
         if entry.is_loaded:
             self._starting.discard(state.adapter_id)
 
-    # ------------------------------------------------------------------------------------------------ what is told
+    # ------------------------------------------------------------------------------------------------------ facts
 
     @property
     def failure(self) -> AdapterError | None:
-        """The first adapter that could not be loaded, as an error that names it."""
+        """An error that names the first adapter that could not be loaded; None: there is none."""
         for entry in self._by_id.values():
             if (text := AdapterSelection([(entry, 1.0)]).failure) is not None:
                 return AdapterError(text, param="lora_path")
@@ -140,19 +141,19 @@ class AdapterRegistry:
 
     @property
     def is_ready(self) -> bool:
-        """Every adapter given at start has reached the host tier."""
+        """Every start-up adapter has reached the host."""
         return not self._starting
 
     def find(self, name: str) -> Entry | None:
-        """What the name means now."""
+        """The entry that a name means now."""
         return self._by_name.get(name)
 
     def entry(self, adapter_id: int) -> Entry | None:
-        """The adapter of an id, until it is gone."""
+        """The entry of an id, until its adapter is gone."""
         return self._by_id.get(adapter_id)
 
     def by_name(self, counts: Mapping[int, int]) -> dict[str, int]:
-        """Counts by adapter id as counts by name, without zeros."""
+        """Counts by adapter id turned into counts by name, without zeros."""
         names: dict[str, int] = {}
         for adapter_id, count in counts.items():
             if count and adapter_id in self._by_id:
@@ -161,15 +162,15 @@ class AdapterRegistry:
         return names
 
     def names(self, lora: Iterable[tuple[int, float]]) -> list[str]:
-        """The adapters of a selection, as they are or were called."""
+        """The adapters' names, also of those whose names were taken."""
         return [self._by_id[adapter_id].name for adapter_id, _ in lora if adapter_id in self._by_id]
 
     def stages(self) -> dict[str, str]:
-        """Where the adapters are that can be named."""
+        """The state of every adapter that can be named."""
         return {name: entry.stage for name, entry in self._by_name.items()}
 
     def pinned(self) -> set[str]:
-        """The names that are pinned, those of loads that have not ended too."""
+        """The names that are pinned, or will be when their load has ended."""
         return {
             entry.name
             for entry in self._by_id.values()
@@ -177,32 +178,33 @@ class AdapterRegistry:
         }
 
     def paths(self) -> dict[str, str]:
-        """Names to paths as given, in the order of loading."""
+        """The path of every name, as given, in the order of loading."""
         return {name: entry.source.path for name, entry in self._by_name.items()}
 
     def cards(self) -> list[AdapterCard]:
-        """The adapters in the order of loading, then those that drain and whose name has no other meaning yet."""
+        """The adapters in the order of loading, then the draining ones whose name means no other adapter."""
         leaving = {entry.name: entry for entry in self._by_id.values() if entry.draining}
         entries = {**self._by_name, **{name: entry for name, entry in leaving.items() if name not in self._by_name}}
         return [entry.card(self.base_names[0]) for entry in entries.values()]
 
     def card(self, name: str) -> AdapterCard | None:
-        """One adapter by its name; one that drains, while nothing else is called so."""
+        """The adapter of a name, or one that drains and had it last; None: there is none."""
         if name in self._by_name:
             return self._by_name[name].card(self.base_names[0])
         return next((card for card in self.cards() if card.name == name), None)
 
-    # --------------------------------------------------------------------------------------------- what names mean
+    # ------------------------------------------------------------------------------------------- resolving names
 
     def candidates(self, model: str | None, lora_path: str | AdapterMix | None) -> list[str]:
-        """The names that a request may mean and that mean nothing yet."""
+        """The adapter names that `model` and `lora_path` could mean and that mean nothing yet."""
         names = [] if lora_path is None else [lora_path] if isinstance(lora_path, str) else [*lora_path]
         return [name for name in (*names, *self.meanings(model)) if name and name not in self._by_name]
 
     def meanings(self, model: str | None) -> list[str]:
-        """The adapter that `model` names, or while there is none, each that could be meant; none for the base.
+        """The adapter names that `model` stands for; empty for the base.
 
-        An adapter is named by itself, or behind a base name and a colon. The longest name wins.
+        An adapter is named by itself, or behind a base name and a colon. The longest known name wins; while none is
+        known, every name that could be meant is returned.
         """
         if model is None or model in self.base_names:
             return []
@@ -212,7 +214,7 @@ class AdapterRegistry:
         return known[:1] or [name for name in names if name]
 
     def select(self, model: str | None, lora_path: str | AdapterMix | None = None) -> str | AdapterMix | None:
-        """What `model` and `lora_path` together name, as Submit.lora takes it; None is the base.
+        """The adapters that `model` and `lora_path` together name, as Submit.lora takes them; None is the base.
 
         Raises NotFound for unknown names, InvalidRequest where the two disagree.
         """
@@ -228,7 +230,7 @@ class AdapterRegistry:
         return lora_path if named is None else named
 
     def resolve(self, lora: str | AdapterMix | None) -> AdapterSelection:
-        """The entries a selection stands for now. Raises NotFound or InvalidRequest with param lora_path."""
+        """The entries that the names in `lora` mean now. Raises NotFound or InvalidRequest with param lora_path."""
         if lora is None:
             return AdapterSelection()
         mix = {lora: 1.0} if isinstance(lora, str) else lora

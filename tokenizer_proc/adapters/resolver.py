@@ -1,9 +1,9 @@
 """Adapters that requests name without a load call: the directories right under --lora-resolve-root.
 
-    request names "sql" --> ROOT/sql exists --> loaded, once for all who ask at the same time --> the request goes on
-                        --> it does not: unknown, and not looked for again for MISS_SECONDS
+    request names "sql" --> ROOT/sql exists         --> loaded, once for all requests that name it meanwhile
+                        --> ROOT/sql does not exist --> unknown, and not looked for again for MISS_SECONDS
 
-At most `most` of them are loaded: the longest unused idle one goes. Knows nothing of how loading works.
+At most `most` of them stay loaded: the least recently used idle one is unloaded. Knows nothing of how loading works.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import asyncio
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from engine.errors import ConfigError, EngineError
+from engine.messages import AdapterMix
+from tokenizer_proc.adapters.entry import Entry
 from tokenizer_proc.adapters.lifecycle import LONGEST_NAME, Lifecycle, LoadRequest
 from tokenizer_proc.adapters.registry import AdapterRegistry
-from tokenizer_proc.adapters.selection import Entry
 from tokenizer_proc.adapters.sources import Sources
 
 MISS_SECONDS = 5.0
@@ -27,7 +28,7 @@ ATTEMPTS = 3
 
 
 class Resolver:
-    """Raises ConfigError when `root` is no directory."""
+    """Loads adapters from `root` when they are named. Raises ConfigError when `root` is no directory."""
 
     def __init__(
         self,
@@ -35,8 +36,6 @@ class Resolver:
         registry: AdapterRegistry,
         lifecycle: Lifecycle,
         roots: Sequence[str] = (),
-        most: int = MOST,
-        miss_seconds: float = MISS_SECONDS,
     ) -> None:
         self._root = os.path.realpath(os.path.expanduser(root))
         if not os.path.isdir(self._root):
@@ -44,22 +43,39 @@ class Resolver:
         self._registry = registry
         self._lifecycle = lifecycle
         self._sources = Sources([self._root, *roots])
-        self._most = most
-        self._miss_seconds = miss_seconds
-        self._used: OrderedDict[str, Entry] = OrderedDict()  # the longest unused first
+        self.most = MOST
+        self.miss_seconds = MISS_SECONDS
+        self._used: OrderedDict[str, Entry] = OrderedDict()  # the least recently used first
         self._misses: OrderedDict[str, tuple[float, EngineError | None]] = OrderedDict()
         self._loading: dict[str, asyncio.Task[bool]] = {}
 
     @property
     def loading(self) -> list[str]:
-        """The names that requests wait for."""
+        """The names that are being loaded for requests."""
         return [*self._loading]
 
+    async def fetch_named(
+        self,
+        model: str | None,
+        *loras: str | AdapterMix | None,
+        may_use: Callable[[str], bool] = lambda name: True,
+    ) -> None:
+        """Loads the unknown adapters that a call names, of those that `model` could mean the ones it `may_use`.
+
+        An adapter that does not exist ends the search: the call will be refused by its name.
+        """
+        for name in filter(may_use, self._registry.candidates(model, None)):
+            await self.fetch(name)
+        for lora in loras:
+            for name in self._registry.candidates(None, lora):
+                if not await self.fetch(name):
+                    return
+
     async def fetch(self, name: str) -> bool:
-        """Whether the name means an adapter now; it is loaded if it must be. Raises why that failed."""
-        for _ in range(ATTEMPTS):  # it may be unloaded again before we look
+        """Loads an adapter unless its name is known; whether the name is known now. Raises why a load failed."""
+        for _ in range(ATTEMPTS):  # a loaded adapter may be unloaded before this task runs again
             if self._registry.find(name) is not None:
-                self._touch(name)
+                self.touch([name])
                 return True
             if not _is_plain(name) or self._is_known_miss(name):
                 return False
@@ -68,13 +84,10 @@ class Resolver:
         return False
 
     def touch(self, names: Sequence[str]) -> None:
-        """They are used now."""
+        """Marks adapters as used now."""
         for name in names:
-            self._touch(name)
-
-    def _touch(self, name: str) -> None:
-        if name in self._used:
-            self._used.move_to_end(name)
+            if name in self._used:
+                self._used.move_to_end(name)
 
     def _task(self, name: str) -> asyncio.Task[bool]:
         task = self._loading.get(name)
@@ -86,7 +99,7 @@ class Resolver:
     def _ended(self, name: str, task: asyncio.Task[bool]) -> None:
         del self._loading[name]
         if not task.cancelled():
-            task.exception()  # was told to whoever still waited
+            task.exception()  # was raised in the requests that wait for it; if none does, it is not logged
 
     async def _load(self, name: str) -> bool:
         try:
@@ -106,29 +119,29 @@ class Resolver:
         return True
 
     async def _make_room(self) -> None:
-        """Unloads idle ones beyond the bound; those that others unloaded or re-pointed are not counted any more."""
+        """Unloads idle adapters beyond the bound. Names that were unloaded or re-pointed by a call no longer count."""
         for name, entry in list(self._used.items()):
             if self._registry.find(name) is not entry:
                 del self._used[name]
         newest = next(reversed(self._used), None)
         for name, entry in list(self._used.items()):
-            if len(self._used) <= self._most:
+            if len(self._used) <= self.most:
                 return
             if not entry.in_flight and not entry.source.pinned and name != newest:
                 del self._used[name]
                 try:
                     await self._lifecycle.unload(name, entry.source.adapter_id)
                 except EngineError:
-                    continue  # somebody else was faster
+                    continue  # an unload call came first
 
     def _miss(self, name: str, error: EngineError | None) -> None:
-        self._misses[name] = time.monotonic() + self._miss_seconds, error
+        self._misses[name] = time.monotonic() + self.miss_seconds, error
         self._misses.move_to_end(name)
         while len(self._misses) > MOST_MISSES:
             self._misses.popitem(last=False)
 
     def _is_known_miss(self, name: str) -> bool:
-        """Whether it was looked for a moment ago, in vain. Raises the failure, if it failed."""
+        """Whether the name was not found a moment ago. Raises the error again if its load failed then."""
         until, error = self._misses.get(name, (0.0, None))
         if time.monotonic() >= until:
             self._misses.pop(name, None)
@@ -139,7 +152,7 @@ class Resolver:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether it can be the name of a directory right under the root, and an adapter's."""
+    """Whether it can name both a directory right under the root and an adapter."""
     return (
         0 < len(name) <= LONGEST_NAME
         and name.isprintable()

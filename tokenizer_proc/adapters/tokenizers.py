@@ -1,16 +1,16 @@
-"""How the model and its adapters read and write text: tokenizer, chat template, and what generating means to them.
+"""The text tools of the model and of its adapters: tokenizer, chat template and generation config.
 
 An adapter's directory may bring its own tokenizer.json, tokenizer_config.json, chat template and
-generation_config.json; what it does not bring is the base's. What is the same by content is one object, for as long as
-any adapter has it:
+generation_config.json; what it does not bring is the base's. Tools that are the same by content are one object, for as
+long as an adapter uses it:
 
-    sha256 of the file --> known --> shared
-                       --> unknown --> the base's model --> the base, or other small parts around its model
-                                   --> another model --> parsed --> the same but for its spelling --> shared
-                                                                --> another --> kept, within bounds
+    sha256 of tokenizer.json --> known   --> shared
+                             --> unknown --> the base's model --> the base, or new small parts around its model
+                                         --> another model --> parsed --> equal but for its spelling --> shared
+                                                                      --> different --> kept, within bounds
 
-Only data is taken from these files: a regular expression that the base's tokenizer has not could run for ever, and is
-refused; a template runs in a process of its own. Knows nothing of requests.
+Only data is taken from these files. A regular expression that the base's tokenizer does not have is refused, because it
+could run without end; a template runs in a process of its own. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import logging
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import tokenizers
 
+from engine.config.sections import AdapterSource
 from engine.errors import AdapterError, ConfigError, EngineError
 from engine.ipc import UNREADABLE
 from tokenizer_proc.text import files
@@ -39,20 +41,23 @@ log = logging.getLogger(__name__)
 
 MOST_TOKENIZERS = 64
 MOST_BYTES = 256 << 20
-"""Of all tokenizer.json together that are no copy of another; in memory they take several times as much."""
+"""Of all different tokenizer.json together; in memory they take several times as much."""
 MOST_FILES = 4096
 """Files whose content is remembered by their hash."""
 
 NAME = "tokenizer.json"
 BASE = b"base"
-"""The content of the base's tokenizer."""
+"""Stands for the content of the base's tokenizer."""
 NOT_READ = ("tokenizer.model", "vocab.json", "added_tokens.json")
-"""Other ways to save a tokenizer: without a tokenizer.json beside them, the base's is used, and that is said."""
+"""Other ways to save a tokenizer. Without a tokenizer.json beside them the base's tokenizer is used, with a warning."""
 
 
 @dataclass(frozen=True, eq=False)
 class TextTools:
-    """One way to read and write. `brings` says in what it is not the base's: tokenizer, chat_template, generation."""
+    """How one adapter, or the base, turns text into tokens and back.
+
+    `brings` lists what differs from the base's: tokenizer, chat_template, generation.
+    """
 
     tokenizer: Tokenizer
     chat: ChatRenderer
@@ -79,8 +84,24 @@ class TokenizerLibrary:
         self._text_tools: weakref.WeakValueDictionary[tuple[object, ...], TextTools] = weakref.WeakValueDictionary()
         self._base_sections: TokenizerSections | None = None
 
-    def of(self, name: str, root: str | Path) -> TextTools:
-        """What the adapter `name` brings in `root`; for a thread, as it may take a while. Raises AdapterError."""
+    def load_all(self, sources: Sequence[AdapterSource], skip_failed: bool) -> dict[int, TextTools]:
+        """The tools of the start-up adapters, by adapter id.
+
+        Raises AdapterError for files that cannot be used; with `skip_failed` such adapters are logged and left out.
+        """
+        found = {}
+        for source in sources:
+            try:
+                found[source.adapter_id] = self.load(source.name, source.root)
+            except AdapterError as error:
+                if not skip_failed:
+                    self.close()
+                    raise
+                log.error("%s; it is not served any more", error.message)
+        return found
+
+    def load(self, name: str, root: str | Path) -> TextTools:
+        """The tools of adapter `name` from the files in `root`. Slow: run it in a thread. Raises AdapterError."""
         try:
             return self._read(name, Path(root))
         except EngineError as error:
@@ -90,7 +111,7 @@ class TokenizerLibrary:
             raise AdapterError(text, param="lora_path", code="adapter_refused") from error
 
     def close(self) -> None:
-        """Ends the process of templates."""
+        """Ends the process that renders adapters' templates."""
         self.sandbox.close()
 
     def _read(self, name: str, root: Path) -> TextTools:
@@ -108,21 +129,16 @@ class TokenizerLibrary:
         source = (None if self._fixed_template else template_of(root)) or base.chat.source
         if (tokenizer, source, generation_config) == (base.tokenizer, base.chat.source, base.generation_config):
             return base
-        key = (
-            tokenizer.origin,
-            tuple(sorted(tokenizer.special_tokens.items())),
-            source,
-            msgspec.json.encode(generation_config),
-        )
+        return self._tools(tokenizer, source, generation_config)
+
+    def _tools(self, tokenizer: Tokenizer, source: str | None, generation_config: GenerationConfig) -> TextTools:
+        """The one object for these three. `source` is a chat template's text."""
+        named = tuple(sorted(tokenizer.special_tokens.items()))
+        key = tokenizer.origin, named, source, msgspec.json.encode(generation_config)
         known = self._text_tools.get(key)
         if known is None:
-            text_tools = TextTools(
-                tokenizer,
-                self._chat(source, tokenizer),
-                generation_config,
-                self._brings(tokenizer, source, generation_config),
-            )
-            known = self._text_tools[key] = text_tools
+            chat, brings = self._chat(source, tokenizer), self._brings(tokenizer, source, generation_config)
+            known = self._text_tools[key] = TextTools(tokenizer, chat, generation_config, brings)
         return known
 
     def _brings(self, tokenizer: Tokenizer, source: str | None, generation_config: GenerationConfig) -> tuple[str, ...]:
@@ -141,7 +157,7 @@ class TokenizerLibrary:
         return base.chat if tokens == base.tokenizer.special_tokens else ChatTemplate(source, tokens)
 
     def _shared(self, raw: bytes, path: Path) -> Tokenizer:
-        """The tokenizer of this tokenizer.json, once for all that say the same."""
+        """The tokenizer of a tokenizer.json; files of the same content share one."""
         with self._lock:
             self._learn_base()
             found = hashlib.sha256(raw).digest()
@@ -159,7 +175,7 @@ class TokenizerLibrary:
             return known or made
 
     def _made(self, sections: TokenizerSections, raw: bytes, path: Path) -> tuple[bytes, Tokenizer, int]:
-        """Its content, the tokenizer, and the bytes that are its own."""
+        """(hash of the content, the tokenizer, bytes that it does not share with the base)."""
         base = self._base_sections
         if base is not None and bytes(sections.model) == bytes(base.model):
             if sections.small == base.small:
@@ -169,7 +185,7 @@ class TokenizerLibrary:
             except BaseException as error:
                 if not is_from_library(error):
                     raise
-                made = None  # the whole file will say what is wrong with it
+                made = None  # parsing the whole file will say what is wrong
             if made is not None:
                 size = len(raw) - len(bytes(sections.model))
                 return hashlib.sha256(msgspec.json.encode(sections.small)).digest(), made, size
@@ -179,14 +195,14 @@ class TokenizerLibrary:
         return BASE if content == self._base_content else content, made, len(raw)
 
     def _learn_base(self) -> None:
-        """What the base's own file says, once; it may be spelt otherwise than the library would."""
+        """Reads the base's own file, once; the library may write the same content in another way."""
         if self._base_sections is not None:
             return
         base = self.base.tokenizer
         raw = files.read(self._directory / NAME, files.MAX_TOKENIZER)
         try:
             self._base_sections = TokenizerSections.read(raw or b"")
-        except UNREADABLE:  # no file, or one that the library understands better than we do
+        except UNREADABLE:  # no file, or one with fields that only the library knows
             self._base_sections = TokenizerSections.read(base.backend.to_str().encode())
         self._kept[BASE], self._sizes[BASE] = base, 0
         if raw is not None:
@@ -222,10 +238,10 @@ class TokenizerLibrary:
 
 
 def _same(token: int, one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether an id is the same token in both."""
+    """Whether an id is the same token in both tokenizers."""
     return one.backend is other.backend or one.backend.id_to_token(token) == other.backend.id_to_token(token)
 
 
 def _content(backend: tokenizers.Tokenizer) -> bytes:
-    """A hash of what it does, however it was written."""
+    """A hash of the tokenizer as the library writes it, whatever its file looked like."""
     return hashlib.sha256(backend.to_str().encode()).digest()

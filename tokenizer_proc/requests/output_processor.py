@@ -1,7 +1,7 @@
-"""One of the n answers of a request: updates of token ids in, deltas of text out. No sockets, no clock.
+"""The output of one choice of a request: updates of token ids in, deltas of text out. Knows no sockets and no clock.
 
 Update(index, tokens) -> duplicates dropped -> detokenizer -> stop strings -> Delta(text, token_ids, ...)
-                         a gap is a fault
+                         a gap is an error
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tokenizer_proc.text.tokenizer import Tokenizer
 
 
 class OutputProcessor:
-    """Choice `index` of submit `submit_id`. `finish` is set by the delta that ends it."""
+    """Makes the deltas of choice `index` of submit `submit_id`. The last delta sets `finish`."""
 
     def __init__(
         self,
@@ -53,12 +53,12 @@ class OutputProcessor:
 
     @property
     def matched_stop(self) -> bool:
-        """Whether a stop string ended it: the scheduler may not know yet."""
+        """Whether a stop string ended the choice, which the scheduler may not know yet."""
         return self._stops.matched is not None
 
     def process(self, update: Update) -> Delta | None:
-        """What an update brings; None when there is nothing new to tell. Raises InternalError for a gap."""
-        assert self.finish is None, "a finished choice takes nothing more"
+        """The delta of an update; None when it brings nothing new. Raises InternalError for a gap."""
+        assert self.finish is None, "a finished choice gets no more updates"
         skip = len(self.generated) - update.index
         if skip < 0:
             raise InternalError(f"tokens {len(self.generated)} to {update.index} of a request were lost")
@@ -78,7 +78,7 @@ class OutputProcessor:
         return self._delta(text, tokens, stop_reason, scores, scored_prompt)
 
     def abort(self) -> Delta:
-        """The delta that ends it before its time."""
+        """Ends the choice early, and returns its last delta."""
         self.finish = "abort"
         return self._delta(self._stops.push(self._detokenizer.flush()) + self._stops.flush(), [], None, [], None)
 
@@ -99,7 +99,7 @@ class OutputProcessor:
         return [None, *found]
 
     def _read(self, tokens: Sequence[int], ended_by: int | None) -> tuple[list[int], str]:
-        """Text of new tokens, up to the one that completes a stop string. The text of an end token is left out."""
+        """Tokens up to the one that completes a stop string, and their text, without that of the end token."""
         text = ""
         for place, token in enumerate(tokens):
             number = len(self.generated)

@@ -1,8 +1,8 @@
-"""One submit from entering to leaving: its choices, the queue its reader waits on, and one place that releases all.
+"""The stream of one submit: its choices, the queue that its reader waits on, and one place that releases everything.
 
-async with stream:             prepared (refusals are raised here), held, sent
+async with stream:             prepares the submit (refusals are raised here), holds its adapters, sends it
     async for delta in stream: ... of all choices, interleaved; the last of each has a finish reason
-                               left early, cancelled or failed: what has not finished is aborted
+                               on leaving, the choices that have not finished are aborted
 """
 
 from __future__ import annotations
@@ -13,30 +13,18 @@ import functools
 import time
 from collections.abc import Awaitable, Callable
 
-import msgspec
-
 from engine.errors import AdapterError, EngineError, InternalError
 from engine.messages import Delta, Submit, Update
 from tokenizer_proc.adapters.selection import AdapterSelection
 from tokenizer_proc.requests.deadline import Deadline
 from tokenizer_proc.requests.output_processor import OutputProcessor
-from tokenizer_proc.requests.validation import ValidatedParams
+from tokenizer_proc.requests.preparation import PreparedRequest
 from tokenizer_proc.telemetry.metrics import Metrics
-from tokenizer_proc.text.tokenizer import Tokenizer
 from tokenizer_proc.upstream.router import Router
 
 
-class PreparedRequest(msgspec.Struct, frozen=True):
-    """A submit past the gate."""
-
-    prompt_ids: list[int]
-    params: ValidatedParams
-    selection: AdapterSelection
-    tokenizer: Tokenizer
-
-
 class _RunningChoice:
-    """A choice, its request id, and when it last brought a token."""
+    """A choice that was sent: its output processor, its request id, and when its last token came."""
 
     def __init__(self, processor: OutputProcessor) -> None:
         self.processor = processor
@@ -63,7 +51,7 @@ class Stream:
         self._selection = AdapterSelection()
         self._queue: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
         self._running: list[_RunningChoice] = []
-        self._unread = 0  # choices whose last delta was not read yet
+        self._unread = 0  # choices whose last delta has not been read yet
         self._cancelled = False
         self._failed = False
         self._deadline = deadline or Deadline()
@@ -99,7 +87,7 @@ class Stream:
 
     @property
     def request_ids(self) -> list[int]:
-        """Of its choices, for the scheduler."""
+        """The choices' ids, as the scheduler knows them."""
         return [running.request_id for running in self._running]
 
     async def __anext__(self) -> Delta:
@@ -114,7 +102,7 @@ class Stream:
         return item
 
     def cancel(self) -> None:
-        """Ends what has not finished, with finish reason abort; also before or while it is entered."""
+        """Ends the unfinished choices with finish reason abort; may be called before the stream is entered."""
         self._cancelled = True
         for running in [] if self._failed else self._running:
             if running.processor.finish is None:
@@ -156,17 +144,17 @@ class Stream:
         finally:
             self._release.close()
 
-    def _receive(self, running: _RunningChoice, news: Update | EngineError) -> None:
-        """News of one choice, called by the router."""
-        if isinstance(news, EngineError):
-            self._fail(news)
+    def _receive(self, running: _RunningChoice, update: Update | EngineError) -> None:
+        """Handles an update of one choice, or the error that ends it; the router calls this."""
+        if isinstance(update, EngineError):
+            self._fail(update)
             return
-        if news.error is not None:
+        if update.error is not None:
             self._router.stop(running.request_id, abort=False)
-            self._fail(self._refusal(news.error, news.code))
+            self._fail(self._refusal(update.error, update.code))
             return
         try:
-            delta = running.processor.process(news)
+            delta = running.processor.process(update)
         except InternalError as error:
             self._fail(error)
             return
@@ -174,11 +162,11 @@ class Stream:
             return
         self._measure(running, len(delta.token_ids))
         if delta.finish_reason is not None:
-            self._router.stop(running.request_id, abort=news.finish is None)
+            self._router.stop(running.request_id, abort=update.finish is None)
         self._tell(delta)
 
     def _refusal(self, reason: str, code: str | None) -> EngineError:
-        """The scheduler gives up a request for its adapters' sake; past the gate any other reason is our fault."""
+        """The scheduler gives a request up because of its adapters; any other reason is an internal error."""
         if code is not None:
             return InternalError(reason, code=code)
         names = " + ".join(f"`{name}`" for name in self._selection.names)
@@ -201,24 +189,24 @@ class Stream:
         self._queue.put_nowait(delta)
 
     def _expire(self) -> None:
-        """Its time is up: what has not finished never will."""
+        """Ends the submit with TimedOut, unless every choice has finished."""
         late = [running for running in self._running if running.processor.finish is None]
         if late:
             self._fail(self._deadline.missed(self._progress(late)))
 
     def _progress(self, late: list[_RunningChoice]) -> str:
-        """How far it came, and what those who have not finished wait for, as far as that is known."""
+        """How many tokens were generated, and what the `late` choices wait for, as far as that is known."""
         tokens = sum(len(running.processor.generated) for running in self._running)
         told = f"{tokens or 'No'} {'tokens' if tokens > 1 else 'token'} had been generated"
-        waits = [wait for running in late if (wait := self._router.wait(running.request_id)) is not None]
+        waits = [wait for running in late if (wait := self._router.wait_of(running.request_id)) is not None]
         if not waits:
             return told
         wait = max(waits, key=lambda wait: wait.seconds or 0.0)
         since = "" if wait.seconds is None else f", after {wait.seconds:.1f} s in the queue,"
-        return f"{told}. It still waited{since} for {self._router.wait_reasons.want(wait.reason)}"
+        return f"{told}. It still waited{since} for {self._router.wait_reasons.describe(wait.reason)}"
 
     def _fail(self, error: EngineError) -> None:
-        """The whole submit ends with `error`, the first one; its other choices are aborted."""
+        """Ends the whole submit with the first `error`; its other choices are aborted."""
         if self._failed:
             return
         self._failed = True

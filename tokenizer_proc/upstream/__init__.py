@@ -1,1 +1,1 @@
-"""The way to the scheduler: the outbox, request ids, and what waiting requests wait for."""
+"""The link to the scheduler: the outbox, request ids, and what waiting requests wait for."""

@@ -1,11 +1,11 @@
-"""Request ids: which one is whose. Generate and Abort go out, Progress comes in and is handed to its receiver.
+"""Request ids and their receivers: Generate and Abort go out, Progress comes in and is handed to its receiver.
 
     stream --start--> id --Generate--> scheduler
-    stream <--Update-- id <--Progress-- scheduler       an id that is not open any more is nobody's: dropped
+    stream <--Update-- id <--Progress-- scheduler       an update for an id that is no longer open is dropped
 
-Counts what is open and refuses more than the bound. When another scheduler takes over, `resubmit` tells it of all that
-is open, with the tokens each request has; what the one before said last is dropped. A refusal says what those wait for
-who are open. Knows nothing of text.
+Counts open requests and prompt tokens, and refuses more than the bounds; the refusal says what the open requests wait
+for. When another scheduler takes over, `resubmit` tells it of every open request and the tokens it has, and messages of
+the former scheduler are dropped. Knows nothing of text.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from tokenizer_proc.upstream.wait_reasons import RequestWait, WaitReasons
 
 log = logging.getLogger(__name__)
 
-_IDS_BY_EPOCH = 1 << 40  # so that an id means one request, also after a restart
+_IDS_BY_EPOCH = 1 << 40  # an id is never reused, not even after a restart
 
 Receiver = Callable[[Update | EngineError], None]
 
 
-class _Open(NamedTuple):
-    """A request that may bring news: what was sent for it, who hears of it, and the tokens it has."""
+class _OpenRequest(NamedTuple):
+    """A request that may bring more updates: its Generate, the receiver of its updates, and the tokens it has."""
 
     message: Generate
     receiver: Receiver
@@ -56,10 +56,10 @@ class Router:
         self._ids = itertools.count(epoch * _IDS_BY_EPOCH + 1)
         self._newest = 0
         self.wait_reasons = WaitReasons()
-        self._requests: dict[int, _Open] = {}
+        self._requests: dict[int, _OpenRequest] = {}
         self._scheduler = 0
         self.began = 0.0
-        """When the first of the requests that are open began (monotonic seconds)."""
+        """When the first request was sent since none was open (monotonic seconds)."""
         self._max_tokens = max_tokens
         self._reserved = self._tokens = 0
         self._idle = asyncio.Event()
@@ -67,12 +67,12 @@ class Router:
 
     @property
     def open(self) -> int:
-        """How many requests may still bring news."""
+        """How many requests may bring more updates."""
         return len(self._requests)
 
     @contextlib.contextmanager
     def reserved(self, count: int) -> Iterator[None]:
-        """Room for `count` requests while entered. Raises Overloaded when there is none."""
+        """Holds room for `count` requests while entered. Raises Overloaded when there is none."""
         if self._reserved + count > self._max_open:
             raise self._full(f"{self._max_open} requests are open already, which is the bound (--max-open-requests)")
         self._reserved += count
@@ -86,7 +86,7 @@ class Router:
 
     @contextlib.contextmanager
     def queued(self, tokens: int) -> Iterator[None]:
-        """Room for a prompt of so many tokens while entered. Raises Overloaded when there is none beside the others."""
+        """Holds room for so many prompt tokens while entered; the first prompt always fits. Raises Overloaded."""
         if self._max_tokens is not None and self._tokens and self._tokens + tokens > self._max_tokens:
             bound = f"{self._max_tokens} is the bound (--max-queued-tokens)"
             raise self._full(f"{self._tokens} prompt tokens are open already and {bound}")
@@ -96,8 +96,8 @@ class Router:
         finally:
             self._tokens -= tokens
 
-    async def idle(self, seconds: float) -> bool:
-        """Waits up to so many seconds until nothing is reserved; whether that came true."""
+    async def wait_idle(self, seconds: float) -> bool:
+        """Waits up to `seconds` until no request is reserved; whether that happened."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), seconds)
         return self._idle.is_set()
@@ -114,7 +114,7 @@ class Router:
         priority: int = 0,
         cache_salt: str = "",
     ) -> int:
-        """Sends a Generate; `receiver` hears of it until `stop`, and adds to `tokens` what comes. Returns its id."""
+        """Sends a Generate; returns its id. `receiver` gets updates until `stop`, and adds their tokens to `tokens`."""
         request_id = self._newest = next(self._ids)
         message = Generate(
             epoch=self._epoch,
@@ -129,11 +129,11 @@ class Router:
         self._send(message)
         if not self._requests:
             self.began = time.monotonic()
-        self._requests[request_id] = _Open(message, receiver, tokens)
+        self._requests[request_id] = _OpenRequest(message, receiver, tokens)
         return request_id
 
     def resubmit(self, scheduler: int) -> None:
-        """The scheduler of this incarnation knows nothing: it is told of every open request."""
+        """Tells the scheduler of this incarnation, which knows nothing, of every open request."""
         self._scheduler = scheduler
         self.wait_reasons.forget()
         for request_id in list(self._requests):
@@ -147,12 +147,12 @@ class Router:
                 request.receiver(error)
 
     def stop(self, request_id: int, abort: bool) -> None:
-        """Forgets a request, and with `abort` tells the scheduler to forget it. Twice is harmless."""
+        """Forgets a request, and with `abort` tells the scheduler to; a second call does nothing."""
         if self._requests.pop(request_id, None) is not None and abort:
             self._send(Abort(self._epoch, request_id))
 
     def handle(self, progress: Progress) -> None:
-        """Hands every update to its receiver; a fault in one stays with it. An older incarnation's news are dropped."""
+        """Hands every update to its receiver; a fault in one ends that request alone. Older epochs are dropped."""
         if progress.epoch != self._epoch or progress.scheduler < self._scheduler:
             return
         for update in progress.updates:
@@ -162,32 +162,34 @@ class Router:
             try:
                 request.receiver(update)
             except Exception as error:
-                log.exception("request %d: its news could not be taken", update.request_id)
+                log.exception("request %d: its update could not be handled", update.request_id)
                 self.stop(update.request_id, abort=True)
                 request.receiver(InternalError(f"the answer could not be made: {type(error).__name__}: {error}"))
 
-    def look(self, stats: Stats) -> None:
-        """A picture of who waits."""
+    def update_stats(self, stats: Stats) -> None:
+        """Takes over what waiting requests wait for."""
         listed = [self._requests.get(waiting.request_id) for waiting in stats.oldest_waiting]
         loras = {request.message.request_id: request.message.lora for request in listed if request is not None}
-        self.wait_reasons.take(stats, self._newest, loras)
+        self.wait_reasons.update(stats, self._newest, loras)
 
-    def wait(self, request_id: int) -> RequestWait | None:
-        """What a request waits for; None: it runs, is not open, or nobody knows."""
+    def wait_of(self, request_id: int) -> RequestWait | None:
+        """What a request waits for; None: it runs, is not open, or its reason is not known."""
         request = self._requests.get(request_id)
-        return None if request is None else self.wait_reasons.of(request_id, len(request.tokens), request.message.lora)
+        return (
+            None if request is None else self.wait_reasons.find(request_id, len(request.tokens), request.message.lora)
+        )
 
     def lora(self, request_id: int) -> list[tuple[int, float]] | None:
-        """What an open request runs through; None: it is not open."""
+        """The adapters of an open request; None: it is not open."""
         request = self._requests.get(request_id)
         return None if request is None else request.message.lora
 
     def _full(self, bound: str) -> Overloaded:
-        waits = self.wait_reasons.mostly()
+        waits = self.wait_reasons.summary()
         return Overloaded(f"{bound}: {waits}. Try again soon" if waits else f"{bound}: try again soon")
 
-    def fail(self, error: EngineError) -> None:
-        """Ends every open request with an error; the scheduler is not told."""
+    def fail_all(self, error: EngineError) -> None:
+        """Ends every open request with an error, without telling the scheduler."""
         requests, self._requests = self._requests, {}
         for request in requests.values():
             request.receiver(error)

@@ -13,7 +13,6 @@ from fixtures.serving.loading_front import LoadingFront, adapter_dir
 from engine.errors import AdapterError, ConfigError, EngineError, NotFound
 from engine.messages import SamplingParams, Submit
 from tokenizer_proc.adapters.lifecycle import LoadRequest
-from tokenizer_proc.adapters.resolver import Resolver
 
 
 def run(work: Callable[[], Awaitable[Any]]) -> Any:
@@ -32,8 +31,9 @@ def root(tmp_path: Path) -> Path:
 
 def world_of(root: Path, most: int = 1000, miss_seconds: float = 5.0) -> LoadingFront:
     world = LoadingFront(lora_resolve_root=str(root))
-    front = world.front
-    front._resolver = Resolver(str(root), front.adapters, front.lifecycle, most=most, miss_seconds=miss_seconds)
+    resolver = world.front.resolver
+    assert resolver is not None
+    resolver.most, resolver.miss_seconds = most, miss_seconds
     return world
 
 

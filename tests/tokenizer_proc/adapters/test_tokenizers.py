@@ -66,20 +66,20 @@ def adapter(base: Path, name: str, *, extra: str = "", template: str | None = No
 
 def test_what_brings_nothing_new_is_the_base(base: Path, library: TokenizerLibrary) -> None:
     (base.parent / "bare").mkdir()
-    assert library.of("bare", base.parent / "bare") is library.base
-    assert library.of("gone", base.parent / "gone") is library.base
-    assert library.of("copy", adapter(base, "copy")) is library.base
+    assert library.load("bare", base.parent / "bare") is library.base
+    assert library.load("gone", base.parent / "gone") is library.base
+    assert library.load("copy", adapter(base, "copy")) is library.base
     spelt = adapter(base, "spelt")
     saved = json.loads((spelt / "tokenizer.json").read_text())
     padding = {"strategy": "BatchLongest", "direction": "Left", "pad_to_multiple_of": None}
     saved["padding"] = padding | {"pad_id": 1, "pad_type_id": 0, "pad_token": "</s>"}
     (spelt / "tokenizer.json").write_text(json.dumps(saved, indent=3))
     (spelt / "chat_template.jinja").write_text(TEMPLATE)
-    assert library.of("spelt", spelt) is library.base
+    assert library.load("spelt", spelt) is library.base
 
 
 def test_own_tokens_ends_and_template(base: Path, library: TokenizerLibrary) -> None:
-    own = library.of("a", adapter(base, "a", extra="<|im_end|>", template=OWN, eos="<|im_end|>"))
+    own = library.load("a", adapter(base, "a", extra="<|im_end|>", template=OWN, eos="<|im_end|>"))
     token = library.base.tokenizer.vocab_size
     assert own.tokenizer.encode("x<|im_end|>", add_special_tokens=False)[-1] == token == own.tokenizer.eos_id
     assert own.tokenizer.decode([token], skip_special_tokens=False) == "<|im_end|>"
@@ -89,7 +89,7 @@ def test_own_tokens_ends_and_template(base: Path, library: TokenizerLibrary) -> 
     assert isinstance(own.chat, SandboxedTemplate)
     assert asyncio.run(own.chat.prompt([ChatMessage("user", "hi")])) == "<|end|>hi<|im_end|>"
     (base.parent / "a" / "generation_config.json").write_text('{"temperature": 1.0, "eos_token_id": [3]}')
-    assert library.of("a", base.parent / "a").generation_config == GenerationConfig(
+    assert library.load("a", base.parent / "a").generation_config == GenerationConfig(
         end_ids=[*library.base.generation_config.end_ids, 3, token], temperature=1.0
     )
 
@@ -99,14 +99,14 @@ def test_an_id_that_means_something_else_ends_nothing(base: Path, library: Token
     made = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "</s>": 2}, []))
     made.decoder = tokenizers.decoders.ByteLevel()
     small_tokenizers.save(made, root)
-    assert library.of("other", root).generation_config.end_ids == [2]
+    assert library.load("other", root).generation_config.end_ids == [2]
 
 
 def test_the_same_is_kept_once_and_freed(base: Path, library: TokenizerLibrary) -> None:
-    one = library.of("a", adapter(base, "a", extra="<x>", template=OWN))
-    two = library.of("b", adapter(base, "b", extra="<x>", template=OWN))
+    one = library.load("a", adapter(base, "a", extra="<x>", template=OWN))
+    two = library.load("b", adapter(base, "b", extra="<x>", template=OWN))
     assert one is two
-    other = library.of("c", adapter(base, "c", extra="<x>"))
+    other = library.load("c", adapter(base, "c", extra="<x>"))
     assert other is not one
     assert other.tokenizer.origin is one.tokenizer.origin
     held = weakref.ref(one.tokenizer.origin)
@@ -117,7 +117,7 @@ def test_the_same_is_kept_once_and_freed(base: Path, library: TokenizerLibrary) 
 
 def test_an_operators_template_is_for_all(base: Path) -> None:
     library = started(base, fixed_template=True)
-    assert library.of("a", adapter(base, "a", template=OWN)) is library.base
+    assert library.load("a", adapter(base, "a", template=OWN)) is library.base
     library.close()
 
 
@@ -137,7 +137,7 @@ def test_added_tokens_share_the_model_of_the_base(
     made.save(str(root / "tokenizer.json"))
     with monkeypatch.context() as patch:
         patch.setattr(Tokenizer, "parse", None)  # not even looked at
-        own = library.of("a", root).tokenizer
+        own = library.load("a", root).tokenizer
     whole = Tokenizer.load(root)
     for text in TRICKY:
         ids = whole.encode(text)
@@ -156,7 +156,7 @@ def test_an_added_token_in_another_place_is_read_in_full(base: Path, library: To
     saved = json.loads((root / "tokenizer.json").read_text())
     saved["added_tokens"][-1]["id"] += 5
     (root / "tokenizer.json").write_text(json.dumps(saved))
-    own, whole = library.of("a", root).tokenizer, Tokenizer.load(root)
+    own, whole = library.load("a", root).tokenizer, Tokenizer.load(root)
     assert own.encode("a<x>") == whole.encode("a<x>")
 
 
@@ -164,14 +164,14 @@ def test_many_different_tokenizers_are_bounded(
     base: Path, library: TokenizerLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(library_module, "MOST_TOKENIZERS", 2)
-    kept = [library.of(name, adapter(base, name, extra=f"<{name}>")) for name in "ab"]
+    kept = [library.load(name, adapter(base, name, extra=f"<{name}>")) for name in "ab"]
     root = adapter(base, "c", extra="<c>")
     with pytest.raises(AdapterError, match=r"adapter `c`: 2 different tokenizers of adapters are loaded"):
-        library.of("c", root)
-    assert library.of("again", adapter(base, "again", extra="<a>")) is kept[0]
+        library.load("c", root)
+    assert library.load("again", adapter(base, "again", extra="<a>")) is kept[0]
     del kept
     gc.collect()
-    assert library.of("c", root) is not library.base
+    assert library.load("c", root) is not library.base
 
 
 def spoil_pattern(root: Path) -> None:
@@ -220,9 +220,9 @@ def test_files_that_make_no_sense_are_a_refusal(name: str, base: Path, library: 
     root = adapter(base, "a", template=OWN)
     spoil(root)  # type: ignore[operator]
     with pytest.raises(AdapterError, match=said) as caught:
-        library.of("a", root)
+        library.load("a", root)
     assert "adapter `a`" in caught.value.message
-    assert library.of("b", adapter(base, "b", template=OWN)) is not library.base
+    assert library.load("b", adapter(base, "b", template=OWN)) is not library.base
 
 
 # ------------------------------------------------------------------------------------------------- through the front
@@ -234,7 +234,7 @@ def front(base: Path, **directories: Path) -> Fake:
     for name, root in directories.items():
         entry = fake.front.adapters.find(name)
         assert entry is not None
-        entry.text_tools = fake.front.tokenizer_library.of(name, root)
+        entry.text_tools = fake.front.tokenizer_library.load(name, root)
     return fake
 
 
@@ -299,12 +299,12 @@ def test_a_mix_reads_as_its_adapters_do_where_they_agree(base: Path) -> None:
 def test_a_name_that_moves_while_a_text_is_read(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = front(base, a=adapter(base, "a"))
     fake.front.handle(capacity(fake.front.tokenizer.vocab_size + 1))
-    newer = fake.front.tokenizer_library.of("a", adapter(base, "newer", extra="<x>"))
+    newer = fake.front.tokenizer_library.load("a", adapter(base, "newer", extra="<x>"))
     directory = fake.front.adapters
 
     async def slow(text: str, special: bool = True) -> list[int]:
         entry = directory.add("a", "newer", "newer", pinned=False, preload=False, text_tools=newer)
-        entry.take(AdapterState(adapter_id=entry.source.adapter_id, state="host", revision="n"))
+        entry.update(AdapterState(adapter_id=entry.source.adapter_id, state="host", revision="n"))
         directory.point(entry)
         return fake.front.tokenizer.encode(text, special)
 
@@ -335,5 +335,5 @@ def test_what_an_adapter_of_the_start_brings_is_read_before_anything_is_served(b
         front_of(epoch=0)
     taken_over = front_of(epoch=1)
     assert [card.name for card in taken_over.adapters.cards()] == ["good"]
-    assert taken_over.text_tools_for("good")[0].vocab_size == taken_over.tokenizer.vocab_size + 1
+    assert taken_over.text_tools_for("good").tokenizer.vocab_size == taken_over.tokenizer.vocab_size + 1
     taken_over.tokenizer_library.close()

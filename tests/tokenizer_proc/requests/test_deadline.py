@@ -46,7 +46,7 @@ def test_a_request_at_the_gate_is_ended_in_time(world: LoadingFront) -> None:
         with pytest.raises(TimedOut) as raised:
             await world.front.open(Submit(id=1, prompt="hi", lora="one")).__aenter__()
         assert raised.value.message == f"{TOO_LATE} It had not reached the scheduler"
-        assert await world.front.router.idle(0.01)
+        assert await world.front.router.wait_idle(0.01)
         while not world.loads():  # the load goes on
             await asyncio.sleep(0.005)
 

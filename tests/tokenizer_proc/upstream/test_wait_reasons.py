@@ -1,4 +1,4 @@
-"""tokenizer_proc.upstream.wait_reasons, alone and in what front ends say when they refuse or give up."""
+"""Wait reasons, alone and in the front end's refusals and time-outs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokenizer_proc.upstream.wait_reasons import RequestWait, WaitReasons
 SQL, POET = [(1, 1.0)], [(2, 1.0)]
 
 
-def picture(*listed: WaitingRequest, waiting: int | None = None, running: dict[int, int] | None = None) -> Stats:
+def stats(*listed: WaitingRequest, waiting: int | None = None, running: dict[int, int] | None = None) -> Stats:
     return Stats(
         waiting=len(listed) if waiting is None else waiting,
         running_adapters=running or {},
@@ -24,43 +24,43 @@ def picture(*listed: WaitingRequest, waiting: int | None = None, running: dict[i
     )
 
 
-def waits_of(stats: Stats, loras: dict[int, list[tuple[int, float]]] | None = None) -> WaitReasons:
+def waits_of(told: Stats, loras: dict[int, list[tuple[int, float]]] | None = None) -> WaitReasons:
     waits = WaitReasons()
-    waits.take(stats, 9, loras or {})
+    waits.update(told, 9, loras or {})
     return waits
 
 
-def test_whoever_is_listed() -> None:
-    waits = waits_of(picture(WaitingRequest(3, 7.5, "lanes", 2)))
-    assert waits.of(3, 2, SQL) == RequestWait("lanes", 7.5)
-    assert waits.of(3, 4, SQL) is None, "it ran since"
-    assert waits.of(4, 0, SQL) is None, "all who wait are listed"
+def test_a_listed_request_waits_for_its_reason() -> None:
+    waits = waits_of(stats(WaitingRequest(3, 7.5, "lanes", 2)))
+    assert waits.find(3, 2, SQL) == RequestWait("lanes", 7.5)
+    assert waits.find(3, 4, SQL) is None, "it has run since"
+    assert waits.find(4, 0, SQL) is None, "all waiting requests are listed"
     waits.forget()
-    assert waits.of(3, 2, SQL) is None
+    assert waits.find(3, 2, SQL) is None
 
 
-def test_whoever_came_after_all_who_are_listed_waits_as_others_of_its_adapter_do() -> None:
+def test_a_newer_request_waits_as_its_adapters_listed_ones() -> None:
     listed = [WaitingRequest(3, 7.5, "lanes"), WaitingRequest(5, 6.0, "load"), WaitingRequest(6, 5.0, "rows")]
     loras = {3: SQL, 5: POET, 6: []}
-    waits = waits_of(picture(*listed, waiting=9, running={2: 1}), loras)
-    assert waits.of(8, 0, SQL) == RequestWait("lanes", None)
-    assert waits.of(4, 0, SQL) is None, "an older one would be listed if it waited"
-    assert waits.of(8, 1, SQL) is None, "it ran"
-    assert waits.of(8, 0, POET) is None, "its adapter runs: so may it"
-    assert waits.of(8, 0, []) is None, "of the base nobody knows"
-    assert waits.of(8, 0, [(3, 1.0)]) is None
-    assert waits.of(10, 0, SQL) is None, "it came after the picture"
+    waits = waits_of(stats(*listed, waiting=9, running={2: 1}), loras)
+    assert waits.find(8, 0, SQL) == RequestWait("lanes", None)
+    assert waits.find(4, 0, SQL) is None, "an older request would be listed if it waited"
+    assert waits.find(8, 1, SQL) is None, "it has run"
+    assert waits.find(8, 0, POET) is None, "its adapter runs, so the request may run too"
+    assert waits.find(8, 0, []) is None, "for the base it is not known"
+    assert waits.find(8, 0, [(3, 1.0)]) is None
+    assert waits.find(10, 0, SQL) is None, "it was sent after the Stats"
     loras[5] = SQL
-    assert waits_of(picture(*listed, waiting=9), loras).of(8, 0, SQL) is None, "those who are listed disagree"
+    assert waits_of(stats(*listed, waiting=9), loras).find(8, 0, SQL) is None, "the listed requests disagree"
 
 
 def test_every_reason_has_words() -> None:
     waits = WaitReasons()
     waits.capacity = capacity(300, max_loras=3)
-    assert waits.want("lanes") == "a lane: no more adapters run at a time (--max-loras-per-batch: 3)"
-    assert waits.want("rows") == "a row: no more requests run at a time (--max-running-requests: 8)"
-    assert waits.want("pages").startswith("KV pages: the KV cache holds 1600 tokens (--max-total-tokens")
-    assert not any(mark in waits.want(reason) for reason in get_args(WaitReason) for mark in "{}?")
+    assert waits.describe("lanes") == "a lane: no more adapters run at a time (--max-loras-per-batch: 3)"
+    assert waits.describe("rows") == "a row: no more requests run at a time (--max-running-requests: 8)"
+    assert waits.describe("pages").startswith("KV pages: the KV cache holds 1600 tokens (--max-total-tokens")
+    assert not any(mark in waits.describe(reason) for reason in get_args(WaitReason) for mark in "{}?")
 
 
 def run(work: Callable[[], Awaitable[None]]) -> None:
@@ -81,7 +81,7 @@ async def refusal(fake: Fake) -> EngineError:
     return raised.value
 
 
-def test_a_full_queue_says_what_those_before_wait_for() -> None:
+def test_a_full_queue_says_what_open_requests_wait_for() -> None:
     fake = Fake("sql", max_open_requests=1)
 
     async def work() -> None:
@@ -123,7 +123,7 @@ def test_a_late_request_says_how_far_it_came(generated: int, listed: int | None,
         async with fake.front.open(submit("sql")) as stream:
             number = fake.generates[0].request_id
             if listed is not None:
-                fake.front.handle(picture(WaitingRequest(number, 7.5, "rank_pages", listed)))
+                fake.front.handle(stats(WaitingRequest(number, 7.5, "rank_pages", listed)))
             if generated:
                 fake.say(Update(request_id=number, index=0, tokens=[300] * generated))
             with pytest.raises(TimedOut) as raised:
@@ -135,14 +135,14 @@ def test_a_late_request_says_how_far_it_came(generated: int, listed: int | None,
     run(work)
 
 
-def test_many_who_end_together_are_all_told() -> None:
-    """Those who are listed end first; the others of their adapter still say for what they waited."""
+def test_requests_that_time_out_together_all_say_why() -> None:
+    """The listed request ends first; the other requests of its adapter still say what they waited for."""
     fake = Fake("sql", request_timeout=0.05)
 
     async def work() -> None:
         async with fake.front.open(submit("sql", n=2)) as first, fake.front.open(submit("sql")) as second:
             number = fake.generates[0].request_id
-            fake.front.handle(picture(WaitingRequest(number, 7.5, "lanes"), waiting=3))
+            fake.front.handle(stats(WaitingRequest(number, 7.5, "lanes"), waiting=3))
             for stream in (first, second):
                 with pytest.raises(TimedOut, match="for a lane: no more adapters run at a time"):
                     async for _ in stream:
@@ -151,7 +151,7 @@ def test_many_who_end_together_are_all_told() -> None:
     run(work)
 
 
-def test_of_several_answers_the_one_that_waited_longest_says_why() -> None:
+def test_the_choice_that_waited_longest_says_why() -> None:
     fake = Fake("sql", request_timeout=0.05)
 
     async def work() -> None:
@@ -159,7 +159,7 @@ def test_of_several_answers_the_one_that_waited_longest_says_why() -> None:
             first, second, third = (message.request_id for message in fake.generates)
             listed = [WaitingRequest(second, 3.0, "pages", 0), WaitingRequest(third, 4.0, "rows", 0)]
             fake.say(Update(request_id=first, index=0, tokens=[300] * 5))
-            fake.front.handle(picture(*listed))
+            fake.front.handle(stats(*listed))
             with pytest.raises(TimedOut, match=r"5 tokens had been generated. It still waited, after 4.0 s .* a row: "):
                 async for _ in stream:
                     pass
@@ -167,21 +167,21 @@ def test_of_several_answers_the_one_that_waited_longest_says_why() -> None:
     run(work)
 
 
-def test_another_scheduler_has_said_nothing_yet() -> None:
+def test_a_new_schedulers_wait_reasons_start_empty() -> None:
     fake = Fake("sql")
 
     async def work() -> None:
         async with fake.front.open(submit("sql")):
             number = fake.generates[0].request_id
-            fake.front.handle(picture(WaitingRequest(number, 7.5, "lanes")))
+            fake.front.handle(stats(WaitingRequest(number, 7.5, "lanes")))
             (waiting,) = fake.front.info()["long_waiting"]
             assert (waiting["request_id"], waiting["adapters"], waiting["reason"]) == (number, ["sql"], "lanes")
             assert waiting["seconds"] >= 7.5
             fake.front.recover(1)
             assert fake.front.info()["long_waiting"] == []
-            fake.front.handle(picture(WaitingRequest(number, 0.0, "load")))
-            assert fake.front.info()["long_waiting"] == [], "not for long"
-        fake.front.handle(picture(WaitingRequest(number, 7.5, "lanes")))
+            fake.front.handle(stats(WaitingRequest(number, 0.0, "load")))
+            assert fake.front.info()["long_waiting"] == [], "it has not waited long"
+        fake.front.handle(stats(WaitingRequest(number, 7.5, "lanes")))
         assert fake.front.info()["long_waiting"] == [], "it is not open any more"
 
     run(work)

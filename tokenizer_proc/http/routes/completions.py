@@ -43,7 +43,7 @@ async def completions(service: Service, request: web.Request) -> web.StreamRespo
     spread_out = spread(body.lora_path, len(asked), "lora_path")
     loras = [access.select(service, request, body.model or None, lora) for lora in spread_out]
     envelope = Envelope(service, body, "cmpl", "text_completion", "text_completion")
-    tokenizers = [service.frontend.text_tools_for(lora)[0] for lora in loras]
+    tokenizers = [service.frontend.text_tools_for(lora).tokenizer for lora in loras]
     writer = CompletionWriter(envelope, tokenizers, body, params, asked)
     submits = _submits(body, _params(body, params), asked, loras)
     names = bodies.spelt(fields, SPELLINGS_OPENAI) | {"prompt_logprobs": "logprobs"}

@@ -66,7 +66,7 @@ async def generate(service: Service, request: web.Request) -> web.StreamResponse
     ]
     submits = _submits(body, asked, params, loras)
     is_list = not is_single(field) or any(one.sampling.n > 1 for one in params)
-    writer = NativeWriter(rids, scoring, is_list, [service.frontend.text_tools_for(lora)[0] for lora in loras])
+    writer = NativeWriter(rids, scoring, is_list, [service.frontend.text_tools_for(lora).tokenizer for lora in loras])
     call = GenerationCall(submits=submits, ids=_by_rid(body.rid, rids), stream=body.stream, names=_names(body))
     return await answer(service, request, call, writer)
 

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize: the model's own reading of text, without generating."""
+"""POST /tokenize and /detokenize: text to tokens and back, without generating."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import msgspec
 from aiohttp import web
 
 from engine.errors import InvalidRequest
+from tokenizer_proc.adapters.tokenizers import TextTools
 from tokenizer_proc.http.auth import access
 from tokenizer_proc.http.bodies import body as bodies
 from tokenizer_proc.http.bodies.messages import TemplateKwargs, Turn, chat_messages
 from tokenizer_proc.http.dialects.openai import LoraField
 from tokenizer_proc.http.generation import Service, as_json
+from tokenizer_proc.requests.prompt_encoding import template_arguments
 from tokenizer_proc.text.templates.chat_template import ChatRenderer
-from tokenizer_proc.text.tokenizer import Tokenizer
-
-_TAKEN = ("self", "messages", "add_generation_prompt", "continue_final_message")
 
 
 class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,7 +31,7 @@ class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
-    """Token ids to be read."""
+    """Token ids, and the adapter whose tokenizer decodes them."""
 
     tokens: list[int]
     model: str | None = None
@@ -43,17 +42,17 @@ class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
 async def tokenize(service: Service, request: web.Request) -> web.StreamResponse:
     """Text or chat messages to tokens: `{"tokens", "count", "max_model_len"}`."""
     body = bodies.decode(await bodies.read(request), TokenizeBody)
-    tokenizer, template = await _text_tools(service, request, body)
-    text = await _text(body, template)
+    text_tools = await _text_tools(service, request, body)
+    text = await _text(body, text_tools.chat)
     special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
-    ids = await tokenizer.encode_text(text, special)
+    ids = await text_tools.tokenizer.encode_text(text, special)
     return as_json({"tokens": ids, "count": len(ids), "max_model_len": service.frontend.max_length or None})
 
 
 async def detokenize(service: Service, request: web.Request) -> web.StreamResponse:
     """Tokens to text: `{"prompt", "text"}`, the same text under vLLM's name and SGLang's."""
     body = bodies.decode(await bodies.read(request), DetokenizeBody)
-    tokenizer, _ = await _text_tools(service, request, body)
+    tokenizer = (await _text_tools(service, request, body)).tokenizer
     _check(body.tokens, tokenizer.vocab_size)
     text = await tokenizer.decode_ids(body.tokens, skip_special_tokens=body.skip_special_tokens)
     return as_json({"prompt": text, "text": text})
@@ -68,9 +67,7 @@ def _check(tokens: list[int], vocab_size: int) -> None:
     )
 
 
-async def _text_tools(
-    service: Service, request: web.Request, body: TokenizeBody | DetokenizeBody
-) -> tuple[Tokenizer, ChatRenderer]:
+async def _text_tools(service: Service, request: web.Request, body: TokenizeBody | DetokenizeBody) -> TextTools:
     await access.fetch(service, request, body.model, body.lora_path)
     return service.frontend.text_tools_for(access.select(service, request, body.model or None, body.lora_path))
 
@@ -85,14 +82,5 @@ async def _text(body: TokenizeBody, template: ChatRenderer) -> str:
         chat_messages(body.messages),
         add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
         continue_final_message=body.continue_final_message,
-        **_kwargs(body),
+        **template_arguments(body.chat_template_kwargs),
     )
-
-
-def _kwargs(body: TokenizeBody) -> TemplateKwargs:
-    for name in _TAKEN:
-        if name in body.chat_template_kwargs:
-            raise InvalidRequest(
-                f"`{name}` is a field of its own, not one of chat_template_kwargs", param="chat_template_kwargs"
-            )
-    return body.chat_template_kwargs

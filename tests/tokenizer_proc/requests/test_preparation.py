@@ -1,4 +1,4 @@
-"""What the front end refuses before anything of it reaches the scheduler, however large a body makes it."""
+"""Submits that the front end refuses before anything reaches the scheduler, however large their fields are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from fixtures.serving.tokenizer_front import Fake
 
 from engine.errors import InvalidRequest
-from engine.messages import ChatMessage, SamplingParams, Stats, Submit
+from engine.messages import ChatMessage, SamplingParams, Submit
 
 
 def refused(fake: Fake, submit: Submit) -> InvalidRequest:
@@ -25,11 +25,11 @@ def refused(fake: Fake, submit: Submit) -> InvalidRequest:
 
 
 @pytest.mark.parametrize("priority", [1 << 70, -(1 << 70), 1 << 31])
-def test_a_priority_that_no_message_carries(priority: int) -> None:
+def test_a_priority_beyond_the_messages_range_is_refused(priority: int) -> None:
     assert refused(Fake(), Submit(id=1, prompt="hello", priority=priority)).param == "priority"
 
 
-def test_a_priority_that_would_change_nothing() -> None:
+def test_a_priority_without_the_policy_is_refused() -> None:
     error = refused(Fake(), Submit(id=1, prompt="hello", priority=-1))
     assert error.param == "priority"
     assert "--schedule-policy priority" in error.message
@@ -47,22 +47,20 @@ def test_a_priority_and_a_tenant_reach_the_scheduler() -> None:
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e300, -101.0])
-def test_a_scale_beyond_all_sense(scale: float) -> None:
+def test_a_scale_out_of_range_is_refused(scale: float) -> None:
     assert refused(Fake("sql"), Submit(id=1, prompt="hello", lora={"sql": scale})).param == "lora_path"
 
 
 @pytest.mark.parametrize("prompt", [[5] * 129, [ChatMessage("user", "")] * 129])
-def test_a_prompt_of_more_parts_than_the_context_is_not_even_rendered(
-    prompt: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prompt_with_too_many_parts_is_not_rendered(prompt: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Fake()
-    monkeypatch.setattr(fake.front, "chat", None)
+    monkeypatch.setattr(fake.front.text_tools_for(None).chat, "prompt", None)
     error = refused(fake, Submit(id=1, prompt=prompt))
     assert (error.param, error.code) == ("prompt", "context_length_exceeded")
     assert "129" in error.message
 
 
-def test_a_top_k_of_any_size_can_be_sent() -> None:
+def test_a_huge_top_k_can_be_sent() -> None:
     fake = Fake()
 
     async def work() -> None:
@@ -72,15 +70,8 @@ def test_a_top_k_of_any_size_can_be_sent() -> None:
     asyncio.run(work())
 
 
-def test_a_call_larger_than_the_bound_is_the_clients_fault() -> None:
+def test_a_call_with_too_many_choices_is_a_clients_error() -> None:
     front = Fake(max_open_requests=3).front
     front.check_size(3)
     with pytest.raises(InvalidRequest, match="at most 3"):
         front.check_size(4)
-
-
-def test_facts_leave_the_step_times_to_the_metrics() -> None:
-    front = Fake().front
-    front.handle(Stats(running=2, step_seconds=[0.5, 0.25]))
-    assert front.info()["stats"]["running"] == 2
-    assert front.info()["stats"]["step_seconds"] == []

@@ -1,0 +1,117 @@
+"""From a submit to a request that can be sent: adapters selected, prompt encoded, parameters validated.
+
+Knows nothing of streams, HTTP or sockets.
+"""
+
+from __future__ import annotations
+
+import random
+
+import msgspec
+
+from engine.config.sections import TokenizerConfig
+from engine.errors import NotFound, Overloaded
+from engine.messages import AdapterMix, Capacity, Submit
+from tokenizer_proc.adapters.registry import AdapterRegistry
+from tokenizer_proc.adapters.resolver import Resolver
+from tokenizer_proc.adapters.selection import AdapterSelection
+from tokenizer_proc.adapters.tokenizers import TextTools
+from tokenizer_proc.requests.prompt_encoding import encode_prompt
+from tokenizer_proc.requests.validation import SEEDS, ValidatedParams, check_priority, validate_params
+from tokenizer_proc.text.tokenizer import Tokenizer
+
+ATTEMPTS = 5
+"""How often a prompt is encoded anew because its adapter was re-pointed to one with another tokenizer or template."""
+
+
+class PreparedRequest(msgspec.Struct, frozen=True):
+    """A submit after validation: all that a stream needs to send it."""
+
+    prompt_ids: list[int]
+    params: ValidatedParams
+    selection: AdapterSelection
+    tokenizer: Tokenizer
+
+
+class RequestPreparer:
+    """Prepares submits. `base` is the base model's text tools; a `resolver` loads adapters that are not known yet."""
+
+    def __init__(
+        self, config: TokenizerConfig, adapters: AdapterRegistry, base: TextTools, resolver: Resolver | None
+    ) -> None:
+        self._has_priorities = config.priorities
+        self._adapters = adapters
+        self._base = base
+        self._resolver = resolver
+        self._seeds = random.Random(config.seed)
+
+    async def prepare(self, submit: Submit, capacity: Capacity) -> PreparedRequest:
+        """Raises InvalidRequest, NotFound, AdapterError, or Overloaded when adapters are re-pointed without end."""
+        check_priority(submit.priority, self._has_priorities)
+        selection, text_tools, prompt_ids = await self._encode(submit, capacity)
+        if self._resolver is not None:
+            self._resolver.touch(selection.names)
+        params = self._validate(submit, capacity, selection, text_tools, prompt_ids)
+        return PreparedRequest(prompt_ids, params, selection, text_tools.tokenizer)
+
+    def text_tools_of(self, selection: AdapterSelection) -> TextTools:
+        """The tokenizer, chat template and generation config that requests of a selection use."""
+        return selection.text_tools or self._base
+
+    async def _encode(self, submit: Submit, capacity: Capacity) -> tuple[AdapterSelection, TextTools, list[int]]:
+        """The prompt, encoded as the adapters of the returned selection read it.
+
+        While a prompt is encoded in a thread, its adapter may be re-pointed: then the names are resolved again, so that
+        the request is sent with the adapter that its name means at that moment.
+        """
+        max_length = max_request_length(capacity)
+        selection = await self._select(submit.lora, capacity)
+        for _ in range(ATTEMPTS):
+            text_tools = self.text_tools_of(selection)
+            with selection.held():  # an adapter in use is not unloaded as an idle one
+                prompt_ids = await encode_prompt(submit, text_tools, max_length)
+            if not selection.is_current:
+                selection = self._select_known(submit.lora, capacity)
+            if self.text_tools_of(selection) is text_tools:
+                return selection, text_tools, prompt_ids
+        raise Overloaded("its adapter is being replaced all the time")
+
+    async def _select(self, lora: str | AdapterMix | None, capacity: Capacity) -> AdapterSelection:
+        """The selection that `lora` names; an unknown adapter is loaded where there is a resolver."""
+        try:
+            return self._select_known(lora, capacity)
+        except NotFound:
+            if self._resolver is None:
+                raise
+        await self._resolver.fetch_named(None, lora)
+        return self._select_known(lora, capacity)
+
+    def _select_known(self, lora: str | AdapterMix | None, capacity: Capacity) -> AdapterSelection:
+        selection = self._adapters.resolve(lora)
+        selection.check(capacity.max_lane_pages)
+        return selection
+
+    def _validate(
+        self,
+        submit: Submit,
+        capacity: Capacity,
+        selection: AdapterSelection,
+        text_tools: TextTools,
+        prompt_ids: list[int],
+    ) -> ValidatedParams:
+        own = selection.own_vocabulary
+        return validate_params(
+            submit.params,
+            generation_config=text_tools.generation_config,
+            seed=self._seeds.randrange(SEEDS),
+            prompt=prompt_ids,
+            max_length=max_request_length(capacity),
+            vocab_size=capacity.vocab_size if own is None else own.vocab_size,
+            default_max_tokens=submit.default_max_tokens,
+            adapter=None if own is None else own.name,
+        )
+
+
+def max_request_length(capacity: Capacity) -> int:
+    """Tokens that one request may have, prompt and answer together."""
+    return min(capacity.max_length, capacity.kv_pages * capacity.page_size)

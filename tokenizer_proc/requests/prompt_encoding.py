@@ -1,0 +1,62 @@
+"""A submit's prompt as token ids: from text, from a chat through its template, or ids as they are.
+
+Knows nothing of adapters, sampling parameters or the scheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.errors import InvalidRequest
+from engine.messages import ChatMessage, Submit
+from tokenizer_proc.adapters.tokenizers import TextTools
+from tokenizer_proc.text.templates.chat_template import Value
+from tokenizer_proc.text.tokenizer import Tokenizer
+
+_NOT_TEMPLATE_ARGUMENTS = ("self", "messages", "add_generation_prompt", "continue_final_message")
+
+
+async def encode_prompt(submit: Submit, text_tools: TextTools, max_length: int) -> list[int]:
+    """The prompt's token ids. Raises InvalidRequest for a prompt that cannot fit `max_length`, or makes no sense."""
+    prompt, tokenizer = submit.prompt, text_tools.tokenizer
+    if isinstance(prompt, str):
+        return await _encode_text(prompt, tokenizer, submit.add_special_tokens, max_length)
+    if len(prompt) > max_length:  # each id is a token, and each message makes at least one
+        raise _too_long(f"the prompt has {len(prompt)} parts; this model's context is {max_length} tokens")
+    messages = [part for part in prompt if isinstance(part, ChatMessage)]
+    if not messages:
+        return [part for part in prompt if isinstance(part, int)]
+    if len(messages) != len(prompt):
+        raise InvalidRequest("a prompt is token ids or messages, not both", param="prompt")
+    text = await text_tools.chat.prompt(
+        messages,
+        add_generation_prompt=submit.add_generation_prompt,
+        continue_final_message=submit.continue_final_message,
+        **template_arguments(submit.chat_template_kwargs),
+    )
+    return await _encode_text(text, tokenizer, False, max_length)
+
+
+def template_arguments(given: Mapping[str, Value]) -> dict[str, Any]:
+    """`given`, the chat_template_kwargs of a call. Raises InvalidRequest for a name that is a field of its own."""
+    for name in _NOT_TEMPLATE_ARGUMENTS:
+        if name in given:
+            raise InvalidRequest(
+                f"`{name}` is a field of its own, not one of chat_template_kwargs", param="chat_template_kwargs"
+            )
+    return dict(given)
+
+
+async def _encode_text(text: str, tokenizer: Tokenizer, add_special_tokens: bool, max_length: int) -> list[int]:
+    """Ids of `text`. A text that is too long by its characters alone is refused without being encoded."""
+    if len(text) > max_length * tokenizer.longest_token:
+        raise _too_long(
+            f"the prompt has {len(text)} characters; this model's context is {max_length} tokens, "
+            f"and no token stands for more than {tokenizer.longest_token} characters"
+        )
+    return await tokenizer.encode_text(text, add_special_tokens)
+
+
+def _too_long(message: str) -> InvalidRequest:
+    return InvalidRequest(message, param="prompt", code="context_length_exceeded")
