@@ -56,7 +56,7 @@ class Silent(ScriptedScheduler):
     def word(self, mutator: Mutator) -> ToTokenizer:
         """A sound word for now."""
         draw = mutator.draw
-        waiting = sorted(self.open.keys() & self._frontend.router._requests.keys())
+        waiting = sorted(self.open.keys() & self.front.router._requests.keys())
         if waiting and draw.random() < 0.75:
             asked = draw.sample(waiting, min(len(waiting), draw.choice([1, 1, 3])))
             return Progress(0, [self._update(mutator, request_id) for request_id in asked])
