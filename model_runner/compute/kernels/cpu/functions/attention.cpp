@@ -1,12 +1,12 @@
-// Causal attention on a CPU over the slots that each row sees, where they lie in the cache: decodes and prefills alike.
+// Causal attention on a CPU, reading each row's K and V from its slots of the cache, for decodes and prefills alike.
 //
-//   a task is some tokens of a row and a key/value head, with the G query heads that share it: Q queries
-//     scores     16 keys at a time, turned, so that a vector is of 16 slots    [Q, L]
-//     softmax    in float32; the shares are rounded to the cache's dtype
-//     values     two slots at a time (pairs), or one, summed in float32        [Q, D]
+//   a task is some tokens of a row and one key/value head, with the G query heads that share it: Q queries
+//     scores     of 16 keys at a time, transposed so that a vector has 16 slots      [Q, L]
+//     softmax    in float32; the weights are rounded to the cache's dtype
+//     values     STEP slots at a time, summed in float32                             [Q, D]
 //
-// No row's slots are gathered, padded or looked at by another row, and a token's bits do not depend on its company.
-// Compiled with BFLOAT16 or without, for float32.
+// Nothing is gathered or padded, no row reads another row's slots, and a token's result does not depend on the batch.
+// With BFLOAT16 defined for bfloat16, else for float32.
 //
 // Legend: C rows, T tokens, L slots that a task sees, N query heads, K key/value heads, G = N / K, D head size, a
 // multiple of WIDTH * STEP.
@@ -18,17 +18,18 @@
 
 namespace {
 
-constexpr int SCORED = 8;        // queries whose scores are computed together
-constexpr int WEIGHED = 4;       // queries that go through the values together
-constexpr long TOKENS = 16;      // of a task, at most
-constexpr long ROOM = 1 << 21;   // scores of a task of several tokens, at most
-constexpr long AHEAD = 16;       // slots
-constexpr long BLOCK = 64;       // slots whose values are read together
-constexpr long LEAST = 1 << 19;  // multiplications that a second thread is worth
+constexpr int SCORE_QUERIES = 8;        // queries whose scores are computed together
+constexpr int VALUE_QUERIES = 4;        // queries whose values are summed together
+constexpr long TASK_TOKENS = 16;        // at most
+constexpr long TASK_SCORES = 1 << 21;   // at most, for a task of several tokens
+constexpr long PREFETCH_SLOTS = 16;     // how far ahead keys are prefetched
+constexpr long VALUE_SLOTS = 64;        // slots whose values are loaded together
+constexpr long PARALLEL_MIN = 1 << 19;  // multiplications from which several threads are used
+constexpr float MASKED_SCORE = -3e38f;
 
-inline long up(long value, long multiple) { return (value + multiple - 1) / multiple * multiple; }
+inline long round_up(long value, long multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-const Wide PLACES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+const Vector INDICES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 struct Cache {
     const Scalar *k, *v;  // [M, K, D]
@@ -39,121 +40,123 @@ struct Cache {
 
 struct Row {
     const int64_t* slots;
-    long seen, token, tokens;  // how many slots its last token sees; where its tokens begin, and how many they are
+    long seen, first, tokens;  // slots that its last token sees, its first token in the batch, its number of tokens
 };
 
 struct Task {
     Row row;
-    long head, begin, end;  // of the row's tokens
+    long head, begin, end;  // a key/value head, and the range of the row's tokens
     long seen(long token) const { return row.seen - row.tokens + token + 1; }
-    long most() const { return seen(end - 1); }
+    long most_seen() const { return seen(end - 1); }
 };
 
-// Queries side by side: token after token, the G heads of each. What one of them sees, and where it lies in q and out.
+// One query head of one token; a task has its G heads of the first token, then those of the next one, ...
 struct Query {
-    long seen, at;
+    long seen, offset;  // slots that it sees, its place in q and out
 };
 
-// One thread's room.
-struct Desk {
+// The working memory of one thread.
+struct Scratch {
     std::vector<Query> queries;
-    std::vector<float> scores;   // [Q, L rounded up]
-    std::vector<Scalar> shares;  // the same, normed
-    std::vector<Wide> keys;      // [D / STEP] of 16 slots each
-    std::vector<Wide> values;    // of BLOCK slots
-    std::vector<Wide> sums;      // [Q, D / WIDTH]
+    std::vector<float> scores;    // [Q, L rounded up]; later their exponentials
+    std::vector<Scalar> weights;  // [Q, L rounded up], the softmax of the scores
+    std::vector<Vector> keys;     // [D / STEP] of 16 slots
+    std::vector<Vector> values;   // [VALUE_SLOTS / STEP, D / WIDTH]
+    std::vector<Vector> sums;     // [Q, D / WIDTH]
 };
 
-inline void fetch(const Scalar* from, long values) {
+inline void prefetch(const Scalar* from, long values) {
     for (long at = 0; at < values; at += 64 / long(sizeof(Scalar))) __builtin_prefetch(from + at);
 }
 
-// 16 slots' keys from `first` on, step by step; those beyond the last that is seen are the last one's.
-void turn(const Cache& cache, const Task& task, long first, Wide* keys) {
+// Loads the keys of 16 slots from `first` on, transposed. Slots after the last one that is seen repeat it.
+void load_transposed_keys(const Cache& cache, const Task& task, long first, Vector* keys) {
     const int64_t* slots = task.row.slots;
-    const long head = task.head, seen = task.most();
+    const long head = task.head, seen = task.most_seen();
     const Scalar* from[WIDTH];
     for (long j = 0; j < WIDTH; j++) from[j] = cache.key(slots[std::min(first + j, seen - 1)], head);
-    for (long j = first; j < std::min(first + WIDTH, seen); j++) {  // what is wanted soon is on its way
-        fetch(cache.key(slots[std::min(j + AHEAD, seen - 1)], head), cache.D);
-        fetch(cache.value(slots[j], head), cache.D);
+    for (long j = first; j < std::min(first + WIDTH, seen); j++) {
+        prefetch(cache.key(slots[std::min(j + PREFETCH_SLOTS, seen - 1)], head), cache.D);
+        prefetch(cache.value(slots[j], head), cache.D);
     }
     for (long d = 0; d < cache.D; d += WIDTH * STEP) {
-        Wide rows[WIDTH];
+        Vector rows[WIDTH];
 #pragma GCC unroll 16
         for (long j = 0; j < WIDTH; j++) rows[j] = load_steps(from[j] + d);
 #pragma GCC unroll 4
         for (int step = 1; step < WIDTH; step *= 2)
 #pragma GCC unroll 16
             for (int j = 0; j < WIDTH; j++)
-                if (!(j & step)) part(rows[j], rows[j + step], step);
+                if (!(j & step)) transpose_step(rows[j], rows[j + step], step);
 #pragma GCC unroll 16
         for (long j = 0; j < WIDTH; j++) keys[d / STEP + j] = rows[j];
     }
 }
 
-// 16 scores of each of H queries.
+// The scores of 16 slots for H queries; the scores of one query are `stride` apart from those of the next.
 template <int H>
-void score(const Wide* keys, long D, const Scalar* q, const Query* queries, float scale, float* scores, long room) {
-    Wide acc[H] = {};
+void score(const Vector* keys, long D, const Scalar* q, const Query* queries, float scale, float* scores, long stride) {
+    Vector acc[H] = {};
     const Scalar* from[H];
-    for (int g = 0; g < H; g++) from[g] = q + queries[g].at;
+    for (int g = 0; g < H; g++) from[g] = q + queries[g].offset;
     for (long d = 0; d < D; d += STEP)
-        for (int g = 0; g < H; g++) acc[g] = add_products(acc[g], keys[d / STEP], spread(from[g] + d));
+        for (int g = 0; g < H; g++) acc[g] = multiply_add(acc[g], keys[d / STEP], broadcast(from[g] + d));
 #pragma GCC unroll 8
-    for (int g = 0; g < H; g++) store(scores + g * room, acc[g] * scale);
+    for (int g = 0; g < H; g++) store(scores + g * stride, acc[g] * scale);
 }
 
 constexpr decltype(&score<1>) SCORE[] = {score<1>, score<2>, score<3>, score<4>,
                                          score<5>, score<6>, score<7>, score<8>};
 
-// The scores of a task, block by block of keys, of the queries that see any of them.
-void score_all(Desk& desk, const Cache& cache, const Task& task, const Scalar* q, float scale, long room) {
-    const long Q = desk.queries.size();
+// The scores of a task: for each block of 16 slots, those of the queries that see any of them.
+void score_all(Scratch& scratch, const Cache& cache, const Task& task, const Scalar* q, float scale, long stride) {
+    const long Q = scratch.queries.size();
     long from = 0;
-    for (long first = 0; first < task.most(); first += WIDTH) {
-        turn(cache, task, first, desk.keys.data());
-        while (desk.queries[from].seen <= first) from++;
-        for (long at = from; at < Q; at += SCORED)
-            SCORE[std::min<long>(SCORED, Q - at) - 1](desk.keys.data(), cache.D, q, &desk.queries[at], scale,
-                                                      desk.scores.data() + at * room + first, room);
+    for (long first = 0; first < task.most_seen(); first += WIDTH) {
+        load_transposed_keys(cache, task, first, scratch.keys.data());
+        while (scratch.queries[from].seen <= first) from++;
+        for (long at = from; at < Q; at += SCORE_QUERIES)
+            SCORE[std::min<long>(SCORE_QUERIES, Q - at) - 1](scratch.keys.data(), cache.D, q, &scratch.queries[at],
+                                                             scale, scratch.scores.data() + at * stride + first,
+                                                             stride);
     }
 }
 
-// What is within `seen` of a vector that begins at `at`, and `other` behind.
-inline Wide within(Wide value, long at, long seen, float other) {
-    return at + WIDTH <= seen ? value : PLACES < float(seen - at) ? value : other - Wide{};
+// Replaces by `masked` the elements of a vector, whose first index is `at`, from index `seen` on.
+inline Vector mask_unseen(Vector value, long at, long seen, float masked) {
+    return at + WIDTH <= seen ? value : INDICES < float(seen - at) ? value : masked - Vector{};
 }
 
-// Scores to shares of one query that sees so many of `room` slots: the others' shares are nothing.
-void soften(float* scores, Scalar* shares, long seen, long room) {
-    Wide high = -3e38f - Wide{}, total = {};
+// The softmax of one query's `seen` scores; the weights up to `stride` are 0.
+void softmax(float* scores, Scalar* weights, long seen, long stride) {
+    Vector high = MASKED_SCORE - Vector{}, total = {};
     for (long at = 0; at < seen; at += WIDTH) {
-        const Wide some = within(load(scores + at), at, seen, -3e38f);
-        high = some > high ? some : high;
+        const Vector x = mask_unseen(load(scores + at), at, seen, MASKED_SCORE);
+        high = x > high ? x : high;
     }
-    const Wide top = fold(high, [](Wide one, Wide other) { return one > other ? one : other; });
+    const Vector largest = reduce(high, [](Vector one, Vector two) { return one > two ? one : two; });
     for (long at = 0; at < seen; at += WIDTH) {
-        const Wide x = load(scores + at) - top, some = within(x == x ? power(x) : x, at, seen, 0);
-        store(scores + at, some);
-        total += some;
+        const Vector x = load(scores + at) - largest;
+        const Vector exponential = mask_unseen(x == x ? exp(x) : x, at, seen, 0);  // NaN stays NaN
+        store(scores + at, exponential);
+        total += exponential;
     }
-    const Wide share = 1.0f / fold(total, [](Wide one, Wide other) { return one + other; });
-    for (long at = 0; at < seen; at += WIDTH) store(shares + at, load(scores + at) * share);
-    for (long at = up(seen, WIDTH); at < room; at += WIDTH) store(shares + at, Wide{});
+    const Vector factor = 1.0f / reduce(total, [](Vector one, Vector two) { return one + two; });
+    for (long at = 0; at < seen; at += WIDTH) store(weights + at, load(scores + at) * factor);
+    for (long at = round_up(seen, WIDTH); at < stride; at += WIDTH) store(weights + at, Vector{});
 }
 
-// Adds up to BLOCK slots' values, times their shares, to H queries' sums; V vectors of a query at a time.
+// Adds `steps` steps of values, times their weights, to the sums of H queries, V vectors at a time.
 template <int H, int V>
-void add_values(const Wide* values, long width, long steps, const Scalar* shares, long room, Wide* sums) {
+void add_values(const Vector* values, long width, long steps, const Scalar* weights, long stride, Vector* sums) {
     for (long d = 0; d < width; d += V) {
-        Wide acc[H][V];
+        Vector acc[H][V];
         for (int g = 0; g < H; g++)
             for (int i = 0; i < V; i++) acc[g][i] = sums[g * width + d + i];
         for (long step = 0; step < steps; step++)
             for (int g = 0; g < H; g++) {
-                const Wide share = spread(shares + g * room + step * STEP);
-                for (int i = 0; i < V; i++) acc[g][i] = add_products(acc[g][i], share, values[step * width + d + i]);
+                const Vector weight = broadcast(weights + g * stride + step * STEP);
+                for (int i = 0; i < V; i++) acc[g][i] = multiply_add(acc[g][i], weight, values[step * width + d + i]);
             }
 #pragma GCC unroll 4
         for (int g = 0; g < H; g++)
@@ -162,95 +165,100 @@ void add_values(const Wide* values, long width, long steps, const Scalar* shares
     }
 }
 
-template <int V> constexpr decltype(&add_values<1, V>) ADD[] = {add_values<1, V>, add_values<2, V>, add_values<3, V>,
-                                                                add_values<4, V>};
+template <int V> constexpr decltype(&add_values<1, V>) ADD_VALUES[] = {add_values<1, V>, add_values<2, V>,
+                                                                       add_values<3, V>, add_values<4, V>};
 
-// Two slots' values at a time, or one: from `first` on, of `steps` such steps.
-void read_values(Desk& desk, const Cache& cache, const Task& task, long first, long steps) {
-    const long width = cache.D / WIDTH, last = task.most() - 1;
+// Loads the values of `steps` steps of STEP slots, from slot `first` on.
+void load_values(Scratch& scratch, const Cache& cache, const Task& task, long first, long steps) {
+    const long width = cache.D / WIDTH, last = task.most_seen() - 1;
     for (long step = 0; step < steps; step++) {
-        const long one = first + step * STEP, below = std::min(one + STEP - 1, last);
-        const Scalar* upper = cache.value(task.row.slots[one], task.head);
-        const Scalar* lower = cache.value(task.row.slots[below], task.head);
+        const long slot = first + step * STEP, next = std::min(slot + STEP - 1, last);
+        const Scalar* upper = cache.value(task.row.slots[slot], task.head);
+        const Scalar* lower = cache.value(task.row.slots[next], task.head);
         for (long d = 0; d < width; d++)
-            desk.values[step * width + d] = load_column(upper + d * WIDTH, lower + d * WIDTH);
+            scratch.values[step * width + d] = load_rows(upper + d * WIDTH, lower + d * WIDTH);
     }
 }
 
-void weigh(Desk& desk, const Cache& cache, const Task& task, long room, Scalar* out) {
-    const long width = cache.D / WIDTH, Q = desk.queries.size();
-    desk.values.resize(BLOCK / STEP * width);
-    desk.sums.assign(Q * width, Wide{});
+// Writes each query's sum of values times weights to `out`.
+void sum_values(Scratch& scratch, const Cache& cache, const Task& task, long stride, Scalar* out) {
+    const long width = cache.D / WIDTH, Q = scratch.queries.size();
+    scratch.values.resize(VALUE_SLOTS / STEP * width);
+    scratch.sums.assign(Q * width, Vector{});
     long from = 0;
-    for (long first = 0; first < task.most(); first += BLOCK) {
-        read_values(desk, cache, task, first, up(std::min(BLOCK, task.most() - first), STEP) / STEP);
-        while (desk.queries[from].seen <= first) from++;
-        for (long at = from; at < Q; at += WEIGHED) {
-            const long more = std::min<long>(WEIGHED, Q - at) - 1, seen = desk.queries[at + more].seen;
-            (width % 4 ? ADD<1> : ADD<4>)[more](desk.values.data(), width,
-                                                up(std::min(BLOCK, seen - first), STEP) / STEP,
-                                                desk.shares.data() + at * room + first, room,
-                                                desk.sums.data() + at * width);
+    for (long first = 0; first < task.most_seen(); first += VALUE_SLOTS) {
+        load_values(scratch, cache, task, first,
+                    round_up(std::min(VALUE_SLOTS, task.most_seen() - first), STEP) / STEP);
+        while (scratch.queries[from].seen <= first) from++;
+        for (long at = from; at < Q; at += VALUE_QUERIES) {
+            const long more = std::min<long>(VALUE_QUERIES, Q - at) - 1, seen = scratch.queries[at + more].seen;
+            (width % 4 ? ADD_VALUES<1> : ADD_VALUES<4>)[more](
+                scratch.values.data(), width, round_up(std::min(VALUE_SLOTS, seen - first), STEP) / STEP,
+                scratch.weights.data() + at * stride + first, stride, scratch.sums.data() + at * width);
         }
     }
     for (long at = 0; at < Q; at++)
-        for (long d = 0; d < width; d++) store(out + desk.queries[at].at + d * WIDTH, desk.sums[at * width + d]);
+        for (long d = 0; d < width; d++)
+            store(out + scratch.queries[at].offset + d * WIDTH, scratch.sums[at * width + d]);
 }
 
 struct Shape {
     long N, K, D, C;
-    long heads() const { return N / K; }
+    long group() const { return N / K; }
 };
 
-// The tasks of a plan, those of many tokens and of the last ones first. Gives how many multiplications they are.
-long read_plan(const Shape& shape, const int64_t* plan, std::vector<Task>& tasks) {
+// Cuts the rows of a plan into tasks: first those of rows with several tokens, the last tokens of a row first, since
+// these take longest. Returns the number of multiplications.
+long make_tasks(const Shape& shape, const int64_t* plan, std::vector<Task>& tasks) {
     const int64_t *firsts = plan + 1, *lengths = firsts + shape.C, *stops = lengths + shape.C, *slots = stops + shape.C;
     long work = 0;
     tasks.clear();
     for (long at = 0; at < shape.C; at++) {
         const long begin = at ? stops[at - 1] : 0, seen = stops[at] - begin, tokens = lengths[at];
         const Row row{slots + begin, seen, firsts[at], tokens};
-        const long some = std::clamp(ROOM / (shape.heads() * seen), 1L, TOKENS);
-        for (long end = tokens; end > 0; end -= some)
-            for (long head = 0; head < shape.K; head++) tasks.push_back({row, head, std::max(0L, end - some), end});
+        const long task_tokens = std::clamp(TASK_SCORES / (shape.group() * seen), 1L, TASK_TOKENS);
+        for (long end = tokens; end > 0; end -= task_tokens)
+            for (long head = 0; head < shape.K; head++)
+                tasks.push_back({row, head, std::max(0L, end - task_tokens), end});
         work += tokens * seen * shape.N * shape.D;
     }
     std::stable_partition(tasks.begin(), tasks.end(), [](const Task& task) { return task.row.tokens > 1; });
     return work;
 }
 
-void attend(Desk& desk, const Shape& shape, const Cache& cache, const Task& task, const Scalar* q, float scale,
+void attend(Scratch& scratch, const Shape& shape, const Cache& cache, const Task& task, const Scalar* q, float scale,
             Scalar* out) {
-    const long G = shape.heads(), room = up(task.most(), WIDTH);
-    desk.queries.clear();
+    const long G = shape.group(), stride = round_up(task.most_seen(), WIDTH);
+    scratch.queries.clear();
     for (long token = task.begin; token < task.end; token++)
         for (long g = 0; g < G; g++)
-            desk.queries.push_back(
-                {task.seen(token), ((task.row.token + token) * shape.N + task.head * G + g) * shape.D});
-    const long Q = desk.queries.size();
-    desk.scores.resize(Q * room), desk.shares.resize(Q * room), desk.keys.resize(shape.D / STEP);
-    score_all(desk, cache, task, q, scale, room);
+            scratch.queries.push_back(
+                {task.seen(token), ((task.row.first + token) * shape.N + task.head * G + g) * shape.D});
+    const long Q = scratch.queries.size();
+    scratch.scores.resize(Q * stride), scratch.weights.resize(Q * stride), scratch.keys.resize(shape.D / STEP);
+    score_all(scratch, cache, task, q, scale, stride);
     for (long at = 0; at < Q; at++)
-        soften(desk.scores.data() + at * room, desk.shares.data() + at * room, desk.queries[at].seen, room);
-    weigh(desk, cache, task, room, out);
+        softmax(scratch.scores.data() + at * stride, scratch.weights.data() + at * stride, scratch.queries[at].seen,
+                stride);
+    sum_values(scratch, cache, task, stride, out);
 }
 
 }  // namespace
 
-// q, out [T, N, D], k, v [M, K, D], plan [C, the rows' first tokens, how many each has, where each one's slots end, then
-// the slots, row after row]. A row's last token sees all of its slots.
+// q, out [T, N, D], k, v [M, K, D], plan [C, each row's first token, each row's number of tokens, the end of each row's
+// slots, then the slots of all rows]. A row's last token sees all of its slots.
 extern "C" void run(const Scalar* q, const Scalar* k, const Scalar* v, Scalar* out, const int64_t* plan, int64_t N,
                     int64_t K, int64_t D, float scale) {
     const Shape shape{N, K, D, plan[0]};
     const Cache cache{k, v, K, D};
     static thread_local std::vector<Task> own_tasks;
-    const long work = read_plan(shape, plan, own_tasks);
-    const std::vector<Task>& tasks = own_tasks;  // the calling thread's, for all
-#pragma omp parallel if (work >= LEAST)
+    const long work = make_tasks(shape, plan, own_tasks);
+    const std::vector<Task>& tasks = own_tasks;  // of the calling thread, read by all threads
+#pragma omp parallel if (work >= PARALLEL_MIN)
     {
-        static thread_local Desk own;
-        Desk& desk = own;
+        static thread_local Scratch own;
+        Scratch& scratch = own;
 #pragma omp for schedule(dynamic, 1)
-        for (size_t task = 0; task < tasks.size(); task++) attend(desk, shape, cache, tasks[task], q, scale, out);
+        for (size_t task = 0; task < tasks.size(); task++) attend(scratch, shape, cache, tasks[task], q, scale, out);
     }
 }

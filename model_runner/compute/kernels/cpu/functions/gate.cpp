@@ -1,4 +1,4 @@
-// The SiLU gate of an MLP on a CPU: silu(gate), rounded, times up.
+// The SiLU gate of an MLP on a CPU: silu(gate), rounded as torch rounds it, times up.
 //
 // Legend: T tokens, I inner size.
 
@@ -8,13 +8,13 @@
 
 namespace {
 
-constexpr long PIECE = 2048;     // values of a task, of one row
-constexpr long LEAST = 1 << 15;  // values that a second thread is worth
+constexpr long TASK_VALUES = 2048;      // at most; a task is within one row
+constexpr long PARALLEL_MIN = 1 << 15;  // values from which several threads are used
 
-void piece(const Scalar* gate, const Scalar* up, Scalar* out, long values) {
-    each(values, [&](long at, auto there) {
-        const Wide given = load(gate + at, there), x = given < -88.0f ? -88.0f - Wide{} : given;  // below it is nothing
-        store(out + at, as_stored(x / (1.0f + power(-x))) * load(up + at, there), there);
+void silu_mul(const Scalar* gate, const Scalar* up, Scalar* out, long values) {
+    for_each_vector(values, [&](long at, auto count) {
+        const Vector given = load(gate + at, count), x = given < -88.0f ? -88.0f - Vector{} : given;  // silu is 0 below
+        store(out + at, round_as_stored(x / (1.0f + exp(-x))) * load(up + at, count), count);
     });
 }
 
@@ -22,11 +22,11 @@ void piece(const Scalar* gate, const Scalar* up, Scalar* out, long values) {
 
 // gate_up [T, 2 I], out [T, I].
 extern "C" void run(const Scalar* gate_up, Scalar* out, int64_t T, int64_t I) {
-    const long pieces = (I + PIECE - 1) / PIECE;
-#pragma omp parallel for schedule(static) if (T * I >= LEAST)
-    for (long task = 0; task < T * pieces; task++) {
-        const long row = task / pieces, begin = task % pieces * PIECE;
+    const long tasks = (I + TASK_VALUES - 1) / TASK_VALUES;  // of a row
+#pragma omp parallel for schedule(static) if (T * I >= PARALLEL_MIN)
+    for (long task = 0; task < T * tasks; task++) {
+        const long row = task / tasks, begin = task % tasks * TASK_VALUES;
         const Scalar* gate = gate_up + row * 2 * I + begin;
-        piece(gate, gate + I, out + row * I + begin, std::min(PIECE, I - begin));
+        silu_mul(gate, gate + I, out + row * I + begin, std::min(TASK_VALUES, I - begin));
     }
 }

@@ -1,4 +1,4 @@
-// The plain RMSNorm on a CPU with what it is added to: total = residual + x, normed = weight * (total / rms), each
+// The residual addition and the plain RMSNorm on a CPU: total = residual + x, normed = weight * (total / rms), both
 // rounded where torch rounds.
 //
 // Legend: T tokens, H hidden size.
@@ -9,22 +9,22 @@
 
 namespace {
 
-constexpr long LEAST = 1 << 14;  // values that a second thread is worth
+constexpr long PARALLEL_MIN = 1 << 14;  // values from which several threads are used
 
-// Gives the sum of squares.
+// Writes total; returns the sum of its squares.
 float add(const Scalar* x, const Scalar* residual, Scalar* total, long H) {
-    Wide squares = {};
-    each(H, [&](long at, auto there) {
-        const Wide some = as_stored(load(residual + at, there) + load(x + at, there));
-        store(total + at, some, there);
-        squares += some * some;
+    Vector squares = {};
+    for_each_vector(H, [&](long at, auto count) {
+        const Vector value = round_as_stored(load(residual + at, count) + load(x + at, count));
+        store(total + at, value, count);
+        squares += value * value;
     });
-    return fold(squares, [](Wide one, Wide other) { return one + other; })[0];
+    return reduce(squares, [](Vector one, Vector two) { return one + two; })[0];
 }
 
 void norm(const Scalar* total, const Scalar* weight, Scalar* normed, long H, float factor) {
-    each(H, [&](long at, auto there) {
-        store(normed + at, load(weight + at, there) * as_stored(load(total + at, there) * factor), there);
+    for_each_vector(H, [&](long at, auto count) {
+        store(normed + at, load(weight + at, count) * round_as_stored(load(total + at, count) * factor), count);
     });
 }
 
@@ -33,7 +33,7 @@ void norm(const Scalar* total, const Scalar* weight, Scalar* normed, long H, flo
 // x, residual, normed, total [T, H], weight [H].
 extern "C" void run(const Scalar* x, const Scalar* residual, const Scalar* weight, Scalar* normed, Scalar* total,
                     int64_t T, int64_t H, float eps) {
-#pragma omp parallel for schedule(static) if (T * H >= LEAST)
+#pragma omp parallel for schedule(static) if (T * H >= PARALLEL_MIN)
     for (long at = 0; at < T * H; at += H) {
         const float squares = add(x + at, residual + at, total + at, H);
         norm(total + at, weight, normed + at, H, 1 / std::sqrt(squares / H + eps));

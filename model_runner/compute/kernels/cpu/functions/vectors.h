@@ -1,5 +1,7 @@
-// Vectors of 16 floats, whatever the processor makes of them, and bfloat16 in and out. Compiled with BFLOAT16 a Scalar
-// is one; where the processor multiplies pairs of them, and NO_PAIRS does not forbid it, a vector may hold 16 pairs.
+// Vectors of 16 floats in GCC's vector extension, loaded from and stored to float or bfloat16.
+//
+// With BFLOAT16 defined a Scalar is a bfloat16, else a float. If the processor multiplies pairs of bfloat16
+// (AVX512_BF16) and NO_PAIRS is not defined, a Vector may also hold 16 such pairs.
 
 #pragma once
 
@@ -21,183 +23,183 @@ using Scalar = uint16_t;
 using Scalar = float;
 #endif
 
-constexpr long WIDTH = 16;            // floats of a vector
-constexpr long STEP = PAIRS ? 2 : 1;  // values multiplied at once
+constexpr long WIDTH = 16;            // floats in a vector
+constexpr long STEP = PAIRS ? 2 : 1;  // values of a row that one multiply_add takes for each float
 
-using Wide = float __attribute__((vector_size(4 * WIDTH)));
-using Bits = uint32_t __attribute__((vector_size(4 * WIDTH)));
-using Ints = int32_t __attribute__((vector_size(4 * WIDTH)));
-using Halves = uint16_t __attribute__((vector_size(2 * WIDTH)));
+using Vector = float __attribute__((vector_size(4 * WIDTH)));
+using UintVector = uint32_t __attribute__((vector_size(4 * WIDTH)));
+using IntVector = int32_t __attribute__((vector_size(4 * WIDTH)));
+using HalfVector = uint16_t __attribute__((vector_size(2 * WIDTH)));
 
-template <class To, class From> inline To copied(const From* from) {
+template <class To, class From> inline To load_bits(const From* from) {
     To to;
     std::memcpy(&to, from, sizeof to);
     return to;
 }
 
-inline Wide load(const float* from) { return copied<Wide>(from); }
-inline Bits longer(Halves value) {
+inline Vector load(const float* from) { return load_bits<Vector>(from); }
+inline UintVector to_uint32(HalfVector value) {
 #if PAIRS
-    return (Bits)_mm512_cvtepu16_epi32((__m256i)value);  // one instruction, which compilers do not find
+    return (UintVector)_mm512_cvtepu16_epi32((__m256i)value);  // one instruction; compilers emit several
 #else
-    return __builtin_convertvector(value, Bits);
+    return __builtin_convertvector(value, UintVector);
 #endif
 }
-inline Wide load(const uint16_t* from) { return (Wide)(longer(copied<Halves>(from)) << 16); }
+inline Vector load(const uint16_t* from) { return (Vector)(to_uint32(load_bits<HalfVector>(from)) << 16); }
 inline float widen(float value) { return value; }
 inline float widen(uint16_t value) {
     const uint32_t bits = uint32_t(value) << 16;
-    return copied<float>(&bits);
+    return load_bits<float>(&bits);
 }
 
-inline Halves rounded(Wide value) {  // to nearest, ties to even; a NaN stays one
+inline HalfVector round_to_bfloat16(Vector value) {  // to nearest, ties to even; NaN stays NaN
 #if PAIRS
-    return (Halves)_mm512_cvtneps_pbh((__m512)value);
+    return (HalfVector)_mm512_cvtneps_pbh((__m512)value);
 #else
-    const Bits bits = (Bits)value, even = (bits >> 16) & 1;
-    const Bits kept = value == value ? (bits + 0x7fff + even) >> 16 : (bits >> 16) | 0x40;
-    return __builtin_convertvector(kept, Halves);
+    const UintVector bits = (UintVector)value, even = (bits >> 16) & 1;
+    const UintVector kept = value == value ? (bits + 0x7fff + even) >> 16 : (bits >> 16) | 0x40;
+    return __builtin_convertvector(kept, HalfVector);
 #endif
 }
-inline void store(float* to, Wide value) { std::memcpy(to, &value, sizeof value); }
-inline void store(uint16_t* to, Wide value) {
-    const Halves halves = rounded(value);
+inline void store(float* to, Vector value) { std::memcpy(to, &value, sizeof value); }
+inline void store(uint16_t* to, Vector value) {
+    const HalfVector halves = round_to_bfloat16(value);
     std::memcpy(to, &halves, sizeof halves);
 }
 
-// The same of which only so many are there, the others 0.
-template <class Value> inline Wide load(const Value* from, long there) {
-    Value some[WIDTH] = {};
-    std::memcpy(some, from, there * sizeof(Value));
-    return load(some);
+// The first `count` values alone; on loading the others are 0.
+template <class Value> inline Vector load(const Value* from, long count) {
+    Value values[WIDTH] = {};
+    std::memcpy(values, from, count * sizeof(Value));
+    return load(values);
 }
-template <class Value> inline void store(Value* to, Wide value, long there) {
-    Value some[WIDTH];
-    store(some, value);
-    std::memcpy(to, some, there * sizeof(Value));
+template <class Value> inline void store(Value* to, Vector value, long count) {
+    Value values[WIDTH];
+    store(values, value);
+    std::memcpy(to, values, count * sizeof(Value));
 }
 
-// A whole vector, where that is known beforehand.
-struct Whole {};
-template <class Value> inline Wide load(const Value* from, Whole) { return load(from); }
-template <class Value> inline void store(Value* to, Wide value, Whole) { store(to, value); }
+// In place of a count that is known to be WIDTH when compiling.
+struct FullVector {};
+template <class Value> inline Vector load(const Value* from, FullVector) { return load(from); }
+template <class Value> inline void store(Value* to, Vector value, FullVector) { store(to, value); }
 
-// Calls `act` with where each vector of so many values begins, and how much of it is there.
-template <class Act> inline void each(long values, Act act) {
+// Calls function(index of the first value, count) for each vector of an array of `values` values.
+template <class Function> inline void for_each_vector(long values, Function function) {
     long at = 0;
-    for (; at + WIDTH <= values; at += WIDTH) act(at, Whole{});
-    if (at < values) act(at, values - at);
+    for (; at + WIDTH <= values; at += WIDTH) function(at, FullVector{});
+    if (at < values) function(at, values - at);
 }
 
-// As it is once it has been stored.
-inline Wide as_stored(Wide value) {
+// The value after a store as Scalars and a load.
+inline Vector round_as_stored(Vector value) {
 #ifdef BFLOAT16
-    return (Wide)(longer(rounded(value)) << 16);
+    return (Vector)(to_uint32(round_to_bfloat16(value)) << 16);
 #else
     return value;
 #endif
 }
 
-// e to the power of x: 2^n e^r with |r| <= ln 2 / 2, e^r by its series to the sixth power, off by 1e-7 of itself. An x
-// below -87 or above 88 counts as that; what comes of a NaN is some number.
-inline Wide power(Wide given) {
-    const Wide some = given < -87.0f ? -87.0f - Wide{} : given, x = some > 88.0f ? 88.0f - Wide{} : some;
-    const float magic = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number
-    const Wide shifted = x * 1.44269504f + magic, n = shifted - magic;
-    const Wide r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    Wide series = r * (1.0f / 720) + 1.0f / 120;
+// e^x = 2^n e^r with |r| <= ln 2 / 2, and e^r by its Taylor series of degree 6; relative error 1e-7. x is clamped to
+// -87 .. 88; the result for NaN is an arbitrary number.
+inline Vector exp(Vector value) {
+    const Vector low = value < -87.0f ? -87.0f - Vector{} : value, x = low > 88.0f ? 88.0f - Vector{} : low;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds a float to an integer
+    const Vector shifted = x * 1.44269504f + magic, n = shifted - magic;
+    const Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Vector series = r * (1.0f / 720) + 1.0f / 120;
     series = series * r + 1.0f / 24, series = series * r + 1.0f / 6, series = series * r + 0.5f;
     series = (series * r + 1.0f) * r + 1.0f;
-    return (Wide)((Ints)series + ((Ints)shifted << 23));
+    return (Vector)((IntVector)series + ((IntVector)shifted << 23));
 }
 
-// One step of turning 16 rows of 16 into columns: of every other element of two rows, those at even and at odd places.
-inline void part(Wide& one, Wide& two, int step) {
-    Bits even, odd;
+// One of the four steps (1, 2, 4, 8) of transposing 16 rows of 16: exchanges elements `step` apart between two rows.
+inline void transpose_step(Vector& one, Vector& two, int step) {
+    UintVector even, odd;
 #pragma GCC unroll 16
     for (int i = 0; i < WIDTH; i++) {
         even[i] = i & step ? WIDTH + (i ^ step) : i;
         odd[i] = i & step ? WIDTH + i : i ^ step;
     }
-    const Wide first = one, second = two;
+    const Vector first = one, second = two;
     one = __builtin_shuffle(first, second, even);
     two = __builtin_shuffle(first, second, odd);
 }
 
-// All elements taken together, two by two, at every place.
-template <class Take> inline Wide fold(Wide value, Take take) {
+// The reduction of all elements by a binary function, in every element of the result.
+template <class Combine> inline Vector reduce(Vector value, Combine combine) {
 #pragma GCC unroll 4
     for (int step = WIDTH / 2; step; step /= 2) {
-        Bits other;
+        UintVector other;
 #pragma GCC unroll 16
         for (int i = 0; i < WIDTH; i++) other[i] = i ^ step;
-        value = take(value, __builtin_shuffle(value, other));
+        value = combine(value, __builtin_shuffle(value, other));
     }
     return value;
 }
 
-// Element i is the sum of vector i, of sixteen.
-inline Wide sums(const Wide* of) {
-    Wide vectors[WIDTH];
+// Element i of the result is the sum of the elements of vector i, of 16 vectors.
+inline Vector sum_each(const Vector* given) {
+    Vector vectors[WIDTH];
 #pragma GCC unroll 16
-    for (int i = 0; i < WIDTH; i++) vectors[i] = of[i];
+    for (int i = 0; i < WIDTH; i++) vectors[i] = given[i];
 #pragma GCC unroll 4
     for (int step = 1; step < WIDTH; step *= 2)
 #pragma GCC unroll 8
         for (int at = 0; at < WIDTH; at += 2 * step) {
-            part(vectors[at], vectors[at + step], step);
+            transpose_step(vectors[at], vectors[at + step], step);
             vectors[at] += vectors[at + step];
         }
     return vectors[0];
 }
 
-// total + the products of 16 pairs, or of 16 floats, summed pair by pair.
-inline Wide add_products(Wide total, Wide one, Wide two) {
+// total + one * two for each float, or for each pair the sum of its two products.
+inline Vector multiply_add(Vector total, Vector one, Vector two) {
 #if PAIRS
-    return (Wide)_mm512_dpbf16_ps((__m512)total, (__m512bh)one, (__m512bh)two);
+    return (Vector)_mm512_dpbf16_ps((__m512)total, (__m512bh)one, (__m512bh)two);
 #else
     return total + one * two;
 #endif
 }
 
-// WIDTH * STEP values: pairs as they lie, or floats.
-inline Wide load_steps(const Scalar* from) {
+// WIDTH * STEP values in a row: as pairs, or as floats.
+inline Vector load_steps(const Scalar* from) {
 #if PAIRS
-    return copied<Wide>(from);
+    return load_bits<Vector>(from);
 #else
     return load(from);
 #endif
 }
 
-// The same of which so many are there, the others 0.
-inline Wide load_steps(const Scalar* from, long there) {
+// The first `count` values alone, the others 0.
+inline Vector load_steps(const Scalar* from, long count) {
 #if PAIRS
-    const __mmask32 mask = there >= 2 * WIDTH ? ~0u : (1u << there) - 1;
-    return (Wide)_mm512_maskz_loadu_epi16(mask, from);
+    const __mmask32 mask = count >= 2 * WIDTH ? ~0u : (1u << count) - 1;
+    return (Vector)_mm512_maskz_loadu_epi16(mask, from);
 #else
-    if (there >= WIDTH) return load_steps(from);
-    Wide some = {};
-    for (long i = 0; i < there; i++) some[i] = widen(from[i]);
-    return some;
+    if (count >= WIDTH) return load_steps(from);
+    Vector values = {};
+    for (long i = 0; i < count; i++) values[i] = widen(from[i]);
+    return values;
 #endif
 }
 
-// WIDTH values of one row, or pairs of these and of those below them.
-inline Wide load_column(const Scalar* one, [[maybe_unused]] const Scalar* below) {
+// WIDTH columns of STEP rows: the values of one row, or pairs of a value and the one below it in the next row.
+inline Vector load_rows(const Scalar* one, [[maybe_unused]] const Scalar* below) {
 #if PAIRS
-    const auto low = copied<Halves>(one), high = copied<Halves>(below);
-    return (Wide)(longer(low) | longer(high) << 16);
+    const auto low = load_bits<HalfVector>(one), high = load_bits<HalfVector>(below);
+    return (Vector)(to_uint32(low) | to_uint32(high) << 16);
 #else
     return load(one);
 #endif
 }
 
-// The same step, a pair or a value, WIDTH times.
-inline Wide spread(const Scalar* step) {
+// One pair or one value, WIDTH times.
+inline Vector broadcast(const Scalar* step) {
 #if PAIRS
-    return (Wide)_mm512_set1_epi32(copied<int>(step));
+    return (Vector)_mm512_set1_epi32(load_bits<int>(step));
 #else
-    return widen(*step) - Wide{};
+    return widen(*step) - Vector{};
 #endif
 }
 
