@@ -1,1 +1,1 @@
-"""What computes: attention, small operations, the sampler, and kernels under them."""
+"""Attention, the small operations between matmuls, the sampler, and the kernels that they call."""

@@ -1,1 +1,1 @@
-"""Attention over paged caches: one small base class, and its backends."""
+"""Attention over the paged KV cache: one base class and its backends."""

@@ -1,4 +1,4 @@
-"""The attention seam: one small base class and a lazy table of names.
+"""The interface of attention backends, and a table of them by name.
 
 Legend: T tokens of the step, N query heads, K key/value heads, D head size, P pages, S page size. The cache of a
 layer is k and v of [P, S, K, D]; page 0 is scratch.
@@ -29,11 +29,11 @@ class AttentionBackend(KernelUser, ABC):
     def plan(self, layout: Layout, into: Any | None = None) -> Any:
         """The step's metadata, from host arrays, shared by all layers.
 
-        `into`: what `static` returned, for a layout of as many chunks of length 1; filled in place and returned.
+        `into`: metadata from `static`, for a layout of as many chunks of length 1; it is filled in place and returned.
         """
 
     def static(self, tokens: int) -> Any:
-        """Metadata whose buffers never move, for decode steps of exactly `tokens` chunks of length 1 (CUDA graphs)."""
+        """Metadata in buffers at fixed addresses, for captured decode steps of exactly `tokens` chunks of length 1."""
         raise NotImplementedError(f"{type(self).__name__} has no static buffers")
 
     @abstractmethod
@@ -57,9 +57,9 @@ class AttentionBackend(KernelUser, ABC):
         """
 
     def slots(self, meta: Any) -> torch.Tensor | None:
-        """[T] int32: where the step's K and V go, for a kernel that puts them there before `attend_stored`.
+        """[T]: the slots of the step's K and V, for a kernel that stores them before `attend_stored`.
 
-        None: this backend wants them handed to `attend`.
+        None: the caller must pass K and V to `attend`.
         """
         return None
 
@@ -74,7 +74,7 @@ class AttentionBackend(KernelUser, ABC):
         window: int | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        """`attend` where the step's K and V are at their slots already. Only of backends that tell the slots."""
+        """Attends when the step's K and V are stored already; for backends with `slots`."""
         raise NotImplementedError
 
 

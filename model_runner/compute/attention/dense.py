@@ -1,4 +1,4 @@
-"""Attention over gathered keys and values, in plain torch: the arithmetic, without pages.
+"""Attention over gathered keys and values in plain torch. Does not know pages.
 
 Legend: C rows of one token each, n tokens of one row, L gathered positions, N query heads, K key/value heads,
 G = N / K, D head size.
@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class Scores(NamedTuple):
-    """What becomes of q k^T in a layer: times the scale, then between -softcap and softcap, if there is one."""
+    """How a layer computes scores from q k^T: times `scale`, then softcap * tanh(score / softcap) if there is one."""
 
     scale: float
     softcap: float | None = None
@@ -22,7 +22,7 @@ class Scores(NamedTuple):
 def decode(
     q_CND: torch.Tensor, k_CKLD: torch.Tensor, v_CKLD: torch.Tensor, seen_CL: torch.Tensor, scores: Scores
 ) -> torch.Tensor:
-    """[C, N, D]. The G query heads of a key/value head stand where a prefill has its tokens, so K is not repeated."""
+    """[C, N, D]. The G query heads of a key/value head take the place of tokens, so that K and V are not repeated."""
     chunks, heads, _, size = k_CKLD.shape
     q_CKGD = q_CND.reshape(chunks, heads, -1, size)
     seen = seen_CL[:, None, None].expand(-1, 1, q_CKGD.shape[2], -1)
@@ -35,7 +35,7 @@ def decode(
 def prefill(
     q_nND: torch.Tensor, k_LKD: torch.Tensor, v_LKD: torch.Tensor, seen_nL: torch.Tensor | None, scores: Scores
 ) -> torch.Tensor:
-    """[n, N, D], with K as the batch, G as the heads, and each key/value head seen G times without a copy.
+    """[n, N, D]. K is the batch dimension and G the heads; K and V are expanded to G without a copy.
 
     `seen_nL` None: token i sees the first i + 1 positions, and L is n.
     """
@@ -52,7 +52,7 @@ def prefill(
 
 
 def _softcapped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scores: Scores) -> torch.Tensor:
-    """What scaled_dot_product_attention cannot do: a score s becomes softcap * tanh(s / softcap) before the mask."""
+    """Attention with a softcap, which scaled_dot_product_attention does not have."""
     scale, softcap = scores
     assert softcap is not None
     capped = softcap * torch.tanh((q @ k.transpose(-1, -2)).float() * (scale / softcap))

@@ -1,10 +1,10 @@
-"""Paged attention in torch, on any device: the reference, and with what is compiled of it the fast path on a CPU.
+"""Paged attention in torch, on any device: the reference, and with its C++ kernel the fast path on a CPU.
 
-What is compiled takes a whole step in one call; only longer chunks that slide over a window are not for it. Without it
-chunks of length 1 (decodes) go together, padded to a common length, and longer ones (prefills) one by one. A padded
-place points at the row's own newest token and is masked, so nothing but a row's own pages is ever read for it.
+The kernel computes a whole step in one call, except chunks of several tokens that exceed a sliding window. Without it,
+chunks of length 1 (decodes) are computed together, padded to a common length, and longer ones (prefills) one by one.
+Padding repeats the row's newest token and is masked, so only a row's own pages are ever read for it.
 
-    decode  row a  [k0 k1 k2 k3 k4]        window w: the gather begins at the first position that is seen
+    decode  row a  [k0 k1 k2 k3 k4]        with a window the gather begins at the first position that is seen
             row b  [k0 k1 k2 k2 k2]  <- masked repeats
 
 Legend: T tokens of the step, C chunks, L gathered positions, n tokens of a chunk, N query heads, K key/value heads,
@@ -36,8 +36,11 @@ _SHORTEST_BUCKET = 64
 
 @dataclass(frozen=True)
 class _Decode:
-    """Some chunks of length 1: their tokens [C], None where the step has no others; the slots they see [C, L], and
-    which of these are real [C, L].
+    """Chunks of length 1 that are computed together.
+
+    tokens_C   their tokens, None if the step has no other chunks
+    slots_CL   the slots that they see, padded
+    seen_CL    which of these are not padding
     """
 
     tokens_C: torch.Tensor | None
@@ -47,9 +50,9 @@ class _Decode:
 
 @dataclass(frozen=True)
 class _Prefill:
-    """One longer chunk: its tokens, and the slots [L] it sees.
+    """A longer chunk: tokens begin..end - 1, and the slots that it sees.
 
-    seen_nL   None where plain causality is enough, and the chunk itself is all it sees
+    seen_nL   which slots each token sees; None: the chunk sees only itself, causally
     """
 
     begin: int
@@ -60,16 +63,16 @@ class _Prefill:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a step reads, for layers of one window. `compiled`: the part of the compiled function, as that takes it."""
+    """How a step is computed in layers of one window. `kernel_plan`: the kernel's argument for the rows it computes."""
 
     decodes: list[_Decode]
     prefills: list[_Prefill]
-    compiled: torch.Tensor | None
+    kernel_plan: torch.Tensor | None
 
 
 @dataclass(frozen=True)
-class Meta:
-    """A step's metadata; plans are made at the first layer of each window size."""
+class TorchAttentionMetadata:
+    """A step's metadata; the plan of each window size is made at the first layer that has it."""
 
     layout: Layout
     slots_T: torch.Tensor
@@ -77,7 +80,7 @@ class Meta:
 
 
 class TorchAttention(AttentionBackend):
-    """Gathers by slot, attends by scaled_dot_product_attention; or lets what is compiled do both."""
+    """Gathers K and V by slot and calls scaled_dot_product_attention; on a CPU the C++ kernel replaces both."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -93,12 +96,12 @@ class TorchAttention(AttentionBackend):
         )
         return [KernelKey("attend", dtype_name(dtype))] if called else []
 
-    def plan(self, layout: Layout, into: Any | None = None) -> Meta:
-        """Slots of the step's tokens; `into` is for backends that graphs replay."""
-        assert into is None, "this backend has no static buffers"
-        return Meta(layout, self._tensor(layout.slots()))
+    def plan(self, layout: Layout, into: Any | None = None) -> TorchAttentionMetadata:
+        """The slots of the step's tokens. There is no static metadata, so `into` must be None."""
+        assert into is None, "this backend has no static metadata"
+        return TorchAttentionMetadata(layout, self._tensor(layout.slots()))
 
-    def slots(self, meta: Meta) -> torch.Tensor | None:
+    def slots(self, meta: TorchAttentionMetadata) -> torch.Tensor | None:
         return meta.slots_T
 
     def attend(
@@ -108,7 +111,7 @@ class TorchAttention(AttentionBackend):
         v_TKD: torch.Tensor,
         k_cache_PSKD: torch.Tensor,
         v_cache_PSKD: torch.Tensor,
-        meta: Meta,
+        meta: TorchAttentionMetadata,
         *,
         scale: float,
         window: int | None = None,
@@ -123,7 +126,7 @@ class TorchAttention(AttentionBackend):
         q_TND: torch.Tensor,
         k_cache_PSKD: torch.Tensor,
         v_cache_PSKD: torch.Tensor,
-        meta: Meta,
+        meta: TorchAttentionMetadata,
         *,
         scale: float,
         window: int | None = None,
@@ -133,20 +136,20 @@ class TorchAttention(AttentionBackend):
         scores = Scores(scale, softcap)
         kernel = self._kernel(q_TND, k_cache_PSKD, scores)
         if window not in meta.plans:
-            meta.plans[window] = self._plan(meta.layout, window, compiled=kernel is not None)
+            meta.plans[window] = self._plan(meta.layout, window, use_kernel=kernel is not None)
         plan = meta.plans[window]
         if len(plan.decodes) == 1 and plan.decodes[0].tokens_C is None:
             return self._decode(q_TND, *caches, plan.decodes[0], scores)
         out_TND = torch.empty_like(q_TND, memory_format=torch.contiguous_format)
-        if plan.compiled is not None:
+        if plan.kernel_plan is not None:
             assert kernel is not None
             heads = q_TND.shape[1], *k_cache_PSKD.shape[2:]
-            kernel(q_TND.contiguous(), *caches, out_TND, plan.compiled, *heads, scale)
+            kernel(q_TND.contiguous(), *caches, out_TND, plan.kernel_plan, *heads, scale)
         for decode in plan.decodes:
             out_TND[decode.tokens_C] = self._decode(q_TND[decode.tokens_C], *caches, decode, scores)
         for prefill in plan.prefills:
-            here = slice(prefill.begin, prefill.end)
-            out_TND[here] = self._prefill(q_TND[here], *caches, prefill, scores)
+            tokens = slice(prefill.begin, prefill.end)
+            out_TND[tokens] = self._prefill(q_TND[tokens], *caches, prefill, scores)
         return out_TND
 
     def _decode(
@@ -163,28 +166,31 @@ class TorchAttention(AttentionBackend):
         return dense.prefill(q_nND, k, v, prefill.seen_nL, scores)
 
     def _kernel(self, q_TND: torch.Tensor, k_cache_PSKD: torch.Tensor, scores: Scores) -> Kernel | None:
-        """What computes a step at once, where it is compiled and can."""
+        """The C++ kernel, if it is built and supports these heads and scores."""
         sizes = q_TND.shape[1], k_cache_PSKD.shape[2], q_TND.shape[2]
         if scores.softcap is not None or q_TND.dtype is not k_cache_PSKD.dtype or not supports(*sizes, q_TND.dtype):
             return None
         return self._kernels.get("attend", q_TND.dtype)
 
-    def _plan(self, layout: Layout, window: int | None, *, compiled: bool) -> _Plan:
+    def _plan(self, layout: Layout, window: int | None, *, use_kernel: bool) -> _Plan:
         offsets, single = layout.offsets(), layout.lengths_C == 1
-        rest = np.full(layout.chunks, not compiled)
-        if compiled and window is not None:
-            rest = ~single & (layout.starts_C + layout.lengths_C > window)  # tokens of a chunk begin at the same slot
-        rows = None if rest.all() else self._plan_rows(layout, np.flatnonzero(~rest), offsets, window)
-        prefills = np.flatnonzero(rest & ~single).tolist()
+        in_torch = np.full(layout.chunks, not use_kernel)
+        if use_kernel and window is not None:  # in the kernel all tokens of a chunk see from the same slot on
+            in_torch = ~single & (layout.starts_C + layout.lengths_C > window)
+        in_kernel = np.flatnonzero(~in_torch)
+        decodes = _buckets(layout, in_torch & single, window)
         return _Plan(
-            [self._plan_decode(layout, chunks, offsets, window) for chunks in _buckets(layout, rest & single, window)],
-            [self._plan_prefill(layout, chunk, offsets, window) for chunk in prefills],
-            rows,
+            [self._plan_decode(layout, chunks, offsets, window) for chunks in decodes],
+            [
+                self._plan_prefill(layout, chunk, offsets, window)
+                for chunk in np.flatnonzero(in_torch & ~single).tolist()
+            ],
+            self._plan_kernel(layout, in_kernel, offsets, window) if len(in_kernel) else None,
         )
 
-    def _plan_rows(self, layout: Layout, chunks_C: Any, offsets: Any, window: int | None) -> torch.Tensor:
-        """The number of rows, their first tokens, how many each has, where each one's slots end, and the slots, row
-        after row. A chunk of more than one token sees all that is before it.
+    def _plan_kernel(self, layout: Layout, chunks_C: Any, offsets: Any, window: int | None) -> torch.Tensor:
+        """The kernel's argument (see kernels/cpu/functions/attention.py): the number of rows, each row's first token,
+        number of tokens and end of its slots, then the slots of all rows.
         """
         lengths_C = layout.lengths_C[chunks_C].astype(np.int64)
         stops_C = layout.starts_C[chunks_C].astype(np.int64) + lengths_C
@@ -223,9 +229,9 @@ class TorchAttention(AttentionBackend):
         return _Prefill(begin, begin + length, slots_L, None if seen_nL is None else self._tensor(seen_nL))
 
     def _gather(self, name: str, cache: torch.Tensor, slots_CL: torch.Tensor) -> torch.Tensor:
-        """[C, K, L, D] of the flat cache [P * S, K, D], in a buffer that lives until the next gather of this name.
+        """[C, K, L, D] of the flat cache [P * S, K, D], in a buffer that is valid until the next gather of this name.
 
-        Fresh memory for every layer would cost a CPU four times the copy itself, in page faults.
+        Allocating memory for every layer would cost a CPU four times the copy itself, in page faults.
         """
         size = slots_CL.numel() * cache[0].numel()
         buffer = self._buffers.get((name, cache.dtype))
@@ -241,7 +247,7 @@ class TorchAttention(AttentionBackend):
 
 
 def _buckets(layout: Layout, which_C: NDArray[np.bool_], window: int | None) -> list[NDArray[np.intp]]:
-    """Rows whose lengths round up to one power of two share a gather: at most half of it is padding."""
+    """Groups the chunks whose lengths round up to the same power of two: at most half of a gather is padding."""
     buckets: dict[int, list[int]] = {}
     for chunk in np.flatnonzero(which_C).tolist():
         seen = int(layout.starts_C[chunk]) + 1
@@ -251,7 +257,7 @@ def _buckets(layout: Layout, which_C: NDArray[np.bool_], window: int | None) -> 
 
 
 def _slots(layout: Layout, rows: Any, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where these positions of these rows live in the flat cache."""
+    """The slots in the flat cache of these positions of these rows."""
     pages: NDArray[np.int64] = layout.tables[rows, positions // layout.page_size].astype(np.int64)
     slots: NDArray[np.int64] = pages * layout.page_size + positions % layout.page_size
     return slots

@@ -1,11 +1,11 @@
 """Paged attention by the triton kernels: the default on CUDA.
 
 `plan` packs a step into one pinned buffer and copies it once, asynchronously. Chunks of length 1 (decodes) are tiles
-from the start; longer ones (prefills) become tiles at the first layer that asks, because how many queries a tile holds
-follows from the layer's heads.
+at once; longer ones (prefills) are cut into tiles at the first layer that needs them, because the number of queries in
+a tile depends on the layer's heads.
 
-Static metadata, for captured decode steps, is the same buffer at one place for ever. Steps of all sizes share that
-place: they follow one another on one stream.
+Static metadata, for captured decode steps, is such a buffer at a fixed address. Steps of all sizes share it, since they
+follow one another on one stream.
 
 Legend: T tokens of the step, n tiles, N query heads, K key/value heads, D head size, P pages, S page size.
 """
@@ -19,7 +19,7 @@ import torch
 
 from engine.errors import ConfigError
 from model_runner.compute.attention.base import AttentionBackend
-from model_runner.compute.attention.packing import HEADER, Packing, Places, keys_seen, tiles_of
+from model_runner.compute.attention.packing import HEADER, BufferLayout, PackedLayout, keys_seen, tiles_of
 from model_runner.compute.kernels.triton.attention_shapes import Shape, decode_shape, prefill_shape
 from model_runner.compute.kernels.triton.interpreter import interpreting
 from model_runner.compute.kernels.triton.paged_attention import attend_tiles
@@ -30,34 +30,34 @@ from model_runner.step.layout import Ints, Layout
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles [n, 4] and the keys they see together [1], on the device."""
+    """Tiles [n, 4] and the number of keys that all of them see [1], on the device."""
 
     tiles_n4: torch.Tensor
     total: torch.Tensor
 
 
 @dataclass
-class Meta:
-    """A step's metadata. Longer chunks stay on the host until a layer wants them as tiles of so many queries."""
+class TritonAttentionMetadata:
+    """A step's metadata. `prefills`: the longer chunks in tiles of so many queries, as far as layers needed them."""
 
     slots_T: torch.Tensor
     pages: torch.Tensor
     decodes: Tiles
-    longer_L4: Ints
+    prefills_L4: Ints
     prefills: dict[int, Tiles] = field(default_factory=dict)
 
 
-class StaticMeta:
-    """The metadata of a captured step: `tokens` chunks of length 1, planned into one place again and again."""
+class StaticTritonMetadata:
+    """The metadata of a captured step of `tokens` chunks of length 1; each plan overwrites the buffer."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
         self.buffer: torch.Tensor | None = None
-        self.meta: Meta | None = None
+        self.meta: TritonAttentionMetadata | None = None
 
 
 class TritonAttention(AttentionBackend):
-    """Stores K and V, then one launch for the decodes and one for the prefills, each with its merge."""
+    """Stores K and V, then launches attention for the decodes and for the prefills, each followed by its merge."""
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda" and not interpreting():
@@ -65,24 +65,26 @@ class TritonAttention(AttentionBackend):
         self._device = device
         self._shared: torch.Tensor | None = None
 
-    def plan(self, layout: Layout, into: Any | None = None) -> Meta | StaticMeta:
-        """One copy, no wait. `into` (from `static`) takes a layout of exactly its chunks, all of length 1."""
-        packing = Packing(layout)
+    def plan(self, layout: Layout, into: Any | None = None) -> TritonAttentionMetadata | StaticTritonMetadata:
+        """One copy to the device, without waiting."""
+        packing = PackedLayout(layout)
         host = self._staging(packing.size)
         packing.write(host.numpy())
         if into is None:
-            return _unpack(host.to(self._device, non_blocking=True), packing.places, packing.longer_L4)
-        assert isinstance(into, StaticMeta)
-        assert layout.chunks == layout.tokens == into.tokens, "a static step has so many chunks of length 1"
+            return _unpack(host.to(self._device, non_blocking=True), packing.parts, packing.prefills_L4)
+        assert isinstance(into, StaticTritonMetadata)
+        assert layout.chunks == layout.tokens == into.tokens, (
+            "static metadata is for exactly its number of chunks, all of length 1"
+        )
         if into.buffer is None:
-            into.buffer = self._place(packing.places.pages + into.tokens * layout.tables.shape[1])
-            into.meta = _unpack(into.buffer, packing.places, packing.longer_L4)
+            into.buffer = self._shared_buffer(packing.parts.pages + into.tokens * layout.tables.shape[1])
+            into.meta = _unpack(into.buffer, packing.parts, packing.prefills_L4)
         into.buffer[: packing.size].copy_(host, non_blocking=True)
         return into
 
-    def static(self, tokens: int) -> StaticMeta:
-        """Its buffer finds its place at the first plan. Plan the largest first: the others then share its memory."""
-        return StaticMeta(tokens)
+    def static(self, tokens: int) -> StaticTritonMetadata:
+        """The buffer is allocated at the first plan. Plan the largest first, so that the others share its memory."""
+        return StaticTritonMetadata(tokens)
 
     def attend(
         self,
@@ -91,7 +93,7 @@ class TritonAttention(AttentionBackend):
         v_TKD: torch.Tensor,
         k_cache_PSKD: torch.Tensor,
         v_cache_PSKD: torch.Tensor,
-        meta: Meta | StaticMeta,
+        meta: TritonAttentionMetadata | StaticTritonMetadata,
         *,
         scale: float,
         window: int | None = None,
@@ -100,7 +102,7 @@ class TritonAttention(AttentionBackend):
         store_kv(k_TKD, v_TKD, k_cache_PSKD, v_cache_PSKD, self.slots(meta))
         return self.attend_stored(q_TND, k_cache_PSKD, v_cache_PSKD, meta, scale=scale, window=window, softcap=softcap)
 
-    def slots(self, meta: Meta | StaticMeta) -> torch.Tensor:
+    def slots(self, meta: TritonAttentionMetadata | StaticTritonMetadata) -> torch.Tensor:
         return _planned(meta).slots_T
 
     def attend_stored(
@@ -108,7 +110,7 @@ class TritonAttention(AttentionBackend):
         q_TND: torch.Tensor,
         k_cache_PSKD: torch.Tensor,
         v_cache_PSKD: torch.Tensor,
-        meta: Meta | StaticMeta,
+        meta: TritonAttentionMetadata | StaticTritonMetadata,
         *,
         scale: float,
         window: int | None = None,
@@ -131,16 +133,18 @@ class TritonAttention(AttentionBackend):
             )
         return out_TND
 
-    def _work(self, meta: Meta, q_TND: torch.Tensor, k_cache_PSKD: torch.Tensor) -> list[tuple[Tiles, Shape]]:
+    def _work(
+        self, meta: TritonAttentionMetadata, q_TND: torch.Tensor, k_cache_PSKD: torch.Tensor
+    ) -> list[tuple[Tiles, Shape]]:
         heads, head_dim = q_TND.shape[1:]
         sizes = heads // k_cache_PSKD.shape[2], head_dim, k_cache_PSKD.itemsize, capability(q_TND.device)
         work = []
         if len(meta.decodes.tiles_n4):
             work.append((meta.decodes, decode_shape(*sizes)))
-        if len(meta.longer_L4):
+        if len(meta.prefills_L4):
             shape = prefill_shape(*sizes)
             if shape.queries not in meta.prefills:
-                meta.prefills[shape.queries] = self._upload(tiles_of(meta.longer_L4, shape.queries))
+                meta.prefills[shape.queries] = self._upload(tiles_of(meta.prefills_L4, shape.queries))
             work.append((meta.prefills[shape.queries], shape))
         return work
 
@@ -152,25 +156,25 @@ class TritonAttention(AttentionBackend):
         return Tiles(device[HEADER:].view(-1, 4), device[:1])
 
     def _staging(self, size: int) -> torch.Tensor:
-        """Fresh pinned memory every time: torch's pool takes it back when its copy is done."""
+        """New pinned memory each time: torch's pool reuses it once its copy is done."""
         return torch.empty(size, dtype=torch.int32, pin_memory=self._device.type == "cuda")
 
-    def _place(self, size: int) -> torch.Tensor:
+    def _shared_buffer(self, size: int) -> torch.Tensor:
         if self._shared is None or len(self._shared) < size:
             self._shared = torch.zeros(size, dtype=torch.int32, device=self._device)
         return self._shared
 
 
-def _planned(meta: Meta | StaticMeta) -> Meta:
-    planned = meta.meta if isinstance(meta, StaticMeta) else meta
-    assert planned is not None, "plan into static metadata before using it"
+def _planned(meta: TritonAttentionMetadata | StaticTritonMetadata) -> TritonAttentionMetadata:
+    planned = meta.meta if isinstance(meta, StaticTritonMetadata) else meta
+    assert planned is not None, "static metadata is used before a plan"
     return planned
 
 
-def _unpack(buffer: torch.Tensor, places: Places, longer_L4: Ints) -> Meta:
-    return Meta(
-        slots_T=buffer[places.slots : places.slots + places.tokens],
-        pages=buffer[places.pages :],
-        decodes=Tiles(buffer[HEADER : places.slots].view(-1, 4), buffer[:1]),
-        longer_L4=longer_L4,
+def _unpack(buffer: torch.Tensor, parts: BufferLayout, prefills_L4: Ints) -> TritonAttentionMetadata:
+    return TritonAttentionMetadata(
+        slots_T=buffer[parts.slots : parts.slots + parts.tokens],
+        pages=buffer[parts.pages :],
+        decodes=Tiles(buffer[HEADER : parts.slots].view(-1, 4), buffer[:1]),
+        prefills_L4=prefills_L4,
     )

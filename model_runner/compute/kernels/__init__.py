@@ -1,1 +1,1 @@
-"""Kernels for triton (CUDA) and for a CPU (C++)."""
+"""Kernels in triton for CUDA and in C++ for CPUs."""

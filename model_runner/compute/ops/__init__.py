@@ -1,1 +1,1 @@
-"""Small operations between the matmuls, each in one pass where a device has kernels: one base class, its backends."""
+"""Norms, gates, rotary embedding and KV store: one base class and its backends for CUDA and CPUs."""

@@ -1,10 +1,10 @@
-"""The seam of small operations: what layers do between matmuls, one call each, and a lazy table of backends.
+"""The interface of the operations between matmuls (norm, gate, rotary embedding, KV store), and a table of backends.
 
 `kind` of a norm: plain = weight * cast(x / rms), wide = cast(weight * x / rms), gemma = cast((1 + weight) * x / rms).
-Its weight may be a table with a row for each lane; then `lanes_T` says which row is a token's.
+Its weight may be a table with a row for each lane; `lanes_T` then has the row of each token.
 
 Legend: T tokens, L lanes, H hidden size, I inner size, N query heads, K key/value heads, J = N + 2 K, D head size,
-E elements of a head that are turned, P pages, S page size.
+E rotated elements of a head, P pages, S page size.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NormKind = Literal["plain", "wide", "gemma"]
 
 
 class HeadNorms(NamedTuple):
-    """The norms of q and k over each head: weights [D], or tables [L, D] for the lanes of the tokens."""
+    """The norms of q and k over each head: weights [D], or tables [L, D] with the tokens' lanes."""
 
     q_weight_D: torch.Tensor
     k_weight_D: torch.Tensor
@@ -36,7 +36,7 @@ class HeadNorms(NamedTuple):
 
 
 class Ops(KernelUser, ABC):
-    """Tensors in, fresh tensors out (and the caches, where a call says so)."""
+    """Results are new tensors; only `rope_and_store` also writes to the caches."""
 
     @abstractmethod
     def norm(
@@ -71,7 +71,7 @@ class Ops(KernelUser, ABC):
 
     @abstractmethod
     def rope(self, x_TND: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor) -> torch.Tensor:
-        """[T, N, D]: element i < E/2 of each head turned with i + E/2; cos and sin are [T, 1, E/2]."""
+        """[T, N, D]: element i < E/2 of each head rotated with i + E/2; cos and sin are [T, 1, E/2]."""
 
     @abstractmethod
     def rope_and_store(
@@ -84,7 +84,7 @@ class Ops(KernelUser, ABC):
         slots_T: torch.Tensor,
         norms: HeadNorms | None = None,
     ) -> torch.Tensor:
-        """q [T, N, D], normed and turned; k (normed and turned) and v go to their slots of the caches."""
+        """Returns q [T, N, D], normed and rotated; stores k, normed and rotated, and v at their slots of the caches."""
 
 
 def create(device: torch.device) -> Ops:

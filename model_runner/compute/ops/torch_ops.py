@@ -1,4 +1,4 @@
-"""The small operations in plain torch, on any device: the reference. Bit-equal to transformers' arithmetic."""
+"""The small operations in plain torch, on any device: the reference, bit-equal to transformers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from model_runner.compute.ops.base import HeadNorms, NormKind, Ops
 
 
 class TorchOps(Ops):
-    """One torch call after another."""
+    """The operations as torch calls."""
 
     def norm(
         self,
@@ -21,12 +21,12 @@ class TorchOps(Ops):
     ) -> torch.Tensor:
         if lanes_T is not None:
             weight_H = weight_H[lanes_T] if x.dim() == 2 else weight_H[lanes_T][:, None]
-        wide = x.float()
-        even = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        x_float = x.float()
+        scaled = x_float * torch.rsqrt(x_float.pow(2).mean(-1, keepdim=True) + eps)
         if kind == "plain":
-            return weight_H * even.to(x.dtype)
+            return weight_H * scaled.to(x.dtype)
         weight = weight_H.float() if kind == "wide" else 1.0 + weight_H.float()
-        return (weight * even).to(x.dtype)
+        return (weight * scaled).to(x.dtype)
 
     def add_norm(
         self,
@@ -50,9 +50,9 @@ class TorchOps(Ops):
 
     def rope(self, x_TND: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor) -> torch.Tensor:
         half = cos_T1E.shape[-1]
-        first, second, still = x_TND[..., :half], x_TND[..., half : 2 * half], x_TND[..., 2 * half :]
-        turned = (first * cos_T1E - second * sin_T1E, second * cos_T1E + first * sin_T1E)
-        return torch.cat((*turned, still) if still.shape[-1] else turned, dim=-1)
+        first, second, unrotated = x_TND[..., :half], x_TND[..., half : 2 * half], x_TND[..., 2 * half :]
+        rotated = (first * cos_T1E - second * sin_T1E, second * cos_T1E + first * sin_T1E)
+        return torch.cat((*rotated, unrotated) if unrotated.shape[-1] else rotated, dim=-1)
 
     def rope_and_store(
         self,
@@ -65,8 +65,7 @@ class TorchOps(Ops):
         norms: HeadNorms | None = None,
     ) -> torch.Tensor:
         kv_heads = k_cache_PSKD.shape[2]
-        turned = qkv_TJD.shape[1] - kv_heads
-        qk, v = qkv_TJD[:, :turned], qkv_TJD[:, turned:]
+        qk, v = qkv_TJD[:, :-kv_heads], qkv_TJD[:, -kv_heads:]
         q, k = qk[:, :-kv_heads], qk[:, -kv_heads:]
         if norms is not None:
             q = self.norm(q, norms.q_weight_D, norms.eps, norms.kind, norms.lanes_T)

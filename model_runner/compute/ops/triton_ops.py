@@ -1,4 +1,4 @@
-"""The small operations as triton kernels, one launch each; rotation, norms of heads and KV store are one together."""
+"""The small operations as triton kernels, one launch each; rope_and_store with its head norms is one launch too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from model_runner.compute.ops.base import HeadNorms, NormKind, Ops
 
 
 class TritonOps(Ops):
-    """Rows may lie apart (slices of a wider tensor); the elements of a row lie side by side."""
+    """Inputs may be slices of a wider tensor: rows at any stride, the elements of a row contiguous."""
 
     def norm(
         self,

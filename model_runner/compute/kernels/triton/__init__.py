@@ -1,5 +1,5 @@
-"""Triton kernels: tensors in, tensors out. No types of the project, no device but the tensors' own."""
+"""Triton kernels: functions of tensors and numbers, on the tensors' device. They do not know the project's types."""
 
 import os
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as every version did so far; 3.9 warns where it is not said
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default of all versions; 3.9 warns if it is not set

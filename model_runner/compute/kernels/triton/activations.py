@@ -1,4 +1,4 @@
-"""tanh and sigmoid for kernels, from exp alone: the same in every triton and its interpreter. Nothing overflows."""
+"""tanh and sigmoid for kernels, from exp alone: the same in all triton versions and its interpreter, no overflow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gate of an MLP: act(gate) * up, in one pass over [gate | up]. Legend: T tokens, I inner size."""
+"""The gate of an MLP: activation(gate) * up in one pass over [gate | up]. Legend: T tokens, I inner size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def gated_kernel(
     gate_up_ptr, out_ptr, tokens, token_stride,
     I: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, GELU: tl.constexpr,  # noqa: E741
 ):  # fmt: skip
-    """BLOCK_T tokens, BLOCK_I of their elements; the activation is cast before it meets up."""
+    """BLOCK_T tokens, BLOCK_I of their elements; the activation is rounded before it is multiplied by up."""
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     mask = (offs_t < tokens)[:, None] & (offs_i < I)[None, :]
@@ -26,16 +26,16 @@ def gated_kernel(
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     gate = tl.load(gate_up_ptr + spots, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + spots + I, mask=mask, other=0.0).to(tl.float32)
-    reach = gate
-    if GELU:  # its tanh form: (1 + tanh(x)) / 2 is the sigmoid of 2 x
-        reach = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-    active = gate * sigmoid(reach)
+    sigmoid_of = gate
+    if GELU:  # in its tanh form: (1 + tanh(x)) / 2 is the sigmoid of 2 x
+        sigmoid_of = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    active = gate * sigmoid(sigmoid_of)
     out = active.to(dtype).to(tl.float32) * up
     tl.store(out_ptr + offs_t.to(tl.int64)[:, None] * I + offs_i[None, :], out.to(dtype), mask=mask)
 
 
 def gated(gate_up_TJ: torch.Tensor, *, gelu: bool) -> torch.Tensor:
-    """[T, I] from [T, 2 I], whose tokens may lie apart: silu(gate) * up, or gelu (tanh form) in silu's place."""
+    """[T, I] from [T, 2 I] of any token stride: silu(gate) * up, or gelu(gate) * up in the tanh form."""
     tokens, inner = gate_up_TJ.shape[0], gate_up_TJ.shape[1] // 2
     assert gate_up_TJ.stride(1) == 1
     out = gate_up_TJ.new_empty(tokens, inner)

@@ -1,4 +1,4 @@
-"""Whether kernels run in triton's interpreter: one program after another, each some milliseconds, on the CPU."""
+"""Whether kernels run in triton's interpreter: on the CPU, one program after another, each some milliseconds."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import triton
 
 
 def interpreting() -> bool:
-    """What the environment (TRITON_INTERPRET) said when triton was imported."""
+    """Whether TRITON_INTERPRET was set when triton was imported."""
     return bool(triton.knobs.runtime.interpret)

@@ -1,6 +1,6 @@
 """RMSNorm (1910.07467), alone or after adding to the residual: one pass, float32 inside.
 
-The weight is the same for all rows, or a table has one for each lane and `lanes` says which is a token's.
+The weight is one for all rows, or a table with one for each lane, and `lanes` has the lane of each token.
 
 Legend: R rows to norm, in T tokens of N (a whole hidden state: N = 1; heads: N of them), H elements of a row, L lanes.
 """
@@ -15,17 +15,17 @@ from model_runner.compute.kernels.triton.attention_shapes import power_of_2
 from model_runner.compute.kernels.triton.interpreter import interpreting
 
 KINDS = {"plain": 0, "wide": 1, "gemma": 2}
-"""weight * cast(even x), cast(weight * even x), cast((1 + weight) * even x)."""
+"""With n = x / rms: weight * cast(n), cast(weight * n), cast((1 + weight) * n)."""
 
 
 @triton.jit
-def weighted(even, weight, dtype: tl.constexpr, KIND: tl.constexpr):
-    """An evened row times its weight, both float32, cast where this kind of norm casts."""
+def weighted(normed, weight, dtype: tl.constexpr, KIND: tl.constexpr):
+    """A normed row times the weight, both float32, rounded where this kind of norm rounds."""
     if KIND == 0:
-        return (even.to(dtype).to(tl.float32) * weight).to(dtype)
+        return (normed.to(dtype).to(tl.float32) * weight).to(dtype)
     if KIND == 2:
-        return (even * (1.0 + weight)).to(dtype)
-    return (even * weight).to(dtype)
+        return (normed * (1.0 + weight)).to(dtype)
+    return (normed * weight).to(dtype)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -35,7 +35,7 @@ def norm_kernel(
     N: tl.constexpr, H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
     ADD: tl.constexpr, KIND: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_R whole rows. Residual, out and total are contiguous."""
+    """BLOCK_R rows. Residual, out and total are contiguous."""
     row, offs_h = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_H)
     mask = (row < rows)[:, None] & (offs_h < H)[None, :]
     from_R = (row // N).to(tl.int64) * token_stride + (row % N) * row_stride
@@ -47,13 +47,13 @@ def norm_kernel(
         total = x.to(dtype)
         tl.store(total_ptr + flat, total, mask=mask)
         x = total.to(tl.float32)
-    even = x * tl.rsqrt(tl.sum(x * x, 1) / H + eps)[:, None]
+    normed = x * tl.rsqrt(tl.sum(x * x, 1) / H + eps)[:, None]
     if LANES:
         lane = tl.load(lanes_ptr + row // N, mask=row < rows, other=0).to(tl.int64)
         weight = tl.load(weight_ptr + lane[:, None] * weight_stride + offs_h[None, :], mask=mask, other=0.0)
     else:
         weight = tl.load(weight_ptr + offs_h, mask=offs_h < H, other=0.0)[None, :]
-    tl.store(out_ptr + flat, weighted(even, weight.to(tl.float32), dtype, KIND), mask=mask)
+    tl.store(out_ptr + flat, weighted(normed, weight.to(tl.float32), dtype, KIND), mask=mask)
 
 
 def norm(
@@ -67,7 +67,7 @@ def norm(
     """(the norm of x + residual, x + residual), contiguous; without a residual the second is x itself.
 
     x is [T, H] or [T, N, H] and may be a slice of a wider tensor; a residual is contiguous and of x's shape. The weight
-    is [H], or with lanes [T] a table [L, H] whose rows may lie apart.
+    is [H], or with lanes [T] a table [L, H] of any row stride.
     """
     assert x.stride(-1) == weight_H.stride(-1) == 1
     assert weight_H.dim() == 1 + (lanes is not None)
@@ -75,13 +75,13 @@ def norm(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = x if residual is None else torch.empty_like(out)
     size = x.shape[-1]
-    rows, each = x.numel() // size, 1 if x.dim() == 2 else x.shape[1]
+    rows, rows_per_token = x.numel() // size, 1 if x.dim() == 2 else x.shape[1]
     block = power_of_2(size)
-    beside = 256 if interpreting() else max(1, 2048 // block)
-    norm_kernel[triton.cdiv(rows, beside),](
+    rows_per_program = 256 if interpreting() else max(1, 2048 // block)
+    norm_kernel[triton.cdiv(rows, rows_per_program),](
         x, x if residual is None else residual, weight_H, x if lanes is None else lanes, out, total, rows, eps,
-        x.stride(0), x.stride(-2), weight_H.stride(0), N=each, H=size, BLOCK_R=beside, BLOCK_H=block,
-        ADD=residual is not None, KIND=KINDS[kind], LANES=lanes is not None,
-        num_warps=min(16, max(4, beside * block // 1024)),
+        x.stride(0), x.stride(-2), weight_H.stride(0), N=rows_per_token, H=size,
+        BLOCK_R=rows_per_program, BLOCK_H=block, ADD=residual is not None, KIND=KINDS[kind], LANES=lanes is not None,
+        num_warps=min(16, max(4, rows_per_program * block // 1024)),
     )  # fmt: skip
     return out, total

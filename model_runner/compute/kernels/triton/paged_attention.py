@@ -1,4 +1,4 @@
-"""Launches the attention kernels over tiles of queries. Knows nothing of layouts; what a tile is: kernels/attention.py.
+"""Launches the attention kernels over tiles of queries (see attention.py). Does not know layouts.
 
 Legend: T tokens of the batch, N query heads, K key/value heads, D head size, P pages, S page size, n tiles.
 """
@@ -9,11 +9,11 @@ import math
 
 import torch
 
-from model_runner.compute.kernels.triton.attention import MERGED, attend_kernel, merge_kernel
+from model_runner.compute.kernels.triton.attention import MERGE_BLOCK, attend_kernel, merge_kernel
 from model_runner.compute.kernels.triton.attention_shapes import WAVES, Shape, padded_head, parts, splits
 from model_runner.compute.kernels.triton.target import processors
 
-_UNBOUNDED = 1 << 30  # a window that no row outgrows
+_UNBOUNDED = 1 << 30  # a window larger than any row
 
 
 def attend_tiles(
@@ -31,35 +31,36 @@ def attend_tiles(
     softcap: float | None = None,
     spans: int | None = None,
 ) -> None:
-    """Writes the tiles' tokens of out (contiguous). Every tile has at most `shape.queries` queries.
+    """Writes the tiles' tokens of out, which is contiguous. Each tile has at most `shape.queries` queries.
 
-    q may be a slice of a wider tensor: its heads lie D apart, its tokens any distance. Both caches lie alike.
-    `spans`: into how many a tile's keys are cut at most, and an average tile's are; None: as the device wants it.
+    q may be a slice of a wider tensor: its heads are D apart, its tokens at any stride. Both caches have equal strides.
+    `spans`: the number of spans that an average tile's keys are cut into, and the most for any tile; None: chosen for
+    the device.
     """
     _check(q_TND, k_cache_PSKD, v_cache_PSKD, out_TND)
     (heads, size), (page_size, kv_heads) = q_TND.shape[1:], k_cache_PSKD.shape[1:3]
     group, count = heads // kv_heads, len(tiles_n4)
     programs = kv_heads * parts(group, shape)
-    most = processors(q_TND.device)
-    cut = spans or splits(count, programs, shape, most)
-    share = max(1, spans * count if spans else WAVES * most // programs)
-    rows = count * shape.queries if cut > 1 else 1
-    partial = torch.empty(rows, heads, cut, size, dtype=torch.float32, device=q_TND.device)
-    lse = torch.empty(rows, heads, cut, dtype=torch.float32, device=q_TND.device)
+    multiprocessors = processors(q_TND.device)
+    most_spans = spans or splits(count, programs, shape, multiprocessors)
+    share = max(1, spans * count if spans else WAVES * multiprocessors // programs)
+    rows = count * shape.queries if most_spans > 1 else 1
+    partial = torch.empty(rows, heads, most_spans, size, dtype=torch.float32, device=q_TND.device)
+    lse = torch.empty(rows, heads, most_spans, dtype=torch.float32, device=q_TND.device)
     inner, outer = _factors(scale, softcap)
     seen, padded = window or _UNBOUNDED, padded_head(size)
-    attend_kernel[count, programs, cut](
+    attend_kernel[count, programs, most_spans](
         q_TND, k_cache_PSKD, v_cache_PSKD, out_TND, partial, lse, tiles_n4, pages, total,
-        q_TND.stride(0), k_cache_PSKD.stride(0), k_cache_PSKD.stride(1), inner, outer, seen, cut, share,
+        q_TND.stride(0), k_cache_PSKD.stride(0), k_cache_PSKD.stride(1), inner, outer, seen, most_spans, share,
         G=group, HEADS=shape.heads, D=size, BLOCK_D=padded, PAGE=page_size,
         QUERIES=shape.queries, BLOCK_M=shape.rows, BLOCK_N=shape.keys,
         WINDOWED=window is not None, CAPPED=softcap is not None,
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
-    if cut > 1:
+    if most_spans > 1:
         merge_kernel[rows, heads](
-            out_TND, partial, lse, tiles_n4, total, seen, cut, share, count,
-            D=size, BLOCK_D=padded, QUERIES=shape.queries, BLOCK_N=shape.keys, BLOCK_S=MERGED,
+            out_TND, partial, lse, tiles_n4, total, seen, most_spans, share, count,
+            D=size, BLOCK_D=padded, QUERIES=shape.queries, BLOCK_N=shape.keys, BLOCK_S=MERGE_BLOCK,
             num_warps=4,
         )  # fmt: skip
 
@@ -72,7 +73,7 @@ def _check(q_TND: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, ou
 
 
 def _factors(scale: float, softcap: float | None) -> tuple[float, float]:
-    """What a product of q and k is multiplied with before and after the cap; 2 is the base of the exponentials."""
+    """The factors of q k^T before and after the softcap; they make 2 the base of the softmax's exponentials."""
     if softcap is None:
         return scale * math.log2(math.e), 0.0
     return scale / softcap, softcap * math.log2(math.e)

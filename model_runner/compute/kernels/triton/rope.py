@@ -1,13 +1,14 @@
-"""Turns heads by their tokens' angles; on the way may norm q and k, and put k and v at their slots of the caches.
+"""Rotary embedding of heads; in the same pass optionally norms q and k, and stores k and v in the caches.
 
     qkv of a token   [ q 0 | q 1 | ... | k 0 | ... | v 0 | ... ]     a row is one head of one token
-                       norm, turn         norm, turn   as it is
-                       -> q               -> K cache   -> V cache
+                       norm, rotate       norm,        unchanged
+                       -> out             rotate       -> V cache
+                                          -> K cache
 
-Without caches all heads are turned and stay together.
+Without caches all heads are rotated and written to out.
 
-Legend: T tokens, N heads that are turned to `out`, K key/value heads, D head size, E elements of a head that are
-turned, the first ones: i < E/2 with i + E/2.
+Legend: T tokens, N heads that are written to `out`, K key/value heads, D head size, E rotated elements of a head, the
+first ones: element i < E/2 is rotated with i + E/2.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from model_runner.compute.kernels.triton.norm import KINDS, weighted
 _ROWS = 16
 
 Norms = tuple[torch.Tensor, torch.Tensor, float, str, torch.Tensor | None]
-"""Weights of q's norm and of k's, eps, kind, the tokens' lanes."""
+"""The weights of the norms of q and k, eps, kind, the tokens' lanes."""
 
 
 @triton.jit
 def weights_of(q_weight_ptr, k_weight_ptr, lane, stride, offs, mask, is_q, LANES: tl.constexpr):
-    """[rows, elements]: part of the weight of each row's norm, which may be its lane's own."""
+    """[rows, elements]: a part of each row's norm weight, which with LANES is that of the row's lane."""
     if LANES:
         own = lane.to(tl.int64)[:, None] * stride + offs[None, :]
         q_own = tl.load(q_weight_ptr + own, mask=mask[None, :], other=0.0).to(tl.float32)
@@ -40,10 +41,10 @@ def weights_of(q_weight_ptr, k_weight_ptr, lane, stride, offs, mask, is_q, LANES
 
 
 @triton.jit
-def put(
+def store_heads(
     values, offs, live, to_q, to_cache, is_q, is_k, is_v, out_ptr, k_cache_ptr, v_cache_ptr, STORE: tl.constexpr
 ):  # fmt: skip
-    """Some elements of every row, to where its head goes."""
+    """Stores some elements of every row to out, the K cache or the V cache, depending on its head."""
     tl.store(out_ptr + to_q[:, None] + offs[None, :], values, mask=live & is_q[:, None])
     if STORE:
         tl.store(k_cache_ptr + to_cache[:, None] + offs[None, :], values, mask=live & is_k[:, None])
@@ -58,7 +59,7 @@ def rope_kernel(
     ROWS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
     NORM: tl.constexpr, KIND: tl.constexpr, STORE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """ROWS heads, of one token or of several."""
+    """ROWS heads, of one or several tokens."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, head = row // (N + 2 * K), row % (N + 2 * K)
     real = token < tokens
@@ -79,41 +80,54 @@ def rope_kernel(
     second = tl.load(x_ptr + from_x[:, None] + HALF + offs_e[None, :], mask=live_e, other=0.0)
     a, b = first.to(tl.float32), second.to(tl.float32)
     if D > 2 * HALF:
-        still = tl.load(x_ptr + from_x[:, None] + 2 * HALF + offs_s[None, :], mask=live_s, other=0.0)
-        c = still.to(tl.float32)
+        unrotated = tl.load(x_ptr + from_x[:, None] + 2 * HALF + offs_s[None, :], mask=live_s, other=0.0)
+        c = unrotated.to(tl.float32)
     if NORM:
         squares = tl.sum(a * a, 1) + tl.sum(b * b, 1)
         if D > 2 * HALF:
             squares += tl.sum(c * c, 1)
-        even = tl.rsqrt(squares / D + eps)[:, None]
+        inverse_rms = tl.rsqrt(squares / D + eps)[:, None]
         lane = token
         if LANES:
             lane = tl.load(lanes_ptr + token, mask=real, other=0).to(tl.int32)
         weight_a = weights_of(q_weight_ptr, k_weight_ptr, lane, weight_stride, offs_e, in_e, is_q, LANES)
         weight_b = weights_of(q_weight_ptr + HALF, k_weight_ptr + HALF, lane, weight_stride, offs_e, in_e, is_q, LANES)
-        a = weighted(a * even, weight_a, dtype, KIND).to(tl.float32)
-        b = weighted(b * even, weight_b, dtype, KIND).to(tl.float32)
+        a = weighted(a * inverse_rms, weight_a, dtype, KIND).to(tl.float32)
+        b = weighted(b * inverse_rms, weight_b, dtype, KIND).to(tl.float32)
         if D > 2 * HALF:
             weight_c = weights_of(
                 q_weight_ptr + 2 * HALF, k_weight_ptr + 2 * HALF, lane, weight_stride, offs_s, in_s, is_q, LANES
             )
-            still = tl.where(is_v[:, None], still, weighted(c * even, weight_c, dtype, KIND))
+            unrotated = tl.where(is_v[:, None], unrotated, weighted(c * inverse_rms, weight_c, dtype, KIND))
 
     angle = token.to(tl.int64)[:, None] * HALF + offs_e[None, :]
     cos = tl.load(cos_ptr + angle, mask=live_e, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + angle, mask=live_e, other=0.0).to(tl.float32)
     first = tl.where(is_v[:, None], first, (a * cos - b * sin).to(dtype))
     second = tl.where(is_v[:, None], second, (b * cos + a * sin).to(dtype))
-    put(first, offs_e, live_e, to_q, to_cache, is_q, is_k, is_v, out_ptr, k_cache_ptr, v_cache_ptr, STORE)
-    put(second, HALF + offs_e, live_e, to_q, to_cache, is_q, is_k, is_v, out_ptr, k_cache_ptr, v_cache_ptr, STORE)
+    store_heads(first, offs_e, live_e, to_q, to_cache, is_q, is_k, is_v, out_ptr, k_cache_ptr, v_cache_ptr, STORE)
+    store_heads(
+        second, HALF + offs_e, live_e, to_q, to_cache, is_q, is_k, is_v, out_ptr, k_cache_ptr, v_cache_ptr, STORE
+    )
     if D > 2 * HALF:
-        put(
-            still, 2 * HALF + offs_s, live_s, to_q, to_cache, is_q, is_k, is_v, out_ptr, k_cache_ptr, v_cache_ptr, STORE
+        store_heads(
+            unrotated,
+            2 * HALF + offs_s,
+            live_s,
+            to_q,
+            to_cache,
+            is_q,
+            is_k,
+            is_v,
+            out_ptr,
+            k_cache_ptr,
+            v_cache_ptr,
+            STORE,
         )
 
 
 def rope(x_TND: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor) -> torch.Tensor:
-    """[T, N, D], every head turned. x may be a slice of a wider tensor; cos and sin [T, 1, E / 2] are contiguous."""
+    """[T, N, D], all heads rotated. x may be a slice of a wider tensor; cos and sin [T, 1, E / 2] are contiguous."""
     out = torch.empty_like(x_TND, memory_format=torch.contiguous_format)
     _launch(x_TND, cos_T1E, sin_T1E, out, None, None, None, None)
     return out
@@ -128,10 +142,10 @@ def rope_and_store(
     slots_T: torch.Tensor,
     norms: Norms | None = None,
 ) -> torch.Tensor:
-    """q [T, N, D], normed and turned; k, normed and turned, and v are in the caches at the slots (int32) afterwards.
+    """Returns q [T, N, D], normed and rotated; stores k, normed and rotated, and v at the slots (int32) of the caches.
 
     J = N + 2 K. `norms`: the weights [D] of q's and k's norms, their eps and kind (kernels/norm.py); with the tokens'
-    lanes the weights are tables [L, D], whose rows may lie apart.
+    lanes the weights are tables [L, D] of any row stride.
     """
     assert k_cache_PSKD.stride() == v_cache_PSKD.stride()
     assert k_cache_PSKD.stride()[2:] == (k_cache_PSKD.shape[3], 1)

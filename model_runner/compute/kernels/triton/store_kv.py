@@ -1,4 +1,4 @@
-"""Puts the K and V of a step's tokens at their slots of the paged caches.
+"""Stores the K and V of a step's tokens at their slots of the paged caches.
 
 Legend: T tokens, K key/value heads, D head size, P pages, S page size, E = K * D elements of a token.
 """
@@ -27,7 +27,7 @@ def store_kv_kernel(
     k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, tokens, k_stride, v_stride, page_stride, slot_stride,
     E: tl.constexpr, BLOCK_E: tl.constexpr, PAGE: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T tokens, whole: E elements that lie side by side on either side."""
+    """BLOCK_T tokens of E elements, contiguous in the source and in the cache."""
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     real_T = offs_t < tokens
     slots = tl.load(slots_ptr + offs_t, mask=real_T, other=0)
@@ -43,9 +43,9 @@ def store_kv(
     v_cache_PSKD: torch.Tensor,
     slots_T: torch.Tensor,
 ) -> None:
-    """Slots are int32: page number * page size + place in the page. k and v may be slices of a wider tensor.
+    """Slots are int32: page number * page size + offset in the page. k and v may be slices of a wider tensor.
 
-    Several tokens at one slot (the padding of a captured step, at the scratch page) leave any one of them there.
+    If several tokens have the same slot (padding of a captured step, in the scratch page), any one of them is stored.
     """
     tokens, kv_heads, head_dim = k_TKD.shape
     elements = kv_heads * head_dim

@@ -1,4 +1,4 @@
-"""What kernels are cut for: a GPU's generation and its multiprocessors, or triton's interpreter."""
+"""The target that kernels are tiled for: a GPU's generation and multiprocessors, or triton's interpreter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INTERPRETER = 0
 
 @functools.cache
 def capability(device: torch.device) -> int:
-    """90 for Hopper; INTERPRETER where there is no GPU to compile for."""
+    """The compute capability, 90 for Hopper; INTERPRETER in the interpreter."""
     if interpreting():
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(device)
@@ -22,5 +22,5 @@ def capability(device: torch.device) -> int:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of the device; one where the interpreter runs the programs one by one."""
+    """The number of multiprocessors; 1 in the interpreter, which runs one program after another."""
     return 1 if interpreting() else torch.cuda.get_device_properties(device).multi_processor_count

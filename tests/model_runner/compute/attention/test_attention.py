@@ -1,4 +1,4 @@
-"""The torch attention backend against a slow reference: one token at a time, over each row's own keys and values."""
+"""The torch attention backend against a slow reference, which computes one token at a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHUNKS = st.lists(st.tuples(st.integers(0, 90), st.integers(1, 9) | st.just(1)),
     softcap=st.none() | st.sampled_from([0.5, 5.0]),
     seed=st.integers(0, 99),
 )
-def test_equals_the_reference(
+def test_torch_attention_equals_the_reference(
     chunks: list[tuple[int, int]],
     page_size: int,
     heads: tuple[int, int],
@@ -34,8 +34,8 @@ def test_equals_the_reference(
     seed: int,
 ) -> None:
     case = Case(chunks, page_size, *heads, seed)
-    ours = case.run(create("torch", CPU), window=window, softcap=softcap)
-    torch.testing.assert_close(ours, case.reference(window, softcap), atol=1e-5, rtol=1e-5)
+    out = case.run(create("torch", CPU), window=window, softcap=softcap)
+    torch.testing.assert_close(out, case.reference(window, softcap), atol=1e-5, rtol=1e-5)
 
 
 def test_layers_of_different_windows_share_one_plan() -> None:
@@ -43,8 +43,8 @@ def test_layers_of_different_windows_share_one_plan() -> None:
     backend = TorchAttention(CPU)
     meta = backend.plan(case.layout)
     for window in (None, 7, None, 16, 7):
-        ours = case.run(backend, meta, window=window)
-        torch.testing.assert_close(ours, case.reference(window), atol=1e-5, rtol=1e-5)
+        out = case.run(backend, meta, window=window)
+        torch.testing.assert_close(out, case.reference(window), atol=1e-5, rtol=1e-5)
 
 
 def test_keys_and_values_are_stored_at_their_slots() -> None:
@@ -66,14 +66,14 @@ def test_nan_in_one_row_leaves_the_others_bit_equal(
     chunks: list[tuple[int, int]], window: int | None, softcap: float | None
 ) -> None:
     backend = TorchAttention(CPU)
-    for victim in range(len(chunks)):
+    for chunk in range(len(chunks)):
         clean, dirty = (Case(chunks, 4, 4, 2, 3) for _ in range(2))
-        dirty.poison(victim)
-        expected, ours = (case.run(backend, window=window, softcap=softcap) for case in (clean, dirty))
-        mine = dirty.tokens(victim)
-        assert ours[mine].isnan().all()
-        rest = [token for token in range(len(ours)) if not mine.start <= token < mine.stop]
-        assert torch.equal(ours[rest], expected[rest])
+        dirty.poison(chunk)
+        expected, out = (case.run(backend, window=window, softcap=softcap) for case in (clean, dirty))
+        poisoned = dirty.tokens(chunk)
+        assert out[poisoned].isnan().all()
+        rest = [token for token in range(len(out)) if not poisoned.start <= token < poisoned.stop]
+        assert torch.equal(out[rest], expected[rest])
 
 
 def test_half_precision_keeps_its_dtype() -> None:
@@ -81,22 +81,22 @@ def test_half_precision_keeps_its_dtype() -> None:
     expected = case.reference()
     for name in ("q", "k", "v", "k_cache", "v_cache"):
         setattr(case, name, getattr(case, name).bfloat16())
-    ours = case.run(TorchAttention(CPU))
-    assert ours.dtype == torch.bfloat16
-    torch.testing.assert_close(ours.float(), expected, atol=0.05, rtol=0.05)
+    out = case.run(TorchAttention(CPU))
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.05)
 
 
-def test_static_metadata_is_refused() -> None:
+def test_static_metadata_of_torch_attention_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="TorchAttention"):
         TorchAttention(CPU).static(4)
 
 
-def test_an_unknown_backend_is_named() -> None:
+def test_unknown_backend_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="flash9"):
         create("flash9", CPU)
 
 
-def test_auto_goes_by_the_device() -> None:
+def test_auto_depends_on_the_device() -> None:
     assert resolve("auto", CPU) == "torch"
     assert resolve("auto", torch.device("cuda")) == "triton"
     assert resolve("torch", torch.device("cuda")) == "torch"

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from engine.errors import ConfigError
 from model_runner.compute.attention import triton_backend
 from model_runner.compute.attention.base import create
-from model_runner.compute.attention.packing import Packing, keys_seen, tiles_of
-from model_runner.compute.attention.triton_backend import StaticMeta, TritonAttention
+from model_runner.compute.attention.packing import PackedLayout, keys_seen, tiles_of
+from model_runner.compute.attention.triton_backend import StaticTritonMetadata, TritonAttention
 from model_runner.step.layout import Layout
 
-HALF, NEAR = (torch.float16, 4e-3) if KERNELS == CPU else (torch.bfloat16, 3e-2)  # wrong in the interpreter
+HALF, TOLERANCE = (
+    (torch.float16, 4e-3) if KERNELS == CPU else (torch.bfloat16, 3e-2)
+)  # bfloat16 is wrong in the interpreter
 CHUNKS = st.lists(st.tuples(st.integers(0, 90), st.integers(1, 9) | st.just(1)), min_size=1, max_size=4)
 
 
@@ -30,7 +32,7 @@ CHUNKS = st.lists(st.tuples(st.integers(0, 90), st.integers(1, 9) | st.just(1)),
     softcap=st.none() | st.sampled_from([0.5, 5.0]),
     seed=st.integers(0, 99),
 )
-def test_equals_the_reference(
+def test_triton_attention_equals_the_reference(
     chunks: list[tuple[int, int]],
     page_size: int,
     heads: tuple[int, int],
@@ -40,25 +42,25 @@ def test_equals_the_reference(
     seed: int,
 ) -> None:
     case = kernel_case(chunks, page_size, *heads, seed, head_dim=head_dim)
-    ours = case.run(create("triton", KERNELS), window=window, softcap=softcap)
-    torch.testing.assert_close(ours, case.reference(window, softcap), atol=2e-5, rtol=1e-5)
+    out = case.run(create("triton", KERNELS), window=window, softcap=softcap)
+    torch.testing.assert_close(out, case.reference(window, softcap), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-def test_half_precision_stays_near(head_dim: int) -> None:
+def test_half_precision_is_near_the_reference(head_dim: int) -> None:
     case = kernel_case([(70, 1), (5, 20), (9, 1)], 16, 4, 2, head_dim, head_dim=head_dim, dtype=HALF)
-    ours = case.run(TritonAttention(KERNELS))
-    assert ours.dtype == HALF
-    torch.testing.assert_close(ours.float(), case.reference(), atol=NEAR, rtol=NEAR)
+    out = case.run(TritonAttention(KERNELS))
+    assert out.dtype == HALF
+    torch.testing.assert_close(out.float(), case.reference(), atol=TOLERANCE, rtol=TOLERANCE)
 
 
 def test_long_chunks_over_long_prefixes() -> None:
     case = kernel_case([(131, 70), (0, 1), (0, 65)], 16, 4, 2, 7, head_dim=16)
-    ours = case.run(TritonAttention(KERNELS))
-    torch.testing.assert_close(ours, case.reference(), atol=2e-5, rtol=1e-5)
+    out = case.run(TritonAttention(KERNELS))
+    torch.testing.assert_close(out, case.reference(), atol=2e-5, rtol=1e-5)
 
 
-def test_slices_of_a_fused_qkv_are_read_where_they_lie() -> None:
+def test_slices_of_a_fused_qkv_need_no_copy() -> None:
     case = kernel_case([(12, 1), (5, 4)], 4, 4, 2, 1)
     fused = torch.cat([case.q, case.k, case.v], dim=1)
     case.q, case.k, case.v = fused[:, :4], fused[:, 4:6], fused[:, 6:]
@@ -83,19 +85,19 @@ def test_keys_and_values_are_stored_at_their_slots() -> None:
 @pytest.mark.parametrize("chunks", [[(30, 1), (70, 1), (3, 1)], [(30, 1), (20, 6), (0, 8)]])
 def test_nan_in_one_row_leaves_the_others_bit_equal(chunks: list[tuple[int, int]], window: int | None) -> None:
     backend = TritonAttention(KERNELS)
-    for victim in range(len(chunks)):
+    for chunk in range(len(chunks)):
         clean, dirty = (kernel_case(chunks, 4, 4, 2, 3) for _ in range(2))
-        dirty.poison(victim)
-        expected, ours = (case.run(backend, window=window) for case in (clean, dirty))
-        mine = dirty.tokens(victim)
-        assert ours[mine].isnan().all()
-        ours[mine] = expected[mine]
-        assert torch.equal(ours, expected)
+        dirty.poison(chunk)
+        expected, out = (case.run(backend, window=window) for case in (clean, dirty))
+        poisoned = dirty.tokens(chunk)
+        assert out[poisoned].isnan().all()
+        out[poisoned] = expected[poisoned]
+        assert torch.equal(out, expected)
 
 
-def test_a_static_plan_equals_an_eager_one_and_never_moves() -> None:
+def test_static_plan_equals_an_eager_one_at_a_fixed_address() -> None:
     backend = TritonAttention(KERNELS)
-    static, places = backend.static(3), []
+    static, addresses = backend.static(3), []
     for seed, starts in ((0, (40, 0, 7)), (1, (3, 90, 31)), (2, (0, 0, 0))):
         eager, captured = (kernel_case([(start, 1) for start in starts], 4, 4, 2, seed) for _ in range(2))
         captured.layout = wide(captured.layout)
@@ -103,30 +105,32 @@ def test_a_static_plan_equals_an_eager_one_and_never_moves() -> None:
         assert meta is static
         assert torch.equal(captured.run(backend, meta, window=20), eager.run(backend, window=20))
         assert static.meta is not None
-        places.append([part.data_ptr() for part in (static.meta.slots_T, static.meta.pages, static.meta.decodes.total)])
-    assert places[0] == places[1] == places[2]
+        addresses.append(
+            [part.data_ptr() for part in (static.meta.slots_T, static.meta.pages, static.meta.decodes.total)]
+        )
+    assert addresses[0] == addresses[1] == addresses[2]
 
 
-def test_static_plans_of_all_sizes_share_one_place() -> None:
+def test_static_plans_of_all_sizes_share_one_buffer() -> None:
     backend = TritonAttention(KERNELS)
     large, small = backend.static(4), backend.static(2)
     for static, starts in ((large, (9, 30, 2, 5)), (small, (50, 3)), (large, (1, 2, 60, 4))):
         case = kernel_case([(start, 1) for start in starts], 4, 4, 2, 0)
         case.layout = wide(case.layout)
-        ours = case.run(backend, backend.plan(case.layout, static))
-        torch.testing.assert_close(ours, case.reference(), atol=2e-5, rtol=1e-5)
-    assert isinstance(large, StaticMeta)
+        out = case.run(backend, backend.plan(case.layout, static))
+        torch.testing.assert_close(out, case.reference(), atol=2e-5, rtol=1e-5)
+    assert isinstance(large, StaticTritonMetadata)
     assert large.buffer is small.buffer
 
 
 def wide(layout: Layout) -> Layout:
-    """The same step in a table that holds longer rows."""
+    """The same step with a page table for longer rows."""
     tables = np.zeros((len(layout.tables), 256), np.int32)
     tables[:, : layout.tables.shape[1]] = layout.tables
     return Layout(layout.rows_C, layout.starts_C, layout.lengths_C, layout.lanes_C, tables, layout.page_size)
 
 
-def test_padding_rows_of_a_captured_step_harm_nobody() -> None:
+def test_padding_of_a_captured_step_changes_no_row() -> None:
     """Scratch rows: their table is all zeros, so they all write to the first slot of page 0."""
     case = kernel_case([(40, 1), (7, 1)], 4, 4, 2, 0)
     expected = case.reference()
@@ -148,8 +152,7 @@ def test_padding_rows_of_a_captured_step_harm_nobody() -> None:
 )
 def test_tiles_cover_every_token_once(chunks: list[tuple[int, int]], queries: int) -> None:
     case = Case(chunks, 4, 1, 1, 0, head_dim=1)
-    packing = Packing(case.layout)
-    tiles = tiles_of(packing.longer_L4, queries)
+    tiles = tiles_of(PackedLayout(case.layout).prefills_L4, queries)
     positions = case.layout.positions()
     covered = [
         (token + i, position + i)
@@ -165,16 +168,16 @@ def test_tiles_cover_every_token_once(chunks: list[tuple[int, int]], queries: in
     assert keys_seen(tiles) == seen.sum()
 
 
-def test_parts_of_a_plan_are_aligned_whatever_their_number() -> None:
+def test_parts_of_a_plan_are_aligned_for_any_size() -> None:
     for count in range(1, 6):
         case = kernel_case([(index, 1 + index % 2) for index in range(count)], 4, 1, 1, 0)
-        places = Packing(case.layout).places
-        assert places.slots % 4 == places.pages % 4 == 0
+        parts = PackedLayout(case.layout).parts
+        assert parts.slots % 4 == parts.pages % 4 == 0
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 100])
-def test_a_captured_step_follows_its_plan(window: int | None) -> None:
+def test_replay_of_a_captured_step_follows_its_plan(window: int | None) -> None:
     backend = TritonAttention(KERNELS)
     static, shapes = backend.static(3), {"head_dim": 128, "dtype": torch.bfloat16}
     held = kernel_case([(900, 1), (2000, 1), (1500, 1)], 16, 32, 8, 0, **shapes)
@@ -189,14 +192,14 @@ def test_a_captured_step_follows_its_plan(window: int | None) -> None:
         case = kernel_case([(start, 1) for start in starts], 16, 32, 8, seed, **shapes)
         pages = len(case.k_cache)
         held.k_cache[:pages], held.v_cache[:pages] = case.k_cache, case.v_cache
-        for ours, theirs in zip((held.q, held.k, held.v), (case.q, case.k, case.v), strict=True):
-            ours.copy_(theirs)
+        for buffer, values in zip((held.q, held.k, held.v), (case.q, case.k, case.v), strict=True):
+            buffer.copy_(values)
         backend.plan(wide(case.layout), static)
         graph.replay()
         torch.testing.assert_close(out.cpu().float(), case.reference(window), atol=3e-2, rtol=3e-2)
 
 
-def test_a_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend, "interpreting", lambda: False)
     with pytest.raises(ConfigError, match="--attention-backend triton: needs a CUDA device"):
         create("triton", CPU)

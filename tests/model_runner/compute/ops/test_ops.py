@@ -1,4 +1,4 @@
-"""The small operations: torch's are transformers' arithmetic to the bit, the kernels' are near, rows never mix."""
+"""The small operations: torch is bit-equal to transformers, the triton kernels are near torch, rows do not mix."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ DTYPES = {torch.float32: 2e-6, torch.float16: 4e-3}
 KIND_NAMES: tuple[NormKind, ...] = get_args(NormKind)
 
 
-def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(KERNELS, dtype)
 
 
 def angles(tokens: int, half: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    turns = draw(tokens, 1, half, seed=9) * 3
-    return turns.cos().to(dtype), turns.sin().to(dtype)
+    radians = random(tokens, 1, half, seed=9) * 3
+    return radians.cos().to(dtype), radians.sin().to(dtype)
 
 
-def near(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    assert ours.dtype == theirs.dtype
-    assert ours.is_contiguous()
-    torch.testing.assert_close(ours, theirs, atol=DTYPES[ours.dtype], rtol=DTYPES[ours.dtype])
+def assert_near(got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert got.dtype == expected.dtype
+    assert got.is_contiguous()
+    torch.testing.assert_close(got, expected, atol=DTYPES[got.dtype], rtol=DTYPES[got.dtype])
 
 
 def transformers_norm(kind: NormKind, weight: torch.Tensor) -> torch.nn.Module:
@@ -54,28 +54,32 @@ def transformers_rope(x_TND: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     both = (torch.cat((angle, angle), dim=-1)[:, 0] for angle in (cos, sin))
-    turned: torch.Tensor = apply_rotary_pos_emb(x_TND, x_TND, *both)[0]
-    return turned
+    rotated: torch.Tensor = apply_rotary_pos_emb(x_TND, x_TND, *both)[0]
+    return rotated
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KIND_NAMES)
-def test_torch_norms_are_transformers_to_the_bit(kind: NormKind, dtype: torch.dtype) -> None:
-    x, residual, weight = draw(5, 24, dtype=dtype), draw(5, 24, dtype=dtype, seed=1), draw(24, dtype=dtype, seed=2)
-    theirs = transformers_norm(kind, weight)
-    assert torch.equal(TORCH.norm(x, weight, EPS, kind), theirs(x))
+def test_torch_norms_are_bit_equal_to_transformers(kind: NormKind, dtype: torch.dtype) -> None:
+    x, residual, weight = (
+        random(5, 24, dtype=dtype),
+        random(5, 24, dtype=dtype, seed=1),
+        random(24, dtype=dtype, seed=2),
+    )
+    reference = transformers_norm(kind, weight)
+    assert torch.equal(TORCH.norm(x, weight, EPS, kind), reference(x))
     normed, total = TORCH.add_norm(x, residual, weight, EPS, kind)
     assert torch.equal(total, residual + x)
-    assert torch.equal(normed, theirs(total))
+    assert torch.equal(normed, reference(total))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("half", [4, 3])
-def test_torch_rotation_and_gates_are_transformers_to_the_bit(half: int, dtype: torch.dtype) -> None:
-    x, (cos, sin) = draw(5, 3, 8, dtype=dtype), angles(5, half, dtype)
-    turned = transformers_rope(x[..., : 2 * half], cos, sin)
-    assert torch.equal(TORCH.rope(x, cos, sin), torch.cat((turned, x[..., 2 * half :]), dim=-1))
-    gate_up = draw(5, 12, dtype=dtype)
+def test_torch_rope_and_gates_are_bit_equal_to_transformers(half: int, dtype: torch.dtype) -> None:
+    x, (cos, sin) = random(5, 3, 8, dtype=dtype), angles(5, half, dtype)
+    rotated = transformers_rope(x[..., : 2 * half], cos, sin)
+    assert torch.equal(TORCH.rope(x, cos, sin), torch.cat((rotated, x[..., 2 * half :]), dim=-1))
+    gate_up = random(5, 12, dtype=dtype)
     gate, up = gate_up.chunk(2, dim=-1)
     assert torch.equal(TORCH.silu_mul(gate_up), silu(gate) * up)
     assert torch.equal(TORCH.gelu_tanh_mul(gate_up), gelu(gate, approximate="tanh") * up)
@@ -84,99 +88,106 @@ def test_torch_rotation_and_gates_are_transformers_to_the_bit(half: int, dtype: 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KIND_NAMES)
 @pytest.mark.parametrize("size", [64, 80, 200])
-def test_norms(size: int, kind: NormKind, dtype: torch.dtype) -> None:
-    x, residual = draw(7, size, dtype=dtype), draw(7, size, dtype=dtype, seed=1)
-    weight = draw(size, dtype=dtype, seed=2)
-    near(TRITON.norm(x, weight, EPS, kind), TORCH.norm(x, weight, EPS, kind))
-    ours, theirs = (ops.add_norm(x, residual, weight, EPS, kind) for ops in (TRITON, TORCH))
-    near(ours[0], theirs[0])
-    assert torch.equal(ours[1], theirs[1])
+def test_triton_norms_are_near_torch(size: int, kind: NormKind, dtype: torch.dtype) -> None:
+    x, residual = random(7, size, dtype=dtype), random(7, size, dtype=dtype, seed=1)
+    weight = random(size, dtype=dtype, seed=2)
+    assert_near(TRITON.norm(x, weight, EPS, kind), TORCH.norm(x, weight, EPS, kind))
+    got, expected = (ops.add_norm(x, residual, weight, EPS, kind) for ops in (TRITON, TORCH))
+    assert_near(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
 
 
 @pytest.mark.parametrize("kind", KIND_NAMES)
 def test_each_row_has_the_norm_of_its_lane(kind: NormKind) -> None:
-    x, residual, heads = draw(7, 80), draw(7, 80, seed=1), draw(7, 9, 24, seed=2)[:, 2:7]
-    tables, lanes = draw(4, 200, seed=3), torch.tensor([0, 3, 1, 3, 2, 0, 1], device=KERNELS)
+    x, residual, heads = random(7, 80), random(7, 80, seed=1), random(7, 9, 24, seed=2)[:, 2:7]
+    tables, lanes = random(4, 200, seed=3), torch.tensor([0, 3, 1, 3, 2, 0, 1], device=KERNELS)
     table, narrow = tables[:, 96:176], tables[:, 8:32]
     for ops in (TRITON, TORCH):
-        ours, total = ops.add_norm(x, residual, table, EPS, kind, lanes)
+        got, total = ops.add_norm(x, residual, table, EPS, kind, lanes)
         for row, lane in enumerate(lanes.tolist()):
             here = slice(row, row + 1)
-            near(ops.norm(x, table, EPS, kind, lanes)[here], TORCH.norm(x[here], table[lane], EPS, kind))
-            near(ours[here], TORCH.norm(x[here] + residual[here], table[lane], EPS, kind))
-            near(ops.norm(heads, narrow, EPS, kind, lanes)[here], TORCH.norm(heads[here], narrow[lane], EPS, kind))
+            assert_near(ops.norm(x, table, EPS, kind, lanes)[here], TORCH.norm(x[here], table[lane], EPS, kind))
+            assert_near(got[here], TORCH.norm(x[here] + residual[here], table[lane], EPS, kind))
+            assert_near(
+                ops.norm(heads, narrow, EPS, kind, lanes)[here], TORCH.norm(heads[here], narrow[lane], EPS, kind)
+            )
         assert torch.equal(total, x + residual)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size", "half"), [(4, 2, 16, 8), (6, 1, 24, 6)])
-def test_each_tokens_heads_have_the_norms_of_its_lane(heads: int, kv_heads: int, size: int, half: int) -> None:
-    qkv, (cos, sin) = draw(5, heads + 2 * kv_heads, size), angles(5, half, torch.float32)
-    tables, lanes = draw(3, 100, seed=3), torch.tensor([2, 0, 1, 2, 0], device=KERNELS)
+def test_heads_of_each_token_have_the_norms_of_its_lane(heads: int, kv_heads: int, size: int, half: int) -> None:
+    qkv, (cos, sin) = random(5, heads + 2 * kv_heads, size), angles(5, half, torch.float32)
+    tables, lanes = random(3, 100, seed=3), torch.tensor([2, 0, 1, 2, 0], device=KERNELS)
     q_table, k_table = tables[:, 8 : 8 + size], tables[:, 40 : 40 + size]
     slots = torch.tensor([9, 3, 0, 23, 8], dtype=torch.int32, device=KERNELS)
 
-    def answers(ops: Ops, picked: slice, norms: HeadNorms) -> tuple[torch.Tensor, torch.Tensor]:
+    def results(ops: Ops, picked: slice, norms: HeadNorms) -> tuple[torch.Tensor, torch.Tensor]:
         caches = torch.zeros(2, 6, 4, kv_heads, size, device=KERNELS)
         here = qkv[picked], cos[picked], sin[picked], caches[0], caches[1], slots[picked]
         return ops.rope_and_store(*here, norms), caches
 
     for ops in (TRITON, TORCH):
-        q, caches = answers(ops, slice(None), HeadNorms(q_table, k_table, EPS, "plain", lanes))
+        q, caches = results(ops, slice(None), HeadNorms(q_table, k_table, EPS, "plain", lanes))
         for row, lane in enumerate(lanes.tolist()):
-            alone, cache = answers(TORCH, slice(row, row + 1), HeadNorms(q_table[lane], k_table[lane], EPS))
-            near(q[row], alone[0])
+            alone, cache = results(TORCH, slice(row, row + 1), HeadNorms(q_table[lane], k_table[lane], EPS))
+            assert_near(q[row], alone[0])
             slot = int(slots[row])
-            near(caches.flatten(1, 2)[:, slot].contiguous(), cache.flatten(1, 2)[:, slot].contiguous())
+            assert_near(caches.flatten(1, 2)[:, slot].contiguous(), cache.flatten(1, 2)[:, slot].contiguous())
 
 
 def test_norms_of_heads_inside_a_wider_tensor() -> None:
-    qkv, weight = draw(6, 9, 24), draw(24, seed=1)
+    qkv, weight = random(6, 9, 24), random(24, seed=1)
     for heads in (qkv[:, :5], qkv[:, 5:7]):
-        near(TRITON.norm(heads, weight, EPS), TORCH.norm(heads, weight, EPS))
+        assert_near(TRITON.norm(heads, weight, EPS), TORCH.norm(heads, weight, EPS))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inner", [16, 1025])
-def test_gates(inner: int, dtype: torch.dtype) -> None:
-    wider = draw(7, 2 * inner + 3, dtype=dtype) * 2
+def test_triton_gates_are_near_torch(inner: int, dtype: torch.dtype) -> None:
+    wider = random(7, 2 * inner + 3, dtype=dtype) * 2
     gate_up = wider[:, : 2 * inner]
-    near(TRITON.silu_mul(gate_up), TORCH.silu_mul(gate_up))
-    near(TRITON.gelu_tanh_mul(gate_up), TORCH.gelu_tanh_mul(gate_up))
+    assert_near(TRITON.silu_mul(gate_up), TORCH.silu_mul(gate_up))
+    assert_near(TRITON.gelu_tanh_mul(gate_up), TORCH.gelu_tanh_mul(gate_up))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "half"), [(16, 8), (80, 40), (24, 12), (64, 8), (20, 5)])
-def test_rotation(size: int, half: int, dtype: torch.dtype) -> None:
-    qkv, (cos, sin) = draw(7, 8, size, dtype=dtype), angles(7, half, dtype)
-    near(TRITON.rope(qkv[:, :6], cos, sin), TORCH.rope(qkv[:, :6], cos, sin))
+def test_triton_rope_is_near_torch(size: int, half: int, dtype: torch.dtype) -> None:
+    qkv, (cos, sin) = random(7, 8, size, dtype=dtype), angles(7, half, dtype)
+    assert_near(TRITON.rope(qkv[:, :6], cos, sin), TORCH.rope(qkv[:, :6], cos, sin))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", [None, *KIND_NAMES])
 @pytest.mark.parametrize(("heads", "kv_heads", "size", "half"), [(4, 2, 16, 8), (6, 1, 24, 6), (3, 3, 20, 10)])
-def test_rotation_with_norms_and_store(
+def test_triton_rope_and_store_is_near_torch(
     heads: int, kv_heads: int, size: int, half: int, kind: NormKind | None, dtype: torch.dtype
 ) -> None:
-    qkv, (cos, sin) = draw(5, heads + 2 * kv_heads, size, dtype=dtype), angles(5, half, dtype)
-    weights = draw(size, dtype=dtype, seed=3), draw(size, dtype=dtype, seed=4)
+    qkv, (cos, sin) = random(5, heads + 2 * kv_heads, size, dtype=dtype), angles(5, half, dtype)
+    weights = random(size, dtype=dtype, seed=3), random(size, dtype=dtype, seed=4)
     norms = None if kind is None else HeadNorms(*weights, EPS, kind)
     slots = torch.tensor([9, 3, 0, 23, 8], dtype=torch.int32, device=KERNELS)
-    answers = []
+    results = []
     for ops in (TRITON, TORCH):
         caches = torch.full((2, 6, 4, kv_heads, size), 7.0, dtype=dtype, device=KERNELS)
-        answers.append((ops.rope_and_store(qkv, cos, sin, caches[0], caches[1], slots, norms), caches))
-    (q, caches), (expected, expected_caches) = answers
-    near(q, expected)
-    near(caches, expected_caches)
+        results.append((ops.rope_and_store(qkv, cos, sin, caches[0], caches[1], slots, norms), caches))
+    (q, caches), (expected, expected_caches) = results
+    assert_near(q, expected)
+    assert_near(caches, expected_caches)
     assert torch.equal(caches[1], expected_caches[1])
     untouched = [slot for slot in range(24) if slot not in slots.tolist()]
     assert (caches[:, :].flatten(1, 2)[:, untouched] == 7.0).all()
 
 
 def test_nan_stays_in_its_row() -> None:
-    x, residual, weight, (cos, sin) = draw(5, 64), draw(5, 64, seed=1), draw(64, seed=2), angles(5, 8, torch.float32)
+    x, residual, weight, (cos, sin) = (
+        random(5, 64),
+        random(5, 64, seed=1),
+        random(64, seed=2),
+        angles(5, 8, torch.float32),
+    )
 
-    def answers(x: torch.Tensor) -> list[torch.Tensor]:
+    def results(x: torch.Tensor) -> list[torch.Tensor]:
         caches = torch.zeros(2, 3, 4, 1, 16, device=KERNELS)
         slots = torch.arange(5, dtype=torch.int32, device=KERNELS)
         q = TRITON.rope_and_store(x.view(5, 4, 16), cos, sin, caches[0], caches[1], slots)
@@ -185,20 +196,20 @@ def test_nan_stays_in_its_row() -> None:
 
     dirty = x.clone()
     dirty[2] = torch.nan
-    for clean, spoilt in zip(answers(x), answers(dirty), strict=True):
-        assert spoilt[2].isnan().all()
-        spoilt[2] = clean[2]
-        assert torch.equal(spoilt, clean)
+    for clean, poisoned in zip(results(x), results(dirty), strict=True):
+        assert poisoned[2].isnan().all()
+        poisoned[2] = clean[2]
+        assert torch.equal(poisoned, clean)
 
 
-def test_a_device_without_kernels_gets_torch() -> None:
+def test_ops_of_a_cpu_extend_the_torch_reference() -> None:
     assert isinstance(create(torch.device("cpu")), TorchOps)
     assert isinstance(create(torch.device("cuda")), TritonOps)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_compile_without_spills(capability: int) -> None:
-    """An 8B model: hidden 4096, inner 14336, 32 and 8 heads of 128."""
+    """The sizes of an 8B model: hidden 4096, inner 14336, 32 and 8 heads of 128."""
     pages = {"page_stride": "i32", "slot_stride": "i32"}
     caches = dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), "*bf16")
     names = ("x_ptr", "residual_ptr", "weight_ptr", "out_ptr", "total_ptr")

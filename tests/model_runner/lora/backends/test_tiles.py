@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 
 from engine.messages import LanePages
 from model_runner.compute.kernels.triton.lora.segments import RECORD
-from model_runner.compute.kernels.triton.lora.tiling import busy, expand_tiling, programs, shrink_tiling, tile_rows
+from model_runner.compute.kernels.triton.lora.tiling import (
+    expand_tiling,
+    programs,
+    rounded_tiles,
+    shrink_tiling,
+    tile_rows,
+)
 from model_runner.lora.backends import work_table
 from model_runner.lora.backends.lane_tables import LaneTables
 from model_runner.lora.backends.tiles import Tiles, by_lane, by_request
@@ -129,5 +135,5 @@ def test_tilings_keep_their_bounds(rows: int, itemsize: int) -> None:
                     b = expand_tiling(rows, features, features * slices, tiles, 8, itemsize, processors)
                     assert all(n & (n - 1) == 0 for n in (a.block, a.units, a.splits, b.block, b.pages))
     assert [tile_rows(longest, 64) for longest in (1, 16, 17, 500)] == [16, 16, 64, 64]
-    assert [busy(tiles, 16) for tiles in (1, 3, 4, 15, 16, 300, 9999)] == [1, 1, 4, 4, 16, 256, 256]
+    assert [rounded_tiles(tiles, 16) for tiles in (1, 3, 4, 15, 16, 300, 9999)] == [1, 1, 4, 4, 16, 256, 256]
     assert [programs(100, others, 132) for others in (1, 16, 1000)] == [100, 49, 1]

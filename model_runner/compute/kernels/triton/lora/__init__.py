@@ -1,1 +1,1 @@
-"""The LoRA kernels: shrink and expand, their tiling and the segments they read."""
+"""The LoRA kernels shrink and expand, their tiling, and the table of work that they read."""

@@ -1,14 +1,14 @@
-"""The expand of LoRA: y += h B over a lane's pages, gains and biases in the same store; one launch a site.
+"""The LoRA expand, y += h B over a lane's pages, with gains and biases in the same store; one launch for a site.
 
     y [T, O]      | slice 0             | slice 1    | slice 2    |        B of a page [16, O], along O
-                  | block | block | bl. | block | b. | block | b. |        a block lies within one slice
+                  | block | block | bl. | block | b. | block | b. |        a block is within one slice
 
-A program is a tile and a block of columns. It sums everything in float32, and stores once:
+A program computes a tile and a block of columns. It sums in float32 and stores once:
 
     y + sum over pages (h B) + sum over vector slots scale * (gain_less_one * (y - base bias) + bias)
 
-For the embedding h is looked up instead: a token's 16 units of A lie together. With programmatic dependent launch B is
-read before the shrink has ended. Knows nothing of lanes: see lora_segments.
+For the embedding h is not computed but looked up: the 16 units of a token are consecutive in A. With programmatic
+dependent launch B is read before the shrink has ended. Does not know lanes: see segments.py.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MAX_SLICES = 3
 
 @triton.jit
 def _columns(block, second, third, outs, BLOCK: tl.constexpr):
-    """The slice of this block of columns, its columns [BLOCK], and which of them are the slice's."""
+    """The slice of this block of columns, its columns [BLOCK], and which of them are inside the slice."""
     in_first = tl.cdiv(second, BLOCK)
     in_second = tl.cdiv(third - second, BLOCK)
     piece, begin, stop, index = 0, 0, second, block
@@ -55,52 +55,52 @@ def _columns(block, second, third, outs, BLOCK: tl.constexpr):
 
 @triton.jit
 def _pages_of_b(b, items, site_units, at, number, piece, slices, cols, inside, outs, PAGES: tl.constexpr):
-    """B [16 PAGES, BLOCK] of the pages from `at` on, and how many units of its page are real for each row of it.
+    """B [16 PAGES, BLOCK] of the pages from `at` on, and for each of its rows the number of units that its page uses.
 
-    Units that are not real are not read.
+    Unused units are not read.
     """
     unit = tl.arange(0, PAGES * P16)
     which = at
-    if PAGES > 1:  # for one page a scalar will do
+    if PAGES > 1:  # for one page a scalar is enough
         which = at + unit // P16
     records = items + which * R
     here = which < number
     page = tl.load(records + PAGE, mask=here, other=0)
     packed = tl.load(records + UNITS, mask=here, other=0)
-    held = tl.load(site_units + page * slices + piece, mask=packed < 0, other=0)
-    held = tl.where(packed < 0, held, (packed >> (piece * 8)) & 255) + tl.zeros((PAGES * P16,), dtype=tl.int32)
-    places = b + (page.to(tl.int64) * P16 + unit % P16)[:, None] * outs + cols[None, :]
-    return tl.load(places, mask=(unit % P16 < held)[:, None] & inside[None, :], other=0.0), held
+    used = tl.load(site_units + page * slices + piece, mask=packed < 0, other=0)
+    used = tl.where(packed < 0, used, (packed >> (piece * 8)) & 255) + tl.zeros((PAGES * P16,), dtype=tl.int32)
+    offsets = b + (page.to(tl.int64) * P16 + unit % P16)[:, None] * outs + cols[None, :]
+    return tl.load(offsets, mask=(unit % P16 < used)[:, None] & inside[None, :], other=0.0), used
 
 
 @triton.jit
 def _sum_of_splits(
-    h, rows, real, held, at, piece, tokens, width, slices,
+    h, rows, real, used, at, piece, tokens, width, slices,
     ROWS: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, 16 PAGES] float32: what the shrink left for the pages from `at` on."""
+    """[ROWS, 16 PAGES] float32: the shrink's h for the pages from `at` on, summed over splits."""
     unit = tl.arange(0, PAGES * P16)
     within = ((at + unit // P16) * slices + piece) * P16 + unit % P16
-    places = h + (rows * width * slices * P16)[:, None] + within[None, :]
-    mask = real[:, None] & (held > 0)[None, :]
+    offsets = h + (rows * width * slices * P16)[:, None] + within[None, :]
+    mask = real[:, None] & (used > 0)[None, :]
     total = tl.zeros((ROWS, PAGES * P16), dtype=tl.float32)
     ONCE: tl.constexpr = min(SPLITS, 4)
     for first in tl.static_range(0, SPLITS, ONCE):
         splits = ((first + tl.arange(0, ONCE)).to(tl.int64) * tokens * width * slices * P16)[:, None, None]
-        total += tl.sum(tl.load(places[None, :, :] + splits, mask=mask[None, :, :], other=0.0), 0)
+        total += tl.sum(tl.load(offsets[None, :, :] + splits, mask=mask[None, :, :], other=0.0), 0)
     return total
 
 
 @triton.jit
-def _look_up(a, token_ids, items, rows, real, held, at, vocabulary, PAGES: tl.constexpr):
-    """[ROWS, 16 PAGES] float32: the units of the rows' tokens, scaled."""
+def _look_up(a, token_ids, items, rows, real, used, at, vocabulary, PAGES: tl.constexpr):
+    """[ROWS, 16 PAGES] float32: h of the rows' tokens, looked up in A and scaled."""
     unit = tl.arange(0, PAGES * P16)
     records = items + (at + unit // P16) * R
-    page = tl.load(records + PAGE, mask=held > 0, other=0).to(tl.int64)
-    scale = tl.load(records + SCALE, mask=held > 0, other=0).to(tl.float32, bitcast=True)
+    page = tl.load(records + PAGE, mask=used > 0, other=0).to(tl.int64)
+    scale = tl.load(records + SCALE, mask=used > 0, other=0).to(tl.float32, bitcast=True)
     tokens = tl.load(token_ids + rows, mask=real, other=0).to(tl.int64)
-    places = (page[None, :] * vocabulary + tokens[:, None]) * P16 + (unit % P16)[None, :]
-    values = tl.load(a + places, mask=real[:, None] & (held > 0)[None, :], other=0.0)
+    offsets = (page[None, :] * vocabulary + tokens[:, None]) * P16 + (unit % P16)[None, :]
+    values = tl.load(a + offsets, mask=real[:, None] & (used > 0)[None, :], other=0.0)
     return values.to(tl.float32) * scale[None, :]
 
 
@@ -110,17 +110,17 @@ def _add_pages(
     tokens, width, slices, outs, vocabulary,
     ROWS: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """acc + h B over the tile's pages, some at a time; the first ones are on their way before the shrink has ended."""
-    b_tile, held = _pages_of_b(b, items, site_units, 0, number, piece, slices, cols, inside, outs, PAGES)
+    """acc + h B over the tile's pages, PAGES at a time; the first pages are loaded before the shrink has ended."""
+    b_tile, used = _pages_of_b(b, items, site_units, 0, number, piece, slices, cols, inside, outs, PAGES)
     if PDL:
         gdc_wait()
     for at in range(0, number, PAGES):
         if token_ids is not None:
-            h_tile = _look_up(a, token_ids, items, rows, real, held, at, vocabulary, PAGES)
+            h_tile = _look_up(a, token_ids, items, rows, real, used, at, vocabulary, PAGES)
         else:
-            h_tile = _sum_of_splits(h, rows, real, held, at, piece, tokens, width, slices, ROWS, PAGES, SPLITS)
+            h_tile = _sum_of_splits(h, rows, real, used, at, piece, tokens, width, slices, ROWS, PAGES, SPLITS)
         acc = tl.dot(h_tile.to(b_tile.dtype), b_tile, acc, input_precision="ieee")
-        b_tile, held = _pages_of_b(b, items, site_units, at + PAGES, number, piece, slices, cols, inside, outs, PAGES)
+        b_tile, used = _pages_of_b(b, items, site_units, at + PAGES, number, piece, slices, cols, inside, outs, PAGES)
     return acc
 
 
@@ -131,9 +131,9 @@ def _add_vectors(acc, base, gain, bias, base_bias, slots, first, number, cols, i
         base -= tl.load(base_bias + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
     for index in range(number):
         record = slots + (first + index) * R
-        places = tl.load(record + PAGE).to(tl.int64) * outs + cols
-        gains = tl.load(gain + places, mask=inside, other=0.0)[None, :]
-        biases = tl.load(bias + places, mask=inside, other=0.0)[None, :]
+        offsets = tl.load(record + PAGE).to(tl.int64) * outs + cols
+        gains = tl.load(gain + offsets, mask=inside, other=0.0)[None, :]
+        biases = tl.load(bias + offsets, mask=inside, other=0.0)[None, :]
         acc += scale_of(record) * (gains * base + biases)
     return acc
 
@@ -146,9 +146,9 @@ def _expand_tile(
 ):  # fmt: skip
     piece, cols, inside = _columns(tl.program_id(0), second, third, outs, BLOCK)
     rows, real = rows_of(tile, gather, ROWS)
-    places = y + rows[:, None] * outs + cols[None, :]
+    offsets = y + rows[:, None] * outs + cols[None, :]
     here = real[:, None] & inside[None, :]
-    base = tl.load(places, mask=here, other=0.0).to(tl.float32)
+    base = tl.load(offsets, mask=here, other=0.0).to(tl.float32)
     acc = base
     if b is not None:
         own, number = items + tl.load(tile + FIRST) * R, tl.load(tile + NUMBER)
@@ -165,7 +165,7 @@ def _expand_tile(
     if gain is not None:
         first, number = tl.load(tile + FIRST_SLOT), tl.load(tile + SLOTS)
         acc = _add_vectors(acc, base, gain, bias, base_bias, slots, first, number, cols, inside, outs)
-    tl.store(places, acc.to(y.dtype.element_ty), mask=here)
+    tl.store(offsets, acc.to(y.dtype.element_ty), mask=here)
 
 
 @triton.jit(
@@ -176,26 +176,26 @@ def expand_kernel(
     items_at, tiles_at, slots_at, capacity, tokens, width, slices, second, third, outs, vocabulary,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Programs (blocks of columns, any number): each takes every so-many-th tile until the list ends."""
+    """Programs (blocks of columns, any number): each takes every n-th tile, for n programs, until the list ends."""
     tile = tl.program_id(1)
     tiles = table + tiles_at
     count = tl.load(tiles + tile * R + COUNT)
     while count > 0:
-        following = tile + tl.num_programs(1)
-        count = tl.load(tiles + following * R + COUNT, mask=following < capacity, other=0)
+        next_one = tile + tl.num_programs(1)
+        count = tl.load(tiles + next_one * R + COUNT, mask=next_one < capacity, other=0)
         _expand_tile(
             y, h, a, b, token_ids, gain, bias, base_bias,
             tiles + tile * R, table + items_at, table + slots_at, gather, site_units,
             tokens, width, slices, second, third, outs, vocabulary, ROWS, BLOCK, PAGES, SPLITS, PDL,
         )  # fmt: skip
-        tile = following
+        tile = next_one
     if PDL:
-        gdc_wait()  # whoever waits for this kernel counts on the shrink's having ended too
+        gdc_wait()  # a kernel that waits for this one must find the shrink ended too
 
 
 @dataclass(frozen=True, eq=False)
 class Vectors:
-    """The vector slots of a site, [V, O] float32 each, and the base's bias [O] or None, which gains leave alone."""
+    """The vector slots of a site, [V, O] float32 each, and the base's bias [O] or None, which gains do not scale."""
 
     gain_VO: torch.Tensor
     bias_VO: torch.Tensor
@@ -223,11 +223,11 @@ def expand(
     embedding: tuple[torch.Tensor, torch.Tensor] | None = None,
     pdl: bool = False,
 ) -> None:
-    """Adds to y, contiguous, in place: h [splits, T, width, S * 16] times B, and vectors.
+    """Adds h [splits, T, width, S * 16] times B, and gains and biases, to y in place, which is contiguous.
 
-    stops      where each slice's columns end, the last one O
-    embedding  (A [P, 1, vocabulary, 16], token ids [T] int64) in h's stead
-    The rest is as in `lora_shrink.shrink`; `capacity` and `programs` count tiles.
+    stops      where each slice's columns end, the last one at O
+    embedding  (A [P, 1, vocabulary, 16], token ids [T] int64), in place of h
+    The other arguments are those of `shrink.shrink`; `capacity` and `programs` count tiles.
     """
     assert y_TO.is_contiguous()
     assert len(stops) <= MAX_SLICES, f"{len(stops)} slices"

@@ -1,16 +1,16 @@
-"""The work of a step as the LoRA kernels read it: records of eight int32 in one table, and how a program finds its own.
+"""The table of a step's work that the LoRA kernels read: records of eight int32.
 
-    item   a page of a lane, for one tile of its rows      shrink: a program an item and split
-    tile   at most ROWS rows of one lane                   expand: a program a tile and block of columns
+    item   a page of a lane, for one tile of its rows      shrink: one program for an item and a split of I
+    tile   at most ROWS rows of one lane                   expand: one program for a tile and a block of columns
     slot   a vector slot of a tile's lane
 
     tiles   | START COUNT FIRST NUMBER FIRST_SLOT SLOTS |        items FIRST .. FIRST + NUMBER are the tile's pages
     items   | START COUNT PAGE ORDER UNITS SCALE |               ORDER 0, 1, .. within the tile
     slots   | - - PAGE - - SCALE |
 
-A tile whose rows follow one another has START >= 0, its first row; else START = -1 - i, and its rows are those from
-entry i of `gather` on. UNITS packs the real units of a page, eight bits a slice, and is -1 where the sites of the group
-differ: then the site's own table says. COUNT 0 ends the list. SCALE is a float32.
+A tile of consecutive rows has START >= 0, its first row; otherwise START = -1 - i, and its rows are the entries of
+`gather` from i on. UNITS packs the numbers of used units of a page, eight bits a slice; it is -1 if they differ between
+the sites of the group, and each site has its own table. COUNT 0 ends the list. SCALE is a float32.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ SLOTS = tl.constexpr(5)
 
 @triton.jit
 def rows_of(record, gather, ROWS: tl.constexpr):
-    """[ROWS] int64 and [ROWS] bool: the rows of an item or tile, and which of them are real."""
+    """[ROWS] int64 and [ROWS] bool: the rows of an item or tile, and which of them are not padding."""
     start = tl.load(record + START)
     within = tl.arange(0, ROWS)
     real = within < tl.load(record + COUNT)
     rows = start + within
-    if gather is not None:  # noqa: SIM102  (this is known when compiling, the other is not)
+    if gather is not None:  # noqa: SIM102  (decided when compiling, unlike the next line)
         if start < 0:
             rows = tl.load(gather + (-1 - start) + within, mask=real, other=0)
     return tl.where(real, rows, 0).to(tl.int64), real
@@ -51,5 +51,5 @@ def rows_of(record, gather, ROWS: tl.constexpr):
 
 @triton.jit
 def scale_of(record):
-    """The record's scale."""
+    """The scale of a record."""
     return tl.load(record + SCALE).to(tl.float32, bitcast=True)

@@ -1,13 +1,12 @@
-"""The shrink of LoRA: h = scale * (x A^T), for every page of every lane of a step, in one launch a site.
+"""The LoRA shrink, h = scale * (x A^T), for every page of every lane of a step, in one launch for a site.
 
     x [T, I] rows of a tile            A of a page, all slices: 16 S units x I, along I
     +--------+--------+--------+       +--------+--------+--------+
     |split 0 |split 1 | ...    |   .   |        |        |        |  ->  h[split, row, order, slice * 16 + unit]
     +--------+--------+--------+       +--------+--------+--------+
 
-A program is an item and a split of I. Splits are summed by the expand, in order, so that answers do not depend on
-timing. Units that are not real are not read, and slices without any are not written. Knows nothing of lanes: see
-lora_segments.
+A program computes an item and a split of I. The expand sums splits in a fixed order, so that results do not depend on
+timing. Unused units are not read, and slices without units are not written. Does not know lanes: see segments.py.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from model_runner.compute.kernels.triton.lora.tiling import ShrinkTiling
 
 
 @triton.jit
-def _held_units(record, site_units, slices, UNITS_N: tl.constexpr):
-    """[UNITS_N]: how many units of its slice are real in the item's page at this site."""
+def _used_units(record, site_units, slices, UNITS_N: tl.constexpr):
+    """[UNITS_N]: for each unit, how many units of its slice the item's page uses at this site."""
     unit = tl.arange(0, UNITS_N)
     piece = unit // P16
     packed = tl.load(record + UNITS)
-    held = (packed >> (piece * 8)) & 255
+    used = (packed >> (piece * 8)) & 255
     if packed < 0:
         page = tl.load(record + PAGE)
-        held = tl.load(site_units + page * slices + piece, mask=piece < slices, other=0)
-    return tl.where(piece < slices, held, 0)
+        used = tl.load(site_units + page * slices + piece, mask=piece < slices, other=0)
+    return tl.where(piece < slices, used, 0)
 
 
 @triton.jit
@@ -39,11 +38,11 @@ def _shrink_item(
     x, a, h, record, gather, site_units, tokens, width, x_stride, features, slices, span,
     ROWS: tl.constexpr, UNITS_N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    held = _held_units(record, site_units, slices, UNITS_N)
-    if tl.max(held, 0) > 0:
+    used = _used_units(record, site_units, slices, UNITS_N)
+    if tl.max(used, 0) > 0:
         rows, real = rows_of(record, gather, ROWS)
         unit = tl.arange(0, UNITS_N)
-        live = unit % P16 < held
+        live = unit % P16 < used
         page = tl.load(record + PAGE).to(tl.int64)
         split = tl.program_id(0)
         x_rows = x + rows[:, None] * x_stride
@@ -56,8 +55,8 @@ def _shrink_item(
             a_tile = tl.load(a_rows + cols, mask=live[:, None] & (cols < features), other=0.0)
             acc = tl.dot(x_tile.to(a_tile.dtype), tl.trans(a_tile), acc, input_precision="ieee")
         order = tl.load(record + ORDER)
-        places = ((split * tokens + rows) * width + order)[:, None] * (slices * P16) + unit[None, :]
-        tl.store(h + places, acc * scale_of(record), mask=real[:, None] & (held > 0)[None, :])
+        offsets = ((split * tokens + rows) * width + order)[:, None] * (slices * P16) + unit[None, :]
+        tl.store(h + offsets, acc * scale_of(record), mask=real[:, None] & (used > 0)[None, :])
 
 
 @triton.jit(do_not_specialize=["items_at", "capacity", "tokens", "width", "slices", "span"])
@@ -66,20 +65,20 @@ def shrink_kernel(
     items_at, capacity, tokens, width, x_stride, features, slices, span,
     ROWS: tl.constexpr, UNITS_N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Programs (splits, any number): each takes every so-many-th item until the list ends."""
+    """Programs (splits, any number): each takes every n-th item, for n programs, until the list ends."""
     if PDL:
         gdc_launch_dependents()
     item = tl.program_id(1)
     items = table + items_at
     count = tl.load(items + item * R + COUNT)
     while count > 0:
-        following = item + tl.num_programs(1)
-        count = tl.load(items + following * R + COUNT, mask=following < capacity, other=0)
+        next_one = item + tl.num_programs(1)
+        count = tl.load(items + next_one * R + COUNT, mask=next_one < capacity, other=0)
         _shrink_item(
             x, a, h, items + item * R, gather, site_units, tokens, width, x_stride, features, slices, span,
             ROWS, UNITS_N, BLOCK,
         )  # fmt: skip
-        item = following
+        item = next_one
 
 
 def shrink(
@@ -97,12 +96,12 @@ def shrink(
     tiling: ShrinkTiling,
     pdl: bool = False,
 ) -> None:
-    """Writes h, float32 [splits, T, width, S * 16] flat, where an item's rows, pages and units are; nothing else.
+    """Writes h, float32 [splits, T, width, S * 16], flat; only the elements of an item's rows, pages and used units.
 
-    table      int32, flat; the items begin at `items_at` and there is room for `capacity` of them
-    gather     int32, or None where every tile's rows follow one another
-    programs   at most `capacity`; fewer programs take several items each
-    width      pages of the lane that has most
+    table      int32, flat; up to `capacity` items from `items_at` on
+    gather     int32, or None if the rows of every tile are consecutive
+    programs   at most `capacity`; with fewer, each takes several items
+    width      the most pages of a lane
     pdl        the expand may be launched with programmatic dependent launch
     """
     assert x_TI.stride(1) == 1

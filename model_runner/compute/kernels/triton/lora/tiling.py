@@ -1,11 +1,11 @@
 """Block sizes of the LoRA kernels, from shapes alone: pure functions of numbers.
 
-Every combination is a kernel to be compiled, so there are few: of a step only the most rows of a tile (16, or what the
-backend's long tiles have) and a rough number of tiles (1, 4, 16, ..) count.
+Each combination is a kernel that must be compiled, so there are few: they depend on a step only by the rows of a tile
+(16, or the backend's long tiles) and a rounded number of tiles (1, 4, 16, ..).
 
-A decode step reads each page once and is bound by bytes and latency: enough programs to fill the device, wide rows. A
-prefill is bound by how often it reads x and y: tall tiles. In triton's interpreter a program costs milliseconds
-whatever it does: one program for everything. Knows nothing of tensors.
+A decode step reads each page once and is bound by bytes and latency: there are enough programs to fill the device, and
+blocks are wide. A prefill is bound by how often it reads x and y: tiles are tall. In triton's interpreter every program
+costs milliseconds: one program does everything. Does not know tensors.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from model_runner.compute.kernels.triton.lora.segments import PAGE_RANK
 
 INTERPRETED = 0
-"""In the stead of the number of multiprocessors: one program for everything."""
+"""In place of the number of multiprocessors: one program does everything."""
 
 SHORT = 16
-"""Rows of a tile where every run is short; tensor cores want no fewer."""
+"""Rows of a tile if all runs are short; the least that tensor cores multiply."""
 
 MAX_SPLITS = 16
 MAX_SUMMED = 8192
-"""Numbers that the expand sums over splits at once."""
+"""The most elements of h that the expand sums over splits at once."""
 
 MIN_SPAN = 256
 MAX_PAGES = 4
@@ -32,7 +32,7 @@ STAGE_BYTES = 32 << 10
 
 @dataclass(frozen=True)
 class ShrinkTiling:
-    """`rows` x `units` outputs of a program, `block` columns of x and A at a time, `span` blocks in each split."""
+    """A program computes `rows` x `units` outputs, `block` columns of x and A at a time; a split has `span` blocks."""
 
     rows: int
     units: int
@@ -45,9 +45,9 @@ class ShrinkTiling:
 
 @dataclass(frozen=True)
 class ExpandTiling:
-    """`rows` x `block` outputs of a program; `pages` at a time of lanes that have several.
+    """A program computes `rows` x `block` outputs, from `pages` pages at a time for lanes with several.
 
-    `registers` of a thread at most. Left to itself ptxas takes fewer, and spills for the sake of occupancy.
+    `registers`: the most for a thread. Without it ptxas uses fewer and spills, for occupancy.
     """
 
     rows: int
@@ -67,7 +67,7 @@ def shrink_tiling(
         return ShrinkTiling(rows, units, power_of_two(features), 1, 1)
     fits = floor_of_two(STAGE_BYTES // ((rows + units) * itemsize))
     block = min(BLOCK_BYTES // itemsize, fits, max(32, power_of_two(features)))
-    wanted = power_of_two(max(1, (2 if rows == SHORT else 1) * processors // busy(tiles, rows)))
+    wanted = power_of_two(max(1, (2 if rows == SHORT else 1) * processors // rounded_tiles(tiles, rows)))
     summed = max(1, MAX_SUMMED // (rows * PAGE_RANK * pages_at_once(most_pages)))
     splits = min(MAX_SPLITS, wanted, summed, floor_of_two(max(1, features // MIN_SPAN)))
     span = -(-features // (splits * block))
@@ -85,7 +85,7 @@ def expand_tiling(
     if processors == INTERPRETED:
         return ExpandTiling(rows, max(16, power_of_two(widest)), pages)
     most = (128 if rows == SHORT or (rows < 128 and pages < MAX_PAGES) else 64) * 2 // itemsize
-    wanted = floor_of_two(max(1, outs * busy(tiles, rows) // (4 * processors)))
+    wanted = floor_of_two(max(1, outs * rounded_tiles(tiles, rows) // (4 * processors)))
     block = max(64, min(most, wanted))
     if rows * block >= 8192:
         return ExpandTiling(rows, block, pages, warps=8)
@@ -93,22 +93,22 @@ def expand_tiling(
 
 
 def pages_at_once(most_pages: int) -> int:
-    """How many pages the expand multiplies at once, where a lane has at most so many."""
+    """The number of pages that the expand multiplies at once, if lanes have at most `most_pages`."""
     return min(MAX_PAGES, power_of_two(most_pages))
 
 
 def tile_rows(longest: int, most: int) -> int:
-    """Rows of a tile where the longest run has `longest`."""
+    """Rows of a tile if the longest run has `longest` rows."""
     return SHORT if longest <= SHORT else most
 
 
-def busy(tiles: int, rows: int) -> int:
-    """The number of tiles, roughly: up to 256 short ones or 64 long ones."""
+def rounded_tiles(tiles: int, rows: int) -> int:
+    """The number of tiles rounded down to a power of four, at most 256 short ones or 64 long ones."""
     return min(256 if rows <= SHORT else 64, 1 << ((tiles.bit_length() - 1) & ~1))
 
 
 def programs(capacity: int, others: int, processors: int) -> int:
-    """How many programs take `capacity` records, with `others` programs for each: idle ones are not free."""
+    """The number of programs for `capacity` records, each needing `others` programs; idle programs cost time too."""
     return capacity if processors == INTERPRETED else max(1, min(capacity, 6 * processors // max(1, others)))
 
 

@@ -1,4 +1,4 @@
-"""The paged attention kernels: rows cut into spans and merged, groups wider than a tile, and what the compiler says."""
+"""The paged attention kernels: rows cut into spans and merged, groups wider than a tile, and no register spills."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from fixtures.models.ahead_of_time import compile_for
 from fixtures.models.attention_cases import KERNELS, SCALE, Case, kernel_case
 
-from model_runner.compute.attention.packing import HEADER, Packing, keys_seen, tiles_of
+from model_runner.compute.attention.packing import HEADER, PackedLayout, keys_seen, tiles_of
 from model_runner.compute.kernels.triton import attention
 from model_runner.compute.kernels.triton.attention_shapes import (
-    MOST_SPLITS,
+    MAX_SPLITS,
     Shape,
     decode_shape,
     padded_head,
@@ -31,14 +31,14 @@ CAPABILITIES = (80, 90, 100)
 def attend(
     case: Case, shape: Shape, spans: int, window: int | None = None, softcap: float | None = None
 ) -> torch.Tensor:
-    """[T, N, D] on the CPU, by tiles of this shape, every one cut into about `spans`."""
-    packing = Packing(case.layout)
-    host = torch.empty(packing.size, dtype=torch.int32)
-    packing.write(host.numpy())
-    places, numbers = packing.places, host.to(KERNELS)
-    store_kv(case.k, case.v, case.k_cache, case.v_cache, numbers[places.slots :][: places.tokens])
+    """[T, N, D] on the CPU, computed with tiles of this shape, each cut into about `spans` spans."""
+    packed = PackedLayout(case.layout)
+    host = torch.empty(packed.size, dtype=torch.int32)
+    packed.write(host.numpy())
+    offsets, buffer = packed.parts, host.to(KERNELS)
+    store_kv(case.k, case.v, case.k_cache, case.v_cache, buffer[offsets.slots :][: offsets.tokens])
     out = torch.full_like(case.q, torch.inf)
-    decodes, prefills = host[HEADER : places.slots].view(-1, 4).numpy(), tiles_of(packing.longer_L4, shape.queries)
+    decodes, prefills = host[HEADER : offsets.slots].view(-1, 4).numpy(), tiles_of(packed.prefills_L4, shape.queries)
     for tiles, variant in ((decodes, replace(shape, queries=1)), (prefills, shape)):
         if len(tiles):
             attend_tiles(
@@ -47,7 +47,7 @@ def attend(
                 case.v_cache,
                 out,
                 torch.from_numpy(tiles).to(KERNELS),
-                numbers[places.pages :],
+                buffer[offsets.pages :],
                 torch.tensor([keys_seen(tiles)], dtype=torch.int32, device=KERNELS),
                 variant,
                 scale=SCALE,
@@ -60,35 +60,35 @@ def attend(
 
 @pytest.mark.parametrize("spans", [1, 3, 32])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (21, 2.0)])
-def test_spans_do_not_change_the_answer(spans: int, window: int | None, softcap: float | None) -> None:
+def test_spans_do_not_change_the_result(spans: int, window: int | None, softcap: float | None) -> None:
     case = kernel_case([(350, 1), (3, 1), (60, 6), (0, 1)], 4, 4, 2, 2, head_dim=16)
-    ours = attend(case, SMALL, spans, window, softcap)
-    torch.testing.assert_close(ours, case.reference(window, softcap), atol=2e-5, rtol=1e-5)
+    out = attend(case, SMALL, spans, window, softcap)
+    torch.testing.assert_close(out, case.reference(window, softcap), atol=2e-5, rtol=1e-5)
 
 
-def test_a_group_wider_than_a_tile_is_shared_by_programs() -> None:
+def test_group_wider_than_a_tile_is_split_among_programs() -> None:
     case = kernel_case([(20, 1), (9, 3)], 4, 7, 1, 5, head_dim=16)
-    ours = attend(case, replace(SMALL, heads=4), 2)
-    torch.testing.assert_close(ours, case.reference(), atol=2e-5, rtol=1e-5)
+    out = attend(case, replace(SMALL, heads=4), 2)
+    torch.testing.assert_close(out, case.reference(), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:invalid value:RuntimeWarning")  # numpy
 @pytest.mark.parametrize("window", [None, 30])
 def test_nan_stays_in_its_row_when_rows_are_cut(window: int | None) -> None:
     chunks = [(70, 1), (60, 5), (90, 1)]
-    for victim in (0, 1):
+    for chunk in (0, 1):
         clean, dirty = (kernel_case(chunks, 4, 4, 2, 3) for _ in range(2))
-        dirty.poison(victim)
-        expected, ours = (attend(case, SMALL, 4, window) for case in (clean, dirty))
-        mine = dirty.tokens(victim)
-        assert ours[mine].isnan().all()
-        ours[mine] = expected[mine]
-        assert torch.equal(ours, expected)
+        dirty.poison(chunk)
+        expected, out = (attend(case, SMALL, 4, window) for case in (clean, dirty))
+        poisoned = dirty.tokens(chunk)
+        assert out[poisoned].isnan().all()
+        out[poisoned] = expected[poisoned]
+        assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("group", [1, 2, 4, 7, 8, 71, 128])
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 128, 256])
-def test_shapes_hold_what_they_promise(group: int, head_dim: int) -> None:
+def test_shapes_hold_all_query_heads(group: int, head_dim: int) -> None:
     for capability in (INTERPRETER, 80, 90, 120):
         for itemsize in (2, 4):
             for choose in (decode_shape, prefill_shape):
@@ -103,10 +103,10 @@ def test_rows_are_cut_until_the_device_is_full() -> None:
     decode, prefill = (choose(4, 128, 2, 90) for choose in (decode_shape, prefill_shape))
     assert splits(1, 8, decode, 132) == 33
     assert splits(8, 8, decode, 132) == 4
-    assert splits(256, 8, decode, 132) == 4  # for the long among the short
+    assert splits(256, 8, decode, 132) == 4  # for a long row among short ones
     assert splits(256, 8, prefill, 132) == 1
-    assert splits(1, 1, prefill, 132) == MOST_SPLITS
-    assert splits(8, 8, decode, 1) == 1  # one program after another: nothing to fill
+    assert splits(1, 1, prefill, 132) == MAX_SPLITS
+    assert splits(8, 8, decode, 1) == 1  # programs run one after another, so more of them do not help
 
 
 def signature(dtype: str) -> dict[str, str]:
@@ -130,7 +130,7 @@ def signature(dtype: str) -> dict[str, str]:
         (7, 80, "fp16", True, False, 90),
     ],
 )
-def test_compiles_without_spills(
+def test_attention_kernel_compiles_without_spills(
     group: int, head_dim: int, dtype: str, windowed: bool, capped: bool, choose: object, capability: int
 ) -> None:
     shape: Shape = choose(group, head_dim, 2, capability)  # type: ignore[operator]
@@ -160,8 +160,8 @@ def test_compiles_without_spills(
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_the_merge_compiles_without_spills(capability: int) -> None:
+def test_merge_kernel_compiles_without_spills(capability: int) -> None:
     types = {"out_ptr": "*bf16", "partial_ptr": "*fp32", "lse_ptr": "*fp32", "tiles_ptr": "*i32", "total_ptr": "*i32"}
     counts = dict.fromkeys(("window", "splits", "share", "tiles"), "i32")
-    constants = {"D": 128, "BLOCK_D": 128, "QUERIES": 1, "BLOCK_N": 64, "BLOCK_S": attention.MERGED}
+    constants = {"D": 128, "BLOCK_D": 128, "QUERIES": 1, "BLOCK_N": 64, "BLOCK_S": attention.MERGE_BLOCK}
     assert compile_for(attention.merge_kernel, {**types, **counts}, constants, capability).spills == 0

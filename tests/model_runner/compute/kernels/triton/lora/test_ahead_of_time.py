@@ -1,4 +1,4 @@
-"""The LoRA kernels as an 8B model would have them, compiled for three generations of GPUs: nothing is spilled."""
+"""The LoRA kernels for an 8B model, compiled ahead of time for three generations of GPUs: no register spills."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SITES = {
 
 
 def variants(rows: int, most_pages: int) -> tuple[set[tuple[Any, ...]], set[tuple[ExpandTiling, int]]]:
-    """What a server of this rank compiles for tiles of so many rows: shrinks (without their spans) and expands."""
+    """The shrinks and expands that a server compiles for tiles of `rows` rows and lanes of `most_pages` pages."""
     shrinks, expands = set(), set()
     for site in SITES.values():
         for tiles in TILES:
@@ -65,7 +65,7 @@ def compile_shrink(
 
 
 def compile_expand(capability: int, tiling: ExpandTiling, splits: int, kind: str, dtype: str = "bf16") -> Compiled:
-    """Kinds: "plain", "vectors" (gains, biases, and a bias of the base) and "embedding"."""
+    """`kind`: "plain", "vectors" (gains, biases, and a bias of the base) or "embedding"."""
     signature = {"y": f"*{dtype}", "b": f"*{dtype}", **TABLES}
     constants: dict[str, Any] = {"ROWS": tiling.rows, "BLOCK": tiling.block, "PAGES": tiling.pages, "SPLITS": splits}
     constants["PDL"] = capability >= 90 and kind != "embedding"
@@ -90,13 +90,13 @@ def compile_expand(capability: int, tiling: ExpandTiling, splits: int, kind: str
 
 
 def largest(expands: set[tuple[ExpandTiling, int]]) -> tuple[ExpandTiling, int]:
-    """The one that needs most registers."""
+    """The variant that needs most registers."""
     return max(expands, key=lambda expand: (expand[0].block, expand[1]))
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_short_tiles_of_a_server_of_rank_64(capability: int) -> None:
-    """What decodes run on, and with the default chunk size prefills too."""
+def test_short_tiles_of_rank_64_compile_without_spills(capability: int) -> None:
+    """Decodes use short tiles, and prefills too with the default chunk size."""
     shrinks, expands = variants(16, 8)
     assert len(shrinks) + len(expands) < 16
     for shrink in shrinks:
@@ -108,14 +108,14 @@ def test_short_tiles_of_a_server_of_rank_64(capability: int) -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_long_tiles(capability: int) -> None:
+def test_long_tiles_compile_without_spills(capability: int) -> None:
     shrinks, expands = variants(64, 8)
     widest = max(shrinks, key=lambda shrink: shrink[1])
     assert compile_shrink(capability, *widest).spills == 0, widest
     assert compile_expand(capability, *largest(expands), "plain").spills == 0, largest(expands)
 
 
-def test_other_chunk_sizes_and_ranks_on_hopper() -> None:
+def test_other_chunk_sizes_and_ranks_compile_for_hopper() -> None:
     for rows, most_pages in ((16, 2), (128, 8)):
         shrinks, expands = variants(rows, most_pages)
         widest = max(shrinks, key=lambda shrink: shrink[1])
