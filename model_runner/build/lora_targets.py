@@ -1,0 +1,61 @@
+"""The modules that adapters may touch, and the groups that get rank pages: from the flags, or from start-up adapters.
+
+Knows nothing of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.errors import ConfigError
+from model_runner.lora.normal_form import NormalForm
+from model_runner.lora.peft.survey import AdapterSurvey
+from model_runner.lora.site import EMBED, EXPERTS, HEAD, NORMS, Site
+
+LARGE = (EMBED, HEAD, EXPERTS)
+"""Groups whose pages are large: made only where a start-up adapter or the flag names their modules."""
+
+
+def check_targets(given: list[str] | None, sites: Sequence[Site]) -> None:
+    """Raises ConfigError for a module of --lora-target-modules that the model does not have."""
+    modules = _modules(sites)
+    unknown = [name for name in given or [] if name != "all" and name not in modules]
+    if unknown:
+        raise ConfigError(
+            f"--lora-target-modules {' '.join(unknown)}: this model has no such module; it has {' '.join(modules)}"
+        )
+
+
+def resolve_targets(
+    given: list[str] | None, adapters: Sequence[NormalForm | AdapterSurvey], sites: Sequence[Site]
+) -> list[str]:
+    """The modules adapters may touch, in the model's order.
+
+    "all" is the linears of the layers, without the modules of the LARGE groups.
+    """
+    found = {target for adapter in adapters for target in adapter.targets}
+    wanted = found | set(given or ())
+    if (given is None and not found) or "all" in wanted:
+        wanted |= {piece.module for site in sites if site.group not in (*LARGE, NORMS) for piece in site.slices}
+    return [module for module in _modules(sites) if module in wanted]
+
+
+def groups_of(
+    targets: list[str], named: set[str], adapters: Sequence[NormalForm | AdapterSurvey], sites: Sequence[Site]
+) -> set[str]:
+    """The groups of these targets; the LARGE ones only where a module of theirs is named, or an adapter has such pages.
+
+    A module of an expert may have the name of another layer's linear, and an adapter may bring a full embedding or
+    head, which needs no rank pages: so the target alone does not decide.
+    """
+    groups = {site.group for site in sites if any(piece.module in targets for piece in site.slices)} - {NORMS}
+    for large in LARGE:
+        modules = {piece.module for site in sites if site.group == large for piece in site.slices}
+        if not modules & named and not any(large in adapter.footprint.pages for adapter in adapters):
+            groups.discard(large)
+    return groups
+
+
+def _modules(sites: Sequence[Site]) -> list[str]:
+    """The names of all modules, each once, in the model's order."""
+    return list(dict.fromkeys(piece.module for site in sites for piece in site.slices))

@@ -1,0 +1,128 @@
+"""Builds the LoRA part of a runner: loads the start-up adapters, then sizes the pools by the flags or by what was loaded.
+
+Knows nothing of the KV cache, which gets what memory is left.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import torch
+from tqdm import tqdm
+
+from engine.config.sections import AdapterSource, RunnerConfig
+from model_runner.build import lora_plan
+from model_runner.build.lora_targets import check_targets, groups_of, resolve_targets
+from model_runner.lora.adapters import Adapters
+from model_runner.lora.backends import base as lora_backends
+from model_runner.lora.backends.base import LoraBackend
+from model_runner.lora.normal_form import NormalForm, lane_pages
+from model_runner.lora.peft.survey import AdapterSurvey
+from model_runner.lora.pool.fills import FillQueue
+from model_runner.lora.pool.pages import RankPagePool
+from model_runner.lora.pool.site_pools import page_bytes
+from model_runner.lora.site import EMBED, Site
+from model_runner.lora.store import AdapterStore
+from model_runner.lora.transfer.loaders import Loaders
+from model_runner.lora.transfer.messages import LoaderConfig, SiteShape
+from model_runner.platform.device import DTYPES, device_memory, dtype_name, host_memory
+
+DEFAULT_LORA_RANK = 64
+MANY_ADAPTERS = 16  # start-up adapters: from here on a progress bar is shown
+
+
+def build_adapters(
+    config: RunnerConfig, sites: list[Site], dtype: torch.dtype, device: torch.device, *, progress: bool
+) -> Adapters:
+    """The start-up adapters in the host cache, and pools for them and for others like them.
+
+    Raises ConfigError or AdapterError.
+    """
+    check_targets(config.lora_targets, sites)
+    lora_dtype = dtype if config.lora_dtype == "auto" else DTYPES[config.lora_dtype]
+    store = _create_store(config, sites, lora_dtype)
+    given = _load_given(config.adapters, store, progress=progress)
+    inferred = max((max(1, adapter.rank) for adapter in given), default=DEFAULT_LORA_RANK)
+    max_rank = config.max_lora_rank or inferred
+    targets = resolve_targets(config.lora_targets, given, sites)
+    pages = _create_pages(config, sites, targets, max_rank, given, lora_dtype, device)
+    backend = _create_backend(config, pages, max_rank)
+    names = {source.adapter_id: source.name for source in config.adapters}
+    loaders = Loaders(_loader_config(config, store, pages))
+    lora = Adapters(store, loaders, pages, FillQueue(pages), backend, max_rank, targets, names)
+    for source, adapter in zip(config.adapters, given, strict=True):
+        lora.check_fits(source.name, adapter.rank, adapter.targets, adapter.footprint, adapter.vocab_size)
+    return lora
+
+
+def _create_store(config: RunnerConfig, sites: list[Site], dtype: torch.dtype) -> AdapterStore:
+    return AdapterStore(
+        sites,
+        dtype,
+        max_rank=config.max_lora_rank,
+        targets=config.lora_targets,
+        biases=config.lora_biases,
+        extra_vocab=config.lora_extra_vocab,
+    )
+
+
+def _load_given(
+    sources: list[AdapterSource], store: AdapterStore, *, progress: bool
+) -> list[NormalForm | AdapterSurvey]:
+    """Loads start-up adapters into the host cache until they fill half of the free memory; the rest are only checked."""
+    room = host_memory()[1] // 2
+    given: list[NormalForm | AdapterSurvey] = []
+    for source in tqdm(sources, "adapters", disable=not progress or len(sources) < MANY_ADAPTERS, leave=False):
+        if room > 0:
+            adapter = store.load(source.adapter_id, source.name, Path(source.root))
+            room -= adapter.bytes
+            given.append(adapter)
+        else:
+            given.append(store.survey(source.name, Path(source.root)))
+    return given
+
+
+def _create_pages(
+    config: RunnerConfig,
+    sites: list[Site],
+    targets: list[str],
+    max_rank: int,
+    given: list[NormalForm | AdapterSurvey],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> RankPagePool:
+    """The rank pages and slots of the groups of these targets."""
+    extra_vocab = max(config.lora_extra_vocab or 0, *(_added_tokens(adapter, sites) for adapter in given), 0)
+    sizes = page_bytes(sites, dtype, extra_vocab)
+    room = lora_plan.pool_room(device.type, *device_memory(device), config.mem_fraction)
+    footprints = [adapter.footprint for adapter in given]
+    full_weights, room = lora_plan.plan_full_weights(sizes, footprints, config.max_loras, room)
+    counts = lora_plan.plan_rank_pages(
+        sizes,
+        groups_of(targets, set(config.lora_targets or ()), given, sites),
+        max_rank=max_rank,
+        default=config.max_loras,
+        room=room,
+        asked=lora_plan.PoolSize(config.lora_pool_adapters, config.lora_pool_bytes),
+    )
+    return RankPagePool(sites, counts | full_weights, config.max_loras, dtype, device, extra_vocab)
+
+
+def _create_backend(config: RunnerConfig, pages: RankPagePool, max_rank: int) -> LoraBackend:
+    options = lora_backends.Options(config.max_lora_chunk_size, lane_pages(max_rank))
+    return lora_backends.create(lora_backends.resolve(config.lora_backend, pages.device), pages, options)
+
+
+def _loader_config(config: RunnerConfig, store: AdapterStore, pages: RankPagePool) -> LoaderConfig:
+    """What loader processes check adapters against: the limits of the flags, and the vocabulary the pool has room for."""
+    limits = msgspec.structs.replace(store.limits, extra_vocab=pages.extra_vocab)
+    shapes = [SiteShape.of(site) for site in pages.sites]
+    name = dtype_name(pages.dtype)
+    return LoaderConfig(shapes, name, limits, model=config.model_path, log_level=config.log_level)
+
+
+def _added_tokens(adapter: NormalForm | AdapterSurvey, sites: list[Site]) -> int:
+    """How many tokens more than the base the adapter has."""
+    base = next(site.vocabulary for site in sites if site.group == EMBED)
+    return max(0, adapter.vocab_size - base)
