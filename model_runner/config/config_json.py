@@ -1,6 +1,6 @@
-"""A model's config.json as typed answers: every field that is read is checked, and a wrong one is named.
+"""A model's config.json as typed fields: every field that is read is checked, and an error names it.
 
-Knows nothing of architectures. JSON null counts as absent, but for `nullable`.
+Knows nothing of families. JSON null counts as absent, except in `nullable`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_CONFIG_BYTES = 16 << 20
 
 
 class ConfigJson:
-    """One JSON object (the file, or one inside it) and where it stands, for messages. `seen` are the keys read."""
+    """One JSON object (the file, or one inside it); `where` is its place, for errors; `seen` are the keys read."""
 
     def __init__(self, where: str, fields: Mapping[str, Any]) -> None:
         self.where = where
@@ -28,7 +28,7 @@ class ConfigJson:
         return key in self.fields
 
     def wrong(self, key: str, why: str) -> ConfigError:
-        """The error that says what is wrong with `key`."""
+        """An error about `key`, with its value and what is wrong with it."""
         return ConfigError(f"{self.where}: {key}={json.dumps(self.fields.get(key))[:200]}: {why}")
 
     def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
@@ -46,7 +46,7 @@ class ConfigJson:
         return float(value)
 
     def nullable(self, key: str, default: float | None) -> float | None:
-        """A finite number > 0; null means none, absent means the default."""
+        """A finite number > 0; null is None, absent is the default."""
         if key in self.fields and self.fields[key] is None:
             self.seen.add(key)
             return None

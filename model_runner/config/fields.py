@@ -1,4 +1,4 @@
-"""The fields that all families share, read into a plain ModelConfig; a family changes what it has of its own.
+"""The fields that all families share, read into a ModelConfig; a family replaces what differs.
 
 Knows nothing of families.
 """
@@ -9,7 +9,7 @@ import torch
 
 from model_runner.config.config_json import ConfigJson
 from model_runner.config.model_config import ModelConfig
-from model_runner.config.rope import Rope, read_rope, rope_reach
+from model_runner.config.rope import Rope, extended_length, read_rope
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float32}
 KINDS = ("full_attention", "sliding_attention")
@@ -17,7 +17,7 @@ KINDS = ("full_attention", "sliding_attention")
 Windows = tuple[int | None, ...]
 
 
-def plain(
+def read_plain(
     config: ConfigJson,
     family: str,
     *,
@@ -29,7 +29,7 @@ def plain(
     rope: Rope | None = None,
     theta: float = 10000.0,
 ) -> ModelConfig:
-    """A Llama of these sizes without biases and windows; the keywords are the family's defaults.
+    """The ModelConfig of a Llama without biases and windows; the keywords are the family's defaults.
 
     `kv_heads` None: as many as query heads; `head_dim` None: hidden_size / heads; `rope` None: read with base `theta`.
     """
@@ -51,7 +51,7 @@ def plain(
         head_dim=size,
         intermediate_size=config.integer("intermediate_size"),
         vocab_size=config.integer("vocab_size"),
-        max_length=rope_reach(rope, positions),
+        max_length=extended_length(rope, positions),
         tie_embeddings=config.flag("tie_word_embeddings", tie),
         windows=(None,) * layers,
         ropes=(rope,) * layers,
@@ -65,20 +65,19 @@ def plain(
 
 
 def check_rope(config: ConfigJson, rope: Rope, head_dim: int) -> None:
-    """Raises ConfigError where the rope does not fit the head."""
-    turned = rope.turned(head_dim)
-    if turned < 2 or turned % 2:
+    """Raises ConfigError where the rope does not fit the head size."""
+    rotary_dim = rope.rotary_dim(head_dim)
+    if rotary_dim < 2 or rotary_dim % 2:
         raise config.wrong(
-            "head_dim", f"{turned} dimensions of a head are turned; rotary embeddings need an even number"
+            "head_dim", f"{rotary_dim} dimensions of a head are rotated; rotary embeddings need an even number"
         )
-    if rope.kind == "longrope" and len(rope.short) != turned // 2:
-        raise config.wrong(
-            "head_dim", f"short_factor has {len(rope.short)} numbers, and {turned // 2} pairs of dimensions are turned"
-        )
+    if rope.kind == "longrope" and len(rope.short_divisors) != rotary_dim // 2:
+        given, pairs = len(rope.short_divisors), rotary_dim // 2
+        raise config.wrong("head_dim", f"short_factor has {given} numbers, and {pairs} pairs of dimensions are rotated")
 
 
-def same_window(config: ConfigJson, layers: int, default: int | None) -> Windows:
-    """`sliding_window` for all layers; null means none."""
+def uniform_windows(config: ConfigJson, layers: int, default: int | None) -> Windows:
+    """`sliding_window` for all layers; null is none."""
     window = None
     if "sliding_window" not in config:
         window = default
@@ -90,8 +89,8 @@ def same_window(config: ConfigJson, layers: int, default: int | None) -> Windows
     return (window,) * layers
 
 
-def typed_windows(config: ConfigJson, kinds: list[str], layers: int, window: int | None) -> Windows:
-    """`layer_types` says which layers slide."""
+def windows_by_type(config: ConfigJson, kinds: list[str], layers: int, window: int | None) -> Windows:
+    """A window in the layers that are `sliding_attention` in `kinds`."""
     if len(kinds) != layers:
         raise config.wrong("layer_types", f"must name {layers} layers")
     for kind in kinds:
@@ -102,7 +101,7 @@ def typed_windows(config: ConfigJson, kinds: list[str], layers: int, window: int
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def activation(config: ConfigJson, key: str, served: str, default: str) -> None:
+def check_activation(config: ConfigJson, key: str, served: str, default: str) -> None:
     """Raises ConfigError for another activation than the family's."""
     names = (served, "swish") if served == "silu" else (served,)
     if config.text(key, default) not in names:
@@ -110,7 +109,7 @@ def activation(config: ConfigJson, key: str, served: str, default: str) -> None:
 
 
 def _dtype(config: ConfigJson) -> torch.dtype:
-    """`dtype`, or `torch_dtype` as older files call it."""
+    """`dtype`, or `torch_dtype` in older files."""
     key = "dtype" if "dtype" in config else "torch_dtype"
     name = config.text(key, "float32").removeprefix("torch.")
     if name not in DTYPES:

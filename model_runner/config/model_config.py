@@ -16,9 +16,9 @@ DECODER = "model_runner.model.families.decoder:Decoder"
 class Experts:
     """A mixture of experts in place of the MLP.
 
-    layers       per layer: whether it is one; the others have an MLP
-    count        experts of a layer, of which a token asks `per_token`
-    width        intermediate size of one
+    layers       per layer: whether it has experts; the others have an MLP
+    count        experts of a layer, of which a token uses `per_token`
+    width        intermediate size of one expert
     renormalize  whether the chosen experts' weights sum to one
     block        their module in the checkpoint, below the layer: "mlp"
     names        gate, up and down of one expert in the checkpoint
@@ -37,13 +37,13 @@ class Experts:
 class ModelConfig:
     """One decoder-only model.
 
-    windows         per layer: how many positions a token sees, itself included; None = all before it
-    ropes           per layer: how positions turn q and k; None = not at all
-    max_length      positions the model was made for, with its rope scaling
+    windows         per layer: how many positions a token attends to, itself included; None = all before it
+    ropes           per layer: how positions rotate q and k; None = not at all
+    max_length      the longest request the model is made for, with its rope scaling
     dtype           of the weights in the checkpoint (what `--dtype auto` means)
     scale           of q k^T before the softmax, and what caps it (attention_cap)
     norm            which RMSNorm: plain, wide, or gemma (ops/base.py)
-    qk_norm         whether q and k are normed before they are turned
+    qk_norm         whether q and k are normed before they are rotated
     activation      of the MLP's gate: silu or gelu_tanh
     fused           whether the checkpoint holds qkv_proj and gate_up_proj instead of their parts
     embed_scale     factor on embeddings; residual_scale on what a layer adds; logit_scale and logit_cap on logits
@@ -82,11 +82,11 @@ class ModelConfig:
 
     @property
     def widest(self) -> int:
-        """Activations of a token between an MLP's linears, for sizing memory: a token goes through several experts."""
+        """Activations of a token between the linears of an MLP, or of all its experts; for sizing memory."""
         if self.experts is None:
             return self.intermediate_size
         return max(self.intermediate_size, self.experts.per_token * (self.experts.width + self.hidden_size))
 
     def serving(self, length: int) -> ModelConfig:
-        """For a server whose longest request is `length` tokens; some ropes depend on it."""
+        """The config for a server whose longest request is `length` tokens: some ropes depend on it."""
         return replace(self, ropes=tuple(None if rope is None else rope.serving(length) for rope in self.ropes))

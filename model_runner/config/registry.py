@@ -1,4 +1,4 @@
-"""What is served: every family by the name its config.json gives, and what is refused for all of them."""
+"""The families that are served, by the name in their config.json, and what is refused for all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from model_runner.config.model_config import ModelConfig
 
 @dataclass(frozen=True)
 class Family:
-    """A family: `title` and `note` are for people, `read` translates its config.json."""
+    """A family: `title` and `note` are shown in tables and errors, `read` translates its config.json."""
 
     title: str
     model_type: str
@@ -79,22 +79,22 @@ FOREIGN: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu", "swish"),
     "hidden_activation": ("silu", "swish"),
 }
-"""Fields that change what a model computes, and the values with which they do not. A family that does not read one
-refuses all others: a checkpoint with a twist must not be served as the plain model."""
+"""Fields that change what a model computes, and the values with which they do not. A family that does not read such a
+field refuses its other values: a model with it must not be served as one without."""
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """The ModelConfig of the model directory `path`. Raises ConfigError naming what cannot be served."""
+    """The config of the model directory `path`. Raises ConfigError naming what cannot be served."""
     config = read_config_json(path)
-    family = _family(config)
+    family = _find_family(config)
     _refuse_quantized(config)
     model = family.read(config)
     _refuse_foreign(config, family)
     return model
 
 
-def _family(config: ConfigJson) -> Family:
-    """By `architectures`; a config without it by `model_type`."""
+def _find_family(config: ConfigJson) -> Family:
+    """Finds the family by `architectures`, or, in a config without it, by `model_type`."""
     names = config.texts("architectures")
     if not names:
         model_type = config.text("model_type", "")

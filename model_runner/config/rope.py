@@ -1,8 +1,8 @@
-"""Rotary frequencies: how a config.json says them (old and new keys) and what they are, as transformers computes them.
+"""Rotary frequencies: read from a config.json (old and new keys), and computed as transformers computes them.
 
 Knows nothing of layers. Sources: RoFormer (2104.09864), YaRN (2309.00071), LongRoPE (2402.13753), the Llama 3.1 model
-card; position interpolation (2306.15595) for `linear`. `dynamic` leaves the frequencies as they are up to
-max_position_embeddings, which is as far as we serve it.
+card; position interpolation (2306.15595) for `linear`. `dynamic` does not change the frequencies up to
+max_position_embeddings, and longer requests are not served.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ KEYS = {
 class Rope:
     """A rope type and its numbers; those of other types keep their defaults.
 
-    share       the part of a head's dimensions that is turned
-    original    positions of the pretraining (llama3, yarn, longrope)
-    attention   factor on cos and sin (yarn, longrope)
-    stretch     divisor of each frequency (longrope)
-    short       the divisors for a model that serves no more than `original` positions (longrope)
+    rotary_share    the part of a head's dimensions that is rotated
+    original        positions of the pretraining (llama3, yarn, longrope)
+    attention       factor on cos and sin (yarn, longrope)
+    divisors        divisor of each frequency (longrope)
+    short_divisors  those for a server of no more than `original` positions (longrope)
     """
 
     kind: str = "default"
     theta: float = 10000.0
-    share: float = 1.0
+    rotary_share: float = 1.0
     factor: float = 1.0
     original: int = 0
     low_freq: float = 1.0
@@ -45,19 +45,21 @@ class Rope:
     beta_slow: float = 1.0
     attention: float = 1.0
     truncate: bool = True
-    stretch: tuple[float, ...] = ()
-    short: tuple[float, ...] = ()
+    divisors: tuple[float, ...] = ()
+    short_divisors: tuple[float, ...] = ()
 
-    def turned(self, head_dim: int) -> int:
-        """How many dimensions of a head are turned."""
-        return int(head_dim * self.share)
+    def rotary_dim(self, head_dim: int) -> int:
+        """How many dimensions of a head are rotated."""
+        return int(head_dim * self.rotary_share)
 
     def serving(self, length: int) -> Rope:
-        """For a server whose longest request is `length`: longrope's short factors where they do.
+        """For a server whose longest request is `length`: longrope's short factors if they reach that far.
 
-        One set of factors serves all requests: what is in the KV cache was turned by it.
+        One set of factors is for all requests, as the keys in the KV cache are rotated by it.
         """
-        return replace(self, stretch=self.short) if self.kind == "longrope" and length <= self.original else self
+        return (
+            replace(self, divisors=self.short_divisors) if self.kind == "longrope" and length <= self.original else self
+        )
 
 
 def read_rope(
@@ -71,7 +73,7 @@ def read_rope(
 ) -> Rope:
     """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before). Raises ConfigError.
 
-    `theta`, `original` and `aliases` of rope types are the family's; `partial`: it may turn a part of a head.
+    `theta`, `original` and `aliases` of rope types are the family's; `partial`: it may rotate a part of a head.
     """
     key = "rope_scaling" if config.fields.get("rope_scaling") else "rope_parameters"
     given = config.inner(key)
@@ -83,7 +85,7 @@ def read_rope(
     if original is None and config.fields.get("original_max_position_embeddings") is not None:
         original = config.integer("original_max_position_embeddings")
     rope = parse_rope(given, positions, theta=config.number("rope_theta", theta), original=original, aliases=aliases)
-    return replace(rope, share=share)
+    return replace(rope, rotary_share=share)
 
 
 def parse_rope(
@@ -94,7 +96,7 @@ def parse_rope(
     original: int | None = None,
     aliases: Mapping[str, str] | None = None,
 ) -> Rope:
-    """One rope from its JSON object; what it does not say is the arguments'. Raises ConfigError."""
+    """One rope from its JSON object; the arguments are its defaults. Raises ConfigError."""
     named = given.text("rope_type", given.text("type", "default"))
     kind = (aliases or {}).get(named, named)
     if kind not in KINDS:
@@ -146,21 +148,21 @@ def _read_longrope(given: ConfigJson, rope: Rope, positions: int) -> Rope:
     short, long = given.numbers("short_factor"), given.numbers("long_factor")
     for key, divisors in (("short_factor", short), ("long_factor", long)):
         if len(divisors) != len(short) or min(divisors, default=0) <= 0:
-            raise given.wrong(key, "must hold one positive number for each pair of dimensions that is turned")
-    return replace(rope, attention=given.number("attention_factor", attention), stretch=long, short=short)
+            raise given.wrong(key, "must hold one positive number for each pair of dimensions that is rotated")
+    return replace(rope, attention=given.number("attention_factor", attention), divisors=long, short_divisors=short)
 
 
-def rope_reach(rope: Rope, positions: int) -> int:
-    """How far the model goes: yarn reaches factor times its original length, even if the config was left as it was."""
+def extended_length(rope: Rope, positions: int) -> int:
+    """The longest request: yarn reaches factor times its original length, even if the config was not changed for it."""
     return max(positions, int(rope.original * rope.factor)) if rope.kind == "yarn" else positions
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
-    """[turned / 2] float32, on the host: the angle per position of each pair of the dimensions that are turned."""
-    size = rope.turned(head_dim)
+    """[rotary_dim / 2] float32, on the host: the angle per position of each pair of rotated dimensions."""
+    size = rope.rotary_dim(head_dim)
     powers = rope.theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
     if rope.kind == "longrope":
-        return 1.0 / (torch.tensor(rope.stretch) * powers)
+        return 1.0 / (torch.tensor(rope.divisors) * powers)
     frequencies = 1.0 / powers
     if rope.kind == "linear":
         return frequencies / rope.factor
@@ -172,7 +174,7 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
 
 
 def _llama3(frequencies: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Short waves stay, long ones are stretched by the factor, those between are blended.
+    """Frequencies of short waves stay, those of long waves are divided by the factor, those between are blended.
 
     wavelength   0 ...... original/high ...... original/low ......
     frequency    as it is |      blend        | divided by factor
@@ -186,7 +188,7 @@ def _llama3(frequencies: torch.Tensor, rope: Rope) -> torch.Tensor:
 
 
 def _yarn(rope: Rope, dim: int) -> torch.Tensor:
-    """A ramp over the dimensions from the frequencies as they are to those divided by the factor."""
+    """A ramp over the dimensions from unchanged frequencies to those divided by the factor."""
 
     def dimension(rotations: float) -> float:
         return dim * math.log(rope.original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))

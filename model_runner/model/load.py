@@ -1,4 +1,4 @@
-"""A model directory becomes a Decoder, of the class its ModelConfig names. Knows nothing of what runs on it."""
+"""Builds the Decoder of a model directory, of the class that its ModelConfig names, and loads its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from model_runner.weights.checkpoint import load_checkpoint
 
 
 def build_decoder(config: ModelConfig, weights: Weights) -> Decoder:
-    """The decoder of `config`, its weights not yet read."""
+    """The decoder of `config`, its weights uninitialised."""
     module, _, name = config.decoder_class.partition(":")
     decoder: Decoder = getattr(importlib.import_module(module), name)(config, weights)
     return decoder
@@ -32,7 +32,7 @@ def load_model(
     method: str = "plain",
     progress: bool = False,
 ) -> Decoder:
-    """The decoder of `config` with the directory's weights, cast to `dtype`, its linears stored as `method` says.
+    """The decoder of `config` with the directory's weights, cast to `dtype`, its linears stored by `method`.
 
     Raises ConfigError naming what is wrong.
     """

@@ -1,1 +1,1 @@
-"""Checkpoint tensors, and how linear weights are stored."""
+"""Checkpoint files, and how their tensors fill the weights."""

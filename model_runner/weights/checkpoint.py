@@ -1,7 +1,7 @@
-"""Safetensors checkpoints, one file or several: streamed tensor by tensor into weights that already exist.
+"""Safetensors checkpoints of one file or several: copied tensor by tensor into weights that are allocated.
 
-Every weight must be found and every tensor of the files used, or be known as harmless. Knows nothing of layers: a
-Placement says which tensor goes where.
+Every placement must be filled, and every tensor of the files must have a placement or be known as harmless. Knows
+nothing of layers.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 256 << 20
 FLOATS = {"F64", "F32", "F16", "BF16"}
-HARMLESS_SUFFIXES = (".rotary_emb.inv_freq",)  # buffers that old checkpoints carry; they are computed
+HARMLESS_SUFFIXES = (".rotary_emb.inv_freq",)  # buffers in old checkpoints; they are computed
 
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """The part `cut` of tensor `name`, which has `shape` in the file, is copied (and cast) into `into`."""
+    """Where a tensor goes: the part `cut` of `name`, of `shape` in the file, is copied and cast into `into`."""
 
     name: str
     into: torch.Tensor
@@ -56,14 +56,14 @@ def load_checkpoint(
         ends = itertools.accumulate(sizes)
         for file, end in zip(files, ends, strict=True):
             missing -= _load_file(file, wanted, missing, frozenset(harmless), bar)
-            bar.update(end - bar.n)  # headers, and what was passed over
+            bar.update(end - bar.n)  # headers, and tensors that were skipped
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise ConfigError(f"{directory}: the checkpoint has no tensor {min(missing)}{more}, which config.json asks for")
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory, in order. Raises ConfigError where there are none to be used."""
+    """The safetensors files of a model directory, in order. Raises ConfigError where there are none."""
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     if (directory / INDEX).is_file():
@@ -95,7 +95,7 @@ def _indexed_files(directory: Path) -> list[Path]:
 def _load_file(
     file: Path, wanted: dict[str, list[Placement]], missing: set[str], harmless: frozenset[str], bar: Any
 ) -> set[str]:
-    """Copies what is wanted of one file; the names it copied."""
+    """Fills the placements from one file; the names of the tensors it copied."""
     done: set[str] = set()
     try:
         with safe_open(str(file), framework="pt") as tensors:
@@ -114,7 +114,7 @@ def _load_file(
 
 
 def _copy(file: Path, source: Any, placement: Placement, bar: Any) -> None:
-    """One tensor, checked against its header before a byte of it is read."""
+    """Fills one placement, whose shape and dtype are checked before its values are read."""
     shape, kind = tuple(source.get_shape()), source.get_dtype()
     if shape != placement.shape:
         raise ConfigError(

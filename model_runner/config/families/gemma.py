@@ -1,11 +1,11 @@
-"""Gemma 2 and Gemma 3 (text): norms before and after, scaled embeddings, windows that alternate, capped scores."""
+"""Gemma 2 and Gemma 3 (text): norms before and after, scaled embeddings, alternating windows, softcaps."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from model_runner.config.config_json import ConfigJson
-from model_runner.config.fields import Windows, activation, check_rope, plain, typed_windows
+from model_runner.config.fields import Windows, check_activation, check_rope, read_plain, windows_by_type
 from model_runner.config.model_config import ModelConfig
 from model_runner.config.rope import Rope, parse_rope
 
@@ -14,8 +14,8 @@ LOCAL_THETA, GLOBAL_THETA = 10000.0, 1000000.0
 
 
 def gemma2(config: ConfigJson) -> ModelConfig:
-    """Gemma2ForCausalLM: every other layer slides."""
-    model = plain(config, "gemma2", max_length=POSITIONS["gemma2"], kv_heads=4, head_dim=256, tie=True)
+    """Gemma2ForCausalLM: every other layer has a sliding window."""
+    model = read_plain(config, "gemma2", max_length=POSITIONS["gemma2"], kv_heads=4, head_dim=256, tie=True)
     return replace(
         _gemma(config, model),
         windows=_windows(config, model.num_layers, pattern=2),
@@ -25,25 +25,25 @@ def gemma2(config: ConfigJson) -> ModelConfig:
 
 
 def gemma3(config: ConfigJson) -> ModelConfig:
-    """Gemma3ForCausalLM: five of six layers slide, and these turn faster; q and k are normed."""
+    """Gemma3ForCausalLM: five of six layers have a sliding window and a rope of their own; q and k are normed."""
     positions = config.integer("max_position_embeddings", POSITIONS["gemma3"])
-    far, near = _ropes(config, positions)
-    model = plain(config, "gemma3", max_length=positions, kv_heads=4, head_dim=256, tie=True, rope=far)
-    check_rope(config, near, model.head_dim)
+    global_rope, local_rope = _ropes(config, positions)
+    model = read_plain(config, "gemma3", max_length=positions, kv_heads=4, head_dim=256, tie=True, rope=global_rope)
+    check_rope(config, local_rope, model.head_dim)
     pattern = "_sliding_window_pattern" if "_sliding_window_pattern" in config else "sliding_window_pattern"
     windows = _windows(config, model.num_layers, pattern=config.integer(pattern, 6))
     return replace(
         _gemma(config, model),
         windows=windows,
-        ropes=tuple(far if window is None else near for window in windows),
+        ropes=tuple(global_rope if window is None else local_rope for window in windows),
         logit_cap=config.nullable("final_logit_softcapping", None),
         qk_norm=True,
     )
 
 
 def _gemma(config: ConfigJson, model: ModelConfig) -> ModelConfig:
-    activation(config, "hidden_activation", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
-    config.seen.add("hidden_act")  # older files say it twice, and hidden_activation is what counts
+    check_activation(config, "hidden_activation", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
+    config.seen.add("hidden_act")  # older files have both, and transformers reads hidden_activation
     bias = config.flag("attention_bias", False)
     return replace(
         model,
@@ -58,22 +58,25 @@ def _gemma(config: ConfigJson, model: ModelConfig) -> ModelConfig:
 
 
 def _windows(config: ConfigJson, layers: int, *, pattern: int) -> Windows:
-    """Without `layer_types` every `pattern`-th layer sees everything."""
+    """Without `layer_types` every `pattern`-th layer has full attention."""
     kinds = ["sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(layers)]
     null = "sliding_window" in config and config.fields["sliding_window"] is None
     window = None if null else config.integer("sliding_window", 4096)
-    return typed_windows(config, config.texts("layer_types") or kinds, layers, window)
+    return windows_by_type(config, config.texts("layer_types") or kinds, layers, window)
 
 
 def _ropes(config: ConfigJson, positions: int) -> tuple[Rope, Rope]:
-    """Of the layers that see everything and of those that slide: nested (transformers 5), or in fields of their own."""
-    far, near = config.number("rope_theta", GLOBAL_THETA), config.number("rope_local_base_freq", LOCAL_THETA)
+    """The ropes of layers with full attention and with windows: nested (transformers 5), or in separate fields."""
+    global_theta, local_theta = (
+        config.number("rope_theta", GLOBAL_THETA),
+        config.number("rope_local_base_freq", LOCAL_THETA),
+    )
     given = config.inner("rope_parameters")
     scaling = config.inner("rope_scaling")
     foreign = sorted(key for key in given.fields if key not in ("full_attention", "sliding_attention"))
     if foreign or (given.fields and scaling.fields):
         raise config.wrong("rope_parameters", "must hold full_attention and sliding_attention, beside no rope_scaling")
     return (
-        parse_rope(scaling if scaling.fields else given.inner("full_attention"), positions, theta=far),
-        parse_rope(given.inner("sliding_attention"), positions, theta=near),
+        parse_rope(scaling if scaling.fields else given.inner("full_attention"), positions, theta=global_theta),
+        parse_rope(given.inner("sliding_attention"), positions, theta=local_theta),
     )

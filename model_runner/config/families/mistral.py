@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from model_runner.config.config_json import ConfigJson
-from model_runner.config.fields import activation, plain, same_window
+from model_runner.config.fields import check_activation, read_plain, uniform_windows
 from model_runner.config.model_config import Experts, ModelConfig
 
 POSITIONS = 4096 * 32
@@ -13,21 +13,21 @@ POSITIONS = 4096 * 32
 
 def mistral(config: ConfigJson) -> ModelConfig:
     """MistralForCausalLM."""
-    activation(config, "hidden_act", "silu", "silu")
-    model = plain(config, "mistral", max_length=POSITIONS, kv_heads=8)
-    return replace(model, windows=same_window(config, model.num_layers, 4096))
+    check_activation(config, "hidden_act", "silu", "silu")
+    model = read_plain(config, "mistral", max_length=POSITIONS, kv_heads=8)
+    return replace(model, windows=uniform_windows(config, model.num_layers, 4096))
 
 
 def mixtral(config: ConfigJson) -> ModelConfig:
     """MixtralForCausalLM."""
-    activation(config, "hidden_act", "silu", "silu")
-    model = plain(config, "mixtral", max_length=POSITIONS, kv_heads=8, eps=1e-5, theta=1e6)
+    check_activation(config, "hidden_act", "silu", "silu")
+    model = read_plain(config, "mixtral", max_length=POSITIONS, kv_heads=8, eps=1e-5, theta=1e6)
     count, chosen = config.integer("num_local_experts", 8), config.integer("num_experts_per_tok", 2)
     if chosen > count:
         raise config.wrong("num_experts_per_tok", f"there are {count} experts")
     return replace(
         model,
-        windows=same_window(config, model.num_layers, None),
+        windows=uniform_windows(config, model.num_layers, None),
         experts=Experts(
             layers=(True,) * model.num_layers,
             count=count,

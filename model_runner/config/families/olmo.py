@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from model_runner.config.config_json import ConfigJson
-from model_runner.config.fields import activation, plain
+from model_runner.config.fields import check_activation, read_plain
 from model_runner.config.model_config import ModelConfig
 
 
 def olmo2(config: ConfigJson) -> ModelConfig:
     """Olmo2ForCausalLM."""
-    activation(config, "hidden_act", "silu", "silu")
+    check_activation(config, "hidden_act", "silu", "silu")
     bias = config.flag("attention_bias", False)
     return replace(
-        plain(config, "olmo2", max_length=2048, eps=1e-5),
+        read_plain(config, "olmo2", max_length=2048, eps=1e-5),
         qkv_bias=bias,
         o_bias=bias,
         norm="wide",

@@ -5,26 +5,26 @@ from __future__ import annotations
 from dataclasses import replace
 
 from model_runner.config.config_json import ConfigJson
-from model_runner.config.fields import Windows, activation, plain, typed_windows
+from model_runner.config.fields import Windows, check_activation, read_plain, windows_by_type
 from model_runner.config.model_config import Experts, ModelConfig
 
 
 def qwen2(config: ConfigJson) -> ModelConfig:
     """Qwen2ForCausalLM."""
-    activation(config, "hidden_act", "silu", "silu")
-    model = plain(config, "qwen2", max_length=32768, kv_heads=32)
+    check_activation(config, "hidden_act", "silu", "silu")
+    model = read_plain(config, "qwen2", max_length=32768, kv_heads=32)
     return replace(model, qkv_bias=True, windows=_windows(config, model.num_layers))
 
 
 def qwen3(config: ConfigJson) -> ModelConfig:
     """Qwen3ForCausalLM: q and k are normed."""
-    model = _normed(config, plain(config, "qwen3", max_length=32768, kv_heads=32, head_dim=128))
+    model = _normed(config, read_plain(config, "qwen3", max_length=32768, kv_heads=32, head_dim=128))
     return replace(model, windows=_windows(config, model.num_layers))
 
 
 def qwen3_moe(config: ConfigJson) -> ModelConfig:
-    """Qwen3MoeForCausalLM: every `decoder_sparse_step`-th layer has experts, but for `mlp_only_layers`."""
-    model = _normed(config, plain(config, "qwen3_moe", max_length=32768, kv_heads=4))
+    """Qwen3MoeForCausalLM: every `decoder_sparse_step`-th layer has experts, except `mlp_only_layers`."""
+    model = _normed(config, read_plain(config, "qwen3_moe", max_length=32768, kv_heads=4))
     window = config.integer("sliding_window", 4096) if config.flag("use_sliding_window", False) else None
     return replace(
         model,
@@ -35,7 +35,7 @@ def qwen3_moe(config: ConfigJson) -> ModelConfig:
 
 
 def _normed(config: ConfigJson, model: ModelConfig) -> ModelConfig:
-    activation(config, "hidden_act", "silu", "silu")
+    check_activation(config, "hidden_act", "silu", "silu")
     bias = config.flag("attention_bias", False)
     return replace(model, qk_norm=True, qkv_bias=bias, o_bias=bias)
 
@@ -58,12 +58,12 @@ def _experts(config: ConfigJson, layers: int) -> Experts:
 
 
 def _windows(config: ConfigJson, layers: int) -> Windows:
-    """`layer_types` says which layers slide; without it those from `max_window_layers` on, if sliding is used."""
+    """`layer_types` says which layers have a window; without it those from `max_window_layers` on."""
     null = "sliding_window" in config and config.fields["sliding_window"] is None
     sliding = config.flag("use_sliding_window", False) and not null
     window = config.integer("sliding_window", 4096) if sliding else None
     kinds = config.texts("layer_types")
     if kinds:
-        return typed_windows(config, kinds, layers, window)
+        return windows_by_type(config, kinds, layers, window)
     first = config.integer("max_window_layers", 28, least=0)
     return tuple(window if layer >= first else None for layer in range(layers))

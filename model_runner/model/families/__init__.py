@@ -1,1 +1,1 @@
-"""The decoder, and how it is loaded."""
+"""The decoder, and a module for each family whose forward differs."""

@@ -1,14 +1,14 @@
-"""The decoder: most families' model, read from an ModelConfig, and what the others are made of. Attention and LoRA are
-attached from outside.
+"""The decoder: the model of most families, built from a ModelConfig; the others subclass it. The attention backend and
+LoRA are attached later.
 
     x = embed(tokens)
     each layer:  x = x + attention(norm(x));  x = x + mlp(norm(x))
     logits = head(norm(x))
 
-A sum and the norm that follows it are one operation, so a layer takes what the one before it would add, and hands on
-what it would add itself:
+A sum and the norm that follows it are one operation, so a layer returns its last addend beside x, and the next layer
+adds it:
 
-    x, added  ->  norm(x + added)  ->  attention  ->  norm(x + its answer)  ->  mlp  ->  x, the mlp's answer
+    x, added  ->  norm(x + added)  ->  attention  ->  norm(x + its output)  ->  mlp  ->  x, the mlp's output
 
 Knows nothing of files, requests or sampling. Legend: T tokens of the step, S rows that need logits, H hidden size,
 V vocabulary.
@@ -38,11 +38,11 @@ from model_runner.step.batch import Batch
 from model_runner.step.kv_pool import KvPool
 
 Stream = tuple[torch.Tensor, torch.Tensor | None]
-"""x [T, H], and what is still to be added to it."""
+"""x [T, H], and what is still to be added to it; None: nothing."""
 
 
 class Layer:
-    """Attention and MLP, each behind its norm and beside its residual."""
+    """Attention and MLP, each preceded by its norm and added to the residual."""
 
     attention_type: type[Attention] = Attention
 
@@ -58,32 +58,32 @@ class Layer:
         self.read_norms(norm)
 
     def feed_forward(self, config: ModelConfig, index: int, weights: Weights) -> FeedForward:
-        """What stands after attention."""
+        """The part after attention."""
         return MLP(config, index, weights)
 
     def read_norms(self, norm: Callable[[str], RMSNorm]) -> None:
-        """Its norms by their names in the checkpoint."""
+        """Creates its norms; `norm` takes their names in the checkpoint."""
         self.attention_norm = norm("input_layernorm")
         self.mlp_norm = norm("post_attention_layernorm")
 
     def linears(self) -> Iterator[Linear]:
-        """Its sites: qkv, o, and those of the MLP."""
+        """qkv, o, and the linears of the MLP."""
         yield from (self.attention.qkv, self.attention.o, *self.mlp.linears())
 
     def __call__(
         self, x_TH: torch.Tensor, added_TH: torch.Tensor | None, rotate: Rotation | None, batch: Batch
     ) -> Stream:
-        """x [T, H] and what is still to be added to it, in and out; None is nothing."""
+        """A Stream in, the next one out."""
         normed_TH, x_TH = self.attention_norm.add(x_TH, added_TH, batch)
         normed_TH, x_TH = self.mlp_norm.add(x_TH, self.attention(normed_TH, rotate, batch), batch)
         return x_TH, self.mlp(normed_TH, batch)
 
 
 class Decoder:
-    """A model with uninitialised weights; `weights.placements` says what a checkpoint must put where.
+    """A model, at first with uninitialised weights; `weights.placements` says what a checkpoint fills.
 
-    A family whose forward differs has a subclass, with layers of its own (`layer_type`) or with something to do to
-    embeddings and logits (`enter`, `leave`).
+    A family whose forward differs has a subclass, with layers of its own (`layer_type`) or another treatment of
+    embeddings and logits (`adjust_embeddings`, `adjust_logits`).
     """
 
     layer_type: type[Layer] = Layer
@@ -98,17 +98,17 @@ class Decoder:
         self.head = Head(Plain(table), tied=True) if config.tie_embeddings else read_head(weights, *table.shape)
         ropes = list(dict.fromkeys(rope for rope in config.ropes if rope is not None))
         self.rotaries = [Rotary(rope, config.head_dim, weights.device, weights.dtype) for rope in ropes]
-        self.turns = [None if rope is None else ropes.index(rope) for rope in config.ropes]
+        self.rotary_indices = [None if rope is None else ropes.index(rope) for rope in config.ropes]
 
     @property
     def sites(self) -> list[Site]:
-        """What adapters may touch, in the order of the forward; the norms after all others."""
+        """What adapters may change, in the order of the forward; the norms after all others."""
         linears = [linear.site for layer in self.layers for linear in layer.linears()]
         return [self.embed.site, *linears, self.head.site, *(norm.site for norm in self.norms)]
 
     @property
     def norms(self) -> list[RMSNorm]:
-        """All of them, in the order of the forward."""
+        """All norms, in the order of the forward."""
         return [*(norm for layer in self.layers for norm in layer.norms), self.norm]
 
     @property
@@ -122,15 +122,15 @@ class Decoder:
         return True
 
     def finish_loading(self) -> None:
-        """The filled weights become what the linears multiply by, one linear after the other, so that at most one is
-        held twice. Nothing can be loaded into them any more.
+        """Brings the loaded weights into the form they are served in, one linear after the other, so that memory holds
+        at most one twice. Nothing can be loaded afterwards.
         """
         self.weights.placements.clear()
         for site in self.sites:
             site.base.finish_loading()
 
     def attach(self, attention: AttentionBackend, pool: KvPool, lora: LoraBackend | None = None) -> None:
-        """Gives every layer its backend, its cache and, where there is one, LoRA."""
+        """Gives every layer its attention backend, its cache and, where there is one, the LoRA backend."""
         self.embed.lora = self.head.lora = lora
         for index, layer in enumerate(self.layers):
             layer.attention.attach(attention, pool.layer(index))
@@ -140,28 +140,28 @@ class Decoder:
             norm.attach(lora.pages.norms if lora else None)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """[T, H]: the normed hidden state of every token of the step; K and V are stored on the way."""
+        """[T, H]: the normed hidden state of every token of the step; stores K and V."""
         rotations = [rotary(batch.positions_T) for rotary in self.rotaries]
-        x_TH = self.enter(self.embed(batch.tokens_T, batch.lora, batch.lanes_T))
+        x_TH = self.adjust_embeddings(self.embed(batch.tokens_T, batch.lora, batch.lanes_T))
         added_TH: torch.Tensor | None = None
-        for layer, turn in zip(self.layers, self.turns, strict=True):
-            x_TH, added_TH = layer(x_TH, added_TH, None if turn is None else rotations[turn], batch)
+        for layer, index in zip(self.layers, self.rotary_indices, strict=True):
+            x_TH, added_TH = layer(x_TH, added_TH, None if index is None else rotations[index], batch)
         return self.norm.add(x_TH, added_TH, batch)[0]
 
-    def enter(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """Embeddings as the first layer takes them."""
+    def adjust_embeddings(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """The input of the first layer."""
         return x_TH
 
     def logits(self, hidden_SH: torch.Tensor, lora: Any = None, lanes_S: LaneIndices | None = None) -> torch.Tensor:
-        """[S, V] float32 for the rows of `forward`'s answer that are asked for.
+        """[S, V] float32 for these rows of `forward`'s output.
 
-        `lora` is planned for these rows; `lanes_S` are theirs, where one of them brings a head of its own.
+        `lora` is planned for these rows; `lanes_S` are their lanes, where a lane has a full head, else None.
         """
-        logits_SV = self.leave(self.head(hidden_SH, lora, lanes_S))
+        logits_SV = self.adjust_logits(self.head(hidden_SH, lora, lanes_S))
         if lanes_S is not None:
-            self.head.close(logits_SV, lanes_S)
+            self.head.mask(logits_SV, lanes_S)
         return logits_SV
 
-    def leave(self, logits_SV: torch.Tensor) -> torch.Tensor:
-        """The head's answers as the sampler takes them."""
+    def adjust_logits(self, logits_SV: torch.Tensor) -> torch.Tensor:
+        """The logits as the sampler takes them."""
         return logits_SV

@@ -48,8 +48,8 @@ class Gemma(Decoder):
         self.scale = float(torch.tensor(config.embed_scale, dtype=weights.dtype))  # as the model was trained: rounded
         self.cap = config.logit_cap
 
-    def enter(self, x_TH: torch.Tensor) -> torch.Tensor:
+    def adjust_embeddings(self, x_TH: torch.Tensor) -> torch.Tensor:
         return x_TH * self.scale
 
-    def leave(self, logits_SV: torch.Tensor) -> torch.Tensor:
+    def adjust_logits(self, logits_SV: torch.Tensor) -> torch.Tensor:
         return logits_SV if self.cap is None else torch.tanh(logits_SV / self.cap) * self.cap

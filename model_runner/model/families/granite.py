@@ -34,8 +34,8 @@ class Granite(Decoder):
 
     layer_type = GraniteLayer
 
-    def enter(self, x_TH: torch.Tensor) -> torch.Tensor:
+    def adjust_embeddings(self, x_TH: torch.Tensor) -> torch.Tensor:
         return x_TH * self.config.embed_scale
 
-    def leave(self, logits_SV: torch.Tensor) -> torch.Tensor:
+    def adjust_logits(self, logits_SV: torch.Tensor) -> torch.Tensor:
         return logits_SV * self.config.logit_scale

@@ -10,7 +10,7 @@ from model_runner.model.layers.weights import Weights
 
 
 class MoeLayer(Layer):
-    """Attention, and experts where the ModelConfig says so."""
+    """Attention, and experts in the layers that have them."""
 
     def feed_forward(self, config: ModelConfig, index: int, weights: Weights) -> FeedForward:
         """The layer's experts, or its MLP."""
@@ -30,4 +30,4 @@ class Moe(Decoder):
     @property
     def capturable(self) -> bool:
         """Whether its decode steps can be captured as CUDA graphs."""
-        return not any(isinstance(layer.mlp, SparseMLP) and layer.mlp.waits for layer in self.layers)
+        return not any(isinstance(layer.mlp, SparseMLP) and layer.mlp.needs_host_sync for layer in self.layers)

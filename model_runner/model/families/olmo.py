@@ -22,29 +22,27 @@ from model_runner.step.batch import Batch
 
 
 class Olmo2Attention(Attention):
-    """Attention whose norms see all heads."""
+    """Attention whose norms are over all heads at once."""
 
-    by_head = False
+    norms_by_head = False
 
     def read_norms(self, config: ModelConfig, weights: Weights, path: str) -> tuple[RMSNorm, RMSNorm]:
         """The norms of q and k, each over all heads."""
         if weights.shard.size > 1:
-            raise ConfigError(
-                f"--tp-size {weights.shard.size}: an OLMo 2 norms q and k over all heads; use --tp-size 1"
-            )
+            raise ConfigError(f"--tp-size {weights.shard.size}: OLMo 2 norms q and k over all heads; use --tp-size 1")
         return (
             read_norm(config, weights, f"{path}.q_norm", config.num_heads * config.head_dim),
             read_norm(config, weights, f"{path}.k_norm", config.num_kv_heads * config.head_dim),
         )
 
     def norm(self, qk_TND: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm, batch: Batch) -> torch.Tensor:
-        """q and k, one after the other, each normed as one vector."""
+        """q and k side by side, each normed as one vector."""
         q, k = qk_TND[:, : self.heads].flatten(1), qk_TND[:, self.heads :].flatten(1)
         return torch.cat((q_norm(q, batch), k_norm(k, batch)), dim=1).view(qk_TND.shape)
 
 
 class Olmo2Layer(Layer):
-    """Attention and MLP, each before its norm and beside its residual."""
+    """Attention and MLP, each followed by its norm and added to the residual."""
 
     attention_type = Olmo2Attention
 
@@ -55,7 +53,7 @@ class Olmo2Layer(Layer):
     def __call__(
         self, x_TH: torch.Tensor, added_TH: torch.Tensor | None, rotate: Rotation | None, batch: Batch
     ) -> Stream:
-        x_TH = x_TH if added_TH is None else x_TH + added_TH  # nothing is normed here
+        x_TH = x_TH if added_TH is None else x_TH + added_TH  # no norm comes before attention
         x_TH = x_TH + self.attended_norm(self.attention(x_TH, rotate, batch), batch)
         return x_TH, self.fed_norm(self.mlp(x_TH, batch), batch)
 

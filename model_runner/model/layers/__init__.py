@@ -1,1 +1,1 @@
-"""What a decoder is made of: linears, norms, rotary embeddings, attention, MLP."""
+"""The layers of a decoder: linears, norms, rotary embeddings, attention, MLP, experts."""

@@ -1,9 +1,9 @@
 """Self-attention with grouped key/value heads: fused qkv, optional norm of q and k, rotation, the backend, o.
 
-Where the backend tells its slots, what stands between qkv and attention is one operation:
+Where the backend gives its slots, the steps between qkv and attention are one operation:
 
     qkv -> norm of heads, rotation, K and V to their slots -> q -> attend_stored -> o
-    qkv -> norm -> rotation -> q, k, v -> attend -> o          else; so do layers without a rotation
+    qkv -> norm -> rotation -> q, k, v -> attend -> o          else, and in layers without a rotation
 
 Legend: T tokens, H hidden size, N query heads, K key/value heads, J = N + 2 K, D head size, all of this rank.
 """
@@ -25,7 +25,7 @@ from model_runner.step.batch import Batch
 class Attention:
     """One layer's attention; `attach` gives it a backend and its cache."""
 
-    by_head = True  # whether norms of q and k see one head at a time
+    norms_by_head = True  # whether the norms of q and k are over one head at a time
 
     def __init__(self, config: ModelConfig, layer: int, weights: Weights) -> None:
         path, size = f"model.layers.{layer}.self_attn", config.head_dim
@@ -71,15 +71,15 @@ class Attention:
         return q_norm, k_norm
 
     def attach(self, backend: AttentionBackend, cache: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """From now on `backend` attends over this layer's K and V."""
+        """Sets the backend, and this layer's cache of K and V."""
         self.backend = backend
         self.cache = cache
 
     def __call__(self, x_TH: torch.Tensor, rotate: Rotation | None, batch: Batch) -> torch.Tensor:
-        """[T, H] -> [T, H]; without a rotation positions do not show."""
+        """[T, H] -> [T, H]; without a rotation the positions have no effect."""
         qkv_TJD = self.qkv(x_TH, batch).reshape(len(x_TH), self.heads + 2 * self.kv_heads, self.head_dim)
         slots = self.backend.slots(batch.attention)
-        if slots is None or rotate is None or not self.by_head:
+        if slots is None or rotate is None or not self.norms_by_head:
             mixed_TND = self._attend(qkv_TJD, rotate, batch)
         else:
             q_TND = self.ops.rope_and_store(qkv_TJD, *rotate, *self.cache, slots, self._head_norms(batch))
@@ -89,8 +89,8 @@ class Attention:
         return self.o(mixed_TND.flatten(1), batch)
 
     def _attend(self, qkv_TJD: torch.Tensor, rotate: Rotation | None, batch: Batch) -> torch.Tensor:
-        turned = self.heads + self.kv_heads
-        qk, v = qkv_TJD[:, :turned], qkv_TJD[:, turned:]
+        first_v = self.heads + self.kv_heads
+        qk, v = qkv_TJD[:, :first_v], qkv_TJD[:, first_v:]
         if self.norms is not None:
             qk = self.norm(qk, *self.norms, batch)
         if rotate is not None:
@@ -101,7 +101,7 @@ class Attention:
         )
 
     def norm(self, qk_TND: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm, batch: Batch) -> torch.Tensor:
-        """q and k, one after the other, each head normed."""
+        """q and k side by side, each head normed."""
         return torch.cat((q_norm(qk_TND[:, : self.heads], batch), k_norm(qk_TND[:, self.heads :], batch)), dim=1)
 
     def _head_norms(self, batch: Batch) -> HeadNorms | None:

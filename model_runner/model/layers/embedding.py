@@ -1,6 +1,6 @@
-"""Tokens to vectors and back: the embedding table and the head, which may be one tensor (tied). Both are sites.
+"""The embedding table and the head, which may be one tensor (tied). Both are sites.
 
-Whole on every rank for now. Legend: T tokens, S rows that are asked for, H hidden size, V vocabulary.
+Every rank has all of both. Legend: T tokens, S rows that are asked for, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Embedding:
         self.lora: LoraBackend | None = None
 
     def __call__(self, tokens_T: torch.Tensor, lora: Any = None, lanes_T: LaneIndices | None = None) -> torch.Tensor:
-        """[T] -> [T, H]; `lora` is what the backend planned for these tokens, `lanes_T` as in the batch."""
+        """[T] -> [T, H]; `lora` is the backend's plan for these tokens, `lanes_T` as in the batch."""
         known_T = tokens_T
-        if lanes_T is not None:  # a token beyond the base's vocabulary is in its own lane's table
+        if lanes_T is not None:  # tokens beyond the base's vocabulary are in their lanes' tables
             known_T = tokens_T.clamp(max=self.site.vocabulary - 1)
         y_TH = embedding(known_T, self.weight)
         if self.lora is not None and lora is not None:
@@ -46,16 +46,16 @@ class Embedding:
 
 
 class Head:
-    """A linear [V, H] whose answers are float32 logits."""
+    """A linear [V, H] whose outputs are float32 logits."""
 
     def __init__(self, base: LinearMethod, tied: bool = False) -> None:
         self.site = Site("head", "", -1, HEAD, (Slice("lm_head", 0, base.shape[0]),), base, tied=tied)
         self.lora: LoraBackend | None = None
 
     def __call__(self, hidden_SH: torch.Tensor, lora: Any = None, lanes_S: LaneIndices | None = None) -> torch.Tensor:
-        """[S, H] -> [S, V] float32; `lora` is what the backend planned for these rows, `lanes_S` their lanes.
+        """[S, H] -> [S, V] float32; `lora` is the backend's plan for these rows, `lanes_S` their lanes.
 
-        V is the largest vocabulary among these rows'; `close` says where each of them ends.
+        V is the largest vocabulary of these rows; `mask` sets the columns beyond a row's own to -inf.
         """
         y_SV = self.site.base.apply(hidden_SH)
         if self.lora is not None and lora is not None:
@@ -65,14 +65,14 @@ class Head:
             replace_rows(y_SV, hidden_SH, self.site, self.lora.pages, lanes_S)
         return y_SV.float()
 
-    def close(self, logits_SV: torch.Tensor, lanes_S: LaneIndices) -> None:
-        """Ends each row's logits where its vocabulary ends, in place."""
+    def mask(self, logits_SV: torch.Tensor, lanes_S: LaneIndices) -> None:
+        """-inf in the columns beyond each row's own vocabulary, in place."""
         if self.lora is not None:
             mask_beyond_vocabulary(logits_SV, vocabularies(self.site, self.lora.pages, lanes_S))
 
 
 def read_head(weights: Weights, vocabulary: int, hidden: int) -> Head:
-    """A head with a weight of its own, which the checkpoint fills."""
+    """A head that is not tied: the checkpoint has its weight."""
     base = weights.linear(vocabulary, hidden)
     for kind, parameter in base.parameters().items():
         weights.place(f"lm_head.{kind}", parameter.tensor)

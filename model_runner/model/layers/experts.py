@@ -1,10 +1,10 @@
-"""A mixture of experts: each token goes through the few experts its router picks, weighted by how sure it was.
+"""A mixture of experts: each token goes through the few experts its router picks, weighted by their probabilities.
 
     router probabilities of a token   [0.1  0.6  0.1  0.2]  ->  experts 1 and 3, weights 0.6 and 0.2 (or 0.75 and 0.25)
 
-A token stands once for each of its experts, sorted by expert, so that one grouped matmul does all; which expert gets
-how many stays on the device. Where a lane of the step touches experts, they go one by one instead, each with a LoRA
-plan of its own tokens. Nothing of one token reaches another.
+A token is repeated for each of its experts, sorted by expert, so that one grouped matmul computes all; the number of
+tokens of each expert stays on the device. Where a lane of the step has pages of experts, the experts are computed one
+by one instead, each with a LoRA plan for its own tokens. Nothing of one token reaches another.
 
 Legend: T tokens, H hidden size, E experts, K experts of a token, n = T * K, I intermediate size of an expert on this
 rank, O out features.
@@ -23,7 +23,7 @@ from torch.nn.functional import grouped_mm
 from model_runner.config import ModelConfig
 from model_runner.lora.site import EXPERTS, ROUTER, Site, Slice
 from model_runner.model.layers.linear import Linear
-from model_runner.model.layers.mlp import gate_of
+from model_runner.model.layers.mlp import gated_activation
 from model_runner.model.layers.weights import Weights
 from model_runner.quantization.plain import Plain
 from model_runner.step.batch import Batch
@@ -32,7 +32,7 @@ from model_runner.step.layout import Layout
 
 @dataclass(frozen=True)
 class Expert:
-    """The sites of one expert, over its part of the layer's weights."""
+    """The linears of one expert, over its part of the layer's stacked weights."""
 
     gate_up: Linear
     down: Linear
@@ -48,7 +48,7 @@ class SparseMLP:
         inner = weights.shard.share(experts.width, "intermediate size of an expert")
         self.shard = weights.shard
         self.per_token, self.renormalize = experts.per_token, experts.renormalize
-        self.gate = gate_of(weights.ops, config.activation)
+        self.gate = gated_activation(weights.ops, config.activation)
         self.gate_up_EIH = weights.empty(experts.count, 2 * inner, hidden)
         self.down_EHI = weights.empty(experts.count, hidden, inner)
         router_EH = weights.tensor(f"{path}.gate.weight", experts.count, hidden)
@@ -73,13 +73,13 @@ class SparseMLP:
         )
 
     def linears(self) -> Iterator[Linear]:
-        """The router's site, and two of each expert."""
+        """The router, and two linears of each expert."""
         yield self.router
         for expert in self.experts:
             yield from (expert.gate_up, expert.down)
 
     @property
-    def waits(self) -> bool:
+    def needs_host_sync(self) -> bool:
         """Whether it waits for the device: only Hopper and later multiply groups whose sizes the host does not know."""
         weight = self.down_EHI
         on_host = weight.device.type != "cuda" or weight.dtype != torch.bfloat16
@@ -90,35 +90,37 @@ class SparseMLP:
         weights_TK, experts_TK = self.route(x_TH, batch)
         experts_n, order_n = experts_TK.flatten().sort(stable=True)
         x_nH = x_TH[order_n // self.per_token]
-        if batch.lanes_T is not None and self._touched(batch.lanes_T):
-            y_nH = self._one_by_one(x_nH, experts_n, batch.lanes_T[order_n.cpu().numpy() // self.per_token], batch)
+        if batch.lanes_T is not None and self._any_lane_uses_experts(batch.lanes_T):
+            y_nH = self._compute_by_expert(
+                x_nH, experts_n, batch.lanes_T[order_n.cpu().numpy() // self.per_token], batch
+            )
         else:
-            y_nH = self._together(x_nH, experts_n)
+            y_nH = self._compute_grouped(x_nH, experts_n)
         mixed_TKH = torch.empty_like(y_nH).index_copy_(0, order_n, y_nH).view(*experts_TK.shape, -1)
         mixed_TH = (mixed_TKH * weights_TK[:, :, None]).sum(1)
         return self.shard.all_reduce(mixed_TH.to(x_TH.dtype))
 
     def route(self, x_TH: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights [T, K] in float32 and numbers [T, K] of the experts of each token."""
-        chances_TE = self.router(x_TH, batch).float().softmax(-1)
-        weights_TK, experts_TK = chances_TE.topk(self.per_token, dim=-1)
+        """The weights [T, K], in float32, and the indices [T, K] of the experts of each token."""
+        probabilities_TE = self.router(x_TH, batch).float().softmax(-1)
+        weights_TK, experts_TK = probabilities_TE.topk(self.per_token, dim=-1)
         if self.renormalize:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         return weights_TK, experts_TK
 
-    def _touched(self, lanes_T: NDArray[np.int32]) -> bool:
+    def _any_lane_uses_experts(self, lanes_T: NDArray[np.int32]) -> bool:
         lora = self.router.lora
         return lora is not None and lora.pages.any_lane_uses(set(lanes_T.tolist()), EXPERTS)
 
-    def _together(self, x_nH: torch.Tensor, experts_n: torch.Tensor) -> torch.Tensor:
-        """[n, H]: every pick through its expert; picks are sorted by expert."""
+    def _compute_grouped(self, x_nH: torch.Tensor, experts_n: torch.Tensor) -> torch.Tensor:
+        """[n, H]: each pick through its expert, by grouped matmuls; picks are sorted by expert."""
         ends_E = torch.searchsorted(experts_n, self._numbers_E, right=True, out_int32=True)
         return _grouped(self.gate(_grouped(x_nH, self.gate_up_EIH, ends_E)), self.down_EHI, ends_E)
 
-    def _one_by_one(
+    def _compute_by_expert(
         self, x_nH: torch.Tensor, experts_n: torch.Tensor, lanes_n: NDArray[np.int32], batch: Batch
     ) -> torch.Tensor:
-        """The same, each pick through its lane's expert."""
+        """[n, H]: the same expert by expert, with the LoRA of each pick's lane."""
         y_nH = torch.empty_like(x_nH)
         numbers, begins = np.unique(experts_n.cpu().numpy(), return_index=True)
         for number, begin, end in zip(numbers, begins, [*begins[1:], len(lanes_n)], strict=True):
@@ -130,11 +132,11 @@ class SparseMLP:
 
 
 def _grouped(x_nI: torch.Tensor, weight_EOI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    """[n, I] -> [n, O]: the picks before ends_E[e], and not before ends_E[e - 1], through expert e."""
+    """[n, I] -> [n, O]: the picks from ends_E[e - 1] to ends_E[e] through expert e."""
     return grouped_mm(x_nI, weight_EOI.transpose(1, 2), offs=ends_E)
 
 
 def _layout(lanes_n: NDArray[np.int32]) -> Layout:
-    """Rows of these lanes, for a LoRA plan: it has no use for pages."""
+    """A layout of rows with these lanes, for a LoRA plan, which reads no KV pages."""
     nothing = np.zeros_like(lanes_n)
     return Layout(nothing, nothing, np.ones_like(lanes_n), lanes_n, np.zeros((1, 1), np.int32), 1)

@@ -1,7 +1,7 @@
-"""Linears as sites: one fused weight of one or more checkpoint modules, cut by rank, with LoRA attached from outside.
+"""Linears as sites: the base linear of one or more checkpoint modules, cut by rank, and the LoRA attached to it.
 
-    column  y = [x Wq^T | x Wk^T | x Wv^T]   each rank holds some outputs of every slice
-    row     y = all_reduce(x W^T)            each rank holds some inputs; the sum comes after the LoRA delta
+    column  y = [x Wq^T | x Wk^T | x Wv^T]   each rank has some outputs of every slice
+    row     y = all_reduce(x W^T)            each rank has some inputs; the sum comes after the LoRA delta
 
 Legend: T tokens, I in features, O out features of this rank.
 """
@@ -19,7 +19,7 @@ from model_runner.step.batch import Batch
 
 
 class Linear:
-    """A site and, once attached, the LoRA backend that adapts what the site's base linear answers."""
+    """A site and, once attached, the LoRA backend that adapts the answer of its base linear."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -34,7 +34,7 @@ class Linear:
 
 
 class RowLinear(Linear):
-    """A linear whose inputs are spread over the ranks: one reduce, after base and delta."""
+    """A linear whose inputs are spread over the ranks: one all-reduce, after base and delta."""
 
     def __init__(self, site: Site, shard: Shard) -> None:
         super().__init__(site)

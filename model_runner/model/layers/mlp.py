@@ -14,16 +14,16 @@ from model_runner.model.layers.weights import Weights
 from model_runner.step.batch import Batch
 
 
-def gate_of(ops: Ops, activation: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """act(gate) * up, from the two side by side."""
+def gated_activation(ops: Ops, activation: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The operation act(gate) * up on gate and up side by side."""
     return {"silu": ops.silu_mul, "gelu_tanh": ops.gelu_tanh_mul}[activation]
 
 
 class FeedForward(Protocol):
-    """What stands after attention in a layer."""
+    """The part of a layer after attention: an MLP, or experts."""
 
     def linears(self) -> Iterator[Linear]:
-        """Its sites."""
+        """Its linears."""
 
     def __call__(self, x_TH: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[T, H] -> [T, H]."""
@@ -34,7 +34,7 @@ class MLP:
 
     def __init__(self, config: ModelConfig, layer: int, weights: Weights) -> None:
         path, inner, hidden = f"model.layers.{layer}.mlp", config.intermediate_size, config.hidden_size
-        self.gate = gate_of(weights.ops, config.activation)
+        self.gate = gated_activation(weights.ops, config.activation)
         self.gate_up = column_linear(
             weights,
             f"layers.{layer}.gate_up",
@@ -51,7 +51,7 @@ class MLP:
         )
 
     def linears(self) -> Iterator[Linear]:
-        """Its two sites."""
+        """gate_up and down."""
         yield from (self.gate_up, self.down)
 
     def __call__(self, x_TH: torch.Tensor, batch: Batch) -> torch.Tensor:

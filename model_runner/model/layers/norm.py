@@ -1,6 +1,6 @@
-"""RMSNorm (1910.07467) as a layer: a weight and the model's kind of norm. The arithmetic is the ops'.
+"""RMSNorm (1910.07467) as a layer: a weight and the model's kind of norm. The ops compute it.
 
-Its weight may be another for each row, where adapters bring norms of their own. Knows nothing of where it stands.
+Where adapters bring norm weights, each row has the weight of its lane.
 Legend: T tokens, H hidden size, L lanes and the base.
 """
 
@@ -29,7 +29,7 @@ class RMSNorm:
         self._table_LH: torch.Tensor | None = None
 
     def attach(self, norms: NormPool | None) -> None:
-        """Where rows' own weights are, if adapters may bring any."""
+        """Sets the pool of the lanes' norm weights, if adapters may bring any."""
         self._table_LH = None if norms is None else norms.table(self.site)
 
     def __call__(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -37,16 +37,16 @@ class RMSNorm:
         return self._ops.norm(x, self.weights(batch), self.eps, self.kind, batch.norm_lanes_T)
 
     def add(self, x_TH: torch.Tensor, added_TH: torch.Tensor | None, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the norm of x + added, x + added) in one pass; None adds nothing."""
+        """(the norm of x + added, x + added) in one operation; None adds nothing."""
         if added_TH is None:
             return self(x_TH, batch), x_TH
         return self._ops.add_norm(added_TH, x_TH, self.weights(batch), self.eps, self.kind, batch.norm_lanes_T)
 
     def weights(self, batch: Batch) -> torch.Tensor:
-        """The weight [H], or where a row has one of its own those of all lanes [L, H]."""
+        """The weight [H], or, where a row of the step has one of its own, those of all lanes [L, H]."""
         if batch.norm_lanes_T is None:
             return self.weight
-        assert self._table_LH is not None, "rows with norms of their own, and nowhere to find them"
+        assert self._table_LH is not None, "rows with norms of their own, and no table of them"
         return self._table_LH
 
 

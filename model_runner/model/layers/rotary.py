@@ -1,6 +1,6 @@
-"""Rotary position embedding: angles from positions once a step, for the ops to turn heads by in every layer.
+"""Rotary position embedding: the angles of a step's positions, computed once a step for all layers.
 
-Legend: T tokens, E dimensions of a head that are turned, the first ones.
+Legend: T tokens, E the rotary dimensions of a head, its first ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Rotation(NamedTuple):
 
 
 class Rotary:
-    """The frequencies of one model's layers, or of some of them."""
+    """The frequencies of the layers that have this rope."""
 
     def __init__(self, rope: Rope, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
         self._frequencies = inverse_frequencies(rope, head_dim).to(device)

@@ -1,7 +1,6 @@
-"""Where layers get their weights: empty tensors on the device, and the list of what the checkpoint puts into them; and
-the small operations of that device.
+"""Gives layers their weights: empty tensors on the device, and a list of placements for the checkpoint loader to fill.
 
-Knows nothing of files. Names are the checkpoint's.
+Also holds the ops of the device. Knows nothing of files. Names are the checkpoint's.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from model_runner.weights.checkpoint import Placement
 
 
 class Weights:
-    """Hands out uninitialised tensors of one model and keeps their placements and sizes."""
+    """Allocates the tensors of one model, uninitialised, and keeps their placements and total size."""
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, shard: Shard, method: type[LinearMethod] = Plain
@@ -30,17 +29,17 @@ class Weights:
         self.bytes = 0
 
     def empty(self, *shape: int) -> torch.Tensor:
-        """A tensor to be filled by placements."""
+        """An uninitialised tensor; `place` says what fills it."""
         tensor = torch.empty(shape, device=self.device, dtype=self.dtype)
         self.bytes += tensor.numel() * tensor.element_size()
         return tensor
 
     def linear(self, out_features: int, in_features: int, *, bias: bool = False) -> LinearMethod:
-        """A base linear of these sizes on this rank, stored in the model's way, to be filled by placements."""
+        """A base linear of these sizes on this rank, stored by the model's method; the caller places its parameters."""
         return self.method.create(self.empty, out_features, in_features, bias=bias)
 
     def place(self, name: str, into: torch.Tensor, *, whole: int | None = None, dim: int = 0) -> None:
-        """Tensor `name` goes into `into`; with `whole`, dimension `dim` is `whole` long in the file and cut by rank."""
+        """Tensor `name` fills `into`; with `whole`, dimension `dim` is `whole` long in the file and cut by rank."""
         shape = list(into.shape)
         cut = [slice(None)] * into.dim()
         if whole is not None:
@@ -49,8 +48,8 @@ class Weights:
         self.placements.append(Placement(name, into, tuple(shape), tuple(cut)))
 
     def place_part(self, name: str, into: torch.Tensor, start: int, part: int, whole: int, *, dim: int = 0) -> None:
-        """Of tensor `name`, `whole` long in dimension `dim` in the file, `part` from `start` on goes into `into`, cut
-        by rank.
+        """A part of tensor `name` fills `into`: in dimension `dim`, `whole` long in the file, `part` from `start` on,
+        cut by rank.
         """
         span = self.shard.span(part, f"size of a part of {name}")
         shape = list(into.shape)
@@ -60,7 +59,7 @@ class Weights:
         self.placements.append(Placement(name, into, tuple(shape), tuple(cut)))
 
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
-        """A whole tensor under its own name."""
+        """A tensor that every rank has all of."""
         tensor = self.empty(*shape)
         self.place(name, tensor)
         return tensor

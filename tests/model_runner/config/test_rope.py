@@ -112,11 +112,11 @@ def test_longrope_factors_by_context_length(variant: str, length: int, tmp_path:
 
 
 def test_partial_rotation_turns_the_first_dimensions() -> None:
-    rotate = Rotary(Rope(share=0.5), 8, torch.device("cpu"), torch.float32)(torch.tensor([3, 5]))
+    rotate = Rotary(Rope(rotary_share=0.5), 8, torch.device("cpu"), torch.float32)(torch.tensor([3, 5]))
     heads = torch.arange(48.0).view(2, 3, 8)
-    turned = TorchOps().rope(heads, *rotate)
-    assert torch.equal(turned[..., 4:], heads[..., 4:])
-    assert not torch.equal(turned[..., :4], heads[..., :4])
+    rotated = TorchOps().rope(heads, *rotate)
+    assert torch.equal(rotated[..., 4:], heads[..., 4:])
+    assert not torch.equal(rotated[..., :4], heads[..., :4])
 
 
 def test_yarn_extends_an_unchanged_max_length(tmp_path: Path) -> None:

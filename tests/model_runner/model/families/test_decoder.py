@@ -113,7 +113,7 @@ def test_two_ranks_hold_the_halves_of_fused_tensors(tiny_model: TinyModel) -> No
 
 
 def test_olmo2_is_refused_on_two_ranks(tiny_model: TinyModel) -> None:
-    with pytest.raises(ConfigError, match="--tp-size 2: an OLMo 2"):
+    with pytest.raises(ConfigError, match="--tp-size 2: OLMo 2"):
         build_decoder(read_model_config(tiny_model("olmo2")), Weights(CPU, torch.float32, Shard(0, 2)))
 
 

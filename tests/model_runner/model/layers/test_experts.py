@@ -100,7 +100,7 @@ def test_attention_adapters_keep_the_grouped_matmul(
         adapter = make_adapter(path, tmp_path / family, targets=["q_proj", "v_proj"])
         lora = attach_adapters(decoder, {"attention": adapter})
         assert lora.pages.page_counts == {"qkv": 1}
-        monkeypatch.setattr(SparseMLP, "_one_by_one", None)  # its tokens' experts are computed together
+        monkeypatch.setattr(SparseMLP, "_compute_by_expert", None)  # its tokens' experts are computed together
         Driver(decoder, lora=lora).step([(Row([3, 4, 5], lane=1), 3), (Row([6]), 1)])
 
 
