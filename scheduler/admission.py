@@ -12,9 +12,9 @@ from scheduler.requests.alora import find_invocation
 from scheduler.requests.queue import WaitState
 from scheduler.requests.request import Request, from_message
 from scheduler.requests.stopping import finish_of, fit_to_capacity
-from scheduler.state import Books
+from scheduler.state import SchedulerState
 from scheduler.types import BASE, LaneKey, Order
-from scheduler.unloading import Unloading
+from scheduler.unloader import Unloader
 
 MAX_SCALE = 1e38  # float32 holds any sum of them
 
@@ -22,31 +22,31 @@ MAX_SCALE = 1e38  # float32 holds any sum of them
 class Admission:
     """The doors of the queue and of the running set, over the books."""
 
-    def __init__(self, books: Books) -> None:
-        self._books = books
-        self.unloading = Unloading(books)
+    def __init__(self, state: SchedulerState) -> None:
+        self._state = state
+        self.unloader = Unloader(state)
 
     # ---------------------------------------------------------------------------------------------------- requests
 
     def arrive(self, message: Generate) -> None:
         """Queues a new request, or ends it at once where it can never be served."""
-        books = self._books
-        problem = self._problem(message.lora)
-        key = books.directory.key(message.lora) if problem is None else BASE
-        request = from_message(message, key, books.order_on_arrival(message))
-        problem = problem or self._never(request.key) or fit_to_capacity(request, books.capacity)
+        state = self._state
+        problem = self._selection_error(message.lora)
+        key = state.registry.key(message.lora) if problem is None else BASE
+        request = from_message(message, key, state.order_on_arrival(message))
+        problem = problem or self._unservable_reason(request.key) or fit_to_capacity(request, state.capacity)
         if problem is not None:
-            books.updates.append(Update(request_id=request.id, index=request.generated, error=problem))
-            books.ordering.on_end(request)
+            state.updates.append(Update(request_id=request.id, index=request.generated, error=problem))
+            state.ordering.on_end(request)
             return
-        self._invoke(request)
+        self._locate_invocation(request)
         for adapter_id in request.adapter_ids:
-            books.directory.adapters[adapter_id].requests += 1
-        for copy in books.copies(request.key):
+            state.registry.adapters[adapter_id].requests += 1
+        for copy in state.copies(request.key):
             copy.requests += 1
-            books.counters.adapter_hits += copy.device is Device.RESIDENT
-        books.requests[request.id] = request
-        self._queue(request)
+            state.counters.adapter_hits += copy.device is Device.RESIDENT
+        state.requests[request.id] = request
+        self._enqueue(request)
         if not request.done and (finish := finish_of(request)) is not None:  # a replay that had its last token
             self.end(request, finish=finish[0], stop_reason=finish[1])
 
@@ -55,31 +55,31 @@ class Admission:
 
         There must be a row and pages, and a lane unless its key holds one; its copies must be resident.
         """
-        books = self._books
+        state = self._state
         key = request.key
-        request.lane, new = books.lanes.acquire(key, books.now)
-        books.waiting.remove(request)
+        request.lane, new = state.lanes.acquire(key, state.now)
+        state.waiting.remove(request)
         if new:
-            books.residency.use(books.copies(key))
-            if key in books.waiting:
-                books.waiting.set_state(key, WaitState.ACTIVE, books.now)
-        books.running.add(request)
-        books.kv.allocate(request, books.owner(key))
-        books.ordering.on_admitted(request)
+            state.device_cache.use(state.copies(key))
+            if key in state.waiting:
+                state.waiting.set_state(key, WaitState.ACTIVE, state.now)
+        state.running.add(request)
+        state.kv.allocate(request, state.owner(key))
+        state.ordering.on_admitted(request)
         if not request.admitted:
             request.admitted = True
             request.cached = min(request.computed, request.prompt_length)
-            books.counters.cached_tokens += request.cached
-            books.counters.prompt_tokens += request.prompt_length
+            state.counters.cached_tokens += request.cached
+            state.counters.prompt_tokens += request.prompt_length
         return new
 
     def preempt(self, request: Request, order: Order | None = None) -> None:
         """Takes a running request back to the queue, in its old order or a new one; it keeps its tokens."""
-        self._books.counters.preemptions += 1
-        self._leave(request)
+        self._state.counters.preemptions += 1
+        self._release_row(request)
         request.order = request.order if order is None else order
         request.reset_progress()
-        self._queue(request)
+        self._enqueue(request)
 
     def end(
         self,
@@ -92,159 +92,159 @@ class Admission:
         update: bool = True,
     ) -> None:
         """The request is over, running or waiting, and everything it held is free. `update`: its client is told."""
-        books = self._books
+        state = self._state
         request.done = True
-        del books.requests[request.id]
+        del state.requests[request.id]
         if update:
             index = request.generated
-            books.updates.append(
+            state.updates.append(
                 Update(
                     request_id=request.id, index=index, finish=finish, stop_reason=stop_reason, error=error, code=code
                 )
             )
-        books.blame.forget(request.id)
+        state.blame.forget(request.id)
         if request.row >= 0:
-            self._leave(request)
+            self._release_row(request)
         else:
-            books.waiting.remove(request)
-        books.ordering.on_end(request)
-        for copy in books.copies(request.key):
+            state.waiting.remove(request)
+        state.ordering.on_end(request)
+        for copy in state.copies(request.key):
             copy.requests -= 1
-            copy.last_used = books.tick()
-            books.rest(copy)
-        for adapter in [books.directory.adapters[adapter_id] for adapter_id in request.adapter_ids]:
+            copy.last_used = state.tick()
+            state.reclassify(copy)
+        for adapter in [state.registry.adapters[adapter_id] for adapter_id in request.adapter_ids]:
             adapter.requests -= 1
-            self.unloading.unload_if_drained(adapter)
+            self.unloader.unload_if_drained(adapter)
 
-    def fail(self, copy: Copy, reason: str, final: bool = True) -> None:
+    def fail_copy(self, copy: Copy, reason: str, final: bool = True) -> None:
         """The copy cannot be served, for good or (not `final`) until the next request: nor can who names it now."""
-        books = self._books
-        copy.wish = None
+        state = self._state
+        copy.preload_order = None
         if final:
             copy.error = reason
-            books.disown(copy)
-        books.rest(copy)
-        for request in [r for r in books.running.ordered if any(c == copy.id for c, _ in r.key)]:
+            state.drop_revision(copy)
+        state.reclassify(copy)
+        for request in [r for r in state.running.ordered if any(c == copy.id for c, _ in r.key)]:
             self.end(request, error=reason)
-        for key in books.waiting.keys_of(copy.id):
+        for key in state.waiting.keys_of(copy.id):
             self.fail_waiting(key, reason)
-        if copy.leaving or not copy.names:
+        if copy.is_unloading or not copy.names:
             return  # the last of them let it go
         if final:
-            books.residency.free(copy)
+            state.device_cache.free(copy)
             if copy.host is Host.HELD:  # we refuse it: the runner has it still
-                books.host.evict(copy)
-                books.news.append(EvictAdapter(copy.holder))
-        books.tell(copy, error=reason)
-        self.unloading.unload_drained(copy)
+                state.host_cache.evict(copy)
+                state.outbox.append(EvictAdapter(copy.runner_id))
+        state.report(copy, error=reason)
+        self.unloader.unload_drained(copy)
 
     def fail_waiting(self, key: LaneKey, problem: str) -> None:
         """Ends the waiting requests of a key."""
-        for request in self._books.waiting.requests(key):
+        for request in self._state.waiting.requests(key):
             self.end(request, error=problem)
 
     # ------------------------------------------------------------------------------------------------------ places
 
-    def settle(self, key: LaneKey) -> None:
+    def update_wait_state(self, key: LaneKey) -> None:
         """Finds out what a waiting key waits for; ends its requests where that will never come."""
-        books = self._books
-        if key == BASE or key in books.lanes:
-            books.waiting.set_state(key, WaitState.DRAINING if key in books.draining else WaitState.ACTIVE, books.now)
+        state = self._state
+        if key == BASE or key in state.lanes:
+            state.waiting.set_state(key, WaitState.DRAINING if key in state.draining else WaitState.ACTIVE, state.now)
             return
-        copies = books.copies(key)
-        problem = self._never(key)
+        copies = state.copies(key)
+        problem = self._unservable_reason(key)
         if problem is not None:
             self.fail_waiting(key, problem)
         elif any(copy.to_load for copy in copies):
-            books.waiting.set_state(key, WaitState.DISK, books.now)
-            books.stirred = True
+            state.waiting.set_state(key, WaitState.DISK, state.now)
+            state.loads_due = True
         elif any(copy.device is Device.NONE and copy.host is not Host.HELD for copy in copies):
-            books.waiting.set_state(key, WaitState.BLOCKED, books.now)
+            state.waiting.set_state(key, WaitState.BLOCKED, state.now)
         elif any(copy.device is Device.NONE for copy in copies):
-            books.waiting.set_state(key, WaitState.COLD, books.now)
+            state.waiting.set_state(key, WaitState.COLD, state.now)
         else:
             filling = any(copy.device is Device.FILLING for copy in copies)
-            books.waiting.set_state(key, WaitState.BLOCKED if filling else WaitState.READY, books.now)
+            state.waiting.set_state(key, WaitState.BLOCKED if filling else WaitState.READY, state.now)
 
-    def settle_copy(self, copy: Copy) -> None:
+    def update_wait_states(self, copy: Copy) -> None:
         """The same for every waiting key that names the copy."""
-        for key in self._books.waiting.keys_of(copy.id):
-            if key in self._books.waiting:
-                self.settle(key)
+        for key in self._state.waiting.keys_of(copy.id):
+            if key in self._state.waiting:
+                self.update_wait_state(key)
 
     def withdraw(self, copy: Copy) -> list[Request]:
         """Takes everyone who waits for the copy out of the queue, for `rekey`."""
-        books = self._books
-        requests = [request for key in books.waiting.keys_of(copy.id) for request in books.waiting.requests(key)]
+        state = self._state
+        requests = [request for key in state.waiting.keys_of(copy.id) for request in state.waiting.requests(key)]
         for request in requests:
-            books.waiting.remove(request)
-            for each in books.copies(request.key):
+            state.waiting.remove(request)
+            for each in state.copies(request.key):
                 each.requests -= 1
-                books.rest(each)
+                state.reclassify(each)
         return requests
 
     def rekey(self, requests: list[Request]) -> None:
         """More is known of their adapters: these requests, taken from the queue, go where they wait from now on."""
-        directory = self._books.directory
+        registry = self._state.registry
         for request in requests:
-            request.key = directory.key(request.lora)
-            self._invoke(request)
-            for copy in directory.of(request.key):
+            request.key = registry.key(request.lora)
+            self._locate_invocation(request)
+            for copy in registry.of(request.key):
                 copy.requests += 1
-            self._books.waiting.push(request)
-            for copy in directory.of(request.key):
-                self._books.rest(copy)
+            self._state.waiting.push(request)
+            for copy in registry.of(request.key):
+                self._state.reclassify(copy)
         for key in {request.key: None for request in requests}:
-            if key in self._books.waiting:
-                self.settle(key)
+            if key in self._state.waiting:
+                self.update_wait_state(key)
 
-    def drain(self, key: LaneKey, draining: bool) -> None:
+    def set_draining(self, key: LaneKey, draining: bool) -> None:
         """A lane takes nobody any more until it is free, or takes requests again."""
-        books = self._books
+        state = self._state
         if draining:
-            books.draining[key] = None
+            state.draining[key] = None
         else:
-            books.draining.pop(key, None)
-        if key in books.waiting:
-            self.settle(key)
+            state.draining.pop(key, None)
+        if key in state.waiting:
+            self.update_wait_state(key)
 
-    def reopen(self) -> None:
+    def restart(self) -> None:
         """A new runner: every waiting request is measured against it, and every key finds its place again."""
-        books = self._books
-        for request in list(books.waiting):
-            problem = fit_to_capacity(request, books.capacity)
+        state = self._state
+        for request in list(state.waiting):
+            problem = fit_to_capacity(request, state.capacity)
             if problem is not None:
                 self.end(request, error=problem)
             elif (finish := finish_of(request)) is not None:
                 self.end(request, finish=finish[0], stop_reason=finish[1])
-        for key in books.waiting.lane_keys():
-            self.settle(key)
+        for key in state.waiting.lane_keys():
+            self.update_wait_state(key)
 
     # ----------------------------------------------------------------------------------------------------- private
 
-    def _queue(self, request: Request) -> None:
-        request.queued_at = self._books.now
-        self._books.waiting.push(request)
-        for copy in self._books.copies(request.key):
-            self._books.rest(copy)
-        self.settle(request.key)
+    def _enqueue(self, request: Request) -> None:
+        request.queued_at = self._state.now
+        self._state.waiting.push(request)
+        for copy in self._state.copies(request.key):
+            self._state.reclassify(copy)
+        self.update_wait_state(request.key)
 
-    def _invoke(self, request: Request) -> None:
+    def _locate_invocation(self, request: Request) -> None:
         """Finds where its activated adapter begins to act, if that is known. One that never does is not needed."""
-        copies = self._books.copies(request.key)
-        if len(copies) == 1 and (invocation := copies[0].card.invocation):
+        copies = self._state.copies(request.key)
+        if len(copies) == 1 and (invocation := copies[0].info.invocation):
             request.invocation_start = find_invocation(request.tokens[: request.prompt_length], invocation)
             if request.invocation_start is None:
                 request.key = BASE
 
-    def _problem(self, lora: list[tuple[int, float]]) -> str | None:
+    def _selection_error(self, lora: list[tuple[int, float]]) -> str | None:
         """Why a selection cannot be looked up."""
-        books = self._books
+        state = self._state
         if not sum(abs(scale) for _, scale in lora) <= MAX_SCALE:  # also what is not a number
             return f"the scales of the adapters must be finite, and add up to at most {MAX_SCALE:g}"
         for adapter_id, _ in lora:
-            adapter = books.directory.adapters.get(adapter_id)
-            if adapter_id and not books.lanes.count:
+            adapter = state.registry.adapters.get(adapter_id)
+            if adapter_id and not state.lanes.count:
                 return "LoRA is not enabled; start with --enable-lora"
             if adapter_id and adapter is None:
                 return f"adapter {adapter_id} is not loaded; load it first"
@@ -252,28 +252,28 @@ class Admission:
                 return f"adapter {adapter_id} is being unloaded"
         return None
 
-    def _never(self, key: LaneKey) -> str | None:
+    def _unservable_reason(self, key: LaneKey) -> str | None:
         """Why a key can never be served, judging by what is known now."""
-        books = self._books
+        state = self._state
         if key == BASE:
             return None
-        copies = books.copies(key)
-        problem = books.residency.problem(copies)
-        if len(copies) > 1 and any(copy.card.invocation for copy in copies):
+        copies = state.copies(key)
+        problem = state.device_cache.limit_error(copies)
+        if len(copies) > 1 and any(copy.info.invocation for copy in copies):
             problem = (
                 "an adapter that acts from its invocation on (alora_invocation_tokens) cannot be mixed with others"
             )
         if problem is None and not all(copy.on_device for copy in copies):
-            problem = books.host.too_large(copies)
+            problem = state.host_cache.limit_error(copies)
         return problem
 
-    def _leave(self, request: Request) -> None:
-        books = self._books
-        books.running.remove(request)
-        books.kv.release(request)
+    def _release_row(self, request: Request) -> None:
+        state = self._state
+        state.running.remove(request)
+        state.kv.release(request)
         request.row = -1
-        if books.lanes.release(request.key):
-            books.draining.pop(request.key, None)
-            books.residency.leave(books.copies(request.key))
-            if request.key in books.waiting:
-                self.settle(request.key)
+        if state.lanes.release(request.key):
+            state.draining.pop(request.key, None)
+            state.device_cache.leave(state.copies(request.key))
+            if request.key in state.waiting:
+                self.update_wait_state(request.key)

@@ -48,13 +48,13 @@ from scheduler.admission import Admission
 from scheduler.batching.admission_order import AdmissionOrder
 from scheduler.batching.isolation import Isolation
 from scheduler.batching.planner import Planner
-from scheduler.loading.device_loader import Filling
-from scheduler.loading.disk_loader import Loading
-from scheduler.loading.lifecycle import Custody
+from scheduler.loading.device_loader import DeviceLoader
+from scheduler.loading.disk_loader import DiskLoader
+from scheduler.loading.lifecycle import AdapterLifecycle
 from scheduler.progress import messages, pieces
 from scheduler.requests.request import Request
 from scheduler.requests.stopping import finish_of
-from scheduler.state import Books, Bounds
+from scheduler.state import Bounds, SchedulerState
 
 log = logging.getLogger(__name__)
 
@@ -83,25 +83,27 @@ class Scheduler:
     ) -> None:
         assert window >= 1
         self._incarnation = incarnation
-        self._books = Books(capacity, bounds)
-        self._admission = Admission(self._books)
-        self._filling = Filling(self._books, self._admission)
-        self._admission_order = AdmissionOrder(self._books, self._admission, self._filling)
-        self._loading = Loading(self._books, self._admission)
-        self._custody = Custody(self._books, self._admission, self._loading, self._filling)
-        self._isolation = Isolation(self._books, self._admission, self._filling)
-        self._planner = Planner(self._books, self._admission, self._filling, self._admission_order, self._isolation)
+        self._state = SchedulerState(capacity, bounds)
+        self._admission = Admission(self._state)
+        self._device_loader = DeviceLoader(self._state, self._admission)
+        self._admission_order = AdmissionOrder(self._state, self._admission, self._device_loader)
+        self._disk_loader = DiskLoader(self._state, self._admission)
+        self._lifecycle = AdapterLifecycle(self._state, self._admission, self._disk_loader, self._device_loader)
+        self._isolation = Isolation(self._state, self._admission, self._device_loader)
+        self._planner = Planner(
+            self._state, self._admission, self._device_loader, self._admission_order, self._isolation
+        )
         self._window = window
         self._runner_epoch = epoch
         self._client_epoch = 0
         self._last_step = 0
-        self._books.news.append(capacity)
+        self._state.outbox.append(capacity)
 
     # -------------------------------------------------------------------------------------------------- three verbs
 
     def handle(self, message: ToScheduler, now: float) -> list[Upstream | Downstream]:
         """Takes one message in. Returns what is to be sent; the types say where to."""
-        self._books.now = now
+        self._state.now = now
         match message:
             case StepDone():
                 return self.apply(message, now)
@@ -110,14 +112,14 @@ class Scheduler:
             case Abort():
                 self._abort(message)
             case LoadAdapter():
-                self._custody.load(message)
+                self._lifecycle.load(message)
             case UnloadAdapter():
-                self._custody.unload(message)
+                self._lifecycle.unload(message)
             case PinAdapter():
-                self._custody.pin(message)
+                self._lifecycle.pin(message)
             case AdapterState():
                 if message.epoch >= self._runner_epoch:  # else a late word of a dead runner
-                    self._custody.hear(message)
+                    self._lifecycle.on_runner_report(message)
             case RunnerReady():
                 self._runner_ready(message)
             case Hello():
@@ -125,90 +127,90 @@ class Scheduler:
                     self._meet_client(message.epoch)
             case Ping():
                 pass
-        self._loading.fetch()
-        return self.take()
+        self._disk_loader.start_loads()
+        return self.drain_outbox()
 
     def plan(self, now: float) -> Step | None:
         """The next step, if the window has room and there is something to do. Call take() after it."""
-        books = self._books
-        books.now = now
-        if len(books.flights) >= self._window:
+        state = self._state
+        state.now = now
+        if len(state.in_flight) >= self._window:
             return None
         step = self._planner.plan(self._runner_epoch, self._last_step + 1)
         if step is not None:
             self._last_step = step.id
-        self._loading.fetch()
+        self._disk_loader.start_loads()
         return step
 
     def apply(self, done: StepDone, now: float) -> list[Upstream | Downstream]:
         """Takes in what a step brought: at most one token for each request that it sampled."""
-        books = self._books
-        if done.epoch != self._runner_epoch or not books.flights or done.id < books.flights[0].id:
+        state = self._state
+        if done.epoch != self._runner_epoch or not state.in_flight or done.id < state.in_flight[0].id:
             log.warning("step %d of epoch %d is not awaited", done.id, done.epoch)
-            return self.take()
-        flight = books.flights.pop(0)
-        assert flight.id == done.id, f"step {done.id} is answered before step {flight.id}"
-        assert len(done.tokens) == sum(samples for _, samples, _ in flight.parts), f"step {done.id} has other tokens"
+            return self.drain_outbox()
+        in_flight = state.in_flight.pop(0)
+        assert in_flight.id == done.id, f"step {done.id} is answered before step {in_flight.id}"
+        assert len(done.tokens) == sum(samples for _, samples, _ in in_flight.parts), f"step {done.id} has other tokens"
         assert all(0 <= token < MOST_TOKENS for token in done.tokens), f"step {done.id} brings what is no token"
         tokens = iter(done.tokens)
-        for index, (request, samples, scored) in enumerate(flight.parts):
+        for index, (request, samples, scored) in enumerate(in_flight.parts):
             request.steps_in_flight -= 1
             if scored:
                 self._score(request, done.prompt_logprobs.get(index, []), scored)
             if samples:
                 request.pending -= 1
                 self._append(request, next(tokens), done.logprobs.get(index))
-        self._isolation.step_answered(flight)
-        books.residency.step_done(done.id)
-        self._filling.step_took(done.seconds)
-        books.counters.steps += 1
-        books.counters.step_seconds.append(done.seconds)
-        self._loading.fetch()
-        return self.take()
+        self._isolation.step_answered(in_flight)
+        state.device_cache.step_done(done.id)
+        self._device_loader.record_step_seconds(done.seconds)
+        state.counters.steps += 1
+        state.counters.step_seconds.append(done.seconds)
+        self._disk_loader.start_loads()
+        return self.drain_outbox()
 
     # --------------------------------------------------------------------------------------------- what others see
 
-    def take(self) -> list[Upstream | Downstream]:
+    def drain_outbox(self) -> list[Upstream | Downstream]:
         """Everything to be sent since the last call, the requests' Progress first: one, unless that would be large."""
-        books = self._books
-        progress = [Progress(self._client_epoch, part, self._incarnation) for part in messages(books.updates)]
-        out: list[Upstream | Downstream] = [*progress, *books.news]
-        books.updates, books.news = [], []
+        state = self._state
+        progress = [Progress(self._client_epoch, part, self._incarnation) for part in messages(state.updates)]
+        out: list[Upstream | Downstream] = [*progress, *state.outbox]
+        state.updates, state.outbox = [], []
         return out
 
     def check(self, kv_pages: int | None = None) -> None:
-        """Proves the books; AssertionError names what is unaccounted for. See Books.audit."""
-        self._books.counters.audits += 1
-        self._books.audit(kv_pages)
+        """Proves the books; AssertionError names what is unaccounted for. See SchedulerState.audit."""
+        self._state.counters.audits += 1
+        self._state.audit(kv_pages)
 
     @property
     def idle(self) -> bool:
         """Whether no step is in flight."""
-        return not self._books.flights
+        return not self._state.in_flight
 
     @property
     def has_requests(self) -> bool:
         """Whether a request runs or waits."""
-        return bool(self._books.requests)
+        return bool(self._state.requests)
 
-    def why(self, request_id: int) -> WaitReason | None:
+    def wait_reason(self, request_id: int) -> WaitReason | None:
         """Why a request waits; None if it does not."""
-        request = self._books.requests.get(request_id)
-        return None if request is None else wait_reasons.why(self._books, request)
+        request = self._state.requests.get(request_id)
+        return None if request is None else wait_reasons.wait_reason(self._state, request)
 
     def stats(self) -> Stats:
         """A picture, and the sums."""
-        books, counters = self._books, self._books.counters
-        adapters = books.directory.adapters.values()
-        running = Counter(adapter_id for request in books.running.ordered for adapter_id in request.adapter_ids)
+        state, counters = self._state, self._state.counters
+        adapters = state.registry.adapters.values()
+        running = Counter(adapter_id for request in state.running.ordered for adapter_id in request.adapter_ids)
         waiting = {a.id: a.requests - running[a.id] for a in adapters if a.requests > running[a.id]}
-        survey = wait_reasons.survey(books)
+        report = wait_reasons.report(state)
         return Stats(
-            running=len(books.running),
-            waiting=len(books.waiting),
-            kv_pages_used=books.kv.used,
-            kv_pages=books.kv.block_pool.count,
-            rank_pages_used=books.residency.rank_pages.used(),
+            running=len(state.running),
+            waiting=len(state.waiting),
+            kv_pages_used=state.kv.used,
+            kv_pages=state.kv.block_pool.count,
+            rank_pages_used=state.device_cache.rank_pages.used(),
             resident=[a.id for a in adapters if a.copy.device is Device.RESIDENT],
             running_adapters=dict(running),
             waiting_adapters=waiting,
@@ -220,16 +222,16 @@ class Scheduler:
             adapter_fills=counters.adapter_fills,
             adapter_evictions=counters.adapter_evictions,
             adapter_loads=counters.adapter_loads,
-            host_adapters=len(books.host.held),
-            host_bytes=books.host.bytes,
+            host_adapters=len(state.host_cache.held),
+            host_bytes=state.host_cache.bytes,
             host_evictions=counters.host_evictions,
             audits=counters.audits,
             step_seconds=counters.pop_step_seconds(),
             cached_tokens=counters.cached_tokens,
-            kv_pages_cached=len(books.kv.radix_cache),
-            kv_evictions=books.kv.evictions,
-            waiting_reasons=survey.counts,
-            oldest_waiting=survey.oldest,
+            kv_pages_cached=len(state.kv.radix_cache),
+            kv_evictions=state.kv.evictions,
+            waiting_reasons=report.counts,
+            oldest_waiting=report.oldest,
             lane_preemptions=counters.lane_preemptions,
         )
 
@@ -239,27 +241,27 @@ class Scheduler:
         if message.epoch < self._client_epoch:
             return
         self._meet_client(message.epoch)
-        if message.request_id in self._books.requests:
+        if message.request_id in self._state.requests:
             log.warning("request %d came twice; the first one goes on", message.request_id)
             return
         self._admission.arrive(message)
 
     def _abort(self, message: Abort) -> None:
-        request = self._books.requests.get(message.request_id)
+        request = self._state.requests.get(message.request_id)
         if request is not None and message.epoch >= self._client_epoch:
             self._admission.end(request, finish="abort")
 
     def _append(self, request: Request, token: int, logprobs: LogprobIds | None) -> None:
         if request.done:
             return  # overshoot: it ended while this step was in flight
-        books = self._books
+        state = self._state
         index = request.generated
         request.tokens.append(token)
         if request.row >= 0:
-            books.kv.token_known(request)
-        books.counters.generation_tokens += 1
+            state.kv.token_known(request)
+        state.counters.generation_tokens += 1
         ending = finish_of(request)
-        books.updates.append(
+        state.updates.append(
             Update(
                 request_id=request.id,
                 index=index,
@@ -276,7 +278,7 @@ class Scheduler:
     def _score(self, request: Request, scores: list[LogprobIds], count: int) -> None:
         assert len(scores) == count, f"request {request.id} has {len(scores)} prompt logprobs of {count}"
         if not request.done:
-            self._books.updates += pieces(request.id, request.generated, request.scores_known, scores)
+            self._state.updates += pieces(request.id, request.generated, request.scores_known, scores)
         request.scores_known += count
 
     def _meet_client(self, epoch: int) -> None:
@@ -284,10 +286,10 @@ class Scheduler:
         if epoch <= self._client_epoch:
             return
         self._client_epoch = epoch
-        for request in list(self._books.requests.values()):
+        for request in list(self._state.requests.values()):
             self._admission.end(request, update=False)
-        self._books.news.append(self._books.capacity)
-        self._books.news += [adapter.report() for adapter in self._books.directory.adapters.values()]
+        self._state.outbox.append(self._state.capacity)
+        self._state.outbox += [adapter.to_message() for adapter in self._state.registry.adapters.values()]
 
     # ------------------------------------------------------------------------------------------------------ runner
 
@@ -300,25 +302,25 @@ class Scheduler:
         if message.epoch < self._runner_epoch:
             return
         assert _is_possible(message.capacity), f"a runner cannot hold {message.capacity}"
-        books = self._books
+        state = self._state
         self._runner_epoch = message.epoch
         self._isolation.runner_died(message.after_fault)
-        running = list(books.running.ordered)
+        running = list(state.running.ordered)
         for request in running:
-            books.running.remove(request)
+            state.running.remove(request)
             request.pages = []
             request.reset_progress()
-        for request in books.requests.values():
+        for request in state.requests.values():
             request.lose_steps_in_flight()
-        books.open(message.capacity)
+        state.open(message.capacity)
         for request in running:
-            books.waiting.push(request)
+            state.waiting.push(request)
         self._isolation.move_suspects_first()
-        books.news.append(message.capacity)
-        self._custody.reset()
-        self._admission.reopen()
+        state.outbox.append(message.capacity)
+        self._lifecycle.reset()
+        self._admission.restart()
         self._isolation.end_blamed()
-        self._loading.fetch()
-        for copy in books.directory.copies.values():
+        self._disk_loader.start_loads()
+        for copy in state.registry.copies.values():
             if copy.stage in ("disk", "loading") and not copy.on_host:
-                books.tell(copy)
+                state.report(copy)

@@ -40,7 +40,7 @@ BUSY_AUDIT_SECONDS = 60.0
 AUDIT_PAGES = 8192  # KV pages that one audit looks at: a few milliseconds
 
 
-class Post:
+class Outboxes:
     """The outboxes to the neighbours; a neighbour that says Hello from another inbox is written to there."""
 
     def __init__(self, context: zmq.Context[Any], config: SchedulerConfig) -> None:
@@ -78,8 +78,8 @@ class Post:
 class Loop:
     """One scheduler process between its inbox and its outboxes."""
 
-    def __init__(self, config: SchedulerConfig, inbox: Inbox[ToScheduler], post: Post) -> None:
-        self._config, self._inbox, self._post = config, inbox, post
+    def __init__(self, config: SchedulerConfig, inbox: Inbox[ToScheduler], outboxes: Outboxes) -> None:
+        self._config, self._inbox, self._outboxes = config, inbox, outboxes
         self.pulse = Pulse()
         self._bounds = Bounds(
             config.max_loras,
@@ -94,26 +94,28 @@ class Loop:
         )
         self._core: Scheduler | None = None
         self._async_gate = AsyncGate(config.window, hold_back=False)
-        self._early: list[ToScheduler] = []  # what came before the runner's first word
+        self._before_runner: list[ToScheduler] = []  # what came before the runner's first word
         self._plan_at = float("inf")  # when a plan is due that waits for no message
         self._stats_at = self._audited = float("-inf")
-        self._unproved = self._untold = False  # something happened since the last audit, since the last Stats
+        self._audit_needed = self._stats_changed = (
+            False  # something happened since the last audit, since the last Stats
+        )
 
     def turn(self) -> None:
         """Takes in what has arrived, sends what can be planned; blocks for the next message when nothing can."""
-        for message in self._inbox.receive(self._patience()):
+        for message in self._inbox.receive(self._poll_seconds()):
             self.pulse.tick()
-            self._unproved = self._untold = True
+            self._audit_needed = self._stats_changed = True
             if isinstance(message, Hello):
-                self._post.meet(message)
-            self._take(message, time.monotonic())
+                self._outboxes.meet(message)
+            self._handle(message, time.monotonic())
         if self._core is not None:
             self.pulse.tick()
             self._plan(self._core)
-            self._look(self._core, time.monotonic())
+            self._audit_and_report(self._core, time.monotonic())
         self.pulse.rest()
 
-    def _take(self, message: ToScheduler, now: float) -> None:
+    def _handle(self, message: ToScheduler, now: float) -> None:
         if isinstance(message, RunnerReady):
             self._async_gate = AsyncGate(self._config.window, hold_back=message.capacity.device == "cpu")
         elif isinstance(message, StepDone):
@@ -123,12 +125,12 @@ class Loop:
         elif isinstance(message, RunnerReady):
             own = self._config.links.epoch
             self._core = Scheduler(message.capacity, self._bounds, self._config.window, message.epoch, own)
-            self._send(self._core.take())
-            for early in self._early:
+            self._send(self._core.drain_outbox())
+            for early in self._before_runner:
                 self._send(self._core.handle(early, now))
-            self._early.clear()
+            self._before_runner.clear()
         else:
-            self._early.append(message)
+            self._before_runner.append(message)
 
     def _plan(self, core: Scheduler) -> None:
         self._plan_at = float("inf")
@@ -142,40 +144,40 @@ class Loop:
                 self._async_gate.nothing_to_plan()
                 break
             self._async_gate.step_sent(step, now)
-            self._post.send(step)
-        self._send(core.take())
+            self._outboxes.send(step)
+        self._send(core.drain_outbox())
 
-    def _look(self, core: Scheduler, now: float) -> None:
+    def _audit_and_report(self, core: Scheduler, now: float) -> None:
         """Proves the books when idle (and now and then under load). Each second it tells of what changed, and that it
         is there while requests are open: one that waits for a long load brings no other news.
         """
-        if self._unproved and now >= self._audit_at(core):
+        if self._audit_needed and now >= self._audit_at(core):
             core.check(AUDIT_PAGES)
-            self._unproved, self._untold, self._audited = False, True, now
-        if self._tells(core) and now >= self._stats_at:
-            self._post.send(core.stats())
-            self._untold, self._stats_at = False, now + STATS_SECONDS
+            self._audit_needed, self._stats_changed, self._audited = False, True, now
+        if self._wants_stats(core) and now >= self._stats_at:
+            self._outboxes.send(core.stats())
+            self._stats_changed, self._stats_at = False, now + STATS_SECONDS
 
-    def _patience(self) -> float | None:
+    def _poll_seconds(self) -> float | None:
         """Seconds until Stats, an audit or a plan are due, or for ever when only a message can change anything."""
         if self._core is None:
             return None
         due = min(
-            self._stats_at if self._tells(self._core) else float("inf"),
-            self._audit_at(self._core) if self._unproved else float("inf"),
+            self._stats_at if self._wants_stats(self._core) else float("inf"),
+            self._audit_at(self._core) if self._audit_needed else float("inf"),
             self._plan_at,
         )
         return None if due == float("inf") else max(0.001, due - time.monotonic())
 
-    def _tells(self, core: Scheduler) -> bool:
-        return self._untold or core.has_requests
+    def _wants_stats(self, core: Scheduler) -> bool:
+        return self._stats_changed or core.has_requests
 
     def _audit_at(self, core: Scheduler) -> float:
         return self._audited + (IDLE_AUDIT_SECONDS if core.idle else BUSY_AUDIT_SECONDS)
 
     def _send(self, messages: list[Any]) -> None:
         for message in messages:
-            self._post.send(message)
+            self._outboxes.send(message)
 
 
 def serve(config: SchedulerConfig, child: Child) -> None:
@@ -183,9 +185,9 @@ def serve(config: SchedulerConfig, child: Child) -> None:
     gc.disable()  # nothing here is in cycles, and a collection walks every token that waits: it would hold up a step
     context: zmq.Context[Any] = zmq.Context()
     inbox: Inbox[ToScheduler] = Inbox(context, config.links.scheduler, ToScheduler, config.links.max_frame_bytes)
-    post = Post(context, config)
-    post.hello()
-    loop = Loop(config, inbox, post)
+    outboxes = Outboxes(context, config)
+    outboxes.hello()
+    loop = Loop(config, inbox, outboxes)
     child.ready()
     child.keep_pulse(loop.pulse)
     try:
@@ -196,5 +198,5 @@ def serve(config: SchedulerConfig, child: Child) -> None:
         raise
     finally:
         inbox.close()
-        post.close()
+        outboxes.close()
         context.term()

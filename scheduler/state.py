@@ -9,11 +9,11 @@ from itertools import count
 
 from engine.messages import AdapterState, Capacity, EvictAdapter, Generate, LoadAdapter, UnloadAdapter, Update
 from scheduler.adapters.copies import Copy, Device, Host
-from scheduler.adapters.device_cache import Residency
+from scheduler.adapters.device_cache import DeviceCache
 from scheduler.adapters.eviction import Policy
-from scheduler.adapters.host_cache import HostTier
+from scheduler.adapters.host_cache import HostCache
 from scheduler.adapters.lanes import Lanes
-from scheduler.adapters.registry import Directory
+from scheduler.adapters.registry import AdapterRegistry
 from scheduler.kv_cache.kv_cache_manager import KvCacheManager
 from scheduler.requests.blame import BlameTracker
 from scheduler.requests.fairness import make_ordering
@@ -29,7 +29,7 @@ MIN_PREFILL_TOKENS = 64  # fewer would read all weights for next to nothing
 
 
 @dataclass(slots=True)
-class Flight:
+class InFlightStep:
     """A step that was sent and not answered: by chunk, (request, whether it samples, how many positions it scores), and
     the position that it starts at.
     """
@@ -58,7 +58,7 @@ class Bounds:
     tenant_weights: dict[str, float] = field(default_factory=dict)
 
 
-class Books:
+class SchedulerState:
     """Requests, rows, pages, lanes, adapters, and what is to be told to others.
 
     `now` is the time of the call under way. `draining` are keys whose lane takes nobody any more. `wishes` are copies
@@ -75,19 +75,21 @@ class Books:
         self.requests: dict[int, Request] = {}
         self.waiting = WaitingQueue()
         self.blame = BlameTracker()
-        self.doubted: set[int] = set()
+        self.suspect_fills: set[int] = set()
         self.tick = count(1).__next__
         self._arrivals = count()
         self.last_order: Order = (0, -(1 << 62), 0)  # of those who came so far
-        self.directory = Directory()
-        self.host = HostTier(bounds.max_loaded_loras, self._host_bytes(capacity), bounds.eviction_policy, self.tick)
-        self.residency = Residency(capacity, bounds.eviction_policy, self.tick, self.awaited)
+        self.registry = AdapterRegistry()
+        self.host_cache = HostCache(
+            bounds.max_loaded_loras, self._host_bytes(capacity), bounds.eviction_policy, self.tick
+        )
+        self.device_cache = DeviceCache(capacity, bounds.eviction_policy, self.tick, self.first_waiting_order)
         self.counters = Counters()
         self.updates: list[Update] = []
-        self.news: list[Capacity | AdapterState | LoadAdapter | UnloadAdapter | EvictAdapter] = []
-        self.wishes: dict[int, None] = {}
-        self.unasked: dict[int, None] = {}
-        self.stirred = False
+        self.outbox: list[Capacity | AdapterState | LoadAdapter | UnloadAdapter | EvictAdapter] = []
+        self.preloads: dict[int, None] = {}
+        self.opportunistic_fills: dict[int, None] = {}
+        self.loads_due = False
         self.running = RunningRows(0)
         self.kv = KvCacheManager(0, capacity.page_size, bounds.prefix_cache)
         self.open(capacity)
@@ -100,11 +102,11 @@ class Books:
         self.running = RunningRows(capacity.rows, self.running.generations)
         self.lanes = Lanes(min(self.bounds.max_loras, capacity.max_loras))
         self.draining: dict[LaneKey, None] = {}
-        self.flights: list[Flight] = []
-        self.residency.reset(capacity)
-        self.host.reset(self._host_bytes(capacity))
-        self.wishes.clear()
-        self.unasked.clear()
+        self.in_flight: list[InFlightStep] = []
+        self.device_cache.reset(capacity)
+        self.host_cache.reset(self._host_bytes(capacity))
+        self.preloads.clear()
+        self.opportunistic_fills.clear()
 
     @property
     def max_prefill_tokens(self) -> int:
@@ -126,63 +128,63 @@ class Books:
         """The place behind everyone of a running request's priority who was passed, and before all others."""
         return self.ordering.order_behind(request, self.starvation.frontier, next(self._arrivals))
 
-    def awaited(self, copy: Copy) -> Order | None:
+    def first_waiting_order(self, copy: Copy) -> Order | None:
         """The place of the first who waits for it, if anyone does."""
         first = self.waiting.first_order_of(copy.id)
-        if first is None or copy.wish is None:
-            return first or copy.wish
-        return min(first, copy.wish)
+        if first is None or copy.preload_order is None:
+            return first or copy.preload_order
+        return min(first, copy.preload_order)
 
-    def offer(self, copy: Copy) -> None:
+    def queue_fill(self, copy: Copy) -> None:
         """The copy came to the host tier: it is to be filled though nobody waits for it, if only when there is room."""
-        if copy.wish is not None:
-            self.wishes[copy.id] = None
-        elif copy.id not in self.doubted:
-            self.unasked[copy.id] = None
+        if copy.preload_order is not None:
+            self.preloads[copy.id] = None
+        elif copy.id not in self.suspect_fills:
+            self.opportunistic_fills[copy.id] = None
 
-    def first_wish(self) -> Copy | None:
+    def first_preload(self) -> Copy | None:
         """The first of the wishes that can be filled."""
-        while self.wishes:
-            copy = self.directory.copies.get(next(iter(self.wishes)))
-            if copy is not None and copy.wish is not None and copy.can_fill:
+        while self.preloads:
+            copy = self.registry.copies.get(next(iter(self.preloads)))
+            if copy is not None and copy.preload_order is not None and copy.can_fill:
                 return copy
-            del self.wishes[next(iter(self.wishes))]
+            del self.preloads[next(iter(self.preloads))]
         return None
 
     def copies(self, key: LaneKey) -> list[Copy]:
         """The copies of a key."""
-        return self.directory.of(key)
+        return self.registry.of(key)
 
     def owner(self, key: LaneKey) -> Owner:
         """Whose KV pages a request of this key computes: by revision, which is known of whoever was loaded."""
-        copies = self.directory.copies
+        copies = self.registry.copies
         return tuple(sorted((copies[copy_id].identity, scale) for copy_id, scale in key))
 
-    def disown(self, copy: Copy) -> None:
+    def drop_revision(self, copy: Copy) -> None:
         """Nobody else is to share the copy, and no KV page of its revision is found any more."""
-        if self.directory.disown(copy):
+        if self.registry.unlist_revision(copy):
             self.kv.drop_revision(copy.identity)
 
     def lane_pages(self, key: LaneKey) -> dict[str, list[tuple[int, float]]]:
         """What the lane of a key holds, all of which is resident."""
-        return self.residency.lane_pages(zip(self.directory.of(key), (scale for _, scale in key), strict=True))
+        return self.device_cache.lane_pages(zip(self.registry.of(key), (scale for _, scale in key), strict=True))
 
-    def name(self, keys: Iterable[LaneKey], step: int) -> None:
+    def mark_used(self, keys: Iterable[LaneKey], step: int) -> None:
         """Step `step` names the pages of these keys."""
-        copies = self.directory.copies
+        copies = self.registry.copies
         for key in keys:
             for copy_id, _ in key:
                 copies[copy_id].last_step = step
 
-    def rest(self, copy: Copy) -> None:
+    def reclassify(self, copy: Copy) -> None:
         """Something about it changed: is it spare, is it idle?"""
-        self.host.rest(copy)
-        self.residency.rest(copy)
-        self.stirred = True
+        self.host_cache.reclassify(copy)
+        self.device_cache.reclassify(copy)
+        self.loads_due = True
 
-    def tell(self, copy: Copy, seconds: float = 0.0, error: str | None = None) -> None:
+    def report(self, copy: Copy, seconds: float = 0.0, error: str | None = None) -> None:
         """News of the copy, under each of its names."""
-        self.news += [adapter.report(seconds, error) for adapter in copy.names.values()]
+        self.outbox += [adapter.to_message(seconds, error) for adapter in copy.names.values()]
 
     def _host_bytes(self, capacity: Capacity) -> int:
         bound = self.bounds.lora_host_bytes
@@ -201,12 +203,12 @@ class Books:
         users = Counter(copy_id for key in self.lanes.active() for copy_id, _ in key)
         names = Counter(adapter_id for request in self.requests.values() for adapter_id in request.adapter_ids)
         wanted = Counter(copy_id for request in self.requests.values() for copy_id, _ in request.key)
-        self.directory.audit(names, wanted)
-        self.residency.audit(self.directory.copies.values(), users)
-        self.host.audit(self.directory.copies.values())
+        self.registry.audit(names, wanted)
+        self.device_cache.audit(self.registry.copies.values(), users)
+        self.host_cache.audit(self.registry.copies.values())
         assert set(self.draining) <= set(self.lanes.active()), "a lane is draining that is free"
         self._audit_requests()
-        self._audit_flights()
+        self._audit_in_flight()
         self._audit_places()
 
     def _audit_requests(self) -> None:
@@ -225,11 +227,11 @@ class Books:
             assert request.row < 0, f"request {request.id} waits with a row"
             assert not request.pages, f"request {request.id} waits with pages"
 
-    def _audit_flights(self) -> None:
+    def _audit_in_flight(self) -> None:
         named: Counter[Request] = Counter()
         samples: Counter[Request] = Counter()
-        for flight in self.flights:
-            for request, sampling, _ in flight.parts:
+        for step in self.in_flight:
+            for request, sampling, _ in step.parts:
                 named[request] += 1
                 samples[request] += sampling
         for request in self.requests.values():
@@ -239,7 +241,7 @@ class Books:
 
     def _audit_places(self) -> None:
         for key in self.waiting.lane_keys():
-            place, copies = self.waiting.state_of(key), self.directory.of(key)
+            place, copies = self.waiting.state_of(key), self.registry.of(key)
             if place in (WaitState.ACTIVE, WaitState.DRAINING):
                 assert key == BASE or key in self.lanes, f"key {key} is active without a lane"
                 assert (key in self.draining) == (place is WaitState.DRAINING), f"key {key} drains and does not"

@@ -91,7 +91,7 @@ class Bench:
         self.now += 0.01
         step = self.core.plan(self.now)
         assert step is not None
-        self.core.take()
+        self.core.drain_outbox()
         return step
 
     def answer(self, step: Step) -> None:

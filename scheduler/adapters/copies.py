@@ -53,8 +53,8 @@ class Copy:
     """
 
     id: int
-    holder: int
-    card: AdapterState
+    runner_id: int
+    info: AdapterState
     names: dict[int, Adapter] = field(default_factory=dict)
     known: bool = False
     host: Host = Host.DISK
@@ -67,22 +67,22 @@ class Copy:
     last_used: int = 0
     held_since: int = 0
     filled_since: int = 0
-    wish: Order | None = None
+    preload_order: Order | None = None
     error: str | None = None
-    sent: bool = False
-    leaving: bool = False
+    sent_to_runner: bool = False
+    is_unloading: bool = False
     fills: int = 0
-    tried: list[str] = field(default_factory=list)
+    tried_paths: list[str] = field(default_factory=list)
 
     @property
     def identity(self) -> str:
         """What its KV pages are known by: its bytes, whatever its names."""
-        return self.card.revision or f"copy {self.id}"
+        return self.info.revision or f"copy {self.id}"
 
     @property
     def need(self) -> Mapping[str, int]:
         """Its footprint: pages by group."""
-        return self.card.footprint.pages
+        return self.info.footprint.pages
 
     @property
     def on_device(self) -> bool:
@@ -127,10 +127,10 @@ class Adapter:
     requests: int = 0
     draining: bool = False
 
-    def report(self, seconds: float = 0.0, error: str | None = None) -> AdapterState:
+    def to_message(self, seconds: float = 0.0, error: str | None = None) -> AdapterState:
         """What the tokenizer process is told of it now. `error`: what did not work, where it can be served still."""
         stage = self.copy.stage
         if self.draining and stage != "failed":
             stage = "draining"
         error = self.copy.error or error
-        return replace(self.copy.card, adapter_id=self.id, state=stage, seconds=seconds, error=error)
+        return replace(self.copy.info, adapter_id=self.id, state=stage, seconds=seconds, error=error)

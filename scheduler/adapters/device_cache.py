@@ -18,17 +18,19 @@ from scheduler.adapters.eviction import EvictionOrder, Policy
 from scheduler.adapters.rank_pages import RankPages
 from scheduler.types import Order
 
-Awaited = Callable[[Copy], Order | None]
+WaitingOrder = Callable[[Copy], Order | None]
 """The place of the first who waits for a copy, if anyone does; whoever changes that says so by `rest`."""
 
 
-class Residency:
+class DeviceCache:
     """Copies by id while they hold rank pages."""
 
-    def __init__(self, capacity: Capacity, policy: Policy, tick: Callable[[], int], awaited: Awaited) -> None:
+    def __init__(
+        self, capacity: Capacity, policy: Policy, tick: Callable[[], int], waiting_order: WaitingOrder
+    ) -> None:
         self._policy = policy
         self._tick = tick
-        self._awaited = awaited
+        self._waiting_order = waiting_order
         self.reset(capacity)
 
     def reset(self, capacity: Capacity) -> None:
@@ -62,13 +64,13 @@ class Residency:
             self.filling -= copy.device is Device.FILLING
             copy.pages, copy.device = {}, Device.NONE
             del self.on_device[copy.id]
-            self.rest(copy)
+            self.reclassify(copy)
 
-    def rest(self, copy: Copy) -> None:
+    def reclassify(self, copy: Copy) -> None:
         """Something about it changed: is it idle, and does somebody wait for it?"""
         self.version += 1
         idle = self._is_idle(copy)
-        place = self._awaited(copy) if idle else None
+        place = self._waiting_order(copy) if idle else None
         if place is not None:
             self._wanted.put(copy.id, place)
         else:
@@ -85,11 +87,11 @@ class Residency:
     def bytes(self, copies: Iterable[Copy]) -> int:
         """What a fill of these copies."""
         sizes = self._capacity.rank_page_bytes
-        return sum(sum(count * sizes.get(g, 0) for g, count in c.need.items()) or c.card.bytes for c in copies)
+        return sum(sum(count * sizes.get(g, 0) for g, count in c.need.items()) or c.info.bytes for c in copies)
 
     # ------------------------------------------------------------------------------------------------ keys as users
 
-    def problem(self, copies: Sequence[Copy]) -> str | None:
+    def limit_error(self, copies: Sequence[Copy]) -> str | None:
         """Why these can never be together in a lane, judging by what is known now."""
         for copy in copies:
             if copy.error is not None:
@@ -112,7 +114,7 @@ class Residency:
         for copy in copies:
             assert copy.device is Device.RESIDENT, f"copy {copy.id} is used without pages"
             copy.users += 1
-            self.rest(copy)
+            self.reclassify(copy)
 
     def leave(self, copies: Iterable[Copy]) -> None:
         """A lane is no longer a user."""
@@ -120,7 +122,7 @@ class Residency:
             copy.users -= 1
             assert copy.users >= 0, f"copy {copy.id} is released once too often"
             copy.last_used = self._tick()
-            self.rest(copy)
+            self.reclassify(copy)
 
     def lacking(self, copies: Sequence[Copy]) -> dict[str, int]:
         """By group, the pages that must still be given up before these can all be on the device."""
@@ -160,7 +162,7 @@ class Residency:
             return None
         return [self._start_fill(copy, step, at_once) for copy in missing]
 
-    def hopeless(self, copies: Sequence[Copy], pinned: Iterable[Copy]) -> str | None:
+    def never_fits(self, copies: Sequence[Copy], pinned: Iterable[Copy]) -> str | None:
         """Why these could not even have pages if everything unpinned made room."""
         wanted = {copy.id for copy in copies}
         for group, count in _sum([*copies, *(c for c in pinned if c.on_device and c.id not in wanted)]).items():
@@ -171,7 +173,7 @@ class Residency:
     def lane_pages(self, copies: Iterable[tuple[Copy, float]]) -> dict[str, list[tuple[int, float]]]:
         """What a lane of these copies with their scales holds: (page, scale) by group, sorted by revision."""
         pages: dict[str, list[tuple[int, float]]] = {}
-        for copy, scale in sorted(copies, key=lambda pair: (pair[0].card.revision, pair[0].id)):
+        for copy, scale in sorted(copies, key=lambda pair: (pair[0].info.revision, pair[0].id)):
             assert copy.device is Device.RESIDENT, f"copy {copy.id} is not resident"
             for group, numbers in copy.pages.items():
                 pages.setdefault(group, []).extend((page, scale) for page in numbers)
@@ -190,7 +192,9 @@ class Residency:
             idle = self._is_idle(copy)
             spare, wanted = copy.id in self._spare, copy.id in self._wanted
             assert idle == (spare or wanted), f"{name} is idle, or listed so, but not both"
-            assert not idle or self._wanted.stamp(copy.id) == self._awaited(copy), f"{name} is listed at another place"
+            assert not idle or self._wanted.stamp(copy.id) == self._waiting_order(copy), (
+                f"{name} is listed at another place"
+            )
         assert set(users) <= {copy.id for copy in copies}, "a key uses a copy that is gone"
         assert self.on_device == {copy.id: copy for copy in copies if copy.on_device}, "others are on the device"
         assert self.filling == sum(copy.device is Device.FILLING for copy in copies), f"{self.filling} are being filled"
@@ -217,7 +221,7 @@ class Residency:
     def _start_fill(self, copy: Copy, step: int, at_once: bool) -> Fill:
         assert copy.can_fill, f"copy {copy.id} is filled while it is not on the host"
         copy.pages = self.rank_pages.grant(copy.need, early=at_once)
-        copy.last_step, copy.wish = step, None
+        copy.last_step, copy.preload_order = step, None
         copy.fills += 1
         self.on_device[copy.id] = copy
         if at_once:
@@ -225,12 +229,12 @@ class Residency:
         else:
             copy.device = Device.FILLING
             self.filling += 1
-        return Fill(copy.holder, {group: list(numbers) for group, numbers in copy.pages.items()}, at_once)
+        return Fill(copy.runner_id, {group: list(numbers) for group, numbers in copy.pages.items()}, at_once)
 
     def _resident(self, copy: Copy) -> None:
         copy.device = Device.RESIDENT
         copy.last_used = copy.filled_since = self._tick()
-        self.rest(copy)
+        self.reclassify(copy)
 
 
 def _sum(copies: Iterable[Copy]) -> dict[str, int]:

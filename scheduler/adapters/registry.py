@@ -10,7 +10,7 @@ from scheduler.adapters.copies import Adapter, Copy
 from scheduler.types import LaneKey, lane_key
 
 
-class Directory:
+class AdapterRegistry:
     """Adapters by id, copies by id, by revision and by the id that the runner knows them under.
 
     `freeing` are ids under which the runner held a second copy of a revision: their `gone` is nobody's news.
@@ -20,28 +20,28 @@ class Directory:
         self.adapters: dict[int, Adapter] = {}
         self.copies: dict[int, Copy] = {}
         self.pinned: dict[int, Copy] = {}
-        self.freeing: set[int] = set()
+        self.freed_ids: set[int] = set()
         self._by_revision: dict[str, Copy] = {}
-        self._by_holder: dict[int, Copy] = {}
+        self._by_runner_id: dict[int, Copy] = {}
 
     def add(self, message: LoadAdapter) -> Adapter | None:
         """A new name, with a copy of its own until more is known. None if a copy still has this id of a name that went.
 
         Ids are never reused, so that is the asker's fault.
         """
-        if message.adapter_id in self._by_holder or message.adapter_id in self.copies:
+        if message.adapter_id in self._by_runner_id or message.adapter_id in self.copies:
             return None
         card = AdapterState(adapter_id=message.adapter_id, state="loading", revision=message.revision)
         copy = Copy(message.adapter_id, message.adapter_id, card)
         adapter = Adapter(message.adapter_id, message, copy)
         copy.names[adapter.id] = adapter
         self.adapters[adapter.id] = adapter
-        self.copies[copy.id] = self._by_holder[copy.holder] = copy
+        self.copies[copy.id] = self._by_runner_id[copy.runner_id] = copy
         return adapter
 
-    def held_as(self, holder: int) -> Copy | None:
+    def by_runner_id(self, runner_id: int) -> Copy | None:
         """The copy that the runner knows under this id."""
-        return self._by_holder.get(holder)
+        return self._by_runner_id.get(runner_id)
 
     def key(self, lora: Iterable[tuple[int, float]]) -> LaneKey:
         """The lane of a selection of known adapters: their copies, with the sums of their scales."""
@@ -58,14 +58,14 @@ class Directory:
 
     def known(self, copy: Copy) -> Copy:
         """The copy that has this one's revision already, else itself, which has it from now on."""
-        revision = copy.card.revision
+        revision = copy.info.revision
         return self._by_revision.setdefault(revision, copy) if revision else copy
 
-    def disown(self, copy: Copy) -> bool:
+    def unlist_revision(self, copy: Copy) -> bool:
         """Nobody else is to share it: it goes, or cannot be served. True if it was its revision's until now."""
-        if self._by_revision.get(copy.card.revision) is not copy:
+        if self._by_revision.get(copy.info.revision) is not copy:
             return False
-        del self._by_revision[copy.card.revision]
+        del self._by_revision[copy.info.revision]
         return True
 
     def merge(self, copy: Copy, into: Copy) -> list[Adapter]:
@@ -75,17 +75,17 @@ class Directory:
             adapter.copy = into
             into.names[adapter.id] = adapter
         del self.copies[copy.id]
-        if self._by_holder.get(copy.holder) is copy:
-            del self._by_holder[copy.holder]
+        if self._by_runner_id.get(copy.runner_id) is copy:
+            del self._by_runner_id[copy.runner_id]
         self.pinned.pop(copy.id, None)
         self._repin(into)
         return moved
 
-    def rehold(self, copy: Copy, holder: int) -> None:
+    def set_runner_id(self, copy: Copy, runner_id: int) -> None:
         """The runner knows the copy under another id from now on."""
-        del self._by_holder[copy.holder]
-        copy.holder = holder
-        self._by_holder[holder] = copy
+        del self._by_runner_id[copy.runner_id]
+        copy.runner_id = runner_id
+        self._by_runner_id[runner_id] = copy
 
     def detach(self, adapter: Adapter) -> None:
         """The name is no more; its copy stays for the others that it has."""
@@ -96,9 +96,9 @@ class Directory:
     def drop(self, copy: Copy) -> None:
         """The copy is no more; it has no name left."""
         assert not copy.names
-        self.disown(copy)
+        self.unlist_revision(copy)
         del self.copies[copy.id]
-        del self._by_holder[copy.holder]
+        del self._by_runner_id[copy.runner_id]
 
     def audit(self, requests: Mapping[int, int], keys: Mapping[int, int]) -> None:
         """Proves that names and copies name one another, and the requests counted by name and by copy."""
@@ -110,13 +110,13 @@ class Directory:
             assert self.copies[adapter.copy.id] is adapter.copy, f"adapter {adapter.id} has a copy that is gone"
             assert adapter.copy.names[adapter.id] is adapter
         for copy in self.copies.values():
-            assert copy.names or copy.leaving, f"copy {copy.id} has no name"
+            assert copy.names or copy.is_unloading, f"copy {copy.id} has no name"
             assert copy.pinned == any(adapter.pinned for adapter in copy.names.values())
-            assert self._by_holder[copy.holder] is copy
-        assert len(self._by_holder) == len(self.copies)
+            assert self._by_runner_id[copy.runner_id] is copy
+        assert len(self._by_runner_id) == len(self.copies)
         for revision, copy in self._by_revision.items():
             assert self.copies[copy.id] is copy
-            assert copy.card.revision == revision
+            assert copy.info.revision == revision
         assert set(self.pinned) == {copy.id for copy in self.copies.values() if copy.pinned}, "the pinned are others"
 
     def _repin(self, copy: Copy) -> None:

@@ -28,10 +28,10 @@ from scheduler.admission import Admission
 from scheduler.batching.deadlines import Deadline, count_to_preempt, lanes_to_drain
 from scheduler.batching.lane_room import LaneRoom
 from scheduler.batching.preemption import HeldLane, sorted_by_cost, sorted_by_end
-from scheduler.loading.device_loader import Filling, Outcome
+from scheduler.loading.device_loader import DeviceLoader, Outcome
 from scheduler.requests.queue import WaitState
 from scheduler.requests.request import Request
-from scheduler.state import Books
+from scheduler.state import SchedulerState
 from scheduler.types import LaneKey, Order
 
 LEAST_SHARE = 1 / 16  # of lora_max_wait: a lane is held for at least so long, however many keys wait
@@ -47,10 +47,10 @@ NEEDS_LANE = (WaitState.READY, WaitState.COLD, WaitState.DRAINING)
 class AdmissionOrder:
     """The order of admissions in each step."""
 
-    def __init__(self, books: Books, admission: Admission, filling: Filling) -> None:
-        self._books = books
+    def __init__(self, state: SchedulerState, admission: Admission, device_loader: DeviceLoader) -> None:
+        self._state = state
         self._admission = admission
-        self._filling = filling
+        self._device_loader = device_loader
         self._overdue: dict[int, Request] = {}
         self._skipped: Request | None = None
         self._checked_at = float("-inf")
@@ -59,33 +59,33 @@ class AdmissionOrder:
 
     def begin_step(self) -> None:
         """A step is being planned: from time to time lanes are drained or preempted to meet deadlines."""
-        books = self._books
+        state = self._state
         self._skipped = None
         self._overdue = {i: r for i, r in self._overdue.items() if self._needs_lane(r)}
-        max_wait = books.bounds.lora_max_wait
-        if not (books.now - self._checked_at < max_wait / CHECKS_PER_WAIT):
-            self._checked_at = books.now
+        max_wait = state.bounds.lora_max_wait
+        if not (state.now - self._checked_at < max_wait / CHECKS_PER_WAIT):
+            self._checked_at = state.now
             self._check_deadlines(max_wait)
 
     def waited(self, request: Request) -> float:
         """For how many seconds a waiting request has been passed for want of a lane or rank pages."""
-        books = self._books
-        passed = books.starvation.passed_since(request.order)
+        state = self._state
+        passed = state.starvation.passed_since(request.order)
         if passed is None:
             return 0.0
-        return books.now - max(passed, request.queued_at, books.waiting.since(request.key))
+        return state.now - max(passed, request.queued_at, state.waiting.since(request.key))
 
     def _check_deadlines(self, max_wait: float) -> None:
-        books, step = self._books, self._filling.step_seconds
+        state, step = self._state, self._device_loader.step_seconds
         waits = self._deadlines(max_wait)
-        if not (waits or books.draining):
+        if not (waits or state.draining):
             return
         lanes = sorted_by_end(self._held_lanes().values())
         ends = [step * lane.remaining for lane in lanes]
         margin = max_wait / CHECKS_PER_WAIT
         preempt = count_to_preempt([deadline for deadline, _ in waits], ends, most=max(step, margin))
         self._overdue = {request.id: request for _, request in waits[:preempt]}
-        unmet = [deadline for deadline, _ in waits[max(preempt, books.lanes.free) :]]
+        unmet = [deadline for deadline, _ in waits[max(preempt, state.lanes.free) :]]
         needed = lanes_to_drain(unmet, ends, grace=2 * (step + margin))
         self._set_draining({lanes[index].key: None for index in needed})
         if self._overdue:
@@ -93,49 +93,49 @@ class AdmissionOrder:
 
     def _deadlines(self, max_wait: float) -> list[tuple[Deadline, Request]]:
         """The most urgent request of each key that was passed, with its deadline, by slack."""
-        books, filling = self._books, self._filling
-        margin = 2 * filling.step_seconds + max_wait / CHECKS_PER_WAIT
-        least_work = LEAST_SHARE * max_wait / max(1, books.lanes.count)
+        state, device_loader = self._state, self._device_loader
+        margin = 2 * device_loader.step_seconds + max_wait / CHECKS_PER_WAIT
+        least_work = LEAST_SHARE * max_wait / max(1, state.lanes.count)
         found: list[tuple[Deadline, Request]] = []
-        heads = books.waiting.heads(*NEEDS_LANE)
-        for count, head in enumerate(islice(heads, HEADS_PER_LANE * max(books.lanes.count, 16))):
+        heads = state.waiting.heads(*NEEDS_LANE)
+        for count, head in enumerate(islice(heads, HEADS_PER_LANE * max(state.lanes.count, 16))):
             if count == 0:
-                books.starvation.forget_before(self._first_waiting())
-            passed = books.starvation.passed_since(head.order)
+                state.starvation.forget_before(self._first_waiting())
+            passed = state.starvation.passed_since(head.order)
             if passed is None:
                 break  # nor was any request behind it
             request = head
             if head.queued_at > passed:  # it was requeued: others of its key may have been passed for longer
-                request = max(books.waiting.front(head.key, REQUESTS_PER_KEY), key=self.waited)
-            fill = filling.seconds(request.key)
+                request = max(state.waiting.front(head.key, REQUESTS_PER_KEY), key=self.waited)
+            fill = self._device_loader.fill_seconds(request.key)
             slack = max_wait - margin - fill - self.waited(request)
             found.append((Deadline(slack, max(FILL_FACTOR * fill, least_work)), request))
         return sorted(found, key=_slack)
 
     def _first_waiting(self) -> Order | None:
-        heads = [self._books.waiting.first(state) for state in WaitState]
+        heads = [self._state.waiting.first(state) for state in WaitState]
         return min((head.order for head in heads if head is not None), default=None)
 
     def _held_lanes(self) -> dict[LaneKey, HeldLane]:
         """All lanes in use, with their rows."""
-        books = self._books
+        state = self._state
         lanes: dict[LaneKey, HeldLane] = {}
-        for request in books.running.ordered:
+        for request in state.running.ordered:
             if request.lane:
                 lane = lanes.get(request.key)
                 if lane is None:
-                    held = books.now - books.lanes.since(request.key)
+                    held = state.now - state.lanes.since(request.key)
                     lane = lanes[request.key] = HeldLane(request.key, held)
                 lane.rows.append(request)
         return lanes
 
     def _set_draining(self, keys: Collection[LaneKey]) -> None:
         """Drains these lanes, and no others."""
-        for key in [key for key in self._books.draining if key not in keys]:
-            self._admission.drain(key, False)
+        for key in [key for key in self._state.draining if key not in keys]:
+            self._admission.set_draining(key, False)
         for key in keys:
-            if key not in self._books.draining:
-                self._admission.drain(key, True)
+            if key not in self._state.draining:
+                self._admission.set_draining(key, True)
 
     def _preempt_lanes(self, lanes: list[HeldLane], max_wait: float, waiting: int) -> None:
         """Preempts lanes for the overdue requests.
@@ -143,27 +143,27 @@ class AdmissionOrder:
         A lane with a row that has not decoded yet is not preempted: otherwise rows that take long to recompute would
         preempt one another for ever.
         """
-        books = self._books
-        first = books.running.ordered[0] if books.running.ordered else None
+        state = self._state
+        first = state.running.ordered[0] if state.running.ordered else None
         own = {request.key for request in self._overdue.values()}  # lanes that drain for another request
         least = LEAST_SHARE * max_wait
         old = (lane for lane in lanes if lane.held >= least and lane.all_decoding and lane.key not in own)
-        candidates = sorted_by_cost(old, first, fair=max_wait * books.lanes.count / max(1, waiting))
-        room = LaneRoom(books, books.lanes.free)
+        candidates = sorted_by_cost(old, first, fair=max_wait * state.lanes.count / max(1, waiting))
+        room = LaneRoom(state, state.lanes.free)
         for request in self._overdue.values():
             if (chosen := room.make(request, candidates)) is None:
                 break
             for lane in chosen:
                 candidates.remove(lane)
                 for row in list(lane.rows):
-                    self._admission.preempt(row, books.order_behind_passed(row))
-                    books.counters.lane_preemptions += 1
+                    self._admission.preempt(row, state.order_behind_passed(row))
+                    state.counters.lane_preemptions += 1
 
     # ------------------------------------------------------------------------------------------ while it is planned
 
     def next_request(self) -> Request | None:
         """The request to be admitted now, with its copies resident, or None. Called again after its admission."""
-        if self._overdue and self._books.lanes.free:
+        if self._overdue and self._state.lanes.free:
             request, final = self._next_overdue()
             if request is not None or final:
                 return request
@@ -172,13 +172,13 @@ class AdmissionOrder:
     def end_step(self) -> None:
         """No more requests are admitted to this step. A skipped one counts as passed if there is memory for it."""
         if self._skipped is not None and self._has_memory(self._skipped):
-            after_all = (*self._books.last_order, AFTER_ALL)
-            self._books.starvation.mark_passed(after_all, self._books.now)
+            after_all = (*self._state.last_order, AFTER_ALL)
+            self._state.starvation.mark_passed(after_all, self._state.now)
 
     def _next_overdue(self) -> tuple[Request | None, bool]:
         """(an overdue request that gets its lane now; whether no other request may be admitted instead)."""
-        books = self._books
-        while self._overdue and books.lanes.free:
+        state = self._state
+        while self._overdue and state.lanes.free:
             request = next(iter(self._overdue.values()))
             if not self._needs_lane(request):
                 del self._overdue[request.id]
@@ -196,45 +196,45 @@ class AdmissionOrder:
         return None, False
 
     def _next_in_order(self) -> Request | None:
-        books = self._books
+        state = self._state
         while True:
-            active = books.waiting.first(WaitState.ACTIVE)
+            active = state.waiting.first(WaitState.ACTIVE)
             head = self._first_inactive() if self._skipped is None else None
             best = head if active is None or (head is not None and head.order < active.order) else active
             if best is None or best.steps_in_flight or not self._has_memory(best):
                 return None  # a preempted request is admitted only after its tokens in flight were applied
             if best is active or self._can_open_lane(best, best.order):
-                books.starvation.mark_passed(best.order, books.now)
+                state.starvation.mark_passed(best.order, state.now)
                 return best
-            if best.key in books.waiting and books.waiting.state_of(best.key) in (WaitState.READY, WaitState.COLD):
+            if best.key in state.waiting and state.waiting.state_of(best.key) in (WaitState.READY, WaitState.COLD):
                 self._skipped = best  # otherwise its fill is under way, or it failed
 
     def _first_inactive(self) -> Request | None:
-        ready, cold = self._books.waiting.first(WaitState.READY), self._books.waiting.first(WaitState.COLD)
+        ready, cold = self._state.waiting.first(WaitState.READY), self._state.waiting.first(WaitState.COLD)
         return cold if ready is None or (cold is not None and cold.order < ready.order) else ready
 
     def _can_open_lane(self, request: Request, order: Order) -> bool:
         """Whether a head may have a lane now: its copies are resident, or are filled in this step as if at `order`."""
-        books = self._books
-        if request.key in books.lanes:
+        state = self._state
+        if request.key in state.lanes:
             return True
-        if not books.lanes.free:
+        if not state.lanes.free:
             return False
-        resident = books.waiting.state_of(request.key) is WaitState.READY
-        return resident or self._filling.fetch(request, order) is Outcome.RESIDENT
+        resident = state.waiting.state_of(request.key) is WaitState.READY
+        return resident or self._device_loader.request_fill(request, order) is Outcome.RESIDENT
 
     def _has_memory(self, request: Request) -> bool:
         """Whether there is a row, and KV pages for all its tokens and one more for each running row."""
-        books = self._books
-        return books.running.free > 0 and books.kv.can_allocate(
-            request, books.owner(request.key), reserve=len(books.running)
+        state = self._state
+        return state.running.free > 0 and state.kv.can_allocate(
+            request, state.owner(request.key), reserve=len(state.running)
         )
 
     def _needs_lane(self, request: Request) -> bool:
         """Whether it still waits for a lane or rank pages."""
-        books = self._books
-        waits = not request.done and request.row < 0 and request.key in books.waiting
-        return waits and books.waiting.state_of(request.key) in NEEDS_LANE
+        state = self._state
+        waits = not request.done and request.row < 0 and request.key in state.waiting
+        return waits and state.waiting.state_of(request.key) in NEEDS_LANE
 
 
 def _slack(wait: tuple[Deadline, Request]) -> tuple[float, Order]:

@@ -17,12 +17,12 @@ import logging
 
 from scheduler.adapters.copies import Copy
 from scheduler.admission import Admission
-from scheduler.loading.device_loader import Filling, Outcome
+from scheduler.loading.device_loader import DeviceLoader, Outcome
 from scheduler.requests.blame import InFlightPosition
 from scheduler.requests.policy import with_suspicion
 from scheduler.requests.queue import WaitState
 from scheduler.requests.request import Request
-from scheduler.state import Books, Flight
+from scheduler.state import InFlightStep, SchedulerState
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +40,10 @@ ASIDE = (
 class Isolation:
     """Runs one suspect at a time."""
 
-    def __init__(self, books: Books, admission: Admission, filling: Filling) -> None:
-        self._books = books
+    def __init__(self, state: SchedulerState, admission: Admission, device_loader: DeviceLoader) -> None:
+        self._state = state
         self._admission = admission
-        self._filling = filling
+        self._device_loader = device_loader
         self._to_end: Request | None = None
         self._faults: dict[int, int] = {}  # by copy: faults in a row with its fill under way
         self._to_set_aside: list[Copy] = []
@@ -53,62 +53,62 @@ class Isolation:
     @property
     def is_on(self) -> bool:
         """Whether there is a suspect: then no other request is planned."""
-        return len(self._books.blame) > 0
+        return len(self._state.blame) > 0
 
     @property
     def must_wait(self) -> bool:
         """Whether steps are in flight beside which the next suspect must not run."""
-        return self.is_on and bool(self._books.flights) and not self._books.running.ordered
+        return self.is_on and bool(self._state.in_flight) and not self._state.running.ordered
 
     def next_suspect(self) -> Request | None:
         """The suspect to be admitted now, with its copies resident; None while one runs, is filled, or is loaded."""
-        books = self._books
-        if books.running.ordered or books.flights:
+        state = self._state
+        if state.running.ordered or state.in_flight:
             return None
-        for request in sorted((books.requests[i] for i in books.blame), key=lambda request: request.order):
+        for request in sorted((state.requests[i] for i in state.blame), key=lambda request: request.order):
             if request.done:
                 continue
-            state = books.waiting.state_of(request.key)
-            if state is WaitState.COLD:
-                if self._filling.fetch(request, request.order) in (Outcome.RESIDENT, Outcome.FILLING):
+            wait_state = state.waiting.state_of(request.key)
+            if wait_state is WaitState.COLD:
+                if self._device_loader.request_fill(request, request.order) in (Outcome.RESIDENT, Outcome.FILLING):
                     return None  # the fill is alone in its step
-            elif state in RUNNABLE and books.kv.can_allocate(request, books.owner(request.key), 0):
+            elif wait_state in RUNNABLE and state.kv.can_allocate(request, state.owner(request.key), 0):
                 return request
         return None
 
-    def step_answered(self, flight: Flight) -> None:
+    def step_answered(self, step: InFlightStep) -> None:
         """Requeues a suspect that is past its point, so that the next one can run."""
-        books = self._books
-        if books.blame.is_empty:
+        state = self._state
+        if state.blame.is_empty:
             return
-        for (request, _, _), start in zip(flight.parts, flight.starts, strict=True):
-            if books.blame.chunk_answered(request.id, start) and self.is_on and request.row >= 0:
+        for (request, _, _), start in zip(step.parts, step.starts, strict=True):
+            if state.blame.chunk_answered(request.id, start) and self.is_on and request.row >= 0:
                 self._admission.preempt(request, with_suspicion(request.order, False))
 
     # -------------------------------------------------------------------------------------------------- at a death
 
     def runner_died(self, own_fault: bool) -> None:
         """A runner died; its steps in flight and fills are still in the tables."""
-        books = self._books
+        state = self._state
         in_flight: dict[int, InFlightPosition] = {}
-        for flight in books.flights:
-            for (request, _, _), start in zip(flight.parts, flight.starts, strict=True):
+        for step in state.in_flight:
+            for (request, _, _), start in zip(step.parts, step.starts, strict=True):
                 if not request.done:
                     reached = in_flight[request.id].reached if request.id in in_flight else start
                     in_flight[request.id] = InFlightPosition(reached, max(request.computed, start + 1))
-        blamed = books.blame.runner_died(in_flight, own_fault)
-        self._to_end = None if blamed is None else books.requests[blamed]
+        blamed = state.blame.runner_died(in_flight, own_fault)
+        self._to_end = None if blamed is None else state.requests[blamed]
         if own_fault:
             self._blame_fills(bool(in_flight))
 
     def move_suspects_first(self) -> None:
         """Moves the suspects before all other requests. All requests wait, and their wait states are not set yet."""
-        books = self._books
-        for request in [books.requests[i] for i in books.blame]:
+        state = self._state
+        for request in [state.requests[i] for i in state.blame]:
             if not request.is_suspect:
-                books.waiting.remove(request)
+                state.waiting.remove(request)
                 request.order = with_suspicion(request.order, True)
-                books.waiting.push(request)
+                state.waiting.push(request)
 
     def end_blamed(self) -> None:
         """Ends the request and sets aside the adapters that were proved to blame. The tables are the new runner's."""
@@ -118,16 +118,16 @@ class Isolation:
             self._admission.end(request, error=ENDED, code=POISON)
         aside, self._to_set_aside = self._to_set_aside, []
         for copy in aside:
-            if copy.id in self._books.directory.copies and copy.error is None:
+            if copy.id in self._state.registry.copies and copy.error is None:
                 log.error("adapter %d ended the model runner, and is set aside", copy.id)
-                self._admission.fail(copy, ASIDE)
+                self._admission.fail_copy(copy, ASIDE)
             self._faults.pop(copy.id, None)
 
     def _blame_fills(self, in_flight: bool) -> None:
-        books = self._books
-        filled = [copy for copy in books.directory.copies.values() if copy.fills]
+        state = self._state
+        filled = [copy for copy in state.registry.copies.values() if copy.fills]
         self._faults = {copy.id: self._faults.get(copy.id, 0) + 1 for copy in filled}
-        books.doubted = set(self._faults)
+        state.suspect_fills = set(self._faults)
         enough = FAULTS_ALONE if len(filled) == 1 else FAULTS_TOGETHER
         for copy in filled:
             if self._faults[copy.id] >= enough and not (in_flight and copy.requests):
@@ -136,6 +136,6 @@ class Isolation:
                 self._suspect_users(copy)
 
     def _suspect_users(self, copy: Copy) -> None:
-        for request in self._books.requests.values():
+        for request in self._state.requests.values():
             if any(copy_id == copy.id for copy_id, _ in request.key):
-                self._books.blame.add_suspect(request.id)
+                self._state.blame.add_suspect(request.id)

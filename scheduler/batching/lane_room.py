@@ -7,29 +7,29 @@ from collections import Counter
 from scheduler.adapters.copies import Copy
 from scheduler.batching.preemption import HeldLane
 from scheduler.requests.request import Request
-from scheduler.state import Books
+from scheduler.state import SchedulerState
 
 
 class LaneRoom:
     """The lanes and rank pages that would be left, after each request that is given some of them."""
 
-    def __init__(self, books: Books, free_lanes: int) -> None:
-        self._books = books
+    def __init__(self, state: SchedulerState, free_lanes: int) -> None:
+        self._state = state
         self._free_lanes = free_lanes
-        self._rank_pages = books.residency.room()
+        self._rank_pages = state.device_cache.room()
         self._users: dict[int, int] = {}  # by copy: lanes that would have left it
 
     def make(self, request: Request, candidates: list[HeldLane]) -> list[HeldLane] | None:
         """The first of the candidates, as many as this request needs preempted; None if all are too few."""
-        books = self._books
-        if request.key in books.lanes:
+        state = self._state
+        if request.key in state.lanes:
             return []
         rank_pages, users = dict(self._rank_pages), dict(self._users)
-        copies = books.copies(request.key)
+        copies = state.copies(request.key)
         for count in range(len(candidates) + 1):
             if count:
                 self._leave(candidates[count - 1], rank_pages, users)
-            if self._free_lanes + count > 0 and not books.residency.lacking_in(copies, rank_pages):
+            if self._free_lanes + count > 0 and not state.device_cache.lacking_in(copies, rank_pages):
                 for group, need in _needed_pages(copies).items():
                     rank_pages[group] -= need
                 self._free_lanes, self._rank_pages, self._users = self._free_lanes + count - 1, rank_pages, users
@@ -37,7 +37,7 @@ class LaneRoom:
         return None
 
     def _leave(self, lane: HeldLane, rank_pages: dict[str, int], users: dict[int, int]) -> None:
-        for copy in self._books.copies(lane.key):
+        for copy in self._state.copies(lane.key):
             users[copy.id] = users.get(copy.id, 0) + 1
             if users[copy.id] == copy.users and not copy.pinned:
                 for group, pages in copy.pages.items():

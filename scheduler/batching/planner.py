@@ -19,9 +19,9 @@ from scheduler.admission import Admission
 from scheduler.batching.admission_order import AdmissionOrder
 from scheduler.batching.isolation import Isolation
 from scheduler.batching.preemption import choose_victim
-from scheduler.loading.device_loader import Filling
+from scheduler.loading.device_loader import DeviceLoader
 from scheduler.requests.request import Request
-from scheduler.state import Books, Flight
+from scheduler.state import InFlightStep, SchedulerState
 
 MOST_SCORES = 1 << 17  # log-probabilities of prompts that a step may bring: 2 MB in its answer
 MOST_NUMBERS = 1 << 20  # in the new rows of a step, beyond which no further row is let in: 5 MB
@@ -31,7 +31,7 @@ MOST_NUMBERS = 1 << 20  # in the new rows of a step, beyond which no further row
 class _Draft:
     """A step that is being planned. `budget` is in tokens; `scores` and `numbers` bound its frame and its answer's."""
 
-    flight: Flight
+    in_flight: InFlightStep
     budget: int
     scores: int = MOST_SCORES
     numbers: int = MOST_NUMBERS
@@ -58,8 +58,8 @@ class _Draft:
 
     def add(self, request: Request, chunk: Chunk, scored: int = 0) -> None:
         self.chunks.append(chunk)
-        self.flight.parts.append((request, chunk.samples, scored))
-        self.flight.starts.append(chunk.start)
+        self.in_flight.parts.append((request, chunk.samples, scored))
+        self.in_flight.starts.append(chunk.start)
         self.budget -= chunk.length
         self.scores -= scored * (1 + request.sampling.prompt_logprobs)
         request.steps_in_flight += 1
@@ -73,48 +73,48 @@ class Planner:
 
     def __init__(
         self,
-        books: Books,
+        state: SchedulerState,
         admission: Admission,
-        filling: Filling,
+        device_loader: DeviceLoader,
         admission_order: AdmissionOrder,
         isolation: Isolation,
     ) -> None:
-        self._books = books
+        self._state = state
         self._admission = admission
-        self._filling = filling
+        self._device_loader = device_loader
         self._admission_order = admission_order
         self._isolation = isolation
 
     def plan(self, epoch: int, step: int) -> Step | None:
         """Step number `step`, which is then in flight; None when there is nothing to do now."""
-        books, alone = self._books, self._isolation.is_on
+        state, alone = self._state, self._isolation.is_on
         if self._isolation.must_wait:
             return None
-        books.kv.begin_step(step)
+        state.kv.begin_step(step)
         if not alone:
             self._admission_order.begin_step()
-        draft = _Draft(Flight(step), books.capacity.max_batched_tokens)
+        draft = _Draft(InFlightStep(step), state.capacity.max_batched_tokens)
         prefills = self._decode(draft)
         if draft.chunks:
-            draft.budget = min(draft.budget, books.max_prefill_tokens)
-        self._filling.begin(step, busy=bool(draft.chunks))
+            draft.budget = min(draft.budget, state.max_prefill_tokens)
+        self._device_loader.begin_step(step, busy=bool(draft.chunks))
         for request in prefills:
             if draft.budget > 0:
                 self._prefill(draft, request, [])
         self._admit(draft, self._isolation.next_suspect if alone else self._admission_order.next_request)
         if not alone:
             self._admission_order.end_step()
-            self._filling.look_ahead()
-        fills = self._filling.take()
+            self._device_loader.look_ahead()
+        fills = self._device_loader.fills
         if not draft.chunks and not fills:
             return None
-        books.name(books.lanes.active(), step)
-        books.flights.append(draft.flight)
+        state.mark_used(state.lanes.active(), step)
+        state.in_flight.append(draft.in_flight)
         return Step(epoch=epoch, id=step, fills=fills, lanes=draft.lanes, new_rows=draft.new_rows, chunks=draft.chunks)
 
     def _decode(self, draft: _Draft) -> list[Request]:
         """Plans a chunk for each decoding row, in order. Returns the rows in prefill."""
-        running, page_size = self._books.running.ordered, self._books.capacity.page_size
+        running, page_size = self._state.running.ordered, self._state.capacity.page_size
         prefills: list[Request] = []
         index = 0
         while index < len(running):
@@ -142,13 +142,13 @@ class Planner:
 
     def _grow(self, request: Request, index: int) -> list[int]:
         """A page for running[index], by preempting rows not yet planned if need be; [] if it is preempted itself."""
-        books = self._books
-        while not books.kv.free:
-            victim = choose_victim(books.running.ordered[index:], books.running.ordered[0])
+        state = self._state
+        while not state.kv.free:
+            victim = choose_victim(state.running.ordered[index:], state.running.ordered[0])
             self._admission.preempt(victim)
             if victim is request:
                 return []
-        return books.kv.append_page(request)
+        return state.kv.append_page(request)
 
     def _prefill(self, draft: _Draft, request: Request, pages: list[int]) -> None:
         """Plans the next chunk of known tokens; the last one samples. `pages` are all of them with the first chunk.
@@ -184,13 +184,13 @@ class Planner:
         )
         request.decoding = samples
         draft.add(request, chunk, scored=(end - start - samples) if scores else 0)
-        self._books.kv.chunk_planned(request)
+        self._state.kv.chunk_planned(request)
 
     def _admit(self, draft: _Draft, next_request: Callable[[], Request | None]) -> None:
         """Admits requests while there is budget for their first chunk."""
-        books = self._books
+        state = self._state
         while draft.budget > 0 and draft.numbers > 0 and (request := next_request()) is not None:
             if self._admission.admit(request):
-                draft.lanes.append(LanePages(request.lane, books.lane_pages(request.key)))
+                draft.lanes.append(LanePages(request.lane, state.lane_pages(request.key)))
             draft.begin(request)
             self._prefill(draft, request, list(request.pages))

@@ -1,1 +1,1 @@
-"""Loading: which adapters are read from disk, filled into rank pages, and unloaded."""
+"""DiskLoader: which adapters are read from disk, filled into rank pages, and unloaded."""

@@ -37,7 +37,7 @@ class Core(Protocol):
 
     def plan(self, now: float) -> Step | None: ...
 
-    def take(self) -> Sequence[Any]: ...
+    def drain_outbox(self) -> Sequence[Any]: ...
 
     def stats(self) -> Stats: ...
 
@@ -57,7 +57,7 @@ class Replica:
         self._loaded: set[str] = set()
         self._stalled_since: float | None = None
         self._planned_at = 0.0
-        self._deliver(core.take(), 0.0)
+        self._deliver(core.drain_outbox(), 0.0)
 
     @property
     def next_event(self) -> float:
@@ -125,11 +125,11 @@ class Replica:
     def _plan(self, now: float) -> None:
         self._planned_at = now
         while (step := self.core.plan(now)) is not None:
-            self._deliver(self.core.take(), now)  # loads and evictions that the step needs come first
+            self._deliver(self.core.drain_outbox(), now)  # loads and evictions that the step needs come first
             for new in step.new_rows:
                 self._log.record_admission(new.sampling.seed, now)
             self.machine.accept(step, now)
-        self._deliver(self.core.take(), now)
+        self._deliver(self.core.drain_outbox(), now)
 
     def _deliver(self, messages: Sequence[Any], now: float) -> None:
         if self._audit:

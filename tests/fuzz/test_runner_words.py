@@ -55,7 +55,7 @@ class World:
         self.ended: set[int] = set()
         self.count = 0
         self.now = 0.0
-        self._take(self.core.take())
+        self._take(self.core.drain_outbox())
         for number in range(1, ADAPTERS + 1):
             self.say(LoadAdapter(adapter_id=number, path=f"adapters/{number}"))
 
@@ -79,9 +79,9 @@ class World:
         self.now += 1.0
         self._take(self.core.handle(message, self.now))
         while (step := self.core.plan(self.now)) is not None:
-            self._take(self.core.take())
+            self._take(self.core.drain_outbox())
             self._answer(step)
-        self._take(self.core.take())
+        self._take(self.core.drain_outbox())
         self.core.check()
 
     def _take(self, messages: list[Any]) -> None:

@@ -56,7 +56,7 @@ class Hostile:
         self.asked: set[int] = set()
         self.ended: set[int] = set()
         self.now = 0.0
-        self._take(self.core.take())
+        self._take(self.core.drain_outbox())
 
     # ------------------------------------------------------------------------------------------------- messages
 
@@ -147,9 +147,9 @@ class Hostile:
         self._take(self.core.handle(message, self.now))
         self.core.check()
         while (step := self.core.plan(self.now)) is not None:
-            self._take(self.core.take())
+            self._take(self.core.drain_outbox())
             self.runner.accept(step)
-        self._take(self.core.take())
+        self._take(self.core.drain_outbox())
         self.core.check()
 
     def work(self) -> bool:

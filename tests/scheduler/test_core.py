@@ -270,11 +270,11 @@ def test_stats_tell_of_both_sides() -> None:
         (lambda b, r: setattr(r, "pending", 0), "pending"),
         (lambda b, r: setattr(r, "computed", 30), "room"),
         (lambda b, r: setattr(r, "lane", 2), "lane"),
-        (lambda b, r: setattr(b.directory.copies[1], "users", 0), "users"),
+        (lambda b, r: setattr(b.registry.copies[1], "users", 0), "users"),
         (lambda b, r: b.running._free.pop(), "rows"),
-        (lambda b, r: setattr(b.host, "bytes", 7), "host bytes"),
-        (lambda b, r: b.host.held.clear(), "host tier"),
-        (lambda b, r: b.host.spare.put(1, 1), "spare"),
+        (lambda b, r: setattr(b.host_cache, "bytes", 7), "host bytes"),
+        (lambda b, r: b.host_cache.held.clear(), "host tier"),
+        (lambda b, r: b.host_cache.spare.put(1, 1), "spare"),
     ],
 )
 def test_check_sees_a_cooked_book(fault: Any, text: str) -> None:
@@ -282,7 +282,7 @@ def test_check_sees_a_cooked_book(fault: Any, text: str) -> None:
     add_adapter(core, 1)
     core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
     plan_of(core)
-    books = core._books
-    fault(books, books.requests[1])
+    state = core._state
+    fault(state, state.requests[1])
     with pytest.raises(AssertionError, match=text):
         core.check()

@@ -21,7 +21,7 @@ STEP = 8 << 20
 def _core(**changes: Any) -> Scheduler:
     numbers = {"kv_pages": 1 << 16, "page_size": 16, "max_length": 1 << 18, "max_batched_tokens": 1 << 16, "rows": 64}
     core = Scheduler(capacity_of(**(numbers | changes)), Bounds(2))
-    core.take()
+    core.drain_outbox()
     return core
 
 

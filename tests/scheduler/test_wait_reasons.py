@@ -22,13 +22,13 @@ def test_rows_then_pages() -> None:
     plan_of(core)
     core.handle(generate(2), 0.0)
     core.handle(generate(3), 0.0)
-    assert (core.why(1), core.why(2), core.why(9)) == (None, "rows", None)
+    assert (core.wait_reason(1), core.wait_reason(2), core.wait_reason(9)) == (None, "rows", None)
     assert _reasons(core) == {"rows": 2}
     core = new_core(kv_pages=2)
     core.handle(generate(1, prompt=7), 0.0)
     plan_of(core)
     core.handle(generate(2), 0.0)
-    assert (core.why(2), _reasons(core)) == ("pages", {"pages": 1})
+    assert (core.wait_reason(2), _reasons(core)) == ("pages", {"pages": 1})
 
 
 def test_load_then_fill_then_a_lane() -> None:
@@ -39,13 +39,13 @@ def test_load_then_fill_then_a_lane() -> None:
     done(core, plan_of(core))
     core.handle(LoadAdapter(adapter_id=3, path="p"), 0.0)
     core.handle(generate(3, lora=[(3, 1.0)]), 0.0)
-    assert core.why(3) == "load"
+    assert core.wait_reason(3) == "load"
     card = AdapterState(adapter_id=3, state="host", footprint=Footprint({"qkv": 1}), bytes=10**9)
     core.handle(card, 0.0)
     done(core, plan_of(core))
-    assert core.why(3) == "fill"
+    assert core.wait_reason(3) == "fill"
     core.handle(AdapterState(adapter_id=3, state="resident"), 0.0)
-    assert (core.why(3), _reasons(core)) == ("lanes", {"lanes": 1})
+    assert (core.wait_reason(3), _reasons(core)) == ("lanes", {"lanes": 1})
 
 
 def test_rank_pages() -> None:
@@ -57,7 +57,7 @@ def test_rank_pages() -> None:
     core.handle(AdapterState(adapter_id=2, state="host", footprint=Footprint({"qkv": 2})), 0.0)
     core.handle(generate(2, lora=[(2, 1.0)]), 0.0)
     done(core, plan_of(core))
-    assert (core.why(2), _reasons(core)) == ("rank_pages", {"rank_pages": 1})
+    assert (core.wait_reason(2), _reasons(core)) == ("rank_pages", {"rank_pages": 1})
 
 
 def test_a_turn() -> None:
@@ -65,7 +65,9 @@ def test_a_turn() -> None:
     core.handle(generate(1, prompt=9), 0.0)
     core.handle(generate(2), 0.0)
     plan_of(core)
-    assert (core.why(1), core.why(2)) == (None, "turn"), "rows and pages are there, and the prompt before it is long"
+    assert (core.wait_reason(1), core.wait_reason(2)) == (None, "turn"), (
+        "rows and pages are there, and the prompt before it is long"
+    )
 
 
 def test_pages_that_are_shared_are_not_lacking() -> None:
@@ -75,9 +77,9 @@ def test_pages_that_are_shared_are_not_lacking() -> None:
     plan_of(core)
     core.handle(generate(2, prompt=19, cache_salt="same"), 0.0)
     core.handle(generate(3, prompt=19, cache_salt="other"), 0.0)
-    assert core.why(2) == "turn"
+    assert core.wait_reason(2) == "turn"
     core.handle(Abort(0, 2), 0.0)
-    assert core.why(3) == "pages"
+    assert core.wait_reason(3) == "pages"
 
 
 def test_a_trial() -> None:
@@ -87,7 +89,7 @@ def test_a_trial() -> None:
     core.handle(RunnerReady(epoch=1, capacity=capacity_of(), after_fault=True), 0.0)
     core.handle(generate(2), 0.0)
     plan_of(core)
-    assert (core.why(1), core.why(2), _reasons(core)) == (None, "trial", {"trial": 1})
+    assert (core.wait_reason(1), core.wait_reason(2), _reasons(core)) == (None, "trial", {"trial": 1})
 
 
 def test_the_oldest_are_told_of_in_the_order_of_their_arrival() -> None:
@@ -116,8 +118,8 @@ class Looking(Simulation):
 
     def _send(self, message: ToScheduler) -> None:
         super()._send(message)
-        stats, requests = self.core.stats(), self.core._books.requests
-        waiting = {number: reason for number in requests if (reason := self.core.why(number)) is not None}
+        stats, requests = self.core.stats(), self.core._state.requests
+        waiting = {number: reason for number in requests if (reason := self.core.wait_reason(number)) is not None}
         assert {each.request_id: each.reason for each in stats.oldest_waiting} == dict(
             list(waiting.items())[: wait_reasons.LISTED]
         )

@@ -76,7 +76,7 @@ class BaselineScheduler:
                 self._tiers.add(message)
             case AdapterState():
                 self._tiers.apply(message)
-        return self.take()
+        return self.drain_outbox()
 
     def plan(self, now: float) -> Step | None:
         """The next step, if the window has room and there is something to do."""
@@ -96,7 +96,7 @@ class BaselineScheduler:
         self._in_flight.append((self._steps, draft.parts))
         return Step(epoch=0, id=self._steps, fills=fills, lanes=draft.lanes, new_rows=draft.rows, chunks=draft.chunks)
 
-    def take(self) -> list[object]:
+    def drain_outbox(self) -> list[object]:
         """The messages to be sent since the last call."""
         out: list[object] = [Progress(0, self._updates)] if self._updates else []
         self._updates = []

@@ -27,7 +27,7 @@ class TimedCore:
     def __init__(self, max_wait: float = 2.0, lanes: int = 1, window: int = 1, **changes: Any) -> None:
         numbers = {"rows": 8, "kv_pages": 64, "max_batched_tokens": 64, "rank_pages": {"qkv": 4}} | changes
         self.core = Scheduler(capacity_of(max_loras=lanes, **numbers), Bounds(lanes, lora_max_wait=max_wait), window)
-        self.core.take()
+        self.core.drain_outbox()
         self.now = 0.0
         self.steps: list[Step] = []
         self.updates: list[Update] = []
@@ -65,7 +65,7 @@ class TimedCore:
 
     def running(self) -> set[int]:
         """The requests that were sent, have not ended and do not wait."""
-        return {request_id for request_id in self.open if self.core.why(request_id) is None}
+        return {request_id for request_id in self.open if self.core.wait_reason(request_id) is None}
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
@@ -108,7 +108,7 @@ def test_lane_can_be_joined_until_it_barely_meets_a_deadline() -> None:
     clock.ask(6, 0)
     clock.step()
     assert clock.running() == {1, 3, 4, 6}, "with request 5 it would not be; 6 needs no lane"
-    assert clock.core.why(5) == "lanes"
+    assert clock.core.wait_reason(5) == "lanes"
     while 2 not in clock.running():
         clock.step()
     assert clock.now <= 2.0 + STEP
@@ -175,7 +175,7 @@ def test_rank_pages_are_preempted_like_lanes() -> None:
     clock.ask(3, 3)
     clock.ask(4, 2, max_tokens=60)
     clock.step()
-    assert clock.core.why(3) == "rank_pages"
+    assert clock.core.wait_reason(3) == "rank_pages"
     while 3 not in clock.running():
         clock.step()
     assert 1.5 < clock.now <= 2.0 + 2 * STEP
@@ -188,7 +188,7 @@ def test_request_that_waits_for_a_row_has_no_deadline() -> None:
     clock.step()
     clock.ask(2, 2)
     while clock.running() == {1}:
-        assert clock.core.why(2) == "rows"
+        assert clock.core.wait_reason(2) == "rows"
         clock.step()
     assert clock.core.stats().preemptions == 0
 
@@ -200,12 +200,12 @@ def test_wait_for_a_lane_does_not_count_the_load() -> None:
     clock.step()
     clock.core.handle(LoadAdapter(adapter_id=2, path="p"), clock.now)
     clock.ask(2, 2)
-    assert clock.core.why(2) == "load"
+    assert clock.core.wait_reason(2) == "load"
     while clock.now < 3.0:
         clock.step()
     clock.core.handle(_host(2), clock.now)
     clock.step()
-    assert clock.core.why(2) == "lanes"
+    assert clock.core.wait_reason(2) == "lanes"
     while clock.now < 4.0:
         assert clock.running() == {1}
         clock.step()

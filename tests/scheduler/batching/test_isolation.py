@@ -39,10 +39,10 @@ class Poisoned(Simulation):
             super()._end_step()
 
     def _is_deadly(self, step: Step) -> bool:
-        flight = self.core._books.flights[0]
+        in_flight = self.core._state.in_flight[0]
         hits = any(
             chunk.start <= self.poison.get(request.id, -1) < chunk.start + chunk.length
-            for (request, _, _), chunk in zip(flight.parts, step.chunks, strict=True)
+            for (request, _, _), chunk in zip(in_flight.parts, step.chunks, strict=True)
         )
         return hits or any(self.library.content(fill.adapter_id) in self.fills for fill in step.fills)
 
@@ -206,7 +206,7 @@ def test_fill_for_a_suspect_is_alone_in_its_step() -> None:
     accept = FakeRunner.accept
 
     def watch(runner: FakeRunner, message: Any) -> None:
-        if isinstance(message, Step) and message.fills and len(sim.core._books.blame):
+        if isinstance(message, Step) and message.fills and len(sim.core._state.blame):
             assert not message.chunks
             alone.append(message.fills)
         accept(runner, message)

@@ -81,13 +81,13 @@ class AnyOrder(RuleBasedStateMachine):
         self.send(None)
 
     def send(self, message: ToScheduler | None) -> None:
-        self.take(self.core.take() if message is None else self.core.handle(message, 0.0))
+        self.take(self.core.drain_outbox() if message is None else self.core.handle(message, 0.0))
         self.core.check()
         while (step := self.core.plan(0.0)) is not None:
-            self.take(self.core.take())
+            self.take(self.core.drain_outbox())
             self.core.check()
             self.runner.accept(step)
-        self.take(self.core.take())
+        self.take(self.core.drain_outbox())
 
     def take(self, messages: list[object]) -> None:
         for message in messages:

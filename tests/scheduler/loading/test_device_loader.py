@@ -17,7 +17,7 @@ def _core(window: int = 1, lanes: int = 4, **changes: object) -> Scheduler:
     core = Scheduler(
         capacity_of(max_loras=lanes, rows=8, **({"rank_pages": {"qkv": 4}} | changes)), Bounds(lanes), window
     )
-    core.take()
+    core.drain_outbox()
     return core
 
 
@@ -32,7 +32,7 @@ def _host(core: Scheduler, adapter_id: int, size: int = SMALL, pages: int = 1) -
         bytes=size,
     )
     core.handle(card, 0.0)
-    core._books.unasked.clear()
+    core._state.opportunistic_fills.clear()
     core.check()
 
 
@@ -71,7 +71,7 @@ def test_fills_at_once_take_half_of_a_step_and_the_rest_waits_for_the_next() -> 
         core.handle(generate(number, prompt=1, lora=[(number, 1.0)]), 0.0)
     step = plan_of(core)
     assert [(fill.adapter_id, fill.now) for fill in step.fills] == [(1, True), (2, True)]
-    assert core.why(3) == "fill"
+    assert core.wait_reason(3) == "fill"
     done(core, step, seconds=STEP)
     step = plan_of(core)
     assert [(fill.adapter_id, fill.now) for fill in step.fills] == [(3, True)]
@@ -101,7 +101,7 @@ def test_the_measured_rate_says_what_is_small() -> None:
     core.handle(generate(1, max_tokens=50, lora=[(1, 1.0)]), 0.0)
     done(core, plan_of(core), seconds=STEP)
     for _ in range(30):
-        core._filling.fill_took(core._books.directory.copies[1], 1.0)
+        core._device_loader.record_fill_seconds(core._state.registry.copies[1], 1.0)
     _host(core, 2)
     core.handle(generate(2, lora=[(2, 1.0)]), 0.0)
     assert [fill.now for fill in plan_of(core).fills] == [False]
@@ -117,7 +117,7 @@ def test_a_fill_at_once_may_take_pages_that_steps_in_flight_read() -> None:
     core.handle(Abort(0, 1), 0.0)
     core.handle(generate(2, lora=[(2, 1.0)]), 0.0)
     two = plan_of(core)
-    core.take()
+    core.drain_outbox()
     assert (two.fills[0].pages, two.fills[0].now) == (one.fills[0].pages, True)
     done(core, one)
     done(core, two)
@@ -135,7 +135,7 @@ def test_a_fill_beside_the_steps_does_not() -> None:
     core.handle(generate(2, lora=[(2, 1.0)]), 0.0)
     two = plan_of(core)
     assert two.fills == []
-    core.take()
+    core.drain_outbox()
     done(core, one, seconds=STEP)
     assert [fill.now for fill in plan_of(core).fills] == [False]
 
@@ -149,23 +149,23 @@ def test_an_answer_that_comes_late_is_not_taken_for_a_later_fills() -> None:
     done(core, plan_of(core), seconds=STEP)
     core.handle(generate(2, max_tokens=1, lora=[(2, 1.0)]), 0.0)
     step = plan_of(core)
-    assert [state.adapter_id for state in core.take() if isinstance(state, AdapterState)] == [1]
+    assert [state.adapter_id for state in core.drain_outbox() if isinstance(state, AdapterState)] == [1]
     done(core, step, seconds=STEP)
     _decoding(core)
-    core._filling._bytes_per_second = 1.0
+    core._device_loader._bytes_per_second = 1.0
     core.handle(generate(3, lora=[(1, 1.0)]), 0.0)
     step = plan_of(core)
-    core.take()
+    core.drain_outbox()
     assert [(fill.adapter_id, fill.now) for fill in step.fills] == [(1, False)]
     assert _resident(core, 1) == [], "that of the first fill"
-    assert core.why(3) == "fill"
+    assert core.wait_reason(3) == "fill"
     _resident(core, 1)
-    assert core.why(3) != "fill"
+    assert core.wait_reason(3) != "fill"
 
 
 def test_the_host_copy_stays_until_the_fill_is_answered() -> None:
     core = Scheduler(capacity_of(rank_pages={"qkv": 4}), Bounds(2, max_loaded_loras=2), 1)
-    core.take()
+    core.drain_outbox()
     _host(core, 1)
     _host(core, 2)
     core.handle(generate(1, max_tokens=1, lora=[(1, 1.0)]), 0.0)
@@ -174,7 +174,7 @@ def test_the_host_copy_stays_until_the_fill_is_answered() -> None:
     load = LoadAdapter(adapter_id=3, path="p3")
     assert not [m for m in core.handle(load, 0.0) if isinstance(m, EvictAdapter)], "both are read by fills"
     core.handle(UnloadAdapter(1), 0.0)
-    assert not [m for m in core.take() if isinstance(m, UnloadAdapter)]
+    assert not [m for m in core.drain_outbox() if isinstance(m, UnloadAdapter)]
     sent = core.handle(AdapterState(adapter_id=1, state="resident"), 0.0)
     assert UnloadAdapter(1) in sent
     core.check()
@@ -204,7 +204,7 @@ def test_the_next_in_the_queue_are_filled_ahead_into_pages_that_nobody_before_th
     for number in (2, 3):
         _resident(core, number)
     done(core, step, seconds=STEP)
-    assert [core.why(number) for number in (2, 3, 4)] == ["lanes"] * 3
+    assert [core.wait_reason(number) for number in (2, 3, 4)] == ["lanes"] * 3
     step = plan_of(core)
     assert step.fills == [], "2 and 3 come before 4"
     core.handle(generate(5, priority=-1, lora=[(4, 1.0)]), 0.0)
@@ -212,4 +212,4 @@ def test_the_next_in_the_queue_are_filled_ahead_into_pages_that_nobody_before_th
     done(core, step, seconds=STEP)
     step = plan_of(core)
     assert [(fill.adapter_id, fill.now) for fill in step.fills] == [(4, True)], "but 5 comes before them"
-    assert [state.adapter_id for state in core.take() if isinstance(state, AdapterState)] == [1]
+    assert [state.adapter_id for state in core.drain_outbox() if isinstance(state, AdapterState)] == [1]

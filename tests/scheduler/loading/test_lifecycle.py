@@ -23,7 +23,7 @@ from scheduler.state import Bounds
 
 def test_a_lane_blocked_request_is_passed() -> None:
     core = Scheduler(capacity_of(), Bounds(1))
-    core.take()
+    core.drain_outbox()
     add_adapter(core, 1)
     add_adapter(core, 2)
     core.handle(generate(1, prompt=1, max_tokens=2, lora=[(1, 1.0)]), 0.0)
@@ -71,7 +71,7 @@ def test_the_idle_adapter_makes_room_and_that_is_told() -> None:
     step = core.plan(0.0)
     assert step is not None
     assert [fill.adapter_id for fill in step.fills] == [2]
-    assert [(s.adapter_id, s.state) for s in core.take() if isinstance(s, AdapterState)] == [(1, "host")]
+    assert [(s.adapter_id, s.state) for s in core.drain_outbox() if isinstance(s, AdapterState)] == [(1, "host")]
     done(core, step)
     core.handle(AdapterState(adapter_id=2, state="resident"), 0.0)
     assert plan_of(core).lanes == [LanePages(1, {"qkv": [(0, 0.5), (1, 0.5)]})] or step.fills[0].pages["qkv"] != [0, 1]
@@ -83,7 +83,7 @@ def test_a_pinned_adapter_makes_no_room() -> None:
     add_adapter(core, 2, pages=2)
     core.handle(generate(1, lora=[(2, 1.0)]), 0.0)
     assert core.plan(0.0) is None
-    (progress,) = core.take()
+    (progress,) = core.drain_outbox()
     assert isinstance(progress, Progress)
     assert "pinned" in (progress.updates[0].error or "")
     core.handle(PinAdapter(1, False), 0.0)

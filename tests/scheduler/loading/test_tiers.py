@@ -235,7 +235,7 @@ def test_a_preload_that_cannot_be_says_so() -> None:
     _load(core, 1, preload=True)
     _host(core, 1)
     assert core.plan(0.0) is None
-    (state,) = _of(core.take(), AdapterState)
+    (state,) = _of(core.drain_outbox(), AdapterState)
     assert (state.state, "pinned" in state.error) == ("host", True)
 
 

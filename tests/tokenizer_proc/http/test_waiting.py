@@ -39,7 +39,7 @@ class Stalled(ScriptedScheduler):
 
     def frontend(self, **fields: Any) -> Frontend:
         front = super().frontend(**fields)
-        self._tell_all(self.core.take())
+        self._tell_all(self.core.drain_outbox())
         return front
 
     def send(self, message: msgspec.Struct) -> None:

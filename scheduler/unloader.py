@@ -6,36 +6,38 @@ from msgspec.structs import replace
 
 from engine.messages import UnloadAdapter
 from scheduler.adapters.copies import Adapter, Copy, Host
-from scheduler.state import Books
+from scheduler.state import SchedulerState
 
 
-class Unloading:
+class Unloader:
     """The way out for adapters, over the books."""
 
-    def __init__(self, books: Books) -> None:
-        self._books = books
+    def __init__(self, state: SchedulerState) -> None:
+        self._state = state
 
     def unload_if_drained(self, adapter: Adapter) -> None:
         """Lets a draining name go after its last request, and with the last name its copy, if nobody reads it."""
-        books, copy = self._books, adapter.copy
-        if not adapter.draining or adapter.requests or copy.leaving:
+        state, copy = self._state, adapter.copy
+        if not adapter.draining or adapter.requests or copy.is_unloading:
             return
         if len(copy.names) > 1:
             self._let_go(adapter)
-            books.rest(copy)
+            state.reclassify(copy)
             return
         if copy.host is Host.LOADING or copy.fills:
             return
         there = copy.on_host or copy.on_device
-        books.residency.free(copy)
-        books.disown(copy)
-        copy.leaving, copy.wish = True, None
-        books.rest(copy)
-        if copy.sent:
-            books.news.append(UnloadAdapter(copy.holder))
+        state.device_cache.free(copy)
+        state.drop_revision(copy)
+        copy.is_unloading, copy.preload_order = True, None
+        state.reclassify(copy)
+        if copy.sent_to_runner:
+            state.outbox.append(UnloadAdapter(copy.runner_id))
         if not there:
-            if copy.sent:
-                books.directory.freeing.add(copy.holder)  # its answer is nobody's, not that of whoever has the id next
+            if copy.sent_to_runner:
+                state.registry.freed_ids.add(
+                    copy.runner_id
+                )  # its answer is nobody's, not that of whoever has the id next
             self.forget(copy)  # nothing to wait for
 
     def unload_drained(self, copy: Copy) -> None:
@@ -45,16 +47,16 @@ class Unloading:
 
     def forget(self, copy: Copy) -> None:
         """The copy is gone with all its names, and that is told."""
-        books = self._books
-        books.residency.free(copy)
-        books.host.lose(copy)
+        state = self._state
+        state.device_cache.free(copy)
+        state.host_cache.lose(copy)
         for adapter in list(copy.names.values()):
             self._let_go(adapter)
-        books.directory.drop(copy)
-        books.stirred = True
+        state.registry.drop(copy)
+        state.loads_due = True
 
     def _let_go(self, adapter: Adapter) -> None:
-        self._books.directory.detach(adapter)
-        self._books.news.append(
-            replace(adapter.copy.card, adapter_id=adapter.id, state="gone", error=None, seconds=0.0)
+        self._state.registry.detach(adapter)
+        self._state.outbox.append(
+            replace(adapter.copy.info, adapter_id=adapter.id, state="gone", error=None, seconds=0.0)
         )
