@@ -69,7 +69,7 @@ class BaseSlice(Protocol):
 
 
 BaseSlices = Sequence[BaseSlice]
-"""Those of a whole module, side by side."""
+"""All slices of one module, side by side."""
 
 
 def missing(module: Module, part: str, found: Mapping[str, Shape]) -> AdapterError:

@@ -26,7 +26,7 @@ class LoKr(PeftFormat, frozen=True, kw_only=True):
 
     peft_type: ClassVar = "LOKR"
     name: ClassVar = "LoKr"
-    note: ClassVar = "A and B of rank rank(W1) * rank(W2); where that is above 512 (two whole factors), it is refused"
+    note: ClassVar = "A and B of rank rank(W1) * rank(W2); where that is above 512 (two full factors), it is refused"
     becomes: ClassVar = frozenset[Term]({"A", "B"})
     parts: ClassVar = frozenset({
         "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",

@@ -25,8 +25,8 @@ class ActivatedLora(Variant, frozen=True, kw_only=True):
     """The invocation, as tokens."""
 
     features: ClassVar = {
-        "activated": "`alora_invocation_tokens`: it acts from the last invocation in the prompt on; what is before is"
-        " the base's, with its KV pages. For LoRA, rsLoRA and `lora_bias` on linears, and not in a mix"
+        "activated": "`alora_invocation_tokens`: the adapter acts from the last invocation in the prompt on; the tokens"
+        " before it are the base's, with its KV pages. For LoRA, rsLoRA and `lora_bias` on linears, and not in a mix"
     }
     label: ClassVar = "activated"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from model_runner.lora.target_module import Term
 from model_runner.lora.variants.base import Variant
 
 FULL_WEIGHT = "weight"
@@ -25,11 +24,10 @@ class SavedModules(Variant, frozen=True, kw_only=True):
     """Modules that are trained and saved in full."""
 
     features: ClassVar = {
-        "whole embedding and head": "the same in `modules_to_save`, or saved for another reason: a matrix of its own",
-        "norms": "`norm`, `input_layernorm` and the like in `modules_to_save`: weights of its own, of all norms or of"
-        " some",
+        "full embedding and head": "`embed_tokens` and `lm_head` in `modules_to_save`, or saved because the vocabulary"
+        " was resized: full weights",
+        "norms": "`norm`, `input_layernorm` and the like in `modules_to_save`, all norms or some: full weights",
     }
-    becomes: ClassVar = frozenset[Term]({"full weight"})
 
     modules_to_save: list[str] | None = None
 

@@ -28,8 +28,8 @@ class TrainedTokens(Variant, frozen=True, kw_only=True):
     """The tokens, as PEFT writes them."""
 
     features: ClassVar = {
-        "added tokens": "a vocabulary larger or smaller than the base's, and `trainable_token_indices`: embedding and"
-        " head become whole matrices with everything in them",
+        "added tokens": "a vocabulary larger or smaller than the base's, and `trainable_token_indices`: full weights of"
+        " embedding and head, which contain all that was trained of them",
     }
     parts: ClassVar = frozenset({TOKENS, TOKENS_BASE})
     becomes: ClassVar = frozenset[Term]({"full weight"})
