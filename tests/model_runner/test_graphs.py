@@ -225,46 +225,6 @@ def test_warm_up_runs_every_shape_and_leaves_no_state(
     runner.close()
 
 
-def test_graph_sizes_grow_coarser_and_end_with_all_rows() -> None:
-    assert memory_plan.graph_sizes(256, None) == [
-        1,
-        2,
-        4,
-        8,
-        16,
-        24,
-        32,
-        40,
-        48,
-        56,
-        64,
-        80,
-        96,
-        112,
-        128,
-        160,
-        192,
-        224,
-        256,
-    ]
-    assert memory_plan.graph_sizes(4096, None)[-1] == 256
-    assert memory_plan.graph_sizes(4096, 1000)[-3:] == [960, 992, 1000]
-    assert memory_plan.graph_sizes(20, None) == [1, 2, 4, 8, 16, 20]
-    assert memory_plan.graph_sizes(1, 64) == [1]
-    one, two = (memory_plan.graph_bytes([1, 256], kinds, 4096, 14336, 2) for kinds in (1, 2))
-    assert two - one == 2 * memory_plan.GRAPH_BYTES
-
-
-def test_compilation_while_serving_is_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
-    counter = CompilationCounter()
-    counter.add("before")
-    assert (counter.count, caplog.records) == (1, [])
-    counter.serving = True
-    counter.add("_shrink")
-    assert counter.count == 2
-    assert "_shrink" in caplog.text
-
-
 @pytest.fixture
 def on_gpu(model: Path, sources: list[AdapterSource]) -> Iterator[Callable[..., Runner]]:
     """`on_gpu(**options)` loads a runner with the GPU's own backends."""

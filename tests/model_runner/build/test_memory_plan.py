@@ -6,7 +6,15 @@ import pytest
 
 from engine.errors import ConfigError
 from model_runner.build.lora_plan import PoolSize, plan_rank_pages, pool_room
-from model_runner.build.memory_plan import GIB, kv_budget, plan_kv, resolve_length
+from model_runner.build.memory_plan import (
+    GIB,
+    GRAPH_BYTES,
+    graph_bytes,
+    graph_sizes,
+    kv_budget,
+    plan_kv,
+    resolve_length,
+)
 from model_runner.lora.normal_form import lane_pages
 
 PAGES = {"qkv": 1000, "o": 500, "down": 700}
@@ -98,3 +106,13 @@ def test_cuda_pools_share_the_fraction_with_used_memory() -> None:
 
 def test_lane_pages_are_twice_the_largest_adapters() -> None:
     assert [lane_pages(rank) for rank in (1, 16, 17, 64)] == [2, 2, 4, 8]
+
+
+def test_graph_sizes_grow_coarser_and_end_with_all_rows() -> None:
+    assert graph_sizes(256, None) == [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 257, 32)]
+    assert graph_sizes(4096, None)[-1] == 256
+    assert graph_sizes(4096, 1000)[-3:] == [960, 992, 1000]
+    assert graph_sizes(20, None) == [1, 2, 4, 8, 16, 20]
+    assert graph_sizes(1, 64) == [1]
+    one, two = (graph_bytes([1, 256], kinds, 4096, 14336, 2) for kinds in (1, 2))
+    assert two - one == 2 * GRAPH_BYTES

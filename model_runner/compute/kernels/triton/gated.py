@@ -22,10 +22,10 @@ def gated_kernel(
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     mask = (offs_t < tokens)[:, None] & (offs_i < I)[None, :]
-    spots = offs_t.to(tl.int64)[:, None] * token_stride + offs_i[None, :]
+    offsets = offs_t.to(tl.int64)[:, None] * token_stride + offs_i[None, :]
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    gate = tl.load(gate_up_ptr + spots, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + spots + I, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + offsets + I, mask=mask, other=0.0).to(tl.float32)
     sigmoid_of = gate
     if GELU:  # in its tanh form: (1 + tanh(x)) / 2 is the sigmoid of 2 x
         sigmoid_of = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)

@@ -2,7 +2,7 @@
 
     bit 30: in the prompt | bits 0..29: how often generated
 
-The counts lie in slots, which are allocated when a row needs one. Legend: S rows that sample, P of them penalised, V
+The counts are in slots, which are allocated when a row needs one. Legend: S rows that sample, P of them penalised, V
 vocabulary, Q slots.
 """
 
