@@ -108,9 +108,7 @@ def _plan_kv(
     )
 
 
-def _reserved_bytes(
-    config: RunnerConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device
-) -> int:
+def _reserved_bytes(config: RunnerConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
     """Bytes to keep free for activations and CUDA graphs."""
     rows, tokens = config.max_running_requests or memory_plan.MAX_ROWS, batched_tokens(config, device)
     hidden, widest = model_config.hidden_size, model_config.widest

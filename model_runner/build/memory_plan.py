@@ -56,7 +56,7 @@ def graph_sizes(rows: int, asked: int | None) -> list[int]:
 
 
 def graph_bytes(sizes: list[int], kinds: int, hidden: int, intermediate: int, itemsize: int) -> int:
-    """Bytes to keep for graphs: the graphs themselves, and the activations of the widest step, in their pool and outside."""
+    """Bytes to keep for graphs: the graphs themselves, and the widest step's activations, in their pool and outside."""
     widest = sizes[-1] * (8 * hidden + 4 * intermediate) * itemsize
     return kinds * len(sizes) * GRAPH_BYTES + 2 * widest
 

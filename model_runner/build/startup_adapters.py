@@ -1,4 +1,4 @@
-"""Builds the LoRA part of a runner: loads the start-up adapters, then sizes the pools by the flags or by what was loaded.
+"""Builds the LoRA part of a runner: loads the start-up adapters, then sizes the pools by the flags or by them.
 
 Knows nothing of the KV cache, which gets what memory is left.
 """
@@ -70,7 +70,7 @@ def _create_store(config: RunnerConfig, sites: list[Site], dtype: torch.dtype) -
 def _load_given(
     sources: list[AdapterSource], store: AdapterStore, *, progress: bool
 ) -> list[NormalForm | AdapterSurvey]:
-    """Loads start-up adapters into the host cache until they fill half of the free memory; the rest are only checked."""
+    """Loads start-up adapters into the host cache, up to half of the free memory; the rest are only checked."""
     room = host_memory()[1] // 2
     given: list[NormalForm | AdapterSurvey] = []
     for source in tqdm(sources, "adapters", disable=not progress or len(sources) < MANY_ADAPTERS, leave=False):
@@ -115,7 +115,7 @@ def _create_backend(config: RunnerConfig, pages: RankPagePool, max_rank: int) ->
 
 
 def _loader_config(config: RunnerConfig, store: AdapterStore, pages: RankPagePool) -> LoaderConfig:
-    """What loader processes check adapters against: the limits of the flags, and the vocabulary the pool has room for."""
+    """What loader processes check adapters against: the limits of the flags, and the vocabulary that fits the pool."""
     limits = msgspec.structs.replace(store.limits, extra_vocab=pages.extra_vocab)
     shapes = [SiteShape.of(site) for site in pages.sites]
     name = dtype_name(pages.dtype)
