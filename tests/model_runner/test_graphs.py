@@ -104,7 +104,7 @@ def asks(
     while len(found) < count:
         prompt = [draw.randrange(VOCAB) for _ in range(draw.randint(1, longest))]
         adapter_id = adapter_ids[len(found) % len(adapter_ids)]
-        if oracle.clear(prompt, tokens, f"a{adapter_id}" if adapter_id else None):
+        if oracle.is_unambiguous(prompt, tokens, f"a{adapter_id}" if adapter_id else None):
             found.append(Ask(prompt, tokens, adapter_id))
     return found
 

@@ -1,4 +1,4 @@
-"""The runner by hand-made steps, against transformers + PEFT in float32: every mix of rows, lanes, chunks and pages."""
+"""The runner with hand-made steps, against transformers + PEFT in float32: any mix of rows, lanes, chunks and pages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ADAPTERS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Callable[[str], Path]) -> Path:
-    """The base."""
+    """The base model's directory."""
     return tiny_model("llama3")
 
 
@@ -59,7 +59,7 @@ def load(model: Path, sources: list[AdapterSource], **options: Any) -> Runner:
 
 @pytest.fixture(scope="module")
 def runner(model: Path, sources: list[AdapterSource]) -> Iterator[Runner]:
-    """One runner for all tests that leave no trace but rows of older generations."""
+    """One runner for all tests that leave nothing but rows of older generations."""
     runner = load(model, sources)
     yield runner
     runner.close()
@@ -67,7 +67,7 @@ def runner(model: Path, sources: list[AdapterSource]) -> Iterator[Runner]:
 
 @pytest.fixture
 def driver(runner: Runner, sources: list[AdapterSource]) -> Driver:
-    """Its rows begin anew."""
+    """The shared runner, reset."""
     runner.reset()
     return Driver(runner, host_states(runner, sources))
 
@@ -77,12 +77,12 @@ def host_states(runner: Runner, sources: list[AdapterSource]) -> dict[int, Adapt
 
 
 def asks(oracle: Oracle, count: int, adapter_ids: list[int], seed: int, tokens: int = 8) -> list[Ask]:
-    """Random requests over these adapters whose greedy tokens are beyond doubt."""
+    """Random requests over these adapters whose greedy tokens are unambiguous."""
     draw, found = random.Random(seed), list[Ask]()
     while len(found) < count:
         prompt = [draw.randrange(VOCAB) for _ in range(draw.randint(1, 40))]
         adapter_id = adapter_ids[len(found) % len(adapter_ids)]
-        if oracle.clear(prompt, tokens, name(adapter_id)):
+        if oracle.is_unambiguous(prompt, tokens, name(adapter_id)):
             found.append(Ask(prompt, tokens, adapter_id))
     return found
 
@@ -155,7 +155,7 @@ def test_seeded_draws_do_not_depend_on_the_batch(driver: Driver) -> None:
 
 @pytest.fixture(scope="module")
 def alone(runner: Runner, sources: list[AdapterSource], oracle: Oracle) -> list[tuple[Ask, list[int]]]:
-    """Twelve requests, greedy ones beyond doubt and seeded ones, with the tokens each has by itself."""
+    """Twelve requests, unambiguous greedy ones and seeded ones, with the tokens that each has alone."""
     runner.reset()
     driver = Driver(runner, host_states(runner, sources))
     greedy = asks(oracle, 7, [0, 1, 2, 3, 4, 5, 6], seed=21, tokens=6)
@@ -167,7 +167,7 @@ def alone(runner: Runner, sources: list[AdapterSource], oracle: Oracle) -> list[
 
 
 def _fresh(ask: Ask) -> Ask:
-    """The same request, not begun."""
+    """The same request, not started."""
     return Ask(ask.prompt, ask.count, ask.adapter_id, ask.sampling)
 
 

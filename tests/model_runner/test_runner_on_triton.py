@@ -1,4 +1,4 @@
-"""The whole runner on the triton attention backend and the fused small operations: the oracle's tokens."""
+"""The whole runner on the triton attention backend and ops has the oracle's tokens."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class CountedOps(TritonOps):
-    """Notes of each fused store whether it normed heads."""
+    """Records for each fused store whether it normed heads."""
 
     stores: ClassVar[list[bool]] = []
 
@@ -68,7 +68,7 @@ def test_triton_tokens_equal_the_oracle(
     oracle, draw, asks = Oracle(path), random.Random(5), list[Ask]()
     for length in (40, 3, 21):
         prompt = [draw.randrange(VOCAB) for _ in range(length)]
-        while not oracle.clear(prompt, 6):
+        while not oracle.is_unambiguous(prompt, 6):
             prompt = [draw.randrange(VOCAB) for _ in range(length)]
         asks.append(Ask(prompt, 6))
     runner = load(path)
@@ -91,7 +91,7 @@ def test_adapter_norms_and_base_norms_share_a_step(
     oracle, draw, asks = Oracle(path, {"norms": root}), random.Random(5), list[Ask]()
     for number, length in enumerate((9, 3, 12)):
         adapter_id, prompt = number % 2, list[int]()
-        while not prompt or not oracle.clear(prompt, 5, "norms" if adapter_id else None):
+        while not prompt or not oracle.is_unambiguous(prompt, 5, "norms" if adapter_id else None):
             prompt = [draw.randrange(VOCAB) for _ in range(length)]
         asks.append(Ask(prompt, 5, adapter_id))
     runner = load(path, adapter=root)

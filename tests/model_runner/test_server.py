@@ -48,7 +48,7 @@ M = TypeVar("M")
 
 
 class Child:
-    """A runner process, with a scheduler's two sockets."""
+    """A runner process, and the two sockets of a scheduler."""
 
     def __init__(self, config: RunnerConfig) -> None:
         self.config = config
@@ -65,12 +65,12 @@ class Child:
         self.process.stdin.flush()
 
     def report(self) -> Ready | Failed:
-        """Its line on stdout."""
+        """The child's line on stdout."""
         assert self.process.stdout is not None
         return msgspec.json.decode(self.process.stdout.readline(), type=Ready | Failed)
 
     def next(self, type_: type[M]) -> M:
-        """The next message, which must be of this type."""
+        """Receives the next message, which must be of this type."""
         if not self._waiting:
             self._waiting += self.inbox.receive(30.0)
         message = self._waiting.pop(0)
@@ -78,7 +78,7 @@ class Child:
         return message
 
     def close(self) -> None:
-        """Ends it, whatever it is doing."""
+        """Kills the child."""
         self.process.kill()
         self.process.communicate()
         self.inbox.close()
@@ -86,12 +86,12 @@ class Child:
         self._context.destroy(linger=0)
 
 
-EPOCH = 3 * SCHEDULER_EPOCHS  # of the third runner, while nobody has reset it
+EPOCH = 3 * SCHEDULER_EPOCHS  # of the third incarnation, before any reset
 
 
 @pytest.fixture
 def start(tiny_model: Callable[[str], Path], tmp_path: Path) -> Iterator[Callable[..., Child]]:
-    """`start(**config)`: a child on the tiny model, ended with the test."""
+    """`start(**config)`: a child on the tiny model, killed when the test ends."""
     children: list[Child] = []
 
     def begin(**options: Any) -> Child:
@@ -125,7 +125,7 @@ def test_runner_serves_until_stdin_ends(
     oracle = Oracle(tiny_model("llama3"), {"a": root})
     source = AdapterSource(adapter_id=1, name="a", path=root, root=root)
     child = start(adapters=[source], enable_lora=True, max_loras=2)
-    child.outbox.send(Ping())  # before it is up: not lost
+    child.outbox.send(Ping())  # sent while the child is loading: not lost
     report = child.report()
     assert isinstance(report, Ready)
     assert (report.facts["device"], report.facts["family"], report.facts["max_lora_rank"]) == ("cpu", "llama", 8)
@@ -155,7 +155,7 @@ def test_runner_serves_until_stdin_ends(
     )  # an older epoch
     child.outbox.send(RunnerReady(epoch=0, capacity=ready.capacity))  # not for runners
     child.outbox.send(Reset(1))
-    child.outbox.send(step(2, chunks=[Chunk(row=1, generation=1, start=4, length=1)]))  # a dead scheduler's, come late
+    child.outbox.send(step(2, chunks=[Chunk(row=1, generation=1, start=4, length=1)]))  # from a dead scheduler, late
     assert child.next(RunnerReady) == msgspec.structs.replace(ready, epoch=EPOCH + 1)
     child.outbox.send(step(1, EPOCH + 1, **first_chunk()))
     assert child.next(StepDone).tokens == oracle.greedy([5, 6, 7], 1)

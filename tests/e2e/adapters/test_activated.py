@@ -64,7 +64,7 @@ class World:
     def expected(self, prompt: list[int], name: str | None) -> list[int] | None:
         if name in ACTIVATED:
             return self.peft.greedy(prompt, N, name)
-        return self.oracle.greedy(prompt, N, name) if self.oracle.clear(prompt, N, name) else None
+        return self.oracle.greedy(prompt, N, name) if self.oracle.is_unambiguous(prompt, N, name) else None
 
     def clear(self, name: str | None, draw: Callable[[], list[int]]) -> tuple[list[int], str | None, list[int]]:
         """A prompt of those drawn that is answered clearly, for whom, and the answer."""

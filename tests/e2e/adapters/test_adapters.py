@@ -52,7 +52,7 @@ class World:
         while len(self.prompts) < 4:
             prompt = [draw.randrange(6, VOCAB) for _ in range(draw.choice([3, 9, 17]))]
             names = [None, *ADAPTERS, *MIXES]
-            if all(self.oracle.clear(prompt, NEW_TOKENS, name) for name in names):
+            if all(self.oracle.is_unambiguous(prompt, NEW_TOKENS, name) for name in names):
                 self.prompts.append(prompt)
 
     def expected(self, prompt: list[int], name: str | None) -> list[int]:

@@ -40,7 +40,7 @@ def test_every_format_at_once_with_fewer_lanes_than_adapters(tmp_path: Path) -> 
     for name in [None, *names]:
         oracle = Oracle(model, {name: roots[name]} if name else None)
         prompt: list[int] = []
-        while not prompt or not oracle.clear(prompt, NEW_TOKENS, name):
+        while not prompt or not oracle.is_unambiguous(prompt, NEW_TOKENS, name):
             prompt = [draw.randrange(6, VOCAB) for _ in range(draw.choice([1, 5, 20]))]
         jobs.append((prompt, name, oracle.greedy(prompt, NEW_TOKENS, name)))
 

@@ -46,7 +46,7 @@ class World:
         for adapter in [None, *self.adapters, *self.adapters]:
             while True:
                 prompt = [draw.randrange(6, VOCAB) for _ in range(draw.choice([1, 7, 20]))]
-                if self.oracle.clear(prompt, NEW_TOKENS, adapter):
+                if self.oracle.is_unambiguous(prompt, NEW_TOKENS, adapter):
                     break
             yield prompt, adapter
 

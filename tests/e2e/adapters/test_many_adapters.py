@@ -80,7 +80,7 @@ class Traffic:
         for name in dict.fromkeys(self.order):
             while True:
                 prompt = [draw.randrange(6, VOCAB) for _ in range(draw.choice([2, 5, 11]))]
-                if oracle.clear(prompt, NEW_TOKENS, name):
+                if oracle.is_unambiguous(prompt, NEW_TOKENS, name):
                     break
             self.prompts[name], self.expected[name] = prompt, oracle.greedy(prompt, NEW_TOKENS, name)
 

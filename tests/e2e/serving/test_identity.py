@@ -54,7 +54,7 @@ class World:
             adapter = names[number % len(names)]
             while True:
                 prompt = [draw.randrange(6, VOCAB) for _ in range(draw.choice([1, 3, 9, 17, 40]))]
-                if self.oracle.clear(prompt, NEW_TOKENS, adapter):
+                if self.oracle.is_unambiguous(prompt, NEW_TOKENS, adapter):
                     break
             yield prompt, adapter
 

@@ -63,7 +63,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     prefix = [draw.randrange(6, VOCAB) for _ in range(PREFIX)]
     while len(prompts) < 2:
         prompt = [*prefix, *(draw.randrange(6, VOCAB) for _ in range(20))]
-        if all(oracle.clear(prompt, NEW_TOKENS, name) for name in (None, "one", "two")):
+        if all(oracle.is_unambiguous(prompt, NEW_TOKENS, name) for name in (None, "one", "two")):
             prompts.append(prompt)
     return World(model, paths, oracle, prompts)
 

@@ -1,4 +1,4 @@
-"""Sizes: what fits, what gives way, and which flag is named when nothing does."""
+"""Sizes: what fits, what shrinks, and the flag that an error names."""
 
 from __future__ import annotations
 

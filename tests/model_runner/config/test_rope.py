@@ -1,4 +1,4 @@
-"""Rotary frequencies against transformers, for every rope type and both ways to say it; and what is refused."""
+"""Rotary frequencies against transformers, for every rope type, in old and new config keys; and refusals."""
 
 from __future__ import annotations
 

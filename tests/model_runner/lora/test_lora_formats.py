@@ -51,7 +51,7 @@ def test_every_format_in_one_batch_equals_peft(family: str, tiny_model: Callable
         oracle = Oracle(path, {name: adapters[name]} if name else None)
         while True:
             prompt = [draw.randrange(VOCAB) for _ in range(draw.randrange(1, 30))]
-            if oracle.clear(prompt, N, name):
+            if oracle.is_unambiguous(prompt, N, name):
                 break
         asks.append((prompt, lane))
         expected.append(oracle.greedy(prompt, N, name))
@@ -92,7 +92,7 @@ def test_mix_is_the_weighted_sum_of_its_changes(tiny_model: Callable[[str], Path
         oracle = Oracle(tmp_path / f"mix{number}")
         while len(asks) < 3 * (number + 1):
             prompt = [draw.randrange(VOCAB) for _ in range(draw.randrange(1, 30))]
-            if oracle.clear(prompt, N):
+            if oracle.is_unambiguous(prompt, N):
                 asks.append((prompt, len(adapters) + 1 + number))
                 expected.append(oracle.greedy(prompt, N))
     decoder = load_model(path, read_model_config(path), device=torch.device("cpu"), dtype=torch.float32)
@@ -114,7 +114,7 @@ def everything(
     draw, prompts, expected = random.Random(9), [], []
     for name in [None, *adapters]:
         oracle, prompt = Oracle(path, {name: adapters[name]} if name else None), list[int]()
-        while not prompt or not oracle.clear(prompt, KERNEL_N, name):
+        while not prompt or not oracle.is_unambiguous(prompt, KERNEL_N, name):
             prompt = [draw.randrange(VOCAB) for _ in range(draw.choice([1, 2, 5]))]
         prompts.append(prompt)
         expected.append(oracle.greedy(prompt, KERNEL_N, name))

@@ -32,11 +32,11 @@ def draw_ids(seed: int, length: int) -> list[int]:
 
 
 def draw_prompts(oracle: Oracle, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
-    """One prompt of each length on which the oracle is clear."""
+    """One prompt of each length whose greedy tokens are unambiguous."""
     draw, prompts = random.Random(7), []
     for length in lengths:
         prompt = [draw.randrange(VOCAB) for _ in range(length)]
-        while not oracle.clear(prompt, N):
+        while not oracle.is_unambiguous(prompt, N):
             prompt = [draw.randrange(VOCAB) for _ in range(length)]
         prompts.append(prompt)
     return prompts
@@ -94,7 +94,9 @@ def test_longrope_factors_follow_the_context_length(tmp_path: Path) -> None:
     oracle = Oracle(path)
     short = draw_prompts(oracle, (1, 5, 12))
     assert Driver(load(path, length=24)).greedy(short, N) == [oracle.greedy(prompt, N) for prompt in short]
-    long = draw_prompts(oracle, (25, 40, 80))  # as long as the oracle takes its long factors from the first token on
+    long = draw_prompts(
+        oracle, (25, 40, 80)
+    )  # longer than the original length, so that transformers takes the long factors from the first token on
     assert Driver(load(path)).greedy(long, N, chunk=7) == [oracle.greedy(prompt, N) for prompt in long]
     beyond = Driver(load(path, length=24)).step([(Row(long[0]), len(long[0]))])
     assert (beyond - oracle.logits(long[0])).abs().max() > 0.1, "the factors do not differ"

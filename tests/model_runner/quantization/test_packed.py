@@ -1,4 +1,4 @@
-"""Packed linears: the same numbers as plain ones, the plain values still to be had, and whole models over them."""
+"""Packed linears: the products of plain ones, the plain values by dequantize, and whole models over them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_packed_linear_equals_the_exact_product(rows: int, dtype: torch.dtype) -
     wide_TI, weight_OI, bias_O = (
         torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, 96), (160, 48), (160,))
     )
-    x_TI = wide_TI[:, 48:]  # rows that lie apart
+    x_TI = wide_TI[:, 48:]  # rows that are not adjacent in memory
     for bias in (bias_O, None):
         linear = Packed(weight_OI.clone(), bias)
         linear.finish_loading()
@@ -67,7 +67,7 @@ def test_packed_model_equals_peft(family: str, tiny_model: Callable[[str], Path]
     while len(asks) < 6:
         lane = len(asks) % len(names)
         prompt = [draw.randrange(VOCAB) for _ in range(draw.randrange(1, 20))]
-        if oracle.clear(prompt, N, names[lane]):
+        if oracle.is_unambiguous(prompt, N, names[lane]):
             asks.append((prompt, lane))
     expected = [oracle.greedy(prompt, N, names[lane]) for prompt, lane in asks]
     decoder = load_model(path, read_model_config(path), device=CPU, dtype=torch.float32, method="packed")

@@ -1,4 +1,4 @@
-"""Checkpoints: sharded and whole give the same weights, dtypes are cast, and everything odd is named."""
+"""Checkpoints: sharded and whole give the same weights, dtypes are cast, and errors name the tensor or file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def filled(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def copy(tiny_model: TinyModel, tmp_path: Path) -> Path:
-    """A llama3 directory (tied) that a test may spoil."""
+    """A llama3 directory (tied) that a test may change."""
     shutil.copytree(tiny_model("llama3"), tmp_path / "model")
     return tmp_path / "model"
 

@@ -1,4 +1,4 @@
-"""All lanes go through the delta, once it is there: in what order, and what comes out of it, against dense float64.
+"""All lanes in one call of the delta kernel once it is compiled: its plan, and its results against dense float64.
 
 The kernel here is the delta kernel's torch reference; compute/kernels/cpu/test_model.py has the compiled one.
 """

@@ -1,4 +1,4 @@
-"""Steps cut into tiles, and the records and tables made of them: everything once, nothing of two lanes together."""
+"""Steps cut into tiles, and the records and tables of tiles: every row once, no tile of two lanes."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def inputs(tokens: int, site: Site, seed: int = 0) -> torch.Tensor:
 
 
 def expected(x: torch.Tensor, site: Site, chunks: list[tuple[int, int]]) -> torch.Tensor:
-    """Dense and in float64, chunk by chunk."""
+    """The result in dense float64, chunk by chunk."""
     y = x.double() @ site.base.weight.double().t() + (0 if site.base.bias is None else site.base.bias.double())
     begin = 0
     for lane, length in chunks:

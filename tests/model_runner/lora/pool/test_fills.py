@@ -1,4 +1,4 @@
-"""Fills between steps: a slice at a time, in order, and nothing is told before all of it is there."""
+"""Fills between steps: a slice at a time, in order, and a fill is reported only when all of it has arrived."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def test_advance_copies_one_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     fills = FillQueue(ours)
     fills.add(one, {"qkv": [3, 1], "down": [0]})
     fills.add(two, {"down": [2]})
-    told = []
-    for turn in range(1, 9):  # 2 layers x (2 + 1) pages, a turn to see the end, and the first page of the next
-        told += [(turn, adapter.adapter_id) for adapter, seconds in fills.advance(0.0) if seconds > 0]
+    reported = []
+    for call in range(1, 9):  # 2 layers x (2 + 1) pages, a call that sees the end, and the first page of the next
+        reported += [(call, adapter.adapter_id) for adapter, seconds in fills.advance(0.0) if seconds > 0]
         assert bool(fills)
-    assert told == [(7, 1)]
+    assert reported == [(7, 1)]
     assert ours.version == version + 1
     while fills:
-        told += [(0, adapter.adapter_id) for adapter, _ in fills.advance(0.0)]
-    assert told == [(7, 1), (0, 2)]
+        reported += [(0, adapter.adapter_id) for adapter, _ in fills.advance(0.0)]
+    assert reported == [(7, 1), (0, 2)]
     theirs.fill(one, {"qkv": [3, 1], "down": [0]})
     theirs.fill(two, {"down": [2]})
     assert same(ours, theirs)

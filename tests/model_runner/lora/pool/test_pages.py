@@ -1,4 +1,4 @@
-"""Rank pages: what a fill writes, what it clears, and the lanes over them."""
+"""Rank pages: what a fill writes and clears, and the lanes over the pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decoder's seams: LoRA at every site, one reduce after the delta, the pool's sizes, a rank's share."""
+"""The decoder's seams: LoRA at every site, one all-reduce after the delta, the KV pool's sizes, a rank's part."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TinyModel = Callable[[str], Path]
 
 
 class Recorder(LoraBackend):
-    """The base linear, and a note of who asked with what."""
+    """Changes nothing, and records every call."""
 
     def __init__(self) -> None:
         super().__init__(RankPagePool([], {}, 0, torch.float32, CPU))
@@ -63,7 +63,7 @@ def test_every_site_is_adapted_once(family: str, sites: int, tiny_model: TinyMod
     ours = Driver(decoder, lora=lora).step([(Row([5, 6, 7]), 3)])
     assert torch.equal(ours, plain)
     linears = [site for site in decoder.sites if site.group != "norms"]
-    asked = [site for site in linears if site.group != "experts"]  # these are computed together
+    asked = [site for site in linears if site.group != "experts"]  # these are computed by grouped matmuls
     assert lora.calls == [(site.name, "a plan of 3") for site in asked]
     assert len({site.name for site in decoder.sites}) == len(decoder.sites)
     assert len(linears) == sites

@@ -1,4 +1,4 @@
-"""A mixture of experts against a slow sum over all experts; its shares over ranks; adapters on experts and routers
+"""A mixture of experts against a slow sum over all experts; its parts on two ranks; adapters on experts and routers
 against PEFT, and what experts cost the others: nothing.
 """
 
@@ -30,7 +30,7 @@ from model_runner.model.load import load_model
 from model_runner.platform.shard import Shard
 from model_runner.step.batch import Batch
 
-pytestmark = pytest.mark.filterwarnings(  # PEFT says so of patterns for parameters, and then uses them
+pytestmark = pytest.mark.filterwarnings(  # PEFT warns of patterns for parameters, and then uses them
     "ignore:The following (rank|alpha)_pattern keys did not match any targeted module:RuntimeWarning"
 )
 
@@ -100,7 +100,7 @@ def test_attention_adapters_keep_the_grouped_matmul(
         adapter = make_adapter(path, tmp_path / family, targets=["q_proj", "v_proj"])
         lora = attach_adapters(decoder, {"attention": adapter})
         assert lora.pages.page_counts == {"qkv": 1}
-        monkeypatch.setattr(SparseMLP, "_compute_by_expert", None)  # its tokens' experts are computed together
+        monkeypatch.setattr(SparseMLP, "_compute_by_expert", None)  # the grouped matmuls are used
         Driver(decoder, lora=lora).step([(Row([3, 4, 5], lane=1), 3), (Row([6]), 1)])
 
 
@@ -138,14 +138,14 @@ MIXTRAL, QWEN = ("w1", "w2", "w3"), ("gate_proj", "up_proj", "down_proj")
 
 
 def check_against_peft(path: Path, adapters: dict[str, Path]) -> None:
-    """All of them and the base in one batch, whole and in chunks. Each has a PEFT of its own: it wants equal sets."""
+    """All adapters and the base in one batch, whole and in chunks. Each has its own PEFT model."""
     oracles = {name: Oracle(path, {name: directory}) for name, directory in adapters.items()}
     draw, names, first = random.Random(5), [None, *adapters], next(iter(adapters))
     asks: list[tuple[list[int], int]] = []
     while len(asks) < 3 * len(names):
         lane = len(asks) % len(names)
         prompt = [draw.randrange(VOCAB) for _ in range(draw.randrange(1, 12))]
-        if oracles[names[lane] or first].clear(prompt, 6, names[lane]):
+        if oracles[names[lane] or first].is_unambiguous(prompt, 6, names[lane]):
             asks.append((prompt, lane))
     expected = [oracles[names[lane] or first].greedy(prompt, 6, names[lane]) for prompt, lane in asks]
     for (prompt, _), name in zip(asks[1:], adapters, strict=False):

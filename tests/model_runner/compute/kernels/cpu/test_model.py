@@ -106,7 +106,7 @@ def world(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     for lane, (oracle, name) in enumerate(oracles):
         for number in range(3 if lane in (1, len(oracles) - 1) else 1):  # several rows of one lane
             prompt: list[int] = []
-            while not prompt or not oracle.clear(prompt, N, name):
+            while not prompt or not oracle.is_unambiguous(prompt, N, name):
                 prompt = [draw.randrange(VOCAB) for _ in range(LENGTHS[(lane + number) % len(LENGTHS)])]
             prompts.append(prompt)
             lanes.append(lane)
