@@ -246,7 +246,7 @@ def test_a_new_runner_and_an_unload_in_the_middle_change_nothing(world: World, a
     world.runner.reset()
     for adapter_id in NUMBERS.values():
         if adapter_id:
-            world.runner.unload_adapter(UnloadAdapter(adapter_id))
+            world.runner.adapters.unload(adapter_id)
     machine.send(RunnerReady(epoch=0, capacity=world.runner.capacity))
     machine.run()
     assert machine.tokens[1] == expected
