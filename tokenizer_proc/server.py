@@ -144,7 +144,7 @@ async def _http(config: TokenizerConfig, frontend: Frontend) -> AsyncIterator[_H
         return
     os.set_inheritable(config.listen_fd, False)
     _warn_of_an_open_door(config)
-    logging.getLogger("aiohttp.server").addFilter(errors.is_ours)
+    logging.getLogger("aiohttp.server").addFilter(errors.is_server_fault)
     runner = web.AppRunner(
         create_app(frontend, config),
         handle_signals=False,

@@ -1,1 +1,1 @@
-"""The HTTP door: typed bodies in, answers and server-sent events out. Knows the front end, no scheduler, no socket."""
+"""The HTTP server: typed bodies in, answers and server-sent events out. Knows the front end, no scheduler."""

@@ -1,4 +1,4 @@
-"""The aiohttp application: every route and its rights, the error shape around them, a request id on every answer."""
+"""The aiohttp application: every route with the rights it needs, and the middlewares around them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from engine.config.sections import TokenizerConfig
 from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.http.auth import access
 from tokenizer_proc.http.auth.access import RIGHTS, Rights
-from tokenizer_proc.http.generation import Service
 from tokenizer_proc.http.middleware import access_log, backpressure, errors
 from tokenizer_proc.http.routes import generate, lora, models, operations, tokenize
 from tokenizer_proc.http.routes.chat import chat_completions
 from tokenizer_proc.http.routes.completions import completions
+from tokenizer_proc.http.service import Service
 
 
 class Route(NamedTuple):
-    """A call, the rights that it needs, and what answers it."""
+    """A call, the rights that it needs, and its handler."""
 
     method: str
     path: str
@@ -54,15 +54,19 @@ ROUTES = [
 
 
 def create_app(frontend: Frontend, config: TokenizerConfig) -> web.Application:
-    """The door on `frontend`. Serve it with handler cancellation on: a client that is gone ends its handler."""
+    """The HTTP application of `frontend`. Serve it with handler cancellation, so that a disconnect ends the handler."""
     service = Service(frontend, config)
-    bounded = backpressure.bounded(config.max_stream_buffer, config.stream_stall_timeout)
-    middlewares = [access_log.middleware, bounded, errors.middleware, access.gate(config)]
+    middlewares = [
+        access_log.middleware,
+        backpressure.middleware(config.max_stream_buffer, config.stream_stall_timeout),
+        errors.middleware,
+        access.middleware(config),
+    ]
     app = web.Application(middlewares=middlewares, client_max_size=config.max_body_bytes)
     rights = app[RIGHTS] = {}
     for route in ROUTES:
-        for method in ("GET", "HEAD") if route.method == "GET" else (route.method,):  # load balancers ask by HEAD
+        for method in ("GET", "HEAD") if route.method == "GET" else (route.method,):  # load balancers probe by HEAD
             added = app.router.add_route(method, route.path, partial(route.handler, service))
             rights[added] = route.rights
-    app.on_response_prepare.append(access_log.name)
+    app.on_response_prepare.append(access_log.add_request_id)
     return app

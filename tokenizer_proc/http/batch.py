@@ -1,4 +1,4 @@
-"""The choices of one call: several submits opened together, their deltas in one sequence, what came so far kept.
+"""The choices of one call: several submits opened together, their deltas merged, the output so far collected.
 
     prompts   P0          P1            submits, in order
     choices   0   1   2   3   4   5     numbered prompt-major: submit 0 has n = 3, submit 1 too
@@ -17,11 +17,11 @@ from engine.messages import Delta, FinishReason, PositionLogprobs, Submit, Usage
 from tokenizer_proc.frontend import Frontend, Stream
 from tokenizer_proc.requests.deadline import Deadline
 
-LARGE = 512  # positions with log-probabilities: more of them take long to write
+LARGE = 512  # positions with log-probabilities: an answer with more of them takes long to encode
 
 
 class Prompt:
-    """One submit's prompt as the model sees it. Its log-probabilities come in pieces, if asked for."""
+    """One submit's prompt as token ids. Its log-probabilities, if asked for, come in pieces."""
 
     def __init__(self, token_ids: list[int]) -> None:
         self.token_ids = token_ids
@@ -30,22 +30,22 @@ class Prompt:
 
     @property
     def logprobs(self) -> list[PositionLogprobs | None] | None:
-        """Of every position, once they are all there."""
+        """Those of every position, once all have come; None before."""
         return self.scored if self.scored and len(self.scored) == len(self.token_ids) else None
 
     @property
     def awaits_logprobs(self) -> bool:
-        """Whether more may come, if they were asked for."""
+        """Whether log-probabilities may still come, if they were asked for."""
         return self.logprobs is None and not self._ended
 
     def add(self, delta: Delta) -> None:
-        """What a delta of its choices brings; they come with the first choice."""
+        """Adds a delta's log-probabilities, which come with the first choice alone."""
         self.scored += delta.prompt_logprobs or []
         self._ended = self._ended or (delta.index == 0 and delta.finish_reason is not None)
 
 
 class Choice:
-    """One answer as far as it came. `number` counts over the whole call, `index` within its submit."""
+    """The output of one choice so far. `number` counts over the whole call, `index` within its submit."""
 
     def __init__(self, number: int, index: int, item: int, prompt: Prompt) -> None:
         self.number = number
@@ -61,7 +61,7 @@ class Choice:
         self._usage: Usage | None = None
 
     def add(self, delta: Delta) -> None:
-        """What `delta` brings."""
+        """Adds the output of `delta`."""
         self.deltas += 1
         self.text += delta.text
         self.token_ids += delta.token_ids
@@ -72,7 +72,7 @@ class Choice:
 
     @property
     def usage(self) -> Usage:
-        """As told with the last delta, else as counted here."""
+        """The usage of the last delta; before it came, counted from the output so far."""
         return self._usage or Usage(len(self.prompt.token_ids), len(self.token_ids))
 
 
@@ -94,7 +94,7 @@ class Batch:
         async with self._stack:
             self._frontend.check_size(sum(submit.params.n for submit in self.submits))
             for item, submit in enumerate(self.submits):
-                await asyncio.sleep(0)  # encoding many prompts must not hold up the streams
+                await asyncio.sleep(0)  # encoding many prompts must not stall the event loop's streams
                 stream = await self._stack.enter_async_context(self._frontend.open(submit, self._deadline))
                 self._streams.append(stream)
                 self._add_prompt(item, Prompt(stream.prompt_ids), submit.params.n)
@@ -107,12 +107,12 @@ class Batch:
         await self._stack.__aexit__(kind, error, trace)
 
     def cancel(self, items: Iterable[int]) -> None:
-        """Ends what of these submits has not finished with `abort`."""
+        """Ends the unfinished choices of these submits with finish reason abort."""
         for item in items:
             self._streams[item].cancel()
 
     def request_ids(self, items: Iterable[int]) -> list[int]:
-        """Those of these submits' choices, for the scheduler."""
+        """The scheduler's ids of these submits' choices."""
         return [request_id for item in items for request_id in self._streams[item].request_ids]
 
     async def finish(self) -> None:
@@ -122,7 +122,7 @@ class Batch:
                 pass
 
     async def deltas(self) -> AsyncGenerator[tuple[Choice, Delta], None]:
-        """Every delta with its choice, which already holds it, but for those that only tell of the prompt.
+        """Every delta with its choice, to which it was added. Deltas with prompt log-probabilities alone are left out.
 
         Raises the first EngineError of any stream.
         """
@@ -137,11 +137,11 @@ class Batch:
 
     @property
     def is_large(self) -> bool:
-        """Whether its answer may take long to write."""
+        """Whether the answer may take long to encode."""
         return self._scored > LARGE
 
     def usage(self) -> Usage:
-        """Of the whole call: each prompt is counted once, every choice's answer is."""
+        """Tokens of the whole call: every choice's completion, and each prompt once."""
         firsts = [choices[0].usage for choices in self._of_item]
         return Usage(
             sum(usage.prompt_tokens for usage in firsts),
@@ -165,13 +165,13 @@ class Batch:
         try:
             running = len(pumps)
             while running:
-                item, news = await inbox.get()
-                if news is None:
+                item, received = await inbox.get()
+                if received is None:
                     running -= 1
-                elif isinstance(news, BaseException):
-                    raise news
+                elif isinstance(received, BaseException):
+                    raise received
                 else:
-                    yield item, news
+                    yield item, received
         finally:
             for pump in pumps:
                 pump.cancel()
@@ -179,7 +179,7 @@ class Batch:
 
 
 async def _pump(item: int, stream: Stream, inbox: asyncio.Queue[tuple[int, Delta | BaseException | None]]) -> None:
-    """Carries one stream's deltas over, then None, or the error that ended it."""
+    """Puts one stream's deltas into `inbox`, then None, or the error that ended the stream."""
     try:
         async for delta in stream:
             inbox.put_nowait((item, delta))

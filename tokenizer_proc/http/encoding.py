@@ -1,4 +1,4 @@
-"""JSON of answers that may be large. Made in a thread and in slices: the streams of the event loop go on meanwhile.
+"""JSON answers. A large one is encoded in a thread and in slices, so that it does not stall the event loop's streams.
 
 Knows no dialect.
 """
@@ -9,19 +9,30 @@ import asyncio
 from collections.abc import Callable
 
 import msgspec
+from aiohttp import web
 
-SLICE = 256  # elements of a list that are encoded at once, as nothing else runs in this process for so long
+SLICE = 256  # elements of a list that are encoded at once; the interpreter's lock is held for so long
+
+
+def as_json(value: object) -> web.Response:
+    """A 200 with `value` as JSON."""
+    return json_response(msgspec.json.encode(value))
+
+
+def json_response(body: bytes) -> web.Response:
+    """A 200 with a body that is JSON."""
+    return web.Response(body=body, content_type="application/json")
 
 
 async def encoded(make: Callable[[], object], is_large: bool) -> bytes:
-    """What `make` returns, as JSON; `is_large` says whether making or encoding it may take long."""
+    """The JSON of what `make` returns. `is_large`: making or encoding it may take long."""
     if not is_large:
         return msgspec.json.encode(make())
     return await asyncio.to_thread(lambda: in_slices(make()))
 
 
 def in_slices(value: object) -> bytes:
-    """The same bytes as msgspec's, with the interpreter's lock let go of every now and then."""
+    """The bytes that msgspec makes of `value`; between slices other threads can take the interpreter's lock."""
     if isinstance(value, dict):
         members = (msgspec.json.encode(str(name)) + b":" + in_slices(member) for name, member in value.items())
         return b"{" + b",".join(members) + b"}"

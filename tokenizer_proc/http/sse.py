@@ -1,4 +1,4 @@
-"""Server-sent events: one write for each batch of events, one error event at most, then the end. Knows no dialect."""
+"""Server-sent events: one write for each batch of events, at most one error event, then the end. Knows no dialect."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from tokenizer_proc.http.middleware.backpressure import WRITE_BUFFER, SlowReader
 _HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # proxies must pass every event on at once
+    "X-Accel-Buffering": "no",  # tells proxies to pass every event on at once
 }
 _DONE = b"data: [DONE]\n\n"
 
 
 def frame(event: object) -> bytes:
-    """One event."""
+    """The bytes of one event."""
     return b"data: " + msgspec.json.encode(event) + b"\n\n"
 
 
 async def respond(request: web.Request, batches: AsyncGenerator[Sequence[object], None]) -> web.StreamResponse:
     """Sends every batch of events with one write, then [DONE]; after an error its event is the last.
 
-    A client that is gone ends it quietly, one that does not read is cut off; `batches` is closed before this returns,
-    whatever happens.
+    A client that disconnects ends the stream without an error; a client that does not read is cut off. In any case
+    `batches` is closed before this returns.
     """
     answer, buffer = web.StreamResponse(headers=_HEADERS), request[WRITE_BUFFER]
     async with contextlib.aclosing(batches):
@@ -47,7 +47,7 @@ async def respond(request: web.Request, batches: AsyncGenerator[Sequence[object]
 async def _send(
     answer: web.StreamResponse, buffer: WriteBuffer, batches: AsyncGenerator[Sequence[object], None]
 ) -> bytes:
-    """Sends the events and returns the last bytes."""
+    """Sends the events; returns the frame that ends the stream."""
     try:
         async for events in batches:
             if events:
@@ -55,7 +55,7 @@ async def _send(
     except (SlowReader, ConnectionResetError):
         raise
     except Exception as error:
-        told = error if isinstance(error, EngineError) else errors.internal(error)
-        answer[errors.CAUSE] = told
-        return frame(errors.body(told))
+        cause = error if isinstance(error, EngineError) else errors.internal(error)
+        answer[errors.CAUSE] = cause
+        return frame(errors.body(cause))
     return _DONE

@@ -89,7 +89,7 @@ class Tenants:
         self._everyone = None if keys else Tenant()
         self._by_hash = {_hash(one.key): Tenant(one) for one in keys}
 
-    def of(self, authorization: str) -> Tenant:
+    def authenticate(self, authorization: str) -> Tenant:
         """Whose `Authorization: Bearer KEY` this is. Raises Unauthorized."""
         if self._everyone is not None:
             return self._everyone

@@ -1,4 +1,4 @@
-"""What the log says of a refusal: its kind, code and field, and its words as far as they are ours. Knows no door."""
+"""What the log shows of an error: kind, code, field and message, without a client's texts. Knows no server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _TEXTS = re.compile(r"(sampling_params\S*\.)?(messages|prompt|text|input_ids|tok
 
 
 def error_fields(error: EngineError) -> dict[str, object]:
-    """For `logs.pairs`. A complaint about a text ends where it would quote from it: that is for the client alone."""
+    """The fields for `logs.pairs`. A message about a text is cut where it would quote the text."""
     message = error.message
     if _TEXTS.match(error.param or ""):
         message = re.split(r": | = ", message, maxsplit=1)[0]

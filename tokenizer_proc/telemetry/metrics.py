@@ -1,7 +1,7 @@
 """Prometheus metrics of one engine, in a registry of their own. Names are vLLM's where vLLM has one for the thing.
 
-Gauges are read when someone asks (a collector over the latest snapshot), so a series never outlives what it tells of.
-Knows nothing of requests: it is told moments and counts.
+Gauges are collected from the latest snapshot at each scrape, so a series ends with the thing that it measures. Knows
+nothing of requests: it is given times and counts.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 
 
 class MetricsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """The present, as the gauges show it. Adapters are told by name; `max_loras` None: LoRA is off.
+    """The state that the gauges show. Adapters are given by name; `max_loras` None: LoRA is off.
 
-    `tiers` says where each adapter is; `wanted` are those that requests wait for before the scheduler knows of them.
+    `tiers` is each adapter's state; `wanted` are adapters that requests wait for and the scheduler does not know yet.
     """
 
     stats: Stats = Stats()
@@ -36,7 +36,7 @@ class MetricsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Live(Collector):
-    """Gauges of the snapshot at the moment of the scrape."""
+    """Gauges of a snapshot that is taken at each scrape."""
 
     def __init__(self, model: str, snapshot: Callable[[], MetricsSnapshot]) -> None:
         self._model = model
@@ -88,7 +88,7 @@ def _cache_config(capacity: Capacity) -> Metric:
 
 
 def _lora_info(snapshot: MetricsSnapshot, max_loras: int) -> Metric:
-    """The one series that inference gateways route by: who is resident and ready, and who is wanted and is not."""
+    """The one series that inference gateways route by: the resident adapters, and those that requests wait for."""
     gauge = GaugeMetricFamily(
         "vllm:lora_requests_info",
         "Adapters that are ready, and that are waited for; the value is the time of the scrape.",
@@ -101,7 +101,7 @@ def _lora_info(snapshot: MetricsSnapshot, max_loras: int) -> Metric:
 
 
 def _lora_memory(snapshot: MetricsSnapshot) -> Iterable[Metric]:
-    """Where adapters are, what the pool and the host hold, and how often they had to move."""
+    """The adapters' tiers, the use of the pool and of host memory, and counts of loads, fills and evictions."""
     stats, capacity = snapshot.stats, snapshot.capacity
     tiers = GaugeMetricFamily("chorus:adapter_tier", "1: where the adapter is now.", labels=["adapter", "tier"])
     for adapter, tier in sorted(snapshot.tiers.items()):
@@ -133,7 +133,7 @@ def _by_adapter(name: str, text: str, values: dict[str, int]) -> Metric:
 
 
 class Metrics:
-    """The registry. `snapshot` is asked at every scrape."""
+    """All metrics of one server. `snapshot` is called at each scrape."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -186,7 +186,7 @@ class Metrics:
             self._adapters[1].labels(adapter).inc(prompt_tokens)
 
     def generated(self, adapters: Sequence[str], tokens: int) -> None:
-        """`tokens` more tokens of one choice."""
+        """One choice got so many more tokens."""
         self._generated.labels(self._model).inc(tokens)
         for adapter in adapters:
             self._adapters[2].labels(adapter).inc(tokens)
@@ -213,7 +213,7 @@ class Metrics:
         self._load_failures.labels(self._model).inc()
 
     def adapter_seconds(self, what: Literal["load", "fill", "unload"], seconds: float) -> None:
-        """How long one adapter took for something."""
+        """An adapter's load, fill or unload took so long."""
         self._adapter_seconds[what].labels(self._model).observe(seconds)
 
     def steps(self, seconds: Iterable[float]) -> None:
@@ -222,7 +222,7 @@ class Metrics:
             self._step.labels(self._model).observe(each)
 
     def forget_adapter(self, adapter: str) -> None:
-        """Its series disappear."""
+        """Drops the series of an adapter."""
         for counter in self._adapters:
             counter.remove(adapter)
 

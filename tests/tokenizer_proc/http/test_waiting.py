@@ -1,4 +1,4 @@
-"""Who waits for a lane is told so over HTTP: the routes and the front end, on the scheduler's own core."""
+"""A request that waits for a lane says so over HTTP: the routes and the front end on the scheduler's real core."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ CAPACITY = Capacity(
 
 
 class Stalled(ScriptedScheduler):
-    """The core with one lane, and a runner that fills adapters and answers no request. `late` seconds are skipped."""
+    """The scheduler's core with one lane, and a runner that fills adapters and runs no request.
+
+    `late` seconds are added to the clock.
+    """
 
     def __init__(self) -> None:
         super().__init__("", "a", "b")
@@ -55,23 +58,23 @@ class Stalled(ScriptedScheduler):
     def now(self) -> float:
         return time.monotonic() + self.late
 
-    def look(self, late: float) -> None:
-        """A picture, so many seconds later."""
+    def send_stats(self, late: float) -> None:
+        """Sends the front end Stats of so many seconds later."""
         self.late = late
         self.core.plan(self.now)
-        self._frontend.handle(self.core.stats())
+        self.front.handle(self.core.stats())
 
     def _tell_all(self, messages: list[Any]) -> None:
         for message in messages:
             if not isinstance(message, LoadAdapter):
-                self._frontend.handle(message)
+                self.front.handle(message)
                 continue
             number = message.adapter_id
             card = AdapterState(adapter_id=number, state="host", revision=f"r{number}", footprint=Footprint({"qkv": 1}))
             self._tell_all(self.core.handle(card, self.now))
 
 
-def test_a_request_that_waits_for_a_lane_is_told_so() -> None:
+def test_a_request_that_waits_for_a_lane_says_so() -> None:
     scheduler = Stalled()
     front = scheduler.frontend(request_timeout=0.5)
 
@@ -86,7 +89,7 @@ def test_a_request_that_waits_for_a_lane_is_told_so() -> None:
             calls.append(asyncio.ensure_future(ask(lora)))
             while front.router.open < count:
                 await asyncio.sleep(0.001)
-        scheduler.look(late=30)
+        scheduler.send_stats(late=30)
         async with client.get("/server_info") as answer:
             facts = await answer.json()
         return facts["long_waiting"], await asyncio.gather(*calls)

@@ -1,1 +1,1 @@
-"""Who may call what: access of keys to adapters, and administration."""
+"""Rights of calls: keys and their adapters, and where adapters may be changed from."""

@@ -1,7 +1,7 @@
-"""Who asks, and what exists for them: a key's holder, and the adapters that it may name.
+"""The rights of a call: which key a route needs, and which adapters the key's tenant may name.
 
-A route declares the rights that it needs; the gate looks them up by the route, never by the text of a path. An adapter
-that a key may not use does not exist for its holder: not in a list, not in an error. Knows no dialect.
+A route declares the rights that it needs; the middleware looks them up by the route, never by the text of a path. For a
+tenant, an adapter that its key may not use does not exist: it is in no list and in no error. Knows no dialect.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from engine.config.sections import TokenizerConfig
 from engine.errors import Forbidden, NotFound
 from engine.messages import AdapterCard, AdapterMix
 from tokenizer_proc.http.auth import admin
-from tokenizer_proc.http.generation import TENANT, Service, deadline, holder
+from tokenizer_proc.http.service import TENANT, Service, deadline_of, tenant_of
 from tokenizer_proc.requests.tenants import Tenant, Tenants
 
 
@@ -30,62 +30,62 @@ class Rights(enum.Enum):
     OPERATOR = "operator"
     """An inference key that may name every adapter: the route shows, or ends, the calls of other tenants."""
     ADMIN = "admin"
-    """The admin key; where there is none, as OPERATOR. In both cases from where api.admin lets adapters be changed."""
+    """The admin key; where there is none, as OPERATOR. In both cases only from hosts that `admin.admit` accepts."""
 
 
 RIGHTS: web.AppKey[dict[web.AbstractRoute, Rights]] = web.AppKey("rights", dict)
 """Where an app keeps the rights that its routes declare."""
 
 
-def gate(config: TokenizerConfig) -> Middleware:
-    """The middleware that checks a route's rights. An address without a route needs an inference key."""
+def middleware(config: TokenizerConfig) -> Middleware:
+    """The middleware that checks a route's rights. A path without a route needs an inference key."""
     tenants = Tenants(config.api_keys)
 
     @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def check_rights(request: web.Request, handler: Handler) -> web.StreamResponse:
         rights = request.app[RIGHTS].get(request.match_info.route, Rights.INFERENCE)
         by_admin_key = rights is Rights.ADMIN and config.admin_key is not None
         if rights is not Rights.NONE and not by_admin_key:
-            tenant = request[TENANT] = tenants.of(request.headers.get("Authorization", ""))
+            tenant = request[TENANT] = tenants.authenticate(request.headers.get("Authorization", ""))
             if rights is not Rights.INFERENCE and tenant.is_restricted:
                 raise Forbidden(f"{request.path} is not for a key with rules on adapters", code="restricted_key")
         if rights is Rights.ADMIN:
             admin.admit(config, request)
         return await handler(request)
 
-    return middleware
+    return check_rights
 
 
 async def fetch(service: Service, request: web.Request, model: str | None, *loras: str | AdapterMix | None) -> None:
-    """Loads what is named and not known yet, where the engine does that, as far as it exists for the caller."""
-    tenant = holder(request)
+    """Loads the named adapters that are not known yet, if the tenant may use them and --lora-resolve-root has them."""
+    tenant = tenant_of(request)
     _check(service, tenant, model, loras)
-    async with deadline(service, request).kept():
+    async with deadline_of(service, request).kept():
         await service.frontend.fetch(model, *loras, may_use=tenant.may_use)
 
 
 def select(
     service: Service, request: web.Request, model: str | None, lora: str | AdapterMix | None
 ) -> str | AdapterMix | None:
-    """What `model` and `lora_path` together name. Raises NotFound for what does not exist for the caller."""
-    tenant = holder(request)
+    """The adapters that `model` and `lora_path` together name. Raises NotFound for one that the tenant may not use."""
+    tenant = tenant_of(request)
     _check(service, tenant, model, [lora])
     try:
         return service.frontend.adapters.select(model, lora)
     except NotFound as error:
-        if tenant.is_restricted:  # the error would list what there is
+        if tenant.is_restricted:  # the error would list adapters that the tenant may not see
             raise _unknown(str(model if error.param == "model" else lora), error.param) from None
         raise
 
 
-def seen(request: web.Request, cards: Iterable[AdapterCard]) -> list[AdapterCard]:
-    """The adapters that exist for the caller."""
-    tenant = holder(request)
+def visible(request: web.Request, cards: Iterable[AdapterCard]) -> list[AdapterCard]:
+    """The adapters that the tenant may use."""
+    tenant = tenant_of(request)
     return [card for card in cards if tenant.may_use(card.name)]
 
 
 def _check(service: Service, tenant: Tenant, model: str | None, loras: Iterable[str | AdapterMix | None]) -> None:
-    """Raises NotFound, in the client's own words, unless the adapters that are named may be used."""
+    """Raises NotFound, which quotes the client's own name, unless the tenant may use every adapter that is named."""
     for lora in loras:
         for name in [] if lora is None else [lora] if isinstance(lora, str) else lora:
             if not tenant.may_use(name):

@@ -1,11 +1,11 @@
-"""Who may change the adapters over HTTP, and from where.
+"""Which HTTP calls may change adapters.
 
-    admin key set     its bearer, and nobody else                          401
-    else              loopback bind, or opened by the operator             403
-    on loopback       the Host header must name this machine: a web page   403
-                      that has its own name point here is a stranger
+    with an admin key   calls that carry it                                          else 401
+    without one         on a loopback bind, or where the operator opened it          else 403
+    on a loopback bind  the Host header names this machine, so that a web page       else 403
+                        whose own name resolves to it cannot call (DNS rebinding)
 
-Knows nothing of what is asked.
+Knows nothing of what a call does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEFAULT_HOST = "127.0.0.1"
 
 
 def admit(config: TokenizerConfig, request: web.Request) -> None:
-    """Raises Unauthorized or Forbidden unless this caller may change the adapters."""
+    """Raises Unauthorized or Forbidden unless this call may change adapters."""
     _check_host(config, request)
     if config.admin_key is not None:
         _check_key(config.admin_key, request.headers.get("Authorization", ""))
@@ -47,7 +47,7 @@ def is_loopback(host: str) -> bool:
 
 
 def bound_host(config: TokenizerConfig) -> str:
-    """The address the server was told to bind."""
+    """The host that the server was told to bind."""
     return str(config.server_info.get("host") or DEFAULT_HOST)
 
 
@@ -70,12 +70,12 @@ def _check_host(config: TokenizerConfig, request: web.Request) -> None:
 
 
 def _host_name(header: str) -> str | None:
-    """The name or address in a Host header, without the port; None for what is no such header."""
+    """The name or address in a Host header, without the port; None for a malformed header."""
     if not header or any(character in header for character in "/@?#\\ \t"):
         return None
     try:
         parts = urlsplit(f"//{header}")
-        _ = parts.port  # raises where that is no number
+        _ = parts.port  # raises if it is not a number
     except ValueError:
         return None
     return parts.hostname

@@ -1,9 +1,9 @@
-"""A request's body: bytes to fields, fields to typed structs, and every complaint by the name of its field.
+"""A request's body: bytes to fields, fields to typed structs, and errors that name the field.
 
     bytes --read--> fields (nulls dropped) --split--> sampling parameters | the route's own struct
                                                  `--> 400 that names the field
 
-Knows how to read; fields.py knows the names.
+fields.py has the tables of names.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ async def read(request: web.Request) -> Fields:
 
 
 def present(fields: Mapping[str, object]) -> Fields:
-    """`fields` without the absent ones: null is absent."""
+    """`fields` without those that are null, which means absent."""
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def decode(fields: Mapping[str, object], into: type[B], at: str = "") -> B:
-    """`fields` as the struct `into`. Raises InvalidRequest with the path of the field, below the path `at`."""
+    """`fields` as the struct `into`. Raises InvalidRequest with the field's path, which `at` precedes."""
     own = set(into.__struct_fields__)
-    return _convert(_known({name: name for name in own}, fields, at), into, at)
+    return _convert(_accepted({name: name for name in own}, fields, at), into, at)
 
 
 def split(fields: Mapping[str, object], into: type[B], spellings: Mapping[str, str]) -> tuple[B, SamplingParams]:
-    """`fields` as the struct `into` and the sampling parameters beside it."""
+    """`fields` as the struct `into` and the sampling parameters that stand beside its fields."""
     own = set(into.__struct_fields__)
     sampling = {name: value for name, value in fields.items() if name in spellings and name not in own}
     rest = {name: value for name, value in fields.items() if name not in sampling}
@@ -68,15 +68,15 @@ def split(fields: Mapping[str, object], into: type[B], spellings: Mapping[str, s
 
 
 def spelt(fields: Mapping[str, object], spellings: Mapping[str, str]) -> dict[str, str]:
-    """The names the client used, by sampling parameter."""
+    """The client's names of the sampling parameters it sent."""
     return {spellings[name]: name for name in fields if name in spellings}
 
 
 def params(fields: Mapping[str, object], spellings: Mapping[str, str], at: str = "") -> SamplingParams:
-    """Sampling parameters, each under any of its `spellings`; two that disagree are refused."""
+    """Sampling parameters, each under any of its `spellings`; two with different values are refused."""
     values: Fields = {}
     words: dict[str, str] = {}
-    for name, value in _known(spellings, fields, at).items():
+    for name, value in _accepted(spellings, fields, at).items():
         field = spellings[name]
         if field in values and values[field] != value:
             raise InvalidRequest(
@@ -88,8 +88,8 @@ def params(fields: Mapping[str, object], spellings: Mapping[str, str], at: str =
     return _convert(values, SamplingParams, at, words)
 
 
-def _known(names: Mapping[str, str], fields: Mapping[str, object], at: str) -> Fields:
-    """The fields that are in `names`; refuses the others unless they cannot matter."""
+def _accepted(names: Mapping[str, str], fields: Mapping[str, object], at: str) -> Fields:
+    """The fields that are in `names`; refuses the others unless they cannot change the answer."""
     for name, value in fields.items():
         if name in names or name in table.IGNORED or any(_same(value, one) for one in table.NEUTRAL.get(name, ())):
             continue
@@ -105,17 +105,17 @@ def _convert(values: Fields, into: type[B], at: str, words: Mapping[str, str] | 
     try:
         return msgspec.convert(values, into, str_keys=True)
     except msgspec.ValidationError as error:
-        path, complaint = _located(str(error))
+        path, reason = _located(str(error))
         head = re.split(r"[.\[]", path)[0]
         path = at + (words or {}).get(head, head) + path[len(head) :]
-        raise InvalidRequest(f"{path}: {complaint}" if path else complaint, param=path or None) from error
+        raise InvalidRequest(f"{path}: {reason}" if path else reason, param=path or None) from error
 
 
-def _located(complaint: str) -> tuple[str, str]:
+def _located(message: str) -> tuple[str, str]:
     """(path of the field, what is wrong with it) from msgspec's message."""
-    match = _PATH.search(complaint)
+    match = _PATH.search(message)
     path = match["path"] if match else ""
-    text = complaint[: match.start()] if match else complaint
+    text = message[: match.start()] if match else message
     if field := _FIELD.match(text):
         path = f"{path}.{field[2]}" if path else field[2]
         text = "is missing" if field[1] == "missing required" else table.refusal(field[2])

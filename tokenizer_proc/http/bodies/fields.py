@@ -1,8 +1,8 @@
-"""Which body fields each route takes, which it ignores, and why it refuses the rest: the one table of that.
+"""The tables of body fields: which are taken, which are ignored, and why the others are refused.
 
 A field is, in this order: a sampling parameter (`SPELLINGS`), a field of the route's body struct, ignored because it
 cannot change the answer (`IGNORED`), accepted while it asks for nothing (`NEUTRAL`), or refused by name. A field that
-is null is absent. Knows the names; what they mean is the business of the routes.
+is null is absent. Knows names alone; the routes know what they mean.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ IGNORED = frozenset(
         "safety_identifier",
         "prompt_cache_key",
         "prompt_cache_retention",
-        "parallel_tool_calls",  # tools themselves are refused
+        "parallel_tool_calls",  # `tools` is refused
         "log_metrics",
     }
 )
 
 IGNORED_BY_ROUTE: dict[str, frozenset[str]] = {
-    "/load_lora_adapter": frozenset({"lora_id"}),  # SGLang overwrites what a client says here
+    "/load_lora_adapter": frozenset({"lora_id"}),  # SGLang overwrites a client's value
 }
 
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -85,7 +85,7 @@ REASONS = {
     "lora_id": "name the adapter with lora_path",
 }
 
-_NOT_SPELT = {"logprobs", "prompt_logprobs"}  # each dialect says these in its own way
+_NOT_SPELT = {"logprobs", "prompt_logprobs"}  # each dialect has its own fields for these
 _SAME = {name: name for name in SamplingParams.__struct_fields__ if name not in _NOT_SPELT}
 
 SPELLINGS_OPENAI = _SAME | {"max_completion_tokens": "max_tokens"}
@@ -98,7 +98,7 @@ SPELLINGS_NATIVE = _SAME | {
 
 
 def refusal(name: str) -> str:
-    """Why `name` is not taken, for the client."""
+    """Why the field `name` is refused, for the client."""
     reason = REASONS.get(name)
     if reason is not None:
         return f"'{name}' is not supported here: {reason}"

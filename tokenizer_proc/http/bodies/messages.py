@@ -1,4 +1,4 @@
-"""The messages of a chat body: their roles, their text, and what of a message is refused. Knows no template."""
+"""The messages of a chat body: roles, text, and the fields that are refused. Knows no template."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from engine.messages import ChatMessage
 
 
 class TextPart(msgspec.Struct, frozen=True, tag="text", tag_field="type", forbid_unknown_fields=True):
-    """A part of a message's content. Other types are refused by their tag."""
+    """A text part of a message's content; parts of other types are refused."""
 
     text: str
 
 
 class Turn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A message as it stands in the body.
+    """A message of the body.
 
-    The fields after `name` come back from clients that send an answer on as it was; they must be empty, except a tool
+    The fields after `name` are those of answers, which clients send back unchanged; they must be empty, except a tool
     message's `tool_call_id`, which no template shows.
     """
 
@@ -42,7 +42,7 @@ _EMPTY = ("refusal", "tool_calls", "function_call", "audio", "annotations", "rea
 
 
 def chat_messages(turns: Sequence[Turn], param: str = "messages") -> list[ChatMessage]:
-    """The conversation, parts joined by line ends. Raises InvalidRequest with the path of the field at fault."""
+    """The conversation, with text parts joined by newlines. Raises InvalidRequest with the field's path."""
     if not turns:
         raise InvalidRequest(f"{param} is empty; send at least one message", param=param)
     return [_chat_message(turn, f"{param}[{place}]") for place, turn in enumerate(turns)]

@@ -1,4 +1,4 @@
-"""What a body may call its prompt, and values given once or once for each prompt. Knows no dialect."""
+"""The prompts of a body, and values that are given once, or once for each prompt. Knows no dialect."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PromptField = str | list[str | int | list[int]]  # a text, texts, token ids or l
 
 
 def prompts(value: PromptField, name: str, most: int) -> list[str | TokenIds]:
-    """The prompts that the field `name` holds, at most so many. Raises InvalidRequest for none, or several kinds."""
+    """The prompts in the field `name`. Raises InvalidRequest for none, for more than `most`, or for mixed kinds."""
     if isinstance(value, str):
         return [value]
     if not value:

@@ -1,4 +1,4 @@
-"""Log-probabilities in each dialect's shape. Raw log-softmax; -9999 stands for minus infinity."""
+"""Log-probabilities (raw log-softmax) in each dialect's shape. -9999 stands for minus infinity."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tokenizer_proc.text.tokenizer import Tokenizer
 _FLOOR = -9999.0
 
 
-def as_json(value: object) -> msgspec.Raw:
-    """One of many values of an answer, as it will be written.
+def as_raw_json(value: object) -> msgspec.Raw:
+    """One of many values of an answer, encoded already.
 
-    Lists by the hundred thousand would make the collector of cycles slow, and it holds up the event loop.
+    A hundred thousand small lists would make the garbage collector slow, and it stalls the event loop.
     """
     return msgspec.Raw(msgspec.json.encode(value))
 
@@ -36,10 +36,10 @@ def _token(token: TokenLogprob) -> dict[str, object]:
 
 
 class LegacyLogprobs:
-    """One completion's {tokens, token_logprobs, top_logprobs, text_offset}, taken in pieces as they come.
+    """One completion's {tokens, token_logprobs, top_logprobs, text_offset}, made in pieces.
 
-    `text_offset` is where a token's text begins in the choice's text, echoed prompt included; a token that completes
-    no character, or that does not show (a special one), takes no room.
+    `text_offset` is where a token's text begins in the choice's text, which includes an echoed prompt. A token that
+    completes no character, or that is not shown (a special one), does not advance it.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -50,12 +50,12 @@ class LegacyLogprobs:
     def prompt(
         self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None] | None, text: str
     ) -> dict[str, list[object]]:
-        """The echoed prompt, shown as `text`. `positions` None: no log-probabilities are known."""
+        """The piece of the echoed prompt, whose text is `text`. `positions` None: there are no log-probabilities."""
         shape = empty()
         for token_id, position in zip(token_ids, positions or [None] * len(token_ids), strict=True):
             piece = self._bytes.decode(self._tokenizer.token_bytes(token_id))
             _append(shape, self._at, self._tokenizer.token_text(token_id), position)
-            shape["top_logprobs"][-1] = as_json(shape["top_logprobs"][-1])
+            shape["top_logprobs"][-1] = as_raw_json(shape["top_logprobs"][-1])
             if text.startswith(piece, self._at):
                 self._at += len(piece)
             elif self._at == 0 and piece.startswith(" ") and text.startswith(piece[1:]):
@@ -65,7 +65,7 @@ class LegacyLogprobs:
         return shape
 
     def generated(self, positions: Sequence[PositionLogprobs]) -> dict[str, list[object]]:
-        """The next generated tokens."""
+        """The piece of the next generated tokens."""
         shape = empty()
         for position in positions:
             token = position.chosen
@@ -76,12 +76,12 @@ class LegacyLogprobs:
 
 
 def joined(one: dict[str, list[object]], other: dict[str, list[object]]) -> dict[str, list[object]]:
-    """Two legacy pieces, one after the other."""
+    """Two pieces, one after the other."""
     return {name: one[name] + other[name] for name in one}
 
 
 def empty() -> dict[str, list[object]]:
-    """A legacy piece without tokens."""
+    """A piece without tokens."""
     return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 
@@ -93,7 +93,7 @@ def _append(shape: dict[str, list[object]], at: int, token: str, position: Posit
 
 
 def _best(position: PositionLogprobs) -> dict[str, float]:
-    """The best tokens and the chosen one, by name; of two tokens with one name the likelier is shown."""
+    """The best tokens and the chosen one, by name; of two tokens with the same name, the likelier one."""
     found: dict[str, float] = {}
     for token in [*position.top, position.chosen]:
         name = _name(token)
@@ -125,4 +125,4 @@ def triples(positions: Sequence[PositionLogprobs], with_text: bool) -> list[Trip
 
 def top_triples(positions: Sequence[PositionLogprobs | None], with_text: bool) -> list[msgspec.Raw | None]:
     """The best tokens of each position; null where nothing precedes it."""
-    return [None if one is None else as_json([triple(top, with_text) for top in one.top]) for one in positions]
+    return [None if one is None else as_raw_json([triple(top, with_text) for top in one.top]) for one in positions]

@@ -1,4 +1,4 @@
-"""What chat and completions share: the fields that mean the same in both, and the frame of their answers."""
+"""What chat and completions share: common body fields, and the envelope of their answers."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import msgspec
 
 from engine.errors import InvalidRequest
 from engine.messages import AdapterMix, SamplingParams, Usage
-from tokenizer_proc.http.generation import Service
+from tokenizer_proc.http.service import Service
 
 LoraField = str | AdapterMix
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`include_obfuscation` pads chunks against eavesdroppers; there is nothing to pad here."""
+    """`include_obfuscation` asks for padding against eavesdroppers; it is accepted and adds none."""
 
     include_usage: bool | None = False
     include_obfuscation: bool | None = False
 
 
 class OpenAIBody(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of both dialects beside the sampling parameters."""
+    """The body fields of both routes beside the sampling parameters."""
 
     model: str | None = None
     stream: bool = False
@@ -41,7 +41,7 @@ def check(body: OpenAIBody, params: SamplingParams) -> None:
 
 
 class Envelope:
-    """What surrounds the choices of one answer: id, object, created, model, usage."""
+    """The fields around the choices of one answer: id, object, created, model, usage."""
 
     def __init__(self, service: Service, body: OpenAIBody, prefix: str, kind: str, chunk_kind: str) -> None:
         self.id = f"{prefix}-{uuid.uuid4().hex}"
@@ -60,7 +60,7 @@ class Envelope:
         return self._around(self._chunk_kind, choices) | ({"usage": None} if self._include_usage else {})
 
     def usage_chunks(self, usage: Usage) -> list[object]:
-        """The event that ends a stream, where the client asked for it."""
+        """The last event of a stream, if the client asked for the usage."""
         return [self.chunk([]) | {"usage": _usage(usage)}] if self._include_usage else []
 
     def _around(self, kind: str, choices: Sequence[object]) -> dict[str, object]:

@@ -17,7 +17,7 @@ from tokenizer_proc.text.tokenizer import Tokenizer
 
 
 class LogprobOptions(msgspec.Struct, frozen=True):
-    """Log-probabilities of one prompt's answers; the prompt's own from position `start` on (-1: none)."""
+    """Which log-probabilities one prompt's answers have; the prompt's own from position `start` on (-1: none)."""
 
     start: int
     top: int
@@ -25,7 +25,7 @@ class LogprobOptions(msgspec.Struct, frozen=True):
 
 
 class NativeWriter(Writer):
-    """One object for one choice, a list of them for a list. An event of a list says which choice it is of."""
+    """One object for one choice, a list for several, whose events have the choice's index."""
 
     def __init__(
         self,
@@ -52,13 +52,13 @@ class NativeWriter(Writer):
                 )
 
     def events(self, batch: Batch, choice: Choice, delta: Delta) -> list[object]:
-        """The choice so far."""
+        """The choice's output so far."""
         if not (delta.text or delta.token_ids or delta.finish_reason):
             return []
         return [self._choice(choice) | ({"index": choice.number} if self._is_list else {})]
 
     def last_events(self, batch: Batch) -> list[object]:
-        """None: the last event of each choice says it all."""
+        """None: the last event of each choice is complete."""
         return []
 
     def whole(self, batch: Batch) -> object:
@@ -84,7 +84,7 @@ class NativeWriter(Writer):
         return meta if scoring is None else meta | self._of_prompt(choice, scoring) | _logprobs(choice, scoring)
 
     def _of_prompt(self, choice: Choice, scoring: LogprobOptions) -> dict[str, object]:
-        """What every event says of the prompt: written once, when it is all there."""
+        """The prompt's log-probabilities, which every event repeats: encoded once, when all have come."""
         if choice.prompt.logprobs is None:
             return _prompt_logprobs(choice, scoring, self._tokenizers[choice.item])
         found = self._prompts.get(choice.item)

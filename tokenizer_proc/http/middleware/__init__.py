@@ -1,1 +1,1 @@
-"""What stands around every route: error bodies, the access log, backpressure."""
+"""The middlewares around every route: access log, backpressure, error bodies."""

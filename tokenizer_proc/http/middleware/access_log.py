@@ -1,10 +1,10 @@
-"""One line of the log for every call that came to an end, however it did, with the id that its client got.
+"""The access log: one line for every call that ended, however it did, with the request id of its answer.
 
     call id=5f2c method=POST path=/generate status=200 lora=sql prompt=12 tokens=40 finish=stop seconds=0.512
     call id=mine method=POST path=/generate status=400 kind=invalid_request_error param=text message="..." seconds=0.001
     call id=5f2d method=POST path=/generate status=200 end=gone prompt=12 tokens=7 seconds=0.100
 
-Of what a client sent it shows the id, the method and the path, and never a body or a key. Knows no route.
+Of a client's request it shows the id, the method and the path, never a body or a key. Knows no route.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ LONGEST_ID = 256
 
 
 class AccessRecord:
-    """What will be told of one call; routes add `facts`. `cause` is why it was ended, where no answer says so.
+    """One call's line. Routes add `facts`; `cause` is the error that ended the call, if its answer lacks it.
 
-    `arrived` is when its head had been read (monotonic seconds).
+    `arrived` is when the request's head had been read (monotonic seconds).
     """
 
     def __init__(self, request: web.Request) -> None:
@@ -43,7 +43,7 @@ class AccessRecord:
         self.arrived = time.monotonic()
 
     def close(self, answer: web.StreamResponse | None) -> None:
-        """Writes the line. No answer means that nobody was there to take one."""
+        """Writes the line. `answer` None: the client disconnected before there was one."""
         error = self.cause or (None if answer is None else answer.get(errors.CAUSE))
         status = None if answer is None else answer.status
         fault = error.__cause__ if isinstance(error, InternalError) else None
@@ -70,14 +70,14 @@ ACCESS_RECORD = web.RequestKey("record", AccessRecord)
 
 @web.middleware
 async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """The outermost: whatever happens inside ends in one line."""
+    """The outermost middleware: every call ends in one line."""
     record = request[ACCESS_RECORD] = AccessRecord(request)
     answer = None
     try:
         answer = await handler(request)
         return answer
     except asyncio.CancelledError:
-        raise  # the client is gone, or we are
+        raise  # the client disconnected, or the server shuts down
     except web.HTTPException as error:
         answer = error
         raise
@@ -85,22 +85,22 @@ async def middleware(request: web.Request, handler: Handler) -> web.StreamRespon
         record.close(answer)
 
 
-async def name(request: web.Request, answer: web.StreamResponse) -> None:
-    """Every answer carries its request's id: the client's own, or a new one."""
+async def add_request_id(request: web.Request, answer: web.StreamResponse) -> None:
+    """Gives an answer its request's id: the client's own if it is sound, else a new one."""
     record = request.get(ACCESS_RECORD)
     answer.headers[REQUEST_ID] = record.id if record is not None else uuid.uuid4().hex
 
 
 class MalformedRequestLogger(AbstractAccessLogger):
-    """The line for what never became a call: it was no HTTP, and aiohttp answered it alone."""
+    """Writes the line of a malformed request, which aiohttp answers before any middleware runs."""
 
     @property
     def enabled(self) -> bool:
-        """Whether anybody reads it."""
+        """Whether the line would be written."""
         return log.isEnabledFor(logging.INFO)
 
     def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
-        """What aiohttp tells of every answer; those of the application have their line already."""
+        """Called by aiohttp for every answer; those of the application have their line already."""
         if ACCESS_RECORD not in request:
             given = response.headers.get(REQUEST_ID)
             line = logs.pairs(id=given, status=response.status, kind="bad_http", seconds=time)
@@ -115,5 +115,5 @@ def _id(given: str) -> str:
 def _level(method: str, status: int | None, error: Exception | None) -> int:
     if isinstance(error, InternalError):
         return logging.ERROR
-    looks = method in ("GET", "HEAD") and status is not None and status < 400
-    return logging.DEBUG if looks else logging.INFO
+    is_lookup = method in ("GET", "HEAD") and status is not None and status < 400
+    return logging.DEBUG if is_lookup else logging.INFO

@@ -1,1 +1,1 @@
-"""One module for each group of routes."""
+"""The handlers of the routes, one module for each group of them."""

@@ -15,7 +15,8 @@ from tokenizer_proc.http.bodies.fields import SPELLINGS_OPENAI
 from tokenizer_proc.http.bodies.messages import TemplateKwargs, Turn, chat_messages
 from tokenizer_proc.http.dialects import logprobs
 from tokenizer_proc.http.dialects.openai import Envelope, LoraField, OpenAIBody, check
-from tokenizer_proc.http.generation import GenerationCall, Service, Writer, answer
+from tokenizer_proc.http.generation import GenerationCall, Writer, answer
+from tokenizer_proc.http.service import Service
 
 MAX_TOP_LOGPROBS = 20  # OpenAI's own bound
 
@@ -61,7 +62,7 @@ def _submit(body: ChatBody, lora: LoraField | None, params: SamplingParams) -> S
         chat_template_kwargs=body.chat_template_kwargs,
         add_generation_prompt=generates,
         continue_final_message=body.continue_final_message,
-        add_special_tokens=False,  # a template writes its own
+        add_special_tokens=False,  # a chat template writes its own
         priority=body.priority,
     )
 
@@ -76,7 +77,7 @@ def _wanted_logprobs(body: ChatBody) -> int | None:
 
 
 class ChatWriter(Writer):
-    """Chat completions: the first event of a choice says its role, the last its finish reason."""
+    """Chat completions: a choice's first event has its role, the last one its finish reason."""
 
     def __init__(self, envelope: Envelope, with_logprobs: bool) -> None:
         self._envelope = envelope
@@ -95,7 +96,7 @@ class ChatWriter(Writer):
         return events
 
     def last_events(self, batch: Batch) -> list[object]:
-        """The usage, where asked for."""
+        """The usage, if asked for."""
         return self._envelope.usage_chunks(batch.usage())
 
     def whole(self, batch: Batch) -> object:

@@ -16,7 +16,8 @@ from tokenizer_proc.http.bodies.fields import SPELLINGS_OPENAI
 from tokenizer_proc.http.bodies.prompts import PromptField, TokenIds, prompts, spread
 from tokenizer_proc.http.dialects.logprobs import LegacyLogprobs, empty, joined
 from tokenizer_proc.http.dialects.openai import Envelope, LoraField, OpenAIBody, check
-from tokenizer_proc.http.generation import GenerationCall, Service, Writer, answer
+from tokenizer_proc.http.generation import GenerationCall, Writer, answer
+from tokenizer_proc.http.service import Service
 from tokenizer_proc.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
@@ -57,7 +58,7 @@ def _params(body: CompletionBody, params: SamplingParams) -> SamplingParams:
         return scored
     if not body.echo:
         raise InvalidRequest("max_tokens = 0 makes sense only with echo", param="max_tokens")
-    return replace(scored, max_tokens=1, min_tokens=0)  # the prompt is scored; the one token is not shown
+    return replace(scored, max_tokens=1, min_tokens=0)  # the one token is not shown
 
 
 def _submits(
@@ -81,7 +82,7 @@ def _submits(
 
 
 class CompletionWriter(Writer):
-    """Completions. A choice that echoes waits for its prompt's log-probabilities before its first event."""
+    """Completions. A choice that echoes has its first event when its prompt's log-probabilities have come."""
 
     def __init__(
         self,
@@ -101,7 +102,7 @@ class CompletionWriter(Writer):
         self._held: dict[int, dict[int, _Cursor]] = {}  # by prompt: the choices that wait for its log-probabilities
 
     def events(self, batch: Batch, choice: Choice, delta: Delta) -> list[object]:
-        """The new part of `choice`, and of those that waited for the same prompt."""
+        """The new output of `choice`, and of choices that waited for the same prompt's log-probabilities."""
         cursor = self._cursors.get(choice.number)
         if cursor is None:
             cursor = self._cursors[choice.number] = self._cursor(choice)
@@ -109,10 +110,10 @@ class CompletionWriter(Writer):
             self._held.setdefault(choice.item, {})[choice.number] = cursor
             return []
         due = self._held.pop(choice.item, {}) | {choice.number: cursor}
-        return [self._envelope.chunk([self._choice(one)]) for one in due.values() if one.has_news]
+        return [self._envelope.chunk([self._choice(one)]) for one in due.values() if one.has_output]
 
     def last_events(self, batch: Batch) -> list[object]:
-        """The usage, where asked for."""
+        """The usage, if asked for."""
         return self._envelope.usage_chunks(self._usage(batch))
 
     def whole(self, batch: Batch) -> object:
@@ -128,9 +129,9 @@ class CompletionWriter(Writer):
         return Usage(usage.prompt_tokens, 0, usage.cached_tokens) if self._silent else usage
 
     def _choice(self, cursor: _Cursor) -> dict[str, object]:
-        """What of a choice was not yet told."""
+        """The output of a choice that was not sent yet."""
         choice, echoes = cursor.choice, self._echo and cursor.deltas == 0
-        text, positions = cursor.take()
+        text, positions = cursor.advance()
         if self._silent:
             text, positions = "", []
         shown = self._shown(choice) if echoes else ""
@@ -154,7 +155,7 @@ class CompletionWriter(Writer):
 
 
 class _Cursor:
-    """How much of a choice was told."""
+    """How much of a choice's output was sent."""
 
     def __init__(self, choice: Choice, tokenizer: Tokenizer) -> None:
         self.choice = choice
@@ -164,14 +165,14 @@ class _Cursor:
         self._positions = 0
 
     @property
-    def has_news(self) -> bool:
-        """Whether there is something to tell. A first delta and a last one are, even without text."""
+    def has_output(self) -> bool:
+        """Whether there is output to send. The first and the last delta are sent even without text."""
         choice = self.choice
         grew = len(choice.text) > self._text or len(choice.logprobs) > self._positions
         return self.deltas < choice.deltas and (self.deltas == 0 or grew or choice.finish_reason is not None)
 
-    def take(self) -> tuple[str, list[PositionLogprobs]]:
-        """The text and positions since the last time."""
+    def advance(self) -> tuple[str, list[PositionLogprobs]]:
+        """The text and positions since the last call."""
         text, positions = self.choice.text[self._text :], self.choice.logprobs[self._positions :]
         self.deltas, self._text, self._positions = self.choice.deltas, len(self.choice.text), len(self.choice.logprobs)
         return text, positions

@@ -1,4 +1,4 @@
-"""POST /generate, as SGLang's clients speak it: text or ids, one or a list, adapters by `lora_path`."""
+"""POST /generate in SGLang's dialect: text or token ids, one prompt or a list, adapters by `lora_path`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tokenizer_proc.http.bodies import body as bodies
 from tokenizer_proc.http.bodies.fields import SPELLINGS_NATIVE
 from tokenizer_proc.http.bodies.prompts import PromptField, TokenIds, is_single, prompts, spread
 from tokenizer_proc.http.dialects.sglang import LogprobOptions, NativeWriter
-from tokenizer_proc.http.generation import GenerationCall, Service, answer
+from tokenizer_proc.http.generation import GenerationCall, answer
+from tokenizer_proc.http.service import Service
 
 DEFAULT_MAX_TOKENS = 128
 
@@ -26,7 +27,7 @@ ParamFields = dict[str, object]
 
 
 class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
-    """The body. `sampling_params` is read field by field, so that a complaint names its path."""
+    """The body. `sampling_params` is decoded field by field, so that an error names its path."""
 
     text: str | list[str] | None = None
     input_ids: list[int | list[int]] | None = None
@@ -72,7 +73,7 @@ async def generate(service: Service, request: web.Request) -> web.StreamResponse
 
 
 def _names(body: GenerateBody) -> dict[str, str]:
-    """This dialect's words for what the front end may complain of."""
+    """This dialect's names of the fields in the front end's errors."""
     several = [body.sampling_params] if isinstance(body.sampling_params, dict) else body.sampling_params
     words = {field: name for one in several for field, name in bodies.spelt(one, SPELLINGS_NATIVE).items()}
     return {field: f"sampling_params.{name}" for field, name in words.items()} | {
@@ -101,7 +102,7 @@ def _rids(rid: str | list[str] | None, size: int) -> list[str]:
 
 
 def _by_rid(given: str | list[str] | None, rids: Sequence[str]) -> dict[str, list[int]]:
-    """Which prompts an id means: each its own, and the one id that was given for several all of them."""
+    """The prompts that each id stands for: its own, or all prompts for one id that was given for several."""
     meant: dict[str, list[int]] = {given: [*range(len(rids))]} if isinstance(given, str) else {}
     for item, rid in enumerate(rids):
         if rid != given:
@@ -126,13 +127,13 @@ def _params(body: GenerateBody, size: int) -> list[_Params]:
 
 
 class _Lora(msgspec.Struct, frozen=True):
-    """The one field of `sampling_params` that is no sampling parameter."""
+    """The one field of `sampling_params` that is not a sampling parameter."""
 
     lora_path: LorasField = None
 
 
 def _read(asked: Mapping[str, object], at: str) -> tuple[SamplingParams, LorasField]:
-    """One dict of sampling parameters, and the adapter it may name too."""
+    """One dict of sampling parameters, and the adapters that it may name."""
     present = bodies.present(asked)
     lora = {name: present.pop(name) for name in ("lora_path",) if name in present}
     return bodies.params(present, SPELLINGS_NATIVE, at), bodies.decode(lora, _Lora, at).lora_path
@@ -182,7 +183,7 @@ def _submits(
 
 
 def _loras(body: GenerateBody, params: Sequence[_Params]) -> list[LoraField | None]:
-    """Everything that names adapters."""
+    """Every adapter name or mix of the body."""
     own = body.lora_path if isinstance(body.lora_path, list) else [body.lora_path]
     return [*own, *(one.lora for one in params)]
 

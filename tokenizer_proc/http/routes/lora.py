@@ -1,7 +1,7 @@
 """Loading, unloading and pinning adapters over HTTP, in SGLang's dialect and in vLLM's.
 
     POST /load_lora_adapter, /unload_lora_adapter           {"success", "error_message", "loaded_adapters"}, 200 or 400
-    POST /pin_lora_adapter, /unpin_lora_adapter             ours, answered alike
+    POST /pin_lora_adapter, /unpin_lora_adapter             this server's own, answered alike
     POST /v1/load_lora_adapter, /v1/unload_lora_adapter     a sentence, or the error object
 
 Knows the bodies and the answers; the front end's lifecycle does the work.
@@ -20,12 +20,13 @@ from engine.messages import AdapterStage
 from tokenizer_proc.adapters.lifecycle import LoadRequest
 from tokenizer_proc.http.bodies import body as bodies
 from tokenizer_proc.http.bodies.fields import IGNORED_BY_ROUTE
-from tokenizer_proc.http.generation import Service, as_json
+from tokenizer_proc.http.encoding import as_json
 from tokenizer_proc.http.middleware import errors
+from tokenizer_proc.http.service import Service
 
 
 class LoadBody(msgspec.Struct, frozen=True, kw_only=True):
-    """SGLang's body; `preload` is ours: answer when the adapter is resident."""
+    """SGLang's body, and this server's own `preload`: answer when the adapter is resident."""
 
     lora_name: str
     lora_path: str
@@ -40,7 +41,7 @@ class NameBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class V1LoadBody(msgspec.Struct, frozen=True, kw_only=True):
-    """vLLM's body; `preload` is ours."""
+    """vLLM's body, and `preload`."""
 
     lora_name: str
     lora_path: str
@@ -134,7 +135,7 @@ async def _pinned(service: Service, request: web.Request, pinned: bool) -> web.S
 async def _native(
     service: Service, request: web.Request, work: Callable[[bodies.Fields], Awaitable[AdapterStage | None]]
 ) -> web.StreamResponse:
-    """SGLang's answer around `work`, which returns the adapter's state where that must be told."""
+    """SGLang's answer to a call. `work` returns the adapter's state where the answer must show it."""
     ignored = IGNORED_BY_ROUTE.get(request.path, frozenset())
     try:
         fields = await bodies.read(request)
@@ -146,7 +147,7 @@ async def _native(
 
 
 def _failure(service: Service, error: EngineError) -> web.Response:
-    """400 for whatever is the client's fault, in both shapes."""
+    """The error in SGLang's and in OpenAI's shape; NotFound is a 400 here."""
     shown = {"success": False, "error_message": error.message, "loaded_adapters": _loaded(service)}
     answer = errors.response(error, status=HTTPStatus.BAD_REQUEST if isinstance(error, NotFound) else None)
     answer.body = msgspec.json.encode(shown | errors.body(error))

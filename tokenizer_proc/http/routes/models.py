@@ -7,7 +7,8 @@ from aiohttp import web
 from engine.errors import NotFound
 from engine.messages import AdapterCard
 from tokenizer_proc.http.auth import access
-from tokenizer_proc.http.generation import Service, as_json, holder
+from tokenizer_proc.http.encoding import as_json
+from tokenizer_proc.http.service import Service, tenant_of
 
 OWNER = "chorus"
 
@@ -16,7 +17,7 @@ async def list_models(service: Service, request: web.Request) -> web.StreamRespo
     """The base model under each of its names, then the adapters: path, parent, revision, rank and state."""
     adapters = service.frontend.adapters
     cards = [_base_card(service, name) for name in adapters.base_names]
-    cards += [_adapter_card(service, card) for card in access.seen(request, adapters.cards())]
+    cards += [_adapter_card(service, card) for card in access.visible(request, adapters.cards())]
     return as_json({"object": "list", "data": cards})
 
 
@@ -31,7 +32,7 @@ async def retrieve_model(service: Service, request: web.Request) -> web.StreamRe
         return as_json(_base_card(service, name))
     for known in (name, *(name.removeprefix(f"{base}:") for base in adapters.base_names)):
         card = adapters.card(known)
-        if card is not None and holder(request).may_use(known):
+        if card is not None and tenant_of(request).may_use(known):
             return as_json(_adapter_card(service, card))
     raise NotFound(f"the model '{name}' does not exist", param="model", code="model_not_found")
 
@@ -50,7 +51,7 @@ def _card(name: str, created: int, root: str, parent: str | None, max_length: in
 
 
 def _permission(name: str, created: int) -> dict[str, object]:
-    """OpenAI's old shape, which some clients still read."""
+    """OpenAI's former shape, which some clients still read."""
     return {
         "id": f"modelperm-{name}",
         "object": "model_permission",

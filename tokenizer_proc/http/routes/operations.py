@@ -9,11 +9,12 @@ from aiohttp import web
 
 from engine.errors import InvalidRequest
 from tokenizer_proc.http.bodies import body as bodies
-from tokenizer_proc.http.generation import Service, as_json
+from tokenizer_proc.http.encoding import as_json
+from tokenizer_proc.http.service import Service
 
 
 class AbortBody(msgspec.Struct, frozen=True, kw_only=True):
-    """One id (a /generate rid or the id of an OpenAI answer), several, or all."""
+    """One id (a /generate rid, or the id of an OpenAI answer), several, or all."""
 
     rid: str | list[str] | None = None
     abort_all: bool = False
@@ -68,7 +69,7 @@ async def abort_request(service: Service, request: web.Request) -> web.StreamRes
 
 
 def installed_version() -> str:
-    """Of the distribution, or 0 where the packages run without being installed."""
+    """The installed distribution's version; 0 where the packages run without being installed."""
     try:
         return importlib.metadata.version("chorus-engine")
     except importlib.metadata.PackageNotFoundError:

@@ -11,7 +11,8 @@ from tokenizer_proc.http.auth import access
 from tokenizer_proc.http.bodies import body as bodies
 from tokenizer_proc.http.bodies.messages import TemplateKwargs, Turn, chat_messages
 from tokenizer_proc.http.dialects.openai import LoraField
-from tokenizer_proc.http.generation import Service, as_json
+from tokenizer_proc.http.encoding import as_json
+from tokenizer_proc.http.service import Service
 from tokenizer_proc.requests.prompt_encoding import template_arguments
 from tokenizer_proc.text.templates.chat_template import ChatRenderer
 

@@ -169,5 +169,5 @@ def test_every_answer_has_a_request_id() -> None:
 )
 def test_what_is_no_http_is_not_logged_as_our_fault(fault: Exception, shown: bool) -> None:
     record = logging.LogRecord("aiohttp.server", logging.ERROR, "", 0, "", (), (type(fault), fault, None))
-    assert errors.is_ours(record) is shown
-    assert errors.is_ours(logging.LogRecord("aiohttp.server", logging.ERROR, "", 0, "", (), None))
+    assert errors.is_server_fault(record) is shown
+    assert errors.is_server_fault(logging.LogRecord("aiohttp.server", logging.ERROR, "", 0, "", (), None))
