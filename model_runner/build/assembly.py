@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from model_runner.build.capacity import batched_tokens, capacity_of
-from model_runner.build.startup_adapters import build_adapters
 
 from engine.config.sections import RunnerConfig
 from engine.messages import Capacity
 from model_runner.build import memory_plan
+from model_runner.build.capacity import batched_tokens, capacity_of
+from model_runner.build.startup_adapters import build_adapters
 from model_runner.compute.attention import base as attention
 from model_runner.compute.attention.base import AttentionBackend
 from model_runner.compute.kernels.cpu import kernels as cpu_kernels
