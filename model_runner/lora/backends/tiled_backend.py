@@ -20,6 +20,7 @@ from model_runner.compute.kernels.triton.lora.expand import Vectors, expand
 from model_runner.compute.kernels.triton.lora.shrink import shrink
 from model_runner.compute.kernels.triton.lora.tiling import (
     INTERPRETED,
+    ExpandTiling,
     ShrinkTiling,
     expand_tiling,
     programs,
@@ -177,15 +178,7 @@ class TiledLora(LoraBackend):
         """`splits` 0: nothing was shrunk."""
         pool, vectors = self.pages.pools.get(site.name), self.pages.vectors.get(site.name)
         stops = tuple(piece.stop for piece in site.slices)
-        tiling = expand_tiling(
-            meta.rows,
-            max(piece.width for piece in site.slices),
-            site.out_features,
-            span.tiles,
-            self._lanes.most.get(site.group, 0),
-            self.pages.dtype.itemsize,
-            self._processors,
-        )
+        tiling = self._expand_tiling(site, meta, span)
         blocks = -(-site.out_features // tiling.block)
         expand(
             y_TO,
@@ -206,6 +199,17 @@ class TiledLora(LoraBackend):
             vectors=None if vectors is None else Vectors(vectors.gain_VO, vectors.bias_VO, site.base.bias),
             embedding=None if tokens_T is None or pool is None else (pool.a_PSRI, tokens_T),
             pdl=self._pdl and splits > 0,
+        )
+
+    def _expand_tiling(self, site: Site, meta: TiledLoraMetadata, span: work_table.GroupRange) -> ExpandTiling:
+        return expand_tiling(
+            meta.rows,
+            max(piece.width for piece in site.slices),
+            site.out_features,
+            span.tiles,
+            self._lanes.most.get(site.group, 0),
+            self.pages.dtype.itemsize,
+            self._processors,
         )
 
     def _shrink_tiling(self, site: Site, meta: TiledLoraMetadata, span: work_table.GroupRange) -> ShrinkTiling:

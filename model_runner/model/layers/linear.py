@@ -91,16 +91,18 @@ def _place_columns(
     kind: str,
     parameter: Parameter,
     slices: list[Slice],
-    wholes: list[int],
+    out_sizes: list[int],
     fused: str | None,
 ) -> None:
-    """Each module's tensor, or its part of the fused one, goes into the parameter's columns of its slice."""
+    """Places each module's tensor, or its part of the fused one, into its slice of the parameter. `out_sizes` are the
+    modules' out features over all ranks.
+    """
     assert parameter.out_dim is not None, f"{kind} cannot be cut by out features"
     begin, dim = 0, parameter.out_dim
-    for piece, whole in zip(slices, wholes, strict=True):
+    for piece, whole in zip(slices, out_sizes, strict=True):
         into = parameter.tensor.narrow(dim, piece.start, piece.width)
         if fused is None:
             weights.place(f"{path}.{piece.module}.{kind}", into, whole=whole, dim=dim)
         else:
-            weights.place_part(f"{path}.{fused}.{kind}", into, begin, whole, sum(wholes), dim=dim)
+            weights.place_part(f"{path}.{fused}.{kind}", into, begin, whole, sum(out_sizes), dim=dim)
         begin += whole

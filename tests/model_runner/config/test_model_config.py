@@ -48,9 +48,9 @@ def test_absent_fields_have_the_defaults_of_transformers(model_type: str, tmp_pa
     assert model_config.tie_embeddings == theirs.tie_word_embeddings
     kinds = getattr(theirs, "layer_types", None) or [""] * 4
     ropes = [theirs.rope_parameters.get(kind, theirs.rope_parameters) for kind in kinds]
-    turns = getattr(theirs, "no_rope_layers", [1] * 4)
+    has_rope = getattr(theirs, "no_rope_layers", [1] * 4)
     assert [rope and rope.theta for rope in model_config.ropes] == [
-        rope["rope_theta"] if turn else None for rope, turn in zip(ropes, turns, strict=True)
+        rope["rope_theta"] if has else None for rope, has in zip(ropes, has_rope, strict=True)
     ]
     if model_type in ("mistral", "phi3", "mixtral", "qwen3_moe"):
         assert model_config.windows == (theirs.sliding_window,) * 4
