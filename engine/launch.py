@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _embedded() -> int:
     child = Child(on_orphaned=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    child.starting().rest()  # a download takes its time, and the three processes are watched from here
     try:
         _run(child.config(Args), child.ready)
     except EngineError as error:

@@ -10,6 +10,7 @@ from engine.processes.child import Child
 def main() -> None:
     """Reads the config, then serves; torch is imported only once the lifeline is watched and stdout is safe."""
     child = Child()
+    pulse = child.starting()
     config = child.config(RunnerConfig)
     logs.setup("runner", config.log_level)
     try:
@@ -17,7 +18,7 @@ def main() -> None:
     except Exception as error:
         child.failed(error)
         raise
-    serve(child, config)
+    serve(child, config, pulse)
 
 
 if __name__ == "__main__":

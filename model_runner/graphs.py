@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from engine.processes.pulse import Pulse
 from model_runner.compute.attention.base import AttentionBackend
 from model_runner.lora.backends.base import LoraBackend
 from model_runner.model.families.decoder import Decoder
@@ -67,14 +68,16 @@ class DecodeGraphs:
         self._hidden_BH = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
         self._captured: dict[int, CapturedStep] = {}
 
-    def capture(self, *, progress: bool = False) -> None:
+    def capture(self, *, progress: Pulse | None = None) -> None:
         """Captures every size, the largest first. No step may be in flight."""
         order = self.sizes[::-1]
         with (
             _frozen_garbage_collector(),
-            tqdm(total=len(order), desc="CUDA graphs", disable=not progress, leave=False) as bar,
+            tqdm(total=len(order), desc="CUDA graphs", disable=progress is None, leave=False) as bar,
         ):
             for size in order:
+                if progress is not None:
+                    progress.tick()
                 self._captured[size] = self._capture_size(size)
                 bar.update()
 

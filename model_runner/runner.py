@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from engine.config.sections import RunnerConfig
 from engine.messages import AdapterState, Capacity, Step, StepDone
+from engine.processes.pulse import Pulse
 from model_runner.build.assembly import Parts, assemble
 from model_runner.launched_step import LaunchedStep
 from model_runner.lora.adapters import Adapters
@@ -41,8 +42,11 @@ class Runner:
         self._has_decodes = False
 
     @classmethod
-    def load(cls, config: RunnerConfig, *, progress: bool = False) -> Runner:
-        """Loads model and start-up adapters and sizes everything. Raises ConfigError or AdapterError."""
+    def load(cls, config: RunnerConfig, *, progress: Pulse | None = None) -> Runner:
+        """Loads model and start-up adapters and sizes everything. Raises ConfigError or AdapterError.
+
+        `progress` is ticked as it goes on, and bars show how far it is; without it nothing is shown.
+        """
         with torch.inference_mode():
             parts = assemble(config, progress=progress)
             runner = cls(parts)

@@ -56,8 +56,11 @@ SCHEDULER_EPOCHS = 1 << 20
 """An epoch is the runner's incarnation times this, plus the scheduler's incarnation that it serves."""
 
 
-def serve(child: Child, config: RunnerConfig) -> None:
-    """Loads, reports, and handles messages for ever. Exits with 0 on SIGTERM, with 1 on an error."""
+def serve(child: Child, config: RunnerConfig, starting: Pulse) -> None:
+    """Loads, reports, and handles messages for ever. Exits with 0 on SIGTERM, with 1 on an error.
+
+    `starting` is the pulse until the report.
+    """
     signal.signal(signal.SIGTERM, _exit)
     context: zmq.Context[Any] = zmq.Context()
     # The inbox is bound before anything is loaded, so that no message is lost.
@@ -65,7 +68,7 @@ def serve(child: Child, config: RunnerConfig) -> None:
     compilations = CompilationCounter().install()
     began = time.perf_counter()
     try:
-        runner = _load_runner(config)
+        runner = _load_runner(config, starting)
         server = Server(runner, inbox, context, config)
         server.announce()
     except Exception as error:
@@ -84,12 +87,12 @@ def serve(child: Child, config: RunnerConfig) -> None:
         os._exit(1)  # an orderly end may hang on a broken device, and the cause would look like another process's
 
 
-def _load_runner(config: RunnerConfig) -> Runner:
+def _load_runner(config: RunnerConfig, starting: Pulse) -> Runner:
     """A runner that is ready to serve: on a GPU, warmed up."""
     set_threads(config.cpu_threads)
-    runner = Runner.load(config, progress=True)
+    runner = Runner.load(config, progress=starting)
     if runner.capacity.device == "cuda":
-        warm_up(runner, progress=True)
+        warm_up(runner, progress=starting)
         log.info("device memory: %s", describe_bytes(runner.memory()))
     return runner
 

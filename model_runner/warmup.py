@@ -17,6 +17,7 @@ from itertools import count
 from tqdm import tqdm
 
 from engine.messages import Capacity, Chunk, LanePages, NewRow, Sampling, Step
+from engine.processes.pulse import Pulse
 from model_runner.lora.normal_form import PAGE_RANK
 from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.site import EMBED, EXPERTS, full_weights_of, vectors_of
@@ -36,7 +37,7 @@ SAMPLED_ROWS = 32
 """The most rows of the steps that try the kinds of sampling."""
 
 
-def warm_up(runner: Runner, *, progress: bool = False) -> None:
+def warm_up(runner: Runner, *, progress: Pulse | None = None) -> None:
     """Executes them all; the runner must not have served a request yet, and is reset at the end."""
     maker = StepMaker(runner.capacity)
     pages = runner.adapters.pages
@@ -44,7 +45,9 @@ def warm_up(runner: Runner, *, progress: bool = False) -> None:
         steps = [step for lanes in _lane_sets(pages, runner.capacity) for step in maker.sizes(lanes)]
         steps += [maker.sampled(sampling) for sampling in SAMPLINGS]
         steps.append(maker.scored())
-        for step in tqdm(steps, desc="warm-up", disable=not progress, leave=False):
+        for step in tqdm(steps, desc="warm-up", disable=progress is None, leave=False):
+            if progress is not None:
+                progress.tick()
             runner.execute(step)
     runner.reset()
 

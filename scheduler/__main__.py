@@ -15,6 +15,7 @@ from scheduler.server import serve
 def main() -> None:
     """Serves until SIGTERM (exit 0) or a failed audit (exit 1)."""
     child = Child()
+    child.starting()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         config = child.config(SchedulerConfig)

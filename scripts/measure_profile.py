@@ -42,6 +42,7 @@ from engine.messages import (
     Step,
 )
 from engine.processes import incarnations
+from engine.processes.pulse import Pulse
 from model_runner.runner import Runner
 from scheduler.simulate.profile import UNITS, CopyCost, MachineLimits, Profile, StepCost
 
@@ -207,7 +208,7 @@ def start(
         lora_pool_adapters=lanes + 2,
         adapters=sources,
     )
-    return Runner.load(config, progress=True)
+    return Runner.load(config, progress=Pulse())
 
 
 def residents(runner: Runner, directory: Path, lanes: int, rounds: int) -> tuple[RunnerBench, CopyCost, CopyCost]:

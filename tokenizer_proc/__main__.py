@@ -11,6 +11,7 @@ from engine.processes.child import Child
 def main() -> int:
     """Runs the process; returns its exit status."""
     child = Child()
+    pulse = child.starting()
     try:
         import uvloop
 
@@ -20,7 +21,7 @@ def main() -> int:
 
         config = child.config(TokenizerConfig)
         logs.setup("tokenizer", config.log_level)
-        uvloop.run(serve(child, config))
+        uvloop.run(serve(child, config, pulse))
     except Exception as error:
         logging.getLogger(__name__).debug("cannot go on", exc_info=True)
         child.failed(error)

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator
+from typing import NoReturn
 
 import zmq
 import zmq.asyncio
@@ -37,8 +38,8 @@ DRAIN_SECONDS = 10.0
 BEAT_SECONDS = 0.5
 
 
-async def serve(child: Child, config: TokenizerConfig) -> None:
-    """Runs until SIGTERM. Raises EngineError when it cannot start."""
+async def serve(child: Child, config: TokenizerConfig, pulse: Pulse) -> None:
+    """Runs until SIGTERM. Raises EngineError when it cannot start. `pulse` shows that the event loop turns."""
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     context = zmq.asyncio.Context()
@@ -46,12 +47,14 @@ async def serve(child: Child, config: TokenizerConfig) -> None:
         context, config.links.tokenizer, ToTokenizer, config.links.max_frame_bytes
     )
     outbox = SchedulerOutbox(zmq.Context.shadow(context.underlying), config.links)
+    beating = asyncio.ensure_future(_beat(pulse))
     try:
         news = SchedulerInbox(Frontend.load(config, outbox.send), outbox, inbox)
         if not await news.until_ready(stopping, forgiving=config.links.epoch > 0):
             return
-        await _work(child, config, context, news, stopping)
+        await _work(child, config, context, news, stopping, pulse)
     finally:
+        beating.cancel()
         inbox.close()
         outbox.close()
         context.term()
@@ -63,10 +66,10 @@ async def _work(
     context: zmq.asyncio.Context,
     news: SchedulerInbox,
     stopping: asyncio.Event,
+    pulse: Pulse,
 ) -> None:
     """From the first message after the start to the last stream."""
-    frontend, pulse = news.frontend, Pulse()
-    reading, beating = asyncio.ensure_future(news.read()), asyncio.ensure_future(_beat(pulse))
+    frontend, reading = news.frontend, asyncio.ensure_future(news.read())
     try:
         async with _door(config, context, frontend) as door, _http(config, frontend) as http:
             child.ready(_facts(frontend))
@@ -81,10 +84,9 @@ async def _work(
             await frontend.drain(DRAIN_SECONDS)
     finally:
         reading.cancel()
-        beating.cancel()
 
 
-async def _beat(pulse: Pulse) -> None:
+async def _beat(pulse: Pulse) -> NoReturn:
     """Shows that the event loop turns."""
     while True:
         pulse.tick()

@@ -2,8 +2,9 @@
 
     parent                                child
       | -- config, one JSON line on stdin -->|   stdin then stays open: its end means the parent is gone
-      |<-- Ready or Failed, one JSON line ---|   on the real stdout, which stray prints can no longer reach
-      |<-- Alive, each second ---------------|   the same way, once it serves
+      |<-- Alive, each second ---------------|   on the real stdout, which stray prints can no longer reach
+      |<-- Ready or Failed, one JSON line ---|   the same way
+      |<-- Alive, each second ---------------|   the same way, of one that serves
       |<-- logs on stderr -------------------|
 
 Knows nothing of what the process does.
@@ -60,6 +61,7 @@ class Child:
         self._parent = os.getppid()
         self._stdin: BinaryIO = sys.stdin.buffer
         self._report: BinaryIO = os.fdopen(os.dup(1), "wb")
+        self._quiet = threading.Event()
         os.dup2(2, 1)  # from here on a stray print lands in the log
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the launcher, which ends us in order
 
@@ -76,8 +78,16 @@ class Child:
         threading.Thread(target=self._watch_parent, name="parent", daemon=True).start()
         return config
 
+    def starting(self) -> Pulse:
+        """The pulse of the start, which the parent hears until `ready`: tick it as the start goes on."""
+        pulse = Pulse()
+        pulse.tick()
+        self.keep_pulse(pulse)
+        return pulse
+
     def ready(self, facts: Facts | None = None) -> None:
-        """Reports that this process serves."""
+        """Reports that this process serves; ends the pulse of the start."""
+        self._quiet.set()
         self._send(Ready(facts or {}))
 
     def failed(self, error: BaseException) -> None:
@@ -89,13 +99,14 @@ class Child:
 
     def keep_pulse(self, pulse: Pulse) -> None:
         """From now on the parent hears each second that this process lives and how long its work takes; after ready."""
-        threading.Thread(target=self._beat, args=(pulse,), name="pulse", daemon=True).start()
+        self._quiet = threading.Event()
+        threading.Thread(target=self._beat, args=(pulse, self._quiet), name="pulse", daemon=True).start()
 
-    def _beat(self, pulse: Pulse) -> None:
+    def _beat(self, pulse: Pulse, quiet: threading.Event) -> None:
         with contextlib.suppress(OSError):  # nobody listens any more
-            while True:
+            while not quiet.is_set():
                 self._send(Alive(pulse.busy))
-                time.sleep(PULSE_SECONDS)
+                quiet.wait(PULSE_SECONDS)
 
     def _send(self, report: Ready | Failed | Alive) -> None:
         self._report.write(msgspec.json.encode(report) + b"\n")

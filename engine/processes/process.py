@@ -1,7 +1,8 @@
 """The parent's side of a process: start it by name, read its report and its pulse, notice its end, end it in order.
 
     Spec (what to run) --start--> Process (one incarnation) --report--> Ready | Failed
-                                     |--> Alive, each second: one that falls silent, or gets stuck, is killed
+                                     |--> Alive, each second: one that falls silent, or gets stuck, is killed,
+                                     |    before its report as after it, where a start may take its time
                                      '--> exit
 
 Knows nothing of what the processes do, nor of the flags.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import os
 import signal
 import subprocess
@@ -23,12 +25,17 @@ from pathlib import Path
 import msgspec
 
 from engine.errors import EngineDead, revive
+from engine.ipc import UNREADABLE
 from engine.processes.child import Alive, Failed, Ready
+
+log = logging.getLogger(__name__)
 
 _REPORT: msgspec.json.Decoder[Ready | Failed | Alive] = msgspec.json.Decoder(Ready | Failed | Alive)
 _ROOT = Path(__file__).resolve().parents[2]
 _LIMIT = 1 << 20  # bytes of a report line
 SILENT_SECONDS = 5
+START_SILENT_SECONDS = 60  # a large library that is loaded from a slow disk holds up every thread of the interpreter
+START_BUSY_SECONDS = 600.0  # for one part of the start: a tensor, a kernel, an adapter
 OTHERS_DOING = (0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 
 
@@ -102,17 +109,20 @@ class Process:
         return self._process.pid
 
     async def report(self) -> Ready:
-        """Its first line. Raises the error it failed with, or EngineDead when it died without a word."""
-        assert self._process.stdout is not None
-        line = await self._process.stdout.readline()
-        if not line:
-            code = await self._process.wait()
-            raise EngineDead(f"the {self.spec.name} process {_ended(code)} while starting; its log is above")
-        report = _REPORT.decode(line)
-        if isinstance(report, Failed):
-            raise revive(report.kind, report.message, None, None)
-        assert isinstance(report, Ready), "a pulse comes after the report"
-        return report
+        """Its report. Raises the error it failed with, or EngineDead when it died without a word or had to be killed:
+        it was silent, or did not get on with its start.
+        """
+        word = await self._listen(START_SILENT_SECONDS, START_BUSY_SECONDS)
+        match word:
+            case Ready():
+                return word
+            case Failed():
+                raise revive(word.kind, word.message, None, None)
+            case End():
+                self.kill()
+                await self._process.wait()
+                raise EngineDead(f"the {self.spec.name} process {word.words} before it was ready; its log is above")
+        raise EngineDead(f"the {self.spec.name} process {await self._way_out()} while starting; its log is above")
 
     async def end(self, busy: float) -> End:
         """Waits for its end, and kills it when it is silent or at one piece of work for more than `busy` seconds."""
@@ -128,30 +138,62 @@ class Process:
             watch.cancel()
             exited.cancel()
 
+    async def _way_out(self) -> str:
+        """Waits for the end of a process that says no more, and kills it when that takes too long; how it ended."""
+        try:
+            await asyncio.wait_for(self._process.wait(), SILENT_SECONDS)
+        except TimeoutError:
+            self.kill()
+        return await self.exit()
+
     async def _stuck(self, busy: float) -> End:
-        """Waits until it falls silent or gets stuck; for ever when its pulse ends with it.
+        """Waits until it falls silent or gets stuck."""
+        while not isinstance(word := await self._listen(SILENT_SECONDS, busy), End):
+            if word is None:  # it has ended, and that is noticed elsewhere, unless it hangs on its way out
+                await asyncio.sleep(SILENT_SECONDS)
+                return _silent(SILENT_SECONDS)
+        return word
+
+    async def _listen(self, silence: int, busy: float) -> Ready | Failed | End | None:
+        """Its next word that is no pulse, or None after its last one; the end it is to have if it falls silent before,
+        or is at one piece of work for more than `busy` seconds.
 
         Silence is counted in seconds that this process lived through: one that was stopped itself, and goes on, finds
         the words of the others waiting.
         """
-        assert self._process.stdout is not None
-        silent = 0
-        line = asyncio.ensure_future(self._process.stdout.readline())
+        silent, line = 0, asyncio.ensure_future(self._line())
         try:
-            while silent < SILENT_SECONDS:
+            while silent < silence:
                 await asyncio.wait((line,), timeout=1.0)
                 if not line.done():
                     silent += 1
                     continue
                 if not line.result():
-                    await asyncio.get_running_loop().create_future()  # it has ended, and that is noticed elsewhere
-                word, silent = _REPORT.decode(line.result()), 0
+                    return None
+                word, silent = self._word(line.result()), 0
                 if isinstance(word, Alive) and word.busy > busy:
                     return End(f"was stuck for {word.busy:.0f} seconds and was killed", own_fault=True)
-                line = asyncio.ensure_future(self._process.stdout.readline())
+                if isinstance(word, Ready | Failed):
+                    return word
+                line = asyncio.ensure_future(self._line())
         finally:
             line.cancel()
-        return End(f"gave no sign of life for {SILENT_SECONDS} seconds and was killed", own_fault=False)
+        return _silent(silence)
+
+    async def _line(self) -> bytes:
+        """The next line; nothing at the end."""
+        assert self._process.stdout is not None
+        try:
+            return await self._process.stdout.readline()
+        except ValueError as error:  # it is too long, and was dropped
+            return str(error).encode()
+
+    def _word(self, line: bytes) -> Ready | Failed | Alive | None:
+        try:
+            return _REPORT.decode(line)
+        except UNREADABLE as error:
+            log.warning("the %s process wrote %.100r, which is no report: %s", self.spec.name, line, error)
+            return None
 
     async def exit(self) -> str:
         """Waits for its end; says how it ended."""
@@ -177,3 +219,7 @@ class Process:
 
 def _ended(code: int) -> str:
     return f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+
+
+def _silent(seconds: int) -> End:
+    return End(f"gave no sign of life for {seconds} seconds and was killed", own_fault=False)

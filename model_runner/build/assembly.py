@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from engine.processes.pulse import Pulse
 from engine.config.sections import RunnerConfig
 from engine.messages import Capacity
 from model_runner.build import memory_plan
@@ -59,7 +60,7 @@ class Parts:
     graphs: DecodeGraphs | None = None
 
 
-def assemble(config: RunnerConfig, *, progress: bool) -> Parts:
+def assemble(config: RunnerConfig, *, progress: Pulse | None) -> Parts:
     """All parts, attached to one another. Raises ConfigError or AdapterError, one line that says what to change."""
     device, model_config = resolve_device(config.device), read_model_config(Path(config.model_path))
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
@@ -80,7 +81,7 @@ def assemble(config: RunnerConfig, *, progress: bool) -> Parts:
 
 
 def _load_decoder(
-    config: RunnerConfig, model_config: ModelConfig, device: torch.device, dtype: torch.dtype, *, progress: bool
+    config: RunnerConfig, model_config: ModelConfig, device: torch.device, dtype: torch.dtype, *, progress: Pulse | None
 ) -> Decoder:
     path, shard = Path(config.model_path), Shard(config.rank, config.tp_size)
     method = quantization.resolve(dtype, device)
@@ -140,7 +141,7 @@ def _create_graphs(
     return DecodeGraphs(decoder, backend, lora.backend if lora else None, rows, sizes, capture)
 
 
-def _request_kernels(kernels: KernelSet, users: list[KernelUser], decoder: Decoder, progress: bool) -> None:
+def _request_kernels(kernels: KernelSet, users: list[KernelUser], decoder: Decoder, progress: Pulse | None) -> None:
     """Gives all users the compiled kernels, and asks for those that they want."""
     for user in users:
         user.use_kernels(kernels)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from engine.errors import ConfigError
+from engine.processes.pulse import Pulse
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -38,7 +39,7 @@ class Placement:
 
 
 def load_checkpoint(
-    directory: Path, placements: Iterable[Placement], harmless: Iterable[str] = (), *, progress: bool = False
+    directory: Path, placements: Iterable[Placement], harmless: Iterable[str] = (), *, progress: Pulse | None = None
 ) -> None:
     """Fills every placement from the directory's checkpoint.
 
@@ -51,11 +52,11 @@ def load_checkpoint(
     missing = set(wanted)
     sizes = [file.stat().st_size for file in files]
     with tqdm(
-        total=sum(sizes), desc="weights", unit="B", unit_scale=True, file=sys.stderr, disable=not progress
+        total=sum(sizes), desc="weights", unit="B", unit_scale=True, file=sys.stderr, disable=progress is None
     ) as bar:
         ends = itertools.accumulate(sizes)
         for file, end in zip(files, ends, strict=True):
-            missing -= _load_file(file, wanted, missing, frozenset(harmless), bar)
+            missing -= _load_file(file, wanted, missing, frozenset(harmless), bar, progress)
             bar.update(end - bar.n)  # headers, and tensors that were skipped
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -93,13 +94,20 @@ def _indexed_files(directory: Path) -> list[Path]:
 
 
 def _load_file(
-    file: Path, wanted: dict[str, list[Placement]], missing: set[str], harmless: frozenset[str], bar: Any
+    file: Path,
+    wanted: dict[str, list[Placement]],
+    missing: set[str],
+    harmless: frozenset[str],
+    bar: Any,
+    progress: Pulse | None,
 ) -> set[str]:
     """Fills the placements from one file; the names of the tensors it copied."""
     done: set[str] = set()
     try:
         with safe_open(str(file), framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                if progress is not None:
+                    progress.tick()
                 if name in wanted:
                     if name not in missing or name in done:
                         raise ConfigError(f"{file}: tensor {name} is in the checkpoint twice")

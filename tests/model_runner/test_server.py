@@ -37,7 +37,7 @@ from engine.messages import (
     ToScheduler,
     UnloadAdapter,
 )
-from engine.processes.child import Failed, Ready
+from engine.processes.child import Alive, Failed, Ready
 from model_runner.server import SCHEDULER_EPOCHS
 
 pytestmark = pytest.mark.e2e
@@ -65,9 +65,15 @@ class Child:
         self.process.stdin.flush()
 
     def report(self) -> Ready | Failed:
-        """The child's line on stdout."""
+        """The child's report on stdout, after its signs of life."""
         assert self.process.stdout is not None
-        return msgspec.json.decode(self.process.stdout.readline(), type=Ready | Failed)
+        signs = 0
+        while isinstance(
+            word := msgspec.json.decode(self.process.stdout.readline(), type=Ready | Failed | Alive), Alive
+        ):
+            signs += 1
+        assert signs, "it gave no sign of life in its start"
+        return word
 
     def next(self, type_: type[M]) -> M:
         """Receives the next message, which must be of this type."""

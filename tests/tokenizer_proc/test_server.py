@@ -64,8 +64,13 @@ class Process:
         self.popen.stdin.flush()
 
     def report(self) -> dict[str, Any]:
+        """Its report, which signs of life come before."""
         assert self.popen.stdout is not None
-        return json.loads(self.popen.stdout.readline())
+        signs = 0
+        while (word := json.loads(self.popen.stdout.readline()))["type"] == "Alive":
+            signs += 1
+        assert signs, "it gave no sign of life in its start"
+        return word
 
     def receive(self, type_: type[Any]) -> Any:
         """The next message from the child, which must be of this type."""

@@ -144,6 +144,7 @@ def test_a_start_that_fails_does_not_hide_the_fault_before_it() -> None:
                 while len(told) < 3:
                     await asyncio.sleep(0.05)
             keeper.cancel()
+            await asyncio.wait([keeper])  # a start that is cut off with its loop does not end
 
     asyncio.run(run())
     assert told == [False, False, False], "the failed start is nobody's fault who was in flight"
@@ -160,9 +161,10 @@ async def _replaced(supervisor: Supervisor, first: int) -> int:
         return now
     finally:
         keeper.cancel()
+        await asyncio.wait([keeper])  # a start that is cut off with its loop does not end
 
 
-@pytest.mark.parametrize("life", ["serves, then dies", "serves, then is stuck"])
+@pytest.mark.parametrize("life", ["serves, then dies", "serves, then is stuck", "serves, then falls dumb"])
 def test_one_that_dies_or_gets_stuck_is_replaced(life: str) -> None:
     async def run() -> tuple[int, int]:
         async with Supervisor([_maker(life, "serves")], busy=1.0) as supervisor:
@@ -186,6 +188,78 @@ def test_one_that_is_stopped_gives_no_sign_of_life_and_is_replaced(monkeypatch: 
     first, second = asyncio.run(run())
     assert first != second
     assert not _alive(first)
+
+
+@pytest.mark.parametrize(
+    ("does", "words"),
+    [
+        ("hangs in its start", "was stuck for [1-9][0-9]* seconds and was killed before it was ready"),
+        ("is stopped in its start", "gave no sign of life for 2 seconds and was killed before it was ready"),
+        ("falls dumb in its start", "was killed by signal 9 while starting"),
+    ],
+)
+def test_a_first_start_that_hangs_is_ended(does: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _hurry(monkeypatch)
+
+    async def run() -> list[int]:
+        async with asyncio.timeout(30), Supervisor([_maker("serves"), _maker(does)], grace=0.3) as supervisor:
+            pids = supervisor.pids()
+            with pytest.raises(EngineDead, match=f"the {does} process {words}"):
+                await supervisor.ready()
+            return pids
+
+    assert not any(map(_alive, asyncio.run(run())))
+
+
+@pytest.mark.parametrize("does", ["hangs in its start", "is stopped in its start"])
+def test_a_restart_that_hangs_is_a_failed_start(
+    does: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> str:
+        async with (
+            asyncio.timeout(60),
+            Supervisor([_maker("serves, then dies", does, "fails")], grace=0.3) as supervisor,
+        ):
+            await supervisor.ready()
+            _hurry(monkeypatch)
+            return await supervisor.hopeless()
+
+    assert asyncio.run(run()).endswith("too often in a row")
+    told = [record.getMessage() for record in caplog.records if "before it was ready" in record.getMessage()]
+    assert len(told) == 1
+    assert told[0].startswith(f"the {does} process ")
+
+
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little patience with a start from now on."""
+    monkeypatch.setattr(process, "START_SILENT_SECONDS", 2)
+    monkeypatch.setattr(process, "START_BUSY_SECONDS", 0.5)
+
+
+def test_a_slow_start_that_goes_on_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "START_BUSY_SECONDS", 1.5)
+
+    async def run() -> None:
+        async with asyncio.timeout(30), Supervisor([_maker("starts slowly")]) as supervisor:
+            assert "starts slowly" in await supervisor.ready()
+
+    asyncio.run(run())
+
+
+def test_words_that_are_no_report_are_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> str:
+        async with asyncio.timeout(30), Supervisor([_maker("says what is no report")]) as supervisor:
+            (report,) = (await supervisor.ready()).values()
+            keeper = asyncio.ensure_future(supervisor.hopeless())
+            await asyncio.sleep(2.0)
+            assert not keeper.done()
+            keeper.cancel()
+            await asyncio.wait([keeper])  # a start that is cut off with its loop does not end
+            return str(report.facts["pid"])
+
+    assert int(asyncio.run(run())) > 0
+    assert caplog.text.count("wrote b'garbage") == 2
+    assert "exceed the limit" in caplog.text
 
 
 def test_one_that_ignores_sigterm_is_killed() -> None:

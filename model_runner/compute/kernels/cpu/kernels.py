@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from engine.config.args import CpuKernels, LogLevel
 from engine.errors import ConfigError
+from engine.processes.pulse import Pulse
 from model_runner.compute.kernels.cpu.compilation import compiler
 from model_runner.compute.kernels.cpu.compilation.builder import Builder, BuilderGone
 from model_runner.compute.kernels.cpu.compilation.cache import KernelCache, UnsafeDirectory, default_directory
@@ -103,7 +104,7 @@ class KernelSet:
         """The process id of the builder, while it runs."""
         return None if self._builder is None else self._builder.pid
 
-    def request(self, keys: Iterable[KernelKey], *, progress: bool = False) -> None:
+    def request(self, keys: Iterable[KernelKey], *, progress: Pulse | None = None) -> None:
         """Loads the kernels that the cache has and starts building the others; called once.
 
         Returns at once, except in the mode before_serving: then it returns when all are built, shows a bar if
@@ -175,7 +176,7 @@ class KernelSet:
             self._kernels[job.key] = kernel
         return True
 
-    def _build(self, jobs: list[BuildJob], *, progress: bool) -> None:
+    def _build(self, jobs: list[BuildJob], *, progress: Pulse | None) -> None:
         if compiler.find_compiler() is None:
             self._cannot_build("no C++ compiler found: plain torch computes, which is slower; install g++")
             return
@@ -191,11 +192,13 @@ class KernelSet:
         if first:
             self._wait_for_all(progress=progress)
 
-    def _wait_for_all(self, *, progress: bool) -> None:
-        with tqdm(total=len(self._jobs), desc="compiling", disable=not progress, leave=False) as bar:
+    def _wait_for_all(self, *, progress: Pulse | None) -> None:
+        with tqdm(total=len(self._jobs), desc="compiling", disable=progress is None, leave=False) as bar:
             while self._builder is not None:
                 self._builder.wait()
                 self.poll()
+                if progress is not None:
+                    progress.tick()
                 bar.update(bar.total - len(self._jobs) - bar.n)
 
     def _cannot_build(self, reason: str) -> None:

@@ -17,7 +17,7 @@ from fixtures.processes.watched import PATIENCE, runs, wait_for
 
 from engine.config.sections import Links, RunnerConfig
 from engine.errors import ConfigError
-from engine.processes.child import Failed, Ready
+from engine.processes.child import Alive, Failed, Ready
 from model_runner.runner import Runner
 
 
@@ -44,7 +44,9 @@ def runner_process(config: RunnerConfig, **environment: str) -> Iterator[subproc
 
 def report(process: subprocess.Popen[bytes]) -> Ready | Failed:
     assert process.stdout is not None
-    return msgspec.json.decode(process.stdout.readline(), type=Ready | Failed)
+    while isinstance(word := msgspec.json.decode(process.stdout.readline(), type=Ready | Failed | Alive), Alive):
+        pass
+    return word
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
