@@ -7,6 +7,7 @@
       |<-- Ping, in return ------------------|   ten silent seconds: the engine is taken for dead; a Ping of a later
       |                                      |   incarnation: the calls that the former one had are lost
 
+An answer that cannot be read ends its call; a frame that says no call is passed over. A link that breaks ends them all.
 Knows nothing of processes or prompts.
 """
 
@@ -15,15 +16,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, NoReturn
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from engine.errors import EngineDead, InvalidRequest, revive
-from engine.ipc import MAX_FRAME_BYTES
+from engine.errors import EngineDead, InternalError, InvalidRequest, revive
+from engine.ipc import MAX_FRAME_BYTES, UNREADABLE
 from engine.messages import Answer, Cancel, Command, Delta, Failure, Ping, Submit, ToHost
+
+log = logging.getLogger(__name__)
 
 PING_SECONDS = 1.0
 SILENT_SECONDS = 10.0
@@ -66,8 +71,9 @@ class Link:
         self._socket.connect(address)
         self._heard = asyncio.get_running_loop().time()
         self._epoch: int | None = None
-        self._dead: EngineDead | None = None
-        self._tasks = [asyncio.ensure_future(self._receive()), asyncio.ensure_future(self._ping())]
+        self._dead: EngineDead | None = None  # until something is heard again
+        self._over: EngineDead | None = None  # for good
+        self._tasks = [asyncio.ensure_future(self._work(task)) for task in (self._receive(), self._ping())]
 
     def new_id(self) -> int:
         """A number no call of this link has had."""
@@ -79,16 +85,16 @@ class Link:
 
         Raises InvalidRequest for what no frame can hold, EngineDead.
         """
-        if self._dead is not None:
-            raise self._dead
+        if (gone := self._over or self._dead) is not None:
+            raise gone
         frame = self._encode(message)
         call = self._calls[message.id] = Call(message.id)
         try:
-            self._socket.send(frame)  # no high-water mark: the future is done at once
+            await self._socket.send(frame)  # no high-water mark: the future is done at once
             yield call
         finally:
             del self._calls[message.id]
-            if isinstance(message, Submit):
+            if isinstance(message, Submit) and self._over is None:
                 self._socket.send(self._encode(Cancel(message.id)))  # of a finished call: ignored there
 
     async def close(self) -> None:
@@ -108,30 +114,62 @@ class Link:
             raise InvalidRequest(f"a call of {len(frame)} bytes is above the bound of {MAX_FRAME_BYTES}")
         return frame
 
-    async def _receive(self) -> None:
+    async def _work(self, task: Coroutine[Any, Any, NoReturn]) -> None:
+        """One task of the link, which goes on for ever: what ends it ends all calls, for nothing would end them."""
+        try:
+            await task
+        except Exception as error:
+            log.exception("the link to the engine at %s broke", self._address)
+            self._over = EngineDead(f"the link to the engine broke: {type(error).__name__}: {error}")
+            self._tell(self._over)
+
+    def _tell(self, loss: EngineDead) -> None:
+        """Ends all open calls."""
+        for call in self._calls.values():
+            call.put(loss)
+
+    async def _receive(self) -> NoReturn:
         while True:
-            message = self._decoder.decode(await self._socket.recv())
+            message = self._read(await self._socket.recv())
             self._heard = asyncio.get_running_loop().time()
             self._dead = None
+            if message is None:
+                continue
             if isinstance(message, Ping):
                 self._meet(message.epoch)
             elif message.id in self._calls:  # else: a call that was left
                 self._calls[message.id].put(message)
 
+    def _read(self, frame: bytes) -> ToHost | None:
+        """The message of a frame; of an answer that cannot be read, its call's failure."""
+        try:
+            return self._decoder.decode(frame)
+        except UNREADABLE as error:
+            log.warning("the link refused a frame of %d bytes: %s", len(frame), error)
+            id = _answered(frame)
+            return None if id is None else Failure(id, InternalError.kind, f"an answer cannot be read: {error}")
+
     def _meet(self, epoch: int) -> None:
         """Who answers now. Another one than before does not know the calls that are open."""
         if self._epoch is not None and epoch != self._epoch:
             lost = EngineDead("the engine's front end was restarted and this call was lost: send it again")
-            for call in self._calls.values():
-                call.put(lost)
+            self._tell(lost)
         self._epoch = epoch
 
-    async def _ping(self) -> None:
+    async def _ping(self) -> NoReturn:
         while True:
             silent = asyncio.get_running_loop().time() - self._heard
             if silent > SILENT_SECONDS and self._dead is None:
                 self._dead = EngineDead(f"no engine answers at {self._address}")
-                for call in self._calls.values():
-                    call.put(self._dead)
-            self._socket.send(self._encode(Ping()))
+                self._tell(self._dead)
+            await self._socket.send(self._encode(Ping()))
             await asyncio.sleep(PING_SECONDS)
+
+
+def _answered(frame: bytes) -> int | None:
+    """The id of the call that a frame would answer, if that can be read of it."""
+    with contextlib.suppress(*UNREADABLE):
+        match msgspec.msgpack.decode(frame):
+            case ["Delta" | "Answer" | "Failure", int(id), *_] if not isinstance(id, bool):
+                return id
+    return None

@@ -12,7 +12,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from engine import Engine, EngineDead, InvalidRequest, LoRARequest, NotFound, Overloaded, SamplingParams
+from engine import Engine, EngineDead, InternalError, InvalidRequest, LoRARequest, NotFound, Overloaded, SamplingParams
 from engine.client import link
 from engine.messages import AdapterCard, Answer, Cancel, Command, Delta, Failure, Ping, Submit, ToDoor, Usage
 
@@ -35,10 +35,11 @@ class Door:
             message = decoder.decode(frame)
             self.heard.append(message)
             for reply in self._replies(message):
-                await self._socket.send_multipart([identity, msgspec.msgpack.encode(reply)])
+                frame = reply if isinstance(reply, bytes) else msgspec.msgpack.encode(reply)
+                await self._socket.send_multipart([identity, frame])
 
     async def wait_for(self, type_: type) -> Any:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while not (found := [message for message in self.heard if isinstance(message, type_)]):
                 await asyncio.sleep(0.005)
         return found[0]
@@ -84,6 +85,10 @@ def _run(
     replies: Callable[[Any], list[Any]] = _words,
 ) -> None:
     async def main() -> None:
+        async with asyncio.timeout(20):
+            await served()
+
+    async def served() -> None:
         address = f"ipc://{tmp_path}/door"
         door = Door(address, replies)
         try:
@@ -193,6 +198,70 @@ def test_adapter_calls_are_commands(tmp_path: Path) -> None:
         told = [message for message in door.heard if isinstance(message, Command)]
         assert [message.call for message in told] == ["load", "pin", "unpin", "unload"]
         assert (told[0].pinned, told[0].preload, told[0].load_inplace) == (True, True, True)
+
+    _run(tmp_path, work)
+
+
+UNREADABLE_FRAMES = [
+    b"",
+    b"\xc1 garbage",
+    b"\x91" * 5000,
+    msgspec.msgpack.encode(["Exec", "rm"]),
+    msgspec.msgpack.encode(["Ping", "x"]),
+    b"\x93\xa5Delta\x05\xa1\xff",
+]
+
+
+def test_a_frame_that_is_no_message_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def replies(message: Any) -> list[Any]:
+        return [*UNREADABLE_FRAMES, *_words(message)] if isinstance(message, Submit) else _words(message)
+
+    async def work(engine: Engine, door: Door) -> None:
+        for _ in range(2):
+            (answer,) = await engine.generate_all(["a"])
+            assert answer.text == "None ok"
+
+    _run(tmp_path, work, replies)
+    assert caplog.text.count("refused a frame") == 2 * len(UNREADABLE_FRAMES)
+
+
+def test_a_bad_frame_with_an_id_ends_only_its_call(tmp_path: Path) -> None:
+    def replies(message: Any) -> list[Any]:
+        if isinstance(message, Submit) and message.prompt == "bad":
+            return [msgspec.msgpack.encode(["Delta", message.id, "index"])]
+        return _words(message)
+
+    async def work(engine: Engine, door: Door) -> None:
+        waiting = asyncio.ensure_future(engine.generate_all(["silence"]))
+        await door.wait_for(Submit)
+        with pytest.raises(InternalError, match="cannot be read"):
+            await engine.generate_all(["bad"])
+        assert not waiting.done()
+        (answer,) = await engine.generate_all(["a"])
+        assert answer.text == "None ok"
+        waiting.cancel()
+
+    _run(tmp_path, work, replies)
+
+
+@pytest.mark.parametrize("verb", ["recv", "send"])
+def test_a_link_that_cannot_go_on_ends_its_calls(tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "PING_SECONDS", 0.05)
+
+    async def work(engine: Engine, door: Door) -> None:
+        waiting = asyncio.ensure_future(engine.generate_all(["silence"]))
+        await door.wait_for(Submit)
+
+        def broken(*_: Any) -> Any:
+            raise zmq.ZMQError(zmq.ENOTSOCK)
+
+        monkeypatch.setattr(engine._open()._socket, verb, broken)
+        if verb == "recv":
+            await engine._open()._socket.send(msgspec.msgpack.encode(Ping()))  # what is answered is read before
+        with pytest.raises(EngineDead, match="the link to the engine"):
+            await waiting
+        with pytest.raises(EngineDead, match="the link to the engine"):
+            await engine.adapters()
 
     _run(tmp_path, work)
 
