@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import zmq
@@ -67,17 +67,15 @@ class ZmqServer:
         self._socket.bind(address)
 
     async def serve(self) -> None:
-        """Takes messages in until cancelled."""
-        watcher = asyncio.ensure_future(self._watch())
+        """Takes messages in until cancelled, or until what it reads or watches with breaks."""
+        tasks = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._watch())]
         try:
-            while True:
-                frames = await self._socket.recv_multipart()
-                if len(frames) != 2:
-                    log.warning("the door refused a message of %d frames", len(frames))
-                    continue
-                self._take(*frames)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         finally:
-            watcher.cancel()
+            for task in tasks:
+                task.cancel()
 
     def close(self) -> None:
         """Aborts what is open and drops the socket."""
@@ -89,6 +87,14 @@ class ZmqServer:
     def open(self) -> int:
         """How many calls run."""
         return sum(len(host.tasks) for host in self._hosts.values())
+
+    async def _read(self) -> NoReturn:
+        while True:
+            frames = await self._socket.recv_multipart()
+            if len(frames) == 2:
+                self._take(*frames)
+            else:
+                log.warning("the door refused a message of %d frames", len(frames))
 
     def _take(self, identity: bytes, frame: bytes) -> None:
         host = self._hosts.setdefault(identity, _Client())
@@ -195,7 +201,7 @@ class ZmqServer:
             frame = self._encoder.encode(_failure(message.id, error))
         self._socket.send_multipart([identity, frame])  # no high-water mark: done at once; a gone host is dropped
 
-    async def _watch(self) -> None:
+    async def _watch(self) -> NoReturn:
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             now = time.monotonic()

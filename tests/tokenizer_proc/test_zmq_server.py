@@ -211,6 +211,31 @@ def test_a_silent_host_is_forgotten_and_a_pinging_one_is_not(address: str, monke
     run(work)
 
 
+def test_a_door_that_cannot_watch_its_hosts_ends(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no watch")
+
+    monkeypatch.setattr(door_module, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(door_module, "CHECK_SECONDS", 0.05)
+    monkeypatch.setattr(Door, "_give_up", broken)
+    fake = Fake()
+
+    async def work() -> None:
+        context = zmq.asyncio.Context()
+        door, host = Door(context, address, fake.front), Host(context, address)
+        await host.send(Ping())
+        try:
+            with pytest.raises(RuntimeError, match="no watch"):
+                await asyncio.wait_for(door.serve(), 5)
+        finally:
+            host.close()
+            door.close()
+            await asyncio.sleep(0)
+            context.term()
+
+    run(work)
+
+
 def test_an_answer_larger_than_a_frame_is_a_failure(address: str) -> None:
     fake = Fake()
 
