@@ -98,7 +98,9 @@ class Link:
                 self._socket.send(self._encode(Cancel(message.id)))  # of a finished call: ignored there
 
     async def close(self) -> None:
-        """Ends the link. What is still open is aborted by the engine, which misses the pings."""
+        """Ends the link, and its open calls with EngineDead. The engine aborts them when it misses the pings."""
+        self._over = EngineDead("the engine was closed")
+        self._tell(self._over)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -277,6 +277,40 @@ def test_a_lora_request_answers_to_both_vocabularies() -> None:
     assert (request.name, request.adapter_id, request.path) == ("n", 3, "p")
 
 
+def test_a_closed_engine_ends_what_is_open(tmp_path: Path) -> None:
+    async def main() -> None:
+        address = f"ipc://{tmp_path}/door"
+        door = Door(address, lambda message: [] if isinstance(message, Command) else _words(message))
+        engine = Engine.connect(address)
+        async with engine:
+            one = engine._open()
+            waiting = [asyncio.ensure_future(call) for call in (engine.generate_all(["silence"]), engine.info())]
+            stream = engine.generate("silence")
+            waiting.append(asyncio.ensure_future(anext(stream)))
+            await door.wait_for(Command)
+            half_read = engine.generate("a")
+            await anext(half_read)
+            await door.wait_for(Submit)
+        for call in waiting:
+            with pytest.raises(EngineDead, match="closed"):
+                await call
+        await half_read.aclose()
+        heard = len(door.heard)
+        with pytest.raises(EngineDead, match="not open"):
+            await engine.generate_all(["a"])
+        with pytest.raises(EngineDead, match="closed"):
+            async with one.call(Submit(id=one.new_id(), prompt="a")):
+                pass
+        with pytest.raises(EngineDead, match="not open"):
+            await engine.info()
+        await one.close()  # twice is harmless
+        await asyncio.sleep(0.1)
+        assert len(door.heard) == heard
+        await door.close()
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
 def test_a_silent_engine_is_dead_and_a_closed_one_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "SILENT_SECONDS", 0.2)
     monkeypatch.setattr(link, "PING_SECONDS", 0.05)
