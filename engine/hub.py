@@ -8,18 +8,32 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+TOKENIZER = "tokenizer.json"
+TEXTS = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.*"]
 WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
-def local_directory(source: str, what: str) -> Path:
-    """The directory behind `source`; `what` ("model", "adapter 'sql'") begins the message of a ConfigError."""
+def tokenizer_directory(source: str, what: str) -> Path:
+    """The directory behind `source`, of which only the tokenizer and its template are wanted."""
+    directory = local_directory(source, what, TEXTS)
+    if not (directory / TOKENIZER).is_file():
+        raise ConfigError(f"{what}: {source} cannot be used, it has no {TOKENIZER}")
+    return directory
+
+
+def local_directory(source: str, what: str, wanted: Sequence[str] = WANTED) -> Path:
+    """The directory behind `source`; `what` ("model", "adapter 'sql'") begins the message of a ConfigError.
+
+    `wanted` are the patterns of the files that are fetched where it is a hub id.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         return path.resolve()
@@ -27,16 +41,16 @@ def local_directory(source: str, what: str) -> Path:
         raise ConfigError(f"{what}: {source} is a file; give the directory that holds it")
     if not _HUB_ID.fullmatch(source):
         raise ConfigError(f"{what}: {source} is neither a directory nor a hub id (org/name or org/name@revision)")
-    return _download(source, what)
+    return _download(source, what, wanted)
 
 
-def _download(source: str, what: str) -> Path:
+def _download(source: str, what: str, wanted: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and most launches do not need it
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     repo, _, revision = source.partition("@")
     try:
-        directory = Path(snapshot_download(repo, revision=revision or None, allow_patterns=WANTED)).resolve()
+        directory = Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(wanted))).resolve()
     except GatedRepoError as error:
         raise ConfigError(f"{what}: {repo} is gated; ask for access there, then run `hf auth login`") from error
     except RevisionNotFoundError as error:

@@ -156,11 +156,15 @@ def _resolve(args: Args, addresses: Addresses, listener: socket.socket | None) -
     """From names to directories and sections: the part that may use the network."""
     specs = adapter_specs(args)
     model = DEMO / "model" if args.model_path is None else hub.local_directory(args.model_path, "--model-path")
+    tokenizer = (
+        None if args.tokenizer_path is None else hub.tokenizer_directory(args.tokenizer_path, "--tokenizer-path")
+    )
     return sections(
         args,
         links=addresses.links(),
         journal=addresses.journal,
         model=model,
+        tokenizer=tokenizer,
         adapters=[_source(number, spec, args) for number, spec in enumerate(specs, start=1)],
         listen_fd=listener.fileno() if listener else None,
     )

@@ -27,6 +27,7 @@ class Args(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """
 
     model_path: str | None = None
+    tokenizer_path: str | None = None
     host: str = "127.0.0.1"
     port: int | None = 30000
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -15,8 +15,6 @@ from engine.config.args import Args
 from engine.errors import ConfigError
 
 LATER = {
-    "--tokenizer-path": "the model's own tokenizer is used",
-    "--tokenizer": "the model's own tokenizer is used",
     "--revision": "write org/name@revision instead",
     "--fully-sharded-loras": "tensor parallelism is not available yet",
 }
@@ -186,6 +184,13 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         dest="model_path",
         metavar="MODEL",
         help="a directory, or a hub id: org/name or org/name@revision (the demo)",
+    )
+    add(
+        "--tokenizer-path",
+        "--tokenizer",
+        metavar="PATH",
+        help="a directory or hub id whose tokenizer.json, tokenizer_config.json and chat template are used in place of "
+        "the model's (the model's)",
     )
     add("--device", choices=["auto", "cpu", "cuda"], help="where the model runs; auto: cuda where there is one (auto)")
     add(

@@ -45,6 +45,7 @@ class Links(msgspec.Struct, frozen=True, kw_only=True):
 class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The tokenizer/API process. `listen_fd` is the launcher's listening socket, None = no HTTP (embedded).
 
+    Tokenizer and chat template are read from `tokenizer_path`, generation_config.json from `model_path`.
     `runtime_loads`: adapters may be loaded over HTTP without `admin_key`. With `lora_roots` the real path of every
     adapter file must lie under one of them or the hub cache. `priorities`: requests may have one other than 0.
     `journal` is where it writes what adapters become. `max_stream_buffer`: bytes that may wait for one client, who has
@@ -160,17 +161,27 @@ class Sections(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def sections(
-    args: Args, *, links: Links, journal: Path, model: Path, adapters: list[AdapterSource], listen_fd: int | None
+    args: Args,
+    *,
+    links: Links,
+    journal: Path,
+    model: Path,
+    tokenizer: Path | None = None,
+    adapters: list[AdapterSource],
+    listen_fd: int | None,
 ) -> Sections:
-    """Every process's section, from the flags and what was resolved: directories, addresses, the listening socket."""
+    """Every process's section, from the flags and what was resolved: directories, addresses, the listening socket.
+
+    `tokenizer` None: the tokenizer files are the model's.
+    """
     enable_lora = bool(adapters) if args.enable_lora is None else args.enable_lora
     if args.enable_lora is None and _means_lora(args):
         enable_lora = True
     max_loras = args.max_loras_per_batch if enable_lora else 0
     shared: dict[str, Any] = {"links": links, "log_level": args.log_level, "adapters": adapters, "max_loras": max_loras}
-    tokenizer = TokenizerConfig(
+    texts = TokenizerConfig(
         model_path=str(model),
-        tokenizer_path=str(model),
+        tokenizer_path=str(tokenizer or model),
         served_model_names=served_names(args),
         chat_template=args.chat_template,
         enable_lora=enable_lora,
@@ -234,7 +245,7 @@ def sections(
         seed=args.seed or 0,
         **shared,
     )
-    return Sections(tokenizer=tokenizer, scheduler=scheduler, runner=runner)
+    return Sections(tokenizer=texts, scheduler=scheduler, runner=runner)
 
 
 def _means_lora(args: Args) -> bool:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,3 +109,41 @@ def test_lora_without_adapters_makes_room_for_rank_64_everywhere(tiny_model: Cal
         pages, slots = dict.fromkeys(GROUPS, 8), {f"{group}.vectors": 2 for group in GROUPS} | {"norms.full": 2}
         assert capacity["rank_pages"] == {**pages, **slots}
         assert "rank up to 64" in server.announcement
+
+
+def test_a_tokenizer_of_another_directory(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    model, texts = tmp_path / "model", tmp_path / "texts"
+    shutil.copytree(tiny_model("llama3"), model)
+    texts.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).rename(texts / name)
+    (texts / "chat_template.jinja").write_text(TEMPLATE)
+    (model / "generation_config.json").write_text(json.dumps({"temperature": 0.0, "eos_token_id": 7}))
+    (texts / "generation_config.json").write_text("no JSON")
+    with RunningServer("--model", model, "--tokenizer-path", texts, "--device", "cpu") as server:
+        ids = server.post("/tokenize", {"messages": [{"role": "user", "content": "so"}]})[1]["tokens"]
+        assert server.post("/detokenize", {"tokens": ids})[1]["prompt"].endswith("so indeed")
+        body = {"model": str(model), "prompt": "so", "max_tokens": 2}
+        assert server.post("/v1/completions", body)[0] == 200
+        assert server.get("/server_info")["tokenizer_path"] == str(texts)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("empty", "it has no tokenizer.json"),
+        ("file", "is a file"),
+        ("no/such/place", "neither a directory nor a hub id"),
+    ],
+)
+def test_a_tokenizer_path_of_no_use_is_one_line(
+    source: str, words: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "engine.launch", tiny_model("llama3"), "--tokenizer-path", tmp_path / source]
+    done = subprocess.run([*command, "--port", "0"], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"chorus: --tokenizer-path: {tmp_path / source}")
+    assert words in line

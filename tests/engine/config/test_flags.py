@@ -17,6 +17,8 @@ ACCEPTED = [
     (["--model-path", "m"], {"model_path": "m"}),
     (["--model", "m"], {"model_path": "m"}),
     (["m", "--model", "m"], {"model_path": "m"}),
+    (["--tokenizer-path", "t"], {"tokenizer_path": "t"}),
+    (["--tokenizer", "org/name@v1"], {"tokenizer_path": "org/name@v1"}),
     (["--host", "0.0.0.0", "--port", "0"], {"host": "0.0.0.0", "port": 0}),
     (["--device", "cpu"], {"device": "cpu"}),
     (["--dtype", "half"], {"dtype": "float16"}),

@@ -59,6 +59,14 @@ def test_lora_is_on_when_something_means_it(
     assert resolved.tokenizer.max_pinned == max(0, lanes - 1)
 
 
+def test_the_tokenizer_is_the_models_or_its_own() -> None:
+    assert _sections().tokenizer.tokenizer_path == "/m"
+    own = sections(
+        Args(), links=LINKS, journal=Path("/j"), model=Path("/m"), tokenizer=Path("/t"), adapters=[], listen_fd=5
+    )
+    assert (own.tokenizer.tokenizer_path, own.tokenizer.model_path, own.runner.model_path) == ("/t", "/m", "/m")
+
+
 def test_the_pool_is_adapters_or_bytes() -> None:
     assert _sections(lora_pool_size="12").runner.lora_pool_adapters == 12
     assert _sections(lora_pool_size="12MB").runner.lora_pool_bytes == 12_000_000
