@@ -114,7 +114,7 @@ class Command(Message, frozen=True, kw_only=True):
 
 
 class Ping(Message, frozen=True):
-    """Either way on any link: I am alive. `epoch` is the sender's."""
+    """host -> tokenizer_proc -> host: I am alive. `epoch` is the tokenizer process's."""
 
     epoch: int = 0
 
@@ -350,11 +350,9 @@ class Progress(Message, frozen=True):
 
 
 class Footprint(Part, frozen=True):
-    """What an adapter occupies when resident: rank pages by group, vector slots, matrix slots."""
+    """What an adapter occupies when resident: rank pages by group."""
 
     pages: dict[str, int]
-    vectors: int = 0
-    matrices: int = 0
 
 
 AdapterStage = Literal["loading", "disk", "host", "resident", "draining", "gone", "failed"]
@@ -572,10 +570,10 @@ class Hello(Message, frozen=True):
 
 # -------------------------------------------------------------------------------------------------------- the inboxes
 
-ToTokenizer = Hello | Ping | Capacity | Progress | AdapterState | Stats
+ToTokenizer = Hello | Capacity | Progress | AdapterState | Stats
 ToScheduler = (
-    Hello | Ping | Generate | Abort | LoadAdapter | UnloadAdapter | PinAdapter | RunnerReady | StepDone | AdapterState
+    Hello | Generate | Abort | LoadAdapter | UnloadAdapter | PinAdapter | RunnerReady | StepDone | AdapterState
 )
-ToRunner = Hello | Ping | Reset | Step | LoadAdapter | UnloadAdapter | EvictAdapter
+ToRunner = Hello | Reset | Step | LoadAdapter | UnloadAdapter | EvictAdapter
 ToDoor = Submit | Cancel | Command | Ping
 ToHost = Delta | Answer | Failure | Ping

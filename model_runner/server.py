@@ -31,7 +31,6 @@ from engine.messages import (
     EvictAdapter,
     Hello,
     LoadAdapter,
-    Ping,
     Reset,
     RunnerReady,
     Step,
@@ -178,8 +177,6 @@ class Server:
                 self._report(self._runner.adapters.evict(message.adapter_id))
             case Reset():
                 self._reset(message)
-            case Ping():
-                self._scheduler.send(Ping(self._epoch))
             case Hello():
                 self._greet(message)
 

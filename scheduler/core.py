@@ -31,7 +31,6 @@ from engine.messages import (
     LoadAdapter,
     LogprobIds,
     PinAdapter,
-    Ping,
     Progress,
     RunnerReady,
     Stats,
@@ -125,8 +124,6 @@ class Scheduler:
             case Hello():
                 if message.process == "tokenizer":
                     self._meet_client(message.epoch)
-            case Ping():
-                pass
         self._disk_loader.start_loads()
         return self.drain_outbox()
 

@@ -19,7 +19,6 @@ from engine.messages import (
     AdapterState,
     Capacity,
     Hello,
-    Ping,
     Progress,
     Stats,
     Submit,
@@ -166,7 +165,7 @@ class Frontend:
                 self.capacity = self.router.wait_reasons.capacity = message
                 self.adapters.load(self._send)
                 self.adapters.unload(self._send)
-            case Hello() | Ping():
+            case Hello():
                 pass
 
     def recover(self, scheduler: int) -> None:

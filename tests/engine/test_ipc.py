@@ -16,7 +16,7 @@ import zmq.asyncio
 
 from engine.errors import InternalError
 from engine.ipc import AsyncInbox, Inbox, Outbox
-from engine.messages import Abort, Capacity, Ping, Progress, Step, ToRunner, Update
+from engine.messages import Abort, Capacity, Ping, Progress, Reset, Step, ToRunner, Update
 
 
 @pytest.fixture
@@ -62,11 +62,12 @@ def test_a_stranger_is_refused_and_logged_and_the_rest_arrives(
             msgspec.msgpack.encode(Abort(0, 1)),  # a message, but not one of this inbox
             msgspec.msgpack.encode(bad_chunk),
             b"",
-            msgspec.msgpack.encode(Ping()),
+            msgspec.msgpack.encode(Ping()),  # between hosts and the door alone
+            msgspec.msgpack.encode(Reset(1)),
         ):
             raw.send(frame)
-        assert _drain(inbox, 1) == [Ping()]
-    assert len(caplog.records) == 4
+        assert _drain(inbox, 1) == [Reset(1)]
+    assert len(caplog.records) == 5
     assert "$[6][0]" in caplog.text  # the path of the bad field
     raw.close(0)
     inbox.close()
@@ -86,8 +87,8 @@ def test_an_oversized_frame_from_a_stranger_ends_only_its_connection(context: zm
     raw.connect(address)
     raw.send(b"x" * 2000)
     outbox = Outbox(context, address)
-    outbox.send(Ping())
-    assert _drain(inbox, 1) == [Ping()]
+    outbox.send(Reset(1))
+    assert _drain(inbox, 1) == [Reset(1)]
     for end in (raw, outbox, inbox):
         end.close()
 
@@ -127,9 +128,9 @@ def test_an_inbox_wakes_for_what_it_watches(context: zmq.Context, tmp_path: Path
     assert list(inbox.receive(30.0)) == []
     assert time.monotonic() - began < 10
     outbox = Outbox(context, address)
-    outbox.send(Ping(4))
+    outbox.send(Reset(4))
     ours.recv(1)
-    assert _drain(inbox, 1) == [Ping(4)]
+    assert _drain(inbox, 1) == [Reset(4)]
     for end in (ours, theirs):
         end.close()
     outbox.close()

@@ -29,6 +29,7 @@ from engine.messages import (
     Fill,
     Footprint,
     Generate,
+    Hello,
     LanePages,
     LogprobIds,
     NewRow,
@@ -79,7 +80,7 @@ RICH: list[msgspec.Struct] = [
          new_rows=[NewRow(row=0, generation=1, prompt_length=2, sampling=SAMPLING, history=[1])],
          chunks=[Chunk(row=0, generation=1, start=0, length=2, tokens=[1, 2], pages=[1])]),
     StepDone(epoch=0, id=1, tokens=[5], logprobs={0: LOGPROB}, prompt_logprobs={0: [LOGPROB]}),
-    messages.Hello("scheduler", 1, "ipc://x"),
+    Hello("scheduler", 1, "ipc://x"),
 ]  # fmt: skip
 PLAIN: list[msgspec.Struct] = [
     messages.Abort(0, 3), messages.LoadAdapter(adapter_id=1, path="a"), messages.UnloadAdapter(1), Ping(3),
@@ -171,8 +172,9 @@ def test_an_inbox_of_a_loop_goes_on_after_what_is_no_message(tmp_path: Path) -> 
         try:
             for _ in range(500):
                 await push.send(frame(mutator, samples))
-            await push.send(msgspec.msgpack.encode(Ping(1 << 50)))
-            while await asyncio.wait_for(anext(inbox), 10) != Ping(1 << 50):
+            last = Hello("scheduler", 1 << 50, "ipc://last")
+            await push.send(msgspec.msgpack.encode(last))
+            while await asyncio.wait_for(anext(inbox), 10) != last:
                 pass
         finally:
             push.close()
@@ -197,8 +199,8 @@ def test_what_comes_after_a_frame_that_cannot_be_read_arrives(spoilt: bytes) -> 
     push.connect("inproc://once")
     try:
         push.send(spoilt)
-        push.send(msgspec.msgpack.encode(Ping(1)))
-        assert list(inbox.receive(5)) == [Ping(1)]
+        push.send(msgspec.msgpack.encode(Hello("scheduler", 1, "ipc://x")))
+        assert list(inbox.receive(5)) == [Hello("scheduler", 1, "ipc://x")]
     finally:
         push.close()
         inbox.close()

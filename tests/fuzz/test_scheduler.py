@@ -18,7 +18,6 @@ from engine.messages import (
     Hello,
     LoadAdapter,
     PinAdapter,
-    Ping,
     Progress,
     RunnerReady,
     Sampling,
@@ -78,7 +77,7 @@ class Hostile:
             return UnloadAdapter(self.number(1, ADAPTERS + 1) if self.draw.random() < 0.5 else self.number(1, 50))
         if kind < 0.94:
             return PinAdapter(self.number(1, ADAPTERS + 1), self.draw.random() < 0.5)
-        return self.draw.choice([Ping(self.number(0, 3)), Hello("tokenizer", self._epoch(), "ipc://x")])
+        return Hello("tokenizer", self._epoch(), "ipc://x")
 
     def generate(self, request_id: int, odd: float) -> Generate:
         """With each of its fields odd by this chance."""

@@ -19,7 +19,6 @@ from engine.messages import (
     Generate,
     Hello,
     LogprobIds,
-    Ping,
     Progress,
     SamplingParams,
     Stats,
@@ -64,7 +63,7 @@ class Silent(ScriptedScheduler):
             Stats(resident=[1], running_adapters={1: 2}, waiting_adapters={2: 1}, step_seconds=[0.5], running=3),
             AdapterState(adapter_id=1, state="resident", revision="r", footprint=Footprint({"qkv": 1})),
             AdapterState(adapter_id=draw.choice([1, 2]), state="disk", error="no"),
-            CAPACITY, Hello("scheduler", 0, "ipc://x"), Ping(0),
+            CAPACITY, Hello("scheduler", 0, "ipc://x"),
         ])  # fmt: skip
 
     def _update(self, mutator: Mutator, request_id: int) -> Update:

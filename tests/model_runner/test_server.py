@@ -28,7 +28,6 @@ from engine.messages import (
     LanePages,
     LoadAdapter,
     NewRow,
-    Ping,
     Reset,
     RunnerReady,
     Sampling,
@@ -131,14 +130,14 @@ def test_runner_serves_until_stdin_ends(
     oracle = Oracle(tiny_model("llama3"), {"a": root})
     source = AdapterSource(adapter_id=1, name="a", path=root, root=root)
     child = start(adapters=[source], enable_lora=True, max_loras=2)
-    child.outbox.send(Ping())  # sent while the child is loading: not lost
+    child.outbox.send(Reset(0))  # sent while the child is loading: not lost
     report = child.report()
     assert isinstance(report, Ready)
     assert (report.facts["device"], report.facts["family"], report.facts["max_lora_rank"]) == ("cpu", "llama", 8)
     assert child.next(Hello) == Hello("runner", 3, child.config.links.runner)
     ready = child.next(RunnerReady)
     assert (ready.epoch, ready.capacity.rows, ready.capacity.max_loras) == (EPOCH, 4, 2)
-    assert child.next(Ping) == Ping(EPOCH)
+    assert child.next(RunnerReady) == ready
 
     child.outbox.send(LoadAdapter(adapter_id=1, path=root))
     loaded = child.next(AdapterState)
@@ -171,8 +170,8 @@ def test_runner_serves_until_stdin_ends(
 
     elsewhere: Inbox[Any] = Inbox(child._context, f"ipc://{tmp_path}/s.1", ToScheduler)
     child.outbox.send(Hello("scheduler", 1, f"ipc://{tmp_path}/s.1"))
-    child.outbox.send(Ping())
-    assert list(elsewhere.receive(30.0)) == [Ping(EPOCH + 1)]
+    child.outbox.send(Reset(1))
+    assert list(elsewhere.receive(30.0)) == [msgspec.structs.replace(ready, epoch=EPOCH + 1)]
     elsewhere.close()
 
     assert child.process.stdin is not None
