@@ -88,21 +88,29 @@ class Supervisor:
 
     async def ready(self) -> dict[str, Ready]:
         """Everyone's report, by name. Raises the error of one that failed: a first start is not tried again."""
-        waiting = {asyncio.ensure_future(each.report()): each.spec.name for each in self._processes()}
+        told: list[tuple[str, Ready]] = []
+        starts = [asyncio.ensure_future(self._starts(process, told)) for process in self._processes()]
         try:
-            _, pending = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
-            if pending:  # one failed; another's failure may be the reason, and is then about to arrive
-                await asyncio.wait(waiting, timeout=0.2)
+            done, _ = await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
+            if any(task.exception() for task in done):  # another's failure may be the reason, and is about to arrive
+                await asyncio.wait(starts, timeout=0.2)
         finally:
-            for task in waiting:
+            for task in starts:
                 task.cancel()
-        errors = [task.exception() for task in waiting if task.done() and not task.cancelled()]
+        errors = [task.exception() for task in starts if task.done() and not task.cancelled()]
         failed = sorted(filter(None, errors), key=lambda error: isinstance(error, EngineDead))
         if failed:
             raise failed[0]
         for place in self._places:
             place.is_ready()
-        return {name: task.result() for task, name in waiting.items()}
+        return dict(told)
+
+    async def _starts(self, process: Process, told: list[tuple[str, Ready]]) -> None:
+        """Until it is the last to report. Raises why it failed, or its end while another starts, which may need it."""
+        told.append((process.spec.name, await process.report()))
+        if len(told) < len(self._places):
+            end = await process.end(self._busy)
+            raise EngineDead(f"the {process.spec.name} process {end.words} while another started; its log is above")
 
     async def hopeless(self) -> str:
         """Restarts whoever dies, until one of them dies too often; says which and how."""

@@ -211,6 +211,19 @@ def test_a_first_start_that_hangs_is_ended(does: str, words: str, monkeypatch: p
     assert not any(map(_alive, asyncio.run(run())))
 
 
+@pytest.mark.parametrize("life", ["serves, then dies", "serves, then is stuck"])
+def test_a_start_does_not_wait_for_one_that_is_lost(life: str) -> None:
+    async def run() -> None:
+        async with (
+            asyncio.timeout(20),
+            Supervisor([_maker(life), _maker("waits for another")], grace=0.3, busy=1.0) as supervisor,
+        ):
+            with pytest.raises(EngineDead, match=f"the {life} process .* while another started"):
+                await supervisor.ready()
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("does", ["hangs in its start", "is stopped in its start"])
 def test_a_restart_that_hangs_is_a_failed_start(
     does: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
