@@ -80,7 +80,9 @@ class House:
         assert self.process.stdout is not None
         self.process.stdin.write(msgspec.json.encode(config) + b"\n")
         self.process.stdin.flush()
-        self.ready = self.process.stdout.readline()
+        while (line := self.process.stdout.readline()).startswith(b'{"type":"Alive"'):
+            pass
+        self.ready = line
 
     def turn(self, seconds: float = 0.05) -> None:
         """Serves both neighbours once."""

@@ -211,18 +211,18 @@ def test_a_silent_host_is_forgotten_and_a_pinging_one_is_not(address: str, monke
     run(work)
 
 
-def test_a_door_that_cannot_watch_its_hosts_ends(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zmq_server_that_cannot_watch_its_clients_ends(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("no watch")
 
     monkeypatch.setattr(door_module, "SILENT_SECONDS", 0.1)
     monkeypatch.setattr(door_module, "CHECK_SECONDS", 0.05)
-    monkeypatch.setattr(Door, "_give_up", broken)
+    monkeypatch.setattr(ZmqServer, "_give_up", broken)
     fake = Fake()
 
     async def work() -> None:
         context = zmq.asyncio.Context()
-        door, host = Door(context, address, fake.front), Host(context, address)
+        door, host = ZmqServer(context, address, fake.front), Host(context, address)
         await host.send(Ping())
         try:
             with pytest.raises(RuntimeError, match="no watch"):
