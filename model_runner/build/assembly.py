@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from engine.processes.pulse import Pulse
 from engine.config.sections import RunnerConfig
 from engine.messages import Capacity
+from engine.processes.pulse import Pulse
 from model_runner.build import memory_plan
 from model_runner.build.capacity import batched_tokens, capacity_of
 from model_runner.build.startup_adapters import build_adapters

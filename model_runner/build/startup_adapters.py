@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from engine.config.sections import AdapterSource, RunnerConfig
+from engine.processes.pulse import Pulse
 from model_runner.build import lora_plan
 from model_runner.build.lora_targets import check_targets, groups_of, resolve_targets
 from model_runner.lora.adapters import Adapters
@@ -33,7 +34,7 @@ MANY_ADAPTERS = 16  # start-up adapters: from here on a progress bar is shown
 
 
 def build_adapters(
-    config: RunnerConfig, sites: list[Site], dtype: torch.dtype, device: torch.device, *, progress: bool
+    config: RunnerConfig, sites: list[Site], dtype: torch.dtype, device: torch.device, *, progress: Pulse | None
 ) -> Adapters:
     """The start-up adapters in the host cache, and pools for them and for others like them.
 
@@ -68,12 +69,14 @@ def _create_store(config: RunnerConfig, sites: list[Site], dtype: torch.dtype) -
 
 
 def _load_given(
-    sources: list[AdapterSource], store: AdapterStore, *, progress: bool
+    sources: list[AdapterSource], store: AdapterStore, *, progress: Pulse | None
 ) -> list[NormalForm | AdapterSurvey]:
     """Loads start-up adapters into the host cache, up to half of the free memory; the rest are only checked."""
     room = host_memory()[1] // 2
     given: list[NormalForm | AdapterSurvey] = []
-    for source in tqdm(sources, "adapters", disable=not progress or len(sources) < MANY_ADAPTERS, leave=False):
+    for source in tqdm(sources, "adapters", disable=progress is None or len(sources) < MANY_ADAPTERS, leave=False):
+        if progress is not None:
+            progress.tick()
         if room > 0:
             adapter = store.load(source.adapter_id, source.name, Path(source.root))
             room -= adapter.bytes
