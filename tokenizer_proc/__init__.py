@@ -1,4 +1,4 @@
-"""The tokenizer process: text, names and tenants. Doors (HTTP, ZeroMQ) above, one front end, a scheduler below.
+"""The tokenizer process: text, adapter names and tenants. HTTP and ZeroMQ servers on top of one front end.
 
-It knows words and clients; it knows no pages, rows or tensors.
+It knows text and clients; it knows no KV pages, rows or tensors.
 """

@@ -23,7 +23,7 @@ def main() -> int:
         logs.setup("tokenizer", config.log_level)
         uvloop.run(serve(child, config, pulse))
     except Exception as error:
-        logging.getLogger(__name__).debug("cannot go on", exc_info=True)
+        logging.getLogger(__name__).debug("the process cannot start or go on", exc_info=True)
         child.failed(error)
         return 1
     return 0

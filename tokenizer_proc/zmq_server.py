@@ -1,11 +1,11 @@
-"""The ZeroMQ door: embedding hosts over a ROUTER socket, the same streams as over HTTP.
+"""The ZeroMQ server of embedding hosts, its clients: a ROUTER socket with the same streams as over HTTP.
 
-    host --Submit--> a task that reads the stream --Delta ... Delta | Failure--> host
-    host --Cancel--> its stream is cancelled        host --Ping each second--> Ping in return
+    client --Submit--> a task that reads the stream --Delta ... Delta | Failure--> client
+    client --Cancel--> its stream is cancelled        client --Ping each second--> Ping in return
 
-A host that is silent for five seconds is taken for gone: its requests are aborted, and fail, should it be listening
-again later (it may only have been stopped for a while). What cannot be decoded is refused with a log
-line, and with a Failure where its id can still be read. Knows nothing of text or adapters.
+A client that is silent for five seconds counts as gone: its requests are aborted, and answered with a Failure in case
+it was only stopped for a while. A frame that cannot be decoded is refused with a log line, and with a Failure if its id
+can be read. Knows nothing of text or adapters.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from engine import logs
 from engine.errors import EngineDead, EngineError, InternalError, InvalidRequest
 from engine.ipc import MAX_FRAME_BYTES, UNREADABLE
 from engine.messages import Answer, Cancel, Command, Delta, Failure, Ping, Submit, ToDoor
-from tokenizer_proc.adapters.lifecycle import LoadRequest
+from tokenizer_proc.commands import run_command
 from tokenizer_proc.frontend import Frontend, Stream
 from tokenizer_proc.telemetry.error_log import error_fields
 
@@ -35,7 +35,7 @@ CHECK_SECONDS = 1.0
 
 
 class _Client:
-    """One embedding host: when it was last heard, and what runs for it by its own ids."""
+    """One embedding host: when its last frame came, its streams by its own ids, and its tasks."""
 
     def __init__(self) -> None:
         self.heard = time.monotonic()
@@ -43,21 +43,21 @@ class _Client:
         self.tasks: set[asyncio.Task[None]] = set()
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Runs `work` until it ends or the host is gone."""
+        """Runs `work` until it ends or the client is gone."""
         task = asyncio.ensure_future(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
 
 class ZmqServer:
-    """Serves `address` until `close`. Make and run it inside a running loop."""
+    """Serves `address` until `close`. Made and run inside a running event loop."""
 
     def __init__(
         self, context: zmq.asyncio.Context, address: str, frontend: Frontend, max_frame: int = MAX_FRAME_BYTES
     ) -> None:
         self._frontend = frontend
         self._max_frame = max_frame
-        self._hosts: dict[bytes, _Client] = {}
+        self._clients: dict[bytes, _Client] = {}
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[ToDoor] = msgspec.msgpack.Decoder(ToDoor)
         self._socket: zmq.asyncio.Socket = context.socket(zmq.ROUTER)
@@ -67,7 +67,7 @@ class ZmqServer:
         self._socket.bind(address)
 
     async def serve(self) -> None:
-        """Takes messages in until cancelled, or until what it reads or watches with breaks."""
+        """Serves until cancelled. Raises the error that ends its reading or watching."""
         tasks = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._watch())]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -78,55 +78,55 @@ class ZmqServer:
                 task.cancel()
 
     def close(self) -> None:
-        """Aborts what is open and drops the socket."""
-        for identity in list(self._hosts):
+        """Aborts the open calls and drops the socket."""
+        for identity in list(self._clients):
             self._forget(identity)
         self._socket.close()
 
     @property
-    def open(self) -> int:
-        """How many calls run."""
-        return sum(len(host.tasks) for host in self._hosts.values())
+    def open_calls(self) -> int:
+        """How many calls are open."""
+        return sum(len(client.tasks) for client in self._clients.values())
 
     async def _read(self) -> NoReturn:
         while True:
             frames = await self._socket.recv_multipart()
             if len(frames) == 2:
-                self._take(*frames)
+                self._handle(*frames)
             else:
-                log.warning("the door refused a message of %d frames", len(frames))
+                log.warning("the ZeroMQ server refused a message of %d frames", len(frames))
 
-    def _take(self, identity: bytes, frame: bytes) -> None:
-        host = self._hosts.setdefault(identity, _Client())
-        host.heard = time.monotonic()
+    def _handle(self, identity: bytes, frame: bytes) -> None:
+        client = self._clients.setdefault(identity, _Client())
+        client.heard = time.monotonic()
         try:
             message = self._decoder.decode(frame)
         except UNREADABLE as error:
-            log.warning("the door refused a frame of %d bytes: %s", len(frame), error)
+            log.warning("the ZeroMQ server refused a frame of %d bytes: %s", len(frame), error)
             self._refuse(identity, frame, str(error))
             return
         match message:
             case Ping():
                 self._send(identity, Ping(self._frontend.epoch))
             case Submit():
-                self._submit(identity, host, message)
+                self._submit(identity, client, message)
             case Cancel():
-                if message.id in host.streams:
-                    host.streams[message.id].cancel()
+                if message.id in client.streams:
+                    client.streams[message.id].cancel()
             case Command():
-                host.start(self._answer(identity, message))
+                client.start(self._answer(identity, message))
 
-    def _submit(self, identity: bytes, host: _Client, submit: Submit) -> None:
-        if submit.id in host.streams:
+    def _submit(self, identity: bytes, client: _Client, submit: Submit) -> None:
+        if submit.id in client.streams:
             error = InvalidRequest(f"request id {submit.id} is open already: use a new number", param="id")
             log.info("submit %s", logs.pairs(id=submit.id, **error_fields(error)))
             self._send(identity, _failure(submit.id, error))
             return
-        stream = host.streams[submit.id] = self._frontend.open(submit)
-        host.start(self._run(identity, host, submit.id, stream))
+        stream = client.streams[submit.id] = self._frontend.open(submit)
+        client.start(self._run(identity, client, submit.id, stream))
 
-    async def _run(self, identity: bytes, host: _Client, id: int, stream: Stream) -> None:
-        """Reads one stream to its end, for a host, and says in one line of the log how it ended."""
+    async def _run(self, identity: bytes, client: _Client, id: int, stream: Stream) -> None:
+        """Sends one stream to a client, and logs in one line how it ended."""
         tokens, finish = 0, set[str]()
         try:
             async with stream:
@@ -144,12 +144,12 @@ class ZmqServer:
             log.exception("submit %s", logs.pairs(id=id, kind=InternalError.kind))
             self._send(identity, _failure(id, InternalError(f"{type(error).__name__}: {error}")))
         finally:
-            del host.streams[id]
+            del client.streams[id]
 
     async def _answer(self, identity: bytes, command: Command) -> None:
-        """Answers a command; adapters may take their time."""
+        """Runs a command and sends its answer."""
         try:
-            answer: Answer | Failure = await self._command(command)
+            answer: Answer | Failure = await run_command(self._frontend, command)
         except EngineError as error:
             log.info("command %s", logs.pairs(id=command.id, call=command.call, **error_fields(error)))
             answer = _failure(command.id, error)
@@ -158,35 +158,8 @@ class ZmqServer:
             answer = _failure(command.id, InternalError(f"{type(error).__name__}: {error}"))
         self._send(identity, answer)
 
-    async def _command(self, command: Command) -> Answer:
-        adapters, lifecycle = self._frontend.adapters, self._frontend.lifecycle
-        match command.call:
-            case "list":
-                card = adapters.card(command.lora_name) if command.lora_name else None
-                return Answer(id=command.id, adapters=[card] if card else [] if command.lora_name else adapters.cards())
-            case "info":
-                info = self._frontend.info()
-                return Answer(
-                    id=command.id, info={name: msgspec.Raw(msgspec.msgpack.encode(info[name])) for name in info}
-                )
-            case "load":
-                ask = LoadRequest(
-                    name=command.lora_name,
-                    path=command.lora_path,
-                    pinned=command.pinned,
-                    preload=command.preload,
-                    load_inplace=command.load_inplace,
-                )
-                entry = await lifecycle.load(ask)
-            case "unload":
-                entry = await lifecycle.unload(command.lora_name)
-                await lifecycle.freed(entry)
-            case "pin" | "unpin":
-                entry = await lifecycle.pin(command.lora_name, command.call == "pin")
-        return Answer(id=command.id, adapters=[entry.card(adapters.base_names[0])])
-
     def _refuse(self, identity: bytes, frame: bytes, reason: str) -> None:
-        """Answers a frame that is no message, if it is one with an id: [tag, id, ...]."""
+        """Answers a frame that is not a message, if its id can be read: [tag, id, ...]."""
         try:
             match msgspec.msgpack.decode(frame):
                 case [str(), int(id), *_] if not isinstance(id, bool):
@@ -199,25 +172,26 @@ class ZmqServer:
         if len(frame) > self._max_frame and not isinstance(message, Failure | Ping):
             error = InternalError(f"an answer of {len(frame)} bytes exceeds the frame bound")
             frame = self._encoder.encode(_failure(message.id, error))
-        self._socket.send_multipart([identity, frame])  # no high-water mark: done at once; a gone host is dropped
+        # without a high-water mark this does not block; frames for a client that is gone are dropped
+        self._socket.send_multipart([identity, frame])
 
     async def _watch(self) -> NoReturn:
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             now = time.monotonic()
-            for identity, host in list(self._hosts.items()):
-                if now - host.heard > SILENT_SECONDS:
-                    self._give_up(identity, host)
+            for identity, client in list(self._clients.items()):
+                if now - client.heard > SILENT_SECONDS:
+                    self._drop_silent(identity, client)
 
-    def _give_up(self, identity: bytes, host: _Client) -> None:
-        if host.streams:
-            log.info("an embedding host is silent; %d of its calls are aborted", len(host.streams))
-        for id in host.streams:
+    def _drop_silent(self, identity: bytes, client: _Client) -> None:
+        if client.streams:
+            log.info("an embedding host is silent; %d of its calls are aborted", len(client.streams))
+        for id in client.streams:
             self._send(identity, _failure(id, EngineDead("this host was silent for so long that its call was aborted")))
         self._forget(identity)
 
     def _forget(self, identity: bytes) -> None:
-        for task in list(self._hosts.pop(identity).tasks):
+        for task in list(self._clients.pop(identity).tasks):
             task.cancel()
 
 

@@ -216,8 +216,8 @@ def test_the_door_answers_every_host(tmp_path: Path) -> None:
 
     async def main() -> None:
         context = zmq.asyncio.Context()
-        door = ZmqServer(context, f"ipc://{tmp_path}/door", frontend)
-        serving = asyncio.ensure_future(door.serve())
+        server = ZmqServer(context, f"ipc://{tmp_path}/door", frontend)
+        serving = asyncio.ensure_future(server.serve())
         hosts = [context.socket(zmq.DEALER) for _ in range(4)]
         try:
             for host in hosts:
@@ -238,14 +238,14 @@ def test_the_door_answers_every_host(tmp_path: Path) -> None:
                 last = Submit(id=1 << 40, prompt="hi", params=SamplingParams(max_tokens=2))
                 assert (await _asked(host, last, Delta, 1 << 40)).id == 1 << 40
             async with asyncio.timeout(20):
-                while frontend.router.open or door.open:
+                while frontend.router.open or server.open_calls:
                     await asyncio.sleep(0.01)
         finally:
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)
             for host in hosts:
                 host.close()
-            door.close()
+            server.close()
             await asyncio.sleep(0)
             context.term()
 

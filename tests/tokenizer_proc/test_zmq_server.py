@@ -15,7 +15,7 @@ import zmq.asyncio
 from fixtures.serving.tokenizer_front import Fake
 
 from engine.messages import Answer, Cancel, Command, Delta, Failure, Ping, SamplingParams, Submit, ToHost
-from tokenizer_proc import zmq_server as door_module
+from tokenizer_proc import zmq_server
 from tokenizer_proc.zmq_server import ZmqServer
 
 
@@ -41,8 +41,8 @@ class Host:
 @asynccontextmanager
 async def opened(fake: Fake, address: str) -> AsyncIterator[tuple[ZmqServer, Callable[[], Host]]]:
     context = zmq.asyncio.Context()
-    door = ZmqServer(context, address, fake.front, max_frame=1 << 16)
-    serving = asyncio.ensure_future(door.serve())
+    server = ZmqServer(context, address, fake.front, max_frame=1 << 16)
+    serving = asyncio.ensure_future(server.serve())
     hosts: list[Host] = []
 
     def host() -> Host:
@@ -50,13 +50,13 @@ async def opened(fake: Fake, address: str) -> AsyncIterator[tuple[ZmqServer, Cal
         return hosts[-1]
 
     try:
-        yield door, host
+        yield server, host
     finally:
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
         for each in hosts:
             each.close()
-        door.close()
+        server.close()
         await asyncio.sleep(0)
         context.term()
 
@@ -78,11 +78,11 @@ async def until(condition: Callable[[], object]) -> None:
         await asyncio.sleep(0.005)
 
 
-def test_streams_of_two_hosts_do_not_meet(address: str) -> None:
+def test_streams_of_two_hosts_are_kept_apart(address: str) -> None:
     fake = Fake()
 
     async def work() -> None:
-        async with opened(fake, address) as (door, host):
+        async with opened(fake, address) as (server, host):
             one, two = host(), host()
             for each, prompt in ((one, "hello"), (two, "world")):
                 await each.send(Submit(id=1, prompt=prompt))
@@ -94,7 +94,7 @@ def test_streams_of_two_hosts_do_not_meet(address: str) -> None:
                 delta = await each.receive()
                 assert isinstance(delta, Delta)
                 assert (delta.id, delta.text, delta.finish_reason) == (1, text, "length")
-            await until(lambda: door.open == 0)
+            await until(lambda: server.open_calls == 0)
 
     run(work)
 
@@ -142,9 +142,7 @@ def test_errors_come_back_as_failures(address: str) -> None:
     run(work)
 
 
-def test_frames_that_are_no_message_are_refused_and_the_door_goes_on(
-    address: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_bad_frames_are_refused_and_the_server_goes_on(address: str, caplog: pytest.LogCaptureFixture) -> None:
     fake = Fake()
 
     async def work() -> None:
@@ -159,7 +157,7 @@ def test_frames_that_are_no_message_are_refused_and_the_door_goes_on(
             assert await one.receive() == Ping()
 
     run(work)
-    assert caplog.text.count("the door refused a frame") == 2
+    assert caplog.text.count("the ZeroMQ server refused a frame") == 2
 
 
 def test_commands(address: str) -> None:
@@ -176,7 +174,7 @@ def test_commands(address: str) -> None:
             answer = await one.receive()
             assert isinstance(answer, Answer)
             assert msgspec.msgpack.decode(answer.info["served_model_names"]) == ["base"]
-            for call, complaint in (
+            for call, reason in (
                 ("load", "must be provided"),
                 ("unload", "cannot be found"),
                 ("pin", "cannot be found"),
@@ -185,18 +183,18 @@ def test_commands(address: str) -> None:
                 await one.send(Command(id=3, call=call, lora_name="x"))
                 failure = await one.receive()
                 assert isinstance(failure, Failure)
-                assert complaint in failure.message
+                assert reason in failure.message
 
     run(work)
 
 
-def test_a_silent_host_is_forgotten_and_a_pinging_one_is_not(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door_module, "SILENT_SECONDS", 0.3)
-    monkeypatch.setattr(door_module, "CHECK_SECONDS", 0.05)
+def test_a_silent_host_is_dropped_and_a_pinging_one_is_not(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zmq_server, "SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(zmq_server, "CHECK_SECONDS", 0.05)
     fake = Fake()
 
     async def work() -> None:
-        async with opened(fake, address) as (door, host):
+        async with opened(fake, address) as (server, host):
             silent, alive = host(), host()
             await silent.send(Submit(id=1, prompt="hello"))
             await until(lambda: len(fake.generates) == 1)
@@ -206,7 +204,7 @@ def test_a_silent_host_is_forgotten_and_a_pinging_one_is_not(address: str, monke
                 await alive.send(Ping())
                 await asyncio.sleep(0.05)
             assert fake.aborted == [fake.generates[0].request_id]
-            assert (door.open, fake.front.router.open) == (1, 1)
+            assert (server.open_calls, fake.front.router.open) == (1, 1)
 
     run(work)
 
@@ -215,21 +213,21 @@ def test_zmq_server_that_cannot_watch_its_clients_ends(address: str, monkeypatch
     def broken(*_: Any) -> None:
         raise RuntimeError("no watch")
 
-    monkeypatch.setattr(door_module, "SILENT_SECONDS", 0.1)
-    monkeypatch.setattr(door_module, "CHECK_SECONDS", 0.05)
-    monkeypatch.setattr(ZmqServer, "_give_up", broken)
+    monkeypatch.setattr(zmq_server, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(zmq_server, "CHECK_SECONDS", 0.05)
+    monkeypatch.setattr(ZmqServer, "_drop_silent", broken)
     fake = Fake()
 
     async def work() -> None:
         context = zmq.asyncio.Context()
-        door, host = ZmqServer(context, address, fake.front), Host(context, address)
+        server, host = ZmqServer(context, address, fake.front), Host(context, address)
         await host.send(Ping())
         try:
             with pytest.raises(RuntimeError, match="no watch"):
-                await asyncio.wait_for(door.serve(), 5)
+                await asyncio.wait_for(server.serve(), 5)
         finally:
             host.close()
-            door.close()
+            server.close()
             await asyncio.sleep(0)
             context.term()
 
@@ -252,20 +250,20 @@ def test_an_answer_larger_than_a_frame_is_a_failure(address: str) -> None:
     run(work)
 
 
-def test_a_host_that_was_silent_for_too_long_learns_it(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host whose loop stood still for a while must not wait for ever for what was aborted meanwhile."""
-    monkeypatch.setattr(door_module, "SILENT_SECONDS", 0.1)
-    monkeypatch.setattr(door_module, "CHECK_SECONDS", 0.05)
+def test_a_host_that_was_silent_too_long_gets_a_failure(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host whose event loop stalled gets a Failure for the call that was aborted meanwhile."""
+    monkeypatch.setattr(zmq_server, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(zmq_server, "CHECK_SECONDS", 0.05)
     fake = Fake()
 
     async def work() -> None:
-        async with opened(fake, address) as (door, host):
+        async with opened(fake, address) as (server, host):
             one = host()
             await one.send(Submit(id=3, prompt="hello"))
             failure = await one.receive()
             assert isinstance(failure, Failure)
             assert (failure.id, failure.kind) == (3, "service_unavailable")
-            await until(lambda: door.open == 0)
+            await until(lambda: server.open_calls == 0)
             await one.send(Submit(id=4, prompt="hello"))
             await until(lambda: len(fake.generates) == 2)
 

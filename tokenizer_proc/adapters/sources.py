@@ -1,6 +1,6 @@
-"""From what a caller names to a local directory that may be read: paths, hub ids, roots. In threads, a few at a time.
+"""Finds the local directory behind a path or a hub id, if it may be read. In threads, a few at a time.
 
-Knows nothing of what is in the files, nor of who asks.
+Knows nothing of the files' content, nor of callers.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from engine.errors import AdapterError, ConfigError, EngineError, NotFound
 
 T = TypeVar("T")
 
-AT_ONCE = 4  # of downloads, and, apart from those, of looks at the disk
+AT_ONCE = 4  # downloads; and, apart from those, reads of local directories
 LONGEST_PATH = 4096
 CONFIG_NAME = "adapter_config.json"
 
-_LOCAL = re.compile(r"[/~.]")  # how only a path begins
+_LOCAL = re.compile(r"[/~.]")  # a hub id does not begin so
 
 
 class Sources:
-    """Finds directories. With `allowed` roots, everything that would be read must lie under one, or the hub's cache."""
+    """Finds directories. With `allowed` roots, every file that is read must lie under one, or in the hub's cache."""
 
     def __init__(self, allowed: Sequence[str] = ()) -> None:
         self._allowed = list(allowed)
         self._disk = asyncio.Semaphore(AT_ONCE)
-        self._downloads = asyncio.Semaphore(AT_ONCE)  # that hang must not keep local directories waiting
+        self._downloads = asyncio.Semaphore(AT_ONCE)  # apart, so that a hanging download does not block local reads
 
     async def find(self, name: str, path: str) -> str:
         """The directory behind `path`, for the adapter `name`; a hub id is downloaded.
@@ -46,16 +46,16 @@ class Sources:
         return await _in_thread(self._downloads, lambda: _checked(name, path, self._allowed))
 
     async def below(self, root: str, name: str) -> str | None:
-        """The directory called `name` right in `root`, if there is one. Raises AdapterError if it leads elsewhere."""
+        """The directory `name` right under `root`, if there is one. Raises AdapterError if it is a link out of it."""
         return await _in_thread(self._disk, lambda: _below(root, name))
 
     async def read(self, work: Callable[[], T]) -> T:
-        """What `work` returns, which reads files of a directory that was found."""
+        """Runs `work`, which reads files of a directory that was found, in a thread."""
         return await _in_thread(self._disk, work)
 
 
 async def _in_thread(slots: asyncio.Semaphore, work: Callable[[], T]) -> T:
-    """`work` in a daemon thread: what hangs must not keep the process from ending."""
+    """Runs `work` in a daemon thread, which does not keep the process from ending if it hangs."""
     async with slots:
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
@@ -66,7 +66,7 @@ async def _in_thread(slots: asyncio.Semaphore, work: Callable[[], T]) -> T:
                 outcome.set_result(work())
             except Exception as error:
                 outcome.set_exception(error)
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(ended.set)
 
         threading.Thread(target=run, name="adapter source", daemon=True).start()
@@ -83,19 +83,19 @@ def _local(name: str, path: str, allowed: Sequence[str]) -> str | None:
         local = Path(path).expanduser()
         is_path = _LOCAL.match(path) is not None or local.exists()
         if is_path:
-            roots.check_place(local, allowed, what)  # first of all: what lies elsewhere is not even looked at
+            roots.check_place(local, allowed, what)  # first: a directory outside of the roots is not even opened
         if local.is_file():
             raise AdapterError(f"{what}: {path} is a file; give the directory that holds it", param="lora_path")
     except ConfigError as error:
         raise AdapterError(error.message, param="lora_path") from error
-    except (OSError, RuntimeError) as error:  # a name that is too long, a home that nobody has
+    except (OSError, RuntimeError) as error:  # a name that is too long, the home of an unknown user
         reason = error.strerror if isinstance(error, OSError) else error
         raise AdapterError(f"{what}: the path cannot be used ({reason})", param="lora_path") from error
     return _checked(name, path, allowed) if is_path else None
 
 
 def _checked(name: str, path: str, allowed: Sequence[str]) -> str:
-    """The checked directory behind a path or a hub id; only the latter is fetched."""
+    """The checked directory behind a path or a hub id; a hub id is downloaded."""
     what = f"adapter `{name}`"
     try:
         directory = hub.local_directory(path, what)
@@ -120,5 +120,5 @@ def _below(root: str, name: str) -> str | None:
 
 
 def _nothing(name: str, path: str, reason: str) -> EngineError:
-    """Worded so that vLLM's clients recognise it."""
+    """Worded as vLLM does, because its clients match the text."""
     return NotFound(f"Loading lora {name} failed: No adapter found for {path} ({reason})", param="lora_path")

@@ -33,8 +33,9 @@ from engine.ipc import UNREADABLE
 from tokenizer_proc.text import files
 from tokenizer_proc.text.generation_config import GenerationConfig
 from tokenizer_proc.text.sections import TokenizerSections
-from tokenizer_proc.text.templates.chat_template import ChatRenderer, ChatTemplate, template_of
+from tokenizer_proc.text.templates.chat_template import ChatRenderer, ChatTemplate
 from tokenizer_proc.text.templates.sandbox import Sandbox, SandboxedTemplate
+from tokenizer_proc.text.templates.template_files import template_of
 from tokenizer_proc.text.tokenizer import Tokenizer, is_from_library, special_tokens
 
 log = logging.getLogger(__name__)

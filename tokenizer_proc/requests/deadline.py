@@ -1,4 +1,4 @@
-"""How long a call may take (--request-timeout), from its arrival on. Knows nothing of what the time is used for."""
+"""When a call must be done: --request-timeout after its arrival. Knows nothing of the call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNSENT = "It had not reached the scheduler"
 
 
 class Deadline:
-    """`seconds` after `arrived` (monotonic seconds; by default now); without `seconds` never."""
+    """`seconds` after `arrived` (monotonic seconds; by default now); None: there is no bound."""
 
     def __init__(self, seconds: float | None = None, arrived: float | None = None) -> None:
         self.arrived = time.monotonic() if arrived is None else arrived
@@ -21,15 +21,12 @@ class Deadline:
 
     @property
     def left(self) -> float | None:
-        """Seconds until then, negative when it has passed; None: there is no bound."""
+        """Seconds that are left, negative after the deadline; None: there is no bound."""
         return None if self._seconds is None else self.arrived + self._seconds - time.monotonic()
 
     @contextlib.asynccontextmanager
     async def kept(self) -> AsyncIterator[None]:
-        """Cancels what is awaited inside, before anything is sent, when the time is up.
-
-        Raises TimedOut, also if the time is up already.
-        """
+        """Bounds the work before a request is sent: at the deadline the block is cancelled, and TimedOut raised."""
         left = self.left
         if left is not None and left <= 0:
             raise self.missed(_UNSENT)
@@ -42,6 +39,6 @@ class Deadline:
             raise self.missed(_UNSENT) from None
 
     def missed(self, progress: str) -> TimedOut:
-        """The error for a call that is not done in time; `progress` says how far it came."""
+        """The error of a call that missed its deadline; `progress` says how far it came."""
         bound = f"the request was not done after {self._seconds:g} seconds (--request-timeout), and is ended"
         return TimedOut(f"{bound}. {progress}")

@@ -44,10 +44,10 @@ class OutputProcessor:
         self._scores_prompt = scores_prompt
         self._detokenizer = Detokenizer(tokenizer, prompt, options.skip_special_tokens)
         self._stops = StopFinder(options.stop, options.include_stop)
-        self._scored = 0  # positions of the prompt whose log-probabilities came
+        self._scored = 0  # positions of the prompt whose log-probabilities have come
         self._scores_begun = False
         self._cached = 0
-        self._told = False
+        self._has_begun = False
         self.generated: list[int] = []
         self.finish: FinishReason | None = None
 
@@ -83,7 +83,7 @@ class OutputProcessor:
         return self._delta(self._stops.push(self._detokenizer.flush()) + self._stops.flush(), [], None, [], None)
 
     def _read_scores(self, update: Update) -> list[PositionLogprobs | None] | None:
-        """The prompt's next positions; None if there is nothing new of them. The first one of all has no value."""
+        """The log-probabilities of the prompt's next positions, of which the very first is None; None: nothing new."""
         if not self._scores_prompt:
             return None
         skip = self._scored - update.prompt_index
@@ -120,7 +120,7 @@ class OutputProcessor:
         scores: Sequence[LogprobIds],
         scored_prompt: list[PositionLogprobs | None] | None,
     ) -> Delta:
-        is_first, self._told = not self._told, True
+        is_first, self._has_begun = not self._has_begun, True
         usage = Usage(len(self._prompt), len(self.generated), self._cached) if self.finish is not None else None
         return Delta(
             id=self._submit_id,

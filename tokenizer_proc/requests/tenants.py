@@ -1,7 +1,7 @@
-"""Tenants: whom a key belongs to, what they may name, and how much they may ask. Knows nothing of HTTP or text.
+"""Tenants: the holder of each API key, the adapters it may name, and its rates. Knows nothing of HTTP or text.
 
-A rate is a bucket that holds a minute's worth and fills steadily. Tokens are charged when they are known, so a bucket
-can be overdrawn once; then it has to fill again first.
+A rate is a token bucket that holds a minute's worth and fills steadily. Generated tokens are charged when they are
+known, so a bucket can be overdrawn; then no call is admitted until it has filled again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Clock = Callable[[], float]
 
 
 class _Bucket:
-    """What may still be used of a rate per minute."""
+    """A token bucket for a rate per minute; None: no bound."""
 
     def __init__(self, per_minute: float | None, clock: Clock) -> None:
         self._rate = None if per_minute is None else per_minute / 60
@@ -28,13 +28,13 @@ class _Bucket:
         self._clock = clock
         self._filled = clock()
 
-    def take(self, amount: float) -> None:
-        """Uses so much, more than there is if need be."""
+    def use(self, amount: float) -> None:
+        """Takes `amount` out, also if the bucket holds less."""
         self._fill()
         self._level -= amount
 
     def wait(self, amount: float) -> float:
-        """Seconds until so much is there (at most a whole minute's worth is waited for)."""
+        """Seconds until the bucket holds `amount`, or is full."""
         self._fill()
         missing = min(amount, self._full) - self._level
         return 0.0 if self._rate is None or missing <= 0 else missing / self._rate
@@ -47,7 +47,7 @@ class _Bucket:
 
 
 class Tenant:
-    """The holder of one key; without keys, everyone."""
+    """The holder of one key; on a server without keys, the one tenant of all calls."""
 
     def __init__(self, rules: ApiKey | None = None, clock: Clock = time.monotonic) -> None:
         self._rules = rules or ApiKey(key="")
@@ -56,43 +56,43 @@ class Tenant:
 
     @property
     def name(self) -> str:
-        """What keeps this tenant apart from others."""
+        """The name that separates this tenant's KV pages and shares from those of other tenants."""
         return self._rules.tenant
 
     @property
     def is_restricted(self) -> bool:
-        """Whether there are adapters that this tenant may not name."""
+        """Whether there can be adapters that this tenant may not name."""
         return "*" not in self._rules.adapters
 
     def may_use(self, adapter: str) -> bool:
-        """Whether this tenant may name the adapter; what it may not does not exist for it."""
+        """Whether this tenant may name the adapter; one that it may not name does not exist for it."""
         return any(fnmatchcase(adapter, pattern) for pattern in self._rules.adapters)
 
     def admit(self, loras: Sequence[str | AdapterMix | None]) -> None:
-        """One call with these requests. Raises NotFound for the base where that is not allowed, RateLimited."""
+        """Admits a call with these requests. Raises NotFound for the base where it is not allowed, or RateLimited."""
         if not self._rules.base and None in loras:
             raise NotFound("this key may not use the base model without an adapter", param="model")
         wait = max(self._requests.wait(len(loras)), self._tokens.wait(1))
         if wait > 0:
             raise RateLimited("this key has used up its rate; try again later", retry_after=wait)
-        self._requests.take(len(loras))
+        self._requests.use(len(loras))
 
     def charge(self, tokens: int) -> None:
-        """What the call used in the end."""
-        self._tokens.take(tokens)
+        """Charges the tokens that a call used."""
+        self._tokens.use(tokens)
 
 
 class Tenants:
-    """Everyone who holds a key. Keys are looked up by their hash: how long that takes says nothing of any key."""
+    """The tenants by key. Keys are looked up by their hash, so that the time of a look-up tells nothing of a key."""
 
     def __init__(self, keys: Sequence[ApiKey]) -> None:
-        self._everyone = None if keys else Tenant()
+        self._keyless = None if keys else Tenant()
         self._by_hash = {_hash(one.key): Tenant(one) for one in keys}
 
     def authenticate(self, authorization: str) -> Tenant:
-        """Whose `Authorization: Bearer KEY` this is. Raises Unauthorized."""
-        if self._everyone is not None:
-            return self._everyone
+        """The tenant of an `Authorization: Bearer KEY` header. Raises Unauthorized."""
+        if self._keyless is not None:
+            return self._keyless
         scheme, _, key = authorization.partition(" ")
         tenant = self._by_hash.get(_hash(key.strip())) if scheme.lower() == "bearer" else None
         if tenant is None:

@@ -1,6 +1,6 @@
-"""The gate: what a client asked, checked field by field, becomes what the scheduler, the sampler and the text need.
+"""Validation: a client's parameters, checked field by field, become those of the scheduler, the sampler and the text.
 
-Past it nothing is checked again. Every refusal names the field. Knows nothing of adapters, prompts' text or streams.
+After it no parameter is checked again. Every error names its field. Knows nothing of adapters or streams.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_LOGPROBS = 20
 MAX_BIAS = 100.0
-MAX_TEMPERATURE = 1000.0  # far beyond it everything is equally likely, and float32 ends
-MAX_PENALTY = 1000.0  # of repetition, which multiplies; and its inverse is the smallest
+MAX_TEMPERATURE = 1000.0  # far beyond it all tokens are equally likely, and float32 overflows
+MAX_PENALTY = 1000.0  # of repetition, a factor; the smallest one is the inverse
 PRIORITIES = 1 << 31
 SEEDS = 1 << 63
 
 
 class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What the detokenizer must know. `stop` strings are honoured after `min_tokens` tokens."""
+    """The output processor's parameters. `stop` strings end an answer after `min_tokens` tokens."""
 
     stop: list[str] = []
     min_tokens: int = 0
@@ -35,7 +35,7 @@ class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ValidatedParams(msgspec.Struct, frozen=True, kw_only=True):
-    """A request past the gate; choice i of n samples with seed + i."""
+    """Validated parameters, by reader; choice i of n samples with seed + i."""
 
     n: int
     sampling: Sampling
@@ -43,7 +43,7 @@ class ValidatedParams(msgspec.Struct, frozen=True, kw_only=True):
     text: TextOptions
 
     def sampling_of(self, choice: int) -> Sampling:
-        """The sampling of one choice; prompt log-probabilities are computed once, for the first."""
+        """The sampling of one choice. Prompt log-probabilities are computed once, for the first choice."""
         return msgspec.structs.replace(
             self.sampling,
             seed=(self.sampling.seed + choice) % SEEDS,
@@ -62,9 +62,9 @@ def validate_params(
     default_max_tokens: int | None,
     adapter: str | None = None,
 ) -> ValidatedParams:
-    """Checks `params` for a prompt of token ids; `seed` serves where the client gives none.
+    """Checks `params` for a prompt of token ids; `seed` is used if the client gives none.
 
-    `vocab_size` is that of `adapter`, where it has a vocabulary of its own.
+    `vocab_size` is that of `adapter` if it has a vocabulary of its own.
 
     Raises InvalidRequest that names the field.
     """
@@ -91,7 +91,7 @@ def validate_params(
 
 
 def check_priority(priority: int, has_meaning: bool) -> None:
-    """Raises InvalidRequest for a number that no message could carry, or one that would change nothing."""
+    """Raises InvalidRequest for a number that is out of range, or that would have no effect."""
     _within("priority", priority, -PRIORITIES, PRIORITIES - 1)
     if priority and not has_meaning:
         raise InvalidRequest(
@@ -150,7 +150,7 @@ def _check_ranges(params: SamplingParams) -> None:
 
 
 def _check_filters(params: SamplingParams) -> None:
-    """The ranges that are open at one end."""
+    """The ranges that exclude one end."""
     if params.top_p is not None and not 0 < params.top_p <= 1:
         raise InvalidRequest(f"top_p must be above 0 and at most 1, got {params.top_p}", param="top_p")
     if params.top_k is not None and params.top_k < -1:
@@ -184,7 +184,7 @@ def _sampling(
 ) -> Sampling:
     return Sampling(
         temperature=_or(params.temperature, generation_config.temperature),
-        top_k=min(max(0, int(_or(params.top_k, generation_config.top_k))), vocab_size),  # more than all is all
+        top_k=min(max(0, int(_or(params.top_k, generation_config.top_k))), vocab_size),
         top_p=_or(params.top_p, generation_config.top_p),
         min_p=_or(params.min_p, generation_config.min_p),
         repetition_penalty=_or(params.repetition_penalty, generation_config.repetition_penalty),

@@ -1,12 +1,11 @@
-"""Token ids to text as they come, never a part of a character. Knows nothing of stop strings or requests.
+"""Incremental detokenizer: token ids to text, whole characters only. Knows nothing of stop strings or requests.
 
     ids    "▁caf" | 0xC3 | 0xA9 | "!"           the two bytes of é are two tokens
     emits  " caf" |  ""  | "é"  | "!"           held until the character is whole
 
-The text continues the prompt, so a leading space is a space, except where nothing of the prompt can be seen. The
-emitted pieces side by side are the decoded ids. (One deviation, on purpose: sentencepiece's decoder turns a run of
-byte tokens with one bad byte in it into U+FFFD altogether, also the characters before the bad byte; these were
-emitted by then, and stay.)
+The text continues the prompt, so a leading space is kept, unless the prompt shows no text. The emitted pieces together
+equal the decoded ids. (One deviation, on purpose: sentencepiece's decoder turns a whole run of byte tokens with one bad
+byte into U+FFFD, including the characters before the bad byte; those have been emitted by then, and stay.)
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from collections.abc import Sequence
 
 from tokenizer_proc.text.tokenizer import Tokenizer
 
-_CONTEXT = 6  # tokens of the prompt that a decoder may look back on
+_CONTEXT = 6  # tokens of the prompt that a decoder may depend on
 
 
 class Detokenizer:
-    """One stream of generated ids. `push` returns the text that became certain, `flush` what is left."""
+    """One stream of generated ids. `push` returns the text that is complete, `flush` the rest."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool = True) -> None:
         self._pieces = tokenizer.pieces
@@ -30,7 +29,7 @@ class Detokenizer:
         self._window = None if tokenizer.pieces.additive else _Window(tokenizer, prompt, skip_special_tokens)
 
     def push(self, ids: Sequence[int]) -> str:
-        """The text that `ids` complete, possibly none."""
+        """The text that `ids` complete, possibly empty."""
         if self._window is not None:
             return "".join(map(self._window.push, ids))
         return self._bytes.decode(b"".join([self._piece(token) for token in ids if token not in self._skipped]))
@@ -47,7 +46,7 @@ class Detokenizer:
 
 
 class _Window:
-    """The same for a decoder that only the library understands: decode the last few ids again, emit what is new.
+    """The same for a decoder that only the library knows: decodes the last few ids again and emits the new text.
 
     ids     ... context ... | held (its text ended in a broken character)
     text    <--- known ---->|<-- new, once it is whole -->

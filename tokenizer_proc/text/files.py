@@ -1,6 +1,6 @@
-"""Files of model and adapter directories that are text: regular ones, of a bounded size, read whole.
+"""Reads text files of model and adapter directories: regular files of bounded size.
 
-Nothing blocks on a pipe, and nothing is read of a file that is too large. Knows nothing of what they mean.
+A pipe does not block the reader, and at most the bound is read. Knows nothing of the files' meaning.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_TEMPLATE = 1 << 20
 
 
 def read(path: Path, limit: int) -> bytes | None:
-    """The file, None where there is none. Raises ConfigError naming it when it is larger than `limit`, or no file."""
+    """The file's bytes; None if there is none. Raises ConfigError if it is larger than `limit`, or not regular."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):

@@ -1,7 +1,7 @@
-"""What the model itself says about generating: generation_config.json, and the end ids of config.json.
+"""The model's own defaults of generation: generation_config.json, and the end ids of config.json.
 
-A value the client leaves out is the file's, where it has one, else neutral (temperature 1, no filter, no penalty).
-`do_sample: false` makes greedy the default; a file that is silent about it samples, as OpenAI's clients expect.
+A value that a client leaves out is the file's, or else neutral (temperature 1, no filter, no penalty). The file's
+`do_sample: false` makes greedy decoding the default; else the default is sampling, as OpenAI's clients expect.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Model(msgspec.Struct):
 
 
 class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Sampling values for what a client leaves out, and the ids that end an answer."""
+    """Sampling values that a client leaves out, and the ids that end an answer."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -51,7 +51,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def load(cls, model_path: str | Path, eos_id: int | None = None) -> GenerationConfig:
-        """From the model's directory; `eos_id` is the tokenizer's. Raises ConfigError on nonsense in the files."""
+        """From the model's directory; `eos_id` is the tokenizer's. Raises ConfigError for files that cannot be read."""
         generation = _read(Path(model_path) / "generation_config.json", _Generation)
         model = _read(Path(model_path) / "config.json", _Model)
         groups = (
@@ -63,9 +63,9 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         return cls(end_ids=list(dict.fromkeys(token for group in groups for token in group)), **_values(generation))
 
     def over(self, directory: str | Path, kept: Sequence[int], eos_id: int | None) -> GenerationConfig:
-        """With what a generation_config.json in `directory` says otherwise.
+        """This config with the values of a generation_config.json in `directory`.
 
-        `kept` are those of the end ids that still end an answer, `eos_id` is another one.
+        `kept` are the end ids that stay; `eos_id` is one more.
         """
         generation = _read(Path(directory) / "generation_config.json", _Generation)
         end_ids = list(dict.fromkeys([*kept, *_ids(generation.eos_token_id), *_ids(eos_id)]))
@@ -73,7 +73,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _values(generation: _Generation) -> dict[str, Any]:
-    """What the file says of sampling."""
+    """The file's sampling values."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     values = {name: value for name in names if (value := getattr(generation, name)) is not None}
     return values if generation.do_sample is not False else values | {"temperature": 0.0}

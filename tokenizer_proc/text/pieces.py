@@ -1,12 +1,12 @@
-"""The exact bytes of every token, read off the tokenizer's own decoder. Knows nothing of streams.
+"""The exact bytes of every token, derived from the tokenizer's decoder. Knows nothing of streams.
 
-Two families cover the decoder-only models there are:
+Two families cover the decoder-only models:
 
     byte level    "Ġcaf" "Ã©"           -> b" caf" b"\xc3\xa9"        a character stands for a byte
     sentencepiece "▁caf" "<0xC3>" "<0xA9>" -> b" caf" b"\xc3" b"\xa9"  ▁ is a space, <0x..> a byte
 
-In both the text of a sequence is its bytes side by side, but for a leading space that sentencepiece adds and its
-decoder takes away again. Any other decoder is not `additive`: only the library itself can say what a sequence means.
+In both the text of a sequence is the concatenation of its tokens' bytes, but for a leading space that sentencepiece
+adds and its decoder removes. Any other decoder is not `additive`: only the library itself can decode a sequence.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _is_strip_rule(part: dict[str, Any]) -> bool:
 
 
 class Pieces:
-    """Token id -> bytes. `additive`: the text of a sequence is the bytes of its tokens side by side."""
+    """Token id -> bytes. `additive`: the text of a sequence is the concatenation of its tokens' bytes."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
@@ -68,14 +68,14 @@ class Pieces:
         self._shown: dict[int, tuple[str, list[int]]] = {}
 
     def __getitem__(self, token_id: int) -> bytes:
-        """The bytes a token adds to a text that has begun; nothing for an id without a token."""
+        """The bytes that a token adds to a text that has begun; empty for an id without a token."""
         piece = self._cache.get(token_id)
         if piece is None:
             piece = self._cache[token_id] = self._bytes(token_id)
         return piece
 
     def shown(self, token_id: int) -> tuple[str, list[int]]:
-        """Its text, and its bytes as numbers: one list for all who ask, not to be changed."""
+        """A token's text, and its bytes as numbers. The list is shared: do not change it."""
         found = self._shown.get(token_id)
         if found is None:
             piece = self[token_id]
@@ -83,7 +83,7 @@ class Pieces:
         return found
 
     def first(self, token_id: int) -> bytes:
-        """The bytes it adds as the first token of a text."""
+        """The bytes that a token adds as the first one of a text."""
         if self._drops_marks:
             token = self._backend.id_to_token(token_id) or ""
             return self._sentencepiece_bytes(token.replace(_SPACE, ""))

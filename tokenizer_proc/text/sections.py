@@ -1,9 +1,9 @@
-"""A tokenizer.json in its parts, and a tokenizer that shares the largest of them with another one.
+"""The parts of a tokenizer.json, and a tokenizer that shares the largest part, the model, with another tokenizer.
 
     {"added_tokens": [...], "normalizer", "pre_tokenizer", "post_processor", "decoder": small | "model": nearly all}
 
-Adapters that add tokens have the base's model, byte for byte, and other small parts: to parse all of it again would
-take a second of the interpreter's lock and a hundred megabytes. Knows nothing of adapters.
+Adapters that add tokens have the base's model, byte for byte, and other small parts: parsing the whole file again would
+hold the interpreter's lock for a second and take a hundred megabytes. Knows nothing of adapters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PIPELINE = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
 class TokenizerSections(msgspec.Struct):
-    """What a tokenizer.json says; truncation and padding are no business of ours."""
+    """The fields of a tokenizer.json, without truncation and padding, which are not used."""
 
     model: msgspec.Raw = msgspec.Raw()
     added_tokens: list[dict[str, Any]] = []
@@ -33,32 +33,32 @@ class TokenizerSections(msgspec.Struct):
 
     @classmethod
     def read(cls, raw: bytes) -> TokenizerSections:
-        """Raises one of engine.ipc.UNREADABLE for what is no tokenizer.json."""
+        """Raises one of engine.ipc.UNREADABLE if `raw` is not a tokenizer.json."""
         return msgspec.json.decode(raw, type=cls)
 
     @property
     def small(self) -> list[Any]:
-        """All but the model."""
+        """All parts but the model."""
         return [self.added_tokens, *(getattr(self, name) for name in PIPELINE)]
 
     @property
     def patterns(self) -> frozenset[str]:
-        """All regular expressions."""
+        """All regular expressions in the small parts."""
         found: set[str] = set()
-        waiting: list[Any] = [self.small]
-        while waiting:
-            one = waiting.pop()
+        unread: list[Any] = [self.small]
+        while unread:
+            one = unread.pop()
             if isinstance(one, dict):
                 found |= {value for name, value in one.items() if name == "Regex" and isinstance(value, str)}
-                waiting += one.values()
+                unread += one.values()
             elif isinstance(one, list):
-                waiting += one
+                unread += one
         return frozenset(found)
 
     def over(self, base: Tokenizer) -> Tokenizer | None:
-        """A tokenizer of these small parts and the model of `base`, which must be the same as this one's.
+        """A tokenizer of these small parts and the model of `base`, which must equal this one's.
 
-        None where it cannot be made so: an added token would get another id. Raises what the library does.
+        None if an added token would get another id that way. Raises what the library raises.
         """
         parts = {name: getattr(self, name) for name in PIPELINE}
         skeleton = tokenizers.Tokenizer.from_str(msgspec.json.encode({"model": ANY_MODEL, **parts}).decode())
@@ -72,12 +72,12 @@ class TokenizerSections(msgspec.Struct):
         found = {number: token.content for number, token in backend.get_added_tokens_decoder().items()}
         if found != {token["id"]: token["content"] for token in wanted}:
             return None
-        backend.decode(backend.encode("a").ids)  # parts that refer to nothing show only in use
+        backend.decode(backend.encode("a").ids)  # parts that refer to missing tokens fail only in use
         return _like(base, backend)
 
 
 def _like(base: Tokenizer, backend: tokenizers.Tokenizer) -> Tokenizer:
-    """What `Tokenizer(backend)` is, without a look at every token of the model."""
+    """The same as `Tokenizer(backend)`, without reading every token of the model."""
     made, added = copy.copy(base), backend.get_added_tokens_decoder()
     made.backend, made.pieces = backend, Pieces(backend)
     made.special_ids = frozenset(number for number, token in added.items() if token.special)

@@ -1,10 +1,10 @@
-"""Stop strings, found across increments. Knows nothing of tokens.
+"""Stop strings, found across increments of text. Knows nothing of tokens.
 
-    stop "END"      push "the E"  -> "the "    "E" may be the beginning of a stop string: held back
+    stop "END"      push "the E"  -> "the "    "E" may begin a stop string, and is held back
                     push "ND of"  -> "", found  what follows the match is dropped
 
-The match that is complete first wins (of two that end together, the longer), so the result does not depend on how the
-text was cut into increments.
+The match that is complete first wins; of two that end together, the longer one. So the result does not depend on how
+the text was cut into increments.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 
 class StopFinder:
-    """One stream of text. After `matched` is set nothing more comes out."""
+    """One stream of text. Once `matched` is set, no more text is returned."""
 
     def __init__(self, stops: Sequence[str], include_match: bool = False) -> None:
         assert all(stops), "an empty stop string matches everywhere"
@@ -23,7 +23,7 @@ class StopFinder:
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
-        """The text that is certain to belong to the answer. Sets `matched` when a stop string is complete."""
+        """The text that certainly belongs to the answer. Sets `matched` when a stop string is complete."""
         if self.matched is not None:
             return ""
         text = self._held + text
@@ -36,12 +36,12 @@ class StopFinder:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """The text held back, when no more comes."""
+        """The text that was held back, at the end of the stream."""
         held, self._held = self._held, ""
         return held
 
     def _find(self, text: str) -> tuple[int, str | None]:
-        """Where the first match ends, and of which stop string it is."""
+        """Where the first match ends, and its stop string."""
         best: tuple[int, str | None] = (len(text) + 1, None)
         for stop in self._stops:
             at = text.find(stop)

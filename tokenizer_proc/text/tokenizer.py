@@ -1,7 +1,7 @@
 """The model's tokenizer: tokenizer.json through the `tokenizers` library, special tokens from tokenizer_config.json.
 
-Whether a text gets a beginning-of-sequence token is the business of tokenizer.json's post-processor. Knows nothing of
-chat templates, requests or streams.
+tokenizer.json's post-processor adds a beginning-of-sequence token, if any. Knows nothing of chat templates, requests or
+streams.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from engine.ipc import UNREADABLE
 from tokenizer_proc.text import files
 from tokenizer_proc.text.pieces import Pieces
 
-THREAD_ABOVE_CHARACTERS = 8192  # about a millisecond of encoding; longer texts must not hold up the streams
+THREAD_ABOVE_CHARACTERS = 8192  # about a millisecond of encoding; longer texts would stall the event loop's streams
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
-class _Named(msgspec.Struct):
+class _NamedToken(msgspec.Struct):
     content: str
 
 
 class _TokenizerConfig(msgspec.Struct):
     """The fields of tokenizer_config.json (or special_tokens_map.json) that name special tokens."""
 
-    bos_token: str | _Named | None = None
-    eos_token: str | _Named | None = None
-    unk_token: str | _Named | None = None
-    pad_token: str | _Named | None = None
-    sep_token: str | _Named | None = None
-    cls_token: str | _Named | None = None
-    mask_token: str | _Named | None = None
+    bos_token: str | _NamedToken | None = None
+    eos_token: str | _NamedToken | None = None
+    unk_token: str | _NamedToken | None = None
+    pad_token: str | _NamedToken | None = None
+    sep_token: str | _NamedToken | None = None
+    cls_token: str | _NamedToken | None = None
+    mask_token: str | _NamedToken | None = None
 
 
 def special_tokens(directory: Path) -> dict[str, str]:
-    """The special tokens that the files of `directory` name. Raises ConfigError for files that make no sense."""
+    """The special tokens that the files of `directory` name. Raises ConfigError for files that cannot be read."""
     named: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the later one wins
         path = directory / name
@@ -52,14 +52,14 @@ def special_tokens(directory: Path) -> dict[str, str]:
         except UNREADABLE as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
         for field in _SPECIAL_NAMES:
-            value: str | _Named | None = getattr(config, field)
+            value: str | _NamedToken | None = getattr(config, field)
             if value is not None:
-                named[field] = value.content if isinstance(value, _Named) else value
+                named[field] = value.content if isinstance(value, _NamedToken) else value
     return named
 
 
 def is_from_library(error: BaseException) -> bool:
-    """Whether the library may have raised it: plain Exception, and where it panics what is none of these."""
+    """Whether the `tokenizers` library may have raised it: an Exception, or a PanicException, which is none."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
@@ -75,13 +75,13 @@ class Tokenizer:
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
-        self.longest_token = max(map(len, vocab), default=0)  # no token stands for more characters
+        self.longest_token = max(map(len, vocab), default=0)  # characters of the longest token
         self._origin: Tokenizer | None = None
         self._name(special_tokens or {})
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
-        """The tokenizer in `directory`. Raises ConfigError with what to do when it has none that we can read."""
+        """The tokenizer in `directory`. Raises ConfigError that says what to do when there is none that can be read."""
         path = Path(directory) / "tokenizer.json"
         raw = files.read(path, files.MAX_TOKENIZER)
         if raw is None:
@@ -97,7 +97,7 @@ class Tokenizer:
         """The tokenizer of a tokenizer.json, which lay at `path`. Raises ConfigError when it cannot be used."""
         try:
             made = cls(tokenizers.Tokenizer.from_str(raw.decode()), named)
-            made.backend.decode(made.backend.encode("a").ids)  # parts that refer to nothing show only in use
+            made.backend.decode(made.backend.encode("a").ids)  # parts that refer to missing tokens fail only in use
         except ConfigError:
             raise
         except BaseException as error:
@@ -107,33 +107,33 @@ class Tokenizer:
         return made
 
     def named(self, special_tokens: dict[str, str]) -> Tokenizer:
-        """The same tokens, where others of them are the special ones."""
+        """The same tokenizer with other special tokens."""
         if special_tokens == self.special_tokens:
             return self
         other = copy.copy(self)
-        other._origin = self.origin  # which is kept for as long as any of the two is
+        other._origin = self.origin  # kept alive for as long as the copy
         other._name(special_tokens)
         return other
 
     def unnamed(self) -> Tokenizer:
-        """This one, standing for itself, with no special token named."""
+        """This tokenizer without names of special tokens, as its own origin."""
         self._origin = None
         self._name({})
         return self
 
     @property
     def origin(self) -> Tokenizer:
-        """What stands for all that share these tokens."""
+        """The tokenizer that this one is a copy of, with other special tokens; else itself."""
         return self._origin or self
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`. Raises InvalidRequest when it is not valid Unicode (a lone surrogate)."""
         try:
-            # the batch calls let go of the interpreter's lock, so that a thread for them is worth something
+            # the batch calls release the interpreter's lock, so that a thread runs them in parallel
             [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidRequest("the text holds half of a surrogate pair, which is no character") from error
-        except BaseException as error:  # a model without an unknown token meets a character that it does not know
+        except BaseException as error:  # a character that a model without an unknown token does not know
             if not is_from_library(error):
                 raise
             raise InvalidRequest(f"the model's tokenizer cannot read this text: {error}") from error
@@ -141,24 +141,24 @@ class Tokenizer:
         return ids
 
     async def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The same for an event loop: a long text is encoded in a thread."""
+        """The same as `encode`; a long text is encoded in a thread."""
         if len(text) <= THREAD_ABOVE_CHARACTERS:
             return self.encode(text, add_special_tokens)
         return await asyncio.to_thread(self.encode, text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; what is no valid UTF-8 becomes U+FFFD."""
+        """Text of `ids`; invalid UTF-8 becomes U+FFFD."""
         texts: list[str] = self.backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
         return texts[0]
 
     async def decode_ids(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The same for an event loop: many ids are decoded in a thread."""
+        """The same as `decode`; many ids are decoded in a thread."""
         if len(ids) <= THREAD_ABOVE_CHARACTERS:
             return self.decode(ids, skip_special_tokens)
         return await asyncio.to_thread(self.decode, ids, skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The exact bytes of one token; none for an id that has no token."""
+        """The exact bytes of one token; empty for an id without a token."""
         return self.pieces[token_id]
 
     def token_text(self, token_id: int) -> str:

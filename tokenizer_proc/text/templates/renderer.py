@@ -1,10 +1,10 @@
-"""The process in which adapters' chat templates are rendered: one job after the other, with little of everything.
+"""The process that renders adapters' chat templates, one job after the other, with bounded CPU time and memory.
 
-    job in on stdin --> rendered within CPU_SECONDS and MEMORY_BYTES --> reply out on stdout
+    job on stdin --> rendered within CPU_SECONDS and MEMORY_BYTES --> reply on stdout
 
-Jinja's sandbox keeps a template from reaching anything, but bounds neither its loops nor what it builds: the kernel
-does that here, and ends the process. It can open no file and has no network. `sandbox` starts
-it, and another when it is gone. Knows nothing of adapters.
+Jinja's sandbox keeps a template from reaching other objects, but bounds neither its loops nor its memory; the kernel's
+resource limits do, and end the process. It can open no file and no socket. `sandbox` starts the process, and a new one
+after it ended. Knows nothing of adapters.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LENGTH = struct.Struct(">I")
 
 
 class RenderJob(msgspec.Struct, frozen=True, array_like=True):
-    """What to render; without messages the template is only compiled."""
+    """A template and the messages to render; without messages the template is only compiled."""
 
     source: str
     special_tokens: dict[str, str]
@@ -47,7 +47,7 @@ class RenderJob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RenderReply(msgspec.Struct, frozen=True, array_like=True):
-    """The text, or why there is none and which field is at fault. `last`: the process has grown, and ends."""
+    """The text, or why the job was refused and because of which field. `last`: the process has grown, and ends."""
 
     text: str | None = None
     refused: str = ""
@@ -56,12 +56,12 @@ class RenderReply(msgspec.Struct, frozen=True, array_like=True):
 
 
 def main() -> None:
-    """Does jobs until its input ends."""
+    """Renders jobs until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     jobs, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     for source in ("{{ strftime_now('%H') }}{{ messages | tojson }}", "{{ raise_exception('now all is imported') }}"):
-        _do(RenderJob(source, {}, [ChatMessage("user", "a")]))
+        _render(RenderJob(source, {}, [ChatMessage("user", "a")]))
     _confine()
     small = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     replies.write(LENGTH.pack(0))
@@ -70,7 +70,7 @@ def main() -> None:
         used = resource.getrusage(resource.RUSAGE_SELF)
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)
         resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used.ru_utime + used.ru_stime) + CPU_SECONDS, hard))
-        reply = _do(msgspec.msgpack.decode(frame, type=RenderJob))
+        reply = _render(msgspec.msgpack.decode(frame, type=RenderJob))
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - small) * 1024
         encoded = _encoded(msgspec.structs.replace(reply, last=grown > MEMORY_BYTES // 2))
         replies.write(LENGTH.pack(len(encoded)) + encoded)
@@ -87,7 +87,7 @@ def read_frame(source: BinaryIO) -> bytes | None:
     return frame if len(frame) == length else None
 
 
-def _do(job: RenderJob) -> RenderReply:
+def _render(job: RenderJob) -> RenderReply:
     try:
         template = _compiled(job.source, tuple(job.special_tokens.items()))
         if not job.messages:
@@ -119,7 +119,7 @@ def _encoded(reply: RenderReply) -> bytes:
 
 
 def _confine() -> None:
-    """From here on nothing can be opened, written to disk or kept beyond a bound."""
+    """Sets resource limits: no new files or sockets, no writing to disk, bounded memory."""
     time.localtime()
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     bounds = {

@@ -1,9 +1,9 @@
-"""Chat templates that adapters bring: rendered in a process of their own, which is ended when it takes too much.
+"""Adapters' chat templates, rendered in a process of their own, which is killed when a job takes too much.
 
-    prompt() -- one job of a template at a time, one job of all --> renderer --> text
-                                                                   killed: InvalidRequest, and a new one for the next
+    prompt() --> one job at a time, one waiting job per template --> renderer --> text
+                                        killed: InvalidRequest, and a new process for the next job
 
-Templates take turns, so that one of them can hold up another for one job at most. The model's own template never comes
+Templates take turns, so that a slow one delays another by one job at most. The model's own template is not rendered
 here. Knows nothing of adapters.
 """
 
@@ -30,7 +30,7 @@ from tokenizer_proc.text.templates.renderer import CPU_SECONDS, LENGTH, MAX_FRAM
 
 START_SECONDS = 60.0
 WALL_SECONDS = 30.0
-"""Behind CPU_SECONDS: for what waits instead of computing, and for a machine that is busy elsewhere."""
+"""A second bound beside CPU_SECONDS, for jobs that wait instead of computing; long enough for a busy machine."""
 
 TOO_MUCH = (
     f"the adapter's chat template was stopped: it may take {CPU_SECONDS} seconds of computing and"
@@ -42,7 +42,7 @@ KEPT_VARIABLES = frozenset({"PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH
 
 
 class _RendererGone(Exception):
-    """The process ended, or did not answer in time."""
+    """The renderer process ended, or did not answer in time."""
 
 
 class Sandbox:
@@ -55,12 +55,12 @@ class Sandbox:
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="chat templates")
 
     async def render(self, job: RenderJob) -> str:
-        """The text. Raises InvalidRequest with the template's own words, or because it takes too much."""
+        """The text. Raises InvalidRequest with the template's own message, or because the job takes too much."""
         async with self._turn:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self.do, job)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self.render_in_thread, job)
 
-    def do(self, job: RenderJob) -> str:
-        """The same for a thread."""
+    def render_in_thread(self, job: RenderJob) -> str:
+        """The same as `render`; blocks."""
         frame = msgspec.msgpack.encode(job)
         if len(frame) > MAX_FRAME:
             raise InvalidRequest(f"the messages are more than {MAX_FRAME >> 20} MiB", param="messages")
@@ -71,7 +71,7 @@ class Sandbox:
         return reply.text
 
     def close(self) -> None:
-        """Ends the process; there may be another one after it."""
+        """Ends the process; the next job starts a new one."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -92,7 +92,7 @@ class Sandbox:
             raise InvalidRequest(TOO_MUCH, param="messages", code="chat_template_stopped") from error
         except UNREADABLE as error:
             self.close()
-            raise InternalError(f"the process of chat templates made no sense ({error})") from error
+            raise InternalError(f"the reply of the chat template process cannot be read ({error})") from error
         if reply.last:
             self.close()
         return reply
@@ -114,12 +114,12 @@ class Sandbox:
             _read(self._process, time.monotonic() + START_SECONDS)
         except _RendererGone as error:
             self.close()
-            raise InternalError("the process of chat templates does not start") from error
+            raise InternalError("the chat template process does not start") from error
         return self._process
 
 
 class SandboxedTemplate(ChatRenderer):
-    """A template of an adapter. Raises InvalidRequest when it cannot be compiled."""
+    """An adapter's template. Raises InvalidRequest when it cannot be compiled."""
 
     source: str
 
@@ -128,7 +128,7 @@ class SandboxedTemplate(ChatRenderer):
         self._sandbox = sandbox
         self._special_tokens = dict(special_tokens)
         self._turn = asyncio.Lock()
-        sandbox.do(RenderJob(source, self._special_tokens, []))
+        sandbox.render_in_thread(RenderJob(source, self._special_tokens, []))
 
     async def prompt(
         self,
@@ -137,7 +137,7 @@ class SandboxedTemplate(ChatRenderer):
         continue_final_message: bool = False,
         **kwargs: Value,
     ) -> str:
-        """The prompt text. Raises InvalidRequest with the template's own words, or because it takes too much."""
+        """The prompt text. Raises InvalidRequest with the template's own message, or because the job takes too much."""
         check_messages(messages, add_generation_prompt, continue_final_message)
         job = RenderJob(
             self.source, self._special_tokens, list(messages), add_generation_prompt, continue_final_message, kwargs

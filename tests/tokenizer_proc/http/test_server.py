@@ -1,4 +1,4 @@
-"""A door that strangers can load adapters through is announced, once, at start."""
+"""The HTTP server warns at start if other machines can load adapters without an admin key."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fixtures.serving.tokenizer_front import config
 
-from tokenizer_proc import server
+from tokenizer_proc.http.server import warn_of_open_loads
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,8 @@ from tokenizer_proc import server
         ({"runtime_loads": False, "server_info": {"host": "0.0.0.0"}}, False),
     ],
 )
-def test_the_warning(fields: dict[str, Any], warns: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_open_loads_are_warned_of(fields: dict[str, Any], warns: bool, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        server._warn_of_an_open_door(config("sql", **fields))
+        warn_of_open_loads(config("sql", **fields))
     assert [record.levelname for record in caplog.records] == ["WARNING"] * warns
     assert ("--admin-api-key" in caplog.text) is warns

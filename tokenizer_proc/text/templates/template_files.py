@@ -1,0 +1,67 @@
+"""Where the text of a chat template comes from: files of a directory, or --chat-template. Knows nothing of jinja2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from engine.errors import ConfigError
+from engine.ipc import UNREADABLE
+from tokenizer_proc.text import files
+
+
+class _NamedTemplate(msgspec.Struct):
+    name: str
+    template: str
+
+
+class _TemplateField(msgspec.Struct):
+    """The field of tokenizer_config.json, or of chat_template.json in older checkpoints."""
+
+    chat_template: str | list[_NamedTemplate] | None = None
+
+
+def _from_json(path: Path) -> str | None:
+    raw = files.read(path, files.MAX_CONFIG)
+    if raw is None:
+        return None
+    try:
+        template = msgspec.json.decode(raw, type=_TemplateField).chat_template
+    except UNREADABLE as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(template, list):
+        return template
+    named = {each.name: each.template for each in template}
+    if "default" not in named:
+        raise ConfigError(f"{path} names the chat templates {sorted(named)} but no `default`: use --chat-template")
+    return named["default"]
+
+
+def given_template(template: str) -> str:
+    """The text of --chat-template, which names a file or is the template itself. Raises ConfigError."""
+    literal = "{%" in template or "{{" in template
+    try:
+        if Path(template).is_file():
+            return Path(template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        if not literal:
+            raise ConfigError(f"--chat-template {template!r} cannot be read: {error}") from error
+    if not literal:
+        raise ConfigError(f"--chat-template {template!r} is neither a file nor a jinja template")
+    return template
+
+
+def template_of(directory: Path) -> str | None:
+    """The text of the chat template in `directory`, if any. Raises ConfigError for files that cannot be read."""
+    path = directory / "chat_template.jinja"
+    raw = files.read(path, files.MAX_TEMPLATE)
+    if raw is not None:
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (template := _from_json(directory / name)) is not None:
+            return template
+    return None
