@@ -33,7 +33,6 @@ from engine.messages import (
     AdapterState,
     Capacity,
     Chunk,
-    EvictAdapter,
     Fill,
     LanePages,
     LoadAdapter,
@@ -224,7 +223,7 @@ def residents(runner: Runner, directory: Path, lanes: int, rounds: int) -> tuple
     runner.adapters.start()
     bench.finish_transfers()  # what is compiled in the background
     for number in tqdm(list(range(1, lanes + 1)) * (1 + rounds), desc="adapters", leave=False):
-        runner.evict_adapter(EvictAdapter(number))
+        runner.adapters.evict(number)
         began = time.perf_counter()
         state = runner.adapters.load(LoadAdapter(adapter_id=number, path=str(directory / f"p{number}")))
         state = bench.states[number] = state or bench.finish_transfers()[-1]

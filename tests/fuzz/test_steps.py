@@ -190,9 +190,9 @@ def test_loads(runner: Runner, tmp_path: Path) -> None:
                 state = runner.adapters.load(message)
                 answered.update([state.adapter_id] if state else [])
             case UnloadAdapter() as message if message.adapter_id != 1 and message.adapter_id not in asked:
-                assert runner.unload_adapter(message).state == "gone"
+                assert runner.adapters.unload(message.adapter_id).state == "gone"
             case EvictAdapter() as message if message.adapter_id != 1 and message.adapter_id not in asked:
-                assert runner.evict_adapter(message).state == "disk"
+                assert runner.adapters.evict(message.adapter_id).state == "disk"
         answered.update(state.adapter_id for state in runner.advance())
     answered.update(state.adapter_id for state in finish_transfers(runner))
     assert answered.keys() == asked.keys()
