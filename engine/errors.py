@@ -122,7 +122,7 @@ _BY_KIND: dict[str, type[EngineError]] = {
 }
 
 
-def revive(kind: str, message: str, param: str | None, code: str | None) -> EngineError:
+def error_from_wire(kind: str, message: str, param: str | None, code: str | None) -> EngineError:
     """The error that crossed a socket as (kind, message, param, code), as an exception again."""
     if kind == Overloaded.kind:
         return Overloaded(message)

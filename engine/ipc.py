@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 64 << 20
 
-UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, MemoryError)
+DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, MemoryError)
 """What decoding a frame or a file may raise: it is no such message, no UTF-8, nested too deeply, too large."""
 
 
@@ -69,7 +69,7 @@ class _Decoding(Generic[T]):
     def __call__(self, frame: bytes) -> T | None:
         try:
             return self._decoder.decode(frame)
-        except UNREADABLE as error:  # ValidationError carries the path of the bad field
+        except DECODE_ERRORS as error:  # ValidationError carries the path of the bad field
             log.warning("%s refused a frame of %d bytes: %s", self._name, len(frame), error)
             return None
 

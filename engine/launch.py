@@ -5,7 +5,7 @@
       +- scheduler         rows, pages, lanes
       +- tokenizer_proc    HTTP, text, names              (starts last, stops first)
 
-With --embedded it is the child of an `engine.Engine`: Args come as JSON on stdin, and Ready goes to stdout.
+With --embedded it is the child of an `engine.Engine`: ServerArgs come as JSON on stdin, and Ready goes to stdout.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine import hub, logs
-from engine.config.args import DEMO, Args, served_names
 from engine.config.flags import parse
 from engine.config.lora_paths import AdapterSpec, adapter_specs
-from engine.config.sections import AdapterSource, Sections, sections
+from engine.config.process_configs import AdapterSource, ProcessConfigs, sections
+from engine.config.server_args import DEMO, ServerArgs, served_names
 from engine.errors import ConfigError, EngineDead, EngineError
+from engine.lora_roots import check_files
 from engine.processes.banner import banner
 from engine.processes.child import Child, Facts
 from engine.processes.incarnations import Addresses, Incarnations
 from engine.processes.supervisor import Supervisor
-from engine.roots import check_files
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -61,16 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _embedded() -> int:
     child = Child(on_orphaned=lambda: os.kill(os.getpid(), signal.SIGTERM))
-    child.starting().rest()  # a download takes its time, and the three processes are watched from here
+    child.begin_startup().idle()  # a download takes its time, and the three processes are watched from here
     try:
-        _run(child.config(Args), child.ready)
+        _run(child.config(ServerArgs), child.ready)
     except EngineError as error:
         child.failed(error)
         return 1
     return 0
 
 
-def _run(args: Args, announce: Callable[[Facts], None]) -> None:
+def _run(args: ServerArgs, announce: Callable[[Facts], None]) -> None:
     """One launch, from flags to an orderly end. Raises EngineError when it cannot serve, or a process dies."""
     logs.setup("launch", args.log_level)
     with _run_directory() as directory, _listening(args) as listener:
@@ -78,7 +78,7 @@ def _run(args: Args, announce: Callable[[Facts], None]) -> None:
         resolved = _resolve(args, addresses, listener)
         facts: Facts = {
             "model": served_names(args)[0],
-            "door": resolved.tokenizer.links.door,
+            "door": resolved.tokenizer.endpoints.zmq_server,
             "url": _url(args, listener),
         }
         facts["adapters"] = [adapter.name for adapter in resolved.tokenizer.adapters]
@@ -88,13 +88,13 @@ def _run(args: Args, announce: Callable[[Facts], None]) -> None:
 
 async def _serve(incarnations: Incarnations, announce: Callable[[Facts], None]) -> None:
     stop = asyncio.Event()
-    async with Supervisor(incarnations.makers) as supervisor:
+    async with Supervisor(incarnations.spec_factories) as supervisor:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, _on_signal, stop, supervisor)
         reports = await _unless(stop, supervisor.ready())
         if reports is not None:
             announce(reports["model_runner"].facts)
-            death = await _unless(stop, supervisor.hopeless())
+            death = await _unless(stop, supervisor.run_until_unrecoverable())
             if death is not None:
                 await supervisor.stop(DEAD_GRACE_SECONDS)  # nobody can finish anything any more
                 raise EngineDead(f"{death}; its log is above")
@@ -130,7 +130,7 @@ def _run_directory() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _listening(args: Args) -> Iterator[socket.socket | None]:
+def _listening(args: ServerArgs) -> Iterator[socket.socket | None]:
     """The listening socket, bound before anything slow: a taken port is known at once, and outlives a restart."""
     if args.port is None:
         yield None
@@ -145,14 +145,14 @@ def _listening(args: Args) -> Iterator[socket.socket | None]:
         yield listener
 
 
-def _url(args: Args, listener: socket.socket | None) -> str | None:
+def _url(args: ServerArgs, listener: socket.socket | None) -> str | None:
     if listener is None:
         return None
     host = f"[{args.host}]" if ":" in args.host else args.host
     return f"http://{host}:{listener.getsockname()[1]}"
 
 
-def _resolve(args: Args, addresses: Addresses, listener: socket.socket | None) -> Sections:
+def _resolve(args: ServerArgs, addresses: Addresses, listener: socket.socket | None) -> ProcessConfigs:
     """From names to directories and sections: the part that may use the network."""
     specs = adapter_specs(args)
     model = DEMO / "model" if args.model_path is None else hub.local_directory(args.model_path, "--model-path")
@@ -161,7 +161,7 @@ def _resolve(args: Args, addresses: Addresses, listener: socket.socket | None) -
     )
     return sections(
         args,
-        links=addresses.links(),
+        endpoints=addresses.endpoints(),
         journal=addresses.journal,
         model=model,
         tokenizer=tokenizer,
@@ -170,7 +170,7 @@ def _resolve(args: Args, addresses: Addresses, listener: socket.socket | None) -
     )
 
 
-def _source(number: int, spec: AdapterSpec, args: Args) -> AdapterSource:
+def _source(number: int, spec: AdapterSpec, args: ServerArgs) -> AdapterSource:
     base_names, what = served_names(args), f"--lora-paths {spec.name}"
     root = hub.local_directory(spec.path, what)
     check_files(root, [*args.lora_root, str(DEMO)] if args.lora_root else [], what)

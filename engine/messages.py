@@ -203,7 +203,7 @@ class Answer(Message, frozen=True, kw_only=True):
 
 
 class Failure(Message, frozen=True):
-    """tokenizer_proc -> host: Submit or Command `id` was refused or failed; see engine.errors.revive."""
+    """tokenizer_proc -> host: Submit or Command `id` was refused or failed; see engine.errors.error_from_wire."""
 
     id: int
     kind: str
@@ -575,5 +575,5 @@ ToScheduler = (
     Hello | Generate | Abort | LoadAdapter | UnloadAdapter | PinAdapter | RunnerReady | StepDone | AdapterState
 )
 ToRunner = Hello | Reset | Step | LoadAdapter | UnloadAdapter | EvictAdapter
-ToDoor = Submit | Cancel | Command | Ping
-ToHost = Delta | Answer | Failure | Ping
+ToZmqServer = Submit | Cancel | Command | Ping
+ToClient = Delta | Answer | Failure | Ping

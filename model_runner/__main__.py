@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from engine import logs
-from engine.config.sections import RunnerConfig
+from engine.config.process_configs import RunnerConfig
 from engine.processes.child import Child
 
 
 def main() -> None:
     """Reads the config, then serves; torch is imported only once the lifeline is watched and stdout is safe."""
     child = Child()
-    pulse = child.starting()
+    busy_timer = child.begin_startup()
     config = child.config(RunnerConfig)
     logs.setup("runner", config.log_level)
     try:
@@ -18,7 +18,7 @@ def main() -> None:
     except Exception as error:
         child.failed(error)
         raise
-    serve(child, config, pulse)
+    serve(child, config, busy_timer)
 
 
 if __name__ == "__main__":

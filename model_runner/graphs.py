@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from engine.processes.pulse import Pulse
+from engine.processes.busy_timer import BusyTimer
 from model_runner.compute.attention.base import AttentionBackend
 from model_runner.lora.backends.base import LoraBackend
 from model_runner.model.families.decoder import Decoder
@@ -68,7 +68,7 @@ class DecodeGraphs:
         self._hidden_BH = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
         self._captured: dict[int, CapturedStep] = {}
 
-    def capture(self, *, progress: Pulse | None = None) -> None:
+    def capture(self, *, progress: BusyTimer | None = None) -> None:
         """Captures every size, the largest first. No step may be in flight."""
         order = self.sizes[::-1]
         with (

@@ -13,9 +13,9 @@ import time
 import torch
 from msgspec.structs import replace
 
-from engine.config.sections import RunnerConfig
+from engine.config.process_configs import RunnerConfig
 from engine.messages import AdapterState, Capacity, Step, StepDone
-from engine.processes.pulse import Pulse
+from engine.processes.busy_timer import BusyTimer
 from model_runner.build.assembly import Parts, assemble
 from model_runner.launched_step import LaunchedStep
 from model_runner.lora.adapters import Adapters
@@ -42,7 +42,7 @@ class Runner:
         self._has_decodes = False
 
     @classmethod
-    def load(cls, config: RunnerConfig, *, progress: Pulse | None = None) -> Runner:
+    def load(cls, config: RunnerConfig, *, progress: BusyTimer | None = None) -> Runner:
         """Loads model and start-up adapters and sizes everything. Raises ConfigError or AdapterError.
 
         `progress` is ticked as it goes on, and bars show how far it is; without it nothing is shown.

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import zmq
 from msgspec.structs import replace
 
-from engine.config.sections import RunnerConfig
+from engine.config.process_configs import RunnerConfig
 from engine.errors import EngineError
 from engine.ipc import Inbox, Outbox
 from engine.messages import (
@@ -37,8 +37,8 @@ from engine.messages import (
     ToRunner,
     UnloadAdapter,
 )
+from engine.processes.busy_timer import BusyTimer
 from engine.processes.child import Child, Facts
-from engine.processes.pulse import Pulse
 from model_runner.build.memory_plan import describe_bytes
 from model_runner.launched_step import LaunchedStep
 from model_runner.platform.compilations import CompilationCounter
@@ -55,15 +55,15 @@ SCHEDULER_EPOCHS = 1 << 20
 """An epoch is the runner's incarnation times this, plus the scheduler's incarnation that it serves."""
 
 
-def serve(child: Child, config: RunnerConfig, starting: Pulse) -> None:
+def serve(child: Child, config: RunnerConfig, starting: BusyTimer) -> None:
     """Loads, reports, and handles messages for ever. Exits with 0 on SIGTERM, with 1 on an error.
 
-    `starting` is the pulse until the report.
+    `starting` is the busy_timer until the report.
     """
     signal.signal(signal.SIGTERM, _exit)
     context: zmq.Context[Any] = zmq.Context()
     # The inbox is bound before anything is loaded, so that no message is lost.
-    inbox: Inbox[Any] = Inbox(context, config.links.runner, ToRunner, config.links.max_frame_bytes)
+    inbox: Inbox[Any] = Inbox(context, config.endpoints.runner, ToRunner, config.endpoints.max_frame_bytes)
     compilations = CompilationCounter().install()
     began = time.perf_counter()
     try:
@@ -78,7 +78,7 @@ def serve(child: Child, config: RunnerConfig, starting: Pulse) -> None:
     runner.adapters.start()
     compilations.serving = True
     child.ready(facts(runner, time.perf_counter() - began))
-    child.keep_pulse(server.pulse)
+    child.start_heartbeat(server.busy_timer)
     try:
         server.loop()
     except Exception:
@@ -86,7 +86,7 @@ def serve(child: Child, config: RunnerConfig, starting: Pulse) -> None:
         os._exit(1)  # an orderly end may hang on a broken device, and the cause would look like another process's
 
 
-def _load_runner(config: RunnerConfig, starting: Pulse) -> Runner:
+def _load_runner(config: RunnerConfig, starting: BusyTimer) -> Runner:
     """A runner that is ready to serve: on a GPU, warmed up."""
     set_threads(config.cpu_threads)
     runner = Runner.load(config, progress=starting)
@@ -138,15 +138,15 @@ class Server:
         self._inbox = inbox
         self._context = context
         self._config = config
-        self._epoch = config.links.epoch * SCHEDULER_EPOCHS
-        self.pulse = Pulse()
-        self._scheduler = self._connect(config.links.scheduler)
+        self._epoch = config.endpoints.epoch * SCHEDULER_EPOCHS
+        self.busy_timer = BusyTimer()
+        self._scheduler = self._connect(config.endpoints.scheduler)
         self._launched: deque[LaunchedStep] = deque()
 
     def announce(self) -> None:
         """Sends the scheduler this process's address and what the runner can hold."""
-        links = self._config.links
-        self._scheduler.send(Hello("runner", links.epoch, links.runner, self._config.rank))
+        endpoints = self._config.endpoints
+        self._scheduler.send(Hello("runner", endpoints.epoch, endpoints.runner, self._config.rank))
         after_fault = self._config.after_fault
         self._scheduler.send(RunnerReady(epoch=self._epoch, capacity=self._runner.capacity, after_fault=after_fault))
 
@@ -181,13 +181,13 @@ class Server:
                 self._greet(message)
 
     def _connect(self, address: str) -> Outbox:
-        return Outbox(self._context, address, self._config.links.max_frame_bytes)
+        return Outbox(self._context, address, self._config.endpoints.max_frame_bytes)
 
     def _launch(self, step: Step) -> None:
         if step.epoch != self._epoch:
             log.warning("step %d is for epoch %d: dropped", step.id, step.epoch)
             return
-        self.pulse.tick()
+        self.busy_timer.tick()
         try:
             self._launched.append(self._runner.launch(step))
         except Exception:
@@ -204,9 +204,9 @@ class Server:
                 log.exception("step %d failed on the device: the runner ends", launched.id)
                 raise
             self._scheduler.send(done)
-            self.pulse.tick()
+            self.busy_timer.tick()
         if not self._launched:
-            self.pulse.rest()
+            self.busy_timer.idle()
 
     def _drain_launched(self) -> None:
         """Waits for the launched steps, whose answers no scheduler needs."""
@@ -228,7 +228,7 @@ class Server:
     def _reset(self, message: Reset) -> None:
         """Starts the next epoch, for another scheduler: forgets the rows and steps of the one before."""
         self._drain_launched()
-        self._epoch = self._config.links.epoch * SCHEDULER_EPOCHS + message.epoch
+        self._epoch = self._config.endpoints.epoch * SCHEDULER_EPOCHS + message.epoch
         self._runner.reset()
         self._scheduler.send(RunnerReady(epoch=self._epoch, capacity=self._runner.capacity))
 

@@ -17,7 +17,7 @@ from itertools import count
 from tqdm import tqdm
 
 from engine.messages import Capacity, Chunk, LanePages, NewRow, Sampling, Step
-from engine.processes.pulse import Pulse
+from engine.processes.busy_timer import BusyTimer
 from model_runner.lora.normal_form import PAGE_RANK
 from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.site import EMBED, EXPERTS, full_weights_of, vectors_of
@@ -37,7 +37,7 @@ SAMPLED_ROWS = 32
 """The most rows of the steps that try the kinds of sampling."""
 
 
-def warm_up(runner: Runner, *, progress: Pulse | None = None) -> None:
+def warm_up(runner: Runner, *, progress: BusyTimer | None = None) -> None:
     """Executes them all; the runner must not have served a request yet, and is reset at the end."""
     maker = StepMaker(runner.capacity)
     pages = runner.adapters.pages

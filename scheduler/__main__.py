@@ -6,7 +6,7 @@ import signal
 import sys
 
 from engine import logs
-from engine.config.sections import SchedulerConfig
+from engine.config.process_configs import SchedulerConfig
 from engine.errors import EngineError
 from engine.processes.child import Child
 from scheduler.server import serve
@@ -15,7 +15,7 @@ from scheduler.server import serve
 def main() -> None:
     """Serves until SIGTERM (exit 0) or a failed audit (exit 1)."""
     child = Child()
-    child.starting()
+    child.begin_startup()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         config = child.config(SchedulerConfig)

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from engine.config.sections import SchedulerConfig
+from engine.config.process_configs import SchedulerConfig
 from engine.ipc import Inbox, Outbox
 from engine.messages import (
     EvictAdapter,
@@ -26,8 +26,8 @@ from engine.messages import (
     ToScheduler,
     UnloadAdapter,
 )
+from engine.processes.busy_timer import BusyTimer
 from engine.processes.child import Child
-from engine.processes.pulse import Pulse
 from scheduler.batching.async_gate import AsyncGate
 from scheduler.core import Scheduler
 from scheduler.state import Bounds
@@ -44,25 +44,25 @@ class Outboxes:
     """The outboxes to the neighbours; a neighbour that says Hello from another inbox is written to there."""
 
     def __init__(self, context: zmq.Context[Any], config: SchedulerConfig) -> None:
-        self._context, self._links = context, config.links
+        self._context, self._endpoints = context, config.endpoints
         self._boxes = {
-            "tokenizer": Outbox(context, config.links.tokenizer, config.links.max_frame_bytes),
-            "runner": Outbox(context, config.links.runner, config.links.max_frame_bytes),
+            "tokenizer": Outbox(context, config.endpoints.tokenizer, config.endpoints.max_frame_bytes),
+            "runner": Outbox(context, config.endpoints.runner, config.endpoints.max_frame_bytes),
         }
 
     def hello(self) -> None:
         """Tells both neighbours that we are here; a runner that served another scheduler is to forget it."""
         for box in self._boxes.values():
-            box.send(Hello("scheduler", self._links.epoch, self._links.scheduler))
-        if self._links.epoch > 0:
-            self._boxes["runner"].send(Reset(self._links.epoch))
+            box.send(Hello("scheduler", self._endpoints.epoch, self._endpoints.scheduler))
+        if self._endpoints.epoch > 0:
+            self._boxes["runner"].send(Reset(self._endpoints.epoch))
 
     def meet(self, hello: Hello) -> None:
         """A neighbour's new incarnation."""
         old = self._boxes[hello.process]
         if old.address != hello.inbox:
             old.close()
-            self._boxes[hello.process] = Outbox(self._context, hello.inbox, self._links.max_frame_bytes)
+            self._boxes[hello.process] = Outbox(self._context, hello.inbox, self._endpoints.max_frame_bytes)
 
     def send(self, message: msgspec.Struct) -> None:
         """To the runner what runners read, all else to the tokenizer process."""
@@ -80,7 +80,7 @@ class Loop:
 
     def __init__(self, config: SchedulerConfig, inbox: Inbox[ToScheduler], outboxes: Outboxes) -> None:
         self._config, self._inbox, self._outboxes = config, inbox, outboxes
-        self.pulse = Pulse()
+        self.busy_timer = BusyTimer()
         self._bounds = Bounds(
             config.max_loras,
             config.max_loaded_loras,
@@ -104,16 +104,16 @@ class Loop:
     def turn(self) -> None:
         """Takes in what has arrived, sends what can be planned; blocks for the next message when nothing can."""
         for message in self._inbox.receive(self._poll_seconds()):
-            self.pulse.tick()
+            self.busy_timer.tick()
             self._audit_needed = self._stats_changed = True
             if isinstance(message, Hello):
                 self._outboxes.meet(message)
             self._handle(message, time.monotonic())
         if self._core is not None:
-            self.pulse.tick()
+            self.busy_timer.tick()
             self._plan(self._core)
             self._audit_and_report(self._core, time.monotonic())
-        self.pulse.rest()
+        self.busy_timer.idle()
 
     def _handle(self, message: ToScheduler, now: float) -> None:
         if isinstance(message, RunnerReady):
@@ -123,7 +123,7 @@ class Loop:
         if self._core is not None:
             self._send(self._core.handle(message, now))
         elif isinstance(message, RunnerReady):
-            own = self._config.links.epoch
+            own = self._config.endpoints.epoch
             self._core = Scheduler(message.capacity, self._bounds, self._config.window, message.epoch, own)
             self._send(self._core.drain_outbox())
             for early in self._before_runner:
@@ -184,12 +184,14 @@ def serve(config: SchedulerConfig, child: Child) -> None:
     """Runs until the process is told to end. A failed audit ends it, loudly."""
     gc.disable()  # nothing here is in cycles, and a collection walks every token that waits: it would hold up a step
     context: zmq.Context[Any] = zmq.Context()
-    inbox: Inbox[ToScheduler] = Inbox(context, config.links.scheduler, ToScheduler, config.links.max_frame_bytes)
+    inbox: Inbox[ToScheduler] = Inbox(
+        context, config.endpoints.scheduler, ToScheduler, config.endpoints.max_frame_bytes
+    )
     outboxes = Outboxes(context, config)
     outboxes.hello()
     loop = Loop(config, inbox, outboxes)
     child.ready()
-    child.keep_pulse(loop.pulse)
+    child.start_heartbeat(loop.busy_timer)
     try:
         while True:
             loop.turn()

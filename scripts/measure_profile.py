@@ -28,7 +28,7 @@ from bench.shapes import SHAPES, Shape, make_adapter, make_model
 from msgspec.structs import replace
 from tqdm import tqdm
 
-from engine.config.sections import AdapterSource, Links, RunnerConfig
+from engine.config.process_configs import AdapterSource, Endpoints, RunnerConfig
 from engine.messages import (
     AdapterState,
     Capacity,
@@ -41,7 +41,7 @@ from engine.messages import (
     Step,
 )
 from engine.processes import incarnations
-from engine.processes.pulse import Pulse
+from engine.processes.busy_timer import BusyTimer
 from model_runner.runner import Runner
 from scheduler.simulate.profile import UNITS, CopyCost, MachineLimits, Profile, StepCost
 
@@ -196,7 +196,7 @@ def start(
         path = make_adapter(shape, directory / f"p{number}", ranks[number % len(ranks)], seed=number)
         sources.append(AdapterSource(adapter_id=number, name=f"p{number}", path=str(path), root=str(path)))
     config = RunnerConfig(
-        links=Links(tokenizer="", scheduler="", runner="", door=""),
+        endpoints=Endpoints(tokenizer="", scheduler="", runner="", zmq_server=""),
         model_path=str(make_model(shape, directory / "model")),
         device=device,  # type: ignore[arg-type]
         cpu_kernels="auto",
@@ -207,7 +207,7 @@ def start(
         lora_pool_adapters=lanes + 2,
         adapters=sources,
     )
-    return Runner.load(config, progress=Pulse())
+    return Runner.load(config, progress=BusyTimer())
 
 
 def residents(runner: Runner, directory: Path, lanes: int, rounds: int) -> tuple[RunnerBench, CopyCost, CopyCost]:
@@ -318,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def exec_with_launch_environment() -> None:
     """Restarts this process with the environment of a launch's runner, which takes effect at the start of a process."""
-    wanted = incarnations.computing()
+    wanted = incarnations.runner_environment()
     if wanted:
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **wanted})
 

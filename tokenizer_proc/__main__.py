@@ -11,17 +11,17 @@ from engine.processes.child import Child
 def main() -> int:
     """Runs the process; returns its exit status."""
     child = Child()
-    pulse = child.starting()
+    busy_timer = child.begin_startup()
     try:
         import uvloop
 
         from engine import logs
-        from engine.config.sections import TokenizerConfig
+        from engine.config.process_configs import TokenizerConfig
         from tokenizer_proc.server import serve
 
         config = child.config(TokenizerConfig)
         logs.setup("tokenizer", config.log_level)
-        uvloop.run(serve(child, config, pulse))
+        uvloop.run(serve(child, config, busy_timer))
     except Exception as error:
         logging.getLogger(__name__).debug("the process cannot start or go on", exc_info=True)
         child.failed(error)

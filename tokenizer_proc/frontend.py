@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from engine.config.sections import TokenizerConfig
+from engine.config.process_configs import TokenizerConfig
 from engine.errors import EngineDead, InvalidRequest, Overloaded
 from engine.messages import (
     AdapterMix,
@@ -63,9 +63,9 @@ class Frontend:
         self.tokenizer = tokenizer
         base = TextTools(tokenizer, chat, generation_config)
         self.tokenizer_library = TokenizerLibrary(base, config.tokenizer_path, config.chat_template is not None)
-        text_tools = self.tokenizer_library.load_all(config.adapters, skip_failed=config.links.epoch > 0)
+        text_tools = self.tokenizer_library.load_all(config.adapters, skip_failed=config.endpoints.epoch > 0)
         adapters = [source for source in config.adapters if source.adapter_id in text_tools]
-        self.adapters = AdapterRegistry(config.served_model_names, adapters, config.links.epoch, text_tools)
+        self.adapters = AdapterRegistry(config.served_model_names, adapters, config.endpoints.epoch, text_tools)
         self.metrics = Metrics(config.served_model_names[0], self._snapshot)
         self.lifecycle = Lifecycle(config, self.adapters, send, self.metrics, self.tokenizer_library)
         self.resolver: Resolver | None = None
@@ -73,8 +73,8 @@ class Frontend:
             self.resolver = Resolver(config.lora_resolve_root, self.adapters, self.lifecycle, config.lora_roots)
         self.capacity: Capacity | None = None
         self.stats = Stats()
-        self.router = Router(send, config.links.epoch, config.max_open_requests, config.max_queued_tokens)
-        self.epoch = config.links.epoch
+        self.router = Router(send, config.endpoints.epoch, config.max_open_requests, config.max_queued_tokens)
+        self.epoch = config.endpoints.epoch
         self.is_draining = False
         self._preparer = RequestPreparer(config, self.adapters, base, self.resolver)
         self._info = ServerInfo(config, self.adapters, self.router)

@@ -15,11 +15,11 @@ from typing import NoReturn
 import zmq
 import zmq.asyncio
 
-from engine.config.sections import TokenizerConfig
+from engine.config.process_configs import TokenizerConfig
 from engine.ipc import AsyncInbox
 from engine.messages import ToTokenizer
+from engine.processes.busy_timer import BusyTimer
 from engine.processes.child import Child
-from engine.processes.pulse import Pulse
 from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.http.server import http_server
 from tokenizer_proc.inbox import SchedulerInbox
@@ -30,21 +30,21 @@ DRAIN_SECONDS = 10.0
 BEAT_SECONDS = 0.5
 
 
-async def serve(child: Child, config: TokenizerConfig, pulse: Pulse) -> None:
-    """Runs until SIGTERM. Raises EngineError when it cannot start. `pulse` shows that the event loop turns."""
+async def serve(child: Child, config: TokenizerConfig, busy_timer: BusyTimer) -> None:
+    """Runs until SIGTERM. Raises EngineError when it cannot start. `busy_timer` shows that the event loop turns."""
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     context = zmq.asyncio.Context()
     inbox: AsyncInbox[ToTokenizer] = AsyncInbox(
-        context, config.links.tokenizer, ToTokenizer, config.links.max_frame_bytes
+        context, config.endpoints.tokenizer, ToTokenizer, config.endpoints.max_frame_bytes
     )
-    outbox = SchedulerOutbox(zmq.Context.shadow(context.underlying), config.links)
-    beating = asyncio.ensure_future(_beat(pulse))
+    outbox = SchedulerOutbox(zmq.Context.shadow(context.underlying), config.endpoints)
+    beating = asyncio.ensure_future(_beat(busy_timer))
     try:
         messages = SchedulerInbox(Frontend.load(config, outbox.send), outbox, inbox)
-        if not await messages.until_ready(stopping, forgiving=config.links.epoch > 0):
+        if not await messages.until_ready(stopping, forgiving=config.endpoints.epoch > 0):
             return
-        await _run_servers(child, config, context, messages, stopping, pulse)
+        await _run_servers(child, config, context, messages, stopping, busy_timer)
     finally:
         beating.cancel()
         inbox.close()
@@ -58,14 +58,14 @@ async def _run_servers(
     context: zmq.asyncio.Context,
     messages: SchedulerInbox,
     stopping: asyncio.Event,
-    pulse: Pulse,
+    busy_timer: BusyTimer,
 ) -> None:
     """Serves from the moment the front end is ready until its last stream has ended."""
     frontend, reading = messages.frontend, asyncio.ensure_future(messages.read())
     try:
         async with _zmq_server(config, context, frontend) as serving, http_server(config, frontend) as http:
             child.ready(_facts(frontend))
-            child.keep_pulse(pulse)
+            child.start_heartbeat(busy_timer)
             ended = asyncio.ensure_future(stopping.wait())
             await asyncio.wait((ended, reading, serving), return_when=asyncio.FIRST_COMPLETED)
             ended.cancel()
@@ -78,10 +78,10 @@ async def _run_servers(
         reading.cancel()
 
 
-async def _beat(pulse: Pulse) -> NoReturn:
+async def _beat(busy_timer: BusyTimer) -> NoReturn:
     """Shows the launcher that the event loop turns."""
     while True:
-        pulse.tick()
+        busy_timer.tick()
         await asyncio.sleep(BEAT_SECONDS)
 
 
@@ -90,7 +90,7 @@ async def _zmq_server(
     config: TokenizerConfig, context: zmq.asyncio.Context, frontend: Frontend
 ) -> AsyncIterator[asyncio.Future[None]]:
     """The task that serves embedding hosts, while entered."""
-    server = ZmqServer(context, config.links.door, frontend, config.links.max_frame_bytes)
+    server = ZmqServer(context, config.endpoints.zmq_server, frontend, config.endpoints.max_frame_bytes)
     task = asyncio.ensure_future(server.serve())
     try:
         yield task

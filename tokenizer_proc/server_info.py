@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from engine.config.sections import TokenizerConfig
+from engine.config.process_configs import TokenizerConfig
 from engine.messages import Capacity, Stats
 from tokenizer_proc.adapters.registry import AdapterRegistry
 from tokenizer_proc.upstream.router import Router

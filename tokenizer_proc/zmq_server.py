@@ -22,8 +22,8 @@ import zmq.asyncio
 
 from engine import logs
 from engine.errors import EngineDead, EngineError, InternalError, InvalidRequest
-from engine.ipc import MAX_FRAME_BYTES, UNREADABLE
-from engine.messages import Answer, Cancel, Command, Delta, Failure, Ping, Submit, ToDoor
+from engine.ipc import DECODE_ERRORS, MAX_FRAME_BYTES
+from engine.messages import Answer, Cancel, Command, Delta, Failure, Ping, Submit, ToZmqServer
 from tokenizer_proc.commands import run_command
 from tokenizer_proc.frontend import Frontend, Stream
 from tokenizer_proc.telemetry.error_log import error_fields
@@ -59,7 +59,7 @@ class ZmqServer:
         self._max_frame = max_frame
         self._clients: dict[bytes, _Client] = {}
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[ToDoor] = msgspec.msgpack.Decoder(ToDoor)
+        self._decoder: msgspec.msgpack.Decoder[ToZmqServer] = msgspec.msgpack.Decoder(ToZmqServer)
         self._socket: zmq.asyncio.Socket = context.socket(zmq.ROUTER)
         for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
             self._socket.setsockopt(option, 0)
@@ -101,7 +101,7 @@ class ZmqServer:
         client.heard = time.monotonic()
         try:
             message = self._decoder.decode(frame)
-        except UNREADABLE as error:
+        except DECODE_ERRORS as error:
             log.warning("the ZeroMQ server refused a frame of %d bytes: %s", len(frame), error)
             self._refuse(identity, frame, str(error))
             return
@@ -164,7 +164,7 @@ class ZmqServer:
             match msgspec.msgpack.decode(frame):
                 case [str(), int(id), *_] if not isinstance(id, bool):
                     self._send(identity, _failure(id, InvalidRequest(f"the message cannot be read: {reason}")))
-        except UNREADABLE:
+        except DECODE_ERRORS:
             return
 
     def _send(self, identity: bytes, message: Delta | Answer | Failure | Ping) -> None:

@@ -18,12 +18,12 @@ import msgspec
 
 from engine.client.adapter_calls import AdapterCalls, CommandName
 from engine.client.completion import Completion, join
-from engine.client.link import Link
+from engine.client.connection import Connection
 from engine.client.lora_request import LoRARequest
-from engine.config.args import Args
+from engine.config.server_args import ServerArgs
 from engine.errors import ConfigError, EngineDead, InvalidRequest
 from engine.messages import AdapterMix, Answer, ChatMessage, Command, Delta, SamplingParams, Submit
-from engine.processes.process import Process, Spec
+from engine.processes.process import Process, ProcessSpec
 
 Prompt = str | Sequence[int] | Sequence[ChatMessage] | Sequence[Mapping[str, str]]
 Lora = str | Mapping[str, float] | LoRARequest | None
@@ -34,16 +34,17 @@ STOP_SECONDS = 30.0
 class Engine(AdapterCalls):
     """A running engine: owned (started and ended by `async with`) or joined (`connect`).
 
-    The keyword arguments are the command line's flags with underscores (engine.config.args); no `port` means no HTTP.
-    Raises ConfigError for a bad one, and, on entering, whatever kept the engine from serving.
+    The keyword arguments are the command line's flags with underscores (engine.config.server_args); without a `port`
+    there is no HTTP server. Raises ConfigError for a bad flag, and, on entering, the error that kept the engine from
+    serving.
     """
 
     def __init__(self, model_path: str | None = None, **flags: Any) -> None:
         super().__init__()
-        self._args: Args | None = _args({"port": None, "log_level": "warning", **flags, "model_path": model_path})
+        self._args: ServerArgs | None = _args({"port": None, "log_level": "warning", **flags, "model_path": model_path})
         self._address = ""
         self._process: Process | None = None
-        self._link: Link | None = None
+        self._connection: Connection | None = None
 
     @classmethod
     def connect(cls, address: str) -> Engine:
@@ -54,19 +55,19 @@ class Engine(AdapterCalls):
 
     async def __aenter__(self) -> Self:
         if self._args is not None:
-            self._process = await Process.start(Spec("engine", "engine.launch", self._args, ["--embedded"]))
+            self._process = await Process.start(ProcessSpec("engine", "engine.launch", self._args, ["--embedded"]))
             try:
                 self._address = str((await self._process.report()).facts["door"])
             except BaseException:
                 await self._process.stop(STOP_SECONDS)
                 raise
-        self._link = Link(self._address)
+        self._connection = Connection(self._address)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        link, self._link = self._link, None
-        if link is not None:
-            await link.close()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
         if self._process is not None:
             await self._process.stop(STOP_SECONDS)
 
@@ -81,15 +82,15 @@ class Engine(AdapterCalls):
         Overloaded, EngineDead. Who does not go on with the loop holds up nobody: what comes meanwhile is kept for him,
         at most the rest of the answer, which `max_tokens` and the context bound.
         """
-        link = self._open()
+        connection = self._open()
         submit = Submit(
-            id=link.new_id(),
+            id=connection.new_id(),
             prompt=_prompt(prompt),
             params=params or SamplingParams(),
             lora=await self._adapter(lora),
             **options,
         )
-        async with link.call(submit) as call:
+        async with connection.call(submit) as call:
             unfinished = submit.params.n
             while True:  # an n that makes no sense is answered with a Failure
                 delta = await call.next()
@@ -125,14 +126,14 @@ class Engine(AdapterCalls):
         answer = await self._command("info")
         return {name: msgspec.msgpack.decode(value) for name, value in answer.info.items()}
 
-    def _open(self) -> Link:
-        if self._link is None:
+    def _open(self) -> Connection:
+        if self._connection is None:
             raise EngineDead("the engine is not open: use `async with Engine(...) as engine`")
-        return self._link
+        return self._connection
 
     async def _command(self, call: CommandName, **fields: Any) -> Answer:
-        link = self._open()
-        async with link.call(Command(id=link.new_id(), call=call, **fields)) as open_call:
+        connection = self._open()
+        async with connection.call(Command(id=connection.new_id(), call=call, **fields)) as open_call:
             answer = await open_call.next()
             assert isinstance(answer, Answer)
             return answer
@@ -151,9 +152,9 @@ class Engine(AdapterCalls):
         return join([delta async for delta in self.generate(prompt, params, lora=lora, **options)])
 
 
-def _args(flags: dict[str, Any]) -> Args:
+def _args(flags: dict[str, Any]) -> ServerArgs:
     try:
-        return msgspec.convert(flags, Args)
+        return msgspec.convert(flags, ServerArgs)
     except msgspec.ValidationError as error:
         raise ConfigError(f"Engine(...): {error}") from error
 

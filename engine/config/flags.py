@@ -1,4 +1,5 @@
-"""The command line: flags to Args. SGLang's names, with vLLM's as aliases, so that a command line moves over unchanged.
+"""Parses the command line into ServerArgs. Flags have SGLang's names and vLLM's as aliases, so that a command line
+moves over unchanged.
 
 A flag that the design has but the code has not yet is in `LATER`: it ends the launch with one line, as any other
 mistake does. Imports nothing heavy, so --help is quick.
@@ -11,7 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import NoReturn
 
-from engine.config.args import Args
+from engine.config.server_args import ServerArgs
 from engine.errors import ConfigError
 
 LATER = {
@@ -73,7 +74,7 @@ def _dtype(text: str) -> str:
     return _DTYPES.get(text, text)
 
 
-def parse(argv: Sequence[str]) -> Args:
+def parse(argv: Sequence[str]) -> ServerArgs:
     """Reads a command line (without the program's name). Raises ConfigError with one line for people."""
     fields = vars(make_parser().parse_args(argv))
     positional = fields.pop("model")
@@ -81,7 +82,7 @@ def parse(argv: Sequence[str]) -> Args:
         raise ConfigError(f"the model is given twice: {positional} and --model-path {fields['model_path']}")
     if positional is not None:
         fields["model_path"] = positional
-    return Args(**{**_from_environment(), **fields})
+    return ServerArgs(**{**_from_environment(), **fields})
 
 
 def _from_environment() -> dict[str, object]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from engine.config.args import DEMO, Args, served_names
+from engine.config.server_args import DEMO, ServerArgs, served_names
 from engine.errors import ConfigError
 
 
@@ -64,7 +64,7 @@ def _parse_json(item: str) -> AdapterSpec:
         raise ConfigError(f"--lora-paths {item}: {error}; expected {wanted}") from error
 
 
-def adapter_specs(args: Args) -> list[AdapterSpec]:
+def adapter_specs(args: ServerArgs) -> list[AdapterSpec]:
     """The adapters given at start; the demo brings its own when none are named. Raises ConfigError."""
     specs = [parse_adapter(item) for item in args.lora_paths]
     if args.model_path is None and not specs and args.enable_lora is not False:

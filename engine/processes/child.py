@@ -2,9 +2,9 @@
 
     parent                                child
       | -- config, one JSON line on stdin -->|   stdin then stays open: its end means the parent is gone
-      |<-- Alive, each second ---------------|   on the real stdout, which stray prints can no longer reach
+      |<-- Heartbeat, each second ---------------|   on the real stdout, which stray prints can no longer reach
       |<-- Ready or Failed, one JSON line ---|   the same way
-      |<-- Alive, each second ---------------|   the same way, of one that serves
+      |<-- Heartbeat, each second ---------------|   the same way, of one that serves
       |<-- logs on stderr -------------------|
 
 Knows nothing of what the process does.
@@ -24,9 +24,9 @@ from typing import BinaryIO, TypeVar
 import msgspec
 
 from engine.errors import ConfigError, EngineError
-from engine.processes.pulse import Pulse
+from engine.processes.busy_timer import BusyTimer
 
-PULSE_SECONDS = 1.0
+HEARTBEAT_SECONDS = 1.0
 
 C = TypeVar("C", bound=msgspec.Struct)
 
@@ -47,8 +47,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     kind: str = "server_error"
 
 
-class Alive(msgspec.Struct, frozen=True, tag=True):
-    """The child's pulse. `busy`: for how many seconds it has been at its present piece of work."""
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+    """The child's busy_timer. `busy`: for how many seconds it has been at its present piece of work."""
 
     busy: float = 0.0
 
@@ -78,15 +78,15 @@ class Child:
         threading.Thread(target=self._watch_parent, name="parent", daemon=True).start()
         return config
 
-    def starting(self) -> Pulse:
-        """The pulse of the start, which the parent hears until `ready`: tick it as the start goes on."""
-        pulse = Pulse()
-        pulse.tick()
-        self.keep_pulse(pulse)
-        return pulse
+    def begin_startup(self) -> BusyTimer:
+        """The busy_timer of the start, which the parent hears until `ready`: tick it as the start goes on."""
+        busy_timer = BusyTimer()
+        busy_timer.tick()
+        self.start_heartbeat(busy_timer)
+        return busy_timer
 
     def ready(self, facts: Facts | None = None) -> None:
-        """Reports that this process serves; ends the pulse of the start."""
+        """Reports that this process serves; ends the busy_timer of the start."""
         self._quiet.set()
         self._send(Ready(facts or {}))
 
@@ -97,18 +97,18 @@ class Child:
         else:
             self._send(Failed(f"{type(error).__name__}: {error}"))
 
-    def keep_pulse(self, pulse: Pulse) -> None:
+    def start_heartbeat(self, busy_timer: BusyTimer) -> None:
         """From now on the parent hears each second that this process lives and how long its work takes; after ready."""
         self._quiet = threading.Event()
-        threading.Thread(target=self._beat, args=(pulse, self._quiet), name="pulse", daemon=True).start()
+        threading.Thread(target=self._beat, args=(busy_timer, self._quiet), name="heartbeat", daemon=True).start()
 
-    def _beat(self, pulse: Pulse, quiet: threading.Event) -> None:
+    def _beat(self, busy_timer: BusyTimer, quiet: threading.Event) -> None:
         with contextlib.suppress(OSError):  # nobody listens any more
             while not quiet.is_set():
-                self._send(Alive(pulse.busy))
-                quiet.wait(PULSE_SECONDS)
+                self._send(Heartbeat(busy_timer.busy))
+                quiet.wait(HEARTBEAT_SECONDS)
 
-    def _send(self, report: Ready | Failed | Alive) -> None:
+    def _send(self, report: Ready | Failed | Heartbeat) -> None:
         self._report.write(msgspec.json.encode(report) + b"\n")
         self._report.flush()
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from engine.config.sections import Links, Sections
+from engine.config.process_configs import Endpoints, ProcessConfigs
 from engine.processes import journal
-from engine.processes.process import Spec
-from engine.processes.supervisor import Maker
+from engine.processes.process import ProcessSpec
+from engine.processes.supervisor import SpecFactory
 
 
 class Addresses:
@@ -28,48 +28,48 @@ class Addresses:
         self._directory = directory
         self._now = {"tokenizer": 0, "scheduler": 0, "runner": 0}
 
-    def begin(self, process: str, incarnation: int) -> Links:
+    def begin(self, process: str, incarnation: int) -> Endpoints:
         """The links of a process's new incarnation, which the others will find at a new place."""
         self._now[process] = incarnation
-        return self.links(incarnation)
+        return self.endpoints(incarnation)
 
-    def links(self, epoch: int = 0) -> Links:
+    def endpoints(self, epoch: int = 0) -> Endpoints:
         """Where everyone is now, for a process of this incarnation."""
         tokenizer, scheduler, runner = (f"ipc://{self._directory}/{name}.{n}" for name, n in self._now.items())
         door = f"ipc://{self._directory}/door.0"
-        return Links(epoch=epoch, tokenizer=tokenizer, scheduler=scheduler, runner=runner, door=door)
+        return Endpoints(epoch=epoch, tokenizer=tokenizer, scheduler=scheduler, runner=runner, zmq_server=door)
 
 
 class Incarnations:
     """The three processes of one launch, in the order in which they depend on one another."""
 
-    def __init__(self, resolved: Sections, addresses: Addresses) -> None:
+    def __init__(self, resolved: ProcessConfigs, addresses: Addresses) -> None:
         self._resolved = resolved
         self._addresses = addresses
 
     @property
-    def makers(self) -> list[Maker]:
+    def spec_factories(self) -> list[SpecFactory]:
         """For a supervisor."""
         return [self._runner, self._scheduler, self._tokenizer]
 
-    def _runner(self, incarnation: int, after_fault: bool) -> Spec:
-        links = self._addresses.begin("runner", incarnation)
-        config = replace(self._resolved.runner, links=links, after_fault=after_fault)
-        return Spec("model_runner", "model_runner", config, environment=computing())
+    def _runner(self, incarnation: int, after_fault: bool) -> ProcessSpec:
+        endpoints = self._addresses.begin("runner", incarnation)
+        config = replace(self._resolved.runner, endpoints=endpoints, after_fault=after_fault)
+        return ProcessSpec("model_runner", "model_runner", config, environment=runner_environment())
 
-    def _scheduler(self, incarnation: int, _: bool) -> Spec:
-        config = replace(self._resolved.scheduler, links=self._addresses.begin("scheduler", incarnation))
-        return Spec("scheduler", "scheduler", config)
+    def _scheduler(self, incarnation: int, _: bool) -> ProcessSpec:
+        config = replace(self._resolved.scheduler, endpoints=self._addresses.begin("scheduler", incarnation))
+        return ProcessSpec("scheduler", "scheduler", config)
 
-    def _tokenizer(self, incarnation: int, _: bool) -> Spec:
-        config = replace(self._resolved.tokenizer, links=self._addresses.begin("tokenizer", incarnation))
+    def _tokenizer(self, incarnation: int, _: bool) -> ProcessSpec:
+        config = replace(self._resolved.tokenizer, endpoints=self._addresses.begin("tokenizer", incarnation))
         if incarnation:
             config = replace(config, adapters=journal.replay(self._addresses.journal, config.adapters))
         listen_fd = config.listen_fd
-        return Spec("tokenizer", "tokenizer_proc", config, descriptors=[] if listen_fd is None else [listen_fd])
+        return ProcessSpec("tokenizer", "tokenizer_proc", config, descriptors=[] if listen_fd is None else [listen_fd])
 
 
-def computing() -> dict[str, str]:
+def runner_environment() -> dict[str, str]:
     """How the runner's threads wait for one another and where its memory comes from, unless the environment says so.
 
     They spin for some 50 us, which is longer than what lies between two operations, then sleep: threads that spin on

@@ -12,25 +12,25 @@ from pathlib import Path
 
 import msgspec
 
-from engine.config.sections import AdapterSource
-from engine.ipc import UNREADABLE
+from engine.config.process_configs import AdapterSource
+from engine.ipc import DECODE_ERRORS
 
 log = logging.getLogger(__name__)
 
 
-class Meant(msgspec.Struct, frozen=True, tag=True):
+class NameBound(msgspec.Struct, frozen=True, tag=True):
     """From now on the source's name means it."""
 
     source: AdapterSource
 
 
-class Dropped(msgspec.Struct, frozen=True, tag=True):
+class NameUnbound(msgspec.Struct, frozen=True, tag=True):
     """Nothing is called so any more."""
 
     name: str
 
 
-_ENTRY: msgspec.json.Decoder[Meant | Dropped] = msgspec.json.Decoder(Meant | Dropped)
+_ENTRY: msgspec.json.Decoder[NameBound | NameUnbound] = msgspec.json.Decoder(NameBound | NameUnbound)
 
 
 class Journal:
@@ -41,13 +41,13 @@ class Journal:
 
     def means(self, source: AdapterSource) -> None:
         """The source's name means it."""
-        self._write(Meant(source))
+        self._write(NameBound(source))
 
     def drops(self, name: str) -> None:
         """The name means nothing."""
-        self._write(Dropped(name))
+        self._write(NameUnbound(name))
 
-    def _write(self, entry: Meant | Dropped) -> None:
+    def _write(self, entry: NameBound | NameUnbound) -> None:
         if self._path is not None:
             with open(self._path, "ab") as file:
                 file.write(msgspec.json.encode(entry) + b"\n")
@@ -59,10 +59,10 @@ def replay(path: Path, sources: Sequence[AdapterSource]) -> list[AdapterSource]:
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             entry = _ENTRY.decode(line)
-        except UNREADABLE:
+        except DECODE_ERRORS:
             log.warning("a line of the journal of adapters cannot be read and is left out")
             continue
-        if isinstance(entry, Meant):
+        if isinstance(entry, NameBound):
             meant[entry.source.name] = entry.source
         else:
             meant.pop(entry.name, None)

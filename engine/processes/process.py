@@ -1,7 +1,7 @@
 """The parent's side of a process: start it by name, read its report and its pulse, notice its end, end it in order.
 
-    Spec (what to run) --start--> Process (one incarnation) --report--> Ready | Failed
-                                     |--> Alive, each second: one that falls silent, or gets stuck, is killed,
+    ProcessSpec (what to run) --start--> Process (one incarnation) --report--> Ready | Failed
+                                     |--> Heartbeat, each second: one that falls silent, or gets stuck, is killed,
                                      |    before its report as after it, where a start may take its time
                                      '--> exit
 
@@ -24,23 +24,23 @@ from pathlib import Path
 
 import msgspec
 
-from engine.errors import EngineDead, revive
-from engine.ipc import UNREADABLE
-from engine.processes.child import Alive, Failed, Ready
+from engine.errors import EngineDead, error_from_wire
+from engine.ipc import DECODE_ERRORS
+from engine.processes.child import Failed, Heartbeat, Ready
 
 log = logging.getLogger(__name__)
 
-_REPORT: msgspec.json.Decoder[Ready | Failed | Alive] = msgspec.json.Decoder(Ready | Failed | Alive)
+_REPORT: msgspec.json.Decoder[Ready | Failed | Heartbeat] = msgspec.json.Decoder(Ready | Failed | Heartbeat)
 _ROOT = Path(__file__).resolve().parents[2]
 _LIMIT = 1 << 20  # bytes of a report line
 SILENT_SECONDS = 5
 START_SILENT_SECONDS = 60  # a large library that is loaded from a slow disk holds up every thread of the interpreter
 START_BUSY_SECONDS = 600.0  # for one part of the start: a tensor, a kernel, an adapter
-OTHERS_DOING = (0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+EXTERNAL_EXIT_CODES = (0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 
 
 @dataclass(frozen=True)
-class Spec:
+class ProcessSpec:
     """What to run: `python -P -m module arguments`, with its config and the descriptors it inherits."""
 
     name: str
@@ -68,7 +68,7 @@ def _environment(extra: dict[str, str]) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class End:
+class ProcessExit:
     """How a process ended, in words, and whether that was its own doing: somebody's `kill -9` is not."""
 
     words: str
@@ -78,12 +78,12 @@ class End:
 class Process:
     """One incarnation of a child. Whoever starts it stops it."""
 
-    def __init__(self, spec: Spec, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, spec: ProcessSpec, process: asyncio.subprocess.Process) -> None:
         self.spec = spec
         self._process = process
 
     @classmethod
-    async def start(cls, spec: Spec) -> Process:
+    async def start(cls, spec: ProcessSpec) -> Process:
         """Starts the child and hands it its config; its standard error is ours."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -117,20 +117,20 @@ class Process:
             case Ready():
                 return word
             case Failed():
-                raise revive(word.kind, word.message, None, None)
-            case End():
+                raise error_from_wire(word.kind, word.message, None, None)
+            case ProcessExit():
                 self.kill()
                 await self._process.wait()
                 raise EngineDead(f"the {self.spec.name} process {word.words} before it was ready; its log is above")
         raise EngineDead(f"the {self.spec.name} process {await self._way_out()} while starting; its log is above")
 
-    async def end(self, busy: float) -> End:
+    async def end(self, busy: float) -> ProcessExit:
         """Waits for its end, and kills it when it is silent or at one piece of work for more than `busy` seconds."""
         watch, exited = asyncio.ensure_future(self._stuck(busy)), asyncio.ensure_future(self._process.wait())
         try:
             await asyncio.wait((watch, exited), return_when=asyncio.FIRST_COMPLETED)
             if exited.done():
-                return End(_ended(exited.result()), exited.result() not in OTHERS_DOING)
+                return ProcessExit(_ended(exited.result()), exited.result() not in EXTERNAL_EXIT_CODES)
             self.kill()
             await exited
             return watch.result()
@@ -146,15 +146,15 @@ class Process:
             self.kill()
         return await self.exit()
 
-    async def _stuck(self, busy: float) -> End:
+    async def _stuck(self, busy: float) -> ProcessExit:
         """Waits until it falls silent or gets stuck."""
-        while not isinstance(word := await self._listen(SILENT_SECONDS, busy), End):
+        while not isinstance(word := await self._listen(SILENT_SECONDS, busy), ProcessExit):
             if word is None:  # it has ended, and that is noticed elsewhere, unless it hangs on its way out
                 await asyncio.sleep(SILENT_SECONDS)
                 return _silent(SILENT_SECONDS)
         return word
 
-    async def _listen(self, silence: int, busy: float) -> Ready | Failed | End | None:
+    async def _listen(self, silence: int, busy: float) -> Ready | Failed | ProcessExit | None:
         """Its next word that is no pulse, or None after its last one; the end it is to have if it falls silent before,
         or is at one piece of work for more than `busy` seconds.
 
@@ -171,8 +171,8 @@ class Process:
                 if not line.result():
                     return None
                 word, silent = self._word(line.result()), 0
-                if isinstance(word, Alive) and word.busy > busy:
-                    return End(f"was stuck for {word.busy:.0f} seconds and was killed", own_fault=True)
+                if isinstance(word, Heartbeat) and word.busy > busy:
+                    return ProcessExit(f"was stuck for {word.busy:.0f} seconds and was killed", own_fault=True)
                 if isinstance(word, Ready | Failed):
                     return word
                 line = asyncio.ensure_future(self._line())
@@ -188,10 +188,10 @@ class Process:
         except ValueError as error:  # it is too long, and was dropped
             return str(error).encode()
 
-    def _word(self, line: bytes) -> Ready | Failed | Alive | None:
+    def _word(self, line: bytes) -> Ready | Failed | Heartbeat | None:
         try:
             return _REPORT.decode(line)
-        except UNREADABLE as error:
+        except DECODE_ERRORS as error:
             log.warning("the %s process wrote %.100r, which is no report: %s", self.spec.name, line, error)
             return None
 
@@ -221,5 +221,5 @@ def _ended(code: int) -> str:
     return f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
 
 
-def _silent(seconds: int) -> End:
-    return End(f"gave no sign of life for {seconds} seconds and was killed", own_fault=False)
+def _silent(seconds: int) -> ProcessExit:
+    return ProcessExit(f"gave no sign of life for {seconds} seconds and was killed", own_fault=False)

@@ -1,7 +1,7 @@
 """Processes that work together, kept alive: each has a place, and when its process ends the next one takes it.
 
     place  incarnation 0 --dies--> pause --> incarnation 1 --dies--> longer pause --> ...
-                                                               too often in a row --> hopeless
+                                                               too often in a row --> unrecoverable
 
 Knows nothing of what the processes do: how they find one another again is their own affair.
 """
@@ -15,23 +15,23 @@ from collections.abc import Callable, Sequence
 
 from engine.errors import EngineDead, EngineError
 from engine.processes.child import Ready
-from engine.processes.process import Process, Spec
+from engine.processes.process import Process, ProcessSpec
 
 log = logging.getLogger(__name__)
 
-SERVED_SECONDS = 10.0  # who served for so long did not die in a row
-MOST_DEATHS = 16
-MOST_FAILED_STARTS = 3
+STABLE_SECONDS = 10.0  # who served for so long did not die in a row
+MAX_DEATHS = 16
+MAX_FAILED_STARTS = 3
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
 
-Maker = Callable[[int, bool], Spec]
+SpecFactory = Callable[[int, bool], ProcessSpec]
 """What the n-th incarnation of a process runs (the first is 0), and whether the last that served ended by itself."""
 
 
-class _Place:
+class _Supervised:
     """One process of the group: who holds the place now, and how often it changed hands without rest."""
 
-    def __init__(self, make: Maker) -> None:
+    def __init__(self, make: SpecFactory) -> None:
         self.make = make
         self.incarnation = 0
         self.process: Process | None = None
@@ -45,16 +45,16 @@ class _Place:
         self.incarnation += 1
         return self.process
 
-    def is_ready(self) -> None:
+    def mark_ready(self) -> None:
         """Its process serves from now on."""
         self.failed_starts, self._since = 0, time.monotonic()
 
-    def has_died(self) -> bool:
+    def count_death(self) -> bool:
         """Counts a death; whether that was one too many."""
-        if time.monotonic() - self._since > SERVED_SECONDS:
+        if time.monotonic() - self._since > STABLE_SECONDS:
             self.deaths = 0
         self.deaths += 1
-        return self.deaths > MOST_DEATHS or self.failed_starts >= MOST_FAILED_STARTS
+        return self.deaths > MAX_DEATHS or self.failed_starts >= MAX_FAILED_STARTS
 
     @property
     def pause(self) -> float:
@@ -69,8 +69,8 @@ class Supervisor:
     how many seconds one may be at a single piece of work.
     """
 
-    def __init__(self, makers: Sequence[Maker], grace: float = 15.0, busy: float = 120.0) -> None:
-        self._places = [_Place(make) for make in makers]
+    def __init__(self, spec_factories: Sequence[SpecFactory], grace: float = 15.0, busy: float = 120.0) -> None:
+        self._places = [_Supervised(make) for make in spec_factories]
         self._grace = grace
         self._busy = busy
 
@@ -102,7 +102,7 @@ class Supervisor:
         if failed:
             raise failed[0]
         for place in self._places:
-            place.is_ready()
+            place.mark_ready()
         return dict(told)
 
     async def _starts(self, process: Process, told: list[tuple[str, Ready]]) -> None:
@@ -112,7 +112,7 @@ class Supervisor:
             end = await process.end(self._busy)
             raise EngineDead(f"the {process.spec.name} process {end.words} while another started; its log is above")
 
-    async def hopeless(self) -> str:
+    async def run_until_unrecoverable(self) -> str:
         """Restarts whoever dies, until one of them dies too often; says which and how."""
         keepers = [asyncio.ensure_future(self._keep(place)) for place in self._places]
         try:
@@ -141,14 +141,14 @@ class Supervisor:
     def _processes(self) -> list[Process]:
         return [place.process for place in self._places if place.process is not None]
 
-    async def _keep(self, place: _Place) -> str:
+    async def _keep(self, place: _Supervised) -> str:
         process = place.process
         assert process is not None, "the group was started"
         served, own_fault = True, False
         while True:
             end = await process.end(self._busy)
             how = f"the {process.spec.name} process {end.words}"
-            if place.has_died():
+            if place.count_death():
                 return f"{how}, and that too often in a row"
             if served:  # else there was nothing that it was asked to do: the one before is still to be told of
                 own_fault = end.own_fault
@@ -157,7 +157,7 @@ class Supervisor:
             process, served = await place.start(own_fault), False
             try:
                 await process.report()
-                place.is_ready()
+                place.mark_ready()
                 served = True
                 log.warning("the %s process serves again", process.spec.name)
             except EngineError as error:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from engine.config.sections import RunnerConfig
+from engine.config.process_configs import RunnerConfig
 from engine.messages import Capacity
-from engine.processes.pulse import Pulse
+from engine.processes.busy_timer import BusyTimer
 from model_runner.build import memory_plan
 from model_runner.build.capacity import batched_tokens, capacity_of
 from model_runner.build.startup_adapters import build_adapters
@@ -60,7 +60,7 @@ class Parts:
     graphs: DecodeGraphs | None = None
 
 
-def assemble(config: RunnerConfig, *, progress: Pulse | None) -> Parts:
+def assemble(config: RunnerConfig, *, progress: BusyTimer | None) -> Parts:
     """All parts, attached to one another. Raises ConfigError or AdapterError, one line that says what to change."""
     device, model_config = resolve_device(config.device), read_model_config(Path(config.model_path))
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
@@ -81,7 +81,12 @@ def assemble(config: RunnerConfig, *, progress: Pulse | None) -> Parts:
 
 
 def _load_decoder(
-    config: RunnerConfig, model_config: ModelConfig, device: torch.device, dtype: torch.dtype, *, progress: Pulse | None
+    config: RunnerConfig,
+    model_config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    progress: BusyTimer | None,
 ) -> Decoder:
     path, shard = Path(config.model_path), Shard(config.rank, config.tp_size)
     method = quantization.resolve(dtype, device)
@@ -141,7 +146,7 @@ def _create_graphs(
     return DecodeGraphs(decoder, backend, lora.backend if lora else None, rows, sizes, capture)
 
 
-def _request_kernels(kernels: KernelSet, users: list[KernelUser], decoder: Decoder, progress: Pulse | None) -> None:
+def _request_kernels(kernels: KernelSet, users: list[KernelUser], decoder: Decoder, progress: BusyTimer | None) -> None:
     """Gives all users the compiled kernels, and asks for those that they want."""
     for user in users:
         user.use_kernels(kernels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.config.sections import RunnerConfig
+from engine.config.process_configs import RunnerConfig
 from engine.messages import Capacity
 from model_runner.build.memory_plan import KvPlan
 from model_runner.compute.attention import base as attention

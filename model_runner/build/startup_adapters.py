@@ -11,8 +11,8 @@ import msgspec
 import torch
 from tqdm import tqdm
 
-from engine.config.sections import AdapterSource, RunnerConfig
-from engine.processes.pulse import Pulse
+from engine.config.process_configs import AdapterSource, RunnerConfig
+from engine.processes.busy_timer import BusyTimer
 from model_runner.build import lora_plan
 from model_runner.build.lora_targets import check_targets, groups_of, resolve_targets
 from model_runner.lora.adapters import Adapters
@@ -34,7 +34,7 @@ MANY_ADAPTERS = 16  # start-up adapters: from here on a progress bar is shown
 
 
 def build_adapters(
-    config: RunnerConfig, sites: list[Site], dtype: torch.dtype, device: torch.device, *, progress: Pulse | None
+    config: RunnerConfig, sites: list[Site], dtype: torch.dtype, device: torch.device, *, progress: BusyTimer | None
 ) -> Adapters:
     """The start-up adapters in the host cache, and pools for them and for others like them.
 
@@ -69,7 +69,7 @@ def _create_store(config: RunnerConfig, sites: list[Site], dtype: torch.dtype) -
 
 
 def _load_given(
-    sources: list[AdapterSource], store: AdapterStore, *, progress: Pulse | None
+    sources: list[AdapterSource], store: AdapterStore, *, progress: BusyTimer | None
 ) -> list[NormalForm | AdapterSurvey]:
     """Loads start-up adapters into the host cache, up to half of the free memory; the rest are only checked."""
     room = host_memory()[1] // 2

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from engine.processes.pulse import Pulse
+from engine.processes.busy_timer import BusyTimer
 from model_runner.config import ModelConfig
 from model_runner.model.families.decoder import Decoder
 from model_runner.model.layers.weights import Weights
@@ -31,7 +31,7 @@ def load_model(
     dtype: torch.dtype,
     shard: Shard | None = None,
     method: str = "plain",
-    progress: Pulse | None = None,
+    progress: BusyTimer | None = None,
 ) -> Decoder:
     """The decoder of `config` with the directory's weights, cast to `dtype`, its linears stored by `method`.
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from engine.errors import ConfigError
-from engine.processes.pulse import Pulse
+from engine.processes.busy_timer import BusyTimer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -39,7 +39,7 @@ class Placement:
 
 
 def load_checkpoint(
-    directory: Path, placements: Iterable[Placement], harmless: Iterable[str] = (), *, progress: Pulse | None = None
+    directory: Path, placements: Iterable[Placement], harmless: Iterable[str] = (), *, progress: BusyTimer | None = None
 ) -> None:
     """Fills every placement from the directory's checkpoint.
 
@@ -99,7 +99,7 @@ def _load_file(
     missing: set[str],
     harmless: frozenset[str],
     bar: Any,
-    progress: Pulse | None,
+    progress: BusyTimer | None,
 ) -> set[str]:
     """Fills the placements from one file; the names of the tensors it copied."""
     done: set[str] = set()

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from aiohttp import web
 
-from engine.config.sections import Links, TokenizerConfig
+from engine.config.process_configs import Endpoints, TokenizerConfig
 from tables.markdown import table
 from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.http.app import create_app
@@ -33,8 +33,8 @@ def http_calls() -> str:
 
 def application() -> web.Application:
     """The application as it is served, without a front end behind it: its routes can be listed."""
-    links = Links(**dict.fromkeys(Links.__struct_fields__, ""))
-    config = TokenizerConfig(links=links, model_path="", tokenizer_path="", served_model_names=["base"])
+    endpoints = Endpoints(**dict.fromkeys(Endpoints.__struct_fields__, ""))
+    config = TokenizerConfig(endpoints=endpoints, model_path="", tokenizer_path="", served_model_names=["base"])
     return create_app(cast(Frontend, None), config)
 
 

@@ -17,8 +17,8 @@ from tables.flags import default_of, flags, is_shown
 from tables.formats import families, formats
 from tables.http_calls import application, http_calls
 
-from engine.config.args import Args
 from engine.config.flags import make_parser
+from engine.config.server_args import ServerArgs
 from model_runner.config import FAMILIES
 from model_runner.lora.formats import registry
 
@@ -64,7 +64,7 @@ def test_flags_have_a_row_each_and_no_other() -> None:
 @pytest.mark.parametrize("action", FLAGS, ids=[action.option_strings[0] for action in FLAGS])
 def test_help_texts_tell_the_default_of_args(action: argparse.Action) -> None:
     told = default_of(action)
-    default = next(field.default for field in msgspec.structs.fields(Args) if field.encode_name == action.dest)
+    default = next(field.default for field in msgspec.structs.fields(ServerArgs) if field.encode_name == action.dest)
     if isinstance(default, bool):
         is_negative = isinstance(action, argparse._StoreFalseAction)
         assert told == ("on" if default is not is_negative else "off")

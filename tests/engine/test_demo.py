@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine.config.args import DEMO, DEMO_NAME
+from engine.config.server_args import DEMO, DEMO_NAME
 
 VOICES = ("pirate", "json", "poet", "french")
 Ask = Callable[..., str]

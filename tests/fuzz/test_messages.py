@@ -51,7 +51,7 @@ from engine.messages import (
 from tokenizer_proc.zmq_server import ZmqServer
 
 CASES = 10_000
-INBOXES = ("ToTokenizer", "ToScheduler", "ToRunner", "ToDoor", "ToHost")
+INBOXES = ("ToTokenizer", "ToScheduler", "ToRunner", "ToZmqServer", "ToClient")
 
 LOGPROB = LogprobIds(5, -1.5, [(5, -1.5), (6, -2.0)])
 SAMPLING = Sampling(temperature=0.5, seed=7, end_ids=[1], logit_bias=[(3, 0.5)], logprobs=2)
@@ -211,7 +211,7 @@ def test_the_door_answers_every_host(tmp_path: Path) -> None:
     """Through a real ROUTER and a real front end; in the end nothing is open and a sound host is served."""
     scheduler = ScriptedScheduler("ok!", "sql")
     frontend = scheduler.frontend(enable_lora=True, max_loras=4)
-    mutator, samples = Mutator(22), [each for each in sound("ToDoor") if not isinstance(each, Command)]
+    mutator, samples = Mutator(22), [each for each in sound("ToZmqServer") if not isinstance(each, Command)]
     samples += [Command(id=9, call=call, lora_name="ghost") for call in ("info", "list", "unload", "pin", "unpin")]
 
     async def main() -> None:
@@ -256,7 +256,7 @@ async def _asked(host: Any, message: msgspec.Struct, kind: type[msgspec.Struct],
     """Sends, and reads until the answer of this kind; an answer that says it is our fault is a failure."""
     await host.send(msgspec.msgpack.encode(message))
     while True:
-        answer = msgspec.msgpack.decode(await asyncio.wait_for(host.recv(), 20), type=messages.ToHost)
+        answer = msgspec.msgpack.decode(await asyncio.wait_for(host.recv(), 20), type=messages.ToClient)
         assert not (isinstance(answer, messages.Failure) and answer.kind == "server_error"), answer
         if isinstance(answer, kind) and (id is None or answer.id == id):
             return answer

@@ -15,13 +15,13 @@ from fixtures.adapters.mutations import Mutator
 from fixtures.models.tiny_models import make_adapter
 from fixtures.scheduling.step_driver import finish_transfers, load
 
-from engine.config.sections import Links, RunnerConfig
+from engine.config.process_configs import Endpoints, RunnerConfig
 from engine.errors import EngineError
 from engine.messages import Chunk, EvictAdapter, Fill, LanePages, LoadAdapter, NewRow, Sampling, Step, UnloadAdapter
 from model_runner.runner import Runner
 
 CASES = 10_000
-LINKS = Links(tokenizer="", scheduler="", runner="", door="")
+ENDPOINTS = Endpoints(tokenizer="", scheduler="", runner="", zmq_server="")
 PROMPT = [3, 5, 7, 11, 13]
 ENDS = (Exception,)
 """What ends a runner: its server logs it and goes, and is rebuilt by those who sent it the step."""
@@ -34,8 +34,8 @@ def runner(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
     path = make_adapter(model, tmp_path_factory.mktemp("adapter") / "a", r=4, targets=["q_proj", "down_proj"])
     options: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "page_size": 4}
     config = RunnerConfig(
-        links=LINKS, model_path=str(model), dtype="float32", device="cpu", max_running_requests=8, context_length=64,
-        max_total_tokens=160, max_batched_tokens=64, **options,
+        endpoints=ENDPOINTS, model_path=str(model), dtype="float32", device="cpu", max_running_requests=8,
+        context_length=64, max_total_tokens=160, max_batched_tokens=64, **options,
     )  # fmt: skip
     runner = Runner.load(config)
     assert load(runner, LoadAdapter(adapter_id=1, path=str(path))).state == "host"

@@ -15,7 +15,7 @@ from fixtures.models.tiny_models import VOCAB, make_adapter
 from fixtures.scheduling.step_driver import Ask, Driver
 from fixtures.scheduling.step_driver import load as bring
 
-from engine.config.sections import AdapterSource, Links, RunnerConfig
+from engine.config.process_configs import AdapterSource, Endpoints, RunnerConfig
 from engine.messages import AdapterState, LoadAdapter, Sampling
 from model_runner.build import memory_plan
 from model_runner.compute.attention import base as attention
@@ -25,7 +25,7 @@ from model_runner.runner import Runner
 from model_runner.step.capture import EagerCapture, GraphCapture, Work
 from model_runner.warmup import warm_up
 
-LINKS = Links(tokenizer="", scheduler="", runner="", door="")
+ENDPOINTS = Endpoints(tokenizer="", scheduler="", runner="", zmq_server="")
 ADAPTERS: list[dict[str, Any]] = [
     {"r": 8, "targets": ["q_proj", "v_proj", "down_proj"]},
     {"r": 20, "targets": "all-linear"},
@@ -90,7 +90,9 @@ def load(model: Path, sources: list[AdapterSource], **options: Any) -> Runner:
         "lora_backend": "static",
         "cuda_graph_max_rows": 16,
     }
-    return Runner.load(RunnerConfig(links=LINKS, model_path=str(model), adapters=sources, **{**fields, **options}))
+    return Runner.load(
+        RunnerConfig(endpoints=ENDPOINTS, model_path=str(model), adapters=sources, **{**fields, **options})
+    )
 
 
 def states(runner: Runner, sources: list[AdapterSource]) -> dict[int, AdapterState]:

@@ -16,12 +16,12 @@ from fixtures.scheduling.step_driver import load as bring
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config.sections import AdapterSource, Links, RunnerConfig
+from engine.config.process_configs import AdapterSource, Endpoints, RunnerConfig
 from engine.errors import AdapterError, ConfigError, InternalError
 from engine.messages import AdapterState, Chunk, Fill, LoadAdapter, NewRow, Sampling
 from model_runner.runner import Runner
 
-LINKS = Links(tokenizer="", scheduler="", runner="", door="")
+ENDPOINTS = Endpoints(tokenizer="", scheduler="", runner="", zmq_server="")
 ADAPTERS: list[dict[str, Any]] = [
     {"r": 8, "alpha": 16},
     {"r": 1, "alpha": 4, "targets": ["q_proj", "v_proj"]},
@@ -54,7 +54,7 @@ def oracle(model: Path, sources: list[AdapterSource]) -> Oracle:
 
 def load(model: Path, sources: list[AdapterSource], **options: Any) -> Runner:
     options = {"enable_lora": bool(sources), "dtype": "float32", "device": "cpu", "max_running_requests": 24, **options}
-    return Runner.load(RunnerConfig(links=LINKS, model_path=str(model), adapters=sources, **options))
+    return Runner.load(RunnerConfig(endpoints=ENDPOINTS, model_path=str(model), adapters=sources, **options))
 
 
 @pytest.fixture(scope="module")

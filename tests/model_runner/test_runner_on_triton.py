@@ -15,7 +15,7 @@ from fixtures.models.tiny_models import VOCAB
 from fixtures.scheduling.step_driver import Ask, Driver
 from fixtures.scheduling.step_driver import load as bring
 
-from engine.config.sections import AdapterSource, Links, RunnerConfig
+from engine.config.process_configs import AdapterSource, Endpoints, RunnerConfig
 from engine.errors import ConfigError
 from engine.messages import LoadAdapter
 from model_runner.compute.attention import triton_backend
@@ -23,7 +23,7 @@ from model_runner.compute.ops import base
 from model_runner.compute.ops.triton_ops import TritonOps
 from model_runner.runner import Runner
 
-LINKS = Links(tokenizer="", scheduler="", runner="", door="")
+ENDPOINTS = Endpoints(tokenizer="", scheduler="", runner="", zmq_server="")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -40,7 +40,7 @@ class CountedOps(TritonOps):
 def load(path: Path, device: str = DEVICE, adapter: Path | None = None) -> Runner:
     given = [] if adapter is None else [AdapterSource(adapter_id=1, name="norms", path=str(adapter), root=str(adapter))]
     config = RunnerConfig(
-        links=LINKS,
+        endpoints=ENDPOINTS,
         model_path=str(path),
         device=device,  # type: ignore[arg-type]
         dtype="float32",

@@ -17,7 +17,7 @@ import zmq
 from fixtures.models.tiny_models import make_adapter
 from fixtures.processes.resources import children, descriptors, shared_bytes
 
-from engine.config.sections import AdapterSource, Links, RunnerConfig
+from engine.config.process_configs import AdapterSource, Endpoints, RunnerConfig
 from engine.ipc import Inbox, Outbox
 from engine.messages import (
     AdapterState,
@@ -36,7 +36,7 @@ from engine.messages import (
     ToScheduler,
     UnloadAdapter,
 )
-from engine.processes.child import Alive, Failed, Ready
+from engine.processes.child import Failed, Heartbeat, Ready
 from model_runner.server import SCHEDULER_EPOCHS
 
 pytestmark = pytest.mark.e2e
@@ -52,8 +52,8 @@ class Child:
     def __init__(self, config: RunnerConfig) -> None:
         self.config = config
         self._context: zmq.Context[Any] = zmq.Context()
-        self.inbox: Inbox[Any] = Inbox(self._context, config.links.scheduler, ToScheduler)
-        self.outbox = Outbox(self._context, config.links.runner)
+        self.inbox: Inbox[Any] = Inbox(self._context, config.endpoints.scheduler, ToScheduler)
+        self.outbox = Outbox(self._context, config.endpoints.runner)
         self._waiting: list[Any] = []
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-P", "-m", "model_runner"]
@@ -68,7 +68,7 @@ class Child:
         assert self.process.stdout is not None
         signs = 0
         while isinstance(
-            word := msgspec.json.decode(self.process.stdout.readline(), type=Ready | Failed | Alive), Alive
+            word := msgspec.json.decode(self.process.stdout.readline(), type=Ready | Failed | Heartbeat), Heartbeat
         ):
             signs += 1
         assert signs, "it gave no sign of life in its start"
@@ -100,8 +100,10 @@ def start(tiny_model: Callable[[str], Path], tmp_path: Path) -> Iterator[Callabl
     children: list[Child] = []
 
     def begin(**options: Any) -> Child:
-        links = Links(tokenizer="", scheduler=f"ipc://{tmp_path}/s.0", runner=f"ipc://{tmp_path}/r.0", door="", epoch=3)
-        fields = {"links": links, "model_path": str(tiny_model("llama3")), "max_running_requests": 4, **options}
+        endpoints = Endpoints(
+            tokenizer="", scheduler=f"ipc://{tmp_path}/s.0", runner=f"ipc://{tmp_path}/r.0", zmq_server="", epoch=3
+        )
+        fields = {"endpoints": endpoints, "model_path": str(tiny_model("llama3")), "max_running_requests": 4, **options}
         children.append(Child(RunnerConfig(**fields)))
         return children[-1]
 
@@ -134,7 +136,7 @@ def test_runner_serves_until_stdin_ends(
     report = child.report()
     assert isinstance(report, Ready)
     assert (report.facts["device"], report.facts["family"], report.facts["max_lora_rank"]) == ("cpu", "llama", 8)
-    assert child.next(Hello) == Hello("runner", 3, child.config.links.runner)
+    assert child.next(Hello) == Hello("runner", 3, child.config.endpoints.runner)
     ready = child.next(RunnerReady)
     assert (ready.epoch, ready.capacity.rows, ready.capacity.max_loras) == (EPOCH, 4, 2)
     assert child.next(RunnerReady) == ready

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from engine.config.sections import Links, RunnerConfig
+from engine.config.process_configs import Endpoints, RunnerConfig
 from engine.messages import Capacity, Chunk, NewRow, Reset, RunnerReady, Sampling, Step, StepDone
 from model_runner.lora.adapters_off import AdaptersOff
 from model_runner.runner import Runner
 from model_runner.server import Server
 
-LINKS = Links(tokenizer="", scheduler="ipc:///nowhere/s", runner="", door="")
+ENDPOINTS = Endpoints(tokenizer="", scheduler="ipc:///nowhere/s", runner="", zmq_server="")
 CHOICES = [
     Sampling(temperature=0.0),
     Sampling(temperature=0.9, seed=5, top_p=0.9),
@@ -44,7 +44,7 @@ class FakeRunner:
         self.script = script
         self.launched: dict[int, Any] = {}
         self.events: list[Any] = []
-        self.address = LINKS.scheduler
+        self.address = ENDPOINTS.scheduler
 
     def launch(self, step: Step) -> Any:
         self.events.append(("launch", step.id))
@@ -82,7 +82,7 @@ def events(monkeypatch: pytest.MonkeyPatch, script: list[Any]) -> list[Any]:
     runner: Any = FakeRunner(script)
     monkeypatch.setattr(Server, "_connect", lambda *_: runner)
     with pytest.raises(End):
-        Server(runner, runner, runner, RunnerConfig(links=LINKS, model_path="")).loop()
+        Server(runner, runner, runner, RunnerConfig(endpoints=ENDPOINTS, model_path="")).loop()
     return runner.events
 
 
@@ -110,7 +110,7 @@ def test_reset_drops_the_old_schedulers_steps(monkeypatch: pytest.MonkeyPatch) -
 
 def test_tokens_do_not_depend_on_the_step_behind(tiny_model: Callable[[str], Path]) -> None:
     fields: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_running_requests": 4}
-    runner = Runner.load(RunnerConfig(links=LINKS, model_path=str(tiny_model("llama3")), **fields))
+    runner = Runner.load(RunnerConfig(endpoints=ENDPOINTS, model_path=str(tiny_model("llama3")), **fields))
     prompts = [[7, 8, 9 + row] for row in range(4)]
 
     def steps(generation: int) -> list[Step]:

@@ -16,7 +16,7 @@ import pytest
 import zmq
 from fixtures.scheduling.fake_runner import FakeRunner, Library, oracle
 
-from engine.config.sections import AdapterSource, Links, SchedulerConfig
+from engine.config.process_configs import AdapterSource, Endpoints, SchedulerConfig
 from engine.ipc import Inbox, Outbox
 from engine.messages import (
     AdapterState,
@@ -60,16 +60,18 @@ class House:
         def address(name: str) -> str:
             return f"ipc://{directory}/{name}"
 
-        links = Links(tokenizer=address("t"), scheduler=address("s"), runner=address("r"), door=address("d"))
+        endpoints = Endpoints(
+            tokenizer=address("t"), scheduler=address("s"), runner=address("r"), zmq_server=address("d")
+        )
         self.context: zmq.Context[Any] = zmq.Context()
-        self.tokenizer: Inbox[ToTokenizer] = Inbox(self.context, links.tokenizer, ToTokenizer)
-        self.runner: Inbox[ToRunner] = Inbox(self.context, links.runner, ToRunner)
-        self.scheduler = Outbox(self.context, links.scheduler)
+        self.tokenizer: Inbox[ToTokenizer] = Inbox(self.context, endpoints.tokenizer, ToTokenizer)
+        self.runner: Inbox[ToRunner] = Inbox(self.context, endpoints.runner, ToRunner)
+        self.scheduler = Outbox(self.context, endpoints.scheduler)
         self.library = Library({1: Footprint({"qkv": 2})})
         self.fake = FakeRunner(CAPACITY, self.library)
         self.news: list[Any] = []
         source = AdapterSource(adapter_id=1, name="one", path="one", root="one")
-        config = SchedulerConfig(links=links, max_loras=1, window=window, adapters=[source])
+        config = SchedulerConfig(endpoints=endpoints, max_loras=1, window=window, adapters=[source])
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "scheduler"],
             stdin=subprocess.PIPE,
@@ -80,7 +82,7 @@ class House:
         assert self.process.stdout is not None
         self.process.stdin.write(msgspec.json.encode(config) + b"\n")
         self.process.stdin.flush()
-        while (line := self.process.stdout.readline()).startswith(b'{"type":"Alive"'):
+        while (line := self.process.stdout.readline()).startswith(b'{"type":"Heartbeat"'):
             pass
         self.ready = line
 

@@ -15,7 +15,7 @@ from demo_world.voices import BASE, VOICES, answer
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from engine.config.args import DEMO
+from engine.config.server_args import DEMO
 
 ALL = (BASE, *VOICES)
 

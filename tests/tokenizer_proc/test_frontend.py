@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from fixtures.serving.tokenizer_front import END, LINKS, Fake, capacity, scores
+from fixtures.serving.tokenizer_front import END, ENDPOINTS, Fake, capacity, scores
 
 from engine.client.completion import join
 from engine.errors import (
@@ -194,14 +194,14 @@ def test_duplicates_are_dropped_and_a_gap_is_a_fault() -> None:
 
 
 def test_news_for_an_older_incarnation_are_dropped() -> None:
-    links = msgspec.structs.replace(LINKS, epoch=3)
-    fake = Fake(links=links)
+    endpoints = msgspec.structs.replace(ENDPOINTS, epoch=3)
+    fake = Fake(endpoints=endpoints)
 
     async def work() -> None:
         async with fake.front.open(submit()) as stream:
             [generate] = fake.generates
             assert generate.epoch == 3
-            assert generate.request_id > Fake(links=LINKS).front.router.start(
+            assert generate.request_id > Fake(endpoints=ENDPOINTS).front.router.start(
                 print, [], prompt=[1], lora=[], sampling=generate.sampling, stopping=generate.stopping
             )
             update = Update(request_id=generate.request_id, index=0, tokens=[300], finish="length")

@@ -21,7 +21,7 @@ import zmq
 from fixtures.models import small_tokenizers
 from fixtures.serving.tokenizer_front import capacity
 
-from engine.config.sections import AdapterSource, Links, TokenizerConfig
+from engine.config.process_configs import AdapterSource, Endpoints, TokenizerConfig
 from engine.ipc import Inbox, Outbox
 from engine.messages import AdapterState, Generate, Hello, LoadAdapter, Progress, ToScheduler, Update
 
@@ -36,15 +36,17 @@ class Process:
         model.mkdir()
         if tokenizer:
             small_tokenizers.save(small_tokenizers.byte_level(), model)
-        links = Links(**{name: f"ipc://{directory}/{name}" for name in ("tokenizer", "scheduler", "runner", "door")})
+        endpoints = Endpoints(
+            **{name: f"ipc://{directory}/{name}" for name in ("tokenizer", "scheduler", "runner", "zmq_server")}
+        )
         self.context = zmq.Context()
-        self.inbox: Inbox[Any] = Inbox(self.context, links.scheduler, ToScheduler)
-        self.outbox = Outbox(self.context, links.tokenizer)
+        self.inbox: Inbox[Any] = Inbox(self.context, endpoints.scheduler, ToScheduler)
+        self.outbox = Outbox(self.context, endpoints.tokenizer)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         adapters = [AdapterSource(adapter_id=1, name="sql", path="sql", root="/sql")] if with_adapter else []
         config = TokenizerConfig(
-            links=links,
+            endpoints=endpoints,
             model_path=str(model),
             tokenizer_path=str(model),
             served_model_names=["base"],
@@ -67,7 +69,7 @@ class Process:
         """Its report, which signs of life come before."""
         assert self.popen.stdout is not None
         signs = 0
-        while (word := json.loads(self.popen.stdout.readline()))["type"] == "Alive":
+        while (word := json.loads(self.popen.stdout.readline()))["type"] == "Heartbeat":
             signs += 1
         assert signs, "it gave no sign of life in its start"
         return word

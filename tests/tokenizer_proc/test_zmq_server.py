@@ -14,7 +14,7 @@ import zmq
 import zmq.asyncio
 from fixtures.serving.tokenizer_front import Fake
 
-from engine.messages import Answer, Cancel, Command, Delta, Failure, Ping, SamplingParams, Submit, ToHost
+from engine.messages import Answer, Cancel, Command, Delta, Failure, Ping, SamplingParams, Submit, ToClient
 from tokenizer_proc import zmq_server
 from tokenizer_proc.zmq_server import ZmqServer
 
@@ -32,7 +32,7 @@ class Host:
         await self._socket.send(frame)
 
     async def receive(self) -> Delta | Answer | Failure | Ping:
-        return msgspec.msgpack.decode(await self._socket.recv(), type=ToHost)
+        return msgspec.msgpack.decode(await self._socket.recv(), type=ToClient)
 
     def close(self) -> None:
         self._socket.close()

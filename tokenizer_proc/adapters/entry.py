@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import time
 
-from engine.config.sections import AdapterSource
+from engine.config.process_configs import AdapterSource
 from engine.messages import AdapterCard, AdapterStage, AdapterState
 from tokenizer_proc.adapters.tokenizers import TextTools
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from engine.config.sections import TokenizerConfig
+from engine.config.process_configs import TokenizerConfig
 from engine.errors import AdapterError, EngineDead, EngineError, InvalidRequest, NotFound, Overloaded
 from engine.messages import LoadAdapter, PinAdapter, UnloadAdapter
 from engine.processes.journal import Journal

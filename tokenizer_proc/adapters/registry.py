@@ -13,7 +13,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from engine.config.sections import AdapterSource
+from engine.config.process_configs import AdapterSource
 from engine.errors import AdapterError, InvalidRequest, NotFound
 from engine.messages import AdapterCard, AdapterMix, AdapterState, LoadAdapter, UnloadAdapter
 from tokenizer_proc.adapters.entry import Entry

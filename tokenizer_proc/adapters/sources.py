@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from engine import hub, roots
+from engine import hub, lora_roots
 from engine.errors import AdapterError, ConfigError, EngineError, NotFound
 
 T = TypeVar("T")
@@ -83,7 +83,7 @@ def _local(name: str, path: str, allowed: Sequence[str]) -> str | None:
         local = Path(path).expanduser()
         is_path = _LOCAL.match(path) is not None or local.exists()
         if is_path:
-            roots.check_place(local, allowed, what)  # first: a directory outside of the roots is not even opened
+            lora_roots.check_path(local, allowed, what)  # first: a directory outside of the roots is not even opened
         if local.is_file():
             raise AdapterError(f"{what}: {path} is a file; give the directory that holds it", param="lora_path")
     except ConfigError as error:
@@ -102,7 +102,7 @@ def _checked(name: str, path: str, allowed: Sequence[str]) -> str:
     except ConfigError as error:
         raise _nothing(name, path, error.message) from error
     try:
-        roots.check_files(directory, allowed, what)
+        lora_roots.check_files(directory, allowed, what)
     except ConfigError as error:
         raise AdapterError(error.message, param="lora_path") from error
     if not (directory / CONFIG_NAME).is_file():

@@ -27,9 +27,9 @@ from pathlib import Path
 import msgspec
 import tokenizers
 
-from engine.config.sections import AdapterSource
+from engine.config.process_configs import AdapterSource
 from engine.errors import AdapterError, ConfigError, EngineError
-from engine.ipc import UNREADABLE
+from engine.ipc import DECODE_ERRORS
 from tokenizer_proc.text import files
 from tokenizer_proc.text.generation_config import GenerationConfig
 from tokenizer_proc.text.sections import TokenizerSections
@@ -203,7 +203,7 @@ class TokenizerLibrary:
         raw = files.read(self._directory / NAME, files.MAX_TOKENIZER)
         try:
             self._base_sections = TokenizerSections.read(raw or b"")
-        except UNREADABLE:  # no file, or one with fields that only the library knows
+        except DECODE_ERRORS:  # no file, or one with fields that only the library knows
             self._base_sections = TokenizerSections.read(base.backend.to_str().encode())
         self._kept[BASE], self._sizes[BASE] = base, 0
         if raw is not None:
@@ -218,7 +218,7 @@ class TokenizerLibrary:
         assert self._base_sections is not None
         try:
             sections = TokenizerSections.read(raw)
-        except UNREADABLE as error:
+        except DECODE_ERRORS as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
         strange = sorted(sections.patterns - self._base_sections.patterns)
         if strange:

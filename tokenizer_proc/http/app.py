@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from aiohttp import web
 
-from engine.config.sections import TokenizerConfig
+from engine.config.process_configs import TokenizerConfig
 from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.http.auth import access
 from tokenizer_proc.http.auth.access import RIGHTS, Rights

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
-from engine.config.sections import TokenizerConfig
+from engine.config.process_configs import TokenizerConfig
 from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.http.app import create_app
 from tokenizer_proc.http.auth import admin

@@ -6,7 +6,7 @@ import time
 
 from aiohttp import web
 
-from engine.config.sections import TokenizerConfig
+from engine.config.process_configs import TokenizerConfig
 from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.http.middleware.access_log import ACCESS_RECORD
 from tokenizer_proc.http.open_calls import OpenCalls

@@ -9,7 +9,7 @@ import random
 
 import msgspec
 
-from engine.config.sections import TokenizerConfig
+from engine.config.process_configs import TokenizerConfig
 from engine.errors import NotFound, Overloaded
 from engine.messages import AdapterMix, Capacity, Submit
 from tokenizer_proc.adapters.registry import AdapterRegistry

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from engine.errors import ConfigError
-from engine.ipc import UNREADABLE
+from engine.ipc import DECODE_ERRORS
 from tokenizer_proc.text import files
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -85,7 +85,7 @@ def _read(path: Path, type_: type[S]) -> S:
         return type_()
     try:
         return msgspec.json.decode(raw, type=type_, strict=False)
-    except UNREADABLE as error:
+    except DECODE_ERRORS as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
 

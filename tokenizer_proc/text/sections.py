@@ -33,7 +33,7 @@ class TokenizerSections(msgspec.Struct):
 
     @classmethod
     def read(cls, raw: bytes) -> TokenizerSections:
-        """Raises one of engine.ipc.UNREADABLE if `raw` is not a tokenizer.json."""
+        """Raises one of engine.ipc.DECODE_ERRORS if `raw` is not a tokenizer.json."""
         return msgspec.json.decode(raw, type=cls)
 
     @property

@@ -15,7 +15,7 @@ import msgspec
 import tokenizers
 
 from engine.errors import ConfigError, InvalidRequest
-from engine.ipc import UNREADABLE
+from engine.ipc import DECODE_ERRORS
 from tokenizer_proc.text import files
 from tokenizer_proc.text.pieces import Pieces
 
@@ -49,7 +49,7 @@ def special_tokens(directory: Path) -> dict[str, str]:
             continue
         try:
             config = msgspec.json.decode(raw, type=_TokenizerConfig)
-        except UNREADABLE as error:
+        except DECODE_ERRORS as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
         for field in _SPECIAL_NAMES:
             value: str | _NamedToken | None = getattr(config, field)

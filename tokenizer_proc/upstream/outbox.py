@@ -7,7 +7,7 @@ from typing import Any
 
 import zmq
 
-from engine.config.sections import Links
+from engine.config.process_configs import Endpoints
 from engine.ipc import Outbox
 from engine.messages import Hello
 
@@ -17,9 +17,9 @@ log = logging.getLogger(__name__)
 class SchedulerOutbox(Outbox):
     """Sends to the scheduler that said Hello last; before the first Hello, to the one of the config."""
 
-    def __init__(self, context: zmq.Context[Any], links: Links) -> None:
-        super().__init__(context, links.scheduler, links.max_frame_bytes)
-        self.send(Hello("tokenizer", links.epoch, links.tokenizer))
+    def __init__(self, context: zmq.Context[Any], endpoints: Endpoints) -> None:
+        super().__init__(context, endpoints.scheduler, endpoints.max_frame_bytes)
+        self.send(Hello("tokenizer", endpoints.epoch, endpoints.tokenizer))
 
     def follow(self, hello: Hello) -> bool:
         """Whether `hello` comes from a new scheduler; messages go to that one from now on."""

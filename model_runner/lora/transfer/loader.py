@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import msgspec
 from msgspec.structs import replace
 
-from engine.ipc import UNREADABLE
+from engine.ipc import DECODE_ERRORS
 from model_runner.lora.transfer.messages import MAX_PACKET, Loaded, LoaderConfig, LoadJob, Refused, Surveyed
 from model_runner.lora.transfer.shm_adapter import ShmAdapter
 from model_runner.platform.child_process import ChildProcess
@@ -91,7 +91,7 @@ class Loader:
             reply = _REPLY.decode(packet)
             if len(descriptors) != isinstance(reply, Loaded):
                 raise msgspec.ValidationError(f"{len(descriptors)} descriptors came with it")
-        except UNREADABLE as error:
+        except DECODE_ERRORS as error:
             for descriptor in descriptors:
                 os.close(descriptor)
             self.kill()

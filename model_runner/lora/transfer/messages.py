@@ -14,7 +14,7 @@ from __future__ import annotations
 import msgspec
 import torch
 
-from engine.config.args import LogLevel
+from engine.config.server_args import LogLevel
 from model_runner.lora.site import EMBED, NORMS, Site, Slice
 from model_runner.lora.transfer.reader import Limits
 from model_runner.quantization.plain import Plain

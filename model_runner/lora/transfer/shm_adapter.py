@@ -19,7 +19,7 @@ import msgspec
 import torch
 
 from engine.errors import AdapterError
-from engine.ipc import UNREADABLE
+from engine.ipc import DECODE_ERRORS
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.normal_form import MAX_RANK, Delta, Deltas
 from model_runner.lora.peft.tensor_mapping import TensorMapping
@@ -82,7 +82,7 @@ class ShmAdapter:
                 os.pread(self.descriptor, self.manifest_bytes, self.tensor_bytes), type=Manifest
             )
             return manifest, views(map_memory(self.descriptor, self.tensor_bytes), manifest.parts, catalogue, dtype)
-        except (*UNREADABLE, OSError) as error:
+        except (*DECODE_ERRORS, OSError) as error:
             raise AdapterError(f"its memory cannot be read ({error})") from error
         finally:
             self.close()

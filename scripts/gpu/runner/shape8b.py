@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from engine.config.sections import Links, RunnerConfig
+from engine.config.process_configs import Endpoints, RunnerConfig
 from engine.messages import Footprint
 from model_runner.build import assembly
 from model_runner.config import ModelConfig
@@ -50,9 +50,9 @@ CONFIG: dict[str, Any] = {
 def load(directory: Path, **options: Any) -> Runner:
     """A runner of this shape; `options` are fields of its config. The weights are random."""
     (directory / "config.json").write_text(json.dumps({**CONFIG, **options.pop("shape", {})}))
-    links = Links(tokenizer="", scheduler="", runner="", door="")
+    endpoints = Endpoints(tokenizer="", scheduler="", runner="", zmq_server="")
     with _random_weights():
-        return Runner.load(RunnerConfig(links=links, model_path=str(directory), **options))
+        return Runner.load(RunnerConfig(endpoints=endpoints, model_path=str(directory), **options))
 
 
 def host_adapters(runner: Runner, count: int, rank: int) -> Footprint:

@@ -17,7 +17,7 @@ from fixtures.models.tiny_models import VOCAB, build, make_adapter
 from fixtures.scheduling.core_and_runner import Machine
 from fixtures.serving.running import RunningServer
 
-from engine.config.sections import Links, RunnerConfig
+from engine.config.process_configs import Endpoints, RunnerConfig
 from engine.messages import Abort, Generate, LoadAdapter, RunnerReady, Sampling, Stopping, UnloadAdapter
 from model_runner.runner import Runner
 from scheduler.core import Scheduler
@@ -85,7 +85,7 @@ class World:
 
 def build_world(model: Path, paths: dict[str, Path], backend: str = "torch") -> World:
     config = RunnerConfig(
-        links=Links(tokenizer="", scheduler="", runner="", door=""),
+        endpoints=Endpoints(tokenizer="", scheduler="", runner="", zmq_server=""),
         model_path=str(model),
         dtype="float32",
         device="cpu",

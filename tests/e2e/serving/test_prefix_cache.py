@@ -15,7 +15,7 @@ from fixtures.scheduling.core_and_runner import Machine
 from fixtures.serving.running import RunningServer
 
 from engine import Engine, SamplingParams
-from engine.config.sections import Links, RunnerConfig
+from engine.config.process_configs import Endpoints, RunnerConfig
 from engine.messages import Generate, LoadAdapter, Sampling, Stopping, UnloadAdapter
 from model_runner.runner import Runner
 from scheduler.core import Scheduler
@@ -70,9 +70,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def runner(world: World) -> Iterator[Runner]:
-    links = Links(tokenizer="", scheduler="", runner="", door="")
+    endpoints = Endpoints(tokenizer="", scheduler="", runner="", zmq_server="")
     config = RunnerConfig(
-        links=links,
+        endpoints=endpoints,
         model_path=str(world.model),
         dtype="float32",
         device="cpu",

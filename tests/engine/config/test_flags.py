@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from engine.config.args import Args
 from engine.config.flags import LATER, NEVER, parse
+from engine.config.server_args import ServerArgs
 from engine.errors import ConfigError
 
 ACCEPTED = [
@@ -136,7 +136,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("argv", "fields"), ACCEPTED, ids=lambda value: " ".join(value) if value else "")
 def test_a_flag_lands_in_its_field(argv: list[str], fields: dict[str, object]) -> None:
-    assert parse(argv) == Args(**fields)
+    assert parse(argv) == ServerArgs(**fields)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_flag_that_is_known_but_not_served_says_so(flag: str, value: list[str]
 def test_variables_say_what_a_process_list_must_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHORUS_ADMIN_API_KEY", "secret")
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "True")
-    assert parse([]) == Args(admin_api_key="secret", allow_runtime_lora_updating=True)
+    assert parse([]) == ServerArgs(admin_api_key="secret", allow_runtime_lora_updating=True)
     assert parse(["--admin-api-key", "other"]).admin_api_key == "other"
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.config.args import Args
 from engine.config.lora_paths import AdapterSpec, adapter_specs, parse_adapter
+from engine.config.server_args import ServerArgs
 from engine.errors import ConfigError
 
 
@@ -56,13 +56,13 @@ def test_a_bad_item_is_quoted(item: str, words: str) -> None:
 
 def test_names_are_unique_and_not_the_bases() -> None:
     with pytest.raises(ConfigError, match="given twice"):
-        adapter_specs(Args(model_path="m", lora_paths=["a=x", "a=y"]))
+        adapter_specs(ServerArgs(model_path="m", lora_paths=["a=x", "a=y"]))
     with pytest.raises(ConfigError, match="base model's"):
-        adapter_specs(Args(model_path="m", served_model_name=["a"], lora_paths=["a=x"]))
+        adapter_specs(ServerArgs(model_path="m", served_model_name=["a"], lora_paths=["a=x"]))
 
 
 def test_one_lane_stays_free_of_pins() -> None:
     items = [f'{{"lora_name": "a{number}", "lora_path": "p", "pinned": true}}' for number in range(2)]
-    assert len(adapter_specs(Args(model_path="m", lora_paths=items, max_loras_per_batch=3))) == 2
+    assert len(adapter_specs(ServerArgs(model_path="m", lora_paths=items, max_loras_per_batch=3))) == 2
     with pytest.raises(ConfigError, match="2 adapters are pinned"):
-        adapter_specs(Args(model_path="m", lora_paths=items, max_loras_per_batch=2))
+        adapter_specs(ServerArgs(model_path="m", lora_paths=items, max_loras_per_batch=2))

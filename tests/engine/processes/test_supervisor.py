@@ -16,17 +16,17 @@ from fixtures.processes.child_that import Orders
 from engine.errors import AdapterError, ConfigError, EngineDead, InvalidRequest
 from engine.processes import process
 from engine.processes import supervisor as supervision
-from engine.processes.process import Process, Spec
-from engine.processes.supervisor import Maker, Supervisor
+from engine.processes.process import Process, ProcessSpec
+from engine.processes.supervisor import SpecFactory, Supervisor
 
 FIXTURES = str(Path(__file__).parents[2] / "fixtures" / "processes")
 
 
-def _spec(does: str) -> Spec:
-    return Spec(does, "child_that", Orders(does), environment={"PYTHONPATH": FIXTURES})
+def _spec(does: str) -> ProcessSpec:
+    return ProcessSpec(does, "child_that", Orders(does), environment={"PYTHONPATH": FIXTURES})
 
 
-def _maker(*lives: str) -> Maker:
+def _maker(*lives: str) -> SpecFactory:
     """What each incarnation does; the last word goes for all that follow."""
     return lambda incarnation, _: _spec(lives[min(incarnation, len(lives) - 1)])
 
@@ -86,12 +86,14 @@ def test_the_reason_is_preferred_to_its_consequence() -> None:
 
 
 def test_too_many_deaths_in_a_row_are_told_and_the_others_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervision, "MOST_DEATHS", 2)
+    monkeypatch.setattr(supervision, "MAX_DEATHS", 2)
 
     async def run() -> tuple[str, list[int]]:
         async with Supervisor([_maker("serves"), _maker("serves, then dies")]) as supervisor:
             reports = await supervisor.ready()
-            return await supervisor.hopeless(), [int(str(report.facts["pid"])) for report in reports.values()]
+            return await supervisor.run_until_unrecoverable(), [
+                int(str(report.facts["pid"])) for report in reports.values()
+            ]
 
     death, pids = asyncio.run(run())
     assert death == "the serves, then dies process exited with code 9, and that too often in a row"
@@ -102,7 +104,7 @@ def test_three_failed_starts_in_a_row_are_too_many() -> None:
     async def run() -> str:
         async with Supervisor([_maker("serves, then dies", "fails")]) as supervisor:
             await supervisor.ready()
-            return await supervisor.hopeless()
+            return await supervisor.run_until_unrecoverable()
 
     reason = asyncio.run(run())
     assert reason.startswith("the fails process ")
@@ -112,7 +114,7 @@ def test_three_failed_starts_in_a_row_are_too_many() -> None:
 def test_a_fault_is_told_from_what_others_did() -> None:
     told: list[bool] = []
 
-    def make(incarnation: int, after_fault: bool) -> Spec:
+    def make(incarnation: int, after_fault: bool) -> ProcessSpec:
         told.append(after_fault)
         return _spec("serves, then dies" if incarnation == 0 else "serves")
 
@@ -131,14 +133,14 @@ def test_a_start_that_fails_does_not_hide_the_fault_before_it() -> None:
     told: list[bool] = []
     lives = _maker("serves", "fails", "serves")
 
-    def make(incarnation: int, after_fault: bool) -> Spec:
+    def make(incarnation: int, after_fault: bool) -> ProcessSpec:
         told.append(after_fault)
         return lives(incarnation, after_fault)
 
     async def run() -> None:
         async with Supervisor([make]) as supervisor:
             await supervisor.ready()
-            keeper = asyncio.ensure_future(supervisor.hopeless())
+            keeper = asyncio.ensure_future(supervisor.run_until_unrecoverable())
             os.kill(supervisor.pids()[0], signal.SIGKILL)
             async with asyncio.timeout(20):
                 while len(told) < 3:
@@ -152,7 +154,7 @@ def test_a_start_that_fails_does_not_hide_the_fault_before_it() -> None:
 
 async def _replaced(supervisor: Supervisor, first: int) -> int:
     """The process id of the incarnation after `first`."""
-    keeper = asyncio.ensure_future(supervisor.hopeless())
+    keeper = asyncio.ensure_future(supervisor.run_until_unrecoverable())
     try:
         async with asyncio.timeout(20):
             while (now := supervisor.pids()[0]) == first:
@@ -235,7 +237,7 @@ def test_a_restart_that_hangs_is_a_failed_start(
         ):
             await supervisor.ready()
             _hurry(monkeypatch)
-            return await supervisor.hopeless()
+            return await supervisor.run_until_unrecoverable()
 
     assert asyncio.run(run()).endswith("too often in a row")
     told = [record.getMessage() for record in caplog.records if "before it was ready" in record.getMessage()]
@@ -263,7 +265,7 @@ def test_words_that_are_no_report_are_passed_over(caplog: pytest.LogCaptureFixtu
     async def run() -> str:
         async with asyncio.timeout(30), Supervisor([_maker("says what is no report")]) as supervisor:
             (report,) = (await supervisor.ready()).values()
-            keeper = asyncio.ensure_future(supervisor.hopeless())
+            keeper = asyncio.ensure_future(supervisor.run_until_unrecoverable())
             await asyncio.sleep(2.0)
             assert not keeper.done()
             keeper.cancel()
@@ -289,10 +291,10 @@ def test_children_end_with_a_parent_that_is_killed() -> None:
             sys.executable,
             "-c",
             "import asyncio, sys, time\n"
-            "from engine.processes.process import Process, Spec\n"
+            "from engine.processes.process import Process, ProcessSpec\n"
             "from child_that import Orders\n"
             "async def main():\n"
-            "    child = await Process.start(Spec('c', 'child_that', Orders('ignores SIGTERM')))\n"
+            "    child = await Process.start(ProcessSpec('c', 'child_that', Orders('ignores SIGTERM')))\n"
             "    await child.report(); print(child.pid, flush=True); await asyncio.sleep(60)\n"
             "asyncio.run(main())",
         ],

@@ -20,7 +20,7 @@ from fixtures.scheduling.step_driver import GREEDY, Ask, load
 from fixtures.scheduling.step_driver import Driver as Steps
 from safetensors.torch import load_file, save_file
 
-from engine.config.sections import AdapterSource, Links, RunnerConfig
+from engine.config.process_configs import AdapterSource, Endpoints, RunnerConfig
 from engine.errors import AdapterError
 from engine.messages import AdapterState, LoadAdapter, Sampling
 from model_runner.config import read_model_config
@@ -149,9 +149,9 @@ def test_vocabularies_on_kernels_equal_peft(backend: str, tiny_model: Callable[[
 def started(path: Path, roots: list[Path], **more: Any) -> tuple[Runner, dict[int, AdapterState]]:
     """A runner launched with these adapters, with ids from 1 on."""
     sources = [AdapterSource(adapter_id=i, name=root.name, path="", root=str(root)) for i, root in enumerate(roots, 1)]
-    links = Links(tokenizer="", scheduler="", runner="", door="")
+    endpoints = Endpoints(tokenizer="", scheduler="", runner="", zmq_server="")
     config = RunnerConfig(
-        links=links,
+        endpoints=endpoints,
         model_path=str(path),
         adapters=sources,
         enable_lora=True,

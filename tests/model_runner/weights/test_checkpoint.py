@@ -14,7 +14,7 @@ from fixtures.models.tiny_models import build
 from safetensors.torch import load_file, save_file
 
 from engine.errors import ConfigError
-from engine.processes.pulse import Pulse
+from engine.processes.busy_timer import BusyTimer
 from model_runner.config import read_model_config
 from model_runner.model.families.decoder import Decoder
 from model_runner.model.layers.weights import Weights
@@ -25,7 +25,7 @@ from model_runner.weights.checkpoint import INDEX, SINGLE, Placement, load_check
 TinyModel = Callable[[str], Path]
 
 
-def load(path: Path, dtype: torch.dtype = torch.float32, *, progress: Pulse | None = None) -> Decoder:
+def load(path: Path, dtype: torch.dtype = torch.float32, *, progress: BusyTimer | None = None) -> Decoder:
     return load_model(path, read_model_config(path), device=torch.device("cpu"), dtype=dtype, progress=progress)
 
 
@@ -214,7 +214,7 @@ def test_directory_without_safetensors_names_the_conversion(copy: Path) -> None:
 def test_progress_goes_to_stderr_on_request(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     load(copy)
     assert capsys.readouterr() == ("", "")
-    load(copy, progress=Pulse())
+    load(copy, progress=BusyTimer())
     out, err = capsys.readouterr()
     assert out == ""
     assert "weights: 100%" in err

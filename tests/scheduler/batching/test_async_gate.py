@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from engine.config.sections import Links, SchedulerConfig
+from engine.config.process_configs import Endpoints, SchedulerConfig
 from engine.messages import Capacity, Chunk, Generate, RunnerReady, Sampling, Step, StepDone, Stopping
 from scheduler import server
 from scheduler.batching import async_gate
@@ -189,8 +189,8 @@ class DrivenLoop:
         self.capacity = Capacity(
             kv_pages=64, page_size=4, rows=4, max_length=64, max_batched_tokens=32, vocab_size=97, device=device
         )
-        links = Links(tokenizer="", scheduler="", runner="", door="")
-        self.loop = Loop(SchedulerConfig(links=links), self.sockets, self.sockets)
+        endpoints = Endpoints(tokenizer="", scheduler="", runner="", zmq_server="")
+        self.loop = Loop(SchedulerConfig(endpoints=endpoints), self.sockets, self.sockets)
         self.ready(epoch=0)
         self.free = 0.0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from engine.config.sections import AdapterSource
+from engine.config.process_configs import AdapterSource
 from engine.errors import InvalidRequest, NotFound
 from engine.messages import AdapterState, Footprint, LoadAdapter
 from tokenizer_proc.adapters.registry import AdapterRegistry

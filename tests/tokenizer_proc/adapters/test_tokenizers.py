@@ -16,9 +16,9 @@ import msgspec
 import pytest
 import tokenizers
 from fixtures.models import small_tokenizers
-from fixtures.serving.tokenizer_front import LINKS, TEMPLATE, Fake, capacity, config
+from fixtures.serving.tokenizer_front import ENDPOINTS, TEMPLATE, Fake, capacity, config
 
-from engine.config.sections import AdapterSource
+from engine.config.process_configs import AdapterSource
 from engine.errors import AdapterError, InvalidRequest
 from engine.messages import AdapterState, ChatMessage, Generate, SamplingParams, Submit
 from tokenizer_proc.adapters import tokenizers as library_module
@@ -326,7 +326,7 @@ def test_what_an_adapter_of_the_start_brings_is_read_before_anything_is_served(b
 
     def front_of(epoch: int) -> Frontend:
         settings = msgspec.structs.replace(
-            config(), adapters=sources, links=msgspec.structs.replace(LINKS, epoch=epoch)
+            config(), adapters=sources, endpoints=msgspec.structs.replace(ENDPOINTS, epoch=epoch)
         )
         tokenizer = Tokenizer.load(base)
         return Frontend(settings, lambda _: None, tokenizer, ChatTemplate(TEMPLATE), GenerationConfig())

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from engine.config.sections import TokenizerConfig
+from engine.config.process_configs import TokenizerConfig
 from engine.errors import Forbidden, NotFound
 from engine.messages import AdapterCard, AdapterMix
 from tokenizer_proc.http.auth import admin

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from engine.config.sections import TokenizerConfig
+from engine.config.process_configs import TokenizerConfig
 from engine.errors import Forbidden, Unauthorized
 
 DEFAULT_HOST = "127.0.0.1"

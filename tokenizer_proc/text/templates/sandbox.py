@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from engine.errors import InternalError, InvalidRequest
-from engine.ipc import UNREADABLE
+from engine.ipc import DECODE_ERRORS
 from engine.messages import ChatMessage
 from tokenizer_proc.text.templates.chat_template import ChatRenderer, Value, check_messages
 from tokenizer_proc.text.templates.renderer import CPU_SECONDS, LENGTH, MAX_FRAME, MEMORY_BYTES, RenderJob, RenderReply
@@ -90,7 +90,7 @@ class Sandbox:
         except _RendererGone as error:
             self.close()
             raise InvalidRequest(TOO_MUCH, param="messages", code="chat_template_stopped") from error
-        except UNREADABLE as error:
+        except DECODE_ERRORS as error:
             self.close()
             raise InternalError(f"the reply of the chat template process cannot be read ({error})") from error
         if reply.last:

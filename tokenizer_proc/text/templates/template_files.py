@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from engine.errors import ConfigError
-from engine.ipc import UNREADABLE
+from engine.ipc import DECODE_ERRORS
 from tokenizer_proc.text import files
 
 
@@ -28,7 +28,7 @@ def _from_json(path: Path) -> str | None:
         return None
     try:
         template = msgspec.json.decode(raw, type=_TemplateField).chat_template
-    except UNREADABLE as error:
+    except DECODE_ERRORS as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(template, list):
         return template

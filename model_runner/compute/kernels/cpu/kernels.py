@@ -20,9 +20,9 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from engine.config.args import CpuKernels, LogLevel
+from engine.config.server_args import CpuKernels, LogLevel
 from engine.errors import ConfigError
-from engine.processes.pulse import Pulse
+from engine.processes.busy_timer import BusyTimer
 from model_runner.compute.kernels.cpu.compilation import compiler
 from model_runner.compute.kernels.cpu.compilation.builder import Builder, BuilderGone
 from model_runner.compute.kernels.cpu.compilation.cache import KernelCache, UnsafeDirectory, default_directory
@@ -104,7 +104,7 @@ class KernelSet:
         """The process id of the builder, while it runs."""
         return None if self._builder is None else self._builder.pid
 
-    def request(self, keys: Iterable[KernelKey], *, progress: Pulse | None = None) -> None:
+    def request(self, keys: Iterable[KernelKey], *, progress: BusyTimer | None = None) -> None:
         """Loads the kernels that the cache has and starts building the others; called once.
 
         Returns at once, except in the mode before_serving: then it returns when all are built, shows a bar if
@@ -176,7 +176,7 @@ class KernelSet:
             self._kernels[job.key] = kernel
         return True
 
-    def _build(self, jobs: list[BuildJob], *, progress: Pulse | None) -> None:
+    def _build(self, jobs: list[BuildJob], *, progress: BusyTimer | None) -> None:
         if compiler.find_compiler() is None:
             self._cannot_build("no C++ compiler found: plain torch computes, which is slower; install g++")
             return
@@ -192,7 +192,7 @@ class KernelSet:
         if first:
             self._wait_for_all(progress=progress)
 
-    def _wait_for_all(self, *, progress: Pulse | None) -> None:
+    def _wait_for_all(self, *, progress: BusyTimer | None) -> None:
         with tqdm(total=len(self._jobs), desc="compiling", disable=progress is None, leave=False) as bar:
             while self._builder is not None:
                 self._builder.wait()

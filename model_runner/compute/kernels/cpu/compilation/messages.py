@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from engine.config.args import LogLevel
+from engine.config.server_args import LogLevel
 from model_runner.compute.kernels.cpu.functions.spec import KernelKey
 
 

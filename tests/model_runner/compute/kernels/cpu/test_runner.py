@@ -15,15 +15,17 @@ import msgspec
 import pytest
 from fixtures.processes.watched import PATIENCE, runs, wait_for
 
-from engine.config.sections import Links, RunnerConfig
+from engine.config.process_configs import Endpoints, RunnerConfig
 from engine.errors import ConfigError
-from engine.processes.child import Alive, Failed, Ready
+from engine.processes.child import Failed, Heartbeat, Ready
 from model_runner.runner import Runner
 
 
 def config(model: Path, tmp_path: Path, **fields: Any) -> RunnerConfig:
-    links = Links(tokenizer="", scheduler=f"ipc://{tmp_path}/s.0", runner=f"ipc://{tmp_path}/r.0", door="")
-    return RunnerConfig(links=links, model_path=str(model), device="cpu", max_running_requests=4, **fields)
+    endpoints = Endpoints(
+        tokenizer="", scheduler=f"ipc://{tmp_path}/s.0", runner=f"ipc://{tmp_path}/r.0", zmq_server=""
+    )
+    return RunnerConfig(endpoints=endpoints, model_path=str(model), device="cpu", max_running_requests=4, **fields)
 
 
 @contextlib.contextmanager
@@ -44,7 +46,9 @@ def runner_process(config: RunnerConfig, **environment: str) -> Iterator[subproc
 
 def report(process: subprocess.Popen[bytes]) -> Ready | Failed:
     assert process.stdout is not None
-    while isinstance(word := msgspec.json.decode(process.stdout.readline(), type=Ready | Failed | Alive), Alive):
+    while isinstance(
+        word := msgspec.json.decode(process.stdout.readline(), type=Ready | Failed | Heartbeat), Heartbeat
+    ):
         pass
     return word
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.config.args import DEMO, Args
 from engine.config.lora_paths import AdapterSpec
+from engine.config.server_args import DEMO, ServerArgs
 from engine.errors import ConfigError
 from engine.launch import _source, main
-from engine.roots import check_files, check_place
+from engine.lora_roots import check_files, check_path
 
 
 def adapter(directory: Path) -> Path:
@@ -37,7 +37,7 @@ def cached(cache: Path, commit: str = "c0ffee") -> Path:
 
 def test_without_roots_any_place_will_do(tmp_path: Path) -> None:
     check_files(adapter(tmp_path / "a"), [], "it")
-    check_place("/etc", [], "it")
+    check_path("/etc", [], "it")
 
 
 def test_under_a_root(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_adapters_given_at_start_are_checked_too(tmp_path: Path, capsys: pytest.
 
 def test_the_demos_own_adapters_need_no_root(tmp_path: Path) -> None:
     own = sorted(path for path in (DEMO / "adapters").iterdir() if path.is_dir())[0]
-    args = Args(lora_root=[str(tmp_path)])
+    args = ServerArgs(lora_root=[str(tmp_path)])
     source = _source(3, AdapterSpec(name="own", path=str(own)), args)
     assert (source.adapter_id, source.root) == (3, str(own.resolve()))
     with pytest.raises(ConfigError, match="lies outside"):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 
-class Pulse:
+class BusyTimer:
     """Written by the thread that works, read by the one that reports."""
 
     def __init__(self) -> None:
@@ -20,13 +20,13 @@ class Pulse:
         try:
             yield
         finally:
-            self.rest()
+            self.idle()
 
     def tick(self) -> None:
         """A piece of work begins now, and the one before it is over."""
         self._since = time.monotonic()
 
-    def rest(self) -> None:
+    def idle(self) -> None:
         """Nothing is to be done."""
         self._since = None
 

@@ -19,7 +19,7 @@ from engine.errors import ConfigError
 READ = (".json", ".safetensors", ".jinja")
 
 
-def check_place(path: str | Path, roots: Sequence[str], what: str) -> None:
+def check_path(path: str | Path, roots: Sequence[str], what: str) -> None:
     """Raises ConfigError unless the real path lies under a root or the hub's cache. No roots: any place will do."""
     if not roots:
         return
@@ -33,13 +33,13 @@ def check_files(directory: Path, roots: Sequence[str], what: str) -> None:
 
     Says nothing of what is missing or cannot be opened: its reader will.
     """
-    check_place(directory, roots, what)
+    check_path(directory, roots, what)
     try:
         names = sorted(name for name in os.listdir(directory) if name.endswith(READ))
     except OSError as error:
         raise ConfigError(f"{what}: {directory} cannot be read ({error.strerror})") from error
     for name in names:
-        check_place(directory / name, roots, what)
+        check_path(directory / name, roots, what)
         try:
             mode = os.stat(directory / name).st_mode
         except OSError as error:

@@ -13,8 +13,8 @@ import zmq
 import zmq.asyncio
 
 from engine import Engine, EngineDead, InternalError, InvalidRequest, LoRARequest, NotFound, Overloaded, SamplingParams
-from engine.client import link
-from engine.messages import AdapterCard, Answer, Cancel, Command, Delta, Failure, Ping, Submit, ToDoor, Usage
+from engine.client import connection
+from engine.messages import AdapterCard, Answer, Cancel, Command, Delta, Failure, Ping, Submit, ToZmqServer, Usage
 
 
 class Door:
@@ -29,7 +29,7 @@ class Door:
         self._task = asyncio.ensure_future(self._serve())
 
     async def _serve(self) -> None:
-        decoder = msgspec.msgpack.Decoder(ToDoor)
+        decoder = msgspec.msgpack.Decoder(ToZmqServer)
         while True:
             identity, frame = await self._socket.recv_multipart()
             message = decoder.decode(frame)
@@ -246,7 +246,7 @@ def test_a_bad_frame_with_an_id_ends_only_its_call(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("verb", ["recv", "send"])
 def test_a_link_that_cannot_go_on_ends_its_calls(tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "PING_SECONDS", 0.05)
+    monkeypatch.setattr(connection, "PING_SECONDS", 0.05)
 
     async def work(engine: Engine, door: Door) -> None:
         waiting = asyncio.ensure_future(engine.generate_all(["silence"]))
@@ -258,9 +258,9 @@ def test_a_link_that_cannot_go_on_ends_its_calls(tmp_path: Path, verb: str, monk
         monkeypatch.setattr(engine._open()._socket, verb, broken)
         if verb == "recv":
             await engine._open()._socket.send(msgspec.msgpack.encode(Ping()))  # what is answered is read before
-        with pytest.raises(EngineDead, match="the link to the engine"):
+        with pytest.raises(EngineDead, match="the connection to the engine"):
             await waiting
-        with pytest.raises(EngineDead, match="the link to the engine"):
+        with pytest.raises(EngineDead, match="the connection to the engine"):
             await engine.adapters()
 
     _run(tmp_path, work)
@@ -312,8 +312,8 @@ def test_a_closed_engine_ends_what_is_open(tmp_path: Path) -> None:
 
 
 def test_a_silent_engine_is_dead_and_a_closed_one_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "SILENT_SECONDS", 0.2)
-    monkeypatch.setattr(link, "PING_SECONDS", 0.05)
+    monkeypatch.setattr(connection, "SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(connection, "PING_SECONDS", 0.05)
 
     async def main() -> None:
         engine = Engine.connect(f"ipc://{tmp_path}/nobody")

@@ -7,25 +7,30 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from engine.config.args import Args
-from engine.config.sections import (
+from engine.config.process_configs import (
     AdapterSource,
-    Links,
+    Endpoints,
+    ProcessConfigs,
     RunnerConfig,
     SchedulerConfig,
-    Sections,
     TokenizerConfig,
     sections,
 )
+from engine.config.server_args import ServerArgs
 from engine.errors import ConfigError
 
-LINKS = Links(tokenizer="ipc://t", scheduler="ipc://s", runner="ipc://r", door="ipc://d")
+ENDPOINTS = Endpoints(tokenizer="ipc://t", scheduler="ipc://s", runner="ipc://r", zmq_server="ipc://d")
 ADAPTER = AdapterSource(adapter_id=1, name="a", path="p", root="/p")
 
 
-def _sections(adapters: list[AdapterSource] | None = None, **flags: object) -> Sections:
+def _sections(adapters: list[AdapterSource] | None = None, **flags: object) -> ProcessConfigs:
     return sections(
-        Args(**flags), links=LINKS, journal=Path("/j"), model=Path("/m"), adapters=adapters or [], listen_fd=5
+        ServerArgs(**flags),
+        endpoints=ENDPOINTS,
+        journal=Path("/j"),
+        model=Path("/m"),
+        adapters=adapters or [],
+        listen_fd=5,
     )
 
 
@@ -62,7 +67,13 @@ def test_lora_is_on_when_something_means_it(
 def test_the_tokenizer_is_the_models_or_its_own() -> None:
     assert _sections().tokenizer.tokenizer_path == "/m"
     own = sections(
-        Args(), links=LINKS, journal=Path("/j"), model=Path("/m"), tokenizer=Path("/t"), adapters=[], listen_fd=5
+        ServerArgs(),
+        endpoints=ENDPOINTS,
+        journal=Path("/j"),
+        model=Path("/m"),
+        tokenizer=Path("/t"),
+        adapters=[],
+        listen_fd=5,
     )
     assert (own.tokenizer.tokenizer_path, own.tokenizer.model_path, own.runner.model_path) == ("/t", "/m", "/m")
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from engine.config.api_keys import ApiKey, read_keys
-from engine.config.args import Args, CpuKernels, Dtype, LogLevel, served_names
+from engine.config.server_args import CpuKernels, Dtype, LogLevel, ServerArgs, served_names
 from engine.config.sizes import has_unit, parse_bytes
 from engine.config.tenant_weights import parse_weights
 from engine.errors import ConfigError
@@ -31,14 +31,14 @@ class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
     base: str | None = None
 
 
-class Links(msgspec.Struct, frozen=True, kw_only=True):
+class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
     """Where this process's inbox is bound and where its neighbours' are now; `epoch` is its incarnation, from 0."""
 
     epoch: int = 0
     tokenizer: str
     scheduler: str
     runner: str
-    door: str
+    zmq_server: str
     max_frame_bytes: int = 64 << 20
 
 
@@ -52,7 +52,7 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     `stream_stall_timeout` seconds to take some.
     """
 
-    links: Links
+    endpoints: Endpoints
     model_path: str
     tokenizer_path: str
     served_model_names: list[str]
@@ -89,7 +89,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     `max_loaded_loras` and `lora_host_bytes` bound the host tier (None: no count, and what the runner's capacity says).
     """
 
-    links: Links
+    endpoints: Endpoints
     max_loras: int = 0
     window: int = 2
     max_loaded_loras: int | None = None
@@ -118,7 +118,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     `after_fault`: the incarnation before ended by itself, perhaps because of what it was asked to do.
     """
 
-    links: Links
+    endpoints: Endpoints
     model_path: str
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Dtype = "auto"
@@ -152,7 +152,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_level: LogLevel = "info"
 
 
-class Sections(msgspec.Struct, frozen=True, kw_only=True):
+class ProcessConfigs(msgspec.Struct, frozen=True, kw_only=True):
     """One launch, resolved: what each process will read."""
 
     tokenizer: TokenizerConfig
@@ -161,15 +161,15 @@ class Sections(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def sections(
-    args: Args,
+    args: ServerArgs,
     *,
-    links: Links,
+    endpoints: Endpoints,
     journal: Path,
     model: Path,
     tokenizer: Path | None = None,
     adapters: list[AdapterSource],
     listen_fd: int | None,
-) -> Sections:
+) -> ProcessConfigs:
     """Every process's section, from the flags and what was resolved: directories, addresses, the listening socket.
 
     `tokenizer` None: the tokenizer files are the model's.
@@ -178,7 +178,12 @@ def sections(
     if args.enable_lora is None and _means_lora(args):
         enable_lora = True
     max_loras = args.max_loras_per_batch if enable_lora else 0
-    shared: dict[str, Any] = {"links": links, "log_level": args.log_level, "adapters": adapters, "max_loras": max_loras}
+    shared: dict[str, Any] = {
+        "endpoints": endpoints,
+        "log_level": args.log_level,
+        "adapters": adapters,
+        "max_loras": max_loras,
+    }
     texts = TokenizerConfig(
         model_path=str(model),
         tokenizer_path=str(tokenizer or model),
@@ -245,16 +250,16 @@ def sections(
         seed=args.seed or 0,
         **shared,
     )
-    return Sections(tokenizer=texts, scheduler=scheduler, runner=runner)
+    return ProcessConfigs(tokenizer=texts, scheduler=scheduler, runner=runner)
 
 
-def _means_lora(args: Args) -> bool:
+def _means_lora(args: ServerArgs) -> bool:
     """Whether a flag makes sense only with adapters."""
     flags = (args.max_lora_rank, args.lora_target_modules, args.lora_pool_size, args.lora_resolve_root)
     return any(flag is not None for flag in flags)
 
 
-def _is_loopback(args: Args) -> bool:
+def _is_loopback(args: ServerArgs) -> bool:
     """Whether only this machine can connect."""
     return args.port is None or args.host in ("localhost", "::1") or args.host.startswith("127.")
 
@@ -270,6 +275,6 @@ def _pool(size: str | None) -> tuple[int | None, int | None]:
     return int(size), None
 
 
-def _server_info(args: Args) -> dict[str, str | int | float | bool | None]:
+def _server_info(args: ServerArgs) -> dict[str, str | int | float | bool | None]:
     shown = {**msgspec.to_builtins(args), "api_key": None, "admin_api_key": None}
     return {name: value if not isinstance(value, list) else ", ".join(value) for name, value in shown.items()}

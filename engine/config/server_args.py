@@ -1,6 +1,6 @@
-"""What a user asks for: Args, one field a flag, with the flag's default. Checked as soon as it exists.
+"""What a user asks for: ServerArgs, one field a flag, with the flag's default. Checked as soon as it exists.
 
-Knows nothing of argv (engine.config.flags), nor of what the values become (engine.config.sections).
+Knows nothing of argv (engine.config.flags), nor of what the values become (engine.config.process_configs).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DEMO = Path(__file__).parents[1] / "demo"
 DEMO_NAME = "chorus-demo"
 
 
-class Args(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a user asked for: one field a flag, with the flag's default. Also what an embedding host sends.
 
     `lora_paths` items are `path`, `name=path` or a JSON object; see `parse_adapter`. `port` None means no HTTP.
@@ -85,7 +85,7 @@ class Args(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         _check_contradictions(self)
 
 
-def _check_ranges(args: Args) -> None:
+def _check_ranges(args: ServerArgs) -> None:
     bounds: list[tuple[str, float | None, float, float]] = [
         ("--port", args.port, 0, 65535),
         ("--cpu-threads", args.cpu_threads, 1, 1024),
@@ -119,7 +119,7 @@ def _check_ranges(args: Args) -> None:
         raise ConfigError(f"--tp-size {args.tp_size}: tensor parallelism is not available yet; leave it at 1")
 
 
-def _check_contradictions(args: Args) -> None:
+def _check_contradictions(args: ServerArgs) -> None:
     if args.enable_lora is False:
         for flag, value in (
             ("--lora-paths", args.lora_paths),
@@ -153,6 +153,6 @@ def _check_contradictions(args: Args) -> None:
             raise ConfigError(f"--served-model-name: {name} is given twice")
 
 
-def served_names(args: Args) -> list[str]:
+def served_names(args: ServerArgs) -> list[str]:
     """The base model's names, the first of which is shown."""
     return list(args.served_model_name) or [args.model_path or DEMO_NAME]

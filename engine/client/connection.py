@@ -7,7 +7,8 @@
       |<-- Ping, in return ------------------|   ten silent seconds: the engine is taken for dead; a Ping of a later
       |                                      |   incarnation: the calls that the former one had are lost
 
-An answer that cannot be read ends its call; a frame that says no call is passed over. A link that breaks ends them all.
+An answer that cannot be decoded ends its call; a frame without a call's id is ignored. A connection that breaks ends
+all its calls.
 Knows nothing of processes or prompts.
 """
 
@@ -24,9 +25,9 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from engine.errors import EngineDead, InternalError, InvalidRequest, revive
-from engine.ipc import MAX_FRAME_BYTES, UNREADABLE
-from engine.messages import Answer, Cancel, Command, Delta, Failure, Ping, Submit, ToHost
+from engine.errors import EngineDead, InternalError, InvalidRequest, error_from_wire
+from engine.ipc import DECODE_ERRORS, MAX_FRAME_BYTES
+from engine.messages import Answer, Cancel, Command, Delta, Failure, Ping, Submit, ToClient
 
 log = logging.getLogger(__name__)
 
@@ -51,17 +52,17 @@ class Call:
         if isinstance(reply, EngineDead):
             raise reply
         if isinstance(reply, Failure):
-            raise revive(reply.kind, reply.message, reply.param, reply.code)
+            raise error_from_wire(reply.kind, reply.message, reply.param, reply.code)
         return reply
 
 
-class Link:
+class Connection:
     """A DEALER socket to the door of one engine. Make it inside a running loop; close it there."""
 
     def __init__(self, address: str) -> None:
         self._address = address
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[ToHost] = msgspec.msgpack.Decoder(ToHost)
+        self._decoder: msgspec.msgpack.Decoder[ToClient] = msgspec.msgpack.Decoder(ToClient)
         self._calls: dict[int, Call] = {}
         self._ids = itertools.count(1)
         self._context = zmq.asyncio.Context()
@@ -76,7 +77,7 @@ class Link:
         self._tasks = [asyncio.ensure_future(self._work(task)) for task in (self._receive(), self._ping())]
 
     def new_id(self) -> int:
-        """A number no call of this link has had."""
+        """A number no call of this connection has had."""
         return next(self._ids)
 
     @contextlib.asynccontextmanager
@@ -98,7 +99,7 @@ class Link:
                 self._socket.send(self._encode(Cancel(message.id)))  # of a finished call: ignored there
 
     async def close(self) -> None:
-        """Ends the link, and its open calls with EngineDead. The engine aborts them when it misses the pings."""
+        """Ends the connection, and its open calls with EngineDead. The engine aborts them when it misses the pings."""
         self._over = EngineDead("the engine was closed")
         self._tell(self._over)
         for task in self._tasks:
@@ -117,12 +118,12 @@ class Link:
         return frame
 
     async def _work(self, task: Coroutine[Any, Any, NoReturn]) -> None:
-        """One task of the link, which goes on for ever: what ends it ends all calls, for nothing would end them."""
+        """Runs one of the connection's endless tasks. An exception in it ends all open calls."""
         try:
             await task
         except Exception as error:
-            log.exception("the link to the engine at %s broke", self._address)
-            self._over = EngineDead(f"the link to the engine broke: {type(error).__name__}: {error}")
+            log.exception("the connection to the engine at %s broke", self._address)
+            self._over = EngineDead(f"the connection to the engine broke: {type(error).__name__}: {error}")
             self._tell(self._over)
 
     def _tell(self, loss: EngineDead) -> None:
@@ -142,12 +143,12 @@ class Link:
             elif message.id in self._calls:  # else: a call that was left
                 self._calls[message.id].put(message)
 
-    def _read(self, frame: bytes) -> ToHost | None:
+    def _read(self, frame: bytes) -> ToClient | None:
         """The message of a frame; of an answer that cannot be read, its call's failure."""
         try:
             return self._decoder.decode(frame)
-        except UNREADABLE as error:
-            log.warning("the link refused a frame of %d bytes: %s", len(frame), error)
+        except DECODE_ERRORS as error:
+            log.warning("the connection refused a frame of %d bytes: %s", len(frame), error)
             id = _answered(frame)
             return None if id is None else Failure(id, InternalError.kind, f"an answer cannot be read: {error}")
 
@@ -170,7 +171,7 @@ class Link:
 
 def _answered(frame: bytes) -> int | None:
     """The id of the call that a frame would answer, if that can be read of it."""
-    with contextlib.suppress(*UNREADABLE):
+    with contextlib.suppress(*DECODE_ERRORS):
         match msgspec.msgpack.decode(frame):
             case ["Delta" | "Answer" | "Failure", int(id), *_] if not isinstance(id, bool):
                 return id
