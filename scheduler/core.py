@@ -1,19 +1,19 @@
 """The scheduler's core: messages in, messages out, one step at a time. Knows nothing of sockets, clocks or tensors.
 
-    handle(message)    a request, an abort, an adapter, the runner's word
-    plan(now)          the next Step, if a step may be in flight and there is something to do
-    apply(StepDone)    its tokens, and what ends by them
-    take()             what is to be told to others since the last call
-    check()            the books are proved
+    handle(message)    a request, an abort, an adapter, a report of the runner
+    plan(now)          the next Step, if the window has room and there is something to do
+    apply(StepDone)    appends its tokens, and ends the requests that they finish
+    drain_outbox()     the messages to be sent since the last call
+    check()            the audit: asserts that all tables agree
 
-Rows, KV pages and lanes are free as soon as their request ends or gives way, though steps in flight may still name
+Rows, KV pages and lanes are free as soon as their request ends or is preempted, though steps in flight may still name
 them: the runner executes steps strictly in order, so whatever a later step does with them comes after.
 
-    step n    writes KV page 7, row 3 (the overshoot of a request that ended at step n-1: its token is dropped)
+    step n    writes KV page 7, row 3 (for a request that ended at step n-1: its token is dropped)
     step n+1  NewRow 3 (next generation), page 7 appended to another row, written from its first position on, then read
 
-Rank pages are different, see adapters/rank_pages. Epochs: what the tokenizer process sends carries its epoch and is
-answered with it; steps carry the runner's. Words of an older epoch are dropped, a newer one replaces what was.
+Rank pages are different, see adapters/rank_pages. Epochs: messages of the tokenizer process carry its epoch, and so do
+the answers; steps carry the runner's. Messages of an older epoch are dropped; a newer epoch replaces the old.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ from engine.messages import (
     Update,
     WaitReason,
 )
-from scheduler import wait_reasons
-from scheduler.adapters.copies import Device
-from scheduler.admission import Admission
+from scheduler import audit
+from scheduler.adapters.copies import DeviceState
+from scheduler.admission import wait_reasons
+from scheduler.admission.admission import Admission
 from scheduler.batching.admission_order import AdmissionOrder
 from scheduler.batching.isolation import Isolation
 from scheduler.batching.planner import Planner
@@ -72,9 +73,9 @@ def _is_possible(capacity: Capacity) -> bool:
 
 
 class Scheduler:
-    """The whole state. `window` is how many steps may be in flight, `bounds` what the flags allow.
+    """The scheduler without sockets or clock. `window`: the most steps in flight; `bounds`: what the flags allow.
 
-    `epoch` is the runner's at the start, `incarnation` this scheduler's own.
+    `epoch` is that of the first runner, `incarnation` that of this scheduler.
     """
 
     def __init__(
@@ -98,10 +99,10 @@ class Scheduler:
         self._last_step = 0
         self._state.outbox.append(capacity)
 
-    # -------------------------------------------------------------------------------------------------- three verbs
+    # -------------------------------------------------------------------------------------------------- the loop
 
     def handle(self, message: ToScheduler, now: float) -> list[Upstream | Downstream]:
-        """Takes one message in. Returns what is to be sent; the types say where to."""
+        """Handles one message. Returns the messages to be sent; their types say to which process."""
         self._state.now = now
         match message:
             case StepDone():
@@ -117,7 +118,7 @@ class Scheduler:
             case PinAdapter():
                 self._lifecycle.pin(message)
             case AdapterState():
-                if message.epoch >= self._runner_epoch:  # else a late word of a dead runner
+                if message.epoch >= self._runner_epoch:  # else it is from a dead runner
                     self._lifecycle.on_runner_report(message)
             case RunnerReady():
                 self._runner_ready(message)
@@ -128,7 +129,7 @@ class Scheduler:
         return self.drain_outbox()
 
     def plan(self, now: float) -> Step | None:
-        """The next step, if the window has room and there is something to do. Call take() after it."""
+        """The next step, if the window has room and there is something to do. Call drain_outbox() after it."""
         state = self._state
         state.now = now
         if len(state.in_flight) >= self._window:
@@ -140,21 +141,22 @@ class Scheduler:
         return step
 
     def apply(self, done: StepDone, now: float) -> list[Upstream | Downstream]:
-        """Takes in what a step brought: at most one token for each request that it sampled."""
+        """Applies the results of a step: at most one token for each request that it sampled."""
         state = self._state
         if done.epoch != self._runner_epoch or not state.in_flight or done.id < state.in_flight[0].id:
-            log.warning("step %d of epoch %d is not awaited", done.id, done.epoch)
+            log.warning("step %d of epoch %d is not expected", done.id, done.epoch)
             return self.drain_outbox()
         in_flight = state.in_flight.pop(0)
         assert in_flight.id == done.id, f"step {done.id} is answered before step {in_flight.id}"
-        assert len(done.tokens) == sum(samples for _, samples, _ in in_flight.parts), f"step {done.id} has other tokens"
-        assert all(0 <= token < MOST_TOKENS for token in done.tokens), f"step {done.id} brings what is no token"
+        samples = sum(sampled for _, sampled, _ in in_flight.parts)
+        assert len(done.tokens) == samples, f"step {done.id} has {len(done.tokens)} tokens instead of {samples}"
+        assert all(0 <= token < MOST_TOKENS for token in done.tokens), f"step {done.id} has a token out of range"
         tokens = iter(done.tokens)
-        for index, (request, samples, scored) in enumerate(in_flight.parts):
+        for index, (request, sampled, scored) in enumerate(in_flight.parts):
             request.steps_in_flight -= 1
             if scored:
                 self._score(request, done.prompt_logprobs.get(index, []), scored)
-            if samples:
+            if sampled:
                 request.pending -= 1
                 self._append(request, next(tokens), done.logprobs.get(index))
         self._isolation.step_answered(in_flight)
@@ -165,10 +167,10 @@ class Scheduler:
         self._disk_loader.start_loads()
         return self.drain_outbox()
 
-    # --------------------------------------------------------------------------------------------- what others see
+    # ---------------------------------------------------------------------------------------------------- readings
 
     def drain_outbox(self) -> list[Upstream | Downstream]:
-        """Everything to be sent since the last call, the requests' Progress first: one, unless that would be large."""
+        """The messages to be sent since the last call. Progress comes first, in one message if it is not large."""
         state = self._state
         progress = [Progress(self._client_epoch, part, self._incarnation) for part in messages(state.updates)]
         out: list[Upstream | Downstream] = [*progress, *state.outbox]
@@ -176,9 +178,9 @@ class Scheduler:
         return out
 
     def check(self, kv_pages: int | None = None) -> None:
-        """Proves the books; AssertionError names what is unaccounted for. See SchedulerState.audit."""
+        """Asserts that all tables agree, see scheduler.audit."""
         self._state.counters.audits += 1
-        self._state.audit(kv_pages)
+        audit.audit(self._state, kv_pages)
 
     @property
     def idle(self) -> bool:
@@ -196,19 +198,19 @@ class Scheduler:
         return None if request is None else wait_reasons.wait_reason(self._state, request)
 
     def stats(self) -> Stats:
-        """A picture, and the sums."""
+        """What runs and waits now, and the counters since the start."""
         state, counters = self._state, self._state.counters
         adapters = state.registry.adapters.values()
         running = Counter(adapter_id for request in state.running.ordered for adapter_id in request.adapter_ids)
         waiting = {a.id: a.requests - running[a.id] for a in adapters if a.requests > running[a.id]}
-        report = wait_reasons.report(state)
+        report = wait_reasons.wait_report(state)
         return Stats(
             running=len(state.running),
             waiting=len(state.waiting),
             kv_pages_used=state.kv.used,
             kv_pages=state.kv.block_pool.count,
             rank_pages_used=state.device_cache.rank_pages.used(),
-            resident=[a.id for a in adapters if a.copy.device is Device.RESIDENT],
+            resident=[a.id for a in adapters if a.copy.device.state is DeviceState.RESIDENT],
             running_adapters=dict(running),
             waiting_adapters=waiting,
             steps=counters.steps,
@@ -239,7 +241,7 @@ class Scheduler:
             return
         self._meet_client(message.epoch)
         if message.request_id in self._state.requests:
-            log.warning("request %d came twice; the first one goes on", message.request_id)
+            log.warning("request %d arrived twice; the first one continues", message.request_id)
             return
         self._admission.arrive(message)
 
@@ -250,7 +252,7 @@ class Scheduler:
 
     def _append(self, request: Request, token: int, logprobs: LogprobIds | None) -> None:
         if request.done:
-            return  # overshoot: it ended while this step was in flight
+            return  # it ended while this step was in flight
         state = self._state
         index = request.generated
         request.tokens.append(token)
@@ -273,13 +275,13 @@ class Scheduler:
             self._admission.end(request, update=False)
 
     def _score(self, request: Request, scores: list[LogprobIds], count: int) -> None:
-        assert len(scores) == count, f"request {request.id} has {len(scores)} prompt logprobs of {count}"
+        assert len(scores) == count, f"request {request.id} has {len(scores)} prompt logprobs instead of {count}"
         if not request.done:
             self._state.updates += pieces(request.id, request.generated, request.scores_known, scores)
         request.scores_known += count
 
     def _meet_client(self, epoch: int) -> None:
-        """A tokenizer process of a newer epoch knows nothing of the older one's requests, and nothing of us."""
+        """A new tokenizer process: ends the requests of the old one, and sends it the capacity and all adapters."""
         if epoch <= self._client_epoch:
             return
         self._client_epoch = epoch
@@ -291,10 +293,10 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------------------ runner
 
     def _runner_ready(self, message: RunnerReady) -> None:
-        """A runner that holds nothing of ours: its rows go back to the queue with their tokens, adapters load again.
+        """A new runner holds nothing: running requests are queued again with their tokens, adapters are loaded again.
 
-        Tokens of steps in flight are lost and will be sampled again; nothing of them was told to anyone. Who was in
-        flight may have ended the one before: see scheduler.batching.isolation.
+        Tokens of steps in flight are lost, were never sent to a client, and are sampled again. A request in flight may
+        have ended the runner before: see scheduler.batching.isolation.
         """
         if message.epoch < self._runner_epoch:
             return
@@ -309,13 +311,13 @@ class Scheduler:
             request.reset_progress()
         for request in state.requests.values():
             request.lose_steps_in_flight()
-        state.open(message.capacity)
+        held = state.replace_runner(message.capacity)
         for request in running:
             state.waiting.push(request)
         self._isolation.move_suspects_first()
         state.outbox.append(message.capacity)
-        self._lifecycle.reset()
-        self._admission.restart()
+        self._lifecycle.runner_replaced(held)
+        self._admission.runner_replaced()
         self._isolation.end_blamed()
         self._disk_loader.start_loads()
         for copy in state.registry.copies.values():

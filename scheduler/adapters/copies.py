@@ -1,12 +1,15 @@
-"""An adapter's name and the copy of its weights that it stands for. Knows nothing of requests, lanes or bounds.
+"""An adapter's name, and the copy of its weights that the name stands for. Knows nothing of requests, lanes or limits.
 
-Adapter 1 (a name, an id upstream) --+
-                                     +--> Copy (one revision: one host copy, one footprint, one part of a lane)
-Adapter 2 (equal bytes) -------------+
+    Adapter 1 (a name, an id upstream) --+
+                                         +--> Copy (one revision: one host copy, one footprint, one part of a lane)
+    Adapter 2 (equal bytes) -------------+
 
-host     DISK --LoadAdapter--> LOADING --"host"--> HELD --EvictAdapter--> EVICTING --"disk"--> DISK
-device   NONE --Fill--> FILLING --"resident"--> RESIDENT --evicted--> NONE         a fill reads the host copy: HELD
-         NONE --Fill(now)-------------------> RESIDENT
+    host     DISK --LoadAdapter--> LOADING --"host"--> HELD --EvictAdapter--> EVICTING --"disk"--> DISK
+    device   NONE --Fill--> FILLING --"resident"--> RESIDENT --evicted--> NONE     a fill reads the host copy: HELD
+             NONE --Fill(now)-------------------> RESIDENT
+
+Each part has one writer: `Copy.host` is written by HostCache alone, `Copy.device` by DeviceCache alone, and everything
+else of a copy or an adapter by AdapterRegistry alone. tests/scheduler/adapters/test_writers.py holds them to it.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from scheduler.adapters.rank_pages import GroupPages
 from scheduler.types import Order
 
 
-class Host(Enum):
-    """Where its bytes are."""
+class HostState(Enum):
+    """Where the bytes of a copy are."""
 
     DISK = "disk"
     LOADING = "loading"
@@ -31,8 +34,8 @@ class Host(Enum):
     EVICTING = "evicting"
 
 
-class Device(Enum):
-    """Whether it has rank pages."""
+class DeviceState(Enum):
+    """Whether a copy has rank pages."""
 
     NONE = "none"
     FILLING = "filling"
@@ -40,95 +43,126 @@ class Device(Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Copy:
-    """The weights of one revision, as far as it is known: until the first load has answered, every adapter has its own.
+class HostCopy:
+    """A copy in the host cache. Written by HostCache alone."""
 
-    `id` is that of the first adapter that stood for it, for good: lane keys are made of it. `holder` is the id under
-    which the runner has it. `card` is what was learnt (`known`: from a load). `users` counts promised lane keys,
-    `requests` live requests that name it; `last_step` is the last step to name its pages. `last_used`, `held_since` and
-    `filled_since` are the ticks that eviction goes by. `wish`: it is to become resident unasked, in this place of the
-    queue. `error`: it cannot be served; the same files may be, under a new id. `sent`: the runner has heard of it.
-    `leaving`: the runner is to free it. `tried`: the paths of the load under way. `fills`: those that the runner has
-    not answered; they read the host copy. One at once makes it resident when it is planned, see loading/device_loader.
+    state: HostState = HostState.DISK
+    held_since: int = 0  # the tick at which its last load ended; fifo eviction goes by it
+    known_to_runner: bool = False  # a load was sent to this runner, so the runner must be told of an unload
+    tried_paths: list[str] = field(default_factory=list)  # the paths that its current load was sent with
+
+
+@dataclass(slots=True, eq=False)
+class DeviceCopy:
+    """A copy in rank pages. Written by DeviceCache alone."""
+
+    state: DeviceState = DeviceState.NONE
+    pages: GroupPages = field(default_factory=dict)  # its rank pages by group; empty in state NONE
+    lanes: int = 0  # lanes that contain it; with one it is not evicted
+    last_step: int = 0  # the last step that names its pages: they may be filled again once it is done
+    filled_since: int = 0  # the tick at which it became resident; fifo eviction goes by it
+    last_used: int = 0  # the tick at which it became resident, or a lane released it
+    fills_in_flight: int = 0  # fills that the runner has not answered: they read the host copy
+
+
+@dataclass(slots=True, eq=False)
+class References:
+    """What needs a copy. Written by AdapterRegistry alone."""
+
+    requests: int = 0  # requests, running or waiting, whose lane key contains it
+    last_used: int = 0  # the tick at which the last of its requests ended
+    preload_order: Order | None = None  # a client wants it resident; its fill has this place among the requests
+
+
+@dataclass(slots=True, eq=False)
+class Copy:
+    """The weights of one revision. Until its first load is answered, an adapter has a copy of its own.
+
+    Everything but `host` and `device` is written by AdapterRegistry alone.
     """
 
-    id: int
-    runner_id: int
-    info: AdapterState
-    names: dict[int, Adapter] = field(default_factory=dict)
-    known: bool = False
-    host: Host = Host.DISK
-    device: Device = Device.NONE
-    pages: GroupPages = field(default_factory=dict)
-    pinned: bool = False
-    users: int = 0
-    requests: int = 0
-    last_step: int = 0
-    last_used: int = 0
-    held_since: int = 0
-    filled_since: int = 0
-    preload_order: Order | None = None
-    error: str | None = None
-    sent_to_runner: bool = False
-    is_unloading: bool = False
-    fills: int = 0
-    tried_paths: list[str] = field(default_factory=list)
+    id: int  # the id of the first adapter that stood for it; lane keys contain it, so it never changes
+    runner_id: int  # the id under which the runner knows it
+    info: AdapterState  # its revision, footprint and size, as far as they are known
+    loaded_once: bool = False  # a load was answered, so `info` is complete
+    names: dict[int, Adapter] = field(default_factory=dict)  # the adapters that stand for it, by id
+    pinned: bool = False  # one of its adapters is pinned: it is not evicted
+    error: str | None = None  # why it cannot be served; the same files may be loaded again under a new id
+    is_unloading: bool = False  # it has no adapter that accepts requests, and the runner frees it
+    references: References = field(default_factory=References)
+    host: HostCopy = field(default_factory=HostCopy)
+    device: DeviceCopy = field(default_factory=DeviceCopy)
 
     @property
     def identity(self) -> str:
-        """What its KV pages are known by: its bytes, whatever its names."""
+        """The key of its KV pages: its revision, so that they outlive its names."""
         return self.info.revision or f"copy {self.id}"
 
     @property
-    def need(self) -> Mapping[str, int]:
-        """Its footprint: pages by group."""
+    def pages_needed(self) -> Mapping[str, int]:
+        """Its footprint: rank pages by group."""
         return self.info.footprint.pages
 
     @property
+    def last_used(self) -> int:
+        """The tick of its last use; lru eviction goes by it."""
+        return max(self.references.last_used, self.device.last_used, self.host.held_since)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether a request or a preload needs it."""
+        return self.references.requests > 0 or self.references.preload_order is not None
+
+    @property
     def on_device(self) -> bool:
-        """Whether it holds its pages."""
-        return self.device is not Device.NONE
+        """Whether it holds rank pages."""
+        return self.device.state is not DeviceState.NONE
 
     @property
     def on_host(self) -> bool:
-        """Whether it takes room in the host tier."""
-        return self.host is not Host.DISK
+        """Whether it takes room in the host cache."""
+        return self.host.state is not HostState.DISK
 
     @property
     def can_fill(self) -> bool:
-        """Whether it waits in the host tier for pages."""
-        return self.device is Device.NONE and self.host is Host.HELD
+        """Whether it is on the host and has no rank pages."""
+        return self.device.state is DeviceState.NONE and self.host.state is HostState.HELD
 
     @property
-    def to_load(self) -> bool:
-        """Whether it must be read before it can be used, and nothing is under way."""
-        return self.device is Device.NONE and self.host is Host.DISK
+    def needs_load(self) -> bool:
+        """Whether it must be read from disk before it can be used, and its load has not begun."""
+        return self.device.state is DeviceState.NONE and self.host.state is HostState.DISK
+
+    @property
+    def may_load(self) -> bool:
+        """Whether a load may begin: it needs one, and was neither refused nor unloaded."""
+        return self.needs_load and self.error is None and not self.is_unloading
 
     @property
     def stage(self) -> AdapterStage:
-        """What is told of it."""
+        """Its state as reported to the tokenizer process."""
         if self.error is not None:
             return "failed"
-        if self.device is Device.RESIDENT:
+        if self.device.state is DeviceState.RESIDENT:
             return "resident"
-        if self.host in (Host.HELD, Host.EVICTING):
+        if self.host.state in (HostState.HELD, HostState.EVICTING):
             return "host"
-        return "disk" if self.known and self.host is Host.DISK else "loading"
+        return "disk" if self.loaded_once and self.host.state is HostState.DISK else "loading"
 
 
 @dataclass(slots=True, eq=False)
 class Adapter:
-    """One name. `source` is how it was asked for; `requests` counts live requests that name it."""
+    """One name of a copy. Written by AdapterRegistry alone."""
 
     id: int
-    source: LoadAdapter
-    copy: Copy
+    source: LoadAdapter  # the request to load it
+    copy: Copy  # changes when its revision turns out to be that of another copy
     pinned: bool = False
-    requests: int = 0
-    draining: bool = False
+    requests: int = 0  # requests, running or waiting, that name it
+    draining: bool = False  # it accepts no new requests, and goes with its last one
 
     def to_message(self, seconds: float = 0.0, error: str | None = None) -> AdapterState:
-        """What the tokenizer process is told of it now. `error`: what did not work, where it can be served still."""
+        """Its state for the tokenizer process. `error`: what failed though the adapter can still be served."""
         stage = self.copy.stage
         if self.draining and stage != "failed":
             stage = "draining"

@@ -1,10 +1,12 @@
-"""Which copies hold rank pages. Knows nothing of requests, lanes, queues, or how a copy came to the host tier.
+"""The device cache: which copies hold rank pages. Knows no requests or queues, nor how a copy came to the host.
 
-A user is a lane that names the copy. A resident copy without users is idle: its pages may go to others. It is spare
-while nobody waits for it either, and wanted else. Grants are all or nothing for all copies of a key.
+A resident copy in no lane is idle: its pages may be granted to other copies. It is wanted if a request or a preload
+needs it, and spare otherwise. Grants are all or nothing for all copies of a lane key.
 
-    on_device     FILLING | RESIDENT with users | pinned | wanted | spare
-    make_room     takes spare ones in the order of the policy, then wanted ones, the latest wanted first
+    on_device     FILLING | RESIDENT in a lane | pinned | wanted | spare
+    make_room     evicts spare copies in the order of the policy, then wanted ones, those wanted last first
+
+It alone writes `Copy.device`. A method that changes copies returns them; the caller then calls `reclassify` for each.
 """
 
 from __future__ import annotations
@@ -13,35 +15,37 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 
 from engine.messages import Capacity, Fill
-from scheduler.adapters.copies import Copy, Device
+from scheduler.adapters.copies import Copy, DeviceCopy, DeviceState
+from scheduler.adapters.device_limits import pages_needed
 from scheduler.adapters.eviction import EvictionOrder, Policy
 from scheduler.adapters.rank_pages import RankPages
 from scheduler.types import Order
 
-WaitingOrder = Callable[[Copy], Order | None]
-"""The place of the first who waits for a copy, if anyone does; whoever changes that says so by `rest`."""
+WantedOrder = Callable[[Copy], Order | None]
+"""The order of the first request or preload that needs a copy. When it changes, `reclassify` must be called."""
 
 
 class DeviceCache:
     """Copies by id while they hold rank pages."""
 
-    def __init__(
-        self, capacity: Capacity, policy: Policy, tick: Callable[[], int], waiting_order: WaitingOrder
-    ) -> None:
+    def __init__(self, capacity: Capacity, policy: Policy, tick: Callable[[], int], wanted_order: WantedOrder) -> None:
         self._policy = policy
         self._tick = tick
-        self._waiting_order = waiting_order
-        self.reset(capacity)
+        self._wanted_order = wanted_order
+        self.reset(capacity, ())
 
-    def reset(self, capacity: Capacity) -> None:
-        """A new runner holds nothing."""
+    def reset(self, capacity: Capacity, copies: Iterable[Copy]) -> None:
+        """Empties it for a new runner; `copies` are all that exist."""
         self._capacity = capacity
         self.rank_pages = RankPages(capacity.rank_pages)
-        self.on_device: dict[int, Copy] = {}
-        self.filling = 0
-        self.version = 0  # moves whenever a grant that failed might succeed
+        self.on_device: dict[int, Copy] = {}  # in state FILLING or RESIDENT
+        self.filling = 0  # how many copies are in state FILLING
+        self.version = 0  # increases whenever a grant that failed might succeed
         self._spare: EvictionOrder[int] = EvictionOrder()
         self._wanted: EvictionOrder[Order] = EvictionOrder()
+        for copy in copies:
+            device = copy.device
+            copy.device = DeviceCopy(filled_since=device.filled_since, last_used=device.last_used)
 
     @property
     def device(self) -> str:
@@ -50,165 +54,162 @@ class DeviceCache:
 
     # ---------------------------------------------------------------------------------------------------- one copy
 
-    def filled(self, copy: Copy) -> None:
-        """The runner answered the fill: lanes may name its pages."""
-        assert copy.device is Device.FILLING
-        self.filling -= 1
-        self._resident(copy)
+    def answer_fill(self, copy: Copy) -> bool:
+        """The runner answered the oldest fill in flight. Returns whether that made the copy resident.
 
-    def free(self, copy: Copy) -> None:
-        """Takes its pages, if it has any. Nobody may be using it."""
-        assert copy.users == 0, f"copy {copy.id} loses its pages while it has users"
-        if copy.on_device:
-            self.rank_pages.release(copy.pages, copy.last_step)
-            self.filling -= copy.device is Device.FILLING
-            copy.pages, copy.device = {}, Device.NONE
+        A fill at once made it resident when it was planned. A background fill is the last one in flight.
+        """
+        device = copy.device
+        device.fills_in_flight -= 1
+        if device.fills_in_flight or device.state is not DeviceState.FILLING:
+            return False
+        self.filling -= 1
+        self._set_resident(copy)
+        return True
+
+    def drop_fills(self, copy: Copy) -> list[Copy]:
+        """The runner answers no more fills of the copy: one failed, and it was the last. Returns the copy."""
+        copy.device.fills_in_flight = 0
+        return [copy]
+
+    def free(self, copies: Iterable[Copy]) -> list[Copy]:
+        """Releases the pages of these copies, which are in no lane. Returns those that had any."""
+        freed = [copy for copy in copies if copy.on_device]
+        for copy in freed:
+            device = copy.device
+            assert device.lanes == 0, f"copy {copy.id} loses its pages while a lane contains it"
+            self.rank_pages.release(device.pages, device.last_step)
+            self.filling -= device.state is DeviceState.FILLING
+            device.pages, device.state = {}, DeviceState.NONE
             del self.on_device[copy.id]
-            self.reclassify(copy)
+        return freed
 
     def reclassify(self, copy: Copy) -> None:
-        """Something about it changed: is it idle, and does somebody wait for it?"""
+        """Lists the copy as spare, as wanted, or as neither."""
         self.version += 1
         idle = self._is_idle(copy)
-        place = self._waiting_order(copy) if idle else None
-        if place is not None:
-            self._wanted.put(copy.id, place)
+        order = self._wanted_order(copy) if idle else None
+        if order is not None:
+            self._wanted.put(copy.id, order)
         else:
             self._wanted.drop(copy.id)
-        if idle and place is None:
-            self._spare.put(copy.id, copy.last_used if self._policy == "lru" else copy.filled_since)
+        if idle and order is None:
+            self._spare.put(copy.id, copy.last_used if self._policy == "lru" else copy.device.filled_since)
         else:
             self._spare.drop(copy.id)
+
+    def mark_used(self, copies: Iterable[Copy], step: int) -> None:
+        """Step `step` names the pages of these copies."""
+        for copy in copies:
+            copy.device.last_step = step
 
     def step_done(self, step: int) -> None:
         """Steps up to `step` are done."""
         self.version += self.rank_pages.step_done(step)
 
-    def bytes(self, copies: Iterable[Copy]) -> int:
-        """What a fill of these copies."""
+    def fill_bytes(self, copies: Iterable[Copy]) -> int:
+        """How many bytes the fills of these copies transfer."""
         sizes = self._capacity.rank_page_bytes
-        return sum(sum(count * sizes.get(g, 0) for g, count in c.need.items()) or c.info.bytes for c in copies)
+        return sum(
+            sum(count * sizes.get(group, 0) for group, count in copy.pages_needed.items()) or copy.info.bytes
+            for copy in copies
+        )
 
-    # ------------------------------------------------------------------------------------------------ keys as users
+    # ------------------------------------------------------------------------------------------------------- lanes
 
-    def limit_error(self, copies: Sequence[Copy]) -> str | None:
-        """Why these can never be together in a lane, judging by what is known now."""
+    def acquire(self, copies: Sequence[Copy]) -> Sequence[Copy]:
+        """A new lane contains these copies, all of which are resident. Returns them."""
         for copy in copies:
-            if copy.error is not None:
-                return copy.error
-        for group, count in _sum(copies).items():
-            if count > self._capacity.rank_pages.get(group, 0):
-                return (
-                    f"the adapter needs {count} LoRA rank pages of group {group}, but there are "
-                    f"{self._capacity.rank_pages.get(group, 0)}; raise --max-lora-rank or widen --lora-target-modules"
-                )
-            if count > self._capacity.max_lane_pages:
-                return (
-                    f"the adapter or mix is {count} rank pages long in group {group}, but a lane holds at most "
-                    f"{self._capacity.max_lane_pages}; mix fewer adapters or raise --max-lora-rank"
-                )
-        return None
+            assert copy.device.state is DeviceState.RESIDENT, f"copy {copy.id} is in a lane without pages"
+            copy.device.lanes += 1
+        return copies
 
-    def use(self, copies: Iterable[Copy]) -> None:
-        """A lane becomes a user of its copies, all of which are resident."""
+    def release(self, copies: Sequence[Copy]) -> Sequence[Copy]:
+        """A lane of these copies is free. Returns them."""
         for copy in copies:
-            assert copy.device is Device.RESIDENT, f"copy {copy.id} is used without pages"
-            copy.users += 1
-            self.reclassify(copy)
-
-    def leave(self, copies: Iterable[Copy]) -> None:
-        """A lane is no longer a user."""
-        for copy in copies:
-            copy.users -= 1
-            assert copy.users >= 0, f"copy {copy.id} is released once too often"
-            copy.last_used = self._tick()
-            self.reclassify(copy)
+            copy.device.lanes -= 1
+            assert copy.device.lanes >= 0, f"copy {copy.id} is released once too often"
+            copy.device.last_used = self._tick()
+        return copies
 
     def lacking(self, copies: Sequence[Copy]) -> dict[str, int]:
-        """By group, the pages that must still be given up before these can all be on the device."""
-        return self.rank_pages.lacking(_sum(copy for copy in copies if not copy.on_device), with_cooling=True)
+        """By group, the pages that other copies must release before these can all be on the device."""
+        return self.rank_pages.lacking(pages_needed(copy for copy in copies if not copy.on_device), with_cooling=True)
 
     def room(self) -> dict[str, int]:
-        """By group, the pages that are free, cool, or would be if all idle copies had gone."""
+        """By group, the pages that are free or cooling, or that idle copies hold."""
         room = self.rank_pages.available()
         for copy_id in [*self._spare, *self._wanted]:
-            for group, pages in self.on_device[copy_id].pages.items():
+            for group, pages in self.on_device[copy_id].device.pages.items():
                 room[group] += len(pages)
         return room
 
     def lacking_in(self, copies: Iterable[Copy], room: Mapping[str, int]) -> dict[str, int]:
-        """By group, the pages that `room` lacks for all of these to be on the device."""
-        need = _sum(copy for copy in copies if copy.device is Device.NONE or self._is_idle(copy))
+        """By group, the pages that `room` lacks for all of these copies to be on the device."""
+        need = pages_needed(copy for copy in copies if not copy.on_device or self._is_idle(copy))
         return {group: count - room.get(group, 0) for group, count in need.items() if count > room.get(group, 0)}
 
     def make_room(self, copies: Sequence[Copy], order: Order) -> list[Copy]:
-        """Evicts what `copies` need to have pages, for somebody at `order`, or nobody if that won't do.
+        """Evicts copies until `copies`, needed at `order`, find pages; none if that is not enough. Returns the evicted.
 
-        Pages that steps in flight name are not free at once: they cool, and the next call finds them.
+        Pages that steps in flight name are not free at once: they cool, and a later grant finds them.
         """
         lacking = self.lacking(copies)
-        victims = self._victims(lacking, {copy.id for copy in copies}, order) if lacking else []
-        for copy in victims:
-            self.free(copy)
-        return victims
+        return self.free(self._victims(lacking, {copy.id for copy in copies}, order)) if lacking else []
 
     def grant(self, copies: Sequence[Copy], step: int, at_once: bool = False) -> list[Fill] | None:
-        """Pages for those of `copies` that have none, all or nothing: what step `step` is to fill.
+        """Pages for those of `copies` that have none, all or nothing. Returns their fills, for step `step`.
 
-        `at_once`: in the step itself, so that it may name them already. None: they are not free, or not yet.
+        `at_once`: the fills run before the forward of the step, which may name the pages. None: pages are lacking, or
+        steps in flight name them.
         """
         missing = [copy for copy in copies if not copy.on_device]
-        if self.rank_pages.lacking(_sum(missing), with_cooling=at_once):
+        if self.rank_pages.lacking(pages_needed(missing), with_cooling=at_once):
             return None
         return [self._start_fill(copy, step, at_once) for copy in missing]
 
-    def never_fits(self, copies: Sequence[Copy], pinned: Iterable[Copy]) -> str | None:
-        """Why these could not even have pages if everything unpinned made room."""
-        wanted = {copy.id for copy in copies}
-        for group, count in _sum([*copies, *(c for c in pinned if c.on_device and c.id not in wanted)]).items():
-            if count > self._capacity.rank_pages.get(group, 0):
-                return f"the adapter does not fit beside the pinned ones (LoRA rank pages of group {group}); unpin one"
-        return None
-
     def lane_pages(self, copies: Iterable[tuple[Copy, float]]) -> dict[str, list[tuple[int, float]]]:
-        """What a lane of these copies with their scales holds: (page, scale) by group, sorted by revision."""
+        """The pages of a lane of these copies with their scales: (page, scale) by group, sorted by revision."""
         pages: dict[str, list[tuple[int, float]]] = {}
         for copy, scale in sorted(copies, key=lambda pair: (pair[0].info.revision, pair[0].id)):
-            assert copy.device is Device.RESIDENT, f"copy {copy.id} is not resident"
-            for group, numbers in copy.pages.items():
+            assert copy.device.state is DeviceState.RESIDENT, f"copy {copy.id} is not resident"
+            for group, numbers in copy.device.pages.items():
                 pages.setdefault(group, []).extend((page, scale) for page in numbers)
         return pages
 
-    def audit(self, copies: Iterable[Copy], users: Mapping[int, int]) -> None:
-        """Proves that pages and users (given by copy) are all accounted for."""
+    def audit(self, copies: Iterable[Copy], lanes: Mapping[int, int]) -> None:
+        """Asserts that all pages and lanes (their number by copy) are accounted for."""
         copies = list(copies)
-        self.rank_pages.audit(copy.pages for copy in copies)
+        self.rank_pages.audit(copy.device.pages for copy in copies)
         for copy in copies:
-            name = f"copy {copy.id} ({copy.device.name})"
-            assert copy.users == users.get(copy.id, 0), f"{name} counts {copy.users} users"
-            held = {group: len(numbers) for group, numbers in copy.pages.items()}
-            expected = {group: count for group, count in copy.need.items() if count} if copy.on_device else {}
-            assert held == expected, f"{name} holds {held} of {expected} rank pages"
-            idle = self._is_idle(copy)
-            spare, wanted = copy.id in self._spare, copy.id in self._wanted
-            assert idle == (spare or wanted), f"{name} is idle, or listed so, but not both"
-            assert not idle or self._wanted.stamp(copy.id) == self._waiting_order(copy), (
-                f"{name} is listed at another place"
-            )
-        assert set(users) <= {copy.id for copy in copies}, "a key uses a copy that is gone"
-        assert self.on_device == {copy.id: copy for copy in copies if copy.on_device}, "others are on the device"
-        assert self.filling == sum(copy.device is Device.FILLING for copy in copies), f"{self.filling} are being filled"
+            self._audit_copy(copy, lanes.get(copy.id, 0))
+        assert set(lanes) <= {copy.id for copy in copies}, "a lane contains a copy that does not exist"
+        assert self.on_device == {copy.id: copy for copy in copies if copy.on_device}, "other copies are on the device"
+        filling = sum(copy.device.state is DeviceState.FILLING for copy in copies)
+        assert self.filling == filling, f"{self.filling} copies are being filled"
 
     # ----------------------------------------------------------------------------------------------------- private
+
+    def _audit_copy(self, copy: Copy, lanes: int) -> None:
+        name = f"copy {copy.id} ({copy.device.state.name})"
+        assert copy.device.lanes == lanes, f"{name} counts {copy.device.lanes} lanes"
+        held = {group: len(numbers) for group, numbers in copy.device.pages.items()}
+        expected = {group: count for group, count in copy.pages_needed.items() if count} if copy.on_device else {}
+        assert held == expected, f"{name} holds {held} of {expected} rank pages"
+        idle = self._is_idle(copy)
+        spare, wanted = copy.id in self._spare, copy.id in self._wanted
+        assert idle == (spare or wanted), f"{name} is idle, or listed as idle, but not both"
+        assert not idle or self._wanted.stamp(copy.id) == self._wanted_order(copy), f"{name} is listed in another order"
 
     def _victims(self, lacking: dict[str, int], keep: set[int], order: Order) -> list[Copy]:
         victims: list[Copy] = []
         for copy_id in chain(self._spare, self._wanted.above(order)):
             copy = self.on_device[copy_id]
-            if copy.id in keep or not (copy.pages.keys() & lacking.keys()):
+            pages = copy.device.pages
+            if copy.id in keep or not (pages.keys() & lacking.keys()):
                 continue
             victims.append(copy)
-            left = {group: count - len(copy.pages.get(group, ())) for group, count in lacking.items()}
+            left = {group: count - len(pages.get(group, ())) for group, count in lacking.items()}
             lacking = {group: count for group, count in left.items() if count > 0}
             if not lacking:
                 return victims
@@ -216,31 +217,22 @@ class DeviceCache:
 
     @staticmethod
     def _is_idle(copy: Copy) -> bool:
-        return copy.device is Device.RESIDENT and not copy.users and not copy.pinned
+        return copy.device.state is DeviceState.RESIDENT and not copy.device.lanes and not copy.pinned
 
     def _start_fill(self, copy: Copy, step: int, at_once: bool) -> Fill:
         assert copy.can_fill, f"copy {copy.id} is filled while it is not on the host"
-        copy.pages = self.rank_pages.grant(copy.need, early=at_once)
-        copy.last_step, copy.preload_order = step, None
-        copy.fills += 1
+        device = copy.device
+        device.pages = self.rank_pages.grant(copy.pages_needed, early=at_once)
+        device.last_step = step
+        device.fills_in_flight += 1
         self.on_device[copy.id] = copy
         if at_once:
-            self._resident(copy)
+            self._set_resident(copy)
         else:
-            copy.device = Device.FILLING
+            device.state = DeviceState.FILLING
             self.filling += 1
-        return Fill(copy.runner_id, {group: list(numbers) for group, numbers in copy.pages.items()}, at_once)
+        return Fill(copy.runner_id, {group: list(numbers) for group, numbers in device.pages.items()}, at_once)
 
-    def _resident(self, copy: Copy) -> None:
-        copy.device = Device.RESIDENT
-        copy.last_used = copy.filled_since = self._tick()
-        self.reclassify(copy)
-
-
-def _sum(copies: Iterable[Copy]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for copy in copies:
-        for group, count in copy.need.items():
-            if count:
-                total[group] = total.get(group, 0) + count
-    return total
+    def _set_resident(self, copy: Copy) -> None:
+        copy.device.state = DeviceState.RESIDENT
+        copy.device.last_used = copy.device.filled_since = self._tick()

@@ -1,101 +1,119 @@
-"""The host tier: which copies it holds, and what its bounds allow. Knows nothing of who waits for what, or of pages.
+"""The host cache: which copies are in host memory, and its limits. Knows no requests, lanes or rank pages.
 
-    count, bytes    LOADING + HELD + EVICTING                bounds    --max-loaded-loras, --lora-host-memory
-    spare           HELD, nobody wants it, not pinned, no fill reads it: the first to go, in the order of the policy
+    count, bytes    LOADING + HELD + EVICTING                limits    --max-loaded-loras, --lora-host-memory
+    spare           HELD, not wanted, not pinned, no fill reads it: evicted first, in the order of the policy
 
-The size of a first load is not known before it has answered, so the bytes may be above the bound for a moment: until
-the spare ones have gone. What nobody may evict (pinned, read by a fill) may stay above it.
+The size of a first load is not known before it was answered, so the bytes may be above the limit until spare copies
+were evicted. Copies that may not be evicted (pinned, read by a fill) may stay above it.
+
+It alone writes `Copy.host`. A method that changes copies returns them; the caller then calls `reclassify` for each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from scheduler.adapters.copies import Copy, Host
+from scheduler.adapters.copies import Copy, HostCopy, HostState
 from scheduler.adapters.eviction import EvictionOrder, Policy
 
 
 class HostCache:
-    """Copies by id while they take room. `max_count` None and `max_bytes` 0 are no bounds."""
+    """Copies by id while they take room. `max_count` None and `max_bytes` 0 mean no limit."""
 
     def __init__(self, max_count: int | None, max_bytes: int, policy: Policy, tick: Callable[[], int]) -> None:
         self.max_count = max_count
         self.max_bytes = max_bytes
-        self.held: dict[int, Copy] = {}
-        self.spare = EvictionOrder()
-        self.bytes = self.loading = self.evicting = self._leaving_bytes = 0
+        self.held: dict[int, Copy] = {}  # in state LOADING, HELD or EVICTING
+        self.spare: EvictionOrder[int] = EvictionOrder()
+        self.bytes = 0  # of all held copies
+        self.loading = 0  # how many copies are in state LOADING
+        self.evicting = 0  # how many copies are in state EVICTING
+        self._evicting_bytes = 0
         self._policy = policy
         self._tick = tick
 
-    def reset(self, max_bytes: int) -> None:
-        """A new runner: nothing is held."""
+    def reset(self, max_bytes: int, copies: Iterable[Copy]) -> None:
+        """Empties it for a new runner; `copies` are all that exist."""
         self.max_bytes = max_bytes
         self.held.clear()
         self.spare.clear()
-        self.bytes = self.loading = self.evicting = self._leaving_bytes = 0
+        self.bytes = self.loading = self.evicting = self._evicting_bytes = 0
+        for copy in copies:
+            copy.host = HostCopy(held_since=copy.host.held_since)
 
     # ---------------------------------------------------------------------------------------------------- one copy
 
-    def start(self, copy: Copy) -> None:
-        """Its load begins."""
-        assert copy.host is Host.DISK
-        copy.host = Host.LOADING
+    def start_load(self, copy: Copy) -> None:
+        """Its load begins; `add_tried_path` follows."""
+        assert copy.host.state is HostState.DISK
+        copy.host.state = HostState.LOADING
+        copy.host.known_to_runner = True
+        copy.host.tried_paths.clear()
         self.held[copy.id] = copy
         self.loading += 1
         self.bytes += copy.info.bytes
 
-    def hold(self, copy: Copy, size: int) -> None:
-        """Its load was answered; it is `size` bytes."""
-        assert copy.host is Host.LOADING
-        copy.host = Host.HELD
+    def add_tried_path(self, copy: Copy, path: str) -> None:
+        """The load of a copy was sent to the runner with this path."""
+        assert copy.host.state is HostState.LOADING
+        copy.host.tried_paths.append(path)
+
+    def finish_load(self, copy: Copy, size: int) -> None:
+        """Its load was answered: it takes `size` bytes, and `copy.info` is updated after this call."""
+        assert copy.host.state is HostState.LOADING
+        copy.host.state = HostState.HELD
         self.loading -= 1
         self.bytes += size - copy.info.bytes
-        copy.held_since = copy.last_used = self._tick()
+        copy.host.held_since = self._tick()
 
-    def evict(self, copy: Copy) -> None:
-        """The runner is told to forget it."""
-        assert copy.host is Host.HELD
-        assert not copy.fills
-        copy.host = Host.EVICTING
-        self.evicting += 1
-        self._leaving_bytes += copy.info.bytes
-        self.reclassify(copy)
+    def evict(self, copies: Sequence[Copy]) -> Sequence[Copy]:
+        """The runner is told to evict these. Returns them."""
+        for copy in copies:
+            assert copy.host.state is HostState.HELD
+            assert not copy.device.fills_in_flight
+            copy.host.state = HostState.EVICTING
+            self.evicting += 1
+            self._evicting_bytes += copy.info.bytes
+        return copies
 
-    def lose(self, copy: Copy) -> None:
-        """It takes no room any more."""
+    def remove(self, copy: Copy) -> list[Copy]:
+        """The copy takes no room any more. Returns it if it did until now."""
         if not copy.on_host:
-            return
-        if copy.host is Host.LOADING:
+            return []
+        if copy.host.state is HostState.LOADING:
             self.loading -= 1
-        if copy.host is Host.EVICTING:
+        if copy.host.state is HostState.EVICTING:
             self.evicting -= 1
-            self._leaving_bytes -= copy.info.bytes
+            self._evicting_bytes -= copy.info.bytes
         self.bytes -= copy.info.bytes
-        copy.host = Host.DISK
+        copy.host.state = HostState.DISK
         del self.held[copy.id]
-        self.reclassify(copy)
+        return [copy]
 
-    def adopt(self, copy: Copy, other: Copy) -> None:
-        """`copy`, which is on disk, is the one that `other` (of equal bytes) was held as."""
-        self.lose(other)
-        copy.host = Host.HELD
+    def adopt(self, copy: Copy, other: Copy) -> list[Copy]:
+        """The bytes held for `other` are those of `copy`, which is on disk, from now on. Returns both."""
+        self.remove(other)
+        copy.host.state = HostState.HELD
+        copy.host.known_to_runner = True
         self.held[copy.id] = copy
         self.bytes += copy.info.bytes
-        copy.held_since = copy.last_used = self._tick()
+        copy.host.held_since = self._tick()
+        return [copy, other]
 
     def reclassify(self, copy: Copy) -> None:
-        """Something about it changed: is it spare?"""
-        if self.evictable(copy) and not copy.requests and copy.preload_order is None:
-            self.spare.put(copy.id, copy.last_used if self._policy == "lru" else copy.held_since)
+        """Lists the copy as spare, or no longer."""
+        if self.is_evictable(copy) and not copy.is_wanted:
+            self.spare.put(copy.id, copy.last_used if self._policy == "lru" else copy.host.held_since)
         else:
             self.spare.drop(copy.id)
 
     @staticmethod
-    def evictable(copy: Copy) -> bool:
-        """Whether the runner may be told to forget it."""
-        return copy.host is Host.HELD and not copy.fills and not copy.pinned and not copy.is_unloading
+    def is_evictable(copy: Copy) -> bool:
+        """Whether the runner may be told to evict it."""
+        held = copy.host.state is HostState.HELD and not copy.device.fills_in_flight
+        return held and not copy.pinned and not copy.is_unloading
 
-    # ------------------------------------------------------------------------------------------------------ bounds
+    # ------------------------------------------------------------------------------------------------------ limits
 
     def has_room(self, copy: Copy) -> bool:
         """Whether its load may begin now."""
@@ -104,14 +122,14 @@ class HostCache:
         return not self.max_bytes or self.bytes + copy.info.bytes <= self.max_bytes
 
     def lacking(self, copy: Copy | None = None) -> tuple[int, int]:
-        """(places, bytes) that must still be evicted before its load may begin, or to be within the bounds."""
+        """(copies, bytes) still to be evicted before its load may begin, or without a copy: to be within the limits."""
         count, size = (1, copy.info.bytes) if copy is not None else (0, 0)
         places = 0 if self.max_count is None else len(self.held) - self.evicting + count - self.max_count
-        missing = self.bytes - self._leaving_bytes + size - self.max_bytes if self.max_bytes else 0
+        missing = self.bytes - self._evicting_bytes + size - self.max_bytes if self.max_bytes else 0
         return max(0, places), max(0, missing)
 
     def limit_error(self, copies: Sequence[Copy]) -> str | None:
-        """Why these could never be held together."""
+        """Why these copies can never be held together."""
         if self.max_count is not None and len(copies) > self.max_count:
             limit = f"the host tier holds {self.max_count}; raise --max-loaded-loras"
             return f"the mix has {len(copies)} adapters, but {limit}"
@@ -123,10 +141,10 @@ class HostCache:
         return None
 
     def never_fits(self, copies: Sequence[Copy], pinned: Iterable[Copy]) -> str | None:
-        """Why these could not even be held if everything unpinned went."""
+        """Why these copies would not fit even if every copy that is not pinned were evicted."""
         wanted = {copy.id for copy in copies}
-        all_of_them = [*copies, *(copy for copy in pinned if copy.on_host and copy.id not in wanted)]
-        if self.limit_error(all_of_them) is None:
+        with_pinned = [*copies, *(copy for copy in pinned if copy.on_host and copy.id not in wanted)]
+        if self.limit_error(with_pinned) is None:
             return None
         return (
             "the adapter does not fit in the host tier beside the pinned ones; unpin one, or raise --max-loaded-loras "
@@ -134,16 +152,18 @@ class HostCache:
         )
 
     def audit(self, copies: Iterable[Copy]) -> None:
-        """Proves the sums, the spare ones, and the bound on the count."""
+        """Asserts the sums, the list of spare copies, and the limits."""
         held = {copy.id: copy for copy in copies if copy.on_host}
         assert held == self.held, f"the host tier holds {sorted(held)}, and lists {sorted(self.held)}"
         assert self.bytes == sum(copy.info.bytes for copy in held.values()), f"{self.bytes} host bytes"
-        evicting = [copy for copy in held.values() if copy.host is Host.EVICTING]
-        assert self.evicting == len(evicting)
-        assert self._leaving_bytes == sum(copy.info.bytes for copy in evicting)
-        assert self.loading == sum(copy.host is Host.LOADING for copy in held.values())
-        spare = {c.id for c in held.values() if self.evictable(c) and not c.requests and c.preload_order is None}
+        evicting = [copy for copy in held.values() if copy.host.state is HostState.EVICTING]
+        assert self.evicting == len(evicting), f"{self.evicting} copies are being evicted"
+        size = sum(copy.info.bytes for copy in evicting)
+        assert self._evicting_bytes == size, f"{self._evicting_bytes} bytes are being evicted"
+        loading = sum(copy.host.state is HostState.LOADING for copy in held.values())
+        assert self.loading == loading, f"{self.loading} copies are being loaded"
+        spare = {copy.id for copy in held.values() if self.is_evictable(copy) and not copy.is_wanted}
         assert spare == set(self.spare), f"spare are {sorted(spare)}, and listed {sorted(self.spare)}"
         assert self.max_count is None or len(held) <= self.max_count, f"{len(held)} copies are above --max-loaded-loras"
-        if self.max_bytes and self.bytes - self._leaving_bytes > self.max_bytes:
+        if self.max_bytes and self.bytes - self._evicting_bytes > self.max_bytes:
             assert not spare, f"{self.bytes} host bytes are above --lora-host-memory, though {sorted(spare)} are spare"

@@ -1,75 +1,118 @@
-"""Names and the copies they stand for. Two names of one revision share one copy. Knows nothing of tiers or pages."""
+"""Names and the copies they stand for. Two names of one revision share one copy. Knows no caches.
+
+It alone writes adapters, and of copies everything but `host` and `device`.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+
+from msgspec.structs import replace
 
 from engine.messages import AdapterState, LoadAdapter
 from scheduler.adapters.copies import Adapter, Copy
-from scheduler.types import LaneKey, lane_key
+from scheduler.types import LaneKey, Order, lane_key
 
 
 class AdapterRegistry:
-    """Adapters by id, copies by id, by revision and by the id that the runner knows them under.
+    """Adapters by id; copies by id, by revision, and by the id under which the runner knows them."""
 
-    `freeing` are ids under which the runner held a second copy of a revision: their `gone` is nobody's news.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, tick: Callable[[], int]) -> None:
         self.adapters: dict[int, Adapter] = {}
         self.copies: dict[int, Copy] = {}
         self.pinned: dict[int, Copy] = {}
-        self.freed_ids: set[int] = set()
-        self._by_revision: dict[str, Copy] = {}
+        self.freed_ids: set[int] = set()  # runner ids being freed that no copy has any more: their "gone" is ignored
+        self._by_revision: dict[str, Copy] = {}  # the copy that other names of the revision share
         self._by_runner_id: dict[int, Copy] = {}
+        self._tick = tick
 
-    def add(self, message: LoadAdapter) -> Adapter | None:
-        """A new name, with a copy of its own until more is known. None if a copy still has this id of a name that went.
-
-        Ids are never reused, so that is the asker's fault.
-        """
-        if message.adapter_id in self._by_runner_id or message.adapter_id in self.copies:
-            return None
-        card = AdapterState(adapter_id=message.adapter_id, state="loading", revision=message.revision)
-        copy = Copy(message.adapter_id, message.adapter_id, card)
-        adapter = Adapter(message.adapter_id, message, copy)
-        copy.names[adapter.id] = adapter
-        self.adapters[adapter.id] = adapter
-        self.copies[copy.id] = self._by_runner_id[copy.runner_id] = copy
-        return adapter
+    # ------------------------------------------------------------------------------------------------------ lookups
 
     def by_runner_id(self, runner_id: int) -> Copy | None:
         """The copy that the runner knows under this id."""
         return self._by_runner_id.get(runner_id)
 
     def key(self, lora: Iterable[tuple[int, float]]) -> LaneKey:
-        """The lane of a selection of known adapters: their copies, with the sums of their scales."""
+        """The lane key of a selection of known adapters: their copies, with the sums of their scales."""
         return lane_key((self.adapters[adapter_id].copy.id, scale) for adapter_id, scale in lora if adapter_id)
 
     def of(self, key: LaneKey) -> list[Copy]:
-        """The copies of a key."""
+        """The copies of a lane key."""
         return [self.copies[copy_id] for copy_id, _ in key]
 
-    def pin(self, adapter: Adapter, pinned: bool) -> None:
-        """A copy is pinned while one of its names is."""
-        adapter.pinned = pinned
-        self._repin(adapter.copy)
+    # ------------------------------------------------------------------------------------------------------ one name
 
-    def known(self, copy: Copy) -> Copy:
-        """The copy that has this one's revision already, else itself, which has it from now on."""
+    def add(self, message: LoadAdapter) -> Adapter | None:
+        """A new name with a copy of its own, until its revision is known.
+
+        None if a copy still has this id, from a name that is gone: the client must not reuse ids.
+        """
+        if message.adapter_id in self._by_runner_id or message.adapter_id in self.copies:
+            return None
+        info = AdapterState(adapter_id=message.adapter_id, state="loading", revision=message.revision)
+        copy = Copy(message.adapter_id, message.adapter_id, info)
+        adapter = Adapter(message.adapter_id, message, copy)
+        copy.names[adapter.id] = adapter
+        self.adapters[adapter.id] = adapter
+        self.copies[copy.id] = self._by_runner_id[copy.runner_id] = copy
+        return adapter
+
+    def set_source(self, adapter: Adapter, message: LoadAdapter) -> None:
+        """A name of a copy on disk is loaded from these files from now on. A revision that was learnt stays."""
+        adapter.source = message
+        copy = adapter.copy
+        if not copy.loaded_once:
+            copy.info = replace(copy.info, revision=message.revision)
+
+    def pin(self, adapter: Adapter, pinned: bool) -> None:
+        """Pins a name or unpins it. A copy is pinned while one of its names is."""
+        adapter.pinned = pinned
+        self._update_pinned(adapter.copy)
+
+    def start_draining(self, adapter: Adapter) -> None:
+        """The name accepts no new requests."""
+        adapter.draining = True
+
+    def remove_name(self, adapter: Adapter) -> None:
+        """The name is gone; its copy stays for its other names."""
+        del self.adapters[adapter.id]
+        del adapter.copy.names[adapter.id]
+        self._update_pinned(adapter.copy)
+
+    # ------------------------------------------------------------------------------------------------------ one copy
+
+    def set_info(self, copy: Copy, info: AdapterState) -> None:
+        """A load of the copy was answered."""
+        copy.info, copy.loaded_once = info, True
+
+    def set_error(self, copy: Copy, error: str) -> None:
+        """The copy cannot be served."""
+        copy.error = error
+
+    def mark_unloading(self, copy: Copy) -> None:
+        """No name of the copy accepts requests: the runner frees it."""
+        copy.is_unloading = True
+        copy.references.preload_order = None
+
+    def set_preload(self, copy: Copy, order: Order | None) -> None:
+        """A client wants the copy resident, with this place among the requests; None: not any more."""
+        copy.references.preload_order = order
+
+    def share_revision(self, copy: Copy) -> Copy:
+        """The copy that already has this one's revision; otherwise this one, which other names share from now on."""
         revision = copy.info.revision
         return self._by_revision.setdefault(revision, copy) if revision else copy
 
     def unlist_revision(self, copy: Copy) -> bool:
-        """Nobody else is to share it: it goes, or cannot be served. True if it was its revision's until now."""
+        """No other name shares the copy from now on. Returns whether it was listed by its revision."""
         if self._by_revision.get(copy.info.revision) is not copy:
             return False
         del self._by_revision[copy.info.revision]
         return True
 
     def merge(self, copy: Copy, into: Copy) -> list[Adapter]:
-        """All names of `copy` stand for `into` from now on, and `copy` is no more. Returns those names."""
+        """All names of `copy` stand for `into` from now on, and `copy` is gone. Returns those names."""
         moved = list(copy.names.values())
         for adapter in moved:
             adapter.copy = into
@@ -78,7 +121,7 @@ class AdapterRegistry:
         if self._by_runner_id.get(copy.runner_id) is copy:
             del self._by_runner_id[copy.runner_id]
         self.pinned.pop(copy.id, None)
-        self._repin(into)
+        self._update_pinned(into)
         return moved
 
     def set_runner_id(self, copy: Copy, runner_id: int) -> None:
@@ -87,39 +130,64 @@ class AdapterRegistry:
         copy.runner_id = runner_id
         self._by_runner_id[runner_id] = copy
 
-    def detach(self, adapter: Adapter) -> None:
-        """The name is no more; its copy stays for the others that it has."""
-        del self.adapters[adapter.id]
-        del adapter.copy.names[adapter.id]
-        self._repin(adapter.copy)
-
-    def drop(self, copy: Copy) -> None:
-        """The copy is no more; it has no name left."""
+    def remove(self, copy: Copy) -> None:
+        """The copy, which has no name left, is gone."""
         assert not copy.names
         self.unlist_revision(copy)
         del self.copies[copy.id]
         del self._by_runner_id[copy.runner_id]
 
+    # --------------------------------------------------------------------------------------------------- references
+
+    def acquire_names(self, adapter_ids: Iterable[int]) -> None:
+        """A request begins to name these adapters."""
+        for adapter_id in adapter_ids:
+            self.adapters[adapter_id].requests += 1
+
+    def release_names(self, adapter_ids: Iterable[int]) -> list[Adapter]:
+        """A request that named these adapters ended. Returns them."""
+        adapters = [self.adapters[adapter_id] for adapter_id in adapter_ids]
+        for adapter in adapters:
+            adapter.requests -= 1
+        return adapters
+
+    def acquire(self, key: LaneKey) -> list[Copy]:
+        """A request begins to need the copies of its lane key. Returns them."""
+        copies = self.of(key)
+        for copy in copies:
+            copy.references.requests += 1
+        return copies
+
+    def release(self, key: LaneKey, ended: bool) -> list[Copy]:
+        """A request no longer needs the copies of its lane key: it `ended`, or its key changes. Returns them."""
+        copies = self.of(key)
+        for copy in copies:
+            copy.references.requests -= 1
+            if ended:
+                copy.references.last_used = self._tick()
+        return copies
+
     def audit(self, requests: Mapping[int, int], keys: Mapping[int, int]) -> None:
-        """Proves that names and copies name one another, and the requests counted by name and by copy."""
+        """Asserts that names and copies refer to one another, and the requests counted by name and by copy."""
         names = Counter({adapter.id: adapter.requests for adapter in self.adapters.values() if adapter.requests})
         assert names == Counter(requests), f"names count {dict(names)} requests, and there are {dict(requests)}"
-        counts = Counter({copy.id: copy.requests for copy in self.copies.values() if copy.requests})
-        assert counts == Counter(keys), f"copies count {dict(counts)} requests, and there are {dict(keys)}"
+        counted = {copy.id: copy.references.requests for copy in self.copies.values() if copy.references.requests}
+        assert counted == dict(keys), f"copies count {counted} requests, and there are {dict(keys)}"
         for adapter in self.adapters.values():
             assert self.copies[adapter.copy.id] is adapter.copy, f"adapter {adapter.id} has a copy that is gone"
-            assert adapter.copy.names[adapter.id] is adapter
+            assert adapter.copy.names[adapter.id] is adapter, f"copy {adapter.copy.id} lacks name {adapter.id}"
         for copy in self.copies.values():
             assert copy.names or copy.is_unloading, f"copy {copy.id} has no name"
-            assert copy.pinned == any(adapter.pinned for adapter in copy.names.values())
-            assert self._by_runner_id[copy.runner_id] is copy
-        assert len(self._by_runner_id) == len(self.copies)
+            assert copy.pinned == any(adapter.pinned for adapter in copy.names.values()), f"copy {copy.id} is pinned"
+            assert self._by_runner_id[copy.runner_id] is copy, f"copy {copy.id} is not listed by its runner id"
+        assert len(self._by_runner_id) == len(self.copies), "a runner id is listed without a copy"
         for revision, copy in self._by_revision.items():
-            assert self.copies[copy.id] is copy
-            assert copy.info.revision == revision
-        assert set(self.pinned) == {copy.id for copy in self.copies.values() if copy.pinned}, "the pinned are others"
+            assert self.copies[copy.id] is copy, f"revision {revision} is listed by a copy that is gone"
+            assert copy.info.revision == revision, f"copy {copy.id} is listed by another revision"
+        pinned = {copy.id for copy in self.copies.values() if copy.pinned}
+        assert set(self.pinned) == pinned, f"pinned are {sorted(pinned)}, and listed {sorted(self.pinned)}"
 
-    def _repin(self, copy: Copy) -> None:
+    def _update_pinned(self, copy: Copy) -> None:
         copy.pinned = any(adapter.pinned for adapter in copy.names.values())
         if copy.pinned:
             self.pinned[copy.id] = copy

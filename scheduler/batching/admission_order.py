@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from itertools import islice
 
-from scheduler.admission import Admission
+from scheduler.admission.admission import Admission
 from scheduler.batching.deadlines import Deadline, count_to_preempt, lanes_to_drain
 from scheduler.batching.lane_room import LaneRoom
 from scheduler.batching.preemption import HeldLane, sorted_by_cost, sorted_by_end

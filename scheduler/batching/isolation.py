@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 
 from scheduler.adapters.copies import Copy
-from scheduler.admission import Admission
+from scheduler.admission.admission import Admission
 from scheduler.loading.device_loader import DeviceLoader, Outcome
 from scheduler.requests.blame import InFlightPosition
 from scheduler.requests.policy import with_suspicion
@@ -125,12 +125,12 @@ class Isolation:
 
     def _blame_fills(self, in_flight: bool) -> None:
         state = self._state
-        filled = [copy for copy in state.registry.copies.values() if copy.fills]
+        filled = [copy for copy in state.registry.copies.values() if copy.device.fills_in_flight]
         self._faults = {copy.id: self._faults.get(copy.id, 0) + 1 for copy in filled}
         state.suspect_fills = set(self._faults)
         enough = FAULTS_ALONE if len(filled) == 1 else FAULTS_TOGETHER
         for copy in filled:
-            if self._faults[copy.id] >= enough and not (in_flight and copy.requests):
+            if self._faults[copy.id] >= enough and not (in_flight and copy.references.requests):
                 self._to_set_aside.append(copy)
             else:
                 self._suspect_users(copy)

@@ -39,11 +39,11 @@ class LaneRoom:
     def _leave(self, lane: HeldLane, rank_pages: dict[str, int], users: dict[int, int]) -> None:
         for copy in self._state.copies(lane.key):
             users[copy.id] = users.get(copy.id, 0) + 1
-            if users[copy.id] == copy.users and not copy.pinned:
-                for group, pages in copy.pages.items():
+            if users[copy.id] == copy.device.lanes and not copy.pinned:
+                for group, pages in copy.device.pages.items():
                     rank_pages[group] += len(pages)
 
 
 def _needed_pages(copies: list[Copy]) -> Counter[str]:
     """The rank pages, by group, that copies without users take out of the room."""
-    return sum((Counter(copy.need) for copy in copies if not copy.users), Counter())
+    return sum((Counter(copy.pages_needed) for copy in copies if not copy.device.lanes), Counter())

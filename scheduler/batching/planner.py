@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from engine.messages import Chunk, LanePages, NewRow, Step
-from scheduler.admission import Admission
+from scheduler.admission.admission import Admission
 from scheduler.batching.admission_order import AdmissionOrder
 from scheduler.batching.isolation import Isolation
 from scheduler.batching.preemption import choose_victim

@@ -1,1 +1,1 @@
-"""DiskLoader: which adapters are read from disk, filled into rank pages, and unloaded."""
+"""Loading: which adapters are read from disk, which are filled into rank pages, and what becomes of them."""

@@ -1,12 +1,12 @@
-"""Which copies get rank pages now, and whether they are filled at once or beside the steps. Knows nothing of lanes.
+"""Which copies are filled into rank pages, and whether at once or in the background. Knows nothing of lanes.
 
-    at once      before the forward of the very step that carries the fill: that step may name its lane already. For
-                 those whose request goes in that step; all of a step's take at most half of a step's time
-    background   in slices after the steps; a lane may name the pages when the runner has reported. For large ones,
-                 for the next in the queue (look-ahead), and for copies that came unasked
+    at once      before the forward of the step that carries the fill; that step may name the lane already. For requests
+                 that are admitted in the step. All fills at once together take at most half of the step's time
+    background   in slices after the steps; a lane may name the pages once the runner has reported. For large copies,
+                 for the next requests in the queue (look-ahead), and for copies that no request waits for
 
-Nobody's pages go for somebody behind him: first the spare copies in the order of the policy, then those that only
-later ones wait for, the latest first.
+A copy is evicted for a request only if it is spare, in the order of the policy, or if all requests that wait for it
+come later in the queue, the latest first.
 """
 
 from __future__ import annotations
@@ -14,104 +14,91 @@ from __future__ import annotations
 from enum import Enum
 
 from engine.messages import Fill
-from scheduler.adapters.copies import Copy, Device
-from scheduler.admission import Admission
+from scheduler.adapters import device_limits
+from scheduler.adapters.copies import Copy, DeviceState
+from scheduler.admission.admission import Admission
 from scheduler.requests.queue import WaitState
 from scheduler.requests.request import Request
 from scheduler.state import SchedulerState
 from scheduler.types import LaneKey, Order
 
-MAX_FILL_SHARE = 0.5  # of a step's time may be spent on fills at once while somebody decodes
-MAX_BACKGROUND_FILLS = 4  # fills under way for requests that cannot go yet
+MAX_FILL_SHARE = 0.5  # of a step's time that fills at once may take while rows decode
+MAX_BACKGROUND_FILLS = 4
 DEFAULT_STEP_SECONDS = 0.02
 DEFAULT_BYTES_PER_SECOND = 2e9
-NEWEST_WEIGHT = 0.2  # of the newest measurement
+LATEST_WEIGHT = 0.2  # of the latest measurement in the moving averages
 
 
 class Outcome(Enum):
-    """What became of a wish for rank pages."""
+    """What became of a request for rank pages."""
 
     RESIDENT = "resident"
     FILLING = "filling"
-    LATER = "later"
+    LATER = "later"  # the next step fills it at once
     NO_PAGES = "no pages"
 
 
 class DeviceLoader:
-    """Fills of one step after another, over the books."""
+    """Chooses the fills of each step."""
 
     def __init__(self, state: SchedulerState, admission: Admission) -> None:
         self._state = state
         self._admission = admission
-        self._step_seconds = 0.0
-        self._bytes_per_second = DEFAULT_BYTES_PER_SECOND
-        self._fills: list[Fill] = []
-        self._step = 0
-        self._busy = self._later = False
-        self._spent = 0.0
-        self._failed_grant: tuple[list[Copy], Order, bool, int] | None = (
-            None  # what found no pages, as of which version
-        )
+        self._step_seconds = 0.0  # a moving average; 0: not measured
+        self._bytes_per_second = DEFAULT_BYTES_PER_SECOND  # a moving average
+        self._fills: list[Fill] = []  # of the step being planned
+        self._step = 0  # the step being planned
+        self._busy = False  # rows decode in it
+        self._postponed = False  # a request waits for the next step, to be filled at once in it
+        self._spent = 0.0  # seconds that its fills at once will take
+        self._failed_grant: tuple[list[Copy], Order, bool, int] | None = None  # and the cache's version at that time
 
     # -------------------------------------------------------------------------------------------------- measurements
 
     @property
     def step_seconds(self) -> float:
-        """How long a step takes of late."""
+        """How long a step takes, a moving average."""
         return self._step_seconds or DEFAULT_STEP_SECONDS
 
     def record_step_seconds(self, seconds: float) -> None:
-        """A step was done in so long."""
+        """A step took so long."""
         if seconds > 0:
             last = self._step_seconds
-            self._step_seconds = last + NEWEST_WEIGHT * (seconds - last) if last else seconds
+            self._step_seconds = last + LATEST_WEIGHT * (seconds - last) if last else seconds
 
     def record_fill_seconds(self, copy: Copy, seconds: float) -> None:
-        """A fill at once was done in so long."""
-        size = self._state.device_cache.bytes([copy])
+        """A fill at once took so long."""
+        size = self._state.device_cache.fill_bytes([copy])
         if seconds > 0 and size:
-            self._bytes_per_second += NEWEST_WEIGHT * (size / seconds - self._bytes_per_second)
+            self._bytes_per_second += LATEST_WEIGHT * (size / seconds - self._bytes_per_second)
 
     def fill_seconds(self, key: LaneKey) -> float:
-        """What filling those of a key's copies that have no pages is likely to take."""
-        missing = [copy for copy in self._state.copies(key) if copy.device is Device.NONE]
-        return self._state.device_cache.bytes(missing) / self._bytes_per_second
+        """How long the fills of a key's copies that have no pages are expected to take."""
+        missing = [copy for copy in self._state.copies(key) if not copy.on_device]
+        return self._state.device_cache.fill_bytes(missing) / self._bytes_per_second
 
     # --------------------------------------------------------------------------------------------------------- fills
 
     def begin_step(self, step: int, busy: bool) -> None:
-        """A step is being planned; `busy`: somebody decodes in it, and is not to wait long for others' fills."""
-        self._step, self._busy, self._spent, self._fills, self._later = step, busy, 0.0, [], False
+        """Step `step` is being planned; `busy`: rows decode in it, which long fills at once would delay."""
+        self._step, self._busy, self._spent, self._fills, self._postponed = step, busy, 0.0, [], False
 
     @property
     def fills(self) -> list[Fill]:
-        """The fills planned for the current step."""
+        """The fills of the step being planned."""
         return self._fills
 
     def request_fill(self, request: Request, order: Order) -> Outcome:
-        """Pages for a COLD request, as if it were at `order`; it goes in this step if its copies are resident then."""
-        state = self._state
-        copies = state.copies(request.key)
-        while (
-            (preload := state.first_preload()) is not None
-            and preload.preload_order is not None
-            and preload.preload_order < order
-        ):
-            if preload in copies or not self._fill_preload(preload):
-                break
-        if (
-            preload is not None
-            and preload.preload_order is not None
-            and preload.preload_order < order
-            and preload not in copies
-        ):
+        """Fills the copies of a COLD request as if it were at `order`. RESIDENT: the step may admit it."""
+        copies = self._state.copies(request.key)
+        if not self._fill_preloads_before(order, copies):
             return Outcome.NO_PAGES
         seconds = self.fill_seconds(request.key)
         at_once = not self._busy or self._spent + seconds <= MAX_FILL_SHARE * self.step_seconds
         if not at_once and seconds <= MAX_FILL_SHARE * self.step_seconds:
-            self._later = True
+            self._postponed = True
             return Outcome.LATER
-        at_once = at_once and not any(copy.device is Device.FILLING for copy in copies)
+        at_once = at_once and not any(copy.device.state is DeviceState.FILLING for copy in copies)
         if not self._grant(copies, order, at_once, request):
             self._end_if_never_fits(request.key)
             return Outcome.NO_PAGES
@@ -121,33 +108,37 @@ class DeviceLoader:
         return Outcome.RESIDENT
 
     def look_ahead(self) -> None:
-        """Background fills for who is next, in order up to the first that finds no pages; then for the unasked.
+        """Starts background fills, in order up to the first copy that finds no pages; then opportunistic fills.
 
-        Whoever will be filled at once in the next step is first, and is not begun on here. On a CPU nor is anyone who
-        can be filled at once in his own: the same cores copy, and he would wait for the slices to come to an end.
+        Nothing is started while a request waits to be filled at once in the next step. On a CPU, requests that can be
+        filled at once in their own step are not filled ahead: steps and fills share the cores, and the slices of a
+        background fill would only delay them.
         """
         state = self._state
-        if self._later:
+        if self._postponed:
             return
         while state.device_cache.filling < MAX_BACKGROUND_FILLS:
-            request, preload = state.waiting.first(WaitState.COLD), state.first_preload()
-            if (
-                preload is not None
-                and preload.preload_order is not None
-                and (request is None or preload.preload_order < request.order)
-            ):
-                found = self._fill_preload(preload)
+            request, preload = state.waiting.first(WaitState.COLD), state.next_preload()
+            if preload is not None and (request is None or preload[1] < request.order):
+                progressed = self._fill_preload(*preload)
             elif request is not None:
-                found = self._fill_ahead(request)
+                progressed = self._fill_ahead(request)
             else:
                 break
-            if not found:
+            if not progressed:
                 return
         if state.opportunistic_fills and state.waiting.first(WaitState.COLD) is None:
             self._fill_opportunistically()
 
+    def _fill_preloads_before(self, order: Order, copies: list[Copy]) -> bool:
+        """Fills the preloads before `order`, up to one of `copies`. Returns False if one of them finds no pages."""
+        while (preload := self._state.next_preload()) is not None and preload[1] < order and preload[0] not in copies:
+            if not self._fill_preload(*preload):
+                return False
+        return True
+
     def _fill_ahead(self, request: Request) -> bool:
-        """Pages for a request, or its end where there will never be any; false if it must wait for them."""
+        """Fills the copies of a request, or ends it if they never fit. Returns False if it must wait."""
         state = self._state
         if state.device_cache.device == "cpu" and self.fill_seconds(request.key) <= MAX_FILL_SHARE * self.step_seconds:
             return False
@@ -157,28 +148,30 @@ class DeviceLoader:
         )
 
     def _end_if_never_fits(self, key: LaneKey) -> bool:
-        """Ends the waiting requests of a key that would find no pages even if all unpinned copies went."""
-        state = self._state
-        problem = state.device_cache.never_fits(state.copies(key), state.registry.pinned.values())
-        if problem is not None:
-            self._admission.fail_waiting(key, problem)
-        return problem is not None
+        """Ends the waiting requests of a key that never fits beside the pinned copies. Returns whether it did."""
+        error = self._never_fits(self._state.copies(key))
+        if error is not None:
+            self._admission.fail_waiting(key, error)
+        return error is not None
 
-    def _fill_preload(self, copy: Copy) -> bool:
+    def _fill_preload(self, copy: Copy, order: Order) -> bool:
+        """Fills a copy for its preload, or cancels the preload if it never fits. Returns False if it must wait."""
         state = self._state
-        assert copy.preload_order is not None
-        if self._grant([copy], copy.preload_order, at_once=False):
+        if self._grant([copy], order, at_once=False):
             return True
-        problem = state.device_cache.never_fits([copy], state.registry.pinned.values())
-        if problem is None:
+        error = self._never_fits([copy])
+        if error is None:
             return False
-        copy.preload_order = None
-        state.reclassify(copy)
-        state.report(copy, error=problem)
+        state.registry.set_preload(copy, None)
+        state.reclassify([copy])
+        state.report(copy, error=error)
         return True
 
+    def _never_fits(self, copies: list[Copy]) -> str | None:
+        return device_limits.never_fits(copies, self._state.registry.pinned.values(), self._state.capacity)
+
     def _fill_opportunistically(self) -> None:
-        """Copies that came while nobody waited for them: while there is room."""
+        """Fills copies that no request waits for into free pages."""
         state = self._state
         for copy_id in state.opportunistic_fills:
             copy = state.registry.copies.get(copy_id)
@@ -187,16 +180,14 @@ class DeviceLoader:
         state.opportunistic_fills.clear()
 
     def _grant(self, copies: list[Copy], order: Order, at_once: bool, request: Request | None = None) -> bool:
-        """Pages for these, if evicting who may go gives enough. `request`: who waits for them, and pays."""
+        """Starts the fills of these copies, after evictions if they need any; the bytes are charged to the request."""
         state = self._state
         if self._failed_grant == (copies, order, at_once, state.device_cache.version):
             return False
-        for victim in state.device_cache.make_room(copies, order):
-            state.counters.adapter_evictions += 1
-            state.reclassify(victim)
-            state.report(victim)
-            self._admission.update_wait_states(victim)
-        size = state.device_cache.bytes([copy for copy in copies if copy.device is Device.NONE])
+        evicted = state.device_cache.make_room(copies, order)
+        state.counters.adapter_evictions += len(evicted)
+        self._admission.changed(evicted, report=True)
+        size = state.device_cache.fill_bytes([copy for copy in copies if not copy.on_device])
         if self._start(copies, at_once):
             if request is not None and not request.done:
                 state.ordering.on_transfer(request, size)
@@ -212,6 +203,6 @@ class DeviceLoader:
         state.counters.adapter_fills += len(fills)
         self._fills += fills
         for copy in copies:
-            state.reclassify(copy)
-            self._admission.update_wait_states(copy)
+            state.registry.set_preload(copy, None)
+        self._admission.changed(copies)
         return True

@@ -263,21 +263,21 @@ def test_stats_tell_of_both_sides() -> None:
 @pytest.mark.parametrize(
     ("fault", "text"),
     [
-        (lambda b, r: r.pages.pop(), "references"),
-        (lambda b, r: b.requests.clear(), "1: 1} requests"),
-        (lambda b, r: b.waiting.push(r), "runs and waits"),
-        (lambda b, r: setattr(r, "steps_in_flight", 2), "steps in flight"),
-        (lambda b, r: setattr(r, "pending", 0), "pending"),
-        (lambda b, r: setattr(r, "computed", 30), "room"),
-        (lambda b, r: setattr(r, "lane", 2), "lane"),
-        (lambda b, r: setattr(b.registry.copies[1], "users", 0), "users"),
-        (lambda b, r: b.running._free.pop(), "rows"),
-        (lambda b, r: setattr(b.host_cache, "bytes", 7), "host bytes"),
-        (lambda b, r: b.host_cache.held.clear(), "host tier"),
-        (lambda b, r: b.host_cache.spare.put(1, 1), "spare"),
+        (lambda state, r: r.pages.pop(), "references"),
+        (lambda state, r: state.requests.clear(), "1: 1} requests"),
+        (lambda state, r: state.waiting.push(r), "runs and waits"),
+        (lambda state, r: setattr(r, "steps_in_flight", 2), "steps in flight"),
+        (lambda state, r: setattr(r, "pending", 0), "pending"),
+        (lambda state, r: setattr(r, "computed", 30), "room"),
+        (lambda state, r: setattr(r, "lane", 2), "lane"),
+        (lambda state, r: setattr(state.registry.copies[1].device, "lanes", 0), "lanes"),
+        (lambda state, r: state.running._free.pop(), "rows"),
+        (lambda state, r: setattr(state.host_cache, "bytes", 7), "host bytes"),
+        (lambda state, r: state.host_cache.held.clear(), "host tier"),
+        (lambda state, r: state.host_cache.spare.put(1, 1), "spare"),
     ],
 )
-def test_check_sees_a_cooked_book(fault: Any, text: str) -> None:
+def test_check_finds_tables_that_disagree(fault: Any, text: str) -> None:
     core = new_core()
     add_adapter(core, 1)
     core.handle(generate(1, lora=[(1, 1.0)]), 0.0)

@@ -1,4 +1,4 @@
-"""scheduler.wait_reasons: each thing that a request may lack, by hand."""
+"""scheduler.admission.wait_reasons: each reason, by hand, and all of them in a random workload."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fixtures.scheduling.seeded_world import World
 from fixtures.scheduling.simulation import Simulation
 
 from engine.messages import Abort, AdapterState, Footprint, LoadAdapter, RunnerReady, ToScheduler, WaitingRequest
-from scheduler import wait_reasons
+from scheduler.admission import wait_reasons
 from scheduler.core import Scheduler
 
 

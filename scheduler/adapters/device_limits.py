@@ -1,0 +1,48 @@
+"""How many rank pages copies need, and which copies a runner can never hold. Knows nothing of free or held pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from engine.messages import Capacity
+from scheduler.adapters.copies import Copy
+
+
+def pages_needed(copies: Iterable[Copy]) -> dict[str, int]:
+    """The rank pages of all these copies, by group; groups without any are left out."""
+    total: dict[str, int] = {}
+    for copy in copies:
+        for group, count in copy.pages_needed.items():
+            if count:
+                total[group] = total.get(group, 0) + count
+    return total
+
+
+def limit_error(copies: Sequence[Copy], capacity: Capacity) -> str | None:
+    """Why these copies can never be together in a lane, judging by what is known now."""
+    for copy in copies:
+        if copy.error is not None:
+            return copy.error
+    for group, count in pages_needed(copies).items():
+        available = capacity.rank_pages.get(group, 0)
+        if count > available:
+            return (
+                f"the adapter needs {count} LoRA rank pages of group {group}, but there are {available}; "
+                "raise --max-lora-rank or widen --lora-target-modules"
+            )
+        if count > capacity.max_lane_pages:
+            return (
+                f"the adapter or mix is {count} rank pages long in group {group}, but a lane holds at most "
+                f"{capacity.max_lane_pages}; mix fewer adapters or raise --max-lora-rank"
+            )
+    return None
+
+
+def never_fits(copies: Sequence[Copy], pinned: Iterable[Copy], capacity: Capacity) -> str | None:
+    """Why these copies would find no pages even if every copy that is not pinned were evicted."""
+    wanted = {copy.id for copy in copies}
+    pinned_here = [copy for copy in pinned if copy.on_device and copy.id not in wanted]
+    for group, count in pages_needed([*copies, *pinned_here]).items():
+        if count > capacity.rank_pages.get(group, 0):
+            return f"the adapter does not fit beside the pinned ones (LoRA rank pages of group {group}); unpin one"
+    return None

@@ -1,0 +1,62 @@
+"""Unloads draining names after their last request, and copies with their last name. Knows no queue."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from engine.messages import UnloadAdapter
+from scheduler.adapters.copies import Adapter, Copy, HostState
+from scheduler.state import SchedulerState
+
+
+class Unloader:
+    """Unloads names and copies of the scheduler's state."""
+
+    def __init__(self, state: SchedulerState) -> None:
+        self._state = state
+
+    def unload_if_drained(self, adapter: Adapter) -> None:
+        """Unloads a draining name without requests. The last takes the copy along when no load or fill uses it."""
+        state, copy = self._state, adapter.copy
+        if not adapter.draining or adapter.requests or copy.is_unloading:
+            return
+        if len(copy.names) > 1:
+            self._remove_name(adapter)
+            state.reclassify([copy])
+        elif copy.host.state is not HostState.LOADING and not copy.device.fills_in_flight:
+            self._unload(copy)
+
+    def unload_drained(self, copy: Copy) -> None:
+        """Unloads each name of the copy that has drained."""
+        for adapter in list(copy.names.values()):
+            self.unload_if_drained(adapter)
+
+    def forget(self, copy: Copy) -> None:
+        """The copy is gone with all its names, which are reported."""
+        state = self._state
+        state.device_cache.free([copy])
+        state.host_cache.remove(copy)
+        for adapter in list(copy.names.values()):
+            self._remove_name(adapter)
+        state.reclassify([copy])
+        state.registry.remove(copy)
+
+    def _unload(self, copy: Copy) -> None:
+        """Lets the runner free the copy; one that takes no room is gone at once."""
+        state = self._state
+        takes_room = copy.on_host or copy.on_device
+        state.device_cache.free([copy])
+        state.drop_revision(copy)
+        state.registry.mark_unloading(copy)
+        state.reclassify([copy])
+        if copy.host.known_to_runner:
+            state.outbox.append(UnloadAdapter(copy.runner_id))
+        if not takes_room:
+            if copy.host.known_to_runner:
+                state.registry.freed_ids.add(copy.runner_id)  # the answer concerns no copy any more
+            self.forget(copy)
+
+    def _remove_name(self, adapter: Adapter) -> None:
+        self._state.registry.remove_name(adapter)
+        gone = replace(adapter.copy.info, adapter_id=adapter.id, state="gone", error=None, seconds=0.0)
+        self._state.outbox.append(gone)

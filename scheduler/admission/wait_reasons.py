@@ -1,0 +1,90 @@
+"""Why a waiting request waits. Reads the state, changes nothing.
+
+load       its adapter must be read from disk, or is being read
+fill       its adapter is being copied into rank pages, or will be in one of the next steps
+rank_pages no rank pages are left for its adapter: running requests or requests before it use them
+lanes      no lane is left for its adapter, or its adapter's lane is draining
+rows       no row is left
+pages      KV pages are lacking for the first request that has everything else, and no request passes that one
+turn       other requests go first: a step takes only so many prompt tokens
+trial      the runner died, and the requests that may have caused it run alone first
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from itertools import islice
+from typing import NamedTuple
+
+from engine.messages import WaitingRequest, WaitReason
+from scheduler.requests.queue import WaitState
+from scheduler.requests.request import Request
+from scheduler.state import SchedulerState
+from scheduler.types import LaneKey
+
+LISTED = 64  # requests that are reported one by one
+
+
+class WaitReport(NamedTuple):
+    """How many requests wait, by reason, and the oldest of them."""
+
+    counts: dict[WaitReason, int]
+    oldest: list[WaitingRequest]
+
+
+def wait_reason(state: SchedulerState, request: Request) -> WaitReason | None:
+    """Why this request waits; None if it does not."""
+    if request.done or request.row >= 0 or request.key not in state.waiting:
+        return None
+    return _reason_of_key(state, request.key, state.device_cache.room(), _reason_of_runnable(state))
+
+
+def wait_report(state: SchedulerState) -> WaitReport:
+    """The reasons of all waiting requests. Looks at each key, each running request, and the requests that it lists.
+
+    state.requests    r1  W2  r3  W4  W5 | W6  W7 ...      by arrival: the requests that waited longest come first
+                          at most LISTED
+    """
+    room, runnable = state.device_cache.room(), _reason_of_runnable(state)
+    reasons = {key: _reason_of_key(state, key, room, runnable) for key in state.waiting.lane_keys()}
+    counts: Counter[WaitReason] = Counter()
+    for key, reason in reasons.items():
+        counts[reason] += state.waiting.count(key)
+    waiting = (request for request in state.requests.values() if request.row < 0)
+    oldest = [
+        WaitingRequest(request.id, max(0.0, state.now - request.queued_at), reasons[request.key], request.generated)
+        for request in islice(waiting, LISTED)
+    ]
+    return WaitReport(dict(counts), oldest)
+
+
+def _reason_of_runnable(state: SchedulerState) -> WaitReason:
+    """What requests wait for that have all their adapters need: no request passes the first of them."""
+    if not state.running.free:
+        return "rows"
+    runnable = (WaitState.ACTIVE, WaitState.READY) if state.lanes.free else (WaitState.ACTIVE,)
+    heads = [head for wait_state in runnable if (head := state.waiting.first(wait_state)) is not None]
+    if not heads:
+        return "turn"
+    first, running = min(heads, key=lambda request: request.order), len(state.running)
+    if len(first.tokens) // state.capacity.page_size + 1 + running <= state.kv.free:
+        return "turn"  # even if no prefix of it is shared
+    return "turn" if state.kv.can_allocate(first, state.owner(first.key), running) else "pages"
+
+
+def _reason_of_key(
+    state: SchedulerState, key: LaneKey, room: Mapping[str, int], runnable_reason: WaitReason
+) -> WaitReason:
+    wait_state = state.waiting.state_of(key)
+    if wait_state is WaitState.DISK:
+        return "load"
+    if wait_state is WaitState.BLOCKED:
+        return "fill" if all(copy.on_device or copy.can_fill for copy in state.copies(key)) else "load"
+    if len(state.blame):
+        return "trial"
+    if wait_state is WaitState.DRAINING or (wait_state is not WaitState.ACTIVE and not state.lanes.free):
+        return "lanes"
+    if wait_state is WaitState.COLD:
+        return "rank_pages" if state.device_cache.lacking_in(state.copies(key), room) else "fill"
+    return runnable_reason
