@@ -1,4 +1,4 @@
-"""Spoilt calls of every route over a real front end: each is answered below 500, soon, and the next one as well."""
+"""Mutated calls of every route over a real front end: each gets an answer below 500, soon, and so does the next one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tokenizer_proc.http.app import ROUTES
 
 CASES, AT_ONCE = 10_000, 8
 SECONDS = 15.0
-"""No answer takes longer; a case takes about a millisecond."""
+"""The most that an answer may take; a case takes about a millisecond."""
 
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -34,8 +34,8 @@ SAMPLING = {
 }  # fmt: skip
 
 
-class Obliging(ScriptedScheduler):
-    """Loads and unloads whatever it is asked for, a moment later."""
+class LoadingScheduler(ScriptedScheduler):
+    """Carries out every load and unload, a moment later."""
 
     def send(self, message: msgspec.Struct) -> None:
         match message:
@@ -54,7 +54,7 @@ class Obliging(ScriptedScheduler):
 
 
 def bodies(adapter: Path) -> list[tuple[str, Any]]:
-    """(path, body) of sound calls; what is said twice is fuzzed twice as often."""
+    """(path, body) of valid calls; a path that is listed twice is fuzzed twice as often."""
     chat = {"model": "sql", "messages": TURNS, "stream": False, "logprobs": True, "top_logprobs": 2, **SAMPLING}
     native = {"max_new_tokens": 3, **{k: v for k, v in SAMPLING.items() if k != "max_tokens"}}
     load = {"lora_name": "guest", "lora_path": str(adapter)}
@@ -85,7 +85,7 @@ TYPES = ["text/plain", "application/json; charset=utf-16", "application/x-www-fo
 
 
 async def call(client: TestClient, path: str, data: bytes, headers: dict[str, str]) -> None:
-    """One call, whose answer must not be our fault."""
+    """One call, whose answer must not be a server error."""
     async with client.post(path, data=data, headers=headers, timeout=ClientTimeout(SECONDS)) as answer:
         text = (await answer.read()).decode()
     case = f"{path} {data[:2000]!r} -> {answer.status} {text[:500]}"
@@ -96,7 +96,7 @@ async def call(client: TestClient, path: str, data: bytes, headers: dict[str, st
 
 
 async def all_cases(mutator: Mutator, work: Any, at_once: int = AT_ONCE) -> None:
-    """So many at a time; each draws from the seed before it awaits anything."""
+    """Runs all cases, `at_once` at a time; each draws from the seed before it awaits anything."""
     cases = iter(range(CASES))
 
     async def some() -> None:
@@ -106,8 +106,8 @@ async def all_cases(mutator: Mutator, work: Any, at_once: int = AT_ONCE) -> None
     await asyncio.gather(*(some() for _ in range(at_once)))
 
 
-def test_bodies(tmp_path: Path) -> None:
-    scheduler = Obliging("ok!", "sql")
+def test_mutated_bodies_are_answered_below_500(tmp_path: Path) -> None:
+    scheduler = LoadingScheduler("ok!", "sql")
     frontend = scheduler.frontend(
         runtime_loads=True, enable_lora=True, max_loras=4, max_pinned=3, max_open_requests=512
     )
@@ -145,13 +145,13 @@ RAW = (
 )
 
 
-async def exchange(client: TestClient, data: bytes, patience: float = SECONDS) -> bytes:
-    """What comes back for these bytes on a connection of their own, which we end after our patience."""
+async def exchange(client: TestClient, data: bytes, limit: float = SECONDS) -> bytes:
+    """The answer to these bytes on a connection of their own, which is half-closed after `limit` seconds."""
     reader, writer = await asyncio.open_connection(client.host, client.port)
     try:
         writer.write(data)
         answer = asyncio.ensure_future(reader.read())
-        if not (await asyncio.wait([answer], timeout=patience))[0]:  # it waits for more
+        if not (await asyncio.wait([answer], timeout=limit))[0]:  # the server waits for more bytes
             writer.write_eof()
         return await asyncio.wait_for(answer, SECONDS)
     except ConnectionError:
@@ -161,14 +161,14 @@ async def exchange(client: TestClient, data: bytes, patience: float = SECONDS) -
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_raw_requests(caplog: pytest.LogCaptureFixture) -> None:
+def test_mutated_raw_requests_are_answered_below_500(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("CRITICAL", "aiohttp.server")
     frontend = ScriptedScheduler("ok!", "sql").frontend()
 
     async def scenario(client: TestClient) -> None:
         async def work(mutator: Mutator) -> None:
             data = mutator.raw(mutator.draw.choice(RAW))
-            answer = await exchange(client, data, patience=0.05)
+            answer = await exchange(client, data, limit=0.05)
             assert not answer.startswith((b"HTTP/1.1 5", b"HTTP/1.0 5")), (data, answer)
 
         await all_cases(Mutator(12), work, at_once=32)
@@ -177,7 +177,7 @@ def test_raw_requests(caplog: pytest.LogCaptureFixture) -> None:
     serve(frontend, scenario, seconds=120)
 
 
-def test_paths_and_headers() -> None:
+def test_mutated_paths_and_headers_are_answered_below_500() -> None:
     frontend = ScriptedScheduler("ok!", "sql").frontend()
     paths = [route.path.replace("{id:.+}", "sql") for route in ROUTES if route.method == "GET"]
 
@@ -191,7 +191,7 @@ def test_paths_and_headers() -> None:
             try:
                 answer = await client.get(path, headers=headers, timeout=ClientTimeout(SECONDS))
             except (ClientError, ValueError):
-                return  # our own client would not send it
+                return  # aiohttp's client refuses to send it
             async with answer:
                 assert answer.status < 500 or path.startswith("/ready"), (path, headers)
 

@@ -1,4 +1,4 @@
-"""Spoilt frames on the inboxes and the door: each is refused with a line, or is a message; nothing else happens."""
+"""Mutated frames on the inboxes and the ZeroMQ server: each is refused with a log line, or is a valid message."""
 
 from __future__ import annotations
 
@@ -94,14 +94,14 @@ def kinds(inbox: str) -> tuple[type[msgspec.Struct], ...]:
 
 
 def sound(inbox: str) -> list[msgspec.Struct]:
-    """Messages of this inbox, each of its kinds at least once."""
+    """Valid messages of this inbox, each kind at least once."""
     found = [each for each in RICH + PLAIN if isinstance(each, kinds(inbox))]
     assert {type(each) for each in found} == set(kinds(inbox))
     return found
 
 
 def frame(mutator: Mutator, samples: list[msgspec.Struct]) -> bytes:
-    """A frame that may be a message, and mostly is none."""
+    """A mutated frame, which is rarely a valid message."""
     encoded = msgspec.msgpack.encode(mutator.draw.choice(samples))
     what = mutator.draw.random()
     if what < 0.45:
@@ -115,7 +115,7 @@ def frame(mutator: Mutator, samples: list[msgspec.Struct]) -> bytes:
         encoded[:1] + encoded[1:-1] + b"\x91" * 5000 + b"\x01",
         b"\x96\xa6Submit\x01" + b"\x91" * 5000 + b"\x01",
         b"\x93\xa6Answer\x01\x90\x81\xa1a" + b"\x91" * 5000 + b"\x01",
-        b"\xdd\xff\xff\xff\xff",  # lengths that lie
+        b"\xdd\xff\xff\xff\xff",  # false lengths
         b"\xdf\xff\xff\xff\xff",
         b"\x92\xa5Stats\xdd\x7f\xff\xff\xff",
         encoded.replace(b"\x92", b"\xdd\xff\xff\xff\xff", 1),
@@ -127,7 +127,7 @@ def frame(mutator: Mutator, samples: list[msgspec.Struct]) -> bytes:
 
 @pytest.fixture(autouse=True)
 def _bounded_memory(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """A frame that claims a billion elements must not take room for them."""
+    """A frame that claims a billion elements must not allocate memory for them."""
     caplog.set_level("CRITICAL", "engine.ipc")
     caplog.set_level("CRITICAL", "tokenizer_proc.zmq_server")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -136,7 +136,7 @@ def _bounded_memory(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", INBOXES)
-def test_an_inbox_refuses_what_is_no_message(name: str) -> None:
+def test_an_inbox_refuses_mutated_frames(name: str) -> None:
     mutator, samples, allowed = Mutator(INBOXES.index(name)), sound(name), kinds(name)
     context: zmq.Context[Any] = zmq.Context()
     inbox: Inbox[Any] = Inbox(context, f"inproc://{name}", getattr(messages, name))
@@ -151,7 +151,7 @@ def test_an_inbox_refuses_what_is_no_message(name: str) -> None:
                 assert isinstance(message, allowed)
                 msgspec.msgpack.encode(message)
                 taken += 1
-        assert CASES * 0.02 < taken < CASES * 0.6, f"{taken} were taken: these are no fuzz cases"
+        assert CASES * 0.02 < taken < CASES * 0.6, f"{taken} were valid: the cases are badly mixed"
         for each in samples:
             push.send(msgspec.msgpack.encode(each))
         assert list(inbox.receive(1)) == samples
@@ -161,7 +161,7 @@ def test_an_inbox_refuses_what_is_no_message(name: str) -> None:
         context.term()
 
 
-def test_an_inbox_of_a_loop_goes_on_after_what_is_no_message(tmp_path: Path) -> None:
+def test_an_async_inbox_goes_on_after_mutated_frames(tmp_path: Path) -> None:
     mutator, samples = Mutator(21), sound("ToTokenizer")
 
     async def main() -> None:
@@ -185,20 +185,20 @@ def test_an_inbox_of_a_loop_goes_on_after_what_is_no_message(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "spoilt",
+    "mutated",
     [
         b"\x94\xa5Hello\xa1\xff\x01\xa1x",  # no UTF-8
         b"\x93\xa5Stats" + b"\x91" * 100_000,
         b"\x93\xa8Progress\x00\xdd\xff\xff\xff\xff",
     ],
 )
-def test_what_comes_after_a_frame_that_cannot_be_read_arrives(spoilt: bytes) -> None:
+def test_messages_after_an_unreadable_frame_arrive(mutated: bytes) -> None:
     context: zmq.Context[Any] = zmq.Context()
     inbox: Inbox[Any] = Inbox(context, "inproc://once", messages.ToTokenizer)
     push = context.socket(zmq.PUSH)
     push.connect("inproc://once")
     try:
-        push.send(spoilt)
+        push.send(mutated)
         push.send(msgspec.msgpack.encode(Hello("scheduler", 1, "ipc://x")))
         assert list(inbox.receive(5)) == [Hello("scheduler", 1, "ipc://x")]
     finally:
@@ -207,8 +207,8 @@ def test_what_comes_after_a_frame_that_cannot_be_read_arrives(spoilt: bytes) -> 
         context.term()
 
 
-def test_the_door_answers_every_host(tmp_path: Path) -> None:
-    """Through a real ROUTER and a real front end; in the end nothing is open and a sound host is served."""
+def test_the_zmq_server_answers_every_host(tmp_path: Path) -> None:
+    """Through a real ROUTER and front end; at the end no call is open, and a well-behaved host is served."""
     scheduler = ScriptedScheduler("ok!", "sql")
     frontend = scheduler.frontend(enable_lora=True, max_loras=4)
     mutator, samples = Mutator(22), [each for each in sound("ToZmqServer") if not isinstance(each, Command)]
@@ -234,7 +234,7 @@ def test_the_door_answers_every_host(tmp_path: Path) -> None:
                     assert not serving.done()
             for host in hosts:
                 await _asked(host, Ping(), Ping)
-            for host in hosts:  # what they left open, if anything, goes with the next call
+            for host in hosts:  # a call that is still open is ended by the next one
                 last = Submit(id=1 << 40, prompt="hi", params=SamplingParams(max_tokens=2))
                 assert (await _asked(host, last, Delta, 1 << 40)).id == 1 << 40
             async with asyncio.timeout(20):
@@ -253,7 +253,7 @@ def test_the_door_answers_every_host(tmp_path: Path) -> None:
 
 
 async def _asked(host: Any, message: msgspec.Struct, kind: type[msgspec.Struct], id: int | None = None) -> Any:
-    """Sends, and reads until the answer of this kind; an answer that says it is our fault is a failure."""
+    """Sends a message and reads until an answer of this kind; a server error fails the test."""
     await host.send(msgspec.msgpack.encode(message))
     while True:
         answer = msgspec.msgpack.decode(await asyncio.wait_for(host.recv(), 20), type=messages.ToClient)

@@ -1,6 +1,6 @@
-"""Spoilt tokenizer files, chat templates, messages and checkpoints: one ConfigError or InvalidRequest, or it works."""
+"""Mutated tokenizer files, chat templates and checkpoints: each works, or raises ConfigError or InvalidRequest."""
 
-# ruff: noqa: PT017 - a spoilt case may be refused, or not
+# ruff: noqa: PT017 - a mutated case may be refused, or not
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CASES = 10_000
 
 
 def small(kind: str) -> dict[str, Any]:
-    """tokenizer.json of a few dozen tokens, as each family of models has it."""
+    """A tokenizer.json of a few dozen tokens for each family of models."""
     letters = ["a", "b", "c", "ab", "Ġ", "Ġa", "▁", "▁a", "<unk>", "<s>", "</s>", "<0x41>", "##b"]
     vocab = {token: number for number, token in enumerate(letters)}
     if kind == "bpe":
@@ -63,7 +63,7 @@ TOKENIZER_CONFIG = {
 }
 
 
-def test_tokenizer_files(tmp_path: Path) -> None:
+def test_mutated_tokenizer_files_load_or_are_refused(tmp_path: Path) -> None:
     mutator, loaded = Mutator(41), 0
     kinds = [small(kind) for kind in ("bpe", "byte", "unigram", "wordpiece")]
     for _ in range(CASES):
@@ -88,10 +88,10 @@ def test_tokenizer_files(tmp_path: Path) -> None:
             continue
         assert isinstance(tokenizer.decode(ids), str)
         assert all(isinstance(tokenizer.token_bytes(token), bytes) for token in ids)
-    assert CASES * 0.05 < loaded < CASES * 0.8, f"{loaded} were loaded: these are no fuzz cases"
+    assert CASES * 0.05 < loaded < CASES * 0.8, f"{loaded} were loaded: the cases are badly mixed"
 
 
-def test_parts_that_refer_to_nothing_are_found_when_it_loads(tmp_path: Path) -> None:
+def test_parts_that_refer_to_missing_tokens_fail_at_load(tmp_path: Path) -> None:
     """The library panics at the first use of such a tokenizer."""
     made = small("byte")
     made["post_processor"]["single"][0]["SpecialToken"]["id"] = "<nothing>"
@@ -100,7 +100,7 @@ def test_parts_that_refer_to_nothing_are_found_when_it_loads(tmp_path: Path) -> 
         Tokenizer.load(tmp_path)
 
 
-def test_a_character_that_the_tokenizer_does_not_know_is_the_text_s_fault(tmp_path: Path) -> None:
+def test_a_character_unknown_to_the_tokenizer_is_refused(tmp_path: Path) -> None:
     made = small("wordpiece")
     del made["model"]["vocab"]["<unk>"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(made))
@@ -108,7 +108,7 @@ def test_a_character_that_the_tokenizer_does_not_know_is_the_text_s_fault(tmp_pa
         Tokenizer.load(tmp_path).encode("zzz")
 
 
-def test_config_files_that_are_no_text(tmp_path: Path) -> None:
+def test_config_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(small("byte")))
     (tmp_path / "tokenizer_config.json").write_bytes(b'{"bos_token": "\xff"}')
     with pytest.raises(ConfigError, match="tokenizer_config"):
@@ -144,7 +144,7 @@ PAYLOADS = ["user", "system", "assistant", "tool", "", "日本", "{{ 7 * 7 }}", 
 
 
 def template(mutator: Mutator) -> str:
-    """A template whose pieces were dropped, doubled, swapped, or that has something odd in it."""
+    """A template with pieces dropped, doubled or swapped, or with an odd piece in it."""
     pieces = list(PIECES)
     for _ in range(mutator.draw.choice([1, 1, 1, 2, 5])):
         at = mutator.draw.randrange(len(pieces))
@@ -163,12 +163,12 @@ def template(mutator: Mutator) -> str:
 
 
 def messages(mutator: Mutator) -> list[ChatMessage]:
-    """A conversation, of odd roles and contents now and then."""
+    """A conversation, sometimes with odd roles and contents."""
     roles = ["user", "assistant"] * 2 if mutator.draw.random() < 0.7 else mutator.draw.choices(PAYLOADS, k=3)
     return [ChatMessage(role, mutator.draw.choice(PAYLOADS)) for role in roles[: mutator.draw.randrange(5)]]
 
 
-def test_templates() -> None:
+def test_mutated_templates_render_or_are_refused() -> None:
     mutator, rendered = Mutator(42), 0
     for _ in range(CASES):
         try:
@@ -184,11 +184,11 @@ def test_templates() -> None:
         assert isinstance(text, str)
         assert "<class" not in text or "__class__" not in chat.source
         rendered += 1
-    assert CASES * 0.1 < rendered < CASES * 0.9, f"{rendered} were rendered: these are no fuzz cases"
+    assert CASES * 0.1 < rendered < CASES * 0.9, f"{rendered} were rendered: the cases are badly mixed"
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_an_odd_template_is_refused_or_renders(odd: str) -> None:
+def test_an_odd_template_renders_or_is_refused(odd: str) -> None:
     try:
         assert isinstance(ChatTemplate(odd).render([ChatMessage("user", "hi")]), str)
     except (ConfigError, InvalidRequest) as error:
@@ -198,7 +198,7 @@ def test_an_odd_template_is_refused_or_renders(odd: str) -> None:
 # ----------------------------------------------------------------------------------------------------- checkpoints
 
 
-def test_checkpoints(tmp_path: Path) -> None:
+def test_mutated_checkpoints_load_or_are_refused(tmp_path: Path) -> None:
     mutator, sound = Mutator(43), {"a": torch.arange(12.0).view(3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}
     save_file(sound, tmp_path / SINGLE)
     data, loaded = (tmp_path / SINGLE).read_bytes(), 0
@@ -207,10 +207,10 @@ def test_checkpoints(tmp_path: Path) -> None:
     for _ in range(CASES):
         if mutator.draw.random() < 0.8:
             head = mutator.json(fields)
-            spoilt = struct.pack("<Q", len(head)) + head + body
+            mutated = struct.pack("<Q", len(head)) + head + body
         else:
-            spoilt = mutator.raw(data)
-        (tmp_path / SINGLE).write_bytes(spoilt)
+            mutated = mutator.raw(data)
+        (tmp_path / SINGLE).write_bytes(mutated)
         into = {name: torch.full_like(tensor, -7.0) for name, tensor in sound.items()}
         wanted = [
             Placement(name, into[name], tuple(tensor.shape), (slice(None),) * tensor.ndim)
@@ -222,4 +222,4 @@ def test_checkpoints(tmp_path: Path) -> None:
             assert str(tmp_path) in error.message
             continue
         loaded += 1
-    assert CASES * 0.01 < loaded < CASES * 0.5, f"{loaded} were loaded: these are no fuzz cases"
+    assert CASES * 0.01 < loaded < CASES * 0.5, f"{loaded} were loaded: the cases are badly mixed"

@@ -1,4 +1,4 @@
-"""Streams over a scheduler that the test plays."""
+"""Streams of a front end whose scheduler is the test."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_request_from_text_to_text() -> None:
     run(work)
 
 
-def test_prompts_of_every_kind() -> None:
+def test_prompts_of_every_kind_are_encoded() -> None:
     fake = Fake()
 
     async def work() -> None:
@@ -117,7 +117,7 @@ def test_stop_strings_across_increments_abort_the_request() -> None:
             at = fake.say_text(generate.request_id, "the E")
             at = fake.say_text(generate.request_id, "N", at)
             at = fake.say_text(generate.request_id, "D and more", at)
-            fake.say_text(generate.request_id, "late", at)  # the scheduler had not heard of the abort yet
+            fake.say_text(generate.request_id, "late", at)  # the scheduler has not read the abort yet
             deltas = await rest(stream)
             assert text_of(deltas) == "the "
             assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == ("stop", "END")
@@ -132,7 +132,7 @@ def test_stop_strings_across_increments_abort_the_request() -> None:
 
 
 @pytest.mark.parametrize(("finish", "text"), [("length", "the EN"), ("abort", "the EN")])
-def test_held_text_comes_out_at_the_end(finish: str, text: str) -> None:
+def test_held_text_is_sent_at_the_end(finish: str, text: str) -> None:
     fake = Fake()
 
     async def work() -> None:
@@ -157,7 +157,7 @@ def test_stop_strings_wait_for_min_tokens() -> None:
     run(work)
 
 
-def test_the_text_of_an_end_token_is_left_out_unless_asked_for() -> None:
+def test_an_end_tokens_text_is_left_out_unless_asked_for() -> None:
     fake = Fake()
 
     async def work() -> None:
@@ -170,7 +170,7 @@ def test_the_text_of_an_end_token_is_left_out_unless_asked_for() -> None:
     run(work)
 
 
-def test_duplicates_are_dropped_and_a_gap_is_a_fault() -> None:
+def test_duplicates_are_dropped_and_a_gap_is_an_error() -> None:
     fake = Fake()
 
     async def work() -> None:
@@ -193,7 +193,7 @@ def test_duplicates_are_dropped_and_a_gap_is_a_fault() -> None:
     run(work)
 
 
-def test_news_for_an_older_incarnation_are_dropped() -> None:
+def test_updates_for_an_older_incarnation_are_dropped() -> None:
     endpoints = msgspec.structs.replace(ENDPOINTS, epoch=3)
     fake = Fake(endpoints=endpoints)
 
@@ -229,7 +229,7 @@ def test_choices_are_interleaved_and_have_their_own_seeds() -> None:
     run(work)
 
 
-def test_seeds_of_the_door_are_deterministic_by_config() -> None:
+def test_default_seeds_are_deterministic_by_config() -> None:
     def seeds(seed: int | None) -> list[int]:
         fake = Fake(seed=seed)
 
@@ -273,7 +273,7 @@ def test_logprobs_carry_text_and_exact_bytes() -> None:
 
 
 def _shown(deltas: list[Delta]) -> list[list[int | None] | None]:
-    """The prompt's positions that each delta brought."""
+    """The prompt positions of each delta."""
     return [
         None if each.prompt_logprobs is None else [p and p.chosen.token_id for p in each.prompt_logprobs]
         for each in deltas
@@ -281,7 +281,7 @@ def _shown(deltas: list[Delta]) -> list[list[int | None] | None]:
 
 
 def test_prompt_logprobs_come_in_pieces_and_once() -> None:
-    """A scheduler that takes over begins again, with other pieces."""
+    """A scheduler that takes over starts again, with pieces of another size."""
     fake = Fake()
 
     async def work() -> None:
@@ -304,7 +304,7 @@ def test_prompt_logprobs_come_in_pieces_and_once() -> None:
     run(work)
 
 
-def test_prompt_logprobs_with_a_gap_are_a_fault() -> None:
+def test_prompt_logprobs_with_a_gap_are_an_error() -> None:
     fake = Fake()
 
     async def work() -> None:
@@ -329,7 +329,7 @@ def test_a_prompt_of_one_token_has_one_position() -> None:
 
 
 def test_a_request_that_grew_larger_than_a_frame_fails_alone() -> None:
-    """Another scheduler takes over, and is told of the tokens that each request has."""
+    """Another scheduler takes over and is told the tokens of each request."""
     fake = Fake()
     told: list[Generate] = []
 
@@ -433,7 +433,7 @@ def test_an_error_of_the_scheduler_reaches_the_reader() -> None:
     run(work)
 
 
-def test_the_bound_of_open_requests() -> None:
+def test_open_requests_are_bounded() -> None:
     fake = Fake(max_open_requests=3)
 
     async def work() -> None:
@@ -448,7 +448,7 @@ def test_the_bound_of_open_requests() -> None:
     run(work)
 
 
-def test_before_capacity_and_while_draining_nothing_is_taken() -> None:
+def test_requests_are_refused_while_loading_and_draining() -> None:
     fake = Fake("sql", ready=False)
 
     async def work() -> None:
@@ -473,7 +473,7 @@ def test_before_capacity_and_while_draining_nothing_is_taken() -> None:
     run(work)
 
 
-def test_a_fault_in_one_stream_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_in_one_stream_ends_that_stream_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Fake()
 
     async def work() -> None:
@@ -493,7 +493,7 @@ def test_a_fault_in_one_stream_stays_there(monkeypatch: pytest.MonkeyPatch) -> N
     run(work)
 
 
-def test_facts_and_metrics() -> None:
+def test_facts_and_metrics_are_shown() -> None:
     fake = Fake("sql", "poet")
 
     async def work() -> None:
@@ -523,7 +523,7 @@ def test_facts_and_metrics() -> None:
     assert info["adapters"] == ["poet"]
 
 
-def test_prompt_tokens_are_bounded_but_one_prompt_is_always_taken() -> None:
+def test_prompt_tokens_are_bounded_but_the_first_prompt_fits() -> None:
     fake = Fake(max_queued_tokens=5)
 
     async def work() -> None:
@@ -554,7 +554,7 @@ def test_a_request_that_takes_too_long_is_ended() -> None:
     run(work)
 
 
-def test_another_scheduler_is_told_of_everything_that_is_open() -> None:
+def test_another_scheduler_is_told_of_every_open_request() -> None:
     fake = Fake()
 
     async def work() -> None:
@@ -571,7 +571,7 @@ def test_another_scheduler_is_told_of_everything_that_is_open() -> None:
             assert again.generated == told
             assert len(told) == at
             late = Update(request_id=generate.request_id, index=at, tokens=[300])
-            fake.front.handle(Progress(0, [late], 0))  # the last words of the one that died
+            fake.front.handle(Progress(0, [late], 0))  # a late message of the former scheduler
             news = Update(request_id=generate.request_id, index=at, tokens=[END], finish="stop", stop_reason=END)
             fake.front.handle(Progress(0, [news], 1))
             deltas = await rest(stream)
@@ -580,15 +580,15 @@ def test_another_scheduler_is_told_of_everything_that_is_open() -> None:
     run(work)
 
 
-def test_open_requests_without_news_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_requests_without_updates_make_it_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Fake()
     monkeypatch.setattr(frontend, "STUCK_SECONDS", 0.05)
 
     async def work() -> None:
         await asyncio.sleep(0.1)
-        assert not fake.front.is_stuck  # nobody waits
+        assert not fake.front.is_stuck  # no request is open
         async with fake.front.open(submit("hello")):
-            assert not fake.front.is_stuck  # it came just now
+            assert not fake.front.is_stuck  # the request is new
             await asyncio.sleep(0.1)
             assert fake.front.is_stuck
             fake.front.handle(Stats())
@@ -609,7 +609,7 @@ def test_open_requests_without_news_are_noticed(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_a_wait_for_an_adapter_is_not_a_hung_step(picture: Stats, stuck: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scheduler tells each second that it is there, also while the runner hangs."""
+    """The scheduler sends Stats each second, also while the runner hangs."""
     fake = Fake()
     monkeypatch.setattr(frontend, "STUCK_SECONDS", 0.05)
 
@@ -622,7 +622,7 @@ def test_a_wait_for_an_adapter_is_not_a_hung_step(picture: Stats, stuck: bool, m
     run(work)
 
 
-def test_an_adapter_that_acts_from_its_invocation_on_is_not_mixed_and_says_what_it_is() -> None:
+def test_an_activated_adapter_is_not_mixed_and_shows_its_tokens() -> None:
     fake = Fake("sql", "fox")
     fake.front.handle(AdapterState(adapter_id=1, state="host", revision="r", invocation=[5, 6]))
 
@@ -639,12 +639,12 @@ def test_an_adapter_that_acts_from_its_invocation_on_is_not_mixed_and_says_what_
 
 
 def failures(fake: Fake) -> list[str]:
-    """What the metrics say of failures and aborts."""
+    """The metrics of failures and aborts."""
     lines = fake.front.metrics.render().decode().splitlines()
     return [line for line in lines if line.startswith(("chorus:request_failures_total", "vllm:request_success_total"))]
 
 
-def test_choices_that_fail_together_are_one_failure(caplog: pytest.LogCaptureFixture) -> None:
+def test_choices_that_fail_together_count_as_one_failure(caplog: pytest.LogCaptureFixture) -> None:
     fake = Fake()
     caplog.set_level("INFO")
 
@@ -664,7 +664,7 @@ def test_choices_that_fail_together_are_one_failure(caplog: pytest.LogCaptureFix
     ]
 
 
-def test_choices_of_one_request_are_one_of_its_adapter() -> None:
+def test_choices_of_one_request_count_once_for_its_adapter() -> None:
     fake = Fake("sql")
 
     async def work() -> None:

@@ -1,4 +1,4 @@
-"""The reader of the scheduler's messages beside everything else that the event loop does."""
+"""The reader of the scheduler's messages shares the event loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenizer_proc.inbox import SchedulerInbox
 
 
 class FullInbox:
-    """Messages that are all there: the reader never has to wait for one."""
+    """An inbox with many messages, so that the reader never waits."""
 
     def __init__(self, count: int) -> None:
         self.left = count
@@ -27,7 +27,7 @@ class FullInbox:
         return Progress(0, [Update(request_id=9, index=0)])
 
 
-def test_event_loop_turns_between_queued_messages() -> None:
+def test_the_event_loop_turns_between_queued_messages() -> None:
     async def work() -> list[int]:
         inbox: Any = FullInbox(5)
         outbox: Any = None

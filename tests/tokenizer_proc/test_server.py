@@ -1,4 +1,4 @@
-"""The real process; the test is its launcher and its scheduler."""
+"""The real process, whose launcher and scheduler are the test."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.e2e
 
 
 class Process:
-    """tokenizer_proc as a child, with the scheduler's end of its sockets in our hands."""
+    """tokenizer_proc as a child process, and the scheduler's end of its sockets."""
 
     def __init__(self, directory: Path, with_adapter: bool = False, tokenizer: bool = True) -> None:
         model = directory / "model"
@@ -66,12 +66,12 @@ class Process:
         self.popen.stdin.flush()
 
     def report(self) -> dict[str, Any]:
-        """Its report, which signs of life come before."""
+        """Its report, after signs of life."""
         assert self.popen.stdout is not None
         signs = 0
         while (word := json.loads(self.popen.stdout.readline()))["type"] == "Heartbeat":
             signs += 1
-        assert signs, "it gave no sign of life in its start"
+        assert signs, "it gave no sign of life during its start"
         return word
 
     def receive(self, type_: type[Any]) -> Any:
@@ -135,7 +135,7 @@ def test_from_hello_to_an_orderly_end(tmp_path: Path) -> None:
         assert child.popen.wait(20) == 0
 
 
-def test_a_failed_adapter_ends_the_start_with_its_line(tmp_path: Path) -> None:
+def test_a_failed_adapter_ends_the_start_with_its_reason(tmp_path: Path) -> None:
     with process(tmp_path, with_adapter=True) as child:
         child.receive(Hello)
         child.outbox.send(capacity(300))
@@ -156,7 +156,7 @@ def test_a_model_without_tokenizer_json_ends_the_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "lifeline"])
-def test_it_ends_while_it_waits_for_capacity(tmp_path: Path, how: str) -> None:
+def test_sigterm_ends_it_while_it_waits_for_capacity(tmp_path: Path, how: str) -> None:
     with process(tmp_path) as child:
         child.receive(Hello)
         if how == "SIGTERM":

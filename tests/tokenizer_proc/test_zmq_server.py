@@ -160,7 +160,7 @@ def test_bad_frames_are_refused_and_the_server_goes_on(address: str, caplog: pyt
     assert caplog.text.count("the ZeroMQ server refused a frame") == 2
 
 
-def test_commands(address: str) -> None:
+def test_commands_are_answered(address: str) -> None:
     fake = Fake("sql")
 
     async def work() -> None:
@@ -209,7 +209,7 @@ def test_a_silent_host_is_dropped_and_a_pinging_one_is_not(address: str, monkeyp
     run(work)
 
 
-def test_zmq_server_that_cannot_watch_its_clients_ends(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_cannot_watch_its_clients_ends(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("no watch")
 

@@ -1,4 +1,4 @@
-"""One adapter under its id: its source, its state as the scheduler told it last, and how many requests use it.
+"""One adapter under its id: its source, its last known state, and how many requests use it.
 
 Knows nothing of selections, HTTP or the scheduler's link.
 """

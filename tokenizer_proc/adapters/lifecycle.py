@@ -256,10 +256,10 @@ class Lifecycle:
 
     def _check_pin(self, name: str) -> None:
         most = self._config.max_pinned
-        others = self._registry.pinned() - {name}
-        if len(others) >= most:
+        pinned = self._registry.pinned() - {name}
+        if len(pinned) >= most:
             raise AdapterError(
-                f"the adapter '{name}' cannot be pinned: {len(others)} are, and --max-loras-per-batch "
+                f"the adapter '{name}' cannot be pinned: {len(pinned)} are, and --max-loras-per-batch "
                 f"{self._config.max_loras} allows {most}, so that the others are not left to starvation; unpin or "
                 "unload one, raise the flag, or load it unpinned",
                 param="pinned",

@@ -67,7 +67,7 @@ class TextTools:
 
 
 class TokenizerLibrary:
-    """The text tools of the base and of every adapter, shared where their files say the same.
+    """The text tools of the base and of every adapter, shared where their content is equal.
 
     `directory` is the base tokenizer's. `fixed_template`: the operator's chat template is used for every adapter.
     """
@@ -186,7 +186,7 @@ class TokenizerLibrary:
             except BaseException as error:
                 if not is_from_library(error):
                     raise
-                made = None  # parsing the whole file will say what is wrong
+                made = None  # parsing the whole file gives the error
             if made is not None:
                 size = len(raw) - len(bytes(sections.model))
                 return hashlib.sha256(msgspec.json.encode(sections.small)).digest(), made, size

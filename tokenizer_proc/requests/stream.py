@@ -197,13 +197,13 @@ class Stream:
     def _progress(self, late: list[_RunningChoice]) -> str:
         """How many tokens were generated, and what the `late` choices wait for, as far as that is known."""
         tokens = sum(len(running.processor.generated) for running in self._running)
-        told = f"{tokens or 'No'} {'tokens' if tokens > 1 else 'token'} had been generated"
+        generated = f"{tokens or 'No'} {'tokens' if tokens > 1 else 'token'} had been generated"
         waits = [wait for running in late if (wait := self._router.wait_of(running.request_id)) is not None]
         if not waits:
-            return told
+            return generated
         wait = max(waits, key=lambda wait: wait.seconds or 0.0)
         since = "" if wait.seconds is None else f", after {wait.seconds:.1f} s in the queue,"
-        return f"{told}. It still waited{since} for {self._router.wait_reasons.describe(wait.reason)}"
+        return f"{generated}. It still waited{since} for {self._router.wait_reasons.describe(wait.reason)}"
 
     def _fail(self, error: EngineError) -> None:
         """Ends the whole submit with the first `error`; its other choices are aborted."""

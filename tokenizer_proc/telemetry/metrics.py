@@ -50,11 +50,11 @@ class _Live(Collector):
         yield self._gauge("vllm:num_requests_waiting", "Requests that wait for a row.", stats.waiting)
         yield _waiting_for(stats.waiting_reasons)
         yield self._gauge("vllm:kv_cache_usage_perc", "KV pages in use, from 0 to 1.", used)
-        yield self._sum("vllm:num_preemptions", "Rows given up and recomputed later.", stats.preemptions)
+        yield self._sum("vllm:num_preemptions", "Rows preempted, to be recomputed later.", stats.preemptions)
         yield self._sum("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix tree.", stats.prompt_tokens)
         yield self._sum("vllm:prefix_cache_hits", "Prompt tokens found there, not computed.", stats.cached_tokens)
         yield self._gauge("chorus:kv_pages_cached", "KV pages in the prefix tree.", stats.kv_pages_cached)
-        yield self._sum("chorus:kv_evictions", "KV pages that left the prefix tree for others.", stats.kv_evictions)
+        yield self._sum("chorus:kv_evictions", "KV pages evicted from the prefix tree.", stats.kv_evictions)
         if snapshot.capacity is not None:
             yield _cache_config(snapshot.capacity)
         if snapshot.max_loras is not None:
@@ -91,7 +91,7 @@ def _lora_info(snapshot: MetricsSnapshot, max_loras: int) -> Metric:
     """The one series that inference gateways route by: the resident adapters, and those that requests wait for."""
     gauge = GaugeMetricFamily(
         "vllm:lora_requests_info",
-        "Adapters that are ready, and that are waited for; the value is the time of the scrape.",
+        "Adapters that are ready, and adapters that requests wait for; the value is the time of the scrape.",
         labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
     )
     ready = {adapter for adapter, tier in snapshot.tiers.items() if tier == "resident"}
@@ -118,11 +118,15 @@ def _lora_memory(snapshot: MetricsSnapshot) -> Iterable[Metric]:
     yield CounterMetricFamily("chorus:lora_hits", "Admissions that found their adapter resident.", stats.adapter_hits)
     yield CounterMetricFamily("chorus:lora_fills", "Misses: copies into rank pages.", stats.adapter_fills)
     yield CounterMetricFamily("chorus:lora_loads", "Reads from disk into host memory.", stats.adapter_loads)
-    evictions = CounterMetricFamily("chorus:lora_evictions", "Adapters that gave way, by the tier.", labels=["tier"])
+    evictions = CounterMetricFamily("chorus:lora_evictions", "Adapters evicted, by tier.", labels=["tier"])
     evictions.add_metric(["resident"], stats.adapter_evictions)
     evictions.add_metric(["host"], stats.host_evictions)
     yield evictions
-    yield CounterMetricFamily("chorus:lane_preemptions", "Rows whose lane went to others.", stats.lane_preemptions)
+    yield CounterMetricFamily(
+        "chorus:lane_preemptions",
+        "Rows preempted because their lane was given to another adapter.",
+        stats.lane_preemptions,
+    )
 
 
 def _by_adapter(name: str, text: str, values: dict[str, int]) -> Metric:
@@ -155,7 +159,7 @@ class Metrics:
             for what, text in (
                 ("load", "From disk to host memory."),
                 ("fill", "From host memory to rank pages."),
-                ("unload", "From the taken name to free memory."),
+                ("unload", "From the removal of the name to free memory."),
             )
         }
         self._adapters = [

@@ -1,4 +1,4 @@
-"""Adapters that come and go, over a scheduler that plays along: names, order, races, failures."""
+"""Loads, unloads and pins over a scheduler that carries them out: names, order, races, failures."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_a_taken_name_is_refused_or_re_pointed(tmp_path: Path) -> None:
         world.held = True
         load = asyncio.ensure_future(lifecycle.load(LoadRequest(name="a", path=one, load_inplace=True)))
         await until(lambda: world.open_loads)
-        assert await ask(world, "a") == 1  # until the new one is there
+        assert await ask(world, "a") == 1  # until the new adapter is loaded
         world.finish()
         entry = await load
         assert await ask(world, "a") == entry.source.adapter_id == 3
@@ -320,7 +320,7 @@ def test_too_many_open_calls_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     run(work)
 
 
-def test_pins(tmp_path: Path) -> None:
+def test_pins_are_bounded_and_can_be_taken_off(tmp_path: Path) -> None:
     world = LoadingFront("a", max_loras=3, max_pinned=2)
     path = str(adapter_dir(tmp_path / "x"))
 
@@ -328,7 +328,7 @@ def test_pins(tmp_path: Path) -> None:
         lifecycle, adapters = world.front.lifecycle, world.front.adapters
         await lifecycle.load(LoadRequest(name="b", path=path, pinned=True))
         await lifecycle.pin("a", True)
-        await lifecycle.pin("a", True)  # twice is no more than once
+        await lifecycle.pin("a", True)  # a second pin changes nothing
         assert adapters.pinned() == {"a", "b"}
         for call in (lifecycle.load(LoadRequest(name="c", path=path, pinned=True)), lifecycle.pin("c", True)):
             with pytest.raises(EngineError):
@@ -392,7 +392,7 @@ def test_a_restarted_scheduler_is_told_everything_again() -> None:
 
 
 def test_re_pointing_under_traffic_answers_with_one_or_the_other(tmp_path: Path) -> None:
-    """Requests that are being prepared while the name moves are sent with what it means when they are sent."""
+    """A request whose name is re-pointed while it is prepared is sent with the adapter that the name means then."""
     world = LoadingFront("a")
     paths = [str(adapter_dir(tmp_path / name)) for name in ("one", "two")]
 
@@ -418,7 +418,7 @@ def test_re_pointing_under_traffic_answers_with_one_or_the_other(tmp_path: Path)
 
 
 def test_a_name_that_moves_while_a_prompt_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The old adapter may be gone by the time the request is sent: it must not be sent there."""
+    """The old adapter may be gone by the time the request is sent, so the request must not name it."""
     world = LoadingFront("a")
     path = str(adapter_dir(tmp_path / "a"))
 

@@ -1,4 +1,4 @@
-"""Names of adapters: what `model` and `lora_path` mean, who holds what, and what is told."""
+"""Adapter names: the meaning of `model` and `lora_path`, held entries, and cards."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def registry(*names: str, bases: tuple[str, ...] = ("org/base", "b")) -> Adapter
         ("x:sql", "x:sql"),
     ],
 )
-def test_what_model_names(model: str | None, expected: str | None) -> None:
+def test_model_names_an_adapter_or_the_base(model: str | None, expected: str | None) -> None:
     assert registry("sql", "org/x:y", "x:sql").select(model) == expected
 
 
@@ -78,7 +78,7 @@ def test_resolving_gives_ids_and_scales() -> None:
     assert names.resolve({"poet": 0.25, "sql": -1.0}).lora == [(2, 0.25), (1, -1.0)]
 
 
-def test_holding_counts_requests() -> None:
+def test_held_adapters_count_their_requests() -> None:
     names = registry("sql", "poet")
     with names.resolve({"sql": 1.0, "poet": 1.0}).held(3), names.resolve("sql").held():
         assert [card.running for card in names.cards()] == [4, 3]
@@ -97,10 +97,10 @@ def test_states_make_it_ready_or_failed() -> None:
     assert "`poet`: rank 4096" in str(names.failure)
     names.handle(AdapterState(adapter_id=2, state="resident"))
     assert names.is_ready
-    names.handle(AdapterState(adapter_id=77, state="host"))  # a stranger is logged and left alone
+    names.handle(AdapterState(adapter_id=77, state="host"))  # an unknown adapter's state is logged and dropped
 
 
-def test_cards() -> None:
+def test_cards_show_path_parent_and_state() -> None:
     names = registry("sql")
     names.handle(
         AdapterState(adapter_id=1, state="resident", revision="r", lora_rank=8, target_modules=["q_proj"], bytes=5)
@@ -114,7 +114,7 @@ def test_cards() -> None:
     assert told.cards()[0].parent == "theirs"
 
 
-def test_what_is_gone_is_forgotten() -> None:
+def test_an_adapter_that_is_gone_is_forgotten() -> None:
     names = registry("sql", "poet")
     held = names.resolve("sql")
     names.handle(AdapterState(adapter_id=1, state="gone"))
@@ -133,7 +133,7 @@ def test_pages_of_a_mix_add_up() -> None:
 
 
 def test_failed_adapter_is_not_asked_for_again() -> None:
-    """Whenever a runner or a scheduler starts it is told of the adapters."""
+    """When a runner or a scheduler starts, it is told of the adapters."""
     names, asked = registry("sql", "poet"), list[int]()
     names.handle(AdapterState(adapter_id=1, state="host", revision="r"))
     names.handle(AdapterState(adapter_id=1, state="failed", revision="r", error="it is set aside"))

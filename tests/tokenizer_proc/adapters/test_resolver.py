@@ -57,7 +57,7 @@ def test_first_requests_share_one_load(root: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["one", "base:one"])
-def test_model_names_work_too(root: Path, model: str) -> None:
+def test_adapters_named_by_model_are_loaded(root: Path, model: str) -> None:
     world = world_of(root)
 
     async def work() -> None:
@@ -88,7 +88,7 @@ def test_a_link_out_of_the_root_is_refused(root: Path, tmp_path: Path) -> None:
     assert world.loads() == []
 
 
-def test_misses_and_failures_are_remembered_for_a_moment(root: Path) -> None:
+def test_misses_and_failures_are_remembered_briefly(root: Path) -> None:
     world = world_of(root, miss_seconds=0.2)
     world.refuse[str(root / "broken")] = "cut file"
 
@@ -110,7 +110,7 @@ def test_misses_and_failures_are_remembered_for_a_moment(root: Path) -> None:
     run(work)
 
 
-def test_the_longest_unused_goes_and_comes_back(root: Path) -> None:
+def test_the_least_recently_used_is_unloaded_and_returns(root: Path) -> None:
     world = world_of(root, most=2)
 
     async def work() -> None:
@@ -123,7 +123,7 @@ def test_the_longest_unused_goes_and_comes_back(root: Path) -> None:
     run(work)
 
 
-def test_what_is_in_use_or_pinned_stays(root: Path) -> None:
+def test_adapters_in_use_or_pinned_stay_loaded(root: Path) -> None:
     world = world_of(root, most=1)
 
     async def work() -> None:
@@ -137,7 +137,7 @@ def test_what_is_in_use_or_pinned_stays(root: Path) -> None:
     run(work)
 
 
-def test_loads_and_unloads_by_call_have_the_last_word(root: Path, tmp_path: Path) -> None:
+def test_loads_and_unloads_by_call_take_precedence(root: Path, tmp_path: Path) -> None:
     world = world_of(root, most=1)
     other = str(adapter_dir(tmp_path / "other"))
 
@@ -147,14 +147,14 @@ def test_loads_and_unloads_by_call_have_the_last_word(root: Path, tmp_path: Path
         assert await ask(world, "one") == 1
         await ask(world, "two")
         await ask(world, "three")
-        assert set(world.front.adapters.paths()) == {"one", "three"}  # what was loaded by call is not counted
+        assert set(world.front.adapters.paths()) == {"one", "three"}  # adapters loaded by a call do not count
         await lifecycle.unload("three")
-        assert await ask(world, "three") == 4  # it lies there still
+        assert await ask(world, "three") == 4  # its directory is still there
 
     run(work)
 
 
-def test_a_client_that_leaves_does_not_spoil_it_for_others(root: Path) -> None:
+def test_a_cancelled_request_does_not_cancel_a_shared_load(root: Path) -> None:
     world = world_of(root)
     world.held = True
 
@@ -171,12 +171,12 @@ def test_a_client_that_leaves_does_not_spoil_it_for_others(root: Path) -> None:
     run(work)
 
 
-def test_a_root_that_is_none() -> None:
+def test_a_root_that_is_no_directory_is_refused() -> None:
     with pytest.raises(ConfigError, match="--lora-resolve-root /no/such"):
         LoadingFront(lora_resolve_root="/no/such")
 
 
-def test_names_of_the_base_are_never_looked_for(root: Path) -> None:
+def test_base_names_are_never_looked_for(root: Path) -> None:
     adapter_dir(root / "base")
     world = world_of(root)
 

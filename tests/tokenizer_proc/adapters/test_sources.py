@@ -1,4 +1,4 @@
-"""What a path may be when an adapter is loaded at run time: directories, hub ids, roots; in threads that may hang."""
+"""Paths of adapters that are loaded at run time: directories, hub ids, roots; read in threads that may hang."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def find(path: str, *roots: str) -> str:
     return asyncio.run(work())
 
 
-def test_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = adapter_dir(tmp_path / "x" / "sql")
     assert find(str(directory)) == str(directory)
     monkeypatch.chdir(tmp_path)
@@ -45,7 +45,7 @@ def test_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("~nobody-at-all/x", EngineError, "home"),
     ],
 )
-def test_nothing_there(
+def test_a_path_without_an_adapter_says_why(
     path: str, kind: type[EngineError], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -68,8 +68,8 @@ def test_files_and_empty_directories_are_no_adapters(tmp_path: Path) -> None:
         find(str(directory))
 
 
-def test_roots_hide_what_lies_elsewhere(tmp_path: Path) -> None:
-    """A caller learns nothing of a place that he may not read: not even whether it exists."""
+def test_directories_outside_of_the_roots_stay_hidden(tmp_path: Path) -> None:
+    """The error for a path outside of the roots does not tell whether the path exists."""
     root = tmp_path / "root"
     adapter_dir(root / "sql")
     adapter_dir(tmp_path / "there")
@@ -89,7 +89,7 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network(tmp_path: Path, monkey
     assert find("org/sql@c0ffee", "/some/root") == str(snapshot)
 
 
-def test_a_few_at_a_time_and_a_caller_may_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_run_at_once_and_a_caller_may_be_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go, running, most = threading.Event(), [], [0]
 
     def slow(name: str, path: str, allowed: object) -> str:
@@ -111,12 +111,12 @@ def test_a_few_at_a_time_and_a_caller_may_leave(tmp_path: Path, monkeypatch: pyt
         go.set()
         done = await asyncio.gather(*tasks, return_exceptions=True)
         assert done[1:] == ["p"] * 8
-        assert most[0] <= sources_module.AT_ONCE + 1  # the one that was left goes on in its thread
+        assert most[0] <= sources_module.AT_ONCE + 1  # the cancelled caller's work goes on in its thread
 
     asyncio.run(work())
 
 
-def test_downloads_that_hang_do_not_hold_up_local_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_downloads_do_not_block_local_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
 
     def hangs(*_: object, **__: object) -> str:

@@ -1,4 +1,4 @@
-"""What adapters bring to read and write text with: shared where it is the same, bounded, and never run."""
+"""Adapters' own text tools: shared where they are equal, bounded, and never run as code."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def started(base: Path, **options: Any) -> TokenizerLibrary:
 
 
 def adapter(base: Path, name: str, *, extra: str = "", template: str | None = None, eos: str = "</s>") -> Path:
-    """A directory with the base's tokenizer, and perhaps a token more, another template or another end."""
+    """A directory with the base's tokenizer, and optionally another token, template or end id."""
     root = base.parent / name
     shutil.copytree(base, root)
     if extra:
@@ -64,7 +64,7 @@ def adapter(base: Path, name: str, *, extra: str = "", template: str | None = No
     return root
 
 
-def test_what_brings_nothing_new_is_the_base(base: Path, library: TokenizerLibrary) -> None:
+def test_an_adapter_that_brings_nothing_new_uses_the_base(base: Path, library: TokenizerLibrary) -> None:
     (base.parent / "bare").mkdir()
     assert library.load("bare", base.parent / "bare") is library.base
     assert library.load("gone", base.parent / "gone") is library.base
@@ -78,7 +78,7 @@ def test_what_brings_nothing_new_is_the_base(base: Path, library: TokenizerLibra
     assert library.load("spelt", spelt) is library.base
 
 
-def test_own_tokens_ends_and_template(base: Path, library: TokenizerLibrary) -> None:
+def test_an_adapter_brings_tokens_end_ids_and_template(base: Path, library: TokenizerLibrary) -> None:
     own = library.load("a", adapter(base, "a", extra="<|im_end|>", template=OWN, eos="<|im_end|>"))
     token = library.base.tokenizer.vocab_size
     assert own.tokenizer.encode("x<|im_end|>", add_special_tokens=False)[-1] == token == own.tokenizer.eos_id
@@ -94,7 +94,7 @@ def test_own_tokens_ends_and_template(base: Path, library: TokenizerLibrary) -> 
     )
 
 
-def test_an_id_that_means_something_else_ends_nothing(base: Path, library: TokenizerLibrary) -> None:
+def test_an_end_id_of_another_token_is_dropped(base: Path, library: TokenizerLibrary) -> None:
     root = base.parent / "other"
     made = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "</s>": 2}, []))
     made.decoder = tokenizers.decoders.ByteLevel()
@@ -102,7 +102,7 @@ def test_an_id_that_means_something_else_ends_nothing(base: Path, library: Token
     assert library.load("other", root).generation_config.end_ids == [2]
 
 
-def test_the_same_is_kept_once_and_freed(base: Path, library: TokenizerLibrary) -> None:
+def test_equal_tools_are_kept_once_and_freed(base: Path, library: TokenizerLibrary) -> None:
     one = library.load("a", adapter(base, "a", extra="<x>", template=OWN))
     two = library.load("b", adapter(base, "b", extra="<x>", template=OWN))
     assert one is two
@@ -115,7 +115,7 @@ def test_the_same_is_kept_once_and_freed(base: Path, library: TokenizerLibrary) 
     assert held() is None
 
 
-def test_an_operators_template_is_for_all(base: Path) -> None:
+def test_an_operators_template_is_used_for_all_adapters(base: Path) -> None:
     library = started(base, fixed_template=True)
     assert library.load("a", adapter(base, "a", template=OWN)) is library.base
     library.close()
@@ -136,7 +136,7 @@ def test_added_tokens_share_the_model_of_the_base(
     )
     made.save(str(root / "tokenizer.json"))
     with monkeypatch.context() as patch:
-        patch.setattr(Tokenizer, "parse", None)  # not even looked at
+        patch.setattr(Tokenizer, "parse", None)  # the file is not parsed
         own = library.load("a", root).tokenizer
     whole = Tokenizer.load(root)
     for text in TRICKY:
@@ -151,7 +151,7 @@ def test_added_tokens_share_the_model_of_the_base(
     assert library.base.tokenizer.encode("<x>") != own.encode("<x>")
 
 
-def test_an_added_token_in_another_place_is_read_in_full(base: Path, library: TokenizerLibrary) -> None:
+def test_an_added_token_with_another_id_is_parsed_in_full(base: Path, library: TokenizerLibrary) -> None:
     root = adapter(base, "a", extra="<x>")
     saved = json.loads((root / "tokenizer.json").read_text())
     saved["added_tokens"][-1]["id"] += 5
@@ -215,7 +215,7 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("name", SPOILT)
-def test_files_that_make_no_sense_are_a_refusal(name: str, base: Path, library: TokenizerLibrary) -> None:
+def test_unreadable_files_are_refused(name: str, base: Path, library: TokenizerLibrary) -> None:
     spoil, said = SPOILT[name]
     root = adapter(base, "a", template=OWN)
     spoil(root)  # type: ignore[operator]
@@ -239,7 +239,7 @@ def front(base: Path, **directories: Path) -> Fake:
 
 
 def ask(fake: Fake, lora: str | dict[str, float] | None, prompt: Any = "x<x>", **params: Any) -> Generate:
-    """What the scheduler is sent."""
+    """The Generate that the scheduler is sent."""
 
     async def work() -> Generate:
         sampling = SamplingParams(max_tokens=4, **params)
@@ -249,7 +249,7 @@ def ask(fake: Fake, lora: str | dict[str, float] | None, prompt: Any = "x<x>", *
     return asyncio.run(work())
 
 
-def test_each_adapter_reads_in_its_own_way(base: Path) -> None:
+def test_each_adapter_uses_its_own_text_tools(base: Path) -> None:
     fake = front(base, a=adapter(base, "a", extra="<x>", template=OWN, eos="<x>"), b=adapter(base, "b"))
     size = fake.front.tokenizer.vocab_size
     fake.front.handle(AdapterState(adapter_id=1, state="host", revision="r", vocab_size=size + 1))
@@ -267,7 +267,7 @@ def test_each_adapter_reads_in_its_own_way(base: Path) -> None:
     fake.front.tokenizer_library.close()
 
 
-def test_ids_are_those_of_the_adapters_own_vocabulary(base: Path) -> None:
+def test_ids_are_checked_by_the_adapters_own_vocabulary(base: Path) -> None:
     fake = front(base, large=adapter(base, "a"), small=adapter(base, "b"), usual=adapter(base, "c"))
     size = fake.front.tokenizer.vocab_size
     for number, vocab in enumerate((size + 3, size - 5, 0), start=1):
@@ -287,7 +287,7 @@ def test_ids_are_those_of_the_adapters_own_vocabulary(base: Path) -> None:
     assert ask(fake, {"large": 1.0}, [size]).lora == [(1, 1.0)]
 
 
-def test_a_mix_reads_as_its_adapters_do_where_they_agree(base: Path) -> None:
+def test_a_mix_uses_its_adapters_tools_where_they_agree(base: Path) -> None:
     own = {name: adapter(base, name, extra="<x>") for name in ("a", "b")}
     fake = front(base, **own, c=adapter(base, "c"))
     fake.front.handle(capacity(fake.front.tokenizer.vocab_size + 1))
@@ -296,7 +296,7 @@ def test_a_mix_reads_as_its_adapters_do_where_they_agree(base: Path) -> None:
     assert size not in ask(fake, {"a": 0.5, "c": 0.5}).prompt
 
 
-def test_a_name_that_moves_while_a_text_is_read(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_re_pointed_while_a_text_is_encoded(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = front(base, a=adapter(base, "a"))
     fake.front.handle(capacity(fake.front.tokenizer.vocab_size + 1))
     newer = fake.front.tokenizer_library.load("a", adapter(base, "newer", extra="<x>"))
@@ -317,7 +317,7 @@ def test_a_name_that_moves_while_a_text_is_read(base: Path, monkeypatch: pytest.
     assert generate.prompt[-1] == fake.front.tokenizer.vocab_size
 
 
-def test_what_an_adapter_of_the_start_brings_is_read_before_anything_is_served(base: Path) -> None:
+def test_start_up_adapters_tools_are_read_at_the_start(base: Path) -> None:
     good, broken = adapter(base, "good", extra="<x>"), adapter(base, "broken", template="{% for")
     sources = [
         AdapterSource(adapter_id=number, name=root.name, path=root.name, root=str(root))

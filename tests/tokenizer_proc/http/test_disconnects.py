@@ -1,4 +1,4 @@
-"""A client that goes away leaves its stream's context at once, and quietly, whatever it waited for."""
+"""A client that disconnects releases its stream at once, without an error, whatever it waited for."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ async def _hang_up(frontend: FakeFrontend, path: str, body: dict[str, Any], canc
     if not cancels:
         await asyncio.sleep(0.02)
         assert frontend.left == 0
-        frontend.streams[0].cancel()  # brings one more delta
+        frontend.streams[0].cancel()  # makes one more delta
     await asyncio.wait_for(_left(frontend, len(frontend.streams)), 5)
     await runner.cleanup()
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize(("path", "body"), CALLS)
-def test_hanging_up_releases_everything(
+def test_a_disconnect_releases_everything(
     path: str, body: dict[str, Any], is_stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     frontend = FakeFrontend()

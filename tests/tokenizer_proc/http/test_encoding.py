@@ -1,4 +1,4 @@
-"""JSON of large answers: the same bytes, made beside the event loop."""
+"""JSON of large answers: the same bytes, made in a thread."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CALLS = [("/v1/completions", ECHO), ("/generate", SCORED)]
         [{"x": list(range(SLICE))}, msgspec.Raw(b"[1,2]")],
     ],
 )
-def test_slices_are_the_same_json(value: Any) -> None:
+def test_sliced_json_equals_msgspecs(value: Any) -> None:
     assert in_slices(value) == msgspec.json.encode(value)
 
 
@@ -52,7 +52,7 @@ def is_large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(("path", "body"), CALLS)
 @pytest.mark.parametrize("streams", [True, False])
-def test_a_large_answer_is_made_beside_the_loop(
+def test_a_large_answer_is_encoded_in_a_thread(
     path: str, body: dict[str, Any], streams: bool, is_large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
@@ -71,9 +71,7 @@ def test_a_large_answer_is_made_beside_the_loop(
 
 
 @pytest.mark.parametrize(("path", "body"), CALLS)
-def test_a_large_answer_says_what_a_small_one_says(
-    path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_answer_equals_a_small_one(path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     small = ok(post(FakeFrontend(), path, body)), stream(FakeFrontend(), path, body)
     monkeypatch.setattr(batch, "LARGE", 1)
     large = ok(post(FakeFrontend(), path, body)), stream(FakeFrontend(), path, body)
@@ -81,7 +79,7 @@ def test_a_large_answer_says_what_a_small_one_says(
 
 
 def _timeless(value: Any) -> Any:
-    """Without what differs from call to call."""
+    """The answer without the fields that differ from call to call."""
     if isinstance(value, dict):
         return {name: _timeless(each) for name, each in value.items() if name not in ("id", "created", "e2e_latency")}
     return [_timeless(each) for each in value] if isinstance(value, list | tuple) else value

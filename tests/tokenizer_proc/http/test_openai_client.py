@@ -1,4 +1,4 @@
-"""The `openai` package, unchanged, against the app: its calls, its types, its exception classes."""
+"""The `openai` package against the app: its calls, types and exception classes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _with_sync(frontend: FakeFrontend, scenario: Callable[[openai.OpenAI], T]) -
     return serve(frontend, in_thread)
 
 
-def test_chat() -> None:
+def test_chat_answers_are_parsed() -> None:
     async def scenario(client: openai.AsyncOpenAI) -> Any:
         return await client.chat.completions.create(
             model="base", messages=MESSAGES, n=2, logprobs=True, top_logprobs=2, user="u", metadata={"a": "b"}
@@ -69,7 +69,7 @@ def test_an_answer_can_be_sent_back() -> None:
     assert [turn.content for turn in frontend.submits[2].prompt] == ["a", "Hi é0", "a"]  # type: ignore[union-attr]
 
 
-def test_stream() -> None:
+def test_chat_streams_are_parsed() -> None:
     async def scenario(client: openai.AsyncOpenAI) -> list[Any]:
         stream = await client.chat.completions.create(
             model="base", messages=MESSAGES, stream=True, stream_options={"include_usage": True}
@@ -116,7 +116,7 @@ def test_seed_stop_and_extras_arrive() -> None:
     assert frontend.submits[0].lora == "pirate"
 
 
-def test_completions() -> None:
+def test_completions_are_parsed() -> None:
     def scenario(client: openai.OpenAI) -> Any:
         whole = client.completions.create(model="base", prompt=["a", "b"], logprobs=1, echo=True)
         streamed = client.completions.create(model="base", prompt="a", stream=True)
@@ -129,7 +129,7 @@ def test_completions() -> None:
     assert "".join(pieces) == "Hi é0"
 
 
-def test_models() -> None:
+def test_models_are_listed() -> None:
     async def scenario(client: openai.AsyncOpenAI) -> Any:
         names = [model.id async for model in await client.models.list()]
         return names, [await client.models.retrieve(name) for name in names]
@@ -151,7 +151,7 @@ def test_models() -> None:
         (InternalError("no"), openai.InternalServerError),
     ],
 )
-def test_errors_are_its_own_exceptions(refusal: EngineError, kind: type[openai.APIStatusError]) -> None:
+def test_errors_become_the_clients_exceptions(refusal: EngineError, kind: type[openai.APIStatusError]) -> None:
     frontend = FakeFrontend()
     frontend.refusal = refusal
     with pytest.raises(kind) as caught:
@@ -197,7 +197,7 @@ def test_an_error_in_mid_stream_is_raised() -> None:
         _with_async(frontend, scenario)
 
 
-def test_overload_is_tried_again() -> None:
+def test_an_overload_is_retried() -> None:
     class Busy(FakeFrontend):
         def open(self, submit: Any, deadline: Any = None) -> Any:
             self.refusal = Overloaded("full", retry_after=0.01) if len(self.submits) < 1 else None

@@ -11,7 +11,7 @@ from fixtures.serving.api_calls import error, get, ok, post, serve
 from fixtures.serving.fake_frontend import BOS, MAX_LENGTH, FakeFrontend
 
 
-def test_models() -> None:
+def test_models_list_the_base_and_its_adapters() -> None:
     cards = ok(get(FakeFrontend("pirate", "org/a:b"), "/v1/models"))["data"]
     assert [card["id"] for card in cards] == ["base", "org/Base-1", "pirate", "org/a:b"]
     base, pirate = cards[0], cards[2]
@@ -36,42 +36,42 @@ def test_models() -> None:
         ("50%25", "50%"),
     ],
 )
-def test_one_model(path: str, name: str) -> None:
+def test_a_model_is_found_by_its_name(path: str, name: str) -> None:
     assert ok(get(FakeFrontend("org/a:b", "50%"), f"/v1/models/{path}"))["id"] == name
 
 
 @pytest.mark.parametrize("path", ["ghost", "base:ghost", "org%2Fghost"])
-def test_unknown_model(path: str) -> None:
+def test_an_unknown_model_is_not_found(path: str) -> None:
     assert error(get(FakeFrontend(), f"/v1/models/{path}"), 404)["message"]
 
 
-def test_models_before_the_engine_is_ready() -> None:
+def test_models_have_no_length_before_the_engine_is_ready() -> None:
     frontend = FakeFrontend()
     frontend.capacity = None
     assert ok(get(frontend, "/v1/models"))["data"][0]["max_model_len"] is None
 
 
-def test_tokenize() -> None:
+def test_tokenize_gives_tokens_and_count() -> None:
     for name in ("prompt", "text"):
         found = ok(post(FakeFrontend(), "/tokenize", {name: "né"}))
         assert found == {"tokens": [BOS, 110, 195, 169], "count": 4, "max_model_len": MAX_LENGTH}
     assert ok(post(FakeFrontend(), "/tokenize", {"prompt": "n", "add_special_tokens": False}))["tokens"] == [110]
 
 
-def test_tokenize_a_chat() -> None:
+def test_tokenize_renders_a_chat() -> None:
     body: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}]}
     assert bytes(ok(post(FakeFrontend(), "/tokenize", body))["tokens"]) == b"user: a\nassistant:"
     body |= {"add_generation_prompt": False, "chat_template_kwargs": {"x": 1}}
     assert bytes(ok(post(FakeFrontend(), "/tokenize", body))["tokens"]) == b"user: a\nx=1"
 
 
-def test_tokenize_one_thing() -> None:
+def test_tokenize_takes_exactly_one_text() -> None:
     error(post(FakeFrontend(), "/tokenize", {}))
     assert error(post(FakeFrontend(), "/tokenize", {"prompt": "a", "text": "b"}))["param"] == "text"
     assert error(post(FakeFrontend(), "/tokenize", {"prompt": "a", "model": "ghost"}), 404)["param"] == "model"
 
 
-def test_detokenize() -> None:
+def test_detokenize_gives_the_text() -> None:
     found = ok(post(FakeFrontend(), "/detokenize", {"tokens": [BOS, 110, 195, 169]}))
     assert found == {"prompt": "<s>né", "text": "<s>né"}
     body = {"tokens": [BOS, 110], "skip_special_tokens": True}
@@ -79,11 +79,11 @@ def test_detokenize() -> None:
 
 
 @pytest.mark.parametrize("bad", [-1, 258, 2**70])
-def test_detokenize_ids_outside_the_vocabulary(bad: int) -> None:
+def test_detokenize_refuses_ids_outside_the_vocabulary(bad: int) -> None:
     assert error(post(FakeFrontend(), "/detokenize", {"tokens": [5, bad]}))["param"] == "tokens[1]"
 
 
-def test_health_and_readiness() -> None:
+def test_health_and_readiness_are_told_apart() -> None:
     frontend = FakeFrontend()
     assert get(frontend, "/health")[0] == 200
     assert get(frontend, "/ready")[0] == 200
@@ -95,7 +95,7 @@ def test_health_and_readiness() -> None:
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models"])
-def test_head(path: str) -> None:
+def test_head_is_answered_like_get(path: str) -> None:
     async def scenario(client: TestClient) -> tuple[int, bytes]:
         async with client.head(path) as answer:
             return answer.status, await answer.read()
@@ -103,7 +103,7 @@ def test_head(path: str) -> None:
     assert serve(FakeFrontend(), scenario) == (200, b"")
 
 
-def test_facts_and_metrics() -> None:
+def test_server_info_version_and_metrics_are_answered() -> None:
     assert ok(get(FakeFrontend(), "/server_info")) == ok(get(FakeFrontend(), "/get_server_info"))
     assert ok(get(FakeFrontend(), "/version"))["version"]
 
@@ -117,7 +117,7 @@ def test_facts_and_metrics() -> None:
 
 
 @pytest.mark.parametrize("abort", [{"rid": "r1"}, {"rid": ["r1", "x"]}, {"abort_all": True}])
-def test_abort(abort: dict[str, Any]) -> None:
+def test_abort_ends_a_request_by_its_rid(abort: dict[str, Any]) -> None:
     frontend = FakeFrontend()
     frontend.hold_after = 1
 
@@ -137,7 +137,7 @@ def test_abort(abort: dict[str, Any]) -> None:
     assert answer["meta_info"]["finish_reason"]["type"] == "abort"
 
 
-def test_abort_by_the_id_of_a_chat() -> None:
+def test_abort_ends_a_chat_by_its_id() -> None:
     frontend = FakeFrontend()
     frontend.hold_after = 1
 
@@ -158,7 +158,7 @@ def test_abort_by_the_id_of_a_chat() -> None:
     ("rid", "abort", "ends"),
     [(["r1", "r2"], "r2", [False, True]), ("r", "r", [True, True]), ("r", "r_0", [True, False])],
 )
-def test_abort_of_some_of_a_list(rid: str | list[str], abort: str, ends: list[bool]) -> None:
+def test_abort_ends_some_prompts_of_a_list(rid: str | list[str], abort: str, ends: list[bool]) -> None:
     frontend = FakeFrontend()
     frontend.hold_after = 1
 
@@ -194,6 +194,6 @@ def test_a_call_that_is_aborted_by_two_ids_counts_once() -> None:
     serve(frontend, scenario)
 
 
-def test_abort_of_nothing() -> None:
+def test_abort_of_an_unknown_rid_is_no_error() -> None:
     assert ok(post(FakeFrontend(), "/abort_request", {"rid": "ghost"})) == {"aborted": 0}
     assert error(post(FakeFrontend(), "/abort_request", {}))["param"] == "rid"

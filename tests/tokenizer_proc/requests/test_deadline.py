@@ -1,4 +1,4 @@
-"""The time that --request-timeout grants runs from the arrival of a call, whatever the call waits for."""
+"""--request-timeout runs from the arrival of a call, whatever the call waits for."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def world(tmp_path: Path) -> LoadingFront:
     return found
 
 
-def test_a_request_at_the_gate_is_ended_in_time(world: LoadingFront) -> None:
+def test_a_request_in_preparation_is_ended_in_time(world: LoadingFront) -> None:
     async def work() -> None:
         asyncio.get_running_loop().call_later(0.5, world.finish)
         with pytest.raises(TimedOut) as raised:
             await world.front.open(Submit(id=1, prompt="hi", lora="one")).__aenter__()
         assert raised.value.message == f"{TOO_LATE} It had not reached the scheduler"
         assert await world.front.router.wait_idle(0.01)
-        while not world.loads():  # the load goes on
+        while not world.loads():  # until the load has begun
             await asyncio.sleep(0.005)
 
     run(work)
@@ -66,7 +66,7 @@ def test_a_call_that_waits_for_a_load_is_ended_in_time(world: LoadingFront, fiel
     assert not world.front.router.open
 
 
-def test_the_time_that_a_body_takes_counts() -> None:
+def test_the_time_of_receiving_a_body_counts() -> None:
     frontend = ScriptedScheduler("hi").frontend(request_timeout=0.05)
 
     async def body() -> AsyncIterator[bytes]:
@@ -82,7 +82,7 @@ def test_the_time_that_a_body_takes_counts() -> None:
     assert error(serve(frontend, scenario), 504)["message"].startswith(TOO_LATE)
 
 
-def test_the_prompts_of_a_call_share_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_prompts_of_a_call_share_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     frontend = ScriptedScheduler("hi").frontend(request_timeout=0.05)
     encoded = 0
 
@@ -102,7 +102,7 @@ def test_the_prompts_of_a_call_share_its_time(monkeypatch: pytest.MonkeyPatch) -
     assert encoded < 10
 
 
-def test_a_request_that_arrives_late_is_not_begun() -> None:
+def test_a_request_past_its_deadline_is_not_begun() -> None:
     fake = Fake(request_timeout=5.0)
 
     async def work() -> None:

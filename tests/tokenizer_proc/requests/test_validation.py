@@ -1,4 +1,4 @@
-"""The gate: every refusal names its field; what passes is resolved once."""
+"""Validation: every error names its field, and valid values are resolved once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenizer_proc.requests.validation import SEEDS, ValidatedParams, validate_
 from tokenizer_proc.text.generation_config import GenerationConfig
 
 
-def gate(
+def validated(
     *,
     prompt: list[int] | None = None,
     default_max_tokens: int | None = None,
@@ -73,54 +73,54 @@ def gate(
 )
 def test_out_of_range_names_the_field(field: str, value: object) -> None:
     with pytest.raises(InvalidRequest) as refusal:
-        gate(**{field: value})
+        validated(**{field: value})
     assert refusal.value.param == field
 
 
-def test_prompts() -> None:
+def test_bad_prompts_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="empty"):
-        gate(prompt=[])
+        validated(prompt=[])
     with pytest.raises(InvalidRequest, match="token id 100 is not"):
-        gate(prompt=[1, 100])
+        validated(prompt=[1, 100])
     with pytest.raises(InvalidRequest, match="-1"):
-        gate(prompt=[-1])
+        validated(prompt=[-1])
     with pytest.raises(InvalidRequest, match=r"has 32 tokens; this model's context is 32") as refusal:
-        gate(prompt=[1] * 32)
+        validated(prompt=[1] * 32)
     assert refusal.value.code == "context_length_exceeded"
 
 
-def test_lengths() -> None:
-    assert gate(max_tokens=29).stopping.max_tokens == 29
+def test_max_tokens_fits_the_context() -> None:
+    assert validated(max_tokens=29).stopping.max_tokens == 29
     with pytest.raises(InvalidRequest, match="32") as refusal:
-        gate(max_tokens=30)
+        validated(max_tokens=30)
     assert refusal.value.code == "context_length_exceeded"
-    assert gate(default_max_tokens=500).stopping.max_tokens == 29
-    assert gate(default_max_tokens=16).stopping.max_tokens == 16
-    assert gate().stopping.max_tokens == 29
+    assert validated(default_max_tokens=500).stopping.max_tokens == 29
+    assert validated(default_max_tokens=16).stopping.max_tokens == 16
+    assert validated().stopping.max_tokens == 29
 
 
-def test_defaults_fill_what_is_left_out_and_only_that() -> None:
+def test_defaults_fill_missing_values_alone() -> None:
     generation_config = GenerationConfig(temperature=0.6, top_p=0.9, top_k=20, min_p=0.1, repetition_penalty=1.1)
-    assert gate(generation_config=generation_config).sampling.temperature == 0.6
-    asked = gate(
+    assert validated(generation_config=generation_config).sampling.temperature == 0.6
+    asked = validated(
         generation_config=generation_config, temperature=0.0, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0
     ).sampling
     assert (asked.temperature, asked.top_p, asked.top_k, asked.min_p, asked.repetition_penalty) == (0, 1, 0, 0, 1)
 
 
-def test_end_ids() -> None:
+def test_end_ids_are_the_models_and_the_clients() -> None:
     ends = GenerationConfig(end_ids=[2, 3, 1000])
-    assert gate(generation_config=ends, stop_token_ids=[7, 2]).stopping.end_ids == [2, 3, 7]
-    assert gate(generation_config=ends, stop_token_ids=[7], ignore_eos=True).stopping.end_ids == [7]
-    passed = gate(generation_config=ends, min_tokens=4)
+    assert validated(generation_config=ends, stop_token_ids=[7, 2]).stopping.end_ids == [2, 3, 7]
+    assert validated(generation_config=ends, stop_token_ids=[7], ignore_eos=True).stopping.end_ids == [7]
+    passed = validated(generation_config=ends, min_tokens=4)
     assert passed.sampling.end_ids == passed.stopping.end_ids
     assert passed.sampling.min_tokens == passed.stopping.min_tokens == passed.text.min_tokens == 4
 
 
-def test_every_choice_has_its_seed() -> None:
-    assert [gate(n=3, seed=9).sampling_of(i).seed for i in range(3)] == [9, 10, 11]
-    assert gate(n=2, given_seed=5).sampling_of(1).seed == 6
-    assert gate(seed=-1).sampling_of(0).seed == SEEDS - 1
+def test_every_choice_has_its_own_seed() -> None:
+    assert [validated(n=3, seed=9).sampling_of(i).seed for i in range(3)] == [9, 10, 11]
+    assert validated(n=2, given_seed=5).sampling_of(1).seed == 6
+    assert validated(seed=-1).sampling_of(0).seed == SEEDS - 1
     last = validate_params(
         SamplingParams(n=2, seed=SEEDS - 1),
         generation_config=GenerationConfig(),
@@ -134,13 +134,13 @@ def test_every_choice_has_its_seed() -> None:
 
 
 def test_the_prompt_is_scored_once() -> None:
-    passed = gate(n=2, prompt_logprobs=0, logprobs=3)
+    passed = validated(n=2, prompt_logprobs=0, logprobs=3)
     assert [passed.sampling_of(i).prompt_logprobs for i in range(2)] == [0, -1]
     assert passed.sampling_of(1).logprobs == 3
-    assert gate().sampling.logprobs == -1
+    assert validated().sampling.logprobs == -1
 
 
-def test_a_top_k_beyond_the_vocabulary_means_all_of_it() -> None:
-    """Any whole number may come in a body; the sampler's table holds 64 bits."""
-    assert gate(top_k=1 << 63).sampling.top_k == 100
-    assert gate(top_k=7).sampling.top_k == 7
+def test_a_top_k_beyond_the_vocabulary_keeps_all_tokens() -> None:
+    """A body may hold any whole number; the sampler's table holds 64 bits."""
+    assert validated(top_k=1 << 63).sampling.top_k == 100
+    assert validated(top_k=7).sampling.top_k == 7

@@ -1,4 +1,4 @@
-"""What a scrape shows."""
+"""The series that a scrape shows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenizer_proc.telemetry.metrics import Metrics, MetricsSnapshot
 CAPACITY = Capacity(kv_pages=8, page_size=16, rows=2, max_length=64, max_batched_tokens=8, vocab_size=10)
 
 
-def test_there_is_one_live_series_of_lora_info() -> None:
+def test_lora_info_has_one_series() -> None:
     pictures = [
         MetricsSnapshot(
             max_loras=4,
@@ -32,7 +32,7 @@ def test_there_is_one_live_series_of_lora_info() -> None:
     assert "lora_requests_info" not in metrics.render().decode()
 
 
-def test_names_that_dashboards_know() -> None:
+def test_series_have_vllms_names() -> None:
     metrics = Metrics("base", lambda: MetricsSnapshot(stats=Stats(kv_pages=4, kv_pages_used=1), capacity=CAPACITY))
     text = metrics.render().decode()
     for name in (
@@ -55,7 +55,7 @@ def test_names_that_dashboards_know() -> None:
     assert 'vllm:cache_config_info{block_size="16",num_gpu_blocks="8"} 1.0' in text
 
 
-def test_two_registries_do_not_meet() -> None:
+def test_two_servers_have_separate_registries() -> None:
     one, two = Metrics("base"), Metrics("base")
     one.began(["sql"], 5)
     assert b"sql" in one.render()

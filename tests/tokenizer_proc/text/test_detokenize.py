@@ -1,4 +1,4 @@
-"""Increments side by side are the decoded whole, for random ids, broken UTF-8 included."""
+"""Increments together equal the decoded whole, for random ids, with broken UTF-8 too."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def whole(tokenizer: Tokenizer, prompt: list[int], ids: list[int], skip: bool) -
 
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "unigram"])
-def test_random_ids_without_broken_runs(kind: str, skip: bool) -> None:
+def test_random_ids_without_broken_byte_runs_decode_the_same(kind: str, skip: bool) -> None:
     """Byte fallback: any ids whose runs of byte tokens are valid UTF-8."""
     tokenizer = KINDS[kind]
     byte = {b: tokenizer.backend.token_to_id(f"<0x{b:02X}>") for b in range(256)}
@@ -68,18 +68,18 @@ def test_random_ids_without_broken_runs(kind: str, skip: bool) -> None:
 
 
 @given(st.lists(st.integers(0, 255), max_size=30), CUTS)
-def test_broken_runs_of_byte_fallback_become_replacement_characters(octets: list[int], cuts: list[int]) -> None:
+def test_broken_byte_fallback_becomes_replacement_characters(octets: list[int], cuts: list[int]) -> None:
     ids = [LLAMA.backend.token_to_id(f"<0x{octet:02X}>") for octet in octets]
     a = LLAMA.backend.token_to_id("a")
     assert run(LLAMA, [a], ids, cuts, True) == bytes(octets).decode("utf-8", "replace")
     broken = b"\xff" + bytes(octets)
-    assume(broken.decode("utf-8", "replace").count("\ufffd") == len(broken))  # nothing whole in it: then as the library
+    assume(broken.decode("utf-8", "replace").count("\ufffd") == len(broken))  # no valid character: the library agrees
     ids = [LLAMA.backend.token_to_id(f"<0x{octet:02X}>") for octet in broken]
     assert run(LLAMA, [a], ids, cuts, True) == whole(LLAMA, [a], ids, True)
 
 
 @pytest.mark.parametrize("kind", ["byte level", "llama", "unigram"])
-def test_text_comes_back_through_any_tokenizer(kind: str) -> None:
+def test_text_survives_a_round_trip_through_any_tokenizer(kind: str) -> None:
     tokenizer = KINDS[kind]
 
     @given(TEXT, CUTS)
@@ -101,14 +101,14 @@ def test_no_increment_ends_inside_a_character(kind: str) -> None:
     assert detokenizer.flush() == ""
 
 
-def test_an_unfinished_character_shows_when_the_stream_ends() -> None:
+def test_an_unfinished_character_is_shown_at_the_end() -> None:
     first = BYTE_LEVEL.encode("🙂", add_special_tokens=False)[0]
     detokenizer = Detokenizer(BYTE_LEVEL, [5])
     assert detokenizer.push([first]) == ""
     assert detokenizer.flush() == "\ufffd"
 
 
-def test_the_leading_space_is_kept_after_a_prompt_and_dropped_at_the_start() -> None:
+def test_a_leading_space_is_kept_only_after_a_prompt() -> None:
     for tokenizer in (LLAMA, UNIGRAM):
         ids = tokenizer.encode("hello", add_special_tokens=False)
         assert tokenizer.backend.id_to_token(ids[0]).startswith("▁")

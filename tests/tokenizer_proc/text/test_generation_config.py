@@ -15,11 +15,11 @@ def write(directory: Path, name: str, **fields: object) -> None:
     (directory / name).write_text(json.dumps(fields))
 
 
-def test_without_files_everything_is_neutral(tmp_path: Path) -> None:
+def test_values_are_neutral_without_files(tmp_path: Path) -> None:
     assert GenerationConfig.load(tmp_path) == GenerationConfig()
 
 
-def test_values_of_the_file_are_taken(tmp_path: Path) -> None:
+def test_values_of_the_file_are_defaults(tmp_path: Path) -> None:
     write(
         tmp_path,
         "generation_config.json",
@@ -37,19 +37,19 @@ def test_values_of_the_file_are_taken(tmp_path: Path) -> None:
     )
 
 
-def test_do_sample_false_means_greedy_and_silence_means_sampling(tmp_path: Path) -> None:
+def test_do_sample_false_is_greedy_and_the_default_samples(tmp_path: Path) -> None:
     write(tmp_path, "generation_config.json", do_sample=False, temperature=0.6)
     assert GenerationConfig.load(tmp_path).temperature == 0.0
     write(tmp_path, "generation_config.json", eos_token_id=1)
     assert GenerationConfig.load(tmp_path) == GenerationConfig(end_ids=[1])
 
 
-def test_nonsense_names_the_file_and_the_field(tmp_path: Path) -> None:
+def test_bad_values_name_the_file_and_the_field(tmp_path: Path) -> None:
     write(tmp_path, "generation_config.json", temperature="warm")
     with pytest.raises(ConfigError, match=r"generation_config\.json.*temperature"):
         GenerationConfig.load(tmp_path)
 
 
-def test_end_ids_of_a_nested_text_config(tmp_path: Path) -> None:
+def test_end_ids_of_a_nested_text_config_are_read(tmp_path: Path) -> None:
     write(tmp_path, "config.json", text_config={"eos_token_id": [5, 6]})
     assert GenerationConfig.load(tmp_path).end_ids == [5, 6]

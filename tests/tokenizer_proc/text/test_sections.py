@@ -1,4 +1,4 @@
-"""A tokenizer around another one's model is what the whole file would have been."""
+"""A tokenizer that shares another one's model equals the one that is parsed from the whole file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ADDED = ["<x>", " y", "hello"]
 
 
 def pair(kind: str) -> tuple[Tokenizer, Tokenizer]:
-    """With added tokens: around the base's model, and read in full."""
+    """(made around the base's model, parsed in full), with added tokens."""
     base = Tokenizer(KINDS[kind]())
     more = tokenizers.Tokenizer.from_str(base.backend.to_str())
     more.add_special_tokens([ADDED[0]])
@@ -42,7 +42,7 @@ PIECES = st.sampled_from([*ADDED, "<s>", "<|user|>", "</s>", " ", "hello world",
 @pytest.mark.parametrize("kind", KINDS)
 @given(parts=st.lists(PIECES | st.text(max_size=4), max_size=12), special=st.booleans())
 @settings(max_examples=60, derandomize=True, deadline=None)
-def test_it_reads_and_writes_the_same(kind: str, parts: list[str], special: bool) -> None:
+def test_a_shared_model_encodes_and_decodes_the_same(kind: str, parts: list[str], special: bool) -> None:
     made, whole = PAIRS[kind]
     text = "".join(parts).encode("utf-8", "ignore").decode()
     ids = whole.encode(text, special)
@@ -52,13 +52,13 @@ def test_it_reads_and_writes_the_same(kind: str, parts: list[str], special: bool
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_known_of_it_is_the_same(kind: str) -> None:
+def test_a_shared_model_has_the_same_attributes(kind: str) -> None:
     made, whole = PAIRS[kind]
     assert (made.special_ids, made.vocab_size) == (whole.special_ids, whole.vocab_size)
     assert made.longest_token >= whole.longest_token
 
 
-def test_patterns_are_found_wherever_they_are() -> None:
+def test_patterns_are_found_at_any_depth() -> None:
     split = {"type": "Split", "pattern": {"Regex": "a+"}, "behavior": "Isolated", "invert": False}
     replace = {"type": "Replace", "pattern": {"Regex": "b+"}, "content": ""}
     sections = TokenizerSections(pre_tokenizer={"type": "Sequence", "pretokenizers": [split]}, decoder=replace)

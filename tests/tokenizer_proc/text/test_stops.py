@@ -1,4 +1,4 @@
-"""Stop strings: found wherever the text is cut, nothing of them leaks, nothing is held for ever."""
+"""Stop strings are found wherever the text is cut; no part of them is sent, no text is held for long."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def feed(finder: StopFinder, text: str, cuts: list[int]) -> str:
 
 
 @given(LETTERS, STOPS, st.booleans(), st.lists(st.integers(0, 5), max_size=12))
-def test_the_result_does_not_depend_on_the_cuts(text: str, stops: list[str], include: bool, cuts: list[int]) -> None:
+def test_matches_do_not_depend_on_the_increments(text: str, stops: list[str], include: bool, cuts: list[int]) -> None:
     finder = StopFinder(stops, include)
     out = feed(finder, text, cuts) + finder.flush()
     assert (out, finder.matched) == slow(text, stops, include)
 
 
 @given(LETTERS, STOPS)
-def test_only_what_may_begin_a_stop_string_is_held(text: str, stops: list[str]) -> None:
+def test_text_that_may_begin_a_stop_string_is_held(text: str, stops: list[str]) -> None:
     finder = StopFinder(stops)
     out = finder.push(text)
     if finder.matched is None:
@@ -55,7 +55,7 @@ def test_text_after_a_match_is_dropped() -> None:
     assert finder.flush() == ""
 
 
-def test_without_stop_strings_everything_passes_at_once() -> None:
+def test_text_passes_at_once_without_stop_strings() -> None:
     finder = StopFinder([])
     assert finder.push("abc") == "abc"
     assert finder.flush() == ""

@@ -21,7 +21,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_tokenizers.save(small_tokenizers.byte_level(), tmp_path_factory.mktemp("tokenizer"))
 
 
-def test_it_agrees_with_transformers(directory: Path) -> None:
+def test_the_tokenizer_agrees_with_transformers(directory: Path) -> None:
     ours = Tokenizer.load(directory)
     theirs = transformers.AutoTokenizer.from_pretrained(directory)
 
@@ -45,7 +45,7 @@ def test_it_agrees_with_transformers(directory: Path) -> None:
     [small_tokenizers.byte_level(), small_tokenizers.sentencepiece(), small_tokenizers.sentencepiece(unigram=True)],
     ids=["byte level", "llama", "unigram"],
 )
-def test_token_bytes_side_by_side_are_the_text(backend: object) -> None:
+def test_token_bytes_together_are_the_text(backend: object) -> None:
     tokenizer = Tokenizer(backend)  # type: ignore[arg-type]
 
     @given(st.text(alphabet="abc é漢🙂\n", max_size=30))
@@ -53,12 +53,12 @@ def test_token_bytes_side_by_side_are_the_text(backend: object) -> None:
         ids = tokenizer.encode(text, add_special_tokens=False)
         joined = b"".join(tokenizer.token_bytes(each) for each in ids).decode()
         decoded = tokenizer.decode(ids)
-        assert joined in (decoded, " " + decoded)  # sentencepiece adds a space and takes it away again
+        assert joined in (decoded, " " + decoded)  # sentencepiece adds a space, which its decoder removes
 
     check()
 
 
-def test_parts_of_characters_have_their_own_bytes() -> None:
+def test_parts_of_characters_have_their_exact_bytes() -> None:
     for tokenizer in (Tokenizer(small_tokenizers.byte_level()), Tokenizer(small_tokenizers.sentencepiece())):
         ids = tokenizer.encode("🙂", add_special_tokens=False)
         octets = [byte for each in ids for byte in tokenizer.token_bytes(each)]
@@ -67,7 +67,7 @@ def test_parts_of_characters_have_their_own_bytes() -> None:
         assert tokenizer.token_bytes(tokenizer.vocab_size + 5) == b""
 
 
-def test_a_long_text_is_encoded_beside_the_loop(directory: Path) -> None:
+def test_a_long_text_is_encoded_in_a_thread(directory: Path) -> None:
     tokenizer = Tokenizer.load(directory)
     text = "hello world " * (THREAD_ABOVE_CHARACTERS // 10)
 
@@ -90,7 +90,7 @@ def test_a_directory_without_tokenizer_json_says_what_to_do(tmp_path: Path) -> N
         Tokenizer.load(tmp_path)
 
 
-def test_truncation_in_the_file_is_not_obeyed(tmp_path: Path) -> None:
+def test_truncation_in_the_file_is_ignored(tmp_path: Path) -> None:
     backend = small_tokenizers.byte_level()
     backend.enable_truncation(4)
     backend.enable_padding(length=64)
@@ -98,7 +98,7 @@ def test_truncation_in_the_file_is_not_obeyed(tmp_path: Path) -> None:
     assert 4 < len(tokenizer.encode("the quick brown fox jumps over it")) < 64
 
 
-def test_long_texts_do_not_hold_up_the_loop(directory: Path) -> None:
+def test_long_texts_do_not_stall_the_event_loop(directory: Path) -> None:
     tokenizer = Tokenizer.load(directory)
 
     async def beats_during(work: Awaitable[object]) -> int:

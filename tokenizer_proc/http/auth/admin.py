@@ -30,8 +30,8 @@ def admit(config: TokenizerConfig, request: web.Request) -> None:
     elif not config.runtime_loads:
         raise Forbidden(
             "adapters cannot be changed over HTTP here. Ways to open that: --admin-api-key KEY (then send it as "
-            "Authorization: Bearer KEY), --allow-runtime-lora-updating or VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 (whoever "
-            "can connect may load), or a loopback bind (--host 127.0.0.1)",
+            "Authorization: Bearer KEY), --allow-runtime-lora-updating or VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 (every "
+            "client that can connect may load), or a loopback bind (--host 127.0.0.1)",
             code="runtime_loads_closed",
         )
 

@@ -142,8 +142,8 @@ async def _native(
         stage = await work({name: value for name, value in fields.items() if name not in ignored})
     except EngineError as error:
         return _failure(service, error)
-    told = {} if stage is None else {"state": stage}
-    return as_json({"success": True, "error_message": "", "loaded_adapters": _loaded(service)} | told)
+    state = {} if stage is None else {"state": stage}
+    return as_json({"success": True, "error_message": "", "loaded_adapters": _loaded(service)} | state)
 
 
 def _failure(service: Service, error: EngineError) -> web.Response:

@@ -1,4 +1,4 @@
-"""Keys: who is let in, what exists for them, and how much they may ask."""
+"""API keys: admission, visible adapters, and rates."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def ask(
     return serve(front, scenario, api_keys=list(keys), **fields)
 
 
-def test_without_keys_everyone_is_let_in() -> None:
+def test_without_keys_every_call_is_admitted() -> None:
     assert ask(FakeFrontend(), [("POST", "/v1/chat/completions", None, CHAT)])[0][0] == 200
 
 
@@ -43,7 +43,7 @@ def test_without_keys_everyone_is_let_in() -> None:
     ("method", "path"),
     [("POST", "/v1/chat/completions"), ("POST", "/generate"), ("GET", "/v1/models"), ("GET", "/server_info")],
 )
-def test_strangers_are_refused(method: str, path: str, key: str | None) -> None:
+def test_calls_without_a_valid_key_are_refused(method: str, path: str, key: str | None) -> None:
     [(status, answer)] = ask(FakeFrontend(), [(method, path, key, None)], FREE, RULED)
     assert status == 401
     assert answer["error"]["code"] == "invalid_api_key"
@@ -56,7 +56,7 @@ def test_probes_need_no_key() -> None:
     assert [status for status, _ in ask(FakeFrontend(), calls, FREE)] == [200, 200, 200]
 
 
-def test_what_a_key_may_not_use_does_not_exist_for_it() -> None:
+def test_an_adapter_a_key_may_not_use_does_not_exist_for_it() -> None:
     front = FakeFrontend("team-a", "secret")
     generate = {"text": "x", "lora_path": "secret"}
     answers = ask(
@@ -90,7 +90,7 @@ def test_requests_carry_their_tenant() -> None:
     assert [submit.tenant for submit in front.submits] == ["team", ""]
 
 
-def test_a_base_that_is_not_allowed() -> None:
+def test_a_base_that_a_key_may_not_use_is_not_found() -> None:
     ruled = ApiKey(key="k", adapters=["a"], base=False)
     answers = ask(
         FakeFrontend("a"), [("POST", "/generate", "k", {"text": "x", "lora_path": lora}) for lora in (None, "a")], ruled
@@ -98,7 +98,7 @@ def test_a_base_that_is_not_allowed() -> None:
     assert [status for status, _ in answers] == [404, 200]
 
 
-def test_rates() -> None:
+def test_rates_are_bounded_per_tenant() -> None:
     slow = ApiKey(key="k", requests_per_minute=2)
     [*fine, (status, answer)] = ask(FakeFrontend(), [("POST", "/generate", "k", {"text": "x"})] * 3, slow)
     assert [status for status, _ in fine] == [200, 200]
@@ -108,7 +108,7 @@ def test_rates() -> None:
     assert [status for status, _ in answers] == [200, 429]
 
 
-def test_adapters_are_changed_by_the_admin_key_or_by_a_key_without_rules() -> None:
+def test_the_admin_key_or_an_unrestricted_key_changes_adapters() -> None:
     body = {"lora_name": "x", "lora_path": "y"}
     calls = [("POST", "/load_lora_adapter", key, body) for key in (None, "k-team", "k-free", "root")]
     with_admin = ask(FakeFrontend(), calls, FREE, RULED, admin_key="root")

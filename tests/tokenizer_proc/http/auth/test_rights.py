@@ -1,4 +1,4 @@
-"""Every route of the app says which rights it needs, and they hold for every caller."""
+"""Every route declares the rights it needs, and they hold for every caller."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NEEDS = {
     "/v1/load_lora_adapter": "admin",
     "/v1/unload_lora_adapter": "admin",
 }
-REFUSED = {  # by caller: the status of the refusal, None where the call is let in
+REFUSED = {  # by caller: the status of the refusal; None: the call is admitted
     "none": [None, None, None, None, None],
     "inference": [401, 401, None, None, 401],
     "operator": [401, 401, 403, None, 401],
@@ -89,6 +89,6 @@ def test_rights_hold_for_every_caller(method: str, path: str) -> None:
     assert refusals(method, address, runtime_loads=True) == REFUSED.get(without, REFUSED[needs])
 
 
-def test_an_address_without_a_route_needs_a_key() -> None:
+def test_a_path_without_a_route_needs_a_key() -> None:
     for path in ("/nothing", "/nothing/load_lora_adapter", "/health/"):
         assert refusals("GET", path, admin_key="root") == REFUSED["inference"]

@@ -80,8 +80,8 @@ def test_an_adapter_that_a_key_may_not_use_is_not_loaded(
     ],
 )
 @pytest.mark.parametrize("key", ["k-team", "k-b"])
-def test_refusals_do_not_show_what_exists(tmp_path: Path, names: dict[str, Any], key: str) -> None:
-    """A name that is loaded, one that could be loaded, and one that is nothing are refused in the same words."""
+def test_refusals_do_not_show_which_adapters_exist(tmp_path: Path, names: dict[str, Any], key: str) -> None:
+    """A loaded name, a name that could be loaded, and an unknown name are refused in the same words."""
     for name in ("team-a", "waiting"):
         adapter_dir(tmp_path / "root" / name)
     world = LoadingFront("secret", lora_resolve_root=str(tmp_path / "root"))

@@ -79,7 +79,7 @@ TAKEN: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", IGNORED)
 @pytest.mark.parametrize(("path", "body"), ALL)
-def test_fields_that_cannot_matter_are_ignored(path: str, body: dict[str, Any], name: str) -> None:
+def test_fields_that_cannot_change_the_answer_are_ignored(path: str, body: dict[str, Any], name: str) -> None:
     plain, with_it = FakeFrontend(), FakeFrontend()
     ok(post(plain, path, body))
     ok(post(with_it, path, body | {name: IGNORED[name]}))
@@ -88,13 +88,13 @@ def test_fields_that_cannot_matter_are_ignored(path: str, body: dict[str, Any], 
 
 @pytest.mark.parametrize("name", NEUTRAL)
 @pytest.mark.parametrize(("path", "body"), OPENAI)
-def test_fields_that_ask_for_nothing_are_taken(path: str, body: dict[str, Any], name: str) -> None:
+def test_fields_with_neutral_values_are_taken(path: str, body: dict[str, Any], name: str) -> None:
     ok(post(FakeFrontend(), path, body | {name: NEUTRAL[name]}))
 
 
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize(("path", "body"), OPENAI)
-def test_fields_that_would_change_the_answer_are_refused_by_name(path: str, body: dict[str, Any], name: str) -> None:
+def test_fields_that_change_the_answer_are_refused_by_name(path: str, body: dict[str, Any], name: str) -> None:
     frontend = FakeFrontend()
     found = error(post(frontend, path, body | {name: REFUSED[name]}))
     assert found["param"] == name
@@ -207,13 +207,13 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("call", "change", "param"), WRONG, ids=[f"{one[0][0]}-{one[2]}" for one in WRONG])
-def test_nonsense_names_its_field(call: tuple[str, dict[str, Any]], change: dict[str, Any], param: str) -> None:
+def test_bad_values_name_their_field(call: tuple[str, dict[str, Any]], change: dict[str, Any], param: str) -> None:
     frontend = FakeFrontend()
     found = error(post(frontend, call[0], call[1] | change))
     assert found["param"] == param
 
 
-def test_complaints_say_what_is_wrong() -> None:
+def test_errors_say_what_is_wrong() -> None:
     part = {"type": "image_url", "image_url": {"url": "x"}}
     body = {"messages": [{"role": "user", "content": [part]}]}
     assert "only text" in error(post(FakeFrontend(), CHAT[0], body))["message"]

@@ -1,4 +1,4 @@
-"""Every call ends in one line of the log, with the id that its client got, and nothing that is the client's own."""
+"""Every call ends in one log line with its answer's request id, and without the client's texts and keys."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ JSON = {"Content-Type": "application/json"}
 
 @pytest.fixture(autouse=True)
 def _ours_alone(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("CRITICAL", "aiohttp.access")  # of the test's own server
+    caplog.set_level("CRITICAL", "aiohttp.access")  # the log of the test's own server
 
 
 def fields(message: str) -> dict[str, str]:
-    """What a line says."""
+    """The fields of a line."""
     pairs = re.findall(r'(\w+)=("(?:[^"\\]|\\.)*"|\S+)', message)
     return {key: json.loads(value) if value.startswith('"') else value for key, value in pairs}
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, str]]:
-    """The lines of calls so far, which are forgotten."""
+    """The lines of calls so far, which are then cleared."""
     found = [fields(each.getMessage()) for each in caplog.records if each.getMessage().startswith("call ")]
     caplog.clear()
     return found
@@ -99,7 +99,7 @@ def test_a_refusal_is_one_line_with_the_clients_id(
 
 @pytest.mark.parametrize("refusal", [Overloaded("full"), EngineDead("gone"), TimedOut("late"), InternalError("lost")])
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_an_engine_says_is_one_line(refusal: Exception, stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_embedded_hosts_call_is_one_line(refusal: Exception, stream: bool, caplog: pytest.LogCaptureFixture) -> None:
     before, midway = FakeFrontend(), FakeFrontend()
     before.refusal = midway.failure = refusal
     midway.fail_after = 1
@@ -159,7 +159,7 @@ def test_a_finished_request_is_one_line(path: str, stream: bool, caplog: pytest.
     assert float(line["seconds"]) >= 0
 
 
-def test_a_client_that_leaves_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_client_that_disconnects_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     scheduler = ScriptedScheduler("x" * 50)
     scheduler.hold_after = 3
     frontend = scheduler.frontend()
@@ -186,7 +186,7 @@ def test_a_client_that_leaves_is_one_line(caplog: pytest.LogCaptureFixture) -> N
     assert line.items() >= {"id": "mine", "end": "gone", "tokens": "3", "finish": "none"}.items()
 
 
-def test_what_only_looks_is_for_debugging(caplog: pytest.LogCaptureFixture) -> None:
+def test_look_ups_are_logged_at_debug_level(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(client: TestClient) -> None:
         for path in ("/health", "/ready", "/metrics", "/v1/models"):
             async with client.get(path) as answer:
@@ -199,7 +199,7 @@ def test_what_only_looks_is_for_debugging(caplog: pytest.LogCaptureFixture) -> N
 
 
 @pytest.mark.parametrize("given", ["é", "x" * 257, "x" * 8000, " ", "\t"])
-def test_an_id_that_makes_no_sense_is_replaced(given: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unsound_request_id_is_replaced(given: str, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(client: TestClient) -> str:
         async with client.get("/nothing", headers={"X-Request-Id": given}) as answer:
             return answer.headers["X-Request-Id"]
@@ -219,7 +219,7 @@ def test_an_id_that_makes_no_sense_is_replaced(given: str, caplog: pytest.LogCap
         b"nothing of the kind\r\n\r\n",
     ],
 )
-def test_what_is_no_http_is_one_line(data: bytes, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_malformed_request_is_one_line(data: bytes, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> bytes:
         runner = web.AppRunner(
             create_app(FakeFrontend(), config()),
@@ -241,7 +241,7 @@ def test_what_is_no_http_is_one_line(data: bytes, caplog: pytest.LogCaptureFixtu
     assert [(line["status"], line["kind"]) for line in lines(caplog)] == [("400", "bad_http")]
 
 
-def test_as_many_refusals_are_as_many_lines(caplog: pytest.LogCaptureFixture) -> None:
+def test_every_refusal_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     frontend = FakeFrontend()
     frontend.refusal = Overloaded("full")
 

@@ -1,4 +1,4 @@
-"""Who does not read is cut off when too much waits for him, or for too long; who reads, however late, is not."""
+"""A client is cut off when too many bytes wait for it, or for too long; a client that reads, however late, is not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCORED = {"input_ids": [1, 2], "return_logprob": True, "top_logprobs_num": 2, "s
 
 
 class Pipe:
-    """A transport of which somebody takes bytes."""
+    """A transport whose bytes the test takes."""
 
     def __init__(self) -> None:
         self.waiting = 0
@@ -51,7 +51,7 @@ class Sink:
 
 
 class Clock:
-    """Seconds that pass when they are told to."""
+    """A clock that the test sets."""
 
     now = 0.0
 
@@ -67,7 +67,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def made(most: int, patience: float) -> tuple[Pipe, Callable[[int], None]]:
-    """A pipe, and what writes so many bytes through an outlet into it."""
+    """A pipe, and a function that writes so many bytes through a write buffer into it."""
     pipe = Pipe()
     way = WriteBuffer(cast(Any, pipe), most, patience)
 
@@ -77,16 +77,16 @@ def made(most: int, patience: float) -> tuple[Pipe, Callable[[int], None]]:
     return pipe, write
 
 
-def test_bytes_that_wait_are_bounded(clock: Clock) -> None:
+def test_buffered_bytes_are_bounded(clock: Clock) -> None:
     pipe, write = made(1000, 60.0)
     for _ in range(12):
         write(100)
-    assert pipe.waiting == 1200  # the bound, the largest write, and the last one
+    assert pipe.waiting == 1200  # the bound, the largest write, and the last write
     with pytest.raises(SlowReader, match="1200 bytes"):
         write(100)
 
 
-def test_a_write_larger_than_the_bound_is_no_fault_of_the_reader(clock: Clock) -> None:
+def test_one_write_may_exceed_the_bound(clock: Clock) -> None:
     pipe, write = made(1000, 60.0)
     write(50_000)
     write(100)
@@ -98,7 +98,7 @@ def test_a_write_larger_than_the_bound_is_no_fault_of_the_reader(clock: Clock) -
 def test_time_without_reading_is_bounded(clock: Clock) -> None:
     _, write = made(1 << 20, 60.0)
     write(100)
-    clock.now = 500.0  # the model was slow: no time of the reader's
+    clock.now = 500.0  # the model was slow, which does not count as the reader's time
     write(100)
     clock.now = 559.0
     write(100)
@@ -107,7 +107,7 @@ def test_time_without_reading_is_bounded(clock: Clock) -> None:
         write(100)
 
 
-def test_a_slow_reader_who_reads_is_served(clock: Clock) -> None:
+def test_a_slow_reader_that_reads_on_is_served(clock: Clock) -> None:
     pipe, write = made(1 << 20, 60.0)
     write(500_000)
     for _ in range(50):
@@ -116,7 +116,7 @@ def test_a_slow_reader_who_reads_is_served(clock: Clock) -> None:
         write(500)
 
 
-def test_a_reader_who_trickles_is_not(clock: Clock) -> None:
+def test_a_reader_that_trickles_is_cut_off(clock: Clock) -> None:
     pipe, write = made(1 << 20, 60.0)
     write(500_000)
 
@@ -130,7 +130,7 @@ def test_a_reader_who_trickles_is_not(clock: Clock) -> None:
         trickle()
 
 
-def test_who_keeps_up_is_never_cut_off(clock: Clock) -> None:
+def test_a_reader_that_keeps_up_is_never_cut_off(clock: Clock) -> None:
     pipe, write = made(10, 1.0)
     for _ in range(100):
         clock.now += 10.0
@@ -143,7 +143,7 @@ def test_who_keeps_up_is_never_cut_off(clock: Clock) -> None:
 
 @asynccontextmanager
 async def served(frontend: Frontend, **fields: Any) -> AsyncIterator[int]:
-    """The port of the app, where little fits into the kernel's buffers."""
+    """The port of the app, with small kernel buffers."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
     listener.bind(("127.0.0.1", 0))
@@ -157,7 +157,7 @@ async def served(frontend: Frontend, **fields: Any) -> AsyncIterator[int]:
 
 
 async def ask(port: int, body: dict[str, Any], name: str, room: int = 4096) -> socket.socket:
-    """A socket that has asked and reads nothing; the kernel keeps so many bytes for it."""
+    """A socket that has sent a request and reads nothing, with so many bytes of kernel buffer."""
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
     client.setblocking(False)
@@ -172,7 +172,7 @@ async def ask(port: int, body: dict[str, Any], name: str, room: int = 4096) -> s
 
 
 async def read(client: socket.socket, pause: float = 0.0) -> bytes:
-    """All that comes; b"" for a connection that was cut."""
+    """Everything that is received; b"" for a connection that was cut."""
     parts = []
     try:
         while part := await asyncio.get_running_loop().sock_recv(client, 1 << 16):
@@ -192,13 +192,13 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def slow(caplog: pytest.LogCaptureFixture) -> set[str]:
-    """The ids of those who were cut off."""
+    """The ids of the calls that were cut off."""
     texts = [record.getMessage() for record in caplog.records]
     return {text.split("id=")[1].split()[0] for text in texts if "kind=slow_reader" in text}
 
 
 @pytest.mark.parametrize("run", LOOPS)
-def test_who_does_not_read_is_cut_off_and_the_others_are_served(
+def test_a_client_that_does_not_read_is_cut_off_alone(
     run: Callable[[Awaitable[None]], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     scheduler = ScriptedScheduler("x" * 450)
@@ -223,7 +223,7 @@ def test_who_does_not_read_is_cut_off_and_the_others_are_served(
 
 @pytest.mark.parametrize("run", LOOPS)
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_that_is_done_waits_for_its_reader_for_so_long(
+def test_a_finished_answer_waits_for_its_reader_in_bounds(
     run: Callable[[Awaitable[None]], None], stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     frontend = ScriptedScheduler("x" * 450).frontend()
@@ -240,7 +240,7 @@ def test_an_answer_that_is_done_waits_for_its_reader_for_so_long(
         run(main())
 
 
-def test_a_reader_who_takes_his_time_gets_everything(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_reader_that_pauses_gets_everything(caplog: pytest.LogCaptureFixture) -> None:
     frontend = ScriptedScheduler("x" * 450).frontend()
     body = SCORED | {"stream": False, "input_ids": [[1]] * 16}
 

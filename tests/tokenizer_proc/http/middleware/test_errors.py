@@ -1,4 +1,4 @@
-"""Whatever goes wrong, the answer is the OpenAI error body with the right status."""
+"""Every error is answered with OpenAI's error body and the right status."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def _send(data: bytes, content_type: str | None = "application/json", **fields: 
         (b'"text"', "object"),
     ],
 )
-def test_bodies_that_are_no_json_object(data: bytes, says: str) -> None:
+def test_bodies_that_are_no_json_object_are_refused(data: bytes, says: str) -> None:
     assert says in error(_send(data))["message"]
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", None])
-def test_other_content_types(content_type: str | None) -> None:
+def test_other_content_types_are_refused(content_type: str | None) -> None:
     assert "Content-Type" in error(_send(b'{"prompt": "a"}', content_type))["message"]
 
 
-def test_charset_is_no_other_content_type() -> None:
+def test_a_charset_is_accepted_in_the_content_type() -> None:
     assert _send(b'{"prompt": "a"}', "application/json; charset=utf-8")[0] == 200
 
 
-def test_broken_compression() -> None:
+def test_broken_compression_is_refused() -> None:
     async def scenario(client: TestClient) -> tuple[int, Any]:
         headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
         async with client.post("/v1/completions", data=b"not gzip", headers=headers) as answer:
@@ -66,12 +66,12 @@ def test_broken_compression() -> None:
     assert "cannot be read" in error(serve(FakeFrontend(), scenario))["message"]
 
 
-def test_large_body() -> None:
+def test_a_large_body_is_refused() -> None:
     found = error(_send(b'{"prompt": "' + b"a" * 5000 + b'"}', max_body_bytes=1000), 413)
     assert "1000" in found["message"]
 
 
-def test_unknown_route_and_wrong_method() -> None:
+def test_an_unknown_route_and_a_wrong_method_are_refused() -> None:
     assert error(get(FakeFrontend(), "/v2/nothing"), 404)["type"] == "not_found_error"
     assert error(get(FakeFrontend(), "/v1/completions"), 405)["code"] == "method_not_allowed"
     assert error(post(FakeFrontend(), "/health", {}), 405)["code"] == "method_not_allowed"
@@ -97,7 +97,7 @@ def test_refusals_keep_their_status(refusal: Exception, status: int, path: str) 
     assert (found["param"], found["code"]) == (refusal.param, refusal.code)  # type: ignore[attr-defined]
 
 
-def test_overload_says_when_to_come_back() -> None:
+def test_overload_has_a_retry_after() -> None:
     frontend = FakeFrontend()
     frontend.refusal = Overloaded("full", retry_after=2.5)
 
@@ -133,14 +133,14 @@ def test_an_error_in_mid_stream_is_the_last_event(
     assert frontend.left == n
 
 
-def test_an_error_before_the_end_of_a_whole_answer_has_its_status() -> None:
+def test_an_error_before_an_unstreamed_answer_has_its_status() -> None:
     frontend = FakeFrontend()
     frontend.fail_after, frontend.failure = 2, EngineDead("gone")
     error(post(frontend, "/v1/completions", {"prompt": ["a", "b"]}), 503)
     assert frontend.left == 2
 
 
-def test_one_refused_prompt_releases_the_others() -> None:
+def test_one_refused_prompt_releases_the_other_prompts() -> None:
     frontend = FakeFrontend("x")
     error(post(frontend, "/v1/completions", {"prompt": [[1], [2], [999]]}))
     assert (len(frontend.streams), frontend.left) == (3, 2)
@@ -167,7 +167,7 @@ def test_every_answer_has_a_request_id() -> None:
     ("fault", "shown"),
     [(BadHttpMessage("no HTTP"), False), (web.RequestPayloadError("cut"), False), (ValueError("ours"), True)],
 )
-def test_what_is_no_http_is_not_logged_as_our_fault(fault: Exception, shown: bool) -> None:
+def test_malformed_requests_are_not_logged_as_server_faults(fault: Exception, shown: bool) -> None:
     record = logging.LogRecord("aiohttp.server", logging.ERROR, "", 0, "", (), (type(fault), fault, None))
     assert errors.is_server_fault(record) is shown
     assert errors.is_server_fault(logging.LogRecord("aiohttp.server", logging.ERROR, "", 0, "", (), None))

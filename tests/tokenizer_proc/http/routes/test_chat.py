@@ -1,4 +1,4 @@
-"""Chat completions: shapes of OpenAI, whole and streamed."""
+"""Chat completions: OpenAI's shapes, streamed and not."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_without_a_length_the_answer_may_fill_the_context() -> None:
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
-def test_length(name: str) -> None:
+def test_max_tokens_ends_with_finish_reason_length(name: str) -> None:
     answer = ok(post(FakeFrontend(), PATH, BODY | {name: 2}))
     assert answer["choices"][0]["finish_reason"] == "length"
     assert answer["choices"][0]["message"]["content"] == "Hi"
@@ -48,7 +48,7 @@ def test_both_lengths_may_agree() -> None:
     ok(post(FakeFrontend(), PATH, BODY | {"max_tokens": 2, "max_completion_tokens": 2}))
 
 
-def test_stream() -> None:
+def test_stream_has_role_text_and_finish_reason() -> None:
     events = stream(FakeFrontend(), PATH, BODY | {"n": 2, "stream_options": {"include_usage": True}})
     assert events.pop() == "[DONE]"
     usage = events.pop()
@@ -64,12 +64,12 @@ def test_stream() -> None:
         assert all("role" not in one["delta"] for one in own[1:])
 
 
-def test_stream_without_usage() -> None:
+def test_stream_has_no_usage_unless_asked() -> None:
     events = stream(FakeFrontend(), PATH, BODY)
     assert all("usage" not in event for event in events[:-1])
 
 
-def test_logprobs() -> None:
+def test_logprobs_have_openais_shape() -> None:
     answer = ok(post(FakeFrontend(), PATH, BODY | {"logprobs": True, "top_logprobs": 2}))
     content = answer["choices"][0]["logprobs"]["content"]
     assert bytes(byte for token in content[:-1] for byte in token["bytes"]).decode() == "Hi é0"
@@ -78,7 +78,7 @@ def test_logprobs() -> None:
     assert set(content[0]["top_logprobs"][0]) == {"token", "logprob", "bytes"}
 
 
-def test_streamed_logprobs_are_those_of_the_whole() -> None:
+def test_streamed_logprobs_equal_unstreamed_ones() -> None:
     body = BODY | {"logprobs": True}
     whole = ok(post(FakeFrontend(), PATH, body))["choices"][0]["logprobs"]["content"]
     events = stream(FakeFrontend(), PATH, body)[:-1]
@@ -87,11 +87,11 @@ def test_streamed_logprobs_are_those_of_the_whole() -> None:
     assert all(token["top_logprobs"] == [] for token in whole)
 
 
-def test_no_logprobs() -> None:
+def test_logprobs_are_null_unless_asked() -> None:
     assert ok(post(FakeFrontend(), PATH, BODY | {"logprobs": False}))["choices"][0]["logprobs"] is None
 
 
-def test_messages_of_every_kind() -> None:
+def test_messages_of_every_kind_become_the_prompt() -> None:
     frontend = FakeFrontend()
     turns = [
         {"role": "system", "content": "s"},
@@ -133,7 +133,7 @@ def test_template_fields() -> None:
         ({"lora_path": {"pirate": 0.5, "poet": 0.25}}, {"pirate": 0.5, "poet": 0.25}),
     ],
 )
-def test_adapters(fields: dict[str, Any], lora: Any) -> None:
+def test_adapters_are_named_by_model_or_lora_path(fields: dict[str, Any], lora: Any) -> None:
     frontend = FakeFrontend("pirate", "poet")
     answer = ok(post(frontend, PATH, BODY | fields))
     assert frontend.submits[0].lora == lora

@@ -12,7 +12,7 @@ PATH = "/v1/completions"
 
 
 def _streamed(frontend: FakeFrontend, body: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """The choices of a stream put together by index: text, logprobs, finish_reason."""
+    """The choices of a stream, joined by index: text, logprobs, finish_reason."""
     events = stream(frontend, PATH, body)
     assert events.pop() == "[DONE]"
     choices: dict[int, dict[str, Any]] = {}
@@ -38,7 +38,7 @@ def _streamed(frontend: FakeFrontend, body: dict[str, Any]) -> dict[int, dict[st
         ([[97, 98], [99]], [[97, 98], [99]]),
     ],
 )
-def test_prompts(prompt: Any, submitted: Any) -> None:
+def test_prompts_of_every_kind_are_submitted(prompt: Any, submitted: Any) -> None:
     frontend = FakeFrontend()
     answer = ok(post(frontend, PATH, {"prompt": prompt}))
     assert [one.prompt for one in frontend.submits] == submitted
@@ -57,7 +57,7 @@ def test_several_prompts_and_choices_are_numbered_prompt_major() -> None:
     assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 4}
 
 
-def test_stream_of_several_says_what_the_whole_says() -> None:
+def test_a_stream_of_choices_equals_the_unstreamed_answer() -> None:
     body = {"prompt": ["a", "bb"], "n": 2, "logprobs": 2, "echo": True}
     whole = ok(post(FakeFrontend(), PATH, body))["choices"]
     streamed = _streamed(FakeFrontend(), body)
@@ -66,13 +66,13 @@ def test_stream_of_several_says_what_the_whole_says() -> None:
         assert streamed[choice["index"]] == {name: choice[name] for name in ("text", "logprobs", "finish_reason")}
 
 
-def test_stream_usage() -> None:
+def test_stream_usage_comes_last() -> None:
     events = stream(FakeFrontend(), PATH, {"prompt": "a", "stream_options": {"include_usage": True}})
     assert events[-2]["usage"]["total_tokens"] == 9
     assert events[-2]["choices"] == []
 
 
-def test_logprobs() -> None:
+def test_logprobs_have_openais_legacy_shape() -> None:
     found = ok(post(FakeFrontend(), PATH, {"prompt": "a", "logprobs": 1}))["choices"][0]["logprobs"]
     assert found["tokens"] == ["H", "i", " ", "\ufffd", "\ufffd", "0", "</s>"]
     assert found["text_offset"] == [0, 1, 2, 3, 3, 4, 5]
@@ -80,7 +80,7 @@ def test_logprobs() -> None:
     assert found["top_logprobs"][0] == {"</s>": -0.5, "H": -1.0}
 
 
-def test_echo_of_a_text() -> None:
+def test_echo_shows_a_text_prompt() -> None:
     answer = ok(post(FakeFrontend(), PATH, {"prompt": "né", "echo": True, "logprobs": 0, "max_tokens": 1}))
     choice = answer["choices"][0]
     assert choice["text"] == "néH"
@@ -121,7 +121,7 @@ def test_scoring_a_prompt_alone() -> None:
     assert _streamed(FakeFrontend(), body)[1]["text"] == "c"
 
 
-def test_adapters_for_each_prompt() -> None:
+def test_each_prompt_may_have_its_adapter() -> None:
     frontend = FakeFrontend("pirate", "poet")
     ok(post(frontend, PATH, {"prompt": ["a", "b", "c"], "lora_path": ["pirate", None, {"poet": 0.5}]}))
     assert [one.lora for one in frontend.submits] == ["pirate", None, {"poet": 0.5}]

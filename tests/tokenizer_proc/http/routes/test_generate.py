@@ -1,4 +1,4 @@
-"""/generate: SGLang's shapes, one and lists, whole and streamed."""
+"""/generate: SGLang's shapes, one prompt and lists, streamed and not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PATH = "/generate"
 SAID = [*"Hi é0".encode(), EOS]
 
 
-def test_one() -> None:
+def test_one_prompt_gives_one_object() -> None:
     frontend = FakeFrontend()
     answer = ok(post(frontend, PATH, {"text": "a", "rid": "r1"}))
     assert answer["text"] == "Hi é0"
@@ -29,7 +29,7 @@ def test_one() -> None:
     assert frontend.submits[0].default_max_tokens == 128
 
 
-def test_length() -> None:
+def test_max_new_tokens_ends_with_finish_reason_length() -> None:
     answer = ok(post(FakeFrontend(), PATH, {"input_ids": [97], "sampling_params": {"max_new_tokens": 3}}))
     assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": 3}
     assert answer["meta_info"]["prompt_tokens"] == 1
@@ -74,13 +74,13 @@ def test_two_lengths_that_agree() -> None:
         ({"sampling_params": {"lora_path": "poet"}, "lora_path": "poet"}, ["poet", "poet"]),
     ],
 )
-def test_adapters(fields: dict[str, Any], loras: list[Any]) -> None:
+def test_adapters_are_named_by_lora_path(fields: dict[str, Any], loras: list[Any]) -> None:
     frontend = FakeFrontend("pirate", "poet")
     ok(post(frontend, PATH, {"text": ["a", "b"]} | fields))
     assert [one.lora for one in frontend.submits] == loras
 
 
-def test_adapters_that_disagree_are_both_named() -> None:
+def test_conflicting_adapters_are_both_named_in_the_error() -> None:
     body = {"text": "a", "lora_path": "poet", "sampling_params": {"lora_path": "pirate"}}
     found = error(post(FakeFrontend("pirate", "poet"), PATH, body))
     assert "poet" in found["message"]
@@ -92,7 +92,7 @@ def test_unknown_adapter() -> None:
     assert error(post(FakeFrontend("p"), PATH, {"text": ["a"], "lora_path": ["p", None]}))["param"] == "lora_path"
 
 
-def test_stream_is_cumulative() -> None:
+def test_stream_events_are_cumulative() -> None:
     events = stream(FakeFrontend(), PATH, {"text": "a"})
     assert events.pop() == "[DONE]"
     assert [event["text"] for event in events] == ["H", "Hi", "Hi ", "Hi ", "Hi é", "Hi é0", "Hi é0"]
@@ -103,13 +103,13 @@ def test_stream_is_cumulative() -> None:
     assert all("index" not in event for event in events)
 
 
-def test_stream_of_a_list_says_which() -> None:
+def test_stream_events_of_a_list_have_an_index() -> None:
     events = stream(FakeFrontend(), PATH, {"text": ["a", "b"], "sampling_params": {"n": 2}})[:-1]
     last = {event["index"]: event["text"] for event in events}
     assert last == {0: "Hi é0", 1: "Hi é1", 2: "Hi é0", 3: "Hi é1"}
 
 
-def test_logprobs() -> None:
+def test_logprobs_are_triples() -> None:
     body = {"text": "ab", "return_logprob": True, "top_logprobs_num": 2, "sampling_params": {"max_new_tokens": 2}}
     meta = ok(post(FakeFrontend(), PATH, body))["meta_info"]
     assert meta["output_token_logprobs"] == [[-1.0, ord("H"), None], [-1.0, ord("i"), None]]
@@ -117,7 +117,7 @@ def test_logprobs() -> None:
     assert meta["input_token_logprobs"] == []
 
 
-def test_logprobs_of_the_prompt_with_text() -> None:
+def test_prompt_logprobs_may_carry_text() -> None:
     body = {"text": "ab", "return_logprob": True, "return_text_in_logprobs": True, "top_logprobs_num": 1}
     meta = ok(post(FakeFrontend(), PATH, body | {"logprob_start_len": 0}))["meta_info"]
     assert meta["input_token_logprobs"] == [[None, 256, "<s>"], [-1.0, 97, "a"], [-1.0, 98, "b"]]
@@ -126,7 +126,7 @@ def test_logprobs_of_the_prompt_with_text() -> None:
     assert meta["input_token_logprobs"] == [[-1.0, 98, "b"]]
 
 
-def test_logprobs_of_some() -> None:
+def test_logprobs_may_be_asked_for_some_prompts() -> None:
     answers = ok(post(FakeFrontend(), PATH, {"text": ["a", "b"], "return_logprob": [True, False]}))
     assert "output_token_logprobs" in answers[0]["meta_info"]
     assert "output_token_logprobs" not in answers[1]["meta_info"]

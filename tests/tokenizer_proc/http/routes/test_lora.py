@@ -1,4 +1,4 @@
-"""Adapter calls over real HTTP: both dialects' bodies and statuses, who may, and clients that leave."""
+"""Adapter calls over real HTTP: both dialects' bodies and statuses, rights, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_vllms_dialect(a: str, tmp_path: Path) -> None:
         assert (card["id"], card["root"], card["lora_int_id"], card["state"]) == ("a", two, 2, "host")
         status, refusal = await post(client, "/v1/unload_lora_adapter", {"lora_name": "a", "lora_int_id": 1})
         assert (status, refusal["error"]["param"]) == (400, "lora_int_id")
-        world.busy = {2}  # it does not wait
+        world.busy = {2}  # the answer does not wait for it
         removed = 200, "Success: LoRA adapter 'a' removed successfully."
         assert await post(client, "/v1/unload_lora_adapter", {"lora_name": "a", "lora_int_id": 2}) == removed
         status, refusal = await post(client, "/v1/unload_lora_adapter", {"lora_name": "a"})
@@ -155,7 +155,7 @@ LOAD, V1_LOAD, UNLOAD, V1_UNLOAD = (
         ("/load_lora_adapter_from_tensors", {"lora_name": "x", "config_dict": {}}, 400, None),
     ],
 )
-def test_refusals(path: str, body: Any, status: int, param: str | None, tmp_path: Path) -> None:
+def test_bad_adapter_calls_are_refused(path: str, body: Any, status: int, param: str | None, tmp_path: Path) -> None:
     world = LoadingFront("first")
     broken = str(adapter_dir(tmp_path / "broken"))
     world.refuse[broken] = "rank 4096 is above --max-lora-rank 64"
@@ -225,7 +225,7 @@ def test_preload_that_takes_too_long_says_where_it_is(a: str, monkeypatch: pytes
     serve(world, scenario)
 
 
-def test_a_client_that_leaves_during_a_load_leaves_a_whole_adapter(a: str) -> None:
+def test_a_load_goes_on_when_its_client_disconnects(a: str) -> None:
     world = LoadingFront()
     world.held = True
 
@@ -234,7 +234,7 @@ def test_a_client_that_leaves_during_a_load_leaves_a_whole_adapter(a: str) -> No
         await until(lambda: world.open_loads)
         load.cancel()
         await asyncio.gather(load, return_exceptions=True)
-        await asyncio.sleep(0.05)  # the server has noticed
+        await asyncio.sleep(0.05)  # the server has seen the disconnect
         world.finish()
         await until(lambda: world.front.adapters.find("a"))
         assert world.unloads() == []
@@ -244,7 +244,7 @@ def test_a_client_that_leaves_during_a_load_leaves_a_whole_adapter(a: str) -> No
     serve(world, scenario)
 
 
-OPEN = {"lora_name": "nobody"}  # whoever may is told that there is no such adapter
+OPEN = {"lora_name": "nobody"}  # an admitted caller gets a 404
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ OPEN = {"lora_name": "nobody"}  # whoever may is told that there is no such adap
         ({}, {"Content-Type": "application/x-www-form-urlencoded"}, 400),
     ],
 )
-def test_who_may(fields: dict[str, Any], headers: dict[str, str], status: int) -> None:
+def test_adapter_calls_need_a_key_or_loopback(fields: dict[str, Any], headers: dict[str, str], status: int) -> None:
     world = LoadingFront(**fields)
 
     async def scenario(client: TestClient) -> None:
@@ -332,7 +332,7 @@ def test_generating_routes_load_from_the_resolve_root(tmp_path: Path) -> None:
     serve(world, scenario)
 
 
-def test_facts_and_series_of_the_pool(a: str) -> None:
+def test_pool_facts_and_metrics_are_shown(a: str) -> None:
     world = LoadingFront("first")
 
     async def scenario(client: TestClient) -> None:

@@ -1,4 +1,4 @@
-"""The routes over the real front end, with a scripted scheduler beneath it."""
+"""The routes over the real front end and a scripted scheduler."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokenizer_proc.http.batch import Batch
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 
 
-def test_chat() -> None:
+def test_chat_text_comes_from_the_scheduler() -> None:
     scheduler = ScriptedScheduler("Ahoy é!", "pirate")
     body = CHAT | {"model": "base:pirate", "seed": 5, "n": 2, "temperature": 0}
     answer = ok(post(scheduler.frontend(), "/v1/chat/completions", body))
@@ -58,7 +58,7 @@ def test_echo_with_scores() -> None:
     ],
 )
 def test_an_abort_amid_the_prompts_scores(path: str, body: dict[str, Any], streams: bool) -> None:
-    """Of three positions one came: the answer ends, and says nothing of the prompt's log-probabilities."""
+    """One of three positions has come: the answer ends without the prompt's log-probabilities."""
     scheduler = ScriptedScheduler("c")
     scheduler.hold_after = 0
     frontend = scheduler.frontend()
@@ -118,7 +118,7 @@ def test_hanging_up_aborts(path: str) -> None:
     assert sorted(scheduler.aborted) == sorted(one.request_id for one in scheduler.generates)
 
 
-def test_refusals_name_the_clients_own_field() -> None:
+def test_errors_name_the_clients_own_field() -> None:
     frontend = ScriptedScheduler("x").frontend()
     assert error(post(frontend, "/v1/chat/completions", CHAT | {"model": "ghost"}), 404)["param"] == "model"
     assert error(post(frontend, "/generate", {"text": "x" * 600}))["param"] == "text"
@@ -127,7 +127,7 @@ def test_refusals_name_the_clients_own_field() -> None:
     assert error(post(frontend, "/generate", {"text": "x", "lora_path": "ghost"}), 404)["param"] == "lora_path"
 
 
-def test_facts() -> None:
+def test_server_info_has_the_engines_facts() -> None:
     frontend = ScriptedScheduler("x", "a").frontend()
     assert get(frontend, "/ready")[0] == 200
     assert ok(get(frontend, "/server_info"))["adapters"] == ["a"]

@@ -1,4 +1,4 @@
-"""Chat templates render as transformers renders them, and refuse in their own words."""
+"""Chat templates render as transformers renders them; refusals carry the template's own message."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> transformers.PreTrainedT
 @pytest.mark.parametrize(
     ("name", "how"),
     [(name, how) for name in TEMPLATES for how in ("prompt", "plain", "continue")][:-1],
-)  # the last template shows a message twice: where that goes on is anyone's guess
-def test_as_transformers_renders(
+)  # the last template shows a message twice, so that its continuation is ambiguous
+def test_templates_render_as_in_transformers(
     oracle: transformers.PreTrainedTokenizerBase, name: str, chat: list[tuple[str, str]], how: str
 ) -> None:
     template = ChatTemplate(TEMPLATES[name], {"bos_token": "<s>", "eos_token": "</s>"})
@@ -94,12 +94,12 @@ def test_as_transformers_renders(
     assert ours.value.param == "messages"
 
 
-def test_the_oracle_refuses_somewhere() -> None:
+def test_transformers_refuses_somewhere_too() -> None:
     with pytest.raises(InvalidRequest, match="roles must alternate"):
         ChatTemplate(MISTRAL, {"bos_token": "", "eos_token": ""}).render(messages(CHATS[2]))
 
 
-def test_a_template_may_not_reach_outside() -> None:
+def test_a_template_cannot_reach_other_objects() -> None:
     template = ChatTemplate("{{ messages.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(InvalidRequest, match="unsafe"):
         template.render(messages(CHATS[0]))
@@ -119,7 +119,7 @@ def test_contradicting_options_are_refused() -> None:
         ChatTemplate(CHATML).render([])
 
 
-def test_where_templates_are_found(tmp_path: Path) -> None:
+def test_templates_are_found_in_files_and_configs(tmp_path: Path) -> None:
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({"chat_template": "plain"}))
     assert ChatTemplate.load(tmp_path).source == "plain"

@@ -1,4 +1,4 @@
-"""Templates that adapters bring: whatever they do, it ends in bounded time and hurts nobody else."""
+"""Adapters' templates: whatever they do ends in bounded time, and other templates still work."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def prompt(template: SandboxedTemplate, *messages: ChatMessage, **kwargs: str | 
     return asyncio.run(template.prompt(list(messages) or HELLO, **kwargs))  # type: ignore[arg-type]
 
 
-def test_it_renders_as_it_would_here(sandbox: Sandbox) -> None:
+def test_a_sandboxed_template_renders_as_in_process(sandbox: Sandbox) -> None:
     template, here = SandboxedTemplate(sandbox, GOOD, {"bos_token": "<s>"}), ChatTemplate(GOOD, {"bos_token": "<s>"})
     assert prompt(template) == here.render(HELLO) == "<s>[user]hello<s>[assistant]hé"
     assert prompt(template, extra="x") == here.render(HELLO, extra="x")
@@ -63,7 +63,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_template_is_a_refusal_and_the_next_one_works(name: str, sandbox: Sandbox) -> None:
+def test_a_hostile_template_is_refused_and_the_next_one_works(name: str, sandbox: Sandbox) -> None:
     source, said = HOSTILE[name]
     hostile = SandboxedTemplate(sandbox, source, {})
     good = SandboxedTemplate(sandbox, GOOD, {"bos_token": ""})
@@ -80,13 +80,13 @@ def test_a_hostile_template_is_a_refusal_and_the_next_one_works(name: str, sandb
 
 
 @pytest.mark.parametrize("source", ["{% for %}", "{{", "{% set x = " + "(" * 5000 + ")" * 5000 + " %}"])
-def test_what_is_no_template_is_refused_when_it_is_loaded(source: str, sandbox: Sandbox) -> None:
+def test_a_template_that_cannot_be_compiled_is_refused_at_load(source: str, sandbox: Sandbox) -> None:
     with pytest.raises(InvalidRequest, match=r"the chat template|the adapter's chat template"):
         SandboxedTemplate(sandbox, source, {})
     assert prompt(SandboxedTemplate(sandbox, GOOD, {"bos_token": ""})) == "[user]hello[assistant]hé"
 
 
-def test_it_lives_in_another_process_that_may_open_nothing(sandbox: Sandbox) -> None:
+def test_the_renderer_is_a_process_that_can_open_nothing(sandbox: Sandbox) -> None:
     template = SandboxedTemplate(sandbox, GOOD, {})
     process = sandbox._process
     assert process is not None
