@@ -18,12 +18,12 @@ from engine.errors import AdapterError, EngineError
 from engine.hub import local_directory
 from model_runner.config import read_model_config
 from model_runner.lora.catalogue import Catalogue, leaf
+from model_runner.lora.loading.adapter_reader import AdapterReader, Limits
+from model_runner.lora.loading.shm_adapter import arrange
 from model_runner.lora.normal_form import MAX_RANK
 from model_runner.lora.peft.survey import AdapterSurvey
 from model_runner.lora.pool.site_pools import page_bytes
 from model_runner.lora.site import Site
-from model_runner.lora.transfer.reader import Limits, Reader
-from model_runner.lora.transfer.shm_adapter import arrange
 from model_runner.model.layers.weights import Weights
 from model_runner.model.load import build_decoder
 from model_runner.platform.device import DTYPES, resolve_device, resolve_dtype
@@ -71,7 +71,7 @@ def sites_of(model: Path, dtype: str) -> tuple[list[Site], torch.dtype]:
 def examine(root: Path, sites: list[Site], dtype: torch.dtype, limits: Limits, model: Path | None = None) -> Report:
     """The report on the adapter in `root`. Values are read and checked too, with the weights in `model`."""
     report = Report(path=str(root), dtype=str(dtype).removeprefix("torch."))
-    reader = Reader(Catalogue(sites), dtype, Limits(), model)
+    reader = AdapterReader(Catalogue(sites), dtype, Limits(), model)
     try:
         survey = reader.survey(root)
         report.brings = [name for name in TEXT_FILES if (root / name).is_file()]

@@ -27,16 +27,16 @@ from model_runner.compute.kernels.cpu.kernel_user import KernelUser
 from model_runner.compute.kernels.cpu.kernels import KernelSet
 from model_runner.compute.sampler.sampler import Sampler
 from model_runner.config import ModelConfig, read_model_config
-from model_runner.graphs import DecodeGraphs
+from model_runner.cuda_graphs.capture import capture_for
+from model_runner.cuda_graphs.decode_graphs import DecodeGraphs
 from model_runner.lora.adapters import Adapters
 from model_runner.lora.backends.base import LoraBackend
-from model_runner.model.families.decoder import Decoder
+from model_runner.model.decoders.decoder import Decoder
 from model_runner.model.load import load_model
 from model_runner.platform.device import device_memory, dtype_name, resolve_device, resolve_dtype
 from model_runner.platform.shard import Shard
 from model_runner.quantization import base as quantization
 from model_runner.step import kv_pool
-from model_runner.step.capture import capture_for
 from model_runner.step.kv_pool import KvPool
 from model_runner.step.rows import RowTable
 

@@ -12,7 +12,7 @@ from model_runner.lora.adapters import Adapters
 from model_runner.lora.backends import base as lora_backends
 from model_runner.lora.normal_form import lane_pages
 from model_runner.lora.pool.site_pools import page_bytes
-from model_runner.model.families.decoder import Decoder
+from model_runner.model.decoders.decoder import Decoder
 from model_runner.platform.device import dtype_name, host_memory
 from model_runner.step.kv_pool import KvPool
 

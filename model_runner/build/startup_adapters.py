@@ -18,6 +18,8 @@ from model_runner.build.lora_targets import check_targets, groups_of, resolve_ta
 from model_runner.lora.adapters import Adapters
 from model_runner.lora.backends import base as lora_backends
 from model_runner.lora.backends.base import LoraBackend
+from model_runner.lora.loading.loader_pool import LoaderPool
+from model_runner.lora.loading.messages import LoaderConfig, SiteShape
 from model_runner.lora.normal_form import NormalForm, lane_pages
 from model_runner.lora.peft.survey import AdapterSurvey
 from model_runner.lora.pool.fills import FillQueue
@@ -25,8 +27,6 @@ from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.pool.site_pools import page_bytes
 from model_runner.lora.site import EMBED, Site
 from model_runner.lora.store import AdapterStore
-from model_runner.lora.transfer.loaders import Loaders
-from model_runner.lora.transfer.messages import LoaderConfig, SiteShape
 from model_runner.platform.device import DTYPES, device_memory, dtype_name, host_memory
 
 DEFAULT_LORA_RANK = 64
@@ -50,7 +50,7 @@ def build_adapters(
     pages = _create_pages(config, sites, targets, max_rank, given, lora_dtype, device)
     backend = _create_backend(config, pages, max_rank)
     names = {source.adapter_id: source.name for source in config.adapters}
-    loaders = Loaders(_loader_config(config, store, pages))
+    loaders = LoaderPool(_loader_config(config, store, pages))
     lora = Adapters(store, loaders, pages, FillQueue(pages), backend, max_rank, targets, names)
     for source, adapter in zip(config.adapters, given, strict=True):
         lora.check_fits(source.name, adapter.rank, adapter.targets, adapter.footprint, adapter.vocab_size)

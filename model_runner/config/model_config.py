@@ -9,7 +9,7 @@ import torch
 
 from model_runner.config.rope import Rope
 
-DECODER = "model_runner.model.families.decoder:Decoder"
+DECODER = "model_runner.model.decoders.decoder:Decoder"
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from pathlib import Path
 from engine.errors import AdapterError, InternalError
 from engine.messages import AdapterStage, AdapterState, Fill, Footprint, LanePages, LoadAdapter
 from model_runner.lora.backends.base import LoraBackend
+from model_runner.lora.loading.loader_pool import LoaderPool, LoadOutcome
 from model_runner.lora.normal_form import NormalForm, lane_pages
 from model_runner.lora.pool.fills import FillQueue
 from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.site import EMBED, HEAD, full_weights_of
 from model_runner.lora.store import AdapterStore, refusal
-from model_runner.lora.transfer.loaders import Loaders, LoadOutcome
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Adapters:
     """
 
     store: AdapterStore
-    loaders: Loaders
+    loaders: LoaderPool
     pages: RankPagePool
     fills: FillQueue
     backend: LoraBackend

@@ -10,11 +10,11 @@ import torch
 
 from engine.errors import AdapterError
 from model_runner.lora.catalogue import Catalogue
+from model_runner.lora.loading.adapter_reader import AdapterReader, Limits
+from model_runner.lora.loading.shm_adapter import ShmAdapter
 from model_runner.lora.normal_form import Deltas, NormalForm, footprint, vocabulary
 from model_runner.lora.peft.survey import AdapterSurvey
 from model_runner.lora.site import Site
-from model_runner.lora.transfer.reader import Limits, Reader
-from model_runner.lora.transfer.shm_adapter import ShmAdapter
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class AdapterStore:
         self.dtype = dtype
         self.limits = Limits(max_rank, targets, biases, extra_vocab)
         self.catalogue = Catalogue(sites)
-        self.reader = Reader(self.catalogue, dtype, self.limits)
+        self.reader = AdapterReader(self.catalogue, dtype, self.limits)
         self._adapters: dict[int, NormalForm] = {}
 
     def load(self, adapter_id: int, name: str, root: Path, revision: str = "") -> NormalForm:

@@ -9,7 +9,7 @@ import torch
 
 from engine.processes.busy_timer import BusyTimer
 from model_runner.config import ModelConfig
-from model_runner.model.families.decoder import Decoder
+from model_runner.model.decoders.decoder import Decoder
 from model_runner.model.layers.weights import Weights
 from model_runner.platform.shard import Shard
 from model_runner.quantization.base import find

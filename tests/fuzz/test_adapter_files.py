@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from engine.errors import AdapterError
+from model_runner.lora.loading import cpu_limit
 from model_runner.lora.normal_form import NormalForm
 from model_runner.lora.store import AdapterStore
-from model_runner.lora.transfer import cpu_limit
 
 CASES = 10_000
 SITES = random_sites()

@@ -13,8 +13,8 @@ import torch
 from fixtures.models.tiny_models import make_adapter
 
 from model_runner.inspect import examine, main, sites_of
+from model_runner.lora.loading.adapter_reader import Limits
 from model_runner.lora.store import AdapterStore
-from model_runner.lora.transfer.reader import Limits
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def _gemma(config: ConfigJson, model: ModelConfig) -> ModelConfig:
         norm="gemma",
         activation="gelu_tanh",
         embed_scale=model.hidden_size**0.5,
-        decoder_class="model_runner.model.families.gemma:Gemma",
+        decoder_class="model_runner.model.decoders.gemma:Gemma",
     )
 
 

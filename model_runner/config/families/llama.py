@@ -23,7 +23,7 @@ def granite(config: ConfigJson) -> ModelConfig:
         embed_scale=config.number("embedding_multiplier", 1.0),
         residual_scale=config.number("residual_multiplier", 1.0),
         logit_scale=1.0 / config.number("logits_scaling", 1.0),
-        decoder_class="model_runner.model.families.granite:Granite",
+        decoder_class="model_runner.model.decoders.granite:Granite",
     )
 
 

@@ -37,5 +37,5 @@ def mixtral(config: ConfigJson) -> ModelConfig:
             block="block_sparse_moe",
             names=("w1", "w3", "w2"),
         ),
-        decoder_class="model_runner.model.families.moe:Moe",
+        decoder_class="model_runner.model.decoders.moe:Moe",
     )

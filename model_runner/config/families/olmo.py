@@ -19,5 +19,5 @@ def olmo2(config: ConfigJson) -> ModelConfig:
         o_bias=bias,
         norm="wide",
         qk_norm=True,
-        decoder_class="model_runner.model.families.olmo:Olmo2",
+        decoder_class="model_runner.model.decoders.olmo:Olmo2",
     )

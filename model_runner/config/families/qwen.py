@@ -30,7 +30,7 @@ def qwen3_moe(config: ConfigJson) -> ModelConfig:
         model,
         windows=(window,) * model.num_layers,
         experts=_experts(config, model.num_layers),
-        decoder_class="model_runner.model.families.moe:Moe",
+        decoder_class="model_runner.model.decoders.moe:Moe",
     )
 
 

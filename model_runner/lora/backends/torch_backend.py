@@ -22,8 +22,8 @@ from model_runner.compute.kernels.cpu.functions.spec import KernelKey
 from model_runner.compute.kernels.cpu.kernels import KernelSet
 from model_runner.config import ModelConfig
 from model_runner.lora.backends.base import DEFAULTS, LoraBackend, Options
-from model_runner.lora.backends.bmm import LaneBatch, LaneTokens, add_delta, add_vectors, plan_lane_batch
-from model_runner.lora.backends.cpu import DeltaKernel, DeltaPlan, plan_delta
+from model_runner.lora.backends.torch_bmm import LaneBatch, LaneTokens, add_delta, add_vectors, plan_lane_batch
+from model_runner.lora.backends.torch_cpu import DeltaKernel, DeltaPlan, plan_delta
 from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.site import Site, Slice, vectors_of
 from model_runner.step.layout import Layout

@@ -19,7 +19,7 @@ from engine.messages import Footprint
 from model_runner.build import assembly
 from model_runner.config import ModelConfig
 from model_runner.lora.normal_form import Delta, NormalForm, footprint
-from model_runner.model.families.decoder import Decoder
+from model_runner.model.decoders.decoder import Decoder
 from model_runner.model.layers.weights import Weights
 from model_runner.model.load import build_decoder
 from model_runner.platform.shard import Shard

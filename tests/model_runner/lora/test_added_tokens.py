@@ -26,8 +26,8 @@ from engine.messages import AdapterState, LoadAdapter, Sampling
 from model_runner.config import read_model_config
 from model_runner.inspect import examine, show, sites_of
 from model_runner.lora.catalogue import Catalogue
-from model_runner.lora.transfer.messages import SiteShape
-from model_runner.lora.transfer.reader import Limits, Reader
+from model_runner.lora.loading.adapter_reader import AdapterReader, Limits
+from model_runner.lora.loading.messages import SiteShape
 from model_runner.model.load import load_model
 from model_runner.runner import Runner
 
@@ -219,7 +219,7 @@ def test_added_tokens_above_the_limit_are_refused(tiny_model: Callable[[str], Pa
         save(path, tmp_path / name, name, seed)
     sites = load_model(path, read_model_config(path), device=torch.device("cpu"), dtype=torch.float32).sites
     shapes = [SiteShape.of(site).site() for site in sites]
-    strict = Reader(Catalogue(shapes), torch.float32, Limits(extra_vocab=9), path)
+    strict = AdapterReader(Catalogue(shapes), torch.float32, Limits(extra_vocab=9), path)
     with pytest.raises(AdapterError, match=r"330 tokens, 10 more than the model's, and --lora-extra-.* is 9"):
         strict.survey(tmp_path / "larger")
     assert strict.survey(tmp_path / "smaller").vocab_size == VOCAB - 21
@@ -240,7 +240,7 @@ def test_embedding_without_its_head_is_refused(tiny_model: Callable[[str], Path]
     save(path, tmp_path / "a", name, 1)
     sites = load_model(path, read_model_config(path), device=torch.device("cpu"), dtype=torch.float32).sites
     with pytest.raises(AdapterError, match=r"324 for model.embed_tokens and 320 for lm_head: .* saved together"):
-        Reader(Catalogue(sites), torch.float32, Limits(), path).survey(tmp_path / "a")
+        AdapterReader(Catalogue(sites), torch.float32, Limits(), path).survey(tmp_path / "a")
 
 
 def test_all_rows_without_trained_tokens_are_refused(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

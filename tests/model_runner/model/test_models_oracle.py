@@ -13,7 +13,7 @@ from fixtures.models.oracle import Oracle
 from fixtures.models.tiny_models import FAMILIES, VOCAB, build
 
 from model_runner.config import read_model_config
-from model_runner.model.families.decoder import Decoder
+from model_runner.model.decoders.decoder import Decoder
 from model_runner.model.load import load_model
 
 N = 12

@@ -11,7 +11,7 @@ from fixtures.models.drive import Driver, Row
 from safetensors.torch import load_file, save_file
 
 from model_runner.config import read_model_config
-from model_runner.model.families.decoder import Decoder
+from model_runner.model.decoders.decoder import Decoder
 from model_runner.model.load import load_model
 from model_runner.platform.shard import Shard
 from model_runner.quantization import base

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from engine.errors import ConfigError
 from engine.processes.busy_timer import BusyTimer
 from model_runner.config import read_model_config
-from model_runner.model.families.decoder import Decoder
+from model_runner.model.decoders.decoder import Decoder
 from model_runner.model.layers.weights import Weights
 from model_runner.model.load import build_decoder, load_model
 from model_runner.platform.shard import Shard

@@ -11,7 +11,7 @@ import torch
 from fixtures.adapters.adapter_zoo import ZOO, save
 
 from model_runner.config import read_model_config
-from model_runner.model.families.decoder import Decoder
+from model_runner.model.decoders.decoder import Decoder
 from model_runner.model.load import load_model
 
 

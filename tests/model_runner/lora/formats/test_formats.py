@@ -17,7 +17,7 @@ from engine.errors import AdapterError
 from model_runner.config import read_model_config
 from model_runner.lora.site import NORMS
 from model_runner.lora.store import AdapterStore
-from model_runner.model.families.decoder import Decoder
+from model_runner.model.decoders.decoder import Decoder
 from model_runner.model.load import load_model
 
 WEIGHTS = "adapter_model.safetensors"

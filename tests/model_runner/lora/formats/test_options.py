@@ -14,7 +14,7 @@ from fixtures.adapters.refusals import refusal
 
 from model_runner.lora.formats import registry
 from model_runner.lora.peft.config import PROVENANCE, PeftOptions
-from model_runner.model.families.decoder import Decoder
+from model_runner.model.decoders.decoder import Decoder
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

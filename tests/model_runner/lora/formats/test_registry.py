@@ -14,11 +14,11 @@ from engine.errors import AdapterError
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.formats import registry
 from model_runner.lora.formats.base import PeftFormat
+from model_runner.lora.loading.adapter_reader import AdapterReader, Limits
 from model_runner.lora.normal_form import NormalForm
 from model_runner.lora.peft import names
 from model_runner.lora.store import AdapterStore
 from model_runner.lora.target_module import Change, Module, Shape, Term
-from model_runner.lora.transfer.reader import Limits, Reader
 from model_runner.lora.variants.biases import Biases
 
 SITES = random_sites()
@@ -107,7 +107,7 @@ def test_new_format_becomes_a_gain(tmp_path: Path) -> None:
 
 
 def test_new_format_in_reports_and_tables(tmp_path: Path) -> None:
-    survey = Reader(Catalogue(SITES), torch.float32, Limits()).survey(save(tmp_path))
+    survey = AdapterReader(Catalogue(SITES), torch.float32, Limits()).survey(save(tmp_path))
     assert (survey.format, survey.dialect) == ("PEFT Gains", "base_model.model.*.gains_log.<name>.weight")
     assert registry.all_formats()[-1] is Gains
     assert registry.refused_options()["gains_schedule"] == "scheduled gains"

@@ -12,7 +12,7 @@ import torch
 from fixtures.adapters.refusals import load
 from safetensors.torch import load_file, save_file
 
-from model_runner.model.families.decoder import Decoder
+from model_runner.model.decoders.decoder import Decoder
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -16,7 +16,7 @@ from engine.errors import AdapterError
 from model_runner.lora.formats import registry
 from model_runner.lora.peft.names import WRAPPERS, markers
 from model_runner.lora.store import AdapterStore
-from model_runner.model.families.decoder import Decoder
+from model_runner.model.decoders.decoder import Decoder
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import msgspec
 
 from engine.messages import LoadAdapter
-from model_runner.lora.transfer.loader import Loader, LoaderGone
-from model_runner.lora.transfer.messages import LoaderConfig, LoadJob, Refused, Surveyed
-from model_runner.lora.transfer.shm_adapter import ShmAdapter
+from model_runner.lora.loading.loader_process import LoaderGone, LoaderProcess
+from model_runner.lora.loading.messages import LoaderConfig, LoadJob, Refused, Surveyed
+from model_runner.lora.loading.shm_adapter import ShmAdapter
 
 MAX_CHILDREN = 2
 MAX_PATH = 4096
@@ -63,12 +63,12 @@ class _Load:
 class _Worker:
     """A child and its load, if it has one."""
 
-    loader: Loader
+    loader: LoaderProcess
     load: _Load | None = None
 
 
 @dataclass(eq=False)
-class Loaders:
+class LoaderPool:
     """The children of one runner. `fileno` is readable when `collect` should be called."""
 
     config: LoaderConfig
@@ -149,7 +149,7 @@ class Loaders:
         return [worker.load for worker in self._workers if worker.load is not None]
 
     def _add(self) -> _Worker:
-        worker = _Worker(Loader(self.config))
+        worker = _Worker(LoaderProcess(self.config))
         self._workers.append(worker)
         self._selector.register(worker.loader, selectors.EVENT_READ, worker)
         return worker

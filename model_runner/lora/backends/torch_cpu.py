@@ -16,7 +16,7 @@ import torch
 from model_runner.compute.kernels.cpu.functions.spec import TOLERANCE, KernelKey
 from model_runner.compute.kernels.cpu.kernels import KernelSet
 from model_runner.compute.kernels.cpu.lookup import KernelLookup
-from model_runner.lora.backends.bmm import LaneTokens
+from model_runner.lora.backends.torch_bmm import LaneTokens
 from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.site import Site
 from model_runner.platform.device import dtype_name

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from model_runner.config import ModelConfig
-from model_runner.model.families.decoder import Decoder, Layer, Stream
+from model_runner.model.decoders.decoder import Decoder, Layer, Stream
 from model_runner.model.layers.rotary import Rotation
 from model_runner.model.layers.weights import Weights
 from model_runner.step.batch import Batch

@@ -24,10 +24,10 @@ from msgspec.structs import replace
 
 from engine.messages import LoadAdapter
 from model_runner.lora.catalogue import Catalogue
+from model_runner.lora.loading.adapter_reader import Limits
+from model_runner.lora.loading.loader_pool import LoaderPool, LoadOutcome, TimeLimit
+from model_runner.lora.loading.messages import LoaderConfig, LoadJob, SiteShape
 from model_runner.lora.store import AdapterStore
-from model_runner.lora.transfer.loaders import Loaders, LoadOutcome, TimeLimit
-from model_runner.lora.transfer.messages import LoaderConfig, LoadJob, SiteShape
-from model_runner.lora.transfer.reader import Limits
 
 SITES = random_sites(hidden=256, heads=256, kv=64, inner=512)
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -42,7 +42,7 @@ def message(root: Path, adapter_id: int = 1, revision: str = "") -> LoadAdapter:
     return LoadAdapter(adapter_id=adapter_id, path=str(root), revision=revision)
 
 
-def finish(loaders: Loaders, count: int = 1) -> list[LoadOutcome]:
+def finish(loaders: LoaderPool, count: int = 1) -> list[LoadOutcome]:
     """The next `count` outcomes."""
     found, deadline = list[LoadOutcome](), time.monotonic() + 60
     while len(found) < count:
@@ -52,7 +52,7 @@ def finish(loaders: Loaders, count: int = 1) -> list[LoadOutcome]:
     return found
 
 
-def refused(loaders: Loaders, load: LoadAdapter) -> str:
+def refused(loaders: LoaderPool, load: LoadAdapter) -> str:
     loaders.submit(load)
     (outcome,) = finish(loaders)
     assert outcome.adapter is None
@@ -60,7 +60,7 @@ def refused(loaders: Loaders, load: LoadAdapter) -> str:
     return outcome.reason
 
 
-def loads(loaders: Loaders, root: Path) -> None:
+def loads(loaders: LoaderPool, root: Path) -> None:
     loaders.submit(message(root))
     (outcome,) = finish(loaders)
     assert outcome.adapter is not None, outcome.reason
@@ -68,9 +68,9 @@ def loads(loaders: Loaders, root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[Loaders]:
+def shared() -> Iterator[LoaderPool]:
     """For tests that leave the children alive."""
-    loaders = Loaders(CONFIG)
+    loaders = LoaderPool(CONFIG)
     loaders.start()
     yield loaders
     pids = loaders.pids
@@ -79,12 +79,12 @@ def shared() -> Iterator[Loaders]:
 
 
 @pytest.fixture
-def own() -> Iterator[Callable[..., Loaders]]:
+def own() -> Iterator[Callable[..., LoaderPool]]:
     """For tests that kill them."""
-    made: list[Loaders] = []
+    made: list[LoaderPool] = []
 
-    def make(time_limit: TimeLimit = TimeLimit()) -> Loaders:  # noqa: B008
-        made.append(Loaders(CONFIG, time_limit))
+    def make(time_limit: TimeLimit = TimeLimit()) -> LoaderPool:  # noqa: B008
+        made.append(LoaderPool(CONFIG, time_limit))
         return made[-1]
 
     yield make
@@ -92,7 +92,7 @@ def own() -> Iterator[Callable[..., Loaders]]:
         loaders.close()
 
 
-def test_child_loads_what_this_process_would_read(shared: Loaders, tmp_path: Path) -> None:
+def test_child_loads_what_this_process_would_read(shared: LoaderPool, tmp_path: Path) -> None:
     root = adapter(tmp_path)
     shared.submit(message(root))
     assert shared.poll_seconds is not None
@@ -109,7 +109,7 @@ def test_child_loads_what_this_process_would_read(shared: Loaders, tmp_path: Pat
             assert ours is None or theirs is None or (torch.equal(ours.a, theirs.a) and torch.equal(ours.b, theirs.b))
 
 
-def test_child_is_niced_and_bounded_in_memory(shared: Loaders, tmp_path: Path) -> None:
+def test_child_is_niced_and_bounded_in_memory(shared: LoaderPool, tmp_path: Path) -> None:
     loads(shared, adapter(tmp_path))
     (pid,) = shared.pids
     assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0) + 10
@@ -120,9 +120,9 @@ def test_child_is_niced_and_bounded_in_memory(shared: Loaders, tmp_path: Path) -
 
 
 def start(link: socket.socket, words: bytes) -> subprocess.Popen[bytes]:
-    """A child without a Loader, with `words` on its stdin."""
+    """A child without a LoaderProcess, with `words` on its stdin."""
     child = subprocess.Popen(
-        [sys.executable, "-P", "-m", "model_runner.lora.transfer"],
+        [sys.executable, "-P", "-m", "model_runner.lora.loading"],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         pass_fds=(link.fileno(),),
@@ -165,7 +165,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusal_says_why_and_the_child_lives(case: str, shared: Loaders, tmp_path: Path) -> None:
+def test_refusal_says_why_and_the_child_lives(case: str, shared: LoaderPool, tmp_path: Path) -> None:
     kind, says = REFUSALS[case]
     load = message(tmp_path / "none")
     if kind in ("rank", "revision"):
@@ -181,7 +181,7 @@ def test_refusal_says_why_and_the_child_lives(case: str, shared: Loaders, tmp_pa
     assert shared.pids == pids
 
 
-def test_broken_adapter_is_refused_and_the_child_lives(shared: Loaders, tmp_path: Path) -> None:
+def test_broken_adapter_is_refused_and_the_child_lives(shared: LoaderPool, tmp_path: Path) -> None:
     whole = adapter(tmp_path / "whole")
     loads(shared, whole)
     pids, held, opened = shared.pids, max(map(private_bytes, shared.pids)), descriptors()
@@ -198,7 +198,7 @@ def test_broken_adapter_is_refused_and_the_child_lives(shared: Loaders, tmp_path
     assert max(map(private_bytes, pids)) - held < 64 << 20
 
 
-def test_hundred_loads_leak_nothing(shared: Loaders, tmp_path: Path) -> None:
+def test_hundred_loads_leak_nothing(shared: LoaderPool, tmp_path: Path) -> None:
     roots = [adapter(tmp_path / str(number), rank=number + 1) for number in range(4)]
     for root in roots:
         loads(shared, root)
@@ -217,7 +217,7 @@ def test_hundred_loads_leak_nothing(shared: Loaders, tmp_path: Path) -> None:
     assert sum(map(private_bytes, pids)) - private < 8 << 20
 
 
-def test_loads_of_one_adapter_are_ordered_others_parallel(own: Callable[..., Loaders], tmp_path: Path) -> None:
+def test_loads_of_one_adapter_are_ordered_others_parallel(own: Callable[..., LoaderPool], tmp_path: Path) -> None:
     loaders = own()
     first, second, other = (adapter(tmp_path / name, rank) for name, rank in (("a", 3), ("b", 4), ("c", 5)))
     loaders.start()
@@ -235,7 +235,7 @@ def test_loads_of_one_adapter_are_ordered_others_parallel(own: Callable[..., Loa
     assert [o.message.path for o in finish(loaders, 2)] == [str(first), str(second)]
 
 
-def test_killed_child_fails_its_load_only(own: Callable[..., Loaders], tmp_path: Path) -> None:
+def test_killed_child_fails_its_load_only(own: Callable[..., LoaderPool], tmp_path: Path) -> None:
     loaders, root = own(), adapter(tmp_path)
     opened = descriptors()
     loads(loaders, root)
@@ -254,7 +254,7 @@ def test_killed_child_fails_its_load_only(own: Callable[..., Loaders], tmp_path:
     assert pid not in children()
 
 
-def test_load_that_takes_too_long_is_stopped(own: Callable[..., Loaders], tmp_path: Path) -> None:
+def test_load_that_takes_too_long_is_stopped(own: Callable[..., LoaderPool], tmp_path: Path) -> None:
     loaders = own()
     good = adapter(tmp_path / "good")
     bad = adapter(tmp_path / "bad")
@@ -269,7 +269,7 @@ def test_load_that_takes_too_long_is_stopped(own: Callable[..., Loaders], tmp_pa
     loads(loaders, good)
 
 
-def test_time_limit_grows_with_the_bytes_to_read(own: Callable[..., Loaders], tmp_path: Path) -> None:
+def test_time_limit_grows_with_the_bytes_to_read(own: Callable[..., LoaderPool], tmp_path: Path) -> None:
     loaders, root = own(), adapter(tmp_path)
     loads(loaders, root)
     loaders.time_limit = TimeLimit(seconds=50.0, rate=1000.0)
@@ -286,7 +286,7 @@ def test_time_limit_grows_with_the_bytes_to_read(own: Callable[..., Loaders], tm
     assert latest - began > 50 + 0.9 * size / 1000
 
 
-def test_cancelled_load_gives_no_outcome(shared: Loaders, tmp_path: Path) -> None:
+def test_cancelled_load_gives_no_outcome(shared: LoaderPool, tmp_path: Path) -> None:
     root = adapter(tmp_path)
     opened = descriptors() - 2 * len(shared.pids)
     shared.submit(message(root, 5))
@@ -298,7 +298,7 @@ def test_cancelled_load_gives_no_outcome(shared: Loaders, tmp_path: Path) -> Non
     assert descriptors() - 2 * len(shared.pids) == opened
 
 
-def test_same_load_twice_gives_one_outcome(shared: Loaders, tmp_path: Path) -> None:
+def test_same_load_twice_gives_one_outcome(shared: LoaderPool, tmp_path: Path) -> None:
     root = adapter(tmp_path)
     shared.submit(message(root, 6))
     shared.submit(message(root, 6))
@@ -312,7 +312,7 @@ def test_same_load_twice_gives_one_outcome(shared: Loaders, tmp_path: Path) -> N
 
 
 def test_child_that_cannot_be_started_is_a_refusal(
-    own: Callable[..., Loaders], monkeypatch: pytest.MonkeyPatch
+    own: Callable[..., LoaderPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(24, "Too many open files")
@@ -321,7 +321,7 @@ def test_child_that_cannot_be_started_is_a_refusal(
     assert "no loader process can be started" in refused(own(), message(Path("/x")))
 
 
-def test_child_ends_with_its_parent(own: Callable[..., Loaders], tmp_path: Path) -> None:
+def test_child_ends_with_its_parent(own: Callable[..., LoaderPool], tmp_path: Path) -> None:
     loaders = own()
     loads(loaders, adapter(tmp_path))
     child = loaders._workers[0].loader._child

@@ -18,8 +18,8 @@ def main() -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     child = Child()
-    from model_runner.lora.transfer.messages import LoaderConfig
-    from model_runner.lora.transfer.worker import serve
+    from model_runner.lora.loading.messages import LoaderConfig
+    from model_runner.lora.loading.worker import serve
 
     config = child.config(LoaderConfig)
     logs.setup("loader", config.log_level)

@@ -19,9 +19,9 @@ from engine.messages import LanePages
 from model_runner.compute.kernels.cpu.functions.registry import spec_for
 from model_runner.compute.kernels.cpu.functions.spec import Argument, Kernel, KernelKey
 from model_runner.compute.kernels.cpu.kernels import KernelSet
-from model_runner.lora.backends.bmm import LaneBatch, LaneTokens
-from model_runner.lora.backends.cpu import DeltaKernel, DeltaPlan, plan_delta
 from model_runner.lora.backends.torch_backend import TorchLora
+from model_runner.lora.backends.torch_bmm import LaneBatch, LaneTokens
+from model_runner.lora.backends.torch_cpu import DeltaKernel, DeltaPlan, plan_delta
 from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.site import Site, vectors_of
 

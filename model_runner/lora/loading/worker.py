@@ -17,8 +17,8 @@ import torch
 
 from engine.errors import EngineError
 from model_runner.lora.catalogue import Catalogue
-from model_runner.lora.transfer.messages import MAX_PACKET, Loaded, LoaderConfig, LoadJob, Refused, Surveyed
-from model_runner.lora.transfer.reader import Reader
+from model_runner.lora.loading.adapter_reader import AdapterReader
+from model_runner.lora.loading.messages import MAX_PACKET, Loaded, LoaderConfig, LoadJob, Refused, Surveyed
 from model_runner.platform.device import DTYPES
 
 DATA_BYTES = 2 << 30
@@ -38,14 +38,14 @@ def serve(config: LoaderConfig) -> None:
     torch.set_num_threads(1)
     catalogue = Catalogue([shape.site() for shape in config.sites])
     _bound_memory(max((math.prod(site.base.shape) for site in catalogue.sites.values()), default=0))
-    reader = Reader(catalogue, DTYPES[config.dtype], config.limits, Path(config.model) if config.model else None)
+    reader = AdapterReader(catalogue, DTYPES[config.dtype], config.limits, Path(config.model) if config.model else None)
     gone = contextlib.suppress(ConnectionError)  # the runner died with packets unread
     with gone, socket.socket(fileno=config.socket) as link, torch.inference_mode():
         while packet := link.recv(MAX_PACKET):
             _do_job(link, reader, msgspec.msgpack.decode(packet, type=LoadJob))
 
 
-def _do_job(link: socket.socket, reader: Reader, job: LoadJob) -> None:
+def _do_job(link: socket.socket, reader: AdapterReader, job: LoadJob) -> None:
     def announce(size: int) -> None:
         link.send(msgspec.msgpack.encode(Surveyed(job.job, size)))
 

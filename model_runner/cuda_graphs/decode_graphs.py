@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 from engine.processes.busy_timer import BusyTimer
 from model_runner.compute.attention.base import AttentionBackend
+from model_runner.cuda_graphs.capture import GraphCapture, Work
 from model_runner.lora.backends.base import LoraBackend
-from model_runner.model.families.decoder import Decoder
+from model_runner.model.decoders.decoder import Decoder
 from model_runner.platform.device import upload_into
 from model_runner.step.batch import Batch
-from model_runner.step.capture import GraphCapture, Work
 from model_runner.step.layout import Ints, Layout
 from model_runner.step.rows import RowTable
 

@@ -13,7 +13,7 @@ import torch
 
 from engine.errors import ConfigError
 from model_runner.config import ModelConfig
-from model_runner.model.families.decoder import Decoder, Layer, Stream
+from model_runner.model.decoders.decoder import Decoder, Layer, Stream
 from model_runner.model.layers.attention import Attention
 from model_runner.model.layers.norm import RMSNorm, read_norm
 from model_runner.model.layers.rotary import Rotation

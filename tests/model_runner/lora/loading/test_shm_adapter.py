@@ -14,9 +14,9 @@ from fixtures.processes.resources import descriptors, shared_bytes
 
 from engine.errors import AdapterError
 from model_runner.lora.catalogue import Catalogue
-from model_runner.lora.transfer import shm_adapter
-from model_runner.lora.transfer.reader import Limits, Reader
-from model_runner.lora.transfer.shm_adapter import Manifest, Part, ShmAdapter
+from model_runner.lora.loading import shm_adapter
+from model_runner.lora.loading.adapter_reader import AdapterReader, Limits
+from model_runner.lora.loading.shm_adapter import Manifest, Part, ShmAdapter
 
 SITES = random_sites()
 CATALOGUE = Catalogue(SITES)
@@ -24,8 +24,8 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 PART = Part("layers.0.o", 0, 4, 0, 512)  # A is 4 x 32 floats, B 4 x 24
 
 
-def reader(sites: Catalogue = CATALOGUE, dtype: torch.dtype = torch.float32) -> Reader:
-    return Reader(sites, dtype, Limits())
+def reader(sites: Catalogue = CATALOGUE, dtype: torch.dtype = torch.float32) -> AdapterReader:
+    return AdapterReader(sites, dtype, Limits())
 
 
 def test_opened_adapter_is_the_files_scaled(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_invalid_manifest_and_unsealed_memory_are_refused() -> None:
 
 def test_adapter_above_free_memory_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_adapter(tmp_path, plain_tensors(SITES, TARGETS), target_modules=TARGETS)
-    monkeypatch.setattr("model_runner.lora.transfer.reader.host_memory", lambda: (1000, 1000))
+    monkeypatch.setattr("model_runner.lora.loading.adapter_reader.host_memory", lambda: (1000, 1000))
     with pytest.raises(AdapterError, match="of host memory, and 0 MiB are free"):
         reader().read(root, announce=lambda _: pytest.fail("announced"))
 

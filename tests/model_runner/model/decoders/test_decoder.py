@@ -16,7 +16,7 @@ from model_runner.config import read_model_config
 from model_runner.lora.backends.base import LoraBackend
 from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.site import Site
-from model_runner.model.families.decoder import Decoder
+from model_runner.model.decoders.decoder import Decoder
 from model_runner.model.layers.weights import Weights
 from model_runner.model.load import build_decoder, load_model
 from model_runner.platform.shard import Shard

@@ -12,10 +12,10 @@ import torch
 from engine.errors import AdapterError
 from model_runner.lora.base_weights import BaseWeights
 from model_runner.lora.catalogue import Catalogue
+from model_runner.lora.loading import shm_adapter
+from model_runner.lora.loading.cpu_limit import bounded
+from model_runner.lora.loading.shm_adapter import Manifest, ShmAdapter
 from model_runner.lora.peft.survey import AdapterSurvey, read_survey
-from model_runner.lora.transfer import shm_adapter
-from model_runner.lora.transfer.cpu_limit import bounded
-from model_runner.lora.transfer.shm_adapter import Manifest, ShmAdapter
 from model_runner.platform.device import host_memory
 
 
@@ -51,7 +51,7 @@ class Limits(msgspec.Struct, frozen=True):
             raise AdapterError(f"it targets {', '.join(refused)}, which --lora-target-modules {allowed} does not allow")
 
 
-class Reader:
+class AdapterReader:
     """Reads adapters for one model in one dtype, within limits. `model` is the model's directory."""
 
     def __init__(self, catalogue: Catalogue, dtype: torch.dtype, limits: Limits, model: Path | None = None) -> None:

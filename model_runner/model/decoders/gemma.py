@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from model_runner.config import ModelConfig
-from model_runner.model.families.decoder import Decoder, Layer, Stream
+from model_runner.model.decoders.decoder import Decoder, Layer, Stream
 from model_runner.model.layers.norm import RMSNorm
 from model_runner.model.layers.rotary import Rotation
 from model_runner.model.layers.weights import Weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from model_runner.config import ModelConfig
-from model_runner.model.families.decoder import Decoder, Layer
+from model_runner.model.decoders.decoder import Decoder, Layer
 from model_runner.model.layers.experts import SparseMLP
 from model_runner.model.layers.mlp import FeedForward
 from model_runner.model.layers.weights import Weights

@@ -15,8 +15,8 @@ import msgspec
 from msgspec.structs import replace
 
 from engine.ipc import DECODE_ERRORS
-from model_runner.lora.transfer.messages import MAX_PACKET, Loaded, LoaderConfig, LoadJob, Refused, Surveyed
-from model_runner.lora.transfer.shm_adapter import ShmAdapter
+from model_runner.lora.loading.messages import MAX_PACKET, Loaded, LoaderConfig, LoadJob, Refused, Surveyed
+from model_runner.lora.loading.shm_adapter import ShmAdapter
 from model_runner.platform.child_process import ChildProcess
 
 Reply = Surveyed | Refused | Loaded
@@ -29,7 +29,7 @@ class LoaderGone(Exception):
     """The child is dead, or was killed because its packet was invalid; `str` says how it ended."""
 
 
-class Loader:
+class LoaderProcess:
     """A running child. It is killed when this object is garbage collected, if not before."""
 
     def __init__(self, config: LoaderConfig) -> None:
@@ -39,7 +39,7 @@ class Loader:
         try:
             with theirs:
                 own_config = replace(config, socket=theirs.fileno())
-                self._child = ChildProcess("model_runner.lora.transfer", own_config, theirs.fileno())
+                self._child = ChildProcess("model_runner.lora.loading", own_config, theirs.fileno())
         except BaseException:
             ours.close()
             raise
