@@ -19,7 +19,6 @@ the answers; steps carry the runner's. Messages of an older epoch are dropped; a
 from __future__ import annotations
 
 import logging
-from collections import Counter
 
 from engine.messages import (
     Abort,
@@ -29,7 +28,6 @@ from engine.messages import (
     Generate,
     Hello,
     LoadAdapter,
-    LogprobIds,
     PinAdapter,
     Progress,
     RunnerReady,
@@ -38,11 +36,9 @@ from engine.messages import (
     StepDone,
     ToScheduler,
     UnloadAdapter,
-    Update,
     WaitReason,
 )
 from scheduler import audit
-from scheduler.adapters.copies import DeviceState
 from scheduler.admission import wait_reasons
 from scheduler.admission.admission import Admission
 from scheduler.batching.admission_order import AdmissionOrder
@@ -51,21 +47,19 @@ from scheduler.batching.planner import Planner
 from scheduler.loading.device_loader import DeviceLoader
 from scheduler.loading.disk_loader import DiskLoader
 from scheduler.loading.lifecycle import AdapterLifecycle
-from scheduler.progress import messages, pieces
-from scheduler.requests.request import Request
-from scheduler.requests.stopping import finish_of
+from scheduler.progress import messages
+from scheduler.results import StepResults
+from scheduler.snapshot import take_stats
 from scheduler.state import Bounds, SchedulerState
 
 log = logging.getLogger(__name__)
-
-MOST_TOKENS = 1 << 31  # larger than any vocabulary, with what adapters add to it
 
 Upstream = Progress | AdapterState | Capacity
 Downstream = LoadAdapter | UnloadAdapter | EvictAdapter
 
 
 def _is_possible(capacity: Capacity) -> bool:
-    """Whether tables of these sizes can be made at all."""
+    """Whether tables of these sizes can be made."""
     c, most = capacity, 1 << 31
     counts = (c.kv_pages << 3, c.page_size, c.max_length, c.max_batched_tokens, c.vocab_size)
     tables = (c.max_loras, *c.rank_pages.values())
@@ -93,13 +87,14 @@ class Scheduler:
         self._planner = Planner(
             self._state, self._admission, self._device_loader, self._admission_order, self._isolation
         )
+        self._results = StepResults(self._state, self._admission, self._device_loader, self._isolation)
         self._window = window
         self._runner_epoch = epoch
         self._client_epoch = 0
         self._last_step = 0
         self._state.outbox.append(capacity)
 
-    # -------------------------------------------------------------------------------------------------- the loop
+    # --------------------------------------------------------------------------------------------------- the loop
 
     def handle(self, message: ToScheduler, now: float) -> list[Upstream | Downstream]:
         """Handles one message. Returns the messages to be sent; their types say to which process."""
@@ -146,24 +141,7 @@ class Scheduler:
         if done.epoch != self._runner_epoch or not state.in_flight or done.id < state.in_flight[0].id:
             log.warning("step %d of epoch %d is not expected", done.id, done.epoch)
             return self.drain_outbox()
-        in_flight = state.in_flight.pop(0)
-        assert in_flight.id == done.id, f"step {done.id} is answered before step {in_flight.id}"
-        samples = sum(sampled for _, sampled, _ in in_flight.parts)
-        assert len(done.tokens) == samples, f"step {done.id} has {len(done.tokens)} tokens instead of {samples}"
-        assert all(0 <= token < MOST_TOKENS for token in done.tokens), f"step {done.id} has a token out of range"
-        tokens = iter(done.tokens)
-        for index, (request, sampled, scored) in enumerate(in_flight.parts):
-            request.steps_in_flight -= 1
-            if scored:
-                self._score(request, done.prompt_logprobs.get(index, []), scored)
-            if sampled:
-                request.pending -= 1
-                self._append(request, next(tokens), done.logprobs.get(index))
-        self._isolation.step_answered(in_flight)
-        state.device_cache.step_done(done.id)
-        self._device_loader.record_step_seconds(done.seconds)
-        state.counters.steps += 1
-        state.counters.step_seconds.append(done.seconds)
+        self._results.apply(done)
         self._disk_loader.start_loads()
         return self.drain_outbox()
 
@@ -199,40 +177,7 @@ class Scheduler:
 
     def stats(self) -> Stats:
         """What runs and waits now, and the counters since the start."""
-        state, counters = self._state, self._state.counters
-        adapters = state.registry.adapters.values()
-        running = Counter(adapter_id for request in state.running.ordered for adapter_id in request.adapter_ids)
-        waiting = {a.id: a.requests - running[a.id] for a in adapters if a.requests > running[a.id]}
-        report = wait_reasons.wait_report(state)
-        return Stats(
-            running=len(state.running),
-            waiting=len(state.waiting),
-            kv_pages_used=state.kv.used,
-            kv_pages=state.kv.block_pool.count,
-            rank_pages_used=state.device_cache.rank_pages.used(),
-            resident=[a.id for a in adapters if a.copy.device.state is DeviceState.RESIDENT],
-            running_adapters=dict(running),
-            waiting_adapters=waiting,
-            steps=counters.steps,
-            preemptions=counters.preemptions,
-            prompt_tokens=counters.prompt_tokens,
-            generation_tokens=counters.generation_tokens,
-            adapter_hits=counters.adapter_hits,
-            adapter_fills=counters.adapter_fills,
-            adapter_evictions=counters.adapter_evictions,
-            adapter_loads=counters.adapter_loads,
-            host_adapters=len(state.host_cache.held),
-            host_bytes=state.host_cache.bytes,
-            host_evictions=counters.host_evictions,
-            audits=counters.audits,
-            step_seconds=counters.pop_step_seconds(),
-            cached_tokens=counters.cached_tokens,
-            kv_pages_cached=len(state.kv.radix_cache),
-            kv_evictions=state.kv.evictions,
-            waiting_reasons=report.counts,
-            oldest_waiting=report.oldest,
-            lane_preemptions=counters.lane_preemptions,
-        )
+        return take_stats(self._state)
 
     # ---------------------------------------------------------------------------------------------------- requests
 
@@ -249,36 +194,6 @@ class Scheduler:
         request = self._state.requests.get(message.request_id)
         if request is not None and message.epoch >= self._client_epoch:
             self._admission.end(request, finish="abort")
-
-    def _append(self, request: Request, token: int, logprobs: LogprobIds | None) -> None:
-        if request.done:
-            return  # it ended while this step was in flight
-        state = self._state
-        index = request.generated
-        request.tokens.append(token)
-        if request.row >= 0:
-            state.kv.token_known(request)
-        state.counters.generation_tokens += 1
-        ending = finish_of(request)
-        state.updates.append(
-            Update(
-                request_id=request.id,
-                index=index,
-                tokens=[token],
-                cached_tokens=request.pop_cached(),
-                finish=ending[0] if ending else None,
-                stop_reason=ending[1] if ending else None,
-                logprobs=[logprobs] if logprobs is not None else None,
-            )
-        )
-        if ending is not None:
-            self._admission.end(request, update=False)
-
-    def _score(self, request: Request, scores: list[LogprobIds], count: int) -> None:
-        assert len(scores) == count, f"request {request.id} has {len(scores)} prompt logprobs instead of {count}"
-        if not request.done:
-            self._state.updates += pieces(request.id, request.generated, request.scores_known, scores)
-        request.scores_known += count
 
     def _meet_client(self, epoch: int) -> None:
         """A new tokenizer process: ends the requests of the old one, and sends it the capacity and all adapters."""

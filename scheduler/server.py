@@ -1,6 +1,6 @@
-"""The loop around the core: the only place here with sockets and a clock. Decides nothing.
+"""The loop around the core: the only module of the scheduler with sockets and a clock. Decides nothing.
 
-inbox --> handle --> plan while the window has room --> outboxes        it blocks when nothing can or may be planned
+inbox --> handle --> plan while the window has room --> outboxes        blocks while nothing can or may be planned
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from scheduler.state import Bounds
 log = logging.getLogger(__name__)
 
 STATS_SECONDS = 1.0
-IDLE_AUDIT_SECONDS = 1.0  # an audit takes milliseconds when pools are large: not between any two requests
+IDLE_AUDIT_SECONDS = 1.0  # not after every request: an audit of large pools takes milliseconds
 BUSY_AUDIT_SECONDS = 60.0
-AUDIT_PAGES = 8192  # KV pages that one audit looks at: a few milliseconds
+AUDIT_PAGES = 8192  # KV pages that one audit checks, in a few milliseconds
 
 
 class Outboxes:
-    """The outboxes to the neighbours; a neighbour that says Hello from another inbox is written to there."""
+    """The sockets to the tokenizer process and the runner, at the inbox that each named in its last Hello."""
 
     def __init__(self, context: zmq.Context[Any], config: SchedulerConfig) -> None:
         self._context, self._endpoints = context, config.endpoints
@@ -51,32 +51,32 @@ class Outboxes:
         }
 
     def hello(self) -> None:
-        """Tells both neighbours that we are here; a runner that served another scheduler is to forget it."""
+        """Announces this scheduler to both processes; a runner that served another scheduler is reset."""
         for box in self._boxes.values():
             box.send(Hello("scheduler", self._endpoints.epoch, self._endpoints.scheduler))
         if self._endpoints.epoch > 0:
             self._boxes["runner"].send(Reset(self._endpoints.epoch))
 
-    def meet(self, hello: Hello) -> None:
-        """A neighbour's new incarnation."""
+    def connect(self, hello: Hello) -> None:
+        """Connects to the inbox of a new incarnation of a process."""
         old = self._boxes[hello.process]
         if old.address != hello.inbox:
             old.close()
             self._boxes[hello.process] = Outbox(self._context, hello.inbox, self._endpoints.max_frame_bytes)
 
     def send(self, message: msgspec.Struct) -> None:
-        """To the runner what runners read, all else to the tokenizer process."""
+        """Sends steps and adapter commands to the runner, and every other message to the tokenizer process."""
         downstream = isinstance(message, Step | LoadAdapter | UnloadAdapter | EvictAdapter)
         self._boxes["runner" if downstream else "tokenizer"].send(message)
 
     def close(self) -> None:
-        """Drops the sockets."""
+        """Closes the sockets."""
         for box in self._boxes.values():
             box.close()
 
 
 class Loop:
-    """One scheduler process between its inbox and its outboxes."""
+    """Moves messages between the inbox, the core and the outboxes."""
 
     def __init__(self, config: SchedulerConfig, inbox: Inbox[ToScheduler], outboxes: Outboxes) -> None:
         self._config, self._inbox, self._outboxes = config, inbox, outboxes
@@ -94,20 +94,19 @@ class Loop:
         )
         self._core: Scheduler | None = None
         self._async_gate = AsyncGate(config.window, hold_back=False)
-        self._before_runner: list[ToScheduler] = []  # what came before the runner's first word
-        self._plan_at = float("inf")  # when a plan is due that waits for no message
+        self._before_runner: list[ToScheduler] = []  # messages that came before the first RunnerReady
+        self._plan_at = float("inf")  # when the next plan is due though no message comes
         self._stats_at = self._audited = float("-inf")
-        self._audit_needed = self._stats_changed = (
-            False  # something happened since the last audit, since the last Stats
-        )
+        self._audit_needed = False  # something happened since the last audit
+        self._stats_changed = False  # something happened since the last Stats
 
     def turn(self) -> None:
-        """Takes in what has arrived, sends what can be planned; blocks for the next message when nothing can."""
+        """Handles the messages that arrived and sends the steps that can be planned. Blocks if none can."""
         for message in self._inbox.receive(self._poll_seconds()):
             self.busy_timer.tick()
             self._audit_needed = self._stats_changed = True
             if isinstance(message, Hello):
-                self._outboxes.meet(message)
+                self._outboxes.connect(message)
             self._handle(message, time.monotonic())
         if self._core is not None:
             self.busy_timer.tick()
@@ -148,8 +147,9 @@ class Loop:
         self._send(core.drain_outbox())
 
     def _audit_and_report(self, core: Scheduler, now: float) -> None:
-        """Proves the books when idle (and now and then under load). Each second it tells of what changed, and that it
-        is there while requests are open: one that waits for a long load brings no other news.
+        """Audits the core when it is idle (and now and then under load), and sends Stats each second.
+
+        Stats are sent after changes, and while requests are open: during a long load they are the only messages.
         """
         if self._audit_needed and now >= self._audit_at(core):
             core.check(AUDIT_PAGES)
@@ -159,7 +159,7 @@ class Loop:
             self._stats_changed, self._stats_at = False, now + STATS_SECONDS
 
     def _poll_seconds(self) -> float | None:
-        """Seconds until Stats, an audit or a plan are due, or for ever when only a message can change anything."""
+        """Seconds until Stats, an audit or a plan are due; None if only a message can change anything."""
         if self._core is None:
             return None
         due = min(
@@ -181,8 +181,8 @@ class Loop:
 
 
 def serve(config: SchedulerConfig, child: Child) -> None:
-    """Runs until the process is told to end. A failed audit ends it, loudly."""
-    gc.disable()  # nothing here is in cycles, and a collection walks every token that waits: it would hold up a step
+    """Serves until the process is ended. A failed audit ends it with an error."""
+    gc.disable()  # a collection visits every waiting token and delays a step, and no object here is in a cycle
     context: zmq.Context[Any] = zmq.Context()
     inbox: Inbox[ToScheduler] = Inbox(
         context, config.endpoints.scheduler, ToScheduler, config.endpoints.max_frame_bytes
@@ -196,7 +196,7 @@ def serve(config: SchedulerConfig, child: Child) -> None:
         while True:
             loop.turn()
     except AssertionError as fault:
-        log.critical("the books do not balance: %s", fault)
+        log.critical("the audit of the scheduler's tables failed: %s", fault)
         raise
     finally:
         inbox.close()

@@ -44,7 +44,7 @@ class Bounds:
     max_loaded_loras: int | None = None  # copies in the host cache; None: no limit
     lora_host_bytes: int | None = None  # of the host cache; None: the runner's capacity says it
     eviction_policy: Policy = "lru"  # of both caches
-    lora_max_wait: float = 5.0  # seconds that a request may be passed by others because of its adapter
+    lora_max_wait: float = 5.0  # seconds that a request may be passed by later ones because of its adapter
     max_prefill_tokens: int | None = None  # in a step with decodes; None: a quarter of the runner's max_batched_tokens
     prefix_cache: bool = True
     schedule_policy: SchedulePolicy = "fcfs"
@@ -121,7 +121,7 @@ class SchedulerState:
         return order
 
     def order_behind_passed(self, request: Request) -> Order:
-        """The order for a running request behind all passed requests of its priority, and before all others."""
+        """The order for a running request behind all passed requests of its priority, and before the next one."""
         return self.ordering.order_behind(request, self.starvation.frontier, next(self._arrivals))
 
     def wanted_order(self, copy: Copy) -> Order | None:

@@ -313,7 +313,7 @@ class Soak:
         self.counts["cut off"] = self.server.log().count("kind=slow_reader")
         if self.counts["deaf"] > 5 * DEAF and not self.counts["cut off"]:
             self.differ("nobody was cut off, though many did not read")
-        if "Traceback" in self.server.log() or "do not balance" in self.server.log():
+        if "Traceback" in self.server.log() or "audit of the scheduler's tables failed" in self.server.log():
             self.differ(f"the log holds a fault:\n{self.server.log()[-3000:]}")
 
     async def idle(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Who goes first when a tier is full: idle copies, sorted by a time. Knows nothing of what is idle, nor of tiers."""
+"""The order in which copies are evicted. Knows nothing of caches, nor which copies may be evicted."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from scheduler.types import Order
 
 Policy = Literal["lru", "fifo"]
 
-
 Stamp = TypeVar("Stamp", int, Order)
 
 
 class EvictionOrder(Generic[Stamp]):
-    """Copy ids by their stamp, the smallest first: the time of the last use (lru), or of coming here (fifo).
+    """Copy ids by their stamp, the smallest first.
 
-    Or, where somebody waits for them, his place in the queue.
+    The stamp of a spare copy is the tick of its last use (lru) or of its load or fill (fifo); that of a wanted copy is
+    the order of the first request that waits for it.
     """
 
     def __init__(self) -> None:
@@ -34,18 +34,18 @@ class EvictionOrder(Generic[Stamp]):
         return len(self._sorted)
 
     def above(self, stamp: Stamp) -> Iterator[int]:
-        """Those with a larger stamp, the largest first."""
+        """The copies with a larger stamp, the largest first."""
         for found, copy_id in reversed(self._sorted):
             if not found > stamp:
                 return
             yield copy_id
 
     def stamp(self, copy_id: int) -> Stamp | None:
-        """The stamp of a copy, if it is there."""
+        """The stamp of a copy, if it is listed."""
         return self._stamps.get(copy_id)
 
     def put(self, copy_id: int, stamp: Stamp) -> None:
-        """Enters it, or moves it."""
+        """Lists a copy, or changes its stamp."""
         if self._stamps.get(copy_id) == stamp:
             return
         self.drop(copy_id)
@@ -53,12 +53,12 @@ class EvictionOrder(Generic[Stamp]):
         insort(self._sorted, (stamp, copy_id))
 
     def drop(self, copy_id: int) -> None:
-        """Takes it out, if it is there."""
+        """Removes a copy, if it is listed."""
         stamp = self._stamps.pop(copy_id, None)
         if stamp is not None:
             del self._sorted[bisect_left(self._sorted, (stamp, copy_id))]
 
     def clear(self) -> None:
-        """Takes all out."""
+        """Removes all copies."""
         self._sorted.clear()
         self._stamps.clear()

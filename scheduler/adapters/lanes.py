@@ -1,7 +1,7 @@
-"""The lanes of the running set: which key holds which lane number. Knows nothing of what a lane's pages are.
+"""The lanes of the running set: which key holds which lane number. Knows nothing of a lane's pages.
 
-A lane is held from the admission of its first row to the end of its last. Its number may be given to another key right
-after: the runner changes lanes in step order, and steps in flight came before. The base takes none (lane 0).
+A key holds a lane from the admission of its first row to the end of its last. The number can be given to another key at
+once: the runner changes lanes in step order, after the steps in flight. The base model takes no lane (number 0).
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from scheduler.types import BASE, LaneKey
 
 @dataclass(slots=True)
 class _Lane:
+    """A lane that a key holds."""
+
     number: int
-    since: float
-    rows: int = 0
+    since: float  # when it was acquired, in seconds
+    rows: int = 0  # how many rows run in it
 
 
 class Lanes:
-    """Lane numbers 1..count, by key."""
+    """Lane numbers 1 to `count`, by key."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -33,7 +35,7 @@ class Lanes:
 
     @property
     def free(self) -> int:
-        """How many more keys may run."""
+        """How many lanes are free."""
         return len(self._free)
 
     def active(self) -> Iterable[LaneKey]:
@@ -46,11 +48,11 @@ class Lanes:
         return lane.rows if lane else 0
 
     def since(self, key: LaneKey) -> float:
-        """When a key that holds a lane got it."""
+        """When a key acquired the lane that it holds."""
         return self._lanes[key].since
 
     def acquire(self, key: LaneKey, now: float = 0.0) -> tuple[int, bool]:
-        """(number, whether it is newly given) for one more row of the key; there must be a free one if it is new."""
+        """(number, whether it is new) of the lane for one more row of the key. A new one must be free."""
         if key == BASE:
             return 0, False
         lane = self._lanes.get(key)
@@ -61,7 +63,7 @@ class Lanes:
         return lane.number, new
 
     def release(self, key: LaneKey) -> bool:
-        """One row less; true when it was the last one and the lane is free again."""
+        """One row of the key has ended. Returns whether it was the last, so that the lane is free."""
         if key == BASE:
             return False
         lane = self._lanes[key]
@@ -73,7 +75,7 @@ class Lanes:
         return True
 
     def audit(self, rows: Iterable[tuple[LaneKey, int]]) -> None:
-        """Proves that the lanes are those of the running rows, given as (key, lane number), and no others."""
+        """Asserts that the lanes are those of the running rows, given as (key, lane number)."""
         numbers = [lane.number for lane in self._lanes.values()]
         assert sorted(numbers + self._free) == list(range(1, self.count + 1)), f"lanes {numbers}, free {self._free}"
         counts = Counter(rows)
@@ -83,4 +85,4 @@ class Lanes:
                 continue
             lane = self._lanes[key]
             assert (lane.number, lane.rows) == (number, count), f"lane {number} of {key} counts {lane.rows} rows"
-        assert {key for key, _ in counts} - {BASE} == set(self._lanes), "a lane has no row, or a row no lane"
+        assert {key for key, _ in counts} - {BASE} == set(self._lanes), "a lane has no row, or a row has no lane"

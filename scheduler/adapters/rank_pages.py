@@ -1,11 +1,11 @@
-"""The rank pages of every group: free, held, or cooling. Knows nothing of adapters.
+"""The rank pages of every group: free, held, or cooling. Knows nothing of copies.
 
     free --grant--> held --release--> cooling --StepDone of the last step that named them--> free
                      ^------------- grant(early) -'
 
-Background fills run beside the steps (on a side stream), so unlike a KV page a rank page must not be granted to one
-while a step in flight may still read it. A fill at once is a part of its step, and steps are executed in order: like
-a KV page, a cooling page may be granted to it `early`, as whoever named the page was planned before.
+Background fills run beside the steps (on a side stream). So, unlike a KV page, a rank page must not be granted to one
+while a step in flight may read it. A fill at once is part of its step, and the runner executes steps in order: it may
+be granted a cooling page `early`, because all steps that name the page come before.
 
     step n      lane 3 reads page 7; its adapter's last request ends
     step n+1    fill at once: page 7 <- another adapter; lane 3 names page 7; forward
@@ -19,7 +19,7 @@ GroupPages = dict[str, list[int]]
 
 
 class RankPages:
-    """Free lists by group, and what waits for a step to be done."""
+    """The free pages of each group, and the pages that wait for a step to be done."""
 
     def __init__(self, counts: Mapping[str, int]) -> None:
         self.counts = dict(counts)
@@ -28,7 +28,7 @@ class RankPages:
         self._done = 0
 
     def available(self, with_cooling: bool = True) -> dict[str, int]:
-        """By group, how many pages are free, or cool."""
+        """By group, how many pages are free (or cooling)."""
         have = {group: len(free) for group, free in self._free.items()}
         if with_cooling:
             for _, pages in self._cooling:
@@ -42,22 +42,22 @@ class RankPages:
         return {group: count - have.get(group, 0) for group, count in need.items() if count > have.get(group, 0)}
 
     def grant(self, need: Mapping[str, int], early: bool = False) -> GroupPages:
-        """All of `need`, which must be there; `early`: cooling pages will do where no others are free."""
+        """Takes as many pages as `need` says, all available. `early`: cooling ones, too, if free ones are too few."""
         lacking = self.lacking(need)
-        assert early or not lacking, f"rank pages {dict(need)} asked, lacking {lacking}"
+        assert early or not lacking, f"rank pages {dict(need)} are needed, and {lacking} are lacking"
         for group, count in lacking.items():
-            self._warm(group, count)
+            self._free_cooling(group, count)
         return {group: [self._free[group].pop() for _ in range(count)] for group, count in need.items() if count}
 
     def release(self, pages: GroupPages, last_step: int) -> None:
-        """Takes pages back; they are free once step `last_step` is done."""
+        """Returns pages, which are free once step `last_step` is done."""
         if last_step <= self._done:
             self._return(pages)
         elif pages:
             self._cooling.append((last_step, pages))
 
     def step_done(self, step: int) -> bool:
-        """Steps up to `step` are done; whether that freed any page."""
+        """Steps up to `step` are done. Returns whether that freed any page."""
         self._done = step
         before = len(self._cooling)
         for last_step, pages in self._cooling:
@@ -71,7 +71,7 @@ class RankPages:
         return {group: self.counts[group] - len(free) for group, free in self._free.items()}
 
     def audit(self, held: Iterable[GroupPages]) -> None:
-        """Proves that every page of every group is free, cooling or held, once."""
+        """Asserts that each page of each group is either free, cooling or held, and listed once."""
         seen: GroupPages = {group: list(free) for group, free in self._free.items()}
         for pages in [*held, *(pages for _, pages in self._cooling)]:
             for group, numbers in pages.items():
@@ -79,8 +79,8 @@ class RankPages:
         for group, count in self.counts.items():
             assert sorted(seen[group]) == list(range(count)), f"rank pages of {group}: {sorted(seen[group])}"
 
-    def _warm(self, group: str, count: int) -> None:
-        """Frees so many of a group's cooling pages before their time."""
+    def _free_cooling(self, group: str, count: int) -> None:
+        """Frees `count` of a group's cooling pages before their step is done."""
         for _, pages in self._cooling:
             taken = pages.get(group, [])[:count]
             if taken:

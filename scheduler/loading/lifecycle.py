@@ -114,7 +114,7 @@ class AdapterLifecycle:
     # ----------------------------------------------------------------------------------------------------- private
 
     def _load_again(self, adapter: Adapter, message: LoadAdapter) -> None:
-        """A load of a known id. Its files may be others now; a revision that was learnt must be theirs."""
+        """A load of a known id. Its path may be another now; a revision that was learnt must be that of its files."""
         copy = adapter.copy
         if copy.needs_load:
             self._state.registry.set_source(adapter, message)
