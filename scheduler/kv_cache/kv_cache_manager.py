@@ -153,19 +153,10 @@ class KvCacheManager:
         while node.depth > limit:
             assert node.parent is not None
             node = node.parent
-        last, coming = node, 0
         alora = self.radix_cache.find_alora(owner, request.cache_salt)
-        for key in request_page_keys(request, alora, self._page_size, node.depth, limit):
-            child = node.children.get(key)
-            if child is None:
-                break
-            node = child
-            if coming or child.step == self._step:
-                coming += 1
-            else:
-                last = child
-        request.prefix = last
-        return last, coming
+        keys = request_page_keys(request, alora, self._page_size, node.depth, limit)
+        request.prefix, planned = self.radix_cache.match_prefix(node, keys, self._step)
+        return request.prefix, planned
 
     def _match_start(self, request: Request, owner: Owner) -> Node | None:
         """The node that was found before, or its first ancestor that is still in the tree; else the root, if any."""

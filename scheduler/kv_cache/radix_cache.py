@@ -22,7 +22,7 @@ nodes are in order of their last use, a child always before its parent, so the f
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 
 from scheduler.kv_cache import radix_audit
@@ -78,6 +78,24 @@ class RadixCache:
         namespace.holders -= 1
         assert namespace.holders >= 0, "a namespace is released once too often"
         self._forget_alora(namespace)
+
+    @staticmethod
+    def match_prefix(node: Node, keys: Iterable[bytes], step: int) -> tuple[Node, int]:
+        """Walks from `node` down the pages of `keys`.
+
+        Returns the last node whose page is computed, and how many nodes behind it step `step` computes.
+        """
+        last, planned = node, 0
+        for key in keys:
+            child = node.children.get(key)
+            if child is None:
+                break
+            node = child
+            if planned or child.step == step:
+                planned += 1
+            else:
+                last = child
+        return last, planned
 
     def insert(self, parent: Node, key: bytes, page: int, step: int = 0, alora: Namespace | None = None) -> Node:
         """A new page below `parent`. The caller's hold moves from `parent` to it.
