@@ -1,6 +1,6 @@
-"""The engine as a library: what an embedding host needs, and what the three processes share.
+"""The engine as a library: for programs that embed it, and for the three processes.
 
-Importing it is light (no torch). The names below are the public face; everything else is a room of its own.
+Importing it is light (no torch). The names below are the public API.
 """
 
 from engine.client.completion import Completion

@@ -1,19 +1,19 @@
-"""Every error a caller can meet, in one tree.
+"""All errors that a caller of the engine can get, as one tree.
 
-    EngineError                 what a user can cause or meet; its text says what to do
+    EngineError                 the root; the message says what to do
      +- ConfigError             a flag, a config file or a model that cannot be served
-     +- InvalidRequest   400    a request that makes no sense; `param` names the field
+     +- InvalidRequest   400    the request is not valid; `param` names the field
      |   +- AdapterError 400    an adapter that cannot be served, by name and reason
      +- Unauthorized     401    a key is missing or wrong
-     +- Forbidden        403    allowed to others, or only after the operator opened it
+     +- Forbidden        403    the key or the bind does not allow this call
      +- NotFound         404    no such model, adapter or request
-     +- RateLimited      429    this caller has used up its rate; try again after `retry_after` seconds
-     +- Overloaded       503    a bound is reached; try again after `retry_after` seconds
-     +- EngineDead       503    the engine behind this client is gone
-     +- TimedOut         504    the request took longer than the operator allows
-     +- InternalError    500    our fault
+     +- RateLimited      429    the key's rate is used up; try again after `retry_after` seconds
+     +- Overloaded       503    a limit is reached; try again after `retry_after` seconds
+     +- EngineDead       503    the engine does not run any more
+     +- TimedOut         504    the request exceeded --request-timeout
+     +- InternalError    500    a fault of the engine
 
-The classes know nothing of HTTP but their status number; the doors turn them into bodies.
+The classes know nothing of HTTP except their status code; the HTTP and ZeroMQ servers turn them into answers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import ClassVar
 
 
 class EngineError(Exception):
-    """The root: `message` is for people, `code` for programs, `param` names the field at fault."""
+    """The root. `message` is for people, `code` for programs, `param` names the invalid field."""
 
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "server_error"
@@ -35,21 +35,21 @@ class EngineError(Exception):
 
 
 class ConfigError(EngineError):
-    """A launch that cannot go on: one line that names the flag or file."""
+    """The launch cannot continue; the message is one line that names the flag or file."""
 
     status = 400
     kind = "config_error"
 
 
 class InvalidRequest(EngineError):
-    """The client's fault."""
+    """The request is not valid."""
 
     status = 400
     kind = "invalid_request_error"
 
 
 class AdapterError(InvalidRequest):
-    """An adapter that cannot be served; the message names the adapter, the part and the reason."""
+    """An adapter cannot be served; the message names the adapter, the part and the reason."""
 
 
 class Unauthorized(EngineError):
@@ -60,7 +60,7 @@ class Unauthorized(EngineError):
 
 
 class Forbidden(EngineError):
-    """Not for this caller, or not opened by the operator."""
+    """The key, or the address the server is bound to, does not allow this call."""
 
     status = 403
     kind = "permission_error"
@@ -74,7 +74,7 @@ class NotFound(EngineError):
 
 
 class Overloaded(EngineError):
-    """A bound is reached. `retry_after` is in seconds."""
+    """A limit is reached. `retry_after` is in seconds."""
 
     status = 503
     kind = "overloaded_error"
@@ -85,7 +85,7 @@ class Overloaded(EngineError):
 
 
 class RateLimited(EngineError):
-    """This caller's rate is used up. `retry_after` is in seconds."""
+    """The key's rate is used up. `retry_after` is in seconds."""
 
     status = 429
     kind = "rate_limit_error"
@@ -96,21 +96,21 @@ class RateLimited(EngineError):
 
 
 class EngineDead(EngineError):
-    """The engine behind this client is gone."""
+    """The engine does not run any more."""
 
     status = 503
     kind = "service_unavailable"
 
 
 class TimedOut(EngineError):
-    """The request took longer than the operator allows."""
+    """The request exceeded --request-timeout."""
 
     status = 504
     kind = "timeout_error"
 
 
 class InternalError(EngineError):
-    """Our fault."""
+    """A fault of the engine."""
 
     status = 500
     kind = "server_error"
@@ -123,7 +123,7 @@ _BY_KIND: dict[str, type[EngineError]] = {
 
 
 def error_from_wire(kind: str, message: str, param: str | None, code: str | None) -> EngineError:
-    """The error that crossed a socket as (kind, message, param, code), as an exception again."""
+    """The exception for an error that was sent as (kind, message, param, code)."""
     if kind == Overloaded.kind:
         return Overloaded(message)
     return _BY_KIND.get(kind, InternalError)(message, param=param, code=code)

@@ -1,7 +1,7 @@
-"""From what a user writes to a local directory: a path, or a hub id `org/name` or `org/name@revision`.
+"""Resolves a path or a hub id (`org/name` or `org/name@revision`) to a local directory.
 
-Only weights, tokenizer and config files are fetched, by huggingface_hub, with its progress bars and its cache (so an
-offline machine that has the files works). Knows nothing of what is in the files.
+Only weights, tokenizer and config files are downloaded, by huggingface_hub with its progress bars and its cache, so
+that an offline machine that has the files works. Knows nothing of what is in the files.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from engine.errors import ConfigError
 log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer.json"
-TEXTS = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.*"]
-WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.*"]
+MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
 def tokenizer_directory(source: str, what: str) -> Path:
-    """The directory behind `source`, of which only the tokenizer and its template are wanted."""
-    directory = local_directory(source, what, TEXTS)
+    """Like `local_directory`, for the tokenizer files only. Raises ConfigError without a tokenizer.json."""
+    directory = local_directory(source, what, TOKENIZER_FILES)
     if not (directory / TOKENIZER).is_file():
         raise ConfigError(f"{what}: {source} cannot be used, it has no {TOKENIZER}")
     return directory
 
 
-def local_directory(source: str, what: str, wanted: Sequence[str] = WANTED) -> Path:
-    """The directory behind `source`; `what` ("model", "adapter 'sql'") begins the message of a ConfigError.
+def local_directory(source: str, what: str, patterns: Sequence[str] = MODEL_FILES) -> Path:
+    """The directory that `source` names; downloads it if `source` is a hub id.
 
-    `wanted` are the patterns of the files that are fetched where it is a hub id.
+    `what` ("model", "adapter 'sql'") begins the message of a ConfigError, `patterns` are the files to download.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -41,16 +41,16 @@ def local_directory(source: str, what: str, wanted: Sequence[str] = WANTED) -> P
         raise ConfigError(f"{what}: {source} is a file; give the directory that holds it")
     if not _HUB_ID.fullmatch(source):
         raise ConfigError(f"{what}: {source} is neither a directory nor a hub id (org/name or org/name@revision)")
-    return _download(source, what, wanted)
+    return _download(source, what, patterns)
 
 
-def _download(source: str, what: str, wanted: Sequence[str]) -> Path:
+def _download(source: str, what: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and most launches do not need it
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     repo, _, revision = source.partition("@")
     try:
-        directory = Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(wanted))).resolve()
+        directory = Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(patterns))).resolve()
     except GatedRepoError as error:
         raise ConfigError(f"{what}: {repo} is gated; ask for access there, then run `hf auth login`") from error
     except RevisionNotFoundError as error:
@@ -59,7 +59,7 @@ def _download(source: str, what: str, wanted: Sequence[str]) -> Path:
         raise ConfigError(f"{what}: no directory and no hub repository is called {repo}") from error
     except HFValidationError as error:
         raise ConfigError(f"{what}: {source} is no hub id: {error}") from error
-    except Exception as error:  # whatever the network or the cache throws, the launch ends with one line
+    except Exception as error:  # any error of the network or the cache ends the launch with one line
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"{what}: {source} is no local directory, and fetching it from the hub failed ({line}). "

@@ -1,8 +1,9 @@
-"""Typed inboxes over ZeroMQ: one PULL socket a process incarnation, bound; everyone else connects a PUSH.
+"""Typed inboxes over ZeroMQ: each process incarnation binds one PULL socket; the other processes connect a PUSH.
 
-An inbox is typed by its union: anything else is refused and logged, never executed. There is no high-water mark
-inside (bounded queues both ways deadlock; bounds stand at the door); frames are bounded and checked before sending,
-because libzmq drops oversized ones silently. Knows nothing of what the messages mean.
+An inbox decodes one union of messages; any other frame is refused and logged. Sockets have no high-water mark (bounded
+queues in both directions can deadlock; the HTTP and ZeroMQ servers bound the requests instead). Frames have a size
+limit that is checked before sending, because libzmq drops oversized frames silently. Knows nothing of what the messages
+mean.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 MAX_FRAME_BYTES = 64 << 20
 
 DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, MemoryError)
-"""What decoding a frame or a file may raise: it is no such message, no UTF-8, nested too deeply, too large."""
+"""What decoding a frame or a file may raise: not such a message, not UTF-8, nested too deeply, too large."""
 
 
 class Outbox:
@@ -36,19 +37,19 @@ class Outbox:
         self._connect(address)
 
     def send(self, message: msgspec.Struct) -> None:
-        """Queues one message. Raises InternalError when it is larger than a frame may be."""
+        """Queues one message. Raises InternalError when it exceeds the frame limit."""
         frame = self._encoder.encode(message)
         if len(frame) > self._max_frame:
             raise InternalError(f"a {type(message).__name__} of {len(frame)} bytes exceeds the frame bound")
         self._socket.send(frame, copy=False)
 
     def reconnect(self, address: str) -> None:
-        """Sends to another inbox from now on; what was queued is still delivered to the former one, as by `close`."""
+        """Sends to another inbox from now on. Queued messages still go to the former one, as after `close`."""
         self.close()
         self._connect(address)
 
     def close(self) -> None:
-        """Drops the socket; what was queued is still delivered for up to a second."""
+        """Closes the socket; queued messages are still delivered for up to a second."""
         self._socket.close()
 
     def _connect(self, address: str) -> None:
@@ -59,8 +60,8 @@ class Outbox:
         self._socket.connect(address)
 
 
-class _Decoding(Generic[T]):
-    """Frame -> message of the union, or None with a log line that names the bad field."""
+class _FrameDecoder(Generic[T]):
+    """Decodes a frame into a message of the union; otherwise logs which field is wrong and returns None."""
 
     def __init__(self, union: Any, name: str) -> None:
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
@@ -82,21 +83,21 @@ def _bind(socket: zmq.Socket[Any], address: str, max_frame: int) -> None:
 
 
 class Inbox(Generic[T]):
-    """A bound PULL socket for plain loops. `union` is the type of what may arrive."""
+    """A bound PULL socket for blocking loops. `union` is the type of the messages it accepts."""
 
     def __init__(self, context: zmq.Context[Any], address: str, union: Any, max_frame: int = MAX_FRAME_BYTES) -> None:
-        self._decode: _Decoding[T] = _Decoding(union, address)
+        self._decode: _FrameDecoder[T] = _FrameDecoder(union, address)
         self._socket: zmq.Socket[bytes] = context.socket(zmq.PULL)
         _bind(self._socket, address, max_frame)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
 
     def watch(self, descriptor: int) -> None:
-        """From now on `receive` also returns, with no message, when this file descriptor is readable."""
+        """Makes `receive` also return, without a message, when this file descriptor is readable."""
         self._poller.register(descriptor, zmq.POLLIN)
 
     def receive(self, timeout: float | None) -> Iterator[T]:
-        """Everything that has arrived; waits up to `timeout` seconds (None: for ever) for the first message."""
+        """Yields all messages that have arrived; waits up to `timeout` seconds (None: for ever) for the first."""
         if not self._poller.poll(None if timeout is None else max(0, int(timeout * 1000))):
             return
         while True:
@@ -108,17 +109,17 @@ class Inbox(Generic[T]):
                 yield message
 
     def close(self) -> None:
-        """Drops the socket and what is queued in it."""
+        """Closes the socket and drops queued messages."""
         self._socket.close()
 
 
 class AsyncInbox(Generic[T]):
-    """The same for an asyncio loop: `async for message in inbox`."""
+    """A bound PULL socket for asyncio: `async for message in inbox`."""
 
     def __init__(
         self, context: zmq.asyncio.Context, address: str, union: Any, max_frame: int = MAX_FRAME_BYTES
     ) -> None:
-        self._decode: _Decoding[T] = _Decoding(union, address)
+        self._decode: _FrameDecoder[T] = _FrameDecoder(union, address)
         self._socket: zmq.asyncio.Socket = context.socket(zmq.PULL)
         _bind(self._socket, address, max_frame)
 
@@ -132,5 +133,5 @@ class AsyncInbox(Generic[T]):
                 return message
 
     def close(self) -> None:
-        """Drops the socket and what is queued in it."""
+        """Closes the socket and drops queued messages."""
         self._socket.close()

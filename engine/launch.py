@@ -1,11 +1,12 @@
-"""`python -m engine.launch [MODEL]`: starts the three processes, keeps them alive, and ends them in order.
+"""`python -m engine.launch [MODEL]`: starts the three processes, restarts them on faults, stops them in order.
 
     launch          holds the listening socket and the run directory
       +- model_runner      weights, adapters, tensors
       +- scheduler         rows, pages, lanes
       +- tokenizer_proc    HTTP, text, names              (starts last, stops first)
 
-With --embedded it is the child of an `engine.Engine`: ServerArgs come as JSON on stdin, and Ready goes to stdout.
+With --embedded it is the child process of an `engine.Engine`: it reads ServerArgs as JSON from stdin and reports Ready
+on stdout.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from typing import Any, TypeVar
 from engine import hub, logs
 from engine.config.flags import parse
 from engine.config.lora_paths import AdapterSpec, adapter_specs
-from engine.config.process_configs import AdapterSource, ProcessConfigs, sections
+from engine.config.process_configs import AdapterSource, ProcessConfigs
+from engine.config.resolve import resolve
 from engine.config.server_args import DEMO, ServerArgs, served_names
 from engine.errors import ConfigError, EngineDead, EngineError
 from engine.lora_roots import check_files
@@ -43,7 +45,7 @@ DEAD_GRACE_SECONDS = 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0 after an orderly end, 1 when it could not serve, 2 for a bad flag."""
+    """Runs the command. Exit status: 0 after an orderly end, 1 when it could not serve, 2 for a bad flag."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments == ["--embedded"]:
         return _embedded()
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _embedded() -> int:
     child = Child(on_orphaned=lambda: os.kill(os.getpid(), signal.SIGTERM))
-    child.begin_startup().idle()  # a download takes its time, and the three processes are watched from here
+    child.begin_startup().idle()  # idle: a download may take long, and the three processes have limits of their own
     try:
         _run(child.config(ServerArgs), child.ready)
     except EngineError as error:
@@ -71,14 +73,14 @@ def _embedded() -> int:
 
 
 def _run(args: ServerArgs, announce: Callable[[Facts], None]) -> None:
-    """One launch, from flags to an orderly end. Raises EngineError when it cannot serve, or a process dies."""
+    """Serves until a signal. Raises EngineError when it cannot start, or a process has died too often."""
     logs.setup("launch", args.log_level)
     with _run_directory() as directory, _listening(args) as listener:
         addresses = Addresses(directory)
         resolved = _resolve(args, addresses, listener)
         facts: Facts = {
             "model": served_names(args)[0],
-            "door": resolved.tokenizer.endpoints.zmq_server,
+            "address": resolved.tokenizer.endpoints.zmq_server,
             "url": _url(args, listener),
         }
         facts["adapters"] = [adapter.name for adapter in resolved.tokenizer.adapters]
@@ -91,25 +93,25 @@ async def _serve(incarnations: Incarnations, announce: Callable[[Facts], None]) 
     async with Supervisor(incarnations.spec_factories) as supervisor:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, _on_signal, stop, supervisor)
-        reports = await _unless(stop, supervisor.ready())
+        reports = await _run_until_stopped(stop, supervisor.ready())
         if reports is not None:
             announce(reports["model_runner"].facts)
-            death = await _unless(stop, supervisor.run_until_unrecoverable())
+            death = await _run_until_stopped(stop, supervisor.run_until_unrecoverable())
             if death is not None:
-                await supervisor.stop(DEAD_GRACE_SECONDS)  # nobody can finish anything any more
+                await supervisor.stop(DEAD_GRACE_SECONDS)  # without that process no request can finish
                 raise EngineDead(f"{death}; its log is above")
         log.info("stopping: open requests may finish first; once more ends them")
 
 
 def _on_signal(stop: asyncio.Event, supervisor: Supervisor) -> None:
-    """The first signal ends everything in order, the second at once."""
+    """The first signal stops the processes in order, the second kills them."""
     if stop.is_set():
         supervisor.kill()
     stop.set()
 
 
-async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
-    """What `work` returns, or None when `stop` is set first."""
+async def _run_until_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`, or None if `stop` is set first."""
     tasks = [asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
@@ -120,7 +122,7 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None
 
 @contextlib.contextmanager
 def _run_directory() -> Iterator[Path]:
-    """A fresh 0700 directory for the sockets; its path is short, because a socket's path has at most 107 bytes."""
+    """A fresh 0700 directory for the sockets. Its path is short: a socket's path has at most 107 bytes."""
     parent = tempfile.gettempdir()
     directory = Path(tempfile.mkdtemp(prefix="chorus-", dir=parent if len(parent) < 64 else "/tmp"))
     try:
@@ -131,7 +133,10 @@ def _run_directory() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _listening(args: ServerArgs) -> Iterator[socket.socket | None]:
-    """The listening socket, bound before anything slow: a taken port is known at once, and outlives a restart."""
+    """The listening socket, or None without HTTP.
+
+    Bound before anything slow, so that a port in use fails at once; open across restarts of the tokenizer process.
+    """
     if args.port is None:
         yield None
         return
@@ -153,13 +158,13 @@ def _url(args: ServerArgs, listener: socket.socket | None) -> str | None:
 
 
 def _resolve(args: ServerArgs, addresses: Addresses, listener: socket.socket | None) -> ProcessConfigs:
-    """From names to directories and sections: the part that may use the network."""
+    """Downloads models and adapters where needed and derives the config of each process."""
     specs = adapter_specs(args)
     model = DEMO / "model" if args.model_path is None else hub.local_directory(args.model_path, "--model-path")
     tokenizer = (
         None if args.tokenizer_path is None else hub.tokenizer_directory(args.tokenizer_path, "--tokenizer-path")
     )
-    return sections(
+    return resolve(
         args,
         endpoints=addresses.endpoints(),
         journal=addresses.journal,
@@ -175,7 +180,7 @@ def _source(number: int, spec: AdapterSpec, args: ServerArgs) -> AdapterSource:
     root = hub.local_directory(spec.path, what)
     check_files(root, [*args.lora_root, str(DEMO)] if args.lora_root else [], what)
     if spec.base is not None and spec.base not in base_names:
-        log.warning("adapter %s says its base is %s; it is served on %s", spec.name, spec.base, base_names[0])
+        log.warning("adapter %s names %s as its base model; it is served on %s", spec.name, spec.base, base_names[0])
     return AdapterSource(
         adapter_id=number, name=spec.name, path=spec.path, root=str(root), pinned=spec.pinned, base=spec.base
     )

@@ -1,4 +1,4 @@
-"""Logging to stderr: one line a record, with the process it came from. Knows nothing of what is logged."""
+"""Logging to stderr, one line a record, with the name of the process. Knows nothing of what is logged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 
-LONGEST_VALUE = 200
+MAX_VALUE_CHARS = 200
 _PLAIN = re.compile(r"[\w./:,@+%*~-]+", re.ASCII)
 
 
@@ -21,16 +21,16 @@ def setup(process: str, level: str) -> None:
 
 
 def pairs(**values: object) -> str:
-    """`key=value key=value`, without those that are None.
+    """`key=value key=value`, without the values that are None.
 
-    Whatever a stranger chose to put into a value, it stays one value of one line: long ones are cut, others than plain
-    words are quoted as JSON quotes them.
+    A value that a client chose cannot break the line: long values are cut, and those with other characters than plain
+    words are quoted as in JSON.
     """
     return " ".join(f"{key}={_shown(value)}" for key, value in values.items() if value is not None)
 
 
 def _shown(value: object) -> str:
     text = f"{value:.3f}" if isinstance(value, float) else str(value)
-    if len(text) > LONGEST_VALUE:
-        text = text[: LONGEST_VALUE - 3] + "..."
+    if len(text) > MAX_VALUE_CHARS:
+        text = text[: MAX_VALUE_CHARS - 3] + "..."
     return text if _PLAIN.fullmatch(text) else json.dumps(text)

@@ -1,10 +1,10 @@
-"""Where adapter files may lie: under one of the roots an operator named, or in the hub's cache. For every reader alike.
+"""Checks that adapter files lie under one of the --lora-root directories or in the hub's cache.
 
     --lora-root /srv/adapters     /srv/adapters/sql/adapter_config.json          yes
                                   /srv/adapters/sql/adapter_config.json -> /etc  no: the real path counts
     hub cache                     snapshots/<commit>/x.json -> ../../blobs/<h>   yes: a snapshot links into blobs
 
-Devices, pipes and sockets are refused in any place, before something waits on them. Knows nothing of formats.
+Devices, pipes and sockets are refused everywhere: reading them could block. Knows nothing of formats.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 
 from engine.errors import ConfigError
 
-READ = (".json", ".safetensors", ".jinja")
+READ_SUFFIXES = (".json", ".safetensors", ".jinja")
 
 
 def check_path(path: str | Path, roots: Sequence[str], what: str) -> None:
-    """Raises ConfigError unless the real path lies under a root or the hub's cache. No roots: any place will do."""
+    """Raises ConfigError unless the real path lies under a root or in the hub's cache; without roots any is allowed."""
     if not roots:
         return
     real = os.path.realpath(path)
@@ -29,13 +29,13 @@ def check_path(path: str | Path, roots: Sequence[str], what: str) -> None:
 
 
 def check_files(directory: Path, roots: Sequence[str], what: str) -> None:
-    """The same for the directory and every file in it that would be read; `what` begins the message of a ConfigError.
+    """Checks the directory and every file in it that a loader would read; `what` begins the message of a ConfigError.
 
-    Says nothing of what is missing or cannot be opened: its reader will.
+    Missing files are left to the loader.
     """
     check_path(directory, roots, what)
     try:
-        names = sorted(name for name in os.listdir(directory) if name.endswith(READ))
+        names = sorted(name for name in os.listdir(directory) if name.endswith(READ_SUFFIXES))
     except OSError as error:
         raise ConfigError(f"{what}: {directory} cannot be read ({error.strerror})") from error
     for name in names:

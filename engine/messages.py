@@ -1,16 +1,21 @@
-"""The protocol: every message that crosses a socket, and who sends it to whom.
+"""The protocol: every message that crosses a socket, and which process sends it to which.
 
-    host --Submit/Cancel/Command/Ping--> tokenizer_proc --Delta/Answer/Failure--> host
+    client         --Submit/Cancel/Command/Ping-->                       tokenizer_proc
+    tokenizer_proc --Delta/Answer/Failure/Ping-->                        client
     tokenizer_proc --Generate/Abort/LoadAdapter/UnloadAdapter/PinAdapter--> scheduler
-    scheduler --Capacity/Progress/AdapterState/Stats--> tokenizer_proc
-    scheduler --Reset/Step/LoadAdapter/UnloadAdapter/EvictAdapter--> every rank
-    rank 0 --RunnerReady/StepDone/AdapterState--> scheduler
-    every new incarnation --Hello--> its neighbours
+    scheduler      --Capacity/Progress/AdapterState/Stats-->             tokenizer_proc
+    scheduler      --Reset/Step/LoadAdapter/UnloadAdapter/EvictAdapter--> model_runner, every rank
+    model_runner   --RunnerReady/StepDone/AdapterState-->                scheduler, from rank 0
+    a new incarnation of a process --Hello-->                            its neighbours
 
-Structs are frozen and array-like; a tag says which message it is, so an inbox is typed by its union and a stranger is
-refused. `epoch` is the incarnation of the process whose state a message belongs to: a message of an older epoch is
-dropped. Units: positions and lengths in tokens, times in seconds, sizes in bytes. Page, row and lane numbers are the
-scheduler's; the runner obeys. Lane 0 is the base model; KV page 0 is never granted (padding writes there).
+A client is a program that embeds `engine.Engine`. HTTP requests enter inside the tokenizer process and cross no socket
+of this page before `Generate`.
+
+Structs are frozen, array-like msgspec; a tag names the message. An inbox decodes one union (at the end of this file)
+and refuses any other frame. Units: positions and lengths are in tokens, times in seconds, sizes in bytes. KV page, row,
+lane and rank page numbers are assigned by the scheduler; the runner does not choose any. Lane 0 is the base model. KV
+page 0 is never granted: padding writes there. `epoch` is the incarnation of the process whose state a message
+describes; the receiver drops messages of an older epoch.
 """
 
 from __future__ import annotations
@@ -21,21 +26,22 @@ import msgspec
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
-    """A piece of a message."""
+    """A part of a message; never sent alone."""
 
 
 class Message(Part, tag=True, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
-    """Something sent on its own."""
+    """A message: encoded with its class name as the tag."""
 
 
-# ---------------------------------------------------------------------------------------------- what a client asks
+# --------------------------------------------------------------------------------------- client -> tokenizer_proc
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to generate, as a client says it. None means: the model's default (generation_config.json), else neutral.
+    """Sampling parameters as a client gives them. None means the model's default (generation_config.json), or, where
+    the model has none, no effect.
 
-    `logprobs` and `prompt_logprobs` are how many alternatives to report beside the chosen token (0 = only the chosen
-    one); values are the raw log-softmax of the model, before temperature, penalties and filters.
+    `logprobs` and `prompt_logprobs` are how many alternatives to report beside the chosen token (0: only the chosen
+    one). The values are the model's raw log-softmax, before temperature, penalties and filters.
     """
 
     max_tokens: int | None = None
@@ -60,7 +66,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One turn of a conversation; content is text (parts are joined before this point)."""
+    """One message of a chat. `content` is text: content parts are joined before this struct is built."""
 
     role: str
     content: str
@@ -71,10 +77,11 @@ AdapterMix = dict[str, float]  # adapter name -> scale
 
 
 class Submit(Message, frozen=True, kw_only=True):
-    """host -> tokenizer_proc: generate. `id` is the host's own number; `prompt` is text, token ids or a chat.
+    """client -> tokenizer_proc: generate from a prompt. Answered by Deltas or one Failure with the same `id`.
 
-    `lora` is an adapter's name, a weighted mix, or None for the base. `max_tokens` None means `default_max_tokens`,
-    and where that is None too, to the end of the context.
+    `id` is chosen by the client and unique on its connection. `prompt` is text, token ids or a chat. `lora` is an
+    adapter's name, a weighted mix, or None for the base model. Where `params.max_tokens` is None, `default_max_tokens`
+    applies; where that is None too, generation may fill the context. Lower `priority` is admitted first.
     """
 
     id: int
@@ -91,17 +98,17 @@ class Submit(Message, frozen=True, kw_only=True):
 
 
 class Cancel(Message, frozen=True):
-    """host -> tokenizer_proc: forget Submit `id`. Its stream ends with finish reason abort."""
+    """client -> tokenizer_proc: abort Submit `id`. Its stream ends with finish reason abort."""
 
     id: int
 
 
 class Command(Message, frozen=True, kw_only=True):
-    """host -> tokenizer_proc: an adapter or information call; answered by Answer or Failure with the same id.
+    """client -> tokenizer_proc: an adapter or information call. Answered by Answer or Failure with the same `id`.
 
-    `load` answers when the adapter is on the host, with `preload` when it is resident; with `load_inplace` a name that
-    is taken is pointed at the new files. `unload` answers when device and host memory are free, or after a minute.
-    `list` with a `lora_name` tells of that one alone.
+    `load` is answered when the adapter is in host memory, with `preload` when it is resident on the device; with
+    `load_inplace` a name that is in use is pointed at the new files. `unload` is answered when the adapter's device and
+    host memory is free, or after a minute. `list` with a `lora_name` returns that adapter only.
     """
 
     id: int
@@ -114,16 +121,16 @@ class Command(Message, frozen=True, kw_only=True):
 
 
 class Ping(Message, frozen=True):
-    """host -> tokenizer_proc -> host: I am alive. `epoch` is the tokenizer process's."""
+    """client -> tokenizer_proc, each second, and back: the sender is alive. `epoch` is the tokenizer process's."""
 
     epoch: int = 0
 
 
-# --------------------------------------------------------------------------------------------- what a client is told
+# --------------------------------------------------------------------------------------- tokenizer_proc -> client
 
 
 class TokenLogprob(Part, frozen=True):
-    """A token with the natural logarithm of its probability. `token` is its text, `bytes` its exact bytes."""
+    """A token and the natural logarithm of its probability. `token` is its text, `bytes` its exact bytes."""
 
     token_id: int
     logprob: float
@@ -132,14 +139,14 @@ class TokenLogprob(Part, frozen=True):
 
 
 class PositionLogprobs(Part, frozen=True):
-    """The chosen token of one position, and the best alternatives, best first. None where nothing precedes it."""
+    """The chosen token of one position and the most likely tokens, most likely first."""
 
     chosen: TokenLogprob
     top: list[TokenLogprob]
 
 
 class Usage(Part, frozen=True):
-    """Token counts of one choice; cached tokens are prompt tokens that were not recomputed."""
+    """Token counts of one choice. `cached_tokens` are prompt tokens whose KV came from the prefix cache."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -150,11 +157,12 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 class Delta(Message, frozen=True, kw_only=True):
-    """tokenizer_proc -> host: more of choice `index` of Submit `id`. The last one of a choice has `finish_reason`.
+    """tokenizer_proc -> client: new text and tokens of choice `index` of Submit `id`.
 
-    `stop_reason` is the stop string or token id that ended it. `prompt_logprobs` come with choice 0, in pieces, the
-    last of them with its first token at the latest; the first position's is None. An aborted choice may lack
-    the rest of them. `prompt_token_ids` come with the first delta of choice 0.
+    The last Delta of a choice has `finish_reason` and `usage`; `stop_reason` is the stop string or token id that ended
+    the choice. `prompt_logprobs` come with choice 0 only, split over its Deltas and complete when its first token
+    arrives; an aborted choice may lack the rest. They are None for the first position, which no token precedes.
+    `prompt_token_ids` come with the first Delta of choice 0.
     """
 
     id: int
@@ -170,10 +178,12 @@ class Delta(Message, frozen=True, kw_only=True):
 
 
 class AdapterCard(Part, frozen=True, kw_only=True):
-    """What is known of one adapter.
+    """One adapter as clients see it, in Answers and at /v1/models.
 
-    `vocab_size` are the tokens of a vocabulary of its own, 0: the base's. `brings` says how it reads and writes text in
-    its own way: tokenizer, chat_template, generation. `invocation` are the tokens from which on it acts, if any.
+    `path` is as the caller gave it, `root` the resolved directory, `parent` the base model's name, `created` Unix
+    seconds, `bytes` the size in host memory, `running` the number of its open requests. `vocab_size` is the size of the
+    adapter's own vocabulary, 0 where it uses the base's. `brings` lists the text files that replace the base's:
+    tokenizer, chat_template, generation. `invocation` are the tokens that activate an activated LoRA (aLoRA).
     """
 
     name: str
@@ -195,7 +205,7 @@ class AdapterCard(Part, frozen=True, kw_only=True):
 
 
 class Answer(Message, frozen=True, kw_only=True):
-    """tokenizer_proc -> host: Command `id` was done."""
+    """tokenizer_proc -> client: Command `id` succeeded. `adapters` and `info` are its results."""
 
     id: int
     adapters: list[AdapterCard] = []
@@ -203,7 +213,10 @@ class Answer(Message, frozen=True, kw_only=True):
 
 
 class Failure(Message, frozen=True):
-    """tokenizer_proc -> host: Submit or Command `id` was refused or failed; see engine.errors.error_from_wire."""
+    """tokenizer_proc -> client: Submit or Command `id` was refused or failed.
+
+    The fields are those of an EngineError; engine.errors.error_from_wire builds the exception from them.
+    """
 
     id: int
     kind: str
@@ -216,10 +229,10 @@ class Failure(Message, frozen=True):
 
 
 class Sampling(Part, frozen=True, kw_only=True):
-    """What the runner's sampler must know of a request. All values are resolved; `seed` is always given.
+    """Sampling parameters as the runner's sampler reads them: every value is resolved, and `seed` is always set.
 
-    `end_ids` are masked until `min_tokens` tokens were generated. `logprobs` -1 is off, k >= 0 reports the sampled
-    token and the k best; `prompt_logprobs` likewise. top_k 0 is off; temperature 0 is greedy.
+    `temperature` 0 is greedy, `top_k` 0 is off. `end_ids` are masked until `min_tokens` tokens were generated.
+    `logprobs` -1 is off; k >= 0 reports the sampled token and the k most likely ones; `prompt_logprobs` likewise.
     """
 
     temperature: float = 1.0
@@ -238,7 +251,10 @@ class Sampling(Part, frozen=True, kw_only=True):
 
 
 class Stopping(Part, frozen=True):
-    """What the scheduler must know: at most `max_tokens` (>= 1), ended by any of `end_ids` after `min_tokens`."""
+    """Stop conditions that the scheduler checks: `max_tokens` (>= 1), or any of `end_ids` after `min_tokens` tokens.
+
+    Stop strings are found by the tokenizer process, which then sends Abort.
+    """
 
     max_tokens: int
     min_tokens: int = 0
@@ -246,10 +262,12 @@ class Stopping(Part, frozen=True):
 
 
 class Generate(Message, frozen=True, kw_only=True):
-    """tokenizer_proc -> scheduler: run this. `generated` are tokens it already has (replay after a crash).
+    """tokenizer_proc -> scheduler: run a request. Answered by Updates in Progress.
 
-    `lora` is [(adapter_id, scale)]: empty = base, one = the usual case, several = a weighted mix.
-    `cache_salt` keeps the prefix pages of tenants apart. Lower `priority` runs first.
+    `prompt` are token ids. `generated` are tokens the request already has: not empty when the tokenizer process sends
+    its open requests again to a new scheduler. `lora` is [(adapter_id, scale)]: empty for the base, one pair for an
+    adapter, several for a weighted mix. Requests with different `cache_salt` share no prefix pages. Lower `priority` is
+    admitted first.
     """
 
     epoch: int
@@ -264,18 +282,18 @@ class Generate(Message, frozen=True, kw_only=True):
 
 
 class Abort(Message, frozen=True):
-    """tokenizer_proc -> scheduler: stop this request. Answered by an Update with finish abort if it was still there."""
+    """tokenizer_proc -> scheduler: end this request. Answered by an Update with finish abort if it was still open."""
 
     epoch: int
     request_id: int
 
 
 class LoadAdapter(Message, frozen=True, kw_only=True):
-    """tokenizer_proc -> scheduler -> ranks: bring this directory to the host tier as `adapter_id` (> 0).
+    """tokenizer_proc -> scheduler -> every rank: load the directory `path` into host memory as `adapter_id` (> 0).
 
-    Doing it twice is harmless, and does not revive one that failed: to try its files again takes a new id. `revision`,
-    when not empty, must be what the files hash to. `name` is for messages. `preload` asks the scheduler to make it
-    resident as soon as there is room. Answered by AdapterState.
+    Answered by AdapterState. A second LoadAdapter with the same id has no effect, also after a failed load: a retry
+    takes a new id. `revision`, when not empty, must equal the hash of the files. `name` appears in error texts only.
+    `preload` asks the scheduler to make the adapter resident on the device as soon as there is room.
     """
 
     adapter_id: int
@@ -287,29 +305,33 @@ class LoadAdapter(Message, frozen=True, kw_only=True):
 
 
 class EvictAdapter(Message, frozen=True):
-    """scheduler -> ranks: forget the host copy; it is read again when it is asked for. Answered by AdapterState disk.
+    """scheduler -> every rank: drop the adapter's copy in host memory. Answered by AdapterState disk.
 
-    Never sent while the adapter is loading or being filled; rank pages it holds stay as they are.
+    It is loaded from disk again when it is next needed. Never sent while the adapter is loading or a fill of it runs;
+    rank pages it holds on the device stay as they are.
     """
 
     adapter_id: int
 
 
 class UnloadAdapter(Message, frozen=True):
-    """tokenizer_proc -> scheduler -> ranks: no new requests; free it when the last one is done (state gone)."""
+    """tokenizer_proc -> scheduler -> every rank: free the adapter once its last request has ended.
+
+    Answered by AdapterState gone.
+    """
 
     adapter_id: int
 
 
 class PinAdapter(Message, frozen=True):
-    """tokenizer_proc -> scheduler: never evict it (or: evict it again like any other)."""
+    """tokenizer_proc -> scheduler: pin or unpin an adapter; a pinned one is evicted neither from device nor host."""
 
     adapter_id: int
     pinned: bool
 
 
 class LogprobIds(Part, frozen=True):
-    """Log-probabilities of one position by token id: the chosen token, then the best, best first."""
+    """Log-probabilities of one position, by token id: the chosen token, then the most likely, best first."""
 
     token_id: int
     logprob: float
@@ -317,11 +339,12 @@ class LogprobIds(Part, frozen=True):
 
 
 class Update(Part, frozen=True, kw_only=True):
-    """News of one request. `index` counts generated tokens: it is the number of the first token in `tokens`.
+    """New tokens of one request, its end, or both.
 
-    Tokens below the receiver's count are duplicates and dropped; a gap is a fault. `error` ends the request as failed;
-    with a `code` the reason is not its adapters. `prompt_logprobs` come in pieces, all before the first token;
-    `prompt_index` counts the positions of earlier pieces, like `index`.
+    `index` is the position of `tokens[0]` among the generated tokens, from 0. The receiver drops tokens it already has
+    and treats a gap as a fault. `error` ends the request as failed; with a `code` the cause is not its adapters.
+    `prompt_logprobs` arrive in pieces, all before the first token; `prompt_index` is the number of positions in the
+    earlier pieces.
     """
 
     request_id: int
@@ -338,10 +361,10 @@ class Update(Part, frozen=True, kw_only=True):
 
 
 class Progress(Message, frozen=True):
-    """scheduler -> tokenizer_proc: one step's news, a list for all requests of the batch, or a part of it if large.
+    """scheduler -> tokenizer_proc: the Updates of one step, for all requests of the batch; a large list is split.
 
-    `epoch` is the tokenizer process's, `scheduler` the sender's own: a dead one's last words are dropped, for another
-    has taken its requests over.
+    `epoch` is the tokenizer process's incarnation, `scheduler` the sender's: Progress of a scheduler that has been
+    replaced is dropped.
     """
 
     epoch: int
@@ -350,7 +373,7 @@ class Progress(Message, frozen=True):
 
 
 class Footprint(Part, frozen=True):
-    """What an adapter occupies when resident: rank pages by group."""
+    """Rank pages that an adapter occupies when it is resident on the device, by group (qkv, o, gate_up, down, ...)."""
 
     pages: dict[str, int]
 
@@ -359,13 +382,16 @@ AdapterStage = Literal["loading", "disk", "host", "resident", "draining", "gone"
 
 
 class AdapterState(Message, frozen=True, kw_only=True):
-    """rank 0 -> scheduler -> tokenizer_proc: where an adapter is, and what was learnt when it was loaded.
+    """rank 0 -> scheduler -> tokenizer_proc: the state of an adapter, and what loading it has shown.
 
-    `bytes` is what its host copy takes. `seconds` is how long what led to this state took: a load from disk (host), a
-    fill (resident). `epoch` is the runner's: a late word of a dead runner is dropped. With state disk or host, `error`
-    says what did not work (a load from disk, making it resident): the next request tries again. `vocab_size` are the
-    tokens of a vocabulary of its own, 0: the base's. `invocation` are the tokens from whose last occurrence in a prompt
-    on it acts; none: it acts from the first token on.
+    States: loading (from disk), disk (no copy in memory), host (in host memory), resident (in rank pages on the
+    device), draining (unloaded, requests still open), gone (unloaded, memory free), failed (cannot be served). With
+    disk or host, `error` is why the last load or fill did not succeed; the next request tries again.
+
+    `bytes` is the size of the copy in host memory. `seconds` is the time taken to reach this state: the load from disk
+    for host, the fill for resident. `epoch` is the runner's. `vocab_size` is the size of the adapter's own vocabulary,
+    0 where it uses the base's. `invocation` are the tokens that activate it: it applies from their last occurrence in
+    the prompt on; where empty, it applies from the first token on.
     """
 
     adapter_id: int
@@ -383,10 +409,12 @@ class AdapterState(Message, frozen=True, kw_only=True):
 
 
 class Capacity(Message, frozen=True, kw_only=True):
-    """runner -> scheduler (inside RunnerReady) -> tokenizer_proc: who measures, tells.
+    """rank 0 -> scheduler (inside RunnerReady) -> tokenizer_proc: what the runner measured and allocated at start.
 
-    `kv_pages` counts grantable pages, numbered 1..kv_pages; `rows` are numbered 0..rows-1; `rank_pages` counts the
-    pages of each group, numbered from 0; lanes are numbered 1..max_loras.
+    `kv_pages` grantable KV pages of `page_size` tokens, numbered 1..kv_pages. `rows` numbered 0..rows-1. `rank_pages`
+    by group, numbered from 0 in each. Lanes are numbered 1..max_loras; each holds up to `max_lane_pages` rank pages of
+    a group. `max_length` is the context in tokens, `max_batched_tokens` the most tokens in a step. `host_bytes` is the
+    host memory for adapters. `*_backend`, `device` and `dtype` are the resolved choices.
     """
 
     kv_pages: int
@@ -415,7 +443,7 @@ WaitReason = Literal["load", "fill", "rank_pages", "lanes", "rows", "pages", "tu
 
 
 class WaitingRequest(Part, frozen=True):
-    """A request that waits: for how many seconds since it last came to the queue, for what, with how many tokens."""
+    """A waiting request: `seconds` since it last entered the queue, what it waits for, and its `generated` tokens."""
 
     request_id: int
     seconds: float
@@ -424,9 +452,11 @@ class WaitingRequest(Part, frozen=True):
 
 
 class Stats(Message, frozen=True, kw_only=True):
-    """scheduler -> tokenizer_proc, each second while anything changes or requests are open: a picture, and sums.
+    """scheduler -> tokenizer_proc: gauges and counters, each second while something changes or requests are open.
 
-    `oldest_waiting` are those of the waiting requests that arrived first, in this order; all, if they are not many.
+    Gauges: requests, pages in use and free, adapters by id. Counters since the scheduler's start: steps, tokens,
+    preemptions, and hits, fills, evictions and loads of adapters. `step_seconds` are the steps since the last Stats.
+    `oldest_waiting` are the waiting requests that arrived first, in order of arrival, up to a bound.
     """
 
     running: int = 0
@@ -462,29 +492,30 @@ class Stats(Message, frozen=True, kw_only=True):
 
 
 class Fill(Part, frozen=True):
-    """Copy an adapter from the host tier into these rank pages, by group. Answered by AdapterState resident.
+    """Copy an adapter from host memory into these rank pages, by group. Answered by AdapterState resident.
 
-    `now`: all of it before the forward of this very step, whose lanes may name the pages already, while earlier steps
-    may still read them. Else beside the steps, in slices, and no lane names the pages before the answer.
+    With `at_once` the whole copy happens before the forward of this step, whose lanes may already name the pages;
+    earlier steps may still be reading them. Without it the copy runs beside the steps, in slices, and no lane names
+    the pages before the answer.
     """
 
     adapter_id: int
     pages: dict[str, list[int]]
-    now: bool = False
+    at_once: bool = False
 
 
 class LanePages(Part, frozen=True):
-    """Lane `lane` (>= 1) from now on: per group, (rank page, scale) pairs. A group that is not named has no delta."""
+    """Lane `lane` (>= 1) from this step on: (rank page, scale) pairs by group. A group left out has no delta."""
 
     lane: int
     pages: dict[str, list[tuple[int, float]]]
 
 
 class NewRow(Part, frozen=True, kw_only=True):
-    """Row `row` begins generation `generation`: forget what it held.
+    """Assign row `row` to a new request; the row's former state is reset. `generation` counts such assignments.
 
-    `history` is everything known so far (prompt and generated) when a penalty needs counts, else empty; positions
-    from `prompt_length` on are generated ones. A sampled token's position seeds its draw.
+    `history` are all tokens so far (prompt and generated) if a penalty needs counts, else empty; those from position
+    `prompt_length` on are generated. Each draw is seeded by `sampling.seed` and the token's position.
     """
 
     row: int
@@ -495,12 +526,12 @@ class NewRow(Part, frozen=True, kw_only=True):
 
 
 class Chunk(Part, frozen=True, kw_only=True):
-    """One row's share of a step: `length` positions from `start` on, through lane `lane`.
+    """One row's part of a step: `length` positions from `start` on, computed with the adapter in lane `lane`.
 
-    `tokens` are the inputs at those positions; empty means: the row's own last sample (a decode of length 1).
-    `pages` are KV pages appended to the row's table before the step. `samples`: the last position yields a token.
-    `scores`: every position yields the log-probability of the token after it; `tokens` then holds one more, the token
-    after the last position, unless the chunk also samples.
+    `tokens` are the input tokens of those positions; empty for a decode (length 1), whose input is the row's last
+    sampled token, still on the device. `pages` are KV pages appended to the row's page table before the step.
+    `samples`: a token is sampled at the last position. `scores`: every position yields the log-probability of the token
+    after it; `tokens` then also holds the token after the last position, unless the chunk samples that one.
 
         position    start ............ start+length-1 | start+length
         tokens      t0 t1 ...          t(length-1)    | (target, only for `scores` without `samples`)
@@ -518,7 +549,10 @@ class Chunk(Part, frozen=True, kw_only=True):
 
 
 class Step(Message, frozen=True, kw_only=True):
-    """scheduler -> every rank: do, in this order, fills, lanes, new rows, then one forward over the chunks."""
+    """scheduler -> every rank: apply fills, lanes and new rows, in this order, then run one forward over the chunks.
+
+    Answered by StepDone. Several steps may be in flight; ranks run them in order of `id`.
+    """
 
     epoch: int
     id: int
@@ -529,9 +563,10 @@ class Step(Message, frozen=True, kw_only=True):
 
 
 class StepDone(Message, frozen=True, kw_only=True):
-    """rank 0 -> scheduler: step `id` is done. `tokens` has one entry for each chunk that samples, in chunk order.
+    """rank 0 -> scheduler: the results of step `id`, which took `seconds`.
 
-    `logprobs` and `prompt_logprobs` are keyed by the chunk's index in the step.
+    `tokens` has one entry for each chunk that samples, in chunk order. `logprobs` and `prompt_logprobs` are keyed by
+    the chunk's index in the step.
     """
 
     epoch: int
@@ -543,9 +578,9 @@ class StepDone(Message, frozen=True, kw_only=True):
 
 
 class RunnerReady(Message, frozen=True, kw_only=True):
-    """rank 0 -> scheduler: the model is loaded; this is what it can hold.
+    """rank 0 -> scheduler: the model is loaded and `capacity` allocated.
 
-    `after_fault`: the runner before ended by itself, so that what it was doing may be to blame.
+    `after_fault`: the former runner ended by itself, so the steps it was running may be the cause.
     """
 
     epoch: int
@@ -554,13 +589,13 @@ class RunnerReady(Message, frozen=True, kw_only=True):
 
 
 class Reset(Message, frozen=True):
-    """scheduler -> every rank: a new scheduler incarnation; forget rows and lanes, then answer RunnerReady."""
+    """scheduler -> every rank: a new scheduler incarnation started. Clear rows and lanes. Answered by RunnerReady."""
 
     epoch: int
 
 
 class Hello(Message, frozen=True):
-    """A new incarnation to its neighbours: who it is and where its inbox is bound."""
+    """A new incarnation -> its neighbours: which process it is, and the address its inbox is bound to."""
 
     process: Literal["tokenizer", "scheduler", "runner"]
     epoch: int

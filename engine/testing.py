@@ -1,8 +1,8 @@
-"""A fake engine for those who embed us: Engine's calls and errors, without processes, models or time.
+"""A fake engine for the tests of embedding programs: Engine's calls and errors, without processes, models or delays.
 
     engine = FakeEngine({"What is the capital of France?": "Paris."}, adapters=["pirate"])
 
-Answers are made of words; a word is a token. Knows nothing of sockets.
+A token is a word of the answer. Knows nothing of sockets.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Reply = Callable[[str, str | None], str]
 class FakeEngine(Engine):
     """Answers from `replies`: a mapping from the prompt's text, or a function of (prompt text, adapter name or None).
 
-    An unknown prompt is echoed. A prompt of token ids is its numbers, a chat its last message. Adapters that were
-    neither listed nor loaded are NotFound; any path can be loaded. A mix is named by its adapters joined with "+".
-    `requests` keeps what was asked.
+    A prompt without a reply is echoed. The text of a prompt of token ids is its numbers, that of a chat its last
+    message. An adapter that was neither listed nor loaded is NotFound; any path can be loaded. The name of a mix is its
+    adapters joined with "+". `requests` records the calls.
     """
 
     def __init__(self, replies: Mapping[str, str] | Reply | None = None, *, adapters: Sequence[str] = ()) -> None:
@@ -45,7 +45,7 @@ class FakeEngine(Engine):
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, lora: Lora = None, **options: Any
     ) -> AsyncIterator[Delta]:
-        """As Engine.generate: one delta a word, `max_tokens` honoured, n choices one after the other."""
+        """Like Engine.generate: one delta for each word, up to `max_tokens`, the n choices one after the other."""
         params = params or SamplingParams()
         adapter = self._named(await self._adapter(lora))
         text = _text(prompt)
@@ -58,7 +58,7 @@ class FakeEngine(Engine):
                 yield delta
 
     async def info(self) -> dict[str, Any]:
-        """Says that it is a fake."""
+        """Returns {"fake": True}."""
         return {"fake": True}
 
     async def _command(self, call: CommandName, **fields: Any) -> Answer:

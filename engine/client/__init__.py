@@ -1,1 +1,1 @@
-"""The embedded client: Engine, and the connection to a server that it speaks over."""
+"""The embedded client: Engine, and the connection to a running server that it uses."""

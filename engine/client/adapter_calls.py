@@ -1,8 +1,8 @@
-"""The adapter calls of an engine, over one thing: sending a Command. Engine and FakeEngine share them.
+"""The adapter calls of an engine, built on one method that sends a Command. Engine and FakeEngine share them.
 
-A LoRARequest whose adapter is not there loads it; those who ask at the same time wait for one load. What its name
-means is asked every time, for others may have moved or unloaded it.
-Knows nothing of sockets.
+A LoRARequest whose adapter is not loaded loads it; concurrent calls with the same LoRARequest wait for one load. The
+engine is asked each time what the name stands for, because other clients may load and unload adapters too. Knows
+nothing of sockets.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ CommandName = Literal["load", "unload", "pin", "unpin", "list", "info"]
 
 
 class AdapterCalls(ABC):
-    """Load, unload, pin, list."""
+    """Loads, unloads, pins and lists adapters."""
 
     def __init__(self) -> None:
         self._loading: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     @abstractmethod
     async def _command(self, call: CommandName, **fields: Any) -> Answer:
-        """The answer to one Command."""
+        """Sends one Command and returns its answer."""
 
     async def load_lora_adapter(
         self, lora_name: str, lora_path: str, pinned: bool = False, preload: bool = False, load_inplace: bool = False
     ) -> AdapterCard:
-        """Loads an adapter from a directory or hub id: until it can be named, with `preload` until it is resident.
+        """Loads an adapter from a directory or hub id. Returns when it can be used, with `preload` when it is resident.
 
-        With `load_inplace` a name that is taken is re-pointed, at once; requests in flight finish on what they began
-        with. Raises NotFound where there is no adapter, InvalidRequest for one that cannot be served.
+        With `load_inplace` a name in use is pointed at the new files; requests in flight finish with the old ones.
+        Raises NotFound where there is no adapter, InvalidRequest for one that cannot be served.
         """
         answer = await self._command(
             "load",
@@ -47,26 +47,26 @@ class AdapterCalls(ABC):
         return answer.adapters[0]
 
     async def unload_lora_adapter(self, lora_name: str) -> None:
-        """Takes the name at once; returns when its memory is free, or after a minute if its requests still run.
+        """Removes the name at once. Returns when the adapter's memory is free, or after a minute if requests still run.
 
         Raises NotFound.
         """
         await self._command("unload", lora_name=lora_name)
 
     async def pin_lora_adapter(self, lora_name: str) -> AdapterCard:
-        """Keeps an adapter in memory for good. Raises NotFound, and InvalidRequest when no more may be pinned."""
+        """Keeps an adapter in memory until it is unpinned. Raises NotFound, and InvalidRequest at the limit of pins."""
         return (await self._command("pin", lora_name=lora_name)).adapters[0]
 
     async def unpin_lora_adapter(self, lora_name: str) -> AdapterCard:
-        """Lets an adapter give way to others again. Raises NotFound."""
+        """Allows the adapter to be evicted again. Raises NotFound."""
         return (await self._command("unpin", lora_name=lora_name)).adapters[0]
 
     async def adapters(self) -> list[AdapterCard]:
-        """The adapters that can be named, and those that drain, with what is known of each."""
+        """The adapters that have a name, and those that drain."""
         return (await self._command("list")).adapters
 
     async def _first_use(self, lora: LoRARequest) -> None:
-        """Makes sure that the request's name means its path. Raises InvalidRequest when it means another one."""
+        """Loads the adapter unless it is loaded. Raises InvalidRequest if the name stands for another path."""
         key = (lora.lora_name, lora.lora_path)
         task = self._loading.get(key)
         if task is None:
@@ -77,7 +77,7 @@ class AdapterCalls(ABC):
     def _ended(self, key: tuple[str, str], task: asyncio.Task[None]) -> None:
         del self._loading[key]
         if not task.cancelled():
-            task.exception()  # was told to whoever still waited
+            task.exception()  # marks it as retrieved: all callers may have been cancelled
 
     async def _find_or_load(self, lora: LoRARequest) -> None:
         if await self._is_loaded(lora):
@@ -86,11 +86,11 @@ class AdapterCalls(ABC):
             await self._command("load", lora_name=lora.lora_name, lora_path=lora.lora_path)
         except InvalidRequest as error:
             if error.code != "adapter_already_loaded" or not await self._is_loaded(lora):
-                raise  # else another host was faster
+                raise  # otherwise another client has loaded it meanwhile
 
     async def _is_loaded(self, lora: LoRARequest) -> bool:
-        told = (await self._command("list", lora_name=lora.lora_name)).adapters
-        cards = [card for card in told if card.name == lora.lora_name and card.state != "draining"]
+        listed = (await self._command("list", lora_name=lora.lora_name)).adapters
+        cards = [card for card in listed if card.name == lora.lora_name and card.state != "draining"]
         if not cards:
             return False
         if lora.lora_path not in (cards[0].path, cards[0].root):
@@ -102,5 +102,5 @@ class AdapterCalls(ABC):
 
 
 def not_found(name: str) -> NotFound:
-    """For a name that means nothing."""
+    """The error for a name without an adapter."""
     return NotFound(f"no adapter is called {name}", param="lora", code="model_not_found")

@@ -1,4 +1,4 @@
-"""A finished answer, and how a stream of deltas becomes one. Knows nothing of where the deltas came from."""
+"""A finished answer, and joining a stream of deltas to one. Knows nothing of where the deltas come from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def join(deltas: Sequence[Delta]) -> Completion:
-    """One choice's deltas, in order and all of them, as one answer."""
+    """Joins all deltas of one choice, in order, to one answer."""
     last = deltas[-1]
     assert last.finish_reason is not None
     assert last.usage is not None

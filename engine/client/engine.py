@@ -4,8 +4,8 @@
         async for delta in engine.generate("Hello", lora="pirate"):
             print(delta.text, end="")
 
-`Engine.connect(address)` joins an engine that runs already. Both speak to the same front end as HTTP does. Knows
-nothing of text or tensors.
+`Engine.connect(address)` joins a running engine. Requests go to the same front end as those over HTTP. Knows nothing of
+text or tensors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STOP_SECONDS = 30.0
 
 
 class Engine(AdapterCalls):
-    """A running engine: owned (started and ended by `async with`) or joined (`connect`).
+    """A running engine: started and stopped by `async with`, or joined with `connect`.
 
     The keyword arguments are the command line's flags with underscores (engine.config.server_args); without a `port`
     there is no HTTP server. Raises ConfigError for a bad flag, and, on entering, the error that kept the engine from
@@ -48,7 +48,7 @@ class Engine(AdapterCalls):
 
     @classmethod
     def connect(cls, address: str) -> Engine:
-        """An engine that runs already; `address` is what its announcement shows as Engine.connect(...)."""
+        """Joins a running engine. `address` is the one its banner shows as Engine.connect(...)."""
         engine = cls()
         engine._args, engine._address = None, address
         return engine
@@ -57,7 +57,7 @@ class Engine(AdapterCalls):
         if self._args is not None:
             self._process = await Process.start(ProcessSpec("engine", "engine.launch", self._args, ["--embedded"]))
             try:
-                self._address = str((await self._process.report()).facts["door"])
+                self._address = str((await self._process.report()).facts["address"])
             except BaseException:
                 await self._process.stop(STOP_SECONDS)
                 raise
@@ -74,13 +74,13 @@ class Engine(AdapterCalls):
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, lora: Lora = None, **options: Any
     ) -> AsyncIterator[Delta]:
-        """Streams an answer; leaving the loop early cancels it.
+        """Streams the answer to a prompt; leaving the loop early cancels the request.
 
         `prompt` is text, token ids, or a chat (messages as dicts or ChatMessage). `lora` is an adapter's name, a
         LoRARequest (loaded on first use), a weighted mix {name: scale}, or None for the base. `options` are further
-        fields of messages.Submit. With n > 1 the choices' deltas are interleaved. Raises InvalidRequest, NotFound,
-        Overloaded, EngineDead. Who does not go on with the loop holds up nobody: what comes meanwhile is kept for him,
-        at most the rest of the answer, which `max_tokens` and the context bound.
+        fields of messages.Submit. With n > 1 the deltas of the choices are interleaved. A slow consumer does not block
+        other requests: deltas that it has not read yet are kept, at most the whole answer. Raises InvalidRequest,
+        NotFound, Overloaded, EngineDead.
         """
         connection = self._open()
         submit = Submit(
@@ -92,7 +92,7 @@ class Engine(AdapterCalls):
         )
         async with connection.call(submit) as call:
             unfinished = submit.params.n
-            while True:  # an n that makes no sense is answered with a Failure
+            while True:  # an invalid n is answered with a Failure
                 delta = await call.next()
                 assert isinstance(delta, Delta)
                 unfinished -= delta.finish_reason is not None
@@ -108,7 +108,7 @@ class Engine(AdapterCalls):
         lora: Lora | Sequence[Lora] = None,
         **options: Any,
     ) -> list[Completion]:
-        """Answers a list of prompts at once, in order. `params` and `lora` are one for all, or a list as long."""
+        """Answers a list of prompts concurrently, in order. `params` and `lora` are one for all, or a list as long."""
         each_params = _each(params, len(prompts), "params")
         each_lora = _each(lora, len(prompts), "lora")
         try:
@@ -122,7 +122,7 @@ class Engine(AdapterCalls):
         return [task.result() for task in tasks]
 
     async def info(self) -> dict[str, Any]:
-        """What the engine is and how it does: configuration, capacity, counts."""
+        """Configuration, capacity and counters of the engine."""
         answer = await self._command("info")
         return {name: msgspec.msgpack.decode(value) for name, value in answer.info.items()}
 

@@ -1,4 +1,4 @@
-"""LoRARequest: an adapter named the way vLLM's Python users name it. Knows nothing of engines."""
+"""LoRARequest: an adapter with the fields of vLLM's class of this name. Knows nothing of engines."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from engine.errors import InvalidRequest
 
 
 class LoRARequest(msgspec.Struct, frozen=True):
-    """An adapter by name, a number the caller chose (>= 1) and its path. Raises InvalidRequest for nonsense.
+    """An adapter's name, a number chosen by the caller (>= 1) and its path. Raises InvalidRequest for invalid fields.
 
-    The name says which adapter answers; the number is kept for callers that have one.
+    The name selects the adapter; the number is only kept for the caller.
     """
 
     lora_name: str

@@ -1,1 +1,1 @@
-"""Starting, watching and ending processes: both sides of a child process, and the supervisor over all of them."""
+"""Starts, watches and stops processes: both sides of a child process, and the supervisor of all of them."""

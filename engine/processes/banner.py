@@ -1,4 +1,4 @@
-"""What a person reads when the engine is ready: a few lines. Knows only the facts it is handed."""
+"""The lines printed when the engine is ready. Knows only the facts it is given."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _WIDTH = 96
 
 
 def banner(facts: Facts, seconds: float) -> str:
-    """The announcement, from the launcher's facts (url, door, model, adapters) and the runner's."""
-    where = facts.get("url") or facts["door"]
-    lines = [f"Chorus is ready at {where} after {seconds:.1f} s"]
+    """The lines, from the launcher's facts (url, address, model, adapters) and the runner's. `seconds`: the startup."""
+    address = facts.get("url") or facts["address"]
+    lines = [f"Chorus is ready at {address} after {seconds:.1f} s"]
     lines += [f"  {name:<9} {text}" for name, text in _rows(facts) if text]
     return "\n".join(lines)
 
@@ -27,8 +27,8 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
             f"{facts.get('kv_tokens')} tokens ({_bytes(facts.get('kv_bytes'))}), {facts.get('rows')} requests at once",
         ),
         ("LoRA", _lora(facts)),
-        ("adapters", _fold(facts.get("adapters"))),
-        ("embed", f'Engine.connect("{facts["door"]}")'),
+        ("adapters", _adapter_names(facts.get("adapters"))),
+        ("embed", f'Engine.connect("{facts["address"]}")'),
     ]
 
 
@@ -48,7 +48,7 @@ def _lora(facts: Facts) -> str:
     )
 
 
-def _fold(names: object) -> str:
+def _adapter_names(names: object) -> str:
     if not isinstance(names, list) or not names:
         return ""
     text = " ".join(names)

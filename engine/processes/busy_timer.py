@@ -1,4 +1,4 @@
-"""How long a process has been at its present piece of work: what tells a busy process from a stuck one."""
+"""How long a process has been at one piece of work, so that its parent can tell a busy process from a stuck one."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 
 class BusyTimer:
-    """Written by the thread that works, read by the one that reports."""
+    """Restarted by the thread that works, read by the thread that sends heartbeats."""
 
     def __init__(self) -> None:
         self._since: float | None = None
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """One piece of work is being done while this is entered."""
+        """The body is one piece of work."""
         self.tick()
         try:
             yield
@@ -23,15 +23,15 @@ class BusyTimer:
             self.idle()
 
     def tick(self) -> None:
-        """A piece of work begins now, and the one before it is over."""
+        """The former piece of work is done and the next one begins now."""
         self._since = time.monotonic()
 
     def idle(self) -> None:
-        """Nothing is to be done."""
+        """There is no work at the moment."""
         self._since = None
 
     @property
     def busy(self) -> float:
-        """Seconds since the present piece of work began; 0 between two."""
+        """Seconds since the last `tick`; 0 when idle."""
         since = self._since
         return 0.0 if since is None else time.monotonic() - since

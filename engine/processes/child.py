@@ -1,10 +1,10 @@
-"""The child's side of a process: config in, one Ready or Failed line out, and an end when the parent is gone.
+"""The child's side of a child process: reads its config, reports Ready or Failed, ends when the parent is gone.
 
     parent                                child
-      | -- config, one JSON line on stdin -->|   stdin then stays open: its end means the parent is gone
-      |<-- Heartbeat, each second ---------------|   on the real stdout, which stray prints can no longer reach
-      |<-- Ready or Failed, one JSON line ---|   the same way
-      |<-- Heartbeat, each second ---------------|   the same way, of one that serves
+      | -- config, one JSON line on stdin -->|   stdin then stays open: EOF means that the parent is gone
+      |<-- Heartbeat, each second -----------|   while it starts; JSON lines on the real stdout, which print()
+      |<-- Ready or Failed, once ------------|   does not reach
+      |<-- Heartbeat, each second -----------|   while it serves
       |<-- logs on stderr -------------------|
 
 Knows nothing of what the process does.
@@ -35,40 +35,45 @@ Facts = dict[str, str | int | float | bool | list[str] | None]
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The child serves. `facts` is what a person would like to read."""
+    """The child serves. `facts` are values for the banner and for the embedding program."""
 
     facts: Facts = {}
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The child cannot serve; `message` is one line for people."""
+    """The child cannot serve. `message` is one line for people, `kind` that of the EngineError."""
 
     message: str
     kind: str = "server_error"
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """The child's busy_timer. `busy`: for how many seconds it has been at its present piece of work."""
+    """The child is alive. `busy`: for how many seconds it has been at its present piece of work."""
 
     busy: float = 0.0
 
 
 class Child:
-    """This process as its parent sees it. Make one before anything else can print or import a heavy library."""
+    """The connection of this process to its parent. Create it before any print or heavy import."""
 
     def __init__(self, on_orphaned: Callable[[], None] = lambda: os._exit(0)) -> None:
         self._on_orphaned = on_orphaned
         self._parent = os.getppid()
         self._stdin: BinaryIO = sys.stdin.buffer
         self._report: BinaryIO = os.fdopen(os.dup(1), "wb")
-        self._quiet = threading.Event()
-        os.dup2(2, 1)  # from here on a stray print lands in the log
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the launcher, which ends us in order
+        self._stop_heartbeat = threading.Event()
+        os.dup2(2, 1)  # print() writes to the log from here on
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # Ctrl-C reaches the launcher too, which stops its children in order
 
     def config(self, type_: type[C]) -> C:
-        """Reads the config line, then watches the lifeline: the end of stdin, or a new parent, ends this process."""
+        """Reads the config line. From then on EOF on stdin, or a new parent process, ends this process.
+
+        Raises ConfigError for a line that is no `type_`.
+        """
         line = self._stdin.readline()
-        if not line.endswith(b"\n"):  # the parent went in the middle of it
+        if not line.endswith(b"\n"):  # the parent died while writing it
             self._on_orphaned()
         try:
             config = msgspec.json.decode(line, type=type_)
@@ -79,34 +84,36 @@ class Child:
         return config
 
     def begin_startup(self) -> BusyTimer:
-        """The busy_timer of the start, which the parent hears until `ready`: tick it as the start goes on."""
+        """Sends heartbeats until `ready`. Call the timer's `tick` after each part of the startup."""
         busy_timer = BusyTimer()
         busy_timer.tick()
         self.start_heartbeat(busy_timer)
         return busy_timer
 
     def ready(self, facts: Facts | None = None) -> None:
-        """Reports that this process serves; ends the busy_timer of the start."""
-        self._quiet.set()
+        """Reports that this process serves, and ends the heartbeats of the startup."""
+        self._stop_heartbeat.set()
         self._send(Ready(facts or {}))
 
     def failed(self, error: BaseException) -> None:
-        """Reports why it cannot serve. Call it once, then exit non-zero."""
+        """Reports why this process cannot serve. Call it once, then exit with a non-zero code."""
         if isinstance(error, EngineError):
             self._send(Failed(error.message, error.kind))
         else:
             self._send(Failed(f"{type(error).__name__}: {error}"))
 
     def start_heartbeat(self, busy_timer: BusyTimer) -> None:
-        """From now on the parent hears each second that this process lives and how long its work takes; after ready."""
-        self._quiet = threading.Event()
-        threading.Thread(target=self._beat, args=(busy_timer, self._quiet), name="heartbeat", daemon=True).start()
+        """Sends heartbeats with the timer's value from now on. Call it after `ready`."""
+        self._stop_heartbeat = threading.Event()
+        threading.Thread(
+            target=self._send_heartbeats, args=(busy_timer, self._stop_heartbeat), name="heartbeat", daemon=True
+        ).start()
 
-    def _beat(self, busy_timer: BusyTimer, quiet: threading.Event) -> None:
-        with contextlib.suppress(OSError):  # nobody listens any more
-            while not quiet.is_set():
+    def _send_heartbeats(self, busy_timer: BusyTimer, stop: threading.Event) -> None:
+        with contextlib.suppress(OSError):  # the parent closed the pipe
+            while not stop.is_set():
                 self._send(Heartbeat(busy_timer.busy))
-                quiet.wait(HEARTBEAT_SECONDS)
+                stop.wait(HEARTBEAT_SECONDS)
 
     def _send(self, report: Ready | Failed | Heartbeat) -> None:
         self._report.write(msgspec.json.encode(report) + b"\n")

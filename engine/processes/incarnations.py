@@ -1,10 +1,11 @@
-"""What the n-th incarnation of each process reads, and where its inbox is: a dead one's socket is never bound again.
+"""The config and the inbox address of each incarnation of the three processes. A socket path is never bound twice.
 
-    <directory>/runner.0  runner.1  ...   who binds its predecessor's path would inherit its queue, or lose its own
-    <directory>/door.0                    the hosts' one: they connect by themselves to whoever binds it
-    <directory>/adapters.jsonl            the journal: what became of the adapters since the start
+    <directory>/runner.0  runner.1  ...   on its predecessor's path a process would inherit a queue, or lose its own
+    <directory>/door.0                    where clients connect; the same path for every tokenizer process
+    <directory>/adapters.jsonl            the journal of adapters
 
-Whoever starts is told where the others are now, and says Hello to them. Knows nothing of processes.
+A new incarnation gets the current addresses of its neighbours and sends them Hello. Knows nothing of how processes are
+started.
 """
 
 from __future__ import annotations
@@ -21,27 +22,27 @@ from engine.processes.supervisor import SpecFactory
 
 
 class Addresses:
-    """The inboxes under a run directory, by incarnation."""
+    """The inbox addresses under a run directory, by process and incarnation."""
 
     def __init__(self, directory: Path) -> None:
         self.journal = directory / "adapters.jsonl"
         self._directory = directory
-        self._now = {"tokenizer": 0, "scheduler": 0, "runner": 0}
+        self._current = {"tokenizer": 0, "scheduler": 0, "runner": 0}
 
-    def begin(self, process: str, incarnation: int) -> Endpoints:
-        """The links of a process's new incarnation, which the others will find at a new place."""
-        self._now[process] = incarnation
+    def start_incarnation(self, process: str, incarnation: int) -> Endpoints:
+        """Gives a process's new incarnation its address. Returns the endpoints it reads."""
+        self._current[process] = incarnation
         return self.endpoints(incarnation)
 
     def endpoints(self, epoch: int = 0) -> Endpoints:
-        """Where everyone is now, for a process of this incarnation."""
-        tokenizer, scheduler, runner = (f"ipc://{self._directory}/{name}.{n}" for name, n in self._now.items())
-        door = f"ipc://{self._directory}/door.0"
-        return Endpoints(epoch=epoch, tokenizer=tokenizer, scheduler=scheduler, runner=runner, zmq_server=door)
+        """The current addresses, for a process of incarnation `epoch`."""
+        tokenizer, scheduler, runner = (f"ipc://{self._directory}/{name}.{n}" for name, n in self._current.items())
+        zmq_server = f"ipc://{self._directory}/door.0"
+        return Endpoints(epoch=epoch, tokenizer=tokenizer, scheduler=scheduler, runner=runner, zmq_server=zmq_server)
 
 
 class Incarnations:
-    """The three processes of one launch, in the order in which they depend on one another."""
+    """Makes the process specs of one launch."""
 
     def __init__(self, resolved: ProcessConfigs, addresses: Addresses) -> None:
         self._resolved = resolved
@@ -49,20 +50,24 @@ class Incarnations:
 
     @property
     def spec_factories(self) -> list[SpecFactory]:
-        """For a supervisor."""
+        """One for each process, in the order in which they depend on one another."""
         return [self._runner, self._scheduler, self._tokenizer]
 
     def _runner(self, incarnation: int, after_fault: bool) -> ProcessSpec:
-        endpoints = self._addresses.begin("runner", incarnation)
+        endpoints = self._addresses.start_incarnation("runner", incarnation)
         config = replace(self._resolved.runner, endpoints=endpoints, after_fault=after_fault)
         return ProcessSpec("model_runner", "model_runner", config, environment=runner_environment())
 
     def _scheduler(self, incarnation: int, _: bool) -> ProcessSpec:
-        config = replace(self._resolved.scheduler, endpoints=self._addresses.begin("scheduler", incarnation))
+        config = replace(
+            self._resolved.scheduler, endpoints=self._addresses.start_incarnation("scheduler", incarnation)
+        )
         return ProcessSpec("scheduler", "scheduler", config)
 
     def _tokenizer(self, incarnation: int, _: bool) -> ProcessSpec:
-        config = replace(self._resolved.tokenizer, endpoints=self._addresses.begin("tokenizer", incarnation))
+        config = replace(
+            self._resolved.tokenizer, endpoints=self._addresses.start_incarnation("tokenizer", incarnation)
+        )
         if incarnation:
             config = replace(config, adapters=journal.replay(self._addresses.journal, config.adapters))
         listen_fd = config.listen_fd
@@ -70,13 +75,13 @@ class Incarnations:
 
 
 def runner_environment() -> dict[str, str]:
-    """How the runner's threads wait for one another and where its memory comes from, unless the environment says so.
+    """Environment variables for the runner's OpenMP threads and memory; those the user has set are left alone.
 
-    They spin for some 50 us, which is longer than what lies between two operations, then sleep: threads that spin on
-    fight the other two processes for the cores (with two cores and some other load a decode step of a 0.5B shape took
-    159 ms, and 69 ms with threads that sleep at once; alone, those that sleep at once lose 2% to 8%). Large blocks may
-    be huge pages, where the C library is glibc and the system lets programs ask: linears took 5% less time.
+    OpenMP threads spin for about 50 us, longer than the gap between two operations, then sleep. Threads that keep
+    spinning compete with the other two processes for cores: with two cores and other load, a decode step of a 0.5B
+    shape took 159 ms, and 69 ms with threads that sleep at once; without other load, sleeping at once costs 2% to 8%.
+    With glibc, large blocks may use huge pages where the system allows it: linears took 5% less time.
     """
-    waits = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ)
-    chosen = {} if waits else {"GOMP_SPINCOUNT": "5000"}
+    wait_policy = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ)
+    chosen = {} if wait_policy else {"GOMP_SPINCOUNT": "5000"}
     return chosen if "GLIBC_TUNABLES" in os.environ else chosen | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}

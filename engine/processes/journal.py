@@ -1,7 +1,7 @@
-"""The journal of adapters: what names came to mean since the start, a line each, for whoever takes over.
+"""The journal of adapters: one JSON line for each name that was bound to an adapter or unbound since the start.
 
-The tokenizer process writes it; the launcher reads it when that process died. A line that was cut by the death of its
-writer is left out. Knows nothing of what adapters hold.
+The tokenizer process writes it; after that process died the launcher reads it for the next incarnation. A line cut off
+by the writer's death is skipped. Knows nothing of what adapters contain.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ log = logging.getLogger(__name__)
 
 
 class NameBound(msgspec.Struct, frozen=True, tag=True):
-    """From now on the source's name means it."""
+    """`source.name` names this adapter from now on."""
 
     source: AdapterSource
 
 
 class NameUnbound(msgspec.Struct, frozen=True, tag=True):
-    """Nothing is called so any more."""
+    """`name` names no adapter from now on."""
 
     name: str
 
@@ -34,17 +34,17 @@ _ENTRY: msgspec.json.Decoder[NameBound | NameUnbound] = msgspec.json.Decoder(Nam
 
 
 class Journal:
-    """Appends entries to a file; without a path it keeps none."""
+    """Appends entries to the file at `path`; does nothing when `path` is None."""
 
     def __init__(self, path: str | None) -> None:
         self._path = path
 
-    def means(self, source: AdapterSource) -> None:
-        """The source's name means it."""
+    def bind(self, source: AdapterSource) -> None:
+        """Records that `source.name` names this adapter."""
         self._write(NameBound(source))
 
-    def drops(self, name: str) -> None:
-        """The name means nothing."""
+    def unbind(self, name: str) -> None:
+        """Records that `name` names no adapter."""
         self._write(NameUnbound(name))
 
     def _write(self, entry: NameBound | NameUnbound) -> None:
@@ -54,16 +54,16 @@ class Journal:
 
 
 def replay(path: Path, sources: Sequence[AdapterSource]) -> list[AdapterSource]:
-    """What the names mean now that meant `sources` at the start."""
-    meant = {source.name: source for source in sources}
+    """The adapters by name now, given the `sources` at the start."""
+    bound = {source.name: source for source in sources}
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             entry = _ENTRY.decode(line)
         except DECODE_ERRORS:
-            log.warning("a line of the journal of adapters cannot be read and is left out")
+            log.warning("a line of the journal of adapters cannot be read and is skipped")
             continue
         if isinstance(entry, NameBound):
-            meant[entry.source.name] = entry.source
+            bound[entry.source.name] = entry.source
         else:
-            meant.pop(entry.name, None)
-    return list(meant.values())
+            bound.pop(entry.name, None)
+    return list(bound.values())

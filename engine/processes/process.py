@@ -1,9 +1,9 @@
-"""The parent's side of a process: start it by name, read its report and its pulse, notice its end, end it in order.
+"""The parent's side of a child process: starts it, reads its report and heartbeats, waits for its exit, stops it.
 
-    ProcessSpec (what to run) --start--> Process (one incarnation) --report--> Ready | Failed
-                                     |--> Heartbeat, each second: one that falls silent, or gets stuck, is killed,
-                                     |    before its report as after it, where a start may take its time
-                                     '--> exit
+    ProcessSpec (what to run) --start--> Process (one incarnation) --> Ready | Failed, once
+                                     |--> Heartbeat, each second: a process that is silent or stuck is killed, while it
+                                     |    starts (with longer limits) as while it serves
+                                     '--> ProcessExit
 
 Knows nothing of what the processes do, nor of the flags.
 """
@@ -31,17 +31,17 @@ from engine.processes.child import Failed, Heartbeat, Ready
 log = logging.getLogger(__name__)
 
 _REPORT: msgspec.json.Decoder[Ready | Failed | Heartbeat] = msgspec.json.Decoder(Ready | Failed | Heartbeat)
-_ROOT = Path(__file__).resolve().parents[2]
-_LIMIT = 1 << 20  # bytes of a report line
+_PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+MAX_REPORT_BYTES = 1 << 20
 SILENT_SECONDS = 5
-START_SILENT_SECONDS = 60  # a large library that is loaded from a slow disk holds up every thread of the interpreter
-START_BUSY_SECONDS = 600.0  # for one part of the start: a tensor, a kernel, an adapter
+START_SILENT_SECONDS = 60  # importing a large library from a slow disk blocks all threads of the interpreter
+START_BUSY_SECONDS = 600.0  # for one part of the startup: a tensor, a kernel, an adapter
 EXTERNAL_EXIT_CODES = (0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """What to run: `python -P -m module arguments`, with its config and the descriptors it inherits."""
+    """What to run: `python -P -m module arguments`, the config for its stdin, and the descriptors it inherits."""
 
     name: str
     module: str
@@ -53,10 +53,10 @@ class ProcessSpec:
 
 @functools.cache
 def _python_path() -> str | None:
-    """None where an isolated interpreter finds this very package, else the directory that holds it."""
+    """None if a child finds this same package by itself, else the directory to add to its PYTHONPATH."""
     probe = "import importlib.util as u; s = u.find_spec('engine'); print(s.origin if s else '')"
     found = subprocess.run([sys.executable, "-P", "-c", probe], capture_output=True, text=True, check=False, cwd="/")
-    return None if found.stdout.strip() == str(_ROOT / "engine" / "__init__.py") else str(_ROOT)
+    return None if found.stdout.strip() == str(_PACKAGE_ROOT / "engine" / "__init__.py") else str(_PACKAGE_ROOT)
 
 
 def _environment(extra: dict[str, str]) -> dict[str, str]:
@@ -69,14 +69,14 @@ def _environment(extra: dict[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ProcessExit:
-    """How a process ended, in words, and whether that was its own doing: somebody's `kill -9` is not."""
+    """How a process ended. `own_fault` is False after an orderly end and after a signal from outside (`kill -9`)."""
 
-    words: str
+    description: str
     own_fault: bool
 
 
 class Process:
-    """One incarnation of a child. Whoever starts it stops it."""
+    """One incarnation of a child process. The code that starts it also stops it."""
 
     def __init__(self, spec: ProcessSpec, process: asyncio.subprocess.Process) -> None:
         self.spec = spec
@@ -84,7 +84,7 @@ class Process:
 
     @classmethod
     async def start(cls, spec: ProcessSpec) -> Process:
-        """Starts the child and hands it its config; its standard error is ours."""
+        """Starts the child and writes its config to its stdin. It shares this process's stderr."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",
@@ -95,10 +95,10 @@ class Process:
             stdout=asyncio.subprocess.PIPE,
             pass_fds=tuple(spec.descriptors),
             env=_environment(spec.environment),
-            limit=_LIMIT,
+            limit=MAX_REPORT_BYTES,
         )
         assert process.stdin is not None
-        with contextlib.suppress(ConnectionError):  # it died already: report() says so
+        with contextlib.suppress(ConnectionError):  # it has died already, which report() raises
             process.stdin.write(msgspec.json.encode(spec.config) + b"\n")
             await process.stdin.drain()
         return cls(spec, process)
@@ -109,98 +109,100 @@ class Process:
         return self._process.pid
 
     async def report(self) -> Ready:
-        """Its report. Raises the error it failed with, or EngineDead when it died without a word or had to be killed:
-        it was silent, or did not get on with its start.
-        """
-        word = await self._listen(START_SILENT_SECONDS, START_BUSY_SECONDS)
-        match word:
+        """Its Ready. Raises the error it failed with, or EngineDead when it died before, or was silent or stuck."""
+        report = await self._next_report(START_SILENT_SECONDS, START_BUSY_SECONDS)
+        match report:
             case Ready():
-                return word
+                return report
             case Failed():
-                raise error_from_wire(word.kind, word.message, None, None)
+                raise error_from_wire(report.kind, report.message, None, None)
             case ProcessExit():
                 self.kill()
                 await self._process.wait()
-                raise EngineDead(f"the {self.spec.name} process {word.words} before it was ready; its log is above")
-        raise EngineDead(f"the {self.spec.name} process {await self._way_out()} while starting; its log is above")
+                raise self._start_error(f"{report.description} before it was ready")
+        raise self._start_error(f"{await self._wait_or_kill()} while starting")
 
-    async def end(self, busy: float) -> ProcessExit:
-        """Waits for its end, and kills it when it is silent or at one piece of work for more than `busy` seconds."""
-        watch, exited = asyncio.ensure_future(self._stuck(busy)), asyncio.ensure_future(self._process.wait())
+    async def watch(self, max_busy: float) -> ProcessExit:
+        """Waits for its exit. Kills it when it is silent, or at one piece of work for over `max_busy` seconds."""
+        unhealthy = asyncio.ensure_future(self._wait_unhealthy(max_busy))
+        exited = asyncio.ensure_future(self._process.wait())
         try:
-            await asyncio.wait((watch, exited), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((unhealthy, exited), return_when=asyncio.FIRST_COMPLETED)
             if exited.done():
-                return ProcessExit(_ended(exited.result()), exited.result() not in EXTERNAL_EXIT_CODES)
+                return ProcessExit(_describe(exited.result()), exited.result() not in EXTERNAL_EXIT_CODES)
             self.kill()
             await exited
-            return watch.result()
+            return unhealthy.result()
         finally:
-            watch.cancel()
+            unhealthy.cancel()
             exited.cancel()
 
-    async def _way_out(self) -> str:
-        """Waits for the end of a process that says no more, and kills it when that takes too long; how it ended."""
+    def _start_error(self, what: str) -> EngineDead:
+        return EngineDead(f"the {self.spec.name} process {what}; its log is above")
+
+    async def _wait_or_kill(self) -> str:
+        """Waits for the exit of a process that has closed its stdout, and kills it after SILENT_SECONDS."""
         try:
             await asyncio.wait_for(self._process.wait(), SILENT_SECONDS)
         except TimeoutError:
             self.kill()
-        return await self.exit()
+        return await self.wait_exit()
 
-    async def _stuck(self, busy: float) -> ProcessExit:
-        """Waits until it falls silent or gets stuck."""
-        while not isinstance(word := await self._listen(SILENT_SECONDS, busy), ProcessExit):
-            if word is None:  # it has ended, and that is noticed elsewhere, unless it hangs on its way out
+    async def _wait_unhealthy(self, max_busy: float) -> ProcessExit:
+        """Waits until the process is silent or stuck."""
+        while not isinstance(report := await self._next_report(SILENT_SECONDS, max_busy), ProcessExit):
+            if report is None:  # stdout is closed: it exits, which `watch` notices, unless it hangs on the way
                 await asyncio.sleep(SILENT_SECONDS)
                 return _silent(SILENT_SECONDS)
-        return word
+        return report
 
-    async def _listen(self, silence: int, busy: float) -> Ready | Failed | ProcessExit | None:
-        """Its next word that is no pulse, or None after its last one; the end it is to have if it falls silent before,
-        or is at one piece of work for more than `busy` seconds.
+    async def _next_report(self, max_silence: int, max_busy: float) -> Ready | Failed | ProcessExit | None:
+        """The next report other than a heartbeat, or None at the end of stdout.
 
-        Silence is counted in seconds that this process lived through: one that was stopped itself, and goes on, finds
-        the words of the others waiting.
+        A ProcessExit, of a process to be killed, when nothing arrives for `max_silence` seconds, or a heartbeat says it
+        has been busy for over `max_busy`. Silence is counted in seconds that this process was running: after it was
+        stopped itself and continued, it first reads what the child wrote meanwhile.
         """
-        silent, line = 0, asyncio.ensure_future(self._line())
+        silent, line = 0, asyncio.ensure_future(self._read_line())
         try:
-            while silent < silence:
+            while silent < max_silence:
                 await asyncio.wait((line,), timeout=1.0)
                 if not line.done():
                     silent += 1
                     continue
                 if not line.result():
                     return None
-                word, silent = self._word(line.result()), 0
-                if isinstance(word, Heartbeat) and word.busy > busy:
-                    return ProcessExit(f"was stuck for {word.busy:.0f} seconds and was killed", own_fault=True)
-                if isinstance(word, Ready | Failed):
-                    return word
-                line = asyncio.ensure_future(self._line())
+                report, silent = self._decode(line.result()), 0
+                if isinstance(report, Heartbeat) and report.busy > max_busy:
+                    return ProcessExit(f"was stuck for {report.busy:.0f} seconds and was killed", own_fault=True)
+                if isinstance(report, Ready | Failed):
+                    return report
+                line = asyncio.ensure_future(self._read_line())
         finally:
             line.cancel()
-        return _silent(silence)
+        return _silent(max_silence)
 
-    async def _line(self) -> bytes:
-        """The next line; nothing at the end."""
+    async def _read_line(self) -> bytes:
+        """The next line of its stdout, empty at the end."""
         assert self._process.stdout is not None
         try:
             return await self._process.stdout.readline()
-        except ValueError as error:  # it is too long, and was dropped
+        except ValueError as error:  # the line exceeded MAX_REPORT_BYTES and was dropped
             return str(error).encode()
 
-    def _word(self, line: bytes) -> Ready | Failed | Heartbeat | None:
+    def _decode(self, line: bytes) -> Ready | Failed | Heartbeat | None:
         try:
             return _REPORT.decode(line)
         except DECODE_ERRORS as error:
             log.warning("the %s process wrote %.100r, which is no report: %s", self.spec.name, line, error)
             return None
 
-    async def exit(self) -> str:
-        """Waits for its end; says how it ended."""
-        return _ended(await self._process.wait())
+    async def wait_exit(self) -> str:
+        """Waits for its exit and describes it."""
+        return _describe(await self._process.wait())
 
     async def stop(self, timeout: float) -> None:
-        """Asks it to end (SIGTERM); after `timeout` seconds it is killed."""
+        """Sends SIGTERM and waits for its exit; after `timeout` seconds sends SIGKILL."""
         if self._process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -212,12 +214,12 @@ class Process:
             await self._process.wait()
 
     def kill(self) -> None:
-        """Ends it at once."""
+        """Sends SIGKILL."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
 
-def _ended(code: int) -> str:
+def _describe(code: int) -> str:
     return f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
 
 

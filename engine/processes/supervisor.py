@@ -1,9 +1,9 @@
-"""Processes that work together, kept alive: each has a place, and when its process ends the next one takes it.
+"""Keeps a group of child processes running: restarts each when it exits, with growing pauses, up to a limit.
 
-    place  incarnation 0 --dies--> pause --> incarnation 1 --dies--> longer pause --> ...
-                                                               too often in a row --> unrecoverable
+    incarnation 0 --exits--> pause --> incarnation 1 --exits--> longer pause --> ...
+                                                     too many exits in a row --> unrecoverable
 
-Knows nothing of what the processes do: how they find one another again is their own affair.
+Knows nothing of what the processes do, nor of how a new incarnation finds its neighbours.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from engine.processes.process import Process, ProcessSpec
 
 log = logging.getLogger(__name__)
 
-STABLE_SECONDS = 10.0  # who served for so long did not die in a row
+STABLE_SECONDS = 10.0  # a process that served this long starts a new row of deaths
 MAX_DEATHS = 16
 MAX_FAILED_STARTS = 3
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
 
 SpecFactory = Callable[[int, bool], ProcessSpec]
-"""What the n-th incarnation of a process runs (the first is 0), and whether the last that served ended by itself."""
+"""Makes the spec of incarnation n (from 0); the second argument: whether the last one that served ended by itself."""
 
 
 class _Supervised:
-    """One process of the group: who holds the place now, and how often it changed hands without rest."""
+    """One process of the group: its current incarnation, and how often incarnations died in a row."""
 
     def __init__(self, make: SpecFactory) -> None:
         self.make = make
@@ -40,17 +40,17 @@ class _Supervised:
         self._since = time.monotonic()
 
     async def start(self, after_fault: bool = False) -> Process:
-        """The next incarnation begins."""
+        """Starts the next incarnation."""
         self.process = await Process.start(self.make(self.incarnation, after_fault))
         self.incarnation += 1
         return self.process
 
     def mark_ready(self) -> None:
-        """Its process serves from now on."""
+        """The current incarnation serves from now on."""
         self.failed_starts, self._since = 0, time.monotonic()
 
     def count_death(self) -> bool:
-        """Counts a death; whether that was one too many."""
+        """Counts a death. Returns True when there were too many in a row."""
         if time.monotonic() - self._since > STABLE_SECONDS:
             self.deaths = 0
         self.deaths += 1
@@ -63,21 +63,21 @@ class _Supervised:
 
 
 class Supervisor:
-    """A group of processes. `async with` starts them; leaving ends them, last one first.
+    """A group of processes. `async with` starts them in order; leaving stops them in reverse order.
 
-    In the order given, a later process may depend on an earlier one: so the last is the first to stop. `busy` is for
-    how many seconds one may be at a single piece of work.
+    A later process may depend on an earlier one. `grace` are the seconds a process has to stop, `max_busy` the seconds
+    it may be busy with one piece of work.
     """
 
-    def __init__(self, spec_factories: Sequence[SpecFactory], grace: float = 15.0, busy: float = 120.0) -> None:
-        self._places = [_Supervised(make) for make in spec_factories]
+    def __init__(self, spec_factories: Sequence[SpecFactory], grace: float = 15.0, max_busy: float = 120.0) -> None:
+        self._supervised = [_Supervised(make) for make in spec_factories]
         self._grace = grace
-        self._busy = busy
+        self._max_busy = max_busy
 
     async def __aenter__(self) -> Supervisor:
         try:
-            for place in self._places:
-                await place.start()
+            for each in self._supervised:
+                await each.start()
         except BaseException:
             await self.stop(self._grace)
             raise
@@ -87,12 +87,12 @@ class Supervisor:
         await self.stop(self._grace)
 
     async def ready(self) -> dict[str, Ready]:
-        """Everyone's report, by name. Raises the error of one that failed: a first start is not tried again."""
-        told: list[tuple[str, Ready]] = []
-        starts = [asyncio.ensure_future(self._starts(process, told)) for process in self._processes()]
+        """The reports of all processes, by name. Raises the error of one that failed; a first start is not retried."""
+        reports: list[tuple[str, Ready]] = []
+        starts = [asyncio.ensure_future(self._first_start(process, reports)) for process in self._processes()]
         try:
             done, _ = await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
-            if any(task.exception() for task in done):  # another's failure may be the reason, and is about to arrive
+            if any(task.exception() for task in done):  # the cause may be the failure of another, about to arrive
                 await asyncio.wait(starts, timeout=0.2)
         finally:
             for task in starts:
@@ -101,20 +101,25 @@ class Supervisor:
         failed = sorted(filter(None, errors), key=lambda error: isinstance(error, EngineDead))
         if failed:
             raise failed[0]
-        for place in self._places:
-            place.mark_ready()
-        return dict(told)
+        for each in self._supervised:
+            each.mark_ready()
+        return dict(reports)
 
-    async def _starts(self, process: Process, told: list[tuple[str, Ready]]) -> None:
-        """Until it is the last to report. Raises why it failed, or its end while another starts, which may need it."""
-        told.append((process.spec.name, await process.report()))
-        if len(told) < len(self._places):
-            end = await process.end(self._busy)
-            raise EngineDead(f"the {process.spec.name} process {end.words} while another started; its log is above")
+    async def _first_start(self, process: Process, reports: list[tuple[str, Ready]]) -> None:
+        """Appends the process's report, then watches it until all have reported.
+
+        Raises the error it failed with, or EngineDead when it ends while another process, which may need it, starts.
+        """
+        reports.append((process.spec.name, await process.report()))
+        if len(reports) < len(self._supervised):
+            end = await process.watch(self._max_busy)
+            raise EngineDead(
+                f"the {process.spec.name} process {end.description} while another started; its log is above"
+            )
 
     async def run_until_unrecoverable(self) -> str:
-        """Restarts whoever dies, until one of them dies too often; says which and how."""
-        keepers = [asyncio.ensure_future(self._keep(place)) for place in self._places]
+        """Restarts each process that exits, until one has died too often in a row. Returns which one, and how."""
+        keepers = [asyncio.ensure_future(self._keep_running(each)) for each in self._supervised]
         try:
             done, _ = await asyncio.wait(keepers, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -124,43 +129,48 @@ class Supervisor:
         return ", ".join(keeper.result() for keeper in done)
 
     async def stop(self, grace: float) -> None:
-        """Ends all, in order, the last one first; each has `grace` seconds."""
-        for place in reversed(self._places):
-            if place.process is not None:
-                await place.process.stop(grace)
+        """Stops all processes, the last one first; each has `grace` seconds before it is killed."""
+        for each in reversed(self._supervised):
+            if each.process is not None:
+                await each.process.stop(grace)
 
     def kill(self) -> None:
-        """Ends all at once."""
+        """Kills all processes."""
         for process in self._processes():
             process.kill()
 
     def pids(self) -> list[int]:
-        """The process ids of those that hold the places now."""
+        """The process ids of the current incarnations."""
         return [process.pid for process in self._processes()]
 
     def _processes(self) -> list[Process]:
-        return [place.process for place in self._places if place.process is not None]
+        return [each.process for each in self._supervised if each.process is not None]
 
-    async def _keep(self, place: _Supervised) -> str:
-        process = place.process
+    async def _keep_running(self, supervised: _Supervised) -> str:
+        process = supervised.process
         assert process is not None, "the group was started"
         served, own_fault = True, False
         while True:
-            end = await process.end(self._busy)
-            how = f"the {process.spec.name} process {end.words}"
-            if place.count_death():
+            end = await process.watch(self._max_busy)
+            how = f"the {process.spec.name} process {end.description}"
+            if supervised.count_death():
                 return f"{how}, and that too often in a row"
-            if served:  # else there was nothing that it was asked to do: the one before is still to be told of
+            if served:  # an incarnation that never served did no work: the fault of the one before it still counts
                 own_fault = end.own_fault
             log.warning("%s; the next one starts", how)
-            await asyncio.sleep(place.pause)
-            process, served = await place.start(own_fault), False
-            try:
-                await process.report()
-                place.mark_ready()
-                served = True
-                log.warning("the %s process serves again", process.spec.name)
-            except EngineError as error:
-                place.failed_starts += 1
-                log.error("%s", error.message)
-                await process.stop(self._grace)
+            await asyncio.sleep(supervised.pause)
+            process = await supervised.start(own_fault)
+            served = await self._becomes_ready(supervised, process)
+
+    async def _becomes_ready(self, supervised: _Supervised, process: Process) -> bool:
+        """Waits for the report of a restarted process; stops the process if its start fails."""
+        try:
+            await process.report()
+        except EngineError as error:
+            supervised.failed_starts += 1
+            log.error("%s", error.message)
+            await process.stop(self._grace)
+            return False
+        supervised.mark_ready()
+        log.warning("the %s process serves again", process.spec.name)
+        return True

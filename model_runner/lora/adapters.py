@@ -75,7 +75,7 @@ class Adapters:
         adapter = self.store.get(fill.adapter_id)
         if adapter is None:
             raise InternalError(f"a fill of adapter {fill.adapter_id}, which is not in the host tier")
-        if fill.now:
+        if fill.at_once:
             self.fills.fill_at_once(adapter, fill.pages)
         else:
             self.fills.add(adapter, fill.pages)

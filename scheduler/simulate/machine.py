@@ -143,7 +143,7 @@ class Machine:
         """Begins a fill of a step. Returns for how long the step waits for it."""
         seconds = 0.0 if self.instant else self._profile.fill.of(self._adapters[fill.adapter_id].bytes)
         self.fill_seconds += seconds
-        if fill.now:
+        if fill.at_once:
             self._answer(begin + seconds, self._state(fill.adapter_id, "resident", seconds))
             return seconds
         if self._profile.fill_share and not self.instant:

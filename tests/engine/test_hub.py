@@ -37,10 +37,10 @@ def test_a_hub_id_offline_is_one_line(source: str, monkeypatch: pytest.MonkeyPat
     assert "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize("wanted", [hub.WANTED, hub.TEXTS])
+@pytest.mark.parametrize("patterns", [hub.MODEL_FILES, hub.TOKENIZER_FILES])
 @pytest.mark.parametrize(("source", "revision"), [("org/name", None), ("org/name@v1", "v1")])
-def test_a_hub_id_fetches_only_what_is_wanted(
-    wanted: list[str], source: str, revision: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_hub_id_fetches_only_what_is_patterns(
+    patterns: list[str], source: str, revision: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked = {}
 
@@ -49,7 +49,7 @@ def test_a_hub_id_fetches_only_what_is_wanted(
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert hub.local_directory(source, "--model-path", wanted) == tmp_path.resolve()
-    assert asked == {"repo": "org/name", "revision": revision, "patterns": wanted}
-    assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in wanted)
-    assert not any("safetensors" in pattern for pattern in hub.TEXTS)
+    assert hub.local_directory(source, "--model-path", patterns) == tmp_path.resolve()
+    assert asked == {"repo": "org/name", "revision": revision, "patterns": patterns}
+    assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in patterns)
+    assert not any("safetensors" in pattern for pattern in hub.TOKENIZER_FILES)

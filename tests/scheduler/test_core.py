@@ -210,7 +210,7 @@ def test_a_new_runner_gets_adapters_and_rows_again() -> None:
     core.handle(loaded, 0.0)
     assert core.handle(AdapterState(adapter_id=1, state="resident"), 0.0) == [], "a late word of the dead runner"
     step = plan_of(core)
-    assert (step.epoch, [fill.now for fill in step.fills]) == (1, [True])
+    assert (step.epoch, [fill.at_once for fill in step.fills]) == (1, [True])
     assert step.chunks[0].tokens == [10, 11, 12, 50]
     assert core.handle(RunnerReady(epoch=0, capacity=smaller), 0.0) == []
 

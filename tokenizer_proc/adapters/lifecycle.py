@@ -161,7 +161,7 @@ class Lifecycle:
             with self._registry.loading(ask.name), self._counted():
                 entry = await self._bring(ask, ask.pinned or keeps_pin, sources)
             old = self._registry.point(entry)
-            self._journal.means(entry.source)
+            self._journal.bind(entry.source)
             if old is not None:
                 self._send(UnloadAdapter(old.source.adapter_id))
             log.info("adapter %s is loaded from %s", ask.name, entry.source.root)
@@ -202,7 +202,7 @@ class Lifecycle:
                     param="lora_int_id",
                 )
             self._registry.take_name(name)
-            self._journal.drops(name)
+            self._journal.unbind(name)
             self._send(UnloadAdapter(entry.source.adapter_id))
             return entry
 
@@ -212,7 +212,7 @@ class Lifecycle:
             if pinned:
                 self._check_pin(name)
             entry.source = msgspec.structs.replace(entry.source, pinned=pinned)
-            self._journal.means(entry.source)
+            self._journal.bind(entry.source)
             self._send(PinAdapter(entry.source.adapter_id, pinned))
             return entry
 

@@ -52,7 +52,7 @@ def test_ready_passes_stray_prints_and_stop_ends_it() -> None:
         report = await process.report()
         assert report.facts == {"pid": process.pid}
         await process.stop(10)
-        assert "signal 15" in await process.exit()
+        assert "signal 15" in await process.wait_exit()
         return process.pid
 
     assert not _alive(asyncio.run(run()))
@@ -169,7 +169,7 @@ async def _replaced(supervisor: Supervisor, first: int) -> int:
 @pytest.mark.parametrize("life", ["serves, then dies", "serves, then is stuck", "serves, then falls dumb"])
 def test_one_that_dies_or_gets_stuck_is_replaced(life: str) -> None:
     async def run() -> tuple[int, int]:
-        async with Supervisor([_maker(life, "serves")], busy=1.0) as supervisor:
+        async with Supervisor([_maker(life, "serves")], max_busy=1.0) as supervisor:
             first = int(str((await supervisor.ready())[life].facts["pid"]))
             return first, await _replaced(supervisor, first)
 
@@ -218,7 +218,7 @@ def test_a_start_does_not_wait_for_one_that_is_lost(life: str) -> None:
     async def run() -> None:
         async with (
             asyncio.timeout(20),
-            Supervisor([_maker(life), _maker("waits for another")], grace=0.3, busy=1.0) as supervisor,
+            Supervisor([_maker(life), _maker("waits for another")], grace=0.3, max_busy=1.0) as supervisor,
         ):
             with pytest.raises(EngineDead, match=f"the {life} process .* while another started"):
                 await supervisor.ready()

@@ -54,7 +54,7 @@ def test_a_small_fill_and_its_lane_go_in_one_step() -> None:
     core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
     step = plan_of(core)
     (fill,) = step.fills
-    assert (fill.adapter_id, fill.now) == (1, True)
+    assert (fill.adapter_id, fill.at_once) == (1, True)
     assert step.lanes == [LanePages(1, {"qkv": [(fill.pages["qkv"][0], 1.0)]})]
     assert [chunk.lane for chunk in step.chunks] == [0, 1]
     (state,) = _resident(core, 1, 0.004)
@@ -70,11 +70,11 @@ def test_fills_at_once_take_half_of_a_step_and_the_rest_waits_for_the_next() -> 
     for number in (1, 2, 3):
         core.handle(generate(number, prompt=1, lora=[(number, 1.0)]), 0.0)
     step = plan_of(core)
-    assert [(fill.adapter_id, fill.now) for fill in step.fills] == [(1, True), (2, True)]
+    assert [(fill.adapter_id, fill.at_once) for fill in step.fills] == [(1, True), (2, True)]
     assert core.wait_reason(3) == "fill"
     done(core, step, seconds=STEP)
     step = plan_of(core)
-    assert [(fill.adapter_id, fill.now) for fill in step.fills] == [(3, True)]
+    assert [(fill.adapter_id, fill.at_once) for fill in step.fills] == [(3, True)]
     assert [lane.lane for lane in step.lanes] == [3]
 
 
@@ -84,7 +84,7 @@ def test_a_large_one_is_filled_beside_the_steps() -> None:
     _decoding(core)
     core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
     step = plan_of(core)
-    assert ([fill.now for fill in step.fills], [chunk.lane for chunk in step.chunks]) == ([False], [0])
+    assert ([fill.at_once for fill in step.fills], [chunk.lane for chunk in step.chunks]) == ([False], [0])
 
 
 def test_when_nobody_decodes_anything_is_filled_at_once() -> None:
@@ -92,7 +92,7 @@ def test_when_nobody_decodes_anything_is_filled_at_once() -> None:
     _host(core, 1, LARGE)
     core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
     step = plan_of(core)
-    assert ([fill.now for fill in step.fills], [chunk.lane for chunk in step.chunks]) == ([True], [1])
+    assert ([fill.at_once for fill in step.fills], [chunk.lane for chunk in step.chunks]) == ([True], [1])
 
 
 def test_the_measured_rate_says_what_is_small() -> None:
@@ -104,7 +104,7 @@ def test_the_measured_rate_says_what_is_small() -> None:
         core._device_loader.record_fill_seconds(core._state.registry.copies[1], 1.0)
     _host(core, 2)
     core.handle(generate(2, lora=[(2, 1.0)]), 0.0)
-    assert [fill.now for fill in plan_of(core).fills] == [False]
+    assert [fill.at_once for fill in plan_of(core).fills] == [False]
 
 
 def test_a_fill_at_once_may_take_pages_that_steps_in_flight_read() -> None:
@@ -118,7 +118,7 @@ def test_a_fill_at_once_may_take_pages_that_steps_in_flight_read() -> None:
     core.handle(generate(2, lora=[(2, 1.0)]), 0.0)
     two = plan_of(core)
     core.drain_outbox()
-    assert (two.fills[0].pages, two.fills[0].now) == (one.fills[0].pages, True)
+    assert (two.fills[0].pages, two.fills[0].at_once) == (one.fills[0].pages, True)
     done(core, one)
     done(core, two)
 
@@ -137,7 +137,7 @@ def test_a_fill_beside_the_steps_does_not() -> None:
     assert two.fills == []
     core.drain_outbox()
     done(core, one, seconds=STEP)
-    assert [fill.now for fill in plan_of(core).fills] == [False]
+    assert [fill.at_once for fill in plan_of(core).fills] == [False]
 
 
 def test_an_answer_that_comes_late_is_not_taken_for_a_later_fills() -> None:
@@ -156,7 +156,7 @@ def test_an_answer_that_comes_late_is_not_taken_for_a_later_fills() -> None:
     core.handle(generate(3, lora=[(1, 1.0)]), 0.0)
     step = plan_of(core)
     core.drain_outbox()
-    assert [(fill.adapter_id, fill.now) for fill in step.fills] == [(1, False)]
+    assert [(fill.adapter_id, fill.at_once) for fill in step.fills] == [(1, False)]
     assert _resident(core, 1) == [], "that of the first fill"
     assert core.wait_reason(3) == "fill"
     _resident(core, 1)
@@ -188,7 +188,7 @@ def test_a_cpu_begins_only_on_those_that_are_too_large_for_their_own_step(size: 
     core.handle(generate(1, max_tokens=50, lora=[(1, 1.0)]), 0.0)
     done(core, plan_of(core), seconds=STEP)
     core.handle(generate(2, lora=[(2, 1.0)]), 0.0)
-    assert [(fill.adapter_id, fill.now) for fill in plan_of(core).fills] == [(2, False)] * begun
+    assert [(fill.adapter_id, fill.at_once) for fill in plan_of(core).fills] == [(2, False)] * begun
 
 
 def test_the_next_in_the_queue_are_filled_ahead_into_pages_that_nobody_before_them_needs() -> None:
@@ -200,7 +200,7 @@ def test_the_next_in_the_queue_are_filled_ahead_into_pages_that_nobody_before_th
     for number in (2, 3, 4):
         core.handle(generate(number, lora=[(number, 1.0)]), 0.0)
     step = plan_of(core)
-    assert [(fill.adapter_id, fill.now) for fill in step.fills] == [(2, False), (3, False)]
+    assert [(fill.adapter_id, fill.at_once) for fill in step.fills] == [(2, False), (3, False)]
     for number in (2, 3):
         _resident(core, number)
     done(core, step, seconds=STEP)
@@ -211,5 +211,5 @@ def test_the_next_in_the_queue_are_filled_ahead_into_pages_that_nobody_before_th
     core.handle(Abort(0, 1), 0.0)
     done(core, step, seconds=STEP)
     step = plan_of(core)
-    assert [(fill.adapter_id, fill.now) for fill in step.fills] == [(4, True)], "but 5 comes before them"
+    assert [(fill.adapter_id, fill.at_once) for fill in step.fills] == [(4, True)], "but 5 comes before them"
     assert [state.adapter_id for state in core.drain_outbox() if isinstance(state, AdapterState)] == [1]

@@ -52,7 +52,7 @@ def test_a_request_waits_for_its_adapter_while_others_go_on() -> None:
     large = AdapterState(adapter_id=1, state="host", footprint=Footprint({"qkv": 2}), bytes=100_000_000)
     core.handle(large, 0.0)
     step = plan_of(core)
-    assert ([fill.now for fill in step.fills], [chunk.lane for chunk in step.chunks]) == ([False], [0])
+    assert ([fill.at_once for fill in step.fills], [chunk.lane for chunk in step.chunks]) == ([False], [0])
     done(core, step)
     step = plan_of(core)
     assert [chunk.lane for chunk in step.chunks] == [0]

@@ -1,4 +1,4 @@
-"""From flags to sections: what follows from what."""
+"""Process configs derived from flags: LoRA on or off, paths, pool sizes, run-time loads, policies, buffers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from engine.config.process_configs import (
     RunnerConfig,
     SchedulerConfig,
     TokenizerConfig,
-    sections,
 )
+from engine.config.resolve import resolve
 from engine.config.server_args import ServerArgs
 from engine.errors import ConfigError
 
@@ -23,8 +23,8 @@ ENDPOINTS = Endpoints(tokenizer="ipc://t", scheduler="ipc://s", runner="ipc://r"
 ADAPTER = AdapterSource(adapter_id=1, name="a", path="p", root="/p")
 
 
-def _sections(adapters: list[AdapterSource] | None = None, **flags: object) -> ProcessConfigs:
-    return sections(
+def _resolve(adapters: list[AdapterSource] | None = None, **flags: object) -> ProcessConfigs:
+    return resolve(
         ServerArgs(**flags),
         endpoints=ENDPOINTS,
         journal=Path("/j"),
@@ -34,14 +34,14 @@ def _sections(adapters: list[AdapterSource] | None = None, **flags: object) -> P
     )
 
 
-def test_sections_survive_their_journey() -> None:
-    resolved = _sections([ADAPTER], lora_pool_size="1GiB", lora_root=["x"])
-    for section, type_ in zip(
+def test_process_configs_round_trip_through_json() -> None:
+    resolved = _resolve([ADAPTER], lora_pool_size="1GiB", lora_root=["x"])
+    for config, type_ in zip(
         (resolved.tokenizer, resolved.scheduler, resolved.runner),
         (TokenizerConfig, SchedulerConfig, RunnerConfig),
         strict=True,
     ):
-        assert msgspec.json.decode(msgspec.json.encode(section), type=type_) == section
+        assert msgspec.json.decode(msgspec.json.encode(config), type=type_) == config
 
 
 @pytest.mark.parametrize(
@@ -55,18 +55,18 @@ def test_sections_survive_their_journey() -> None:
         ({"lora_pool_size": "4"}, [], 8),
     ],
 )
-def test_lora_is_on_when_something_means_it(
+def test_lora_is_on_with_adapters_or_a_lora_flag(
     flags: dict[str, object], adapters: list[AdapterSource], lanes: int
 ) -> None:
-    resolved = _sections(adapters, **flags)
+    resolved = _resolve(adapters, **flags)
     assert resolved.tokenizer.max_loras == resolved.scheduler.max_loras == resolved.runner.max_loras == lanes
     assert resolved.runner.enable_lora == bool(lanes)
     assert resolved.tokenizer.max_pinned == max(0, lanes - 1)
 
 
-def test_the_tokenizer_is_the_models_or_its_own() -> None:
-    assert _sections().tokenizer.tokenizer_path == "/m"
-    own = sections(
+def test_tokenizer_path_is_the_models_or_its_own() -> None:
+    assert _resolve().tokenizer.tokenizer_path == "/m"
+    own = resolve(
         ServerArgs(),
         endpoints=ENDPOINTS,
         journal=Path("/j"),
@@ -78,12 +78,12 @@ def test_the_tokenizer_is_the_models_or_its_own() -> None:
     assert (own.tokenizer.tokenizer_path, own.tokenizer.model_path, own.runner.model_path) == ("/t", "/m", "/m")
 
 
-def test_the_pool_is_adapters_or_bytes() -> None:
-    assert _sections(lora_pool_size="12").runner.lora_pool_adapters == 12
-    assert _sections(lora_pool_size="12MB").runner.lora_pool_bytes == 12_000_000
+def test_lora_pool_size_is_adapters_or_bytes() -> None:
+    assert _resolve(lora_pool_size="12").runner.lora_pool_adapters == 12
+    assert _resolve(lora_pool_size="12MB").runner.lora_pool_bytes == 12_000_000
     for bad in ("0", "lots", "-3"):
         with pytest.raises(ConfigError, match="--lora-pool-size"):
-            _sections(lora_pool_size=bad)
+            _resolve(lora_pool_size=bad)
 
 
 @pytest.mark.parametrize(
@@ -99,30 +99,30 @@ def test_the_pool_is_adapters_or_bytes() -> None:
         ({"host": "0.0.0.0", "allow_runtime_lora_updating": True}, True),
     ],
 )
-def test_run_time_loads_are_open_on_loopback_or_by_flag(flags: dict[str, object], open_: bool) -> None:
-    assert _sections(**flags).tokenizer.runtime_loads is open_
+def test_runtime_loads_are_open_on_loopback_or_by_flag(flags: dict[str, object], open_: bool) -> None:
+    assert _resolve(**flags).tokenizer.runtime_loads is open_
 
 
-def test_a_key_is_not_shown() -> None:
-    resolved = _sections(admin_api_key="secret")
+def test_admin_key_is_not_in_server_info() -> None:
+    resolved = _resolve(admin_api_key="secret")
     assert resolved.tokenizer.admin_key == "secret"
     assert "secret" not in str(resolved.tokenizer.server_info)
 
 
-def test_the_policy_reaches_the_scheduler_and_the_door() -> None:
-    fair = _sections(schedule_policy="fair", tenant_weights=["a=2"])
+def test_schedule_policy_reaches_scheduler_and_tokenizer() -> None:
+    fair = _resolve(schedule_policy="fair", tenant_weights=["a=2"])
     assert (fair.scheduler.schedule_policy, fair.scheduler.tenant_weights) == ("fair", {"a": 2.0})
     assert not fair.tokenizer.priorities
-    assert _sections(schedule_policy="priority").tokenizer.priorities
+    assert _resolve(schedule_policy="priority").tokenizer.priorities
     with pytest.raises(ConfigError, match="--tenant-weights a=0"):
-        _sections(schedule_policy="fair", tenant_weights=["a=0"])
+        _resolve(schedule_policy="fair", tenant_weights=["a=0"])
 
 
-def test_what_may_wait_for_a_client() -> None:
-    tokenizer = _sections(max_stream_buffer="256KiB", stream_stall_timeout=2.5).tokenizer
+def test_stream_buffer_and_stall_timeout_are_parsed() -> None:
+    tokenizer = _resolve(max_stream_buffer="256KiB", stream_stall_timeout=2.5).tokenizer
     assert (tokenizer.max_stream_buffer, tokenizer.stream_stall_timeout) == (256 << 10, 2.5)
-    assert (_sections().tokenizer.max_stream_buffer, _sections().tokenizer.stream_stall_timeout) == (4 << 20, 60.0)
+    assert (_resolve().tokenizer.max_stream_buffer, _resolve().tokenizer.stream_stall_timeout) == (4 << 20, 60.0)
     with pytest.raises(ConfigError, match="--max-stream-buffer much"):
-        _sections(max_stream_buffer="much")
+        _resolve(max_stream_buffer="much")
     with pytest.raises(ConfigError, match="--stream-stall-timeout"):
-        _sections(stream_stall_timeout=0.0)
+        _resolve(stream_stall_timeout=0.0)
