@@ -6,7 +6,7 @@
 
     host     DISK --LoadAdapter--> LOADING --"host"--> HELD --EvictAdapter--> EVICTING --"disk"--> DISK
     device   NONE --Fill--> FILLING --"resident"--> RESIDENT --evicted--> NONE     a fill reads the host copy: HELD
-             NONE --Fill(at_once)-------------------> RESIDENT
+             NONE --Fill(at_once)---------------> RESIDENT
 
 Each part has one writer: `Copy.host` is written by HostCache alone, `Copy.device` by DeviceCache alone, and everything
 else of a copy or an adapter by AdapterRegistry alone. tests/scheduler/adapters/test_writers.py holds them to it.
