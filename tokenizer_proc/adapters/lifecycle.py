@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -23,6 +23,7 @@ from engine.errors import AdapterError, EngineDead, EngineError, InvalidRequest,
 from engine.messages import LoadAdapter, PinAdapter, UnloadAdapter
 from engine.processes.journal import Journal
 from tokenizer_proc.adapters.entry import Entry
+from tokenizer_proc.adapters.name_locks import NameLocks
 from tokenizer_proc.adapters.registry import AdapterRegistry
 from tokenizer_proc.adapters.sources import Sources
 from tokenizer_proc.adapters.tokenizers import TokenizerLibrary
@@ -51,25 +52,6 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     if_missing: bool = False
 
 
-class _NameLocks:
-    """One lock for each name that a call holds or waits for."""
-
-    def __init__(self) -> None:
-        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
-
-    @contextlib.asynccontextmanager
-    async def held(self, name: str) -> AsyncIterator[None]:
-        lock, users = self._locks.get(name, (asyncio.Lock(), 0))
-        self._locks[name] = lock, users + 1
-        try:
-            async with lock:
-                yield
-        finally:
-            lock, users = self._locks.pop(name)
-            if users > 1:
-                self._locks[name] = lock, users - 1
-
-
 class Lifecycle:
     """Runs adapter calls: changes the registry, and tells the scheduler by `send`."""
 
@@ -88,7 +70,7 @@ class Lifecycle:
         self._library = library
         self._sources = Sources(config.lora_roots)
         self._journal = Journal(config.journal)
-        self._names = _NameLocks()
+        self.names = NameLocks()
         self._slots = asyncio.Semaphore(LOADS_AT_ONCE)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
@@ -150,7 +132,7 @@ class Lifecycle:
             log.info("an adapter call failed: %s", error)
 
     async def _load(self, ask: LoadRequest, sources: Sources) -> Entry:
-        async with self._names.held(ask.name):
+        async with self.names.held(ask.name):
             now = self._registry.find(ask.name)
             if now is not None and ask.if_missing:
                 return now
@@ -194,7 +176,7 @@ class Lifecycle:
         return entry
 
     async def _unload(self, name: str, adapter_id: int | None) -> Entry:
-        async with self._names.held(name):
+        async with self.names.held(name):
             entry = self._known(name)
             if adapter_id is not None and adapter_id != entry.source.adapter_id:
                 raise InvalidRequest(
@@ -207,7 +189,7 @@ class Lifecycle:
             return entry
 
     async def _pin(self, name: str, pinned: bool) -> Entry:
-        async with self._names.held(name):
+        async with self.names.held(name):
             entry = self._known(name)
             if pinned:
                 self._check_pin(name)

@@ -239,7 +239,7 @@ def test_calls_about_one_name_happen_in_order(tmp_path: Path) -> None:
         kinds = [type(each).__name__ for each in done]
         assert kinds == ["Entry", "InvalidRequest", "Entry", "NotFound", "Entry"]
         assert await ask(world, "a") == 2
-        assert lifecycle._names._locks == {}
+        assert len(lifecycle.names) == 0
 
     run(work)
 

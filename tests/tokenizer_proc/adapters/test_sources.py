@@ -92,25 +92,27 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network(tmp_path: Path, monkey
 def test_few_run_at_once_and_a_caller_may_be_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go, running, most = threading.Event(), [], [0]
 
-    def slow(name: str, path: str, allowed: object) -> str:
-        running.append(name)
+    directory = adapter_dir(tmp_path / "sql")
+
+    def slow(path: str, what: str) -> Path:
+        running.append(what)
         most[0] = max(most[0], len(running))
         assert go.wait(10)
-        running.remove(name)
-        return path
+        running.remove(what)
+        return directory
 
-    monkeypatch.setattr(sources_module, "_local", slow)
+    monkeypatch.setattr(sources_module.hub, "local_directory", slow)
 
     async def work() -> None:
         sources = Sources()
-        tasks = [asyncio.ensure_future(sources.find(str(number), "p")) for number in range(9)]
+        tasks = [asyncio.ensure_future(sources.find(str(number), str(directory))) for number in range(9)]
         while len(running) < sources_module.AT_ONCE:
             await asyncio.sleep(0.002)
         await asyncio.sleep(0.05)
         tasks[0].cancel()
         go.set()
         done = await asyncio.gather(*tasks, return_exceptions=True)
-        assert done[1:] == ["p"] * 8
+        assert done[1:] == [str(directory)] * 8
         assert most[0] <= sources_module.AT_ONCE + 1  # the cancelled caller's work goes on in its thread
 
     asyncio.run(work())

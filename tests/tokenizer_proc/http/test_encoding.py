@@ -56,13 +56,13 @@ def test_a_large_answer_is_encoded_in_a_thread(
     path: str, body: dict[str, Any], streams: bool, is_large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
-    value = logprobs._value
+    floored = logprobs.floored
 
     def watched(token: Any) -> float:
         seen.append(_on_loop())
-        return value(token)
+        return floored(token)
 
-    monkeypatch.setattr(logprobs, "_value", watched)
+    monkeypatch.setattr(logprobs, "floored", watched)
     if streams:
         assert stream(FakeFrontend(), path, body)[-1] == "[DONE]"
     else:

@@ -21,7 +21,8 @@ def as_raw_json(value: object) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode(value))
 
 
-def _value(token: TokenLogprob) -> float:
+def floored(token: TokenLogprob) -> float:
+    """A log-probability as JSON can hold it."""
     return max(token.logprob, _FLOOR)
 
 
@@ -32,7 +33,7 @@ def chat(positions: Sequence[PositionLogprobs]) -> dict[str, object]:
 
 
 def _token(token: TokenLogprob) -> dict[str, object]:
-    return {"token": token.token, "logprob": _value(token), "bytes": token.bytes}
+    return {"token": token.token, "logprob": floored(token), "bytes": token.bytes}
 
 
 class LegacyLogprobs:
@@ -88,7 +89,7 @@ def empty() -> dict[str, list[object]]:
 def _append(shape: dict[str, list[object]], at: int, token: str, position: PositionLogprobs | None) -> None:
     shape["tokens"].append(token)
     shape["text_offset"].append(at)
-    shape["token_logprobs"].append(None if position is None else _value(position.chosen))
+    shape["token_logprobs"].append(None if position is None else floored(position.chosen))
     shape["top_logprobs"].append(None if position is None else _best(position))
 
 
@@ -97,7 +98,7 @@ def _best(position: PositionLogprobs) -> dict[str, float]:
     found: dict[str, float] = {}
     for token in [*position.top, position.chosen]:
         name = _name(token)
-        found[name] = max(_value(token), found.get(name, _FLOOR))
+        found[name] = max(floored(token), found.get(name, _FLOOR))
     return found
 
 
@@ -115,7 +116,7 @@ Triple = tuple[float | None, int, str | None]
 
 def triple(token: TokenLogprob, with_text: bool) -> Triple:
     """The native (logprob, id, text or null)."""
-    return _value(token), token.token_id, token.token if with_text else None
+    return floored(token), token.token_id, token.token if with_text else None
 
 
 def triples(positions: Sequence[PositionLogprobs], with_text: bool) -> list[Triple]:

@@ -54,6 +54,11 @@ class Sandbox:
         self._turn = asyncio.Lock()
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="chat templates")
 
+    @property
+    def process_id(self) -> int | None:
+        """The id of the renderer process that was started last; None: there is none."""
+        return None if self._process is None else self._process.pid
+
     async def render(self, job: RenderJob) -> str:
         """The text. Raises InvalidRequest with the template's own message, or because the job takes too much."""
         async with self._turn:
