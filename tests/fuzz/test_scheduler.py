@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from fixtures.adapters.mutations import NUMBERS, Mutator
-from fixtures.scheduling.fake_runner import FakeRunner, Library
+from fixtures.scheduling.fake_runner.library import Library
+from fixtures.scheduling.fake_runner.runner import FakeRunner
 
 from engine.messages import (
     Abort,

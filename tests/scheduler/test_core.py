@@ -1,8 +1,6 @@
-"""scheduler.core by hand: what each verb sends, and when."""
+"""scheduler.core by hand: which messages each call sends."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 from fixtures.scheduling.by_hand import add_adapter, capacity_of, done, generate, new_core, plan_of
@@ -41,7 +39,7 @@ def test_prefill_then_decode_then_length() -> None:
     assert (core.stats().running, core.stats().kv_pages_used) == (0, 0)
 
 
-def test_an_end_id_stops_and_overshoot_is_dropped() -> None:
+def test_end_id_stops_and_later_tokens_are_dropped() -> None:
     core = new_core(window=2)
     core.handle(generate(1, end_ids=[7]), 0.0)
     one, two = plan_of(core), plan_of(core)
@@ -60,7 +58,7 @@ def test_nothing_is_planned_beyond_the_last_token() -> None:
     assert done(core, two)[0].finish == "length"
 
 
-def test_long_prompts_go_in_chunks_and_decodes_go_first() -> None:
+def test_long_prompts_are_chunked_behind_decodes() -> None:
     core = new_core()
     core.handle(generate(1), 0.0)
     done(core, plan_of(core))
@@ -75,12 +73,12 @@ def test_long_prompts_go_in_chunks_and_decodes_go_first() -> None:
 
 
 @pytest.mark.parametrize(("flag", "bound"), [(None, 128), (32, 32)])
-def test_a_long_prompt_does_not_hold_up_who_decodes(flag: int | None, bound: int) -> None:
+def test_long_prompt_does_not_delay_decodes(flag: int | None, bound: int) -> None:
     sizes = {"max_batched_tokens": 512, "max_length": 2000, "kv_pages": 1000}
     core = new_core(bounds=Bounds(2, max_prefill_tokens=flag), **sizes)
     core.handle(generate(1, prompt=600, max_tokens=4), 0.0)
     step = plan_of(core)
-    assert [chunk.length for chunk in step.chunks] == [512], "nobody decodes"
+    assert [chunk.length for chunk in step.chunks] == [512], "no row decodes"
     done(core, step)
     done(core, plan_of(core))
     core.handle(generate(2, prompt=1500), 0.0)
@@ -91,7 +89,7 @@ def test_a_long_prompt_does_not_hold_up_who_decodes(flag: int | None, bound: int
     assert [chunk.length for chunk in plan_of(core).chunks] == [512]
 
 
-def test_prompt_logprobs_are_sent_as_they_come_and_once() -> None:
+def test_prompt_logprobs_are_sent_once_and_chunk_by_chunk() -> None:
     core = new_core()
     core.handle(generate(1, prompt=10, max_tokens=2, sampling=Sampling(prompt_logprobs=0, logprobs=0)), 0.0)
     step = plan_of(core)
@@ -112,7 +110,7 @@ def test_prompt_logprobs_are_sent_as_they_come_and_once() -> None:
     assert (update.prompt_logprobs, update.finish) == (None, "length")
 
 
-def test_replay_begins_after_what_was_generated() -> None:
+def test_replay_continues_after_the_generated_tokens() -> None:
     core = new_core()
     core.handle(generate(1, max_tokens=3, generated=[1, 2], sampling=Sampling(repetition_penalty=1.1)), 0.0)
     step = plan_of(core)
@@ -121,7 +119,7 @@ def test_replay_begins_after_what_was_generated() -> None:
     assert done(core, step) == [Update(request_id=1, index=2, tokens=[50], finish="length")]
 
 
-def test_a_replay_that_was_over_ends_at_once() -> None:
+def test_replay_with_its_last_token_ends_at_once() -> None:
     core = new_core()
     (progress,) = core.handle(generate(1, generated=[1, 7], end_ids=[7]), 0.0)
     assert progress == Progress(0, [Update(request_id=1, index=2, finish="stop", stop_reason=7)])
@@ -136,7 +134,7 @@ def test_a_replay_that_was_over_ends_at_once() -> None:
         (generate(1, lora=[(9, 1.0)]), "adapter 9 is not loaded"),
     ],
 )
-def test_what_can_never_run_is_refused(message: Generate, text: str) -> None:
+def test_request_that_can_never_run_is_refused(message: Generate, text: str) -> None:
     core = new_core()
     (progress,) = core.handle(message, 0.0)
     assert isinstance(progress, Progress)
@@ -157,7 +155,7 @@ def test_abort_frees_everything_and_is_answered_once(started: bool) -> None:
     assert core.stats().kv_pages_used == 0
 
 
-def test_the_least_urgent_gives_way_and_comes_back_with_its_tokens() -> None:
+def test_preempted_request_continues_with_its_tokens() -> None:
     core = new_core(kv_pages=4, max_batched_tokens=16)
     core.handle(generate(1, prompt=4, max_tokens=9), 0.0)
     core.handle(generate(2, prompt=4, max_tokens=9), 0.0)
@@ -176,7 +174,7 @@ def test_the_least_urgent_gives_way_and_comes_back_with_its_tokens() -> None:
     assert (update.request_id, update.index) == (2, back.length)
 
 
-def test_a_memory_blocked_head_is_not_passed() -> None:
+def test_memory_blocked_head_is_not_passed() -> None:
     core = new_core(kv_pages=6, max_batched_tokens=16)
     core.handle(generate(1, prompt=12), 0.0)
     done(core, plan_of(core))
@@ -186,14 +184,14 @@ def test_a_memory_blocked_head_is_not_passed() -> None:
     assert core.stats().waiting == 2
 
 
-def test_priority_goes_before_arrival() -> None:
+def test_priority_comes_before_arrival() -> None:
     core = new_core(max_batched_tokens=3)
     core.handle(generate(1, priority=1), 0.0)
     core.handle(generate(2, priority=0), 0.0)
     assert done(core, plan_of(core))[0].request_id == 2
 
 
-def test_a_new_runner_gets_adapters_and_rows_again() -> None:
+def test_new_runner_gets_adapters_and_rows_again() -> None:
     core = new_core(window=2)
     add_adapter(core, 1)
     core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
@@ -208,14 +206,14 @@ def test_a_new_runner_gets_adapters_and_rows_again() -> None:
     assert core.plan(0.0) is None
     loaded = AdapterState(adapter_id=1, state="host", revision="r1", footprint=Footprint({"qkv": 1}), epoch=1)
     core.handle(loaded, 0.0)
-    assert core.handle(AdapterState(adapter_id=1, state="resident"), 0.0) == [], "a late word of the dead runner"
+    assert core.handle(AdapterState(adapter_id=1, state="resident"), 0.0) == [], "a late message of the dead runner"
     step = plan_of(core)
     assert (step.epoch, [fill.at_once for fill in step.fills]) == (1, [True])
     assert step.chunks[0].tokens == [10, 11, 12, 50]
     assert core.handle(RunnerReady(epoch=0, capacity=smaller), 0.0) == []
 
 
-def test_a_smaller_runner_ends_what_no_longer_fits() -> None:
+def test_smaller_runner_ends_requests_that_no_longer_fit() -> None:
     core = new_core()
     core.handle(generate(1, prompt=20), 0.0)
     core.handle(generate(2, prompt=5, generated=[1, 2, 3]), 0.0)
@@ -225,7 +223,7 @@ def test_a_smaller_runner_ends_what_no_longer_fits() -> None:
     core.check()
 
 
-def test_a_new_tokenizer_process_begins_empty() -> None:
+def test_new_tokenizer_process_ends_the_old_requests() -> None:
     core = new_core()
     core.handle(generate(1), 0.0)
     step = plan_of(core)
@@ -239,14 +237,14 @@ def test_a_new_tokenizer_process_begins_empty() -> None:
     assert sent == [Progress(1, [Update(request_id=1, index=0, tokens=[5])])]
 
 
-def test_a_request_that_comes_twice_goes_on_once() -> None:
+def test_request_that_arrives_twice_runs_once() -> None:
     core = new_core()
     core.handle(generate(1), 0.0)
     assert core.handle(generate(1), 0.0) == []
     assert len(plan_of(core).new_rows) == 1
 
 
-def test_stats_tell_of_both_sides() -> None:
+def test_stats_count_running_and_waiting_requests() -> None:
     core = new_core(rows=1)
     add_adapter(core, 1)
     for request_id in (1, 2):
@@ -258,31 +256,3 @@ def test_stats_tell_of_both_sides() -> None:
     assert (stats.prompt_tokens, stats.generation_tokens, stats.steps) == (3, 1, 2)
     assert stats.step_seconds == [0.0, 0.5]
     assert core.stats().step_seconds == []
-
-
-@pytest.mark.parametrize(
-    ("fault", "text"),
-    [
-        (lambda state, r: r.pages.pop(), "references"),
-        (lambda state, r: state.requests.clear(), "1: 1} requests"),
-        (lambda state, r: state.waiting.push(r), "runs and waits"),
-        (lambda state, r: setattr(r, "steps_in_flight", 2), "steps in flight"),
-        (lambda state, r: setattr(r, "pending", 0), "pending"),
-        (lambda state, r: setattr(r, "computed", 30), "room"),
-        (lambda state, r: setattr(r, "lane", 2), "lane"),
-        (lambda state, r: setattr(state.registry.copies[1].device, "lanes", 0), "lanes"),
-        (lambda state, r: state.running._free.pop(), "rows"),
-        (lambda state, r: setattr(state.host_cache, "bytes", 7), "host bytes"),
-        (lambda state, r: state.host_cache.held.clear(), "host tier"),
-        (lambda state, r: state.host_cache.spare.put(1, 1), "spare"),
-    ],
-)
-def test_check_finds_tables_that_disagree(fault: Any, text: str) -> None:
-    core = new_core()
-    add_adapter(core, 1)
-    core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
-    plan_of(core)
-    state = core._state
-    fault(state, state.requests[1])
-    with pytest.raises(AssertionError, match=text):
-        core.check()

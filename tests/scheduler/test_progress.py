@@ -1,4 +1,4 @@
-"""The size of frames does not depend on how much a client asks for: each step and each Progress stays small."""
+"""scheduler.progress: each Step and each Progress stays small, however much a client asks for."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _core(**changes: Any) -> Scheduler:
 
 
 def _answer(step: Step) -> StepDone:
-    """Twenty alternatives for each position that was to be scored."""
+    """An answer with twenty alternatives for each scored position."""
     scores = {
         number: [LogprobIds(chunk.start + at + 1, -0.5, TOP) for at in range(chunk.length - chunk.samples)]
         for number, chunk in enumerate(step.chunks)
@@ -37,7 +37,7 @@ def _answer(step: Step) -> StepDone:
 
 
 def _run(core: Scheduler) -> Iterator[list[Progress]]:
-    """What each step brings."""
+    """Runs steps until none is left, and yields the Progress messages of each."""
     while (step := core.plan(0.0)) is not None:
         core.check(64)
         assert len(msgspec.msgpack.encode(step)) < STEP
@@ -63,7 +63,7 @@ def test_prompt_logprobs_travel_in_small_frames(length: int) -> None:
     assert positions == list(range(1, length))
 
 
-def test_a_decode_goes_before_the_prompt_logprobs_of_others() -> None:
+def test_decodes_come_before_prompt_logprobs() -> None:
     core = _core(max_batched_tokens=1024)
     core.handle(generate(1, max_tokens=9), 0.0)
     next(_run(core))
@@ -94,7 +94,7 @@ def test_updates_of_a_large_batch_are_several_frames() -> None:
         Sampling(repetition_penalty=1.1),
     ],
 )
-def test_rows_with_much_to_tell_are_let_in_over_several_steps(sampling: Sampling) -> None:
+def test_large_new_rows_are_admitted_over_several_steps(sampling: Sampling) -> None:
     core = _core(max_batched_tokens=1 << 18)
     prompt = 100_000 if sampling.repetition_penalty != 1.0 else 3
     for number in range(1, 33):

@@ -1,4 +1,4 @@
-"""The scheduler process itself: real sockets, a fake runner and a fake tokenizer process on the other ends."""
+"""scheduler.server: the real process with real sockets, a fake runner and a fake tokenizer process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
-from fixtures.scheduling.fake_runner import FakeRunner, Library, oracle
+from fixtures.scheduling.fake_runner.library import Library, oracle
+from fixtures.scheduling.fake_runner.runner import FakeRunner
 
 from engine.config.process_configs import AdapterSource, Endpoints, SchedulerConfig
 from engine.ipc import Inbox, Outbox
@@ -53,8 +54,8 @@ CAPACITY = Capacity(
 )
 
 
-class House:
-    """The scheduler's neighbours, driven by hand."""
+class Neighbours:
+    """A scheduler process, with its runner and tokenizer process driven by hand."""
 
     def __init__(self, directory: Path, window: int) -> None:
         def address(name: str) -> str:
@@ -69,7 +70,7 @@ class House:
         self.scheduler = Outbox(self.context, endpoints.scheduler)
         self.library = Library({1: Footprint({"qkv": 2})})
         self.fake = FakeRunner(CAPACITY, self.library)
-        self.news: list[Any] = []
+        self.received: list[Any] = []
         source = AdapterSource(adapter_id=1, name="one", path="one", root="one")
         config = SchedulerConfig(endpoints=endpoints, max_loras=1, window=window, adapters=[source])
         self.process = subprocess.Popen(
@@ -87,7 +88,7 @@ class House:
         self.ready = line
 
     def turn(self, seconds: float = 0.05) -> None:
-        """Serves both neighbours once."""
+        """Receives the messages of both processes once, and answers as the runner."""
         for message in self.runner.receive(seconds):
             if isinstance(message, Step | LoadAdapter | UnloadAdapter | EvictAdapter):
                 self.fake.accept(message)
@@ -95,13 +96,13 @@ class House:
             self.scheduler.send(self.fake.finish())
         while self.fake.events:
             self.scheduler.send(self.fake.deliver(0))
-        self.news += self.tokenizer.receive(0)
+        self.received += self.tokenizer.receive(0)
 
     def until(self, kind: type[Any], count: int = 1) -> list[Any]:
-        """Serves until that many messages of a kind have come."""
+        """Answers until `count` messages of a kind were received."""
         end = time.monotonic() + 20
-        while len(found := [message for message in self.news if isinstance(message, kind)]) < count:
-            assert time.monotonic() < end, f"no {kind.__name__} among {self.news}"
+        while len(found := [message for message in self.received if isinstance(message, kind)]) < count:
+            assert time.monotonic() < end, f"no {kind.__name__} among {self.received}"
             self.turn()
         return found
 
@@ -115,10 +116,10 @@ class House:
 
 
 @pytest.fixture(params=[1, 2])
-def house(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[House]:
-    house = House(tmp_path, request.param)
-    yield house
-    house.close()
+def neighbours(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Neighbours]:
+    neighbours = Neighbours(tmp_path, request.param)
+    yield neighbours
+    neighbours.close()
 
 
 def _generate(request_id: int, lora: list[tuple[int, float]]) -> Generate:
@@ -127,15 +128,15 @@ def _generate(request_id: int, lora: list[tuple[int, float]]) -> Generate:
     )
 
 
-def test_who_waits_is_told_of(house: House) -> None:
-    """The runner answers nothing: four rows are taken, and the picture comes though nothing happens any more."""
-    house.scheduler.send(RunnerReady(epoch=0, capacity=CAPACITY))
+def test_stats_list_waiting_requests(neighbours: Neighbours) -> None:
+    """The runner answers nothing: four rows are taken, and Stats are sent though nothing else happens."""
+    neighbours.scheduler.send(RunnerReady(epoch=0, capacity=CAPACITY))
     for number in range(1, 7):
-        house.scheduler.send(_generate(number, []))
+        neighbours.scheduler.send(_generate(number, []))
     end = time.monotonic() + 20
     while True:
         assert time.monotonic() < end
-        told = [message for message in house.tokenizer.receive(0.1) if isinstance(message, Stats)]
+        told = [message for message in neighbours.tokenizer.receive(0.1) if isinstance(message, Stats)]
         if told and told[-1].waiting:
             break
     waiting = told[-1].oldest_waiting
@@ -143,58 +144,58 @@ def test_who_waits_is_told_of(house: House) -> None:
     assert len({each.reason for each in waiting}) == 1
 
 
-def test_a_lone_request_that_waits_for_a_load_is_told_of(house: House) -> None:
-    """The load takes as long as it likes: the scheduler says each second that it is there."""
-    house.scheduler.send(RunnerReady(epoch=0, capacity=CAPACITY))
-    house.scheduler.send(LoadAdapter(adapter_id=1, path="adapters/1"))
-    house.scheduler.send(_generate(1, [(1, 1.0)]))
+def test_stats_are_sent_while_a_request_waits_for_a_load(neighbours: Neighbours) -> None:
+    """During a load that never ends, the scheduler sends Stats each second."""
+    neighbours.scheduler.send(RunnerReady(epoch=0, capacity=CAPACITY))
+    neighbours.scheduler.send(LoadAdapter(adapter_id=1, path="adapters/1"))
+    neighbours.scheduler.send(_generate(1, [(1, 1.0)]))
     told: list[Stats] = []
     end = time.monotonic() + 20
     while len(told) < 4:
-        assert time.monotonic() < end, f"silence after {told}"
-        told += [message for message in house.tokenizer.receive(0.1) if isinstance(message, Stats)]
+        assert time.monotonic() < end, f"no message after {told}"
+        told += [message for message in neighbours.tokenizer.receive(0.1) if isinstance(message, Stats)]
     assert all(stats.waiting_reasons == {"load": 1} for stats in told[-3:])
 
 
-def test_a_request_through_real_sockets(house: House) -> None:
-    assert house.ready.startswith(b'{"type":"Ready"'), "ready as soon as the inbox is bound, without a runner"
-    assert house.until(Hello)[0].process == "scheduler"
+def test_requests_through_real_sockets(neighbours: Neighbours) -> None:
+    assert neighbours.ready.startswith(b'{"type":"Ready"'), "ready as soon as the inbox is bound, without a runner"
+    assert neighbours.until(Hello)[0].process == "scheduler"
     messages = [_generate(1, []), _generate(2, [(1, 1.0)])]
-    house.scheduler.send(LoadAdapter(adapter_id=1, path="adapters/1"))
+    neighbours.scheduler.send(LoadAdapter(adapter_id=1, path="adapters/1"))
     for message in messages:
-        house.scheduler.send(message)  # before the runner's first word: kept
-    house.scheduler.send(RunnerReady(epoch=0, capacity=CAPACITY))
-    assert house.until(Capacity) == [CAPACITY]
+        neighbours.scheduler.send(message)  # before the first RunnerReady: kept
+    neighbours.scheduler.send(RunnerReady(epoch=0, capacity=CAPACITY))
+    assert neighbours.until(Capacity) == [CAPACITY]
     end = time.monotonic() + 20
     tokens: dict[int, list[int]] = {1: [], 2: []}
     finished: set[int] = set()
     while len(finished) < 2:
         assert time.monotonic() < end
-        house.turn()
-        updates = [u for m in house.news if isinstance(m, Progress) for u in m.updates]
+        neighbours.turn()
+        updates = [u for m in neighbours.received if isinstance(m, Progress) for u in m.updates]
         finished = {u.request_id for u in updates if u.finish == "length"}
     for update in updates:
         tokens[update.request_id] += update.tokens
     for message in messages:
-        assert tokens[message.request_id] == oracle(message, house.library, CAPACITY)[0]
-    assert [state.state for state in house.until(AdapterState, 2)] == ["host", "resident"]
-    _rests(house)
-    house.process.send_signal(signal.SIGTERM)
-    assert house.process.wait(10) == 0
+        assert tokens[message.request_id] == oracle(message, neighbours.library, CAPACITY)[0]
+    assert [state.state for state in neighbours.until(AdapterState, 2)] == ["host", "resident"]
+    _becomes_idle(neighbours)
+    neighbours.process.send_signal(signal.SIGTERM)
+    assert neighbours.process.wait(10) == 0
 
 
-def _rests(house: House) -> None:
-    """Stats come while things change, then silence, and an idle process that uses no time."""
+def _becomes_idle(neighbours: Neighbours) -> None:
+    """Stats are sent while something changes; then the process sends nothing and uses no CPU time."""
     end = time.monotonic() + 20
-    while not (house.until(Stats)[-1].running == 0 and house.until(Stats)[-1].generation_tokens == 40):
+    while not (neighbours.until(Stats)[-1].running == 0 and neighbours.until(Stats)[-1].generation_tokens == 40):
         assert time.monotonic() < end
-        house.turn()
-    assert house.until(Stats)[-1].audits > 0
-    before, used = len(house.news), _cpu(house.process.pid)
+        neighbours.turn()
+    assert neighbours.until(Stats)[-1].audits > 0
+    before, used = len(neighbours.received), _cpu(neighbours.process.pid)
     for _ in range(4):
-        house.turn(0.3)
-    assert len(house.news) <= before + 1
-    assert _cpu(house.process.pid) - used <= 5, "it spins"
+        neighbours.turn(0.3)
+    assert len(neighbours.received) <= before + 1
+    assert _cpu(neighbours.process.pid) - used <= 5, "an idle scheduler uses CPU time"
 
 
 def _cpu(pid: int) -> int:
@@ -202,14 +203,14 @@ def _cpu(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-def test_the_end_of_the_lifeline_ends_it(house: House) -> None:
-    assert house.process.stdin is not None
-    house.process.stdin.close()
-    assert house.process.wait(10) == 0
-    house.process.stdin = None
+def test_end_of_stdin_ends_the_process(neighbours: Neighbours) -> None:
+    assert neighbours.process.stdin is not None
+    neighbours.process.stdin.close()
+    assert neighbours.process.wait(10) == 0
+    neighbours.process.stdin = None
 
 
-def test_a_bad_config_is_reported() -> None:
+def test_bad_config_is_reported() -> None:
     answer = subprocess.run(
         [sys.executable, "-P", "-m", "scheduler"], input=b"{}\n", capture_output=True, timeout=20, env=ENV
     )

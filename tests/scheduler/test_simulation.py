@@ -6,16 +6,16 @@ import gc
 from typing import Any
 
 import pytest
-from fixtures.scheduling.seeded_world import World
-from fixtures.scheduling.simulation import Simulation
+from fixtures.scheduling.simulation.seeded_world import World
+from fixtures.scheduling.simulation.simulation import Simulation
 
 from scheduler.adapters.eviction import Policy
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(10))
-def test_memory_is_tight(seed: int, window: int) -> None:
-    """Few pages: rows give way all the time, and come back with their tokens."""
+def test_tight_memory(seed: int, window: int) -> None:
+    """Few KV pages: rows are preempted all the time, and continue with their tokens."""
     pool, heavy = {"qkv": 6, "down": 6}, {"scored_rate": 0.6, "endless_rate": 0.8, "prompt": 16}
     world = World(seed, window, adapters=3, rows=8, kv_pages=24, budget=8, pool=pool, step_rate=0.15, **heavy)
     sim = Simulation(world).run()
@@ -25,7 +25,7 @@ def test_memory_is_tight(seed: int, window: int) -> None:
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(6))
 def test_many_adapters_few_lanes(seed: int, window: int) -> None:
-    """More adapters than the pool holds: fills, evictions and mixes while others decode."""
+    """More adapters than the pool holds: fills, evictions and mixes while rows decode."""
     sim = Simulation(World(100 + seed, window, requests=50, adapters=12, kv_pages=30, rows=8, step_rate=0.3)).run()
     stats = sim.core.stats()
     assert stats.adapter_evictions > 0
@@ -35,8 +35,8 @@ def test_many_adapters_few_lanes(seed: int, window: int) -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(6))
-def test_lanes_make_way(seed: int, window: int) -> None:
-    """A bound of a few steps: lanes drain and are taken all the time, and nothing that a request said is lost."""
+def test_lanes_are_drained_and_preempted(seed: int, window: int) -> None:
+    """lora_max_wait of a few steps: lanes drain and are preempted all the time, and no token is lost."""
     rates = {"mix_rate": 0.2, "preload_rate": 0.2, "abort_rate": 0.05, "endless_rate": 0.6}
     world = World(700 + seed, window, requests=50, adapters=10, rows=8, kv_pages=60, max_wait=8.0, **rates)
     assert Simulation(world).run().core.stats().lane_preemptions > 3
@@ -44,7 +44,7 @@ def test_lanes_make_way(seed: int, window: int) -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(12))
-def test_everything_goes_wrong(seed: int, window: int) -> None:
+def test_faults_of_all_kinds(seed: int, window: int) -> None:
     """Aborts, unloads, pins, adapters that fail, runners that die."""
     faults = {"abort_rate": 0.2, "reset_rate": 0.02, "churn_rate": 0.1, "faulty_rate": 0.3, "mix_rate": 0.3}
     waits = 20.0 if seed % 2 else 1e6
@@ -54,8 +54,8 @@ def test_everything_goes_wrong(seed: int, window: int) -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(10))
-def test_prompts_that_begin_alike(seed: int, window: int) -> None:
-    """Conversations that go on, for two tenants and several adapters, some of equal bytes; in many pages or too few."""
+def test_prompts_with_common_prefixes(seed: int, window: int) -> None:
+    """Conversations of two tenants with several adapters, some of equal bytes, in many KV pages or too few."""
     faults = {"abort_rate": 0.1, "reset_rate": 0.01, "churn_rate": 0.1, "twin_rate": 0.4} if seed % 2 else {}
     pages = 200 if seed % 4 < 2 else 24
     alike = {"share_rate": 0.8, "tenants": 2, **faults}
@@ -67,7 +67,7 @@ def test_prompts_that_begin_alike(seed: int, window: int) -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(8))
-def test_adapters_that_act_from_their_invocation_on(seed: int, window: int) -> None:
+def test_activated_adapters(seed: int, window: int) -> None:
     """Conversations with and without invocations, adapters that are unloaded, re-read or of equal bytes, few pages."""
     faults = {"abort_rate": 0.1, "reset_rate": 0.02, "churn_rate": 0.1, "twin_rate": 0.3} if seed % 2 else {}
     tier: dict[str, Any] = {"max_loaded": 3} if seed % 3 == 2 else {}
@@ -80,8 +80,8 @@ def test_adapters_that_act_from_their_invocation_on(seed: int, window: int) -> N
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
-def test_nothing_is_shared_without_the_cache(window: int) -> None:
-    """And no page outlives its request."""
+def test_no_page_is_shared_without_the_prefix_cache(window: int) -> None:
+    """No page outlives its request."""
     sim = Simulation(World(650, window, adapters=2, rows=8, share_rate=0.8, prefix_cache=False)).run()
     stats = sim.core.stats()
     assert (sim.runner.tokens_shared, stats.cached_tokens, stats.kv_pages_cached) == (0, 0, 0)
@@ -109,8 +109,8 @@ def test_thousands_of_adapters(window: int) -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(8))
-def test_a_small_host_tier(seed: int, window: int) -> None:
-    """Fewer places on the host than adapters, and few bytes: loads, evictions and fills all the time."""
+def test_small_host_cache(seed: int, window: int) -> None:
+    """Fewer host copies than adapters, and few bytes: loads, evictions and fills all the time."""
     tier: dict[str, Any] = {"max_loaded": 3 + seed % 3} if seed % 2 else {"host_bytes": 900}
     policy: Policy = "fifo" if seed % 4 > 1 else "lru"
     world = World(300 + seed, window, requests=60, adapters=14, rows=8, kv_pages=30, policy=policy, **tier)
@@ -121,7 +121,7 @@ def test_a_small_host_tier(seed: int, window: int) -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(8))
-def test_twins_share_one_copy(seed: int, window: int) -> None:
+def test_adapters_of_equal_bytes_share_one_copy(seed: int, window: int) -> None:
     """Half of the adapters have the bytes of another; names come and go."""
     tier: dict[str, Any] = {"max_loaded": 5} if seed % 2 else {}
     rates = {"twin_rate": 0.5, "mix_rate": 0.4, "churn_rate": 0.05 * (seed % 3), "preload_rate": 0.3}
@@ -131,8 +131,8 @@ def test_twins_share_one_copy(seed: int, window: int) -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(14))
-def test_everything_goes_wrong_in_a_small_tier(seed: int, window: int) -> None:
-    """Files that vanish, change and come back, twins, pins, preloads, unloads, aborts, runners that die."""
+def test_faults_of_all_kinds_in_a_small_host_cache(seed: int, window: int) -> None:
+    """Files that vanish, change and return, equal bytes, pins, preloads, unloads, aborts, runners that die."""
     faults = {"abort_rate": 0.1, "reset_rate": 0.02, "churn_rate": 0.15, "faulty_rate": 0.1, "file_rate": 0.1}
     tier: dict[str, Any] = [{"max_loaded": 4}, {"host_bytes": 1000}, {"max_loaded": 6, "host_bytes": 900}][seed % 3]
     rates = faults | {"twin_rate": 0.3, "mix_rate": 0.3, "preload_rate": 0.2}
@@ -142,8 +142,8 @@ def test_everything_goes_wrong_in_a_small_tier(seed: int, window: int) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 2])
-def test_thousands_of_adapters_in_a_small_tier(window: int) -> None:
-    """3,000 adapters, a third of them twins, through a host tier of 50."""
+def test_thousands_of_adapters_in_a_small_host_cache(window: int) -> None:
+    """3,000 adapters, a third of them of equal bytes, through a host cache of 50."""
     world = World(
         8,
         window,
@@ -163,8 +163,8 @@ def test_thousands_of_adapters_in_a_small_tier(window: int) -> None:
     assert stats.host_evictions > 1000
 
 
-def test_nothing_is_left_in_cycles() -> None:
-    """The process runs without the collector of cycles."""
+def test_no_object_is_left_in_a_reference_cycle() -> None:
+    """The scheduler process runs without the cyclic garbage collector."""
     rates = {"abort_rate": 0.1, "churn_rate": 0.2, "twin_rate": 0.4, "reset_rate": 0.02, "share_rate": 0.5}
     gc.collect()
     gc.disable()
@@ -181,7 +181,7 @@ def test_nothing_is_left_in_cycles() -> None:
     assert not left
 
 
-def test_the_same_seed_gives_the_same_run() -> None:
+def test_same_seed_gives_the_same_run() -> None:
     """Nothing in the core depends on chance, time or the order of a set."""
     one, two = (Simulation(World(3, 2, abort_rate=0.1)).run() for _ in range(2))
     assert one.steps == two.steps

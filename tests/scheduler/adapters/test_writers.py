@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures.scheduling.seeded_world import World
-from fixtures.scheduling.simulation import Simulation
+from fixtures.scheduling.simulation.seeded_world import World
+from fixtures.scheduling.simulation.simulation import Simulation
 
 from scheduler.adapters.copies import Adapter, Copy, DeviceCopy, HostCopy, References
 

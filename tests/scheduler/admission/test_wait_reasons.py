@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from fixtures.scheduling.by_hand import add_adapter, capacity_of, done, generate, new_core, plan_of
-from fixtures.scheduling.seeded_world import World
-from fixtures.scheduling.simulation import Simulation
+from fixtures.scheduling.simulation.seeded_world import World
+from fixtures.scheduling.simulation.simulation import Simulation
 
 from engine.messages import Abort, AdapterState, Footprint, LoadAdapter, RunnerReady, ToScheduler, WaitingRequest
 from scheduler.admission import wait_reasons
@@ -16,7 +16,7 @@ def _reasons(core: Scheduler) -> dict[str, int]:
     return dict(core.stats().waiting_reasons)
 
 
-def test_rows_then_pages() -> None:
+def test_reasons_rows_and_pages() -> None:
     core = new_core(rows=1)
     core.handle(generate(1), 0.0)
     plan_of(core)
@@ -31,7 +31,7 @@ def test_rows_then_pages() -> None:
     assert (core.wait_reason(2), _reasons(core)) == ("pages", {"pages": 1})
 
 
-def test_load_then_fill_then_a_lane() -> None:
+def test_reasons_load_fill_and_lanes() -> None:
     core = new_core(rank_pages={"qkv": 3})
     for number in (1, 2):
         add_adapter(core, number)
@@ -40,15 +40,15 @@ def test_load_then_fill_then_a_lane() -> None:
     core.handle(LoadAdapter(adapter_id=3, path="p"), 0.0)
     core.handle(generate(3, lora=[(3, 1.0)]), 0.0)
     assert core.wait_reason(3) == "load"
-    card = AdapterState(adapter_id=3, state="host", footprint=Footprint({"qkv": 1}), bytes=10**9)
-    core.handle(card, 0.0)
+    info = AdapterState(adapter_id=3, state="host", footprint=Footprint({"qkv": 1}), bytes=10**9)
+    core.handle(info, 0.0)
     done(core, plan_of(core))
     assert core.wait_reason(3) == "fill"
     core.handle(AdapterState(adapter_id=3, state="resident"), 0.0)
     assert (core.wait_reason(3), _reasons(core)) == ("lanes", {"lanes": 1})
 
 
-def test_rank_pages() -> None:
+def test_reason_rank_pages() -> None:
     core = new_core(rank_pages={"qkv": 2})
     add_adapter(core, 1, pages=1)
     core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
@@ -60,17 +60,17 @@ def test_rank_pages() -> None:
     assert (core.wait_reason(2), _reasons(core)) == ("rank_pages", {"rank_pages": 1})
 
 
-def test_a_turn() -> None:
+def test_reason_turn() -> None:
     core = new_core(max_batched_tokens=4)
     core.handle(generate(1, prompt=9), 0.0)
     core.handle(generate(2), 0.0)
     plan_of(core)
     assert (core.wait_reason(1), core.wait_reason(2)) == (None, "turn"), (
-        "rows and pages are there, and the prompt before it is long"
+        "rows and pages are free, and the prompt before it takes the step"
     )
 
 
-def test_pages_that_are_shared_are_not_lacking() -> None:
+def test_shared_pages_are_not_lacking() -> None:
     core = new_core(kv_pages=8, max_batched_tokens=32)
     core.handle(generate(1, prompt=19, cache_salt="same"), 0.0)
     done(core, plan_of(core))
@@ -82,7 +82,7 @@ def test_pages_that_are_shared_are_not_lacking() -> None:
     assert core.wait_reason(3) == "pages"
 
 
-def test_a_trial() -> None:
+def test_reason_trial() -> None:
     core = new_core()
     core.handle(generate(1), 0.0)
     plan_of(core)
@@ -92,7 +92,7 @@ def test_a_trial() -> None:
     assert (core.wait_reason(1), core.wait_reason(2), _reasons(core)) == (None, "trial", {"trial": 1})
 
 
-def test_the_oldest_are_told_of_in_the_order_of_their_arrival() -> None:
+def test_oldest_requests_are_listed_by_arrival() -> None:
     core = new_core(rows=1)
     add_adapter(core, 1)
     core.handle(generate(1), 1.0)
@@ -103,7 +103,7 @@ def test_the_oldest_are_told_of_in_the_order_of_their_arrival() -> None:
     assert core.stats().oldest_waiting == [WaitingRequest(2, 8.0, "rows", 2), WaitingRequest(3, 6.5, "rows", 0)]
 
 
-def test_no_more_than_so_many_are_told_of() -> None:
+def test_report_lists_at_most_64_requests() -> None:
     core = new_core(rows=1)
     for number in range(1, 2 * wait_reasons.LISTED):
         core.handle(generate(number), 0.0)
@@ -113,8 +113,8 @@ def test_no_more_than_so_many_are_told_of() -> None:
     assert stats.waiting == 2 * wait_reasons.LISTED - 2
 
 
-class Looking(Simulation):
-    """Proves every picture against the requests one by one."""
+class CheckedStats(Simulation):
+    """Compares all Stats with the reasons of the requests, one by one."""
 
     def _send(self, message: ToScheduler) -> None:
         super()._send(message)
@@ -127,6 +127,6 @@ class Looking(Simulation):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_pictures_of_a_busy_world(seed: int) -> None:
+def test_stats_agree_with_the_reason_of_each_request(seed: int) -> None:
     faults = {"abort_rate": 0.1, "reset_rate": 0.02, "churn_rate": 0.1, "mix_rate": 0.3}
-    Looking(World(900 + seed, 2, requests=40, adapters=8, max_loras=2, rows=4, kv_pages=30, **faults)).run()
+    CheckedStats(World(900 + seed, 2, requests=40, adapters=8, max_loras=2, rows=4, kv_pages=30, **faults)).run()

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from fixtures.scheduling.by_hand import capacity_of, done, generate, new_core, plan_of
-from fixtures.scheduling.fake_runner import FakeRunner
-from fixtures.scheduling.seeded_world import Client, World
-from fixtures.scheduling.simulation import Simulation
+from fixtures.scheduling.fake_runner.runner import FakeRunner
+from fixtures.scheduling.simulation.seeded_world import Client, World
+from fixtures.scheduling.simulation.simulation import Simulation
+from fixtures.scheduling.simulation.verdict import Verdict
 from msgspec.structs import replace
 
 from engine.messages import Abort, Fill, Generate, Progress, RunnerReady, Sampling, Step
@@ -53,13 +54,13 @@ class Poisoned(Simulation):
         self.runner = FakeRunner(self.capacity, self.library, self.runner.epoch + 1, max_host=self.world.max_loaded)
         self._send(RunnerReady(epoch=self.runner.epoch, capacity=self.capacity, after_fault=self.own))
 
-    def _judge_error(self, client: Client) -> None:
+    def _check_error(self, client: Client, verdict: Verdict) -> None:
         if client.error == ENDED:
             assert client.message.request_id in self.poison
         elif client.error == ASIDE:
             assert {self.library.content(i) for i, _ in client.message.lora} & self.fills
         else:
-            super()._judge_error(client)
+            super()._check_error(client, verdict)
 
     @property
     def failed(self) -> set[int]:
@@ -118,7 +119,7 @@ def test_adapter_set_aside_is_served_after_a_new_load(seed: int) -> None:
     sim.fills = frozenset()
     sim._load_again(1)
     while sim.runner.events or sim.runner.queue:
-        sim._happen()
+        sim._next_event()
     assert sim.states[max(sim.loaded)].state in ("host", "resident")
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fixtures.scheduling.fake_runner import FakeRunner, Library, oracle
+from fixtures.scheduling.fake_runner.library import Library, oracle
+from fixtures.scheduling.fake_runner.runner import FakeRunner
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule

@@ -1,4 +1,4 @@
-"""The device loader through the core by hand: what is filled at once, what beside the steps, and for whom."""
+"""scheduler.loading.device_loader by hand: which copies are filled at once, and which in the background."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from engine.messages import Abort, AdapterState, EvictAdapter, Footprint, LanePa
 from scheduler.core import Scheduler
 from scheduler.state import Bounds
 
-STEP = 0.1  # seconds: fills at once may take 50 ms, or 100 MB at the rate that is assumed
+STEP = 0.1  # seconds: fills at once may take 50 ms, which is 100 MB at the default rate
 SMALL, MIDDLE, LARGE = 8_000_000, 45_000_000, 400_000_000
 
 
@@ -22,16 +22,16 @@ def _core(window: int = 1, lanes: int = 4, **changes: object) -> Scheduler:
 
 
 def _host(core: Scheduler, adapter_id: int, size: int = SMALL, pages: int = 1) -> None:
-    """On the host, and not resident: there is no plan in which it could be filled unasked."""
+    """Loads an adapter to the host, and takes it off the list of opportunistic fills."""
     core.handle(LoadAdapter(adapter_id=adapter_id, path=f"p{adapter_id}"), 0.0)
-    card = AdapterState(
+    info = AdapterState(
         adapter_id=adapter_id,
         state="host",
         revision=f"r{adapter_id}",
         footprint=Footprint({"qkv": pages}),
         bytes=size,
     )
-    core.handle(card, 0.0)
+    core.handle(info, 0.0)
     core._state.opportunistic_fills.clear()
     core.check()
 
@@ -47,7 +47,7 @@ def _resident(core: Scheduler, adapter_id: int, seconds: float = 0.0) -> list[ob
     return list(sent)
 
 
-def test_a_small_fill_and_its_lane_go_in_one_step() -> None:
+def test_small_fill_and_its_lane_go_in_one_step() -> None:
     core = _core()
     _host(core, 1)
     _decoding(core)
@@ -62,7 +62,7 @@ def test_a_small_fill_and_its_lane_go_in_one_step() -> None:
     assert (state.state, state.seconds) == ("resident", 0.004)
 
 
-def test_fills_at_once_take_half_of_a_step_and_the_rest_waits_for_the_next() -> None:
+def test_fills_at_once_take_at_most_half_of_a_step() -> None:
     core = _core()
     for number in (1, 2, 3):
         _host(core, number, MIDDLE)
@@ -78,7 +78,7 @@ def test_fills_at_once_take_half_of_a_step_and_the_rest_waits_for_the_next() -> 
     assert [lane.lane for lane in step.lanes] == [3]
 
 
-def test_a_large_one_is_filled_beside_the_steps() -> None:
+def test_large_copy_is_filled_in_the_background() -> None:
     core = _core()
     _host(core, 1, LARGE)
     _decoding(core)
@@ -87,7 +87,7 @@ def test_a_large_one_is_filled_beside_the_steps() -> None:
     assert ([fill.at_once for fill in step.fills], [chunk.lane for chunk in step.chunks]) == ([False], [0])
 
 
-def test_when_nobody_decodes_anything_is_filled_at_once() -> None:
+def test_large_copy_is_filled_at_once_if_no_row_decodes() -> None:
     core = _core()
     _host(core, 1, LARGE)
     core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
@@ -95,7 +95,7 @@ def test_when_nobody_decodes_anything_is_filled_at_once() -> None:
     assert ([fill.at_once for fill in step.fills], [chunk.lane for chunk in step.chunks]) == ([True], [1])
 
 
-def test_the_measured_rate_says_what_is_small() -> None:
+def test_measured_rate_limits_fills_at_once() -> None:
     core = _core()
     _host(core, 1)
     core.handle(generate(1, max_tokens=50, lora=[(1, 1.0)]), 0.0)
@@ -107,7 +107,7 @@ def test_the_measured_rate_says_what_is_small() -> None:
     assert [fill.at_once for fill in plan_of(core).fills] == [False]
 
 
-def test_a_fill_at_once_may_take_pages_that_steps_in_flight_read() -> None:
+def test_fill_at_once_takes_pages_that_steps_in_flight_read() -> None:
     core = _core(window=2, rank_pages={"qkv": 1})
     _host(core, 1)
     _host(core, 2)
@@ -123,7 +123,7 @@ def test_a_fill_at_once_may_take_pages_that_steps_in_flight_read() -> None:
     done(core, two)
 
 
-def test_a_fill_beside_the_steps_does_not() -> None:
+def test_background_fill_waits_for_steps_in_flight() -> None:
     core = _core(window=3, rank_pages={"qkv": 1})
     _host(core, 1)
     _host(core, 2, LARGE)
@@ -140,8 +140,8 @@ def test_a_fill_beside_the_steps_does_not() -> None:
     assert [fill.at_once for fill in plan_of(core).fills] == [False]
 
 
-def test_an_answer_that_comes_late_is_not_taken_for_a_later_fills() -> None:
-    """Filled at once, evicted, filled beside the steps: the first answer says nothing of the second fill."""
+def test_late_answer_counts_for_the_first_fill() -> None:
+    """Filled at once, evicted, filled in the background: the first answer does not end the second fill."""
     core = _core(rank_pages={"qkv": 1})
     _host(core, 1)
     _host(core, 2)
@@ -157,13 +157,13 @@ def test_an_answer_that_comes_late_is_not_taken_for_a_later_fills() -> None:
     step = plan_of(core)
     core.drain_outbox()
     assert [(fill.adapter_id, fill.at_once) for fill in step.fills] == [(1, False)]
-    assert _resident(core, 1) == [], "that of the first fill"
+    assert _resident(core, 1) == [], "the answer to the first fill"
     assert core.wait_reason(3) == "fill"
     _resident(core, 1)
     assert core.wait_reason(3) != "fill"
 
 
-def test_the_host_copy_stays_until_the_fill_is_answered() -> None:
+def test_host_copy_stays_until_the_fill_is_answered() -> None:
     core = Scheduler(capacity_of(rank_pages={"qkv": 4}), Bounds(2, max_loaded_loras=2), 1)
     core.drain_outbox()
     _host(core, 1)
@@ -172,7 +172,7 @@ def test_the_host_copy_stays_until_the_fill_is_answered() -> None:
     core.handle(generate(2, max_tokens=1, lora=[(2, 1.0)]), 0.0)
     done(core, plan_of(core), seconds=STEP)
     load = LoadAdapter(adapter_id=3, path="p3")
-    assert not [m for m in core.handle(load, 0.0) if isinstance(m, EvictAdapter)], "both are read by fills"
+    assert not [m for m in core.handle(load, 0.0) if isinstance(m, EvictAdapter)], "fills read both copies"
     core.handle(UnloadAdapter(1), 0.0)
     assert not [m for m in core.drain_outbox() if isinstance(m, UnloadAdapter)]
     sent = core.handle(AdapterState(adapter_id=1, state="resident"), 0.0)
@@ -180,18 +180,18 @@ def test_the_host_copy_stays_until_the_fill_is_answered() -> None:
     core.check()
 
 
-@pytest.mark.parametrize(("size", "begun"), [(SMALL, False), (LARGE, True)])
-def test_a_cpu_begins_only_on_those_that_are_too_large_for_their_own_step(size: int, begun: bool) -> None:
+@pytest.mark.parametrize(("size", "ahead"), [(SMALL, False), (LARGE, True)])
+def test_cpu_fills_ahead_only_large_copies(size: int, ahead: bool) -> None:
     core = _core(lanes=1)
     _host(core, 1)
     _host(core, 2, size)
     core.handle(generate(1, max_tokens=50, lora=[(1, 1.0)]), 0.0)
     done(core, plan_of(core), seconds=STEP)
     core.handle(generate(2, lora=[(2, 1.0)]), 0.0)
-    assert [(fill.adapter_id, fill.at_once) for fill in plan_of(core).fills] == [(2, False)] * begun
+    assert [(fill.adapter_id, fill.at_once) for fill in plan_of(core).fills] == [(2, False)] * ahead
 
 
-def test_the_next_in_the_queue_are_filled_ahead_into_pages_that_nobody_before_them_needs() -> None:
+def test_look_ahead_evicts_only_for_earlier_requests() -> None:
     core = _core(lanes=1, rank_pages={"qkv": 3}, device="cuda")
     for number in (1, 2, 3, 4):
         _host(core, number)
@@ -206,10 +206,10 @@ def test_the_next_in_the_queue_are_filled_ahead_into_pages_that_nobody_before_th
     done(core, step, seconds=STEP)
     assert [core.wait_reason(number) for number in (2, 3, 4)] == ["lanes"] * 3
     step = plan_of(core)
-    assert step.fills == [], "2 and 3 come before 4"
+    assert step.fills == [], "requests 2 and 3 come before 4"
     core.handle(generate(5, priority=-1, lora=[(4, 1.0)]), 0.0)
     core.handle(Abort(0, 1), 0.0)
     done(core, step, seconds=STEP)
     step = plan_of(core)
-    assert [(fill.adapter_id, fill.at_once) for fill in step.fills] == [(4, True)], "but 5 comes before them"
+    assert [(fill.adapter_id, fill.at_once) for fill in step.fills] == [(4, True)], "request 5 comes before 2 and 3"
     assert [state.adapter_id for state in core.drain_outbox() if isinstance(state, AdapterState)] == [1]

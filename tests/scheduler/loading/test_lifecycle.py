@@ -1,4 +1,4 @@
-"""Adapters through the core by hand: lanes, fills, evictions, failures, unloading."""
+"""scheduler.loading.lifecycle by hand: lanes, fills, evictions, failures, unloading."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from scheduler.core import Scheduler
 from scheduler.state import Bounds
 
 
-def test_a_lane_blocked_request_is_passed() -> None:
+def test_lane_blocked_request_is_passed() -> None:
     core = Scheduler(capacity_of(), Bounds(1))
     core.drain_outbox()
     add_adapter(core, 1)
@@ -35,13 +35,13 @@ def test_a_lane_blocked_request_is_passed() -> None:
     assert [lane.lane for lane in step.lanes] == [1]
     core.handle(Abort(0, 4), 0.0)
     done(core, step)
-    done(core, plan_of(core))  # request 1 is over
+    done(core, plan_of(core))  # request 1 ends
     step = plan_of(core)
     assert [(lane.lane, len(lane.pages["qkv"])) for lane in step.lanes] == [(1, 1)]
     assert [chunk.lane for chunk in step.chunks] == [0, 1]
 
 
-def test_a_request_waits_for_its_adapter_while_others_go_on() -> None:
+def test_request_waits_for_its_adapter_while_rows_decode() -> None:
     core = new_core()
     load = LoadAdapter(adapter_id=1, path="p")
     core.handle(load, 0.0)
@@ -63,7 +63,7 @@ def test_a_request_waits_for_its_adapter_while_others_go_on() -> None:
     assert (sorted(page for page, _ in pages), [scale for _, scale in pages]) == ([0, 1], [1.0, 1.0])
 
 
-def test_the_idle_adapter_makes_room_and_that_is_told() -> None:
+def test_idle_adapter_is_evicted_and_reported() -> None:
     core = new_core()
     add_adapter(core, 1, pages=2)
     add_adapter(core, 2, pages=2)
@@ -77,7 +77,7 @@ def test_the_idle_adapter_makes_room_and_that_is_told() -> None:
     assert plan_of(core).lanes == [LanePages(1, {"qkv": [(0, 0.5), (1, 0.5)]})] or step.fills[0].pages["qkv"] != [0, 1]
 
 
-def test_a_pinned_adapter_makes_no_room() -> None:
+def test_pinned_adapter_is_not_evicted() -> None:
     core = new_core()
     add_adapter(core, 1, pages=2, pinned=True)
     add_adapter(core, 2, pages=2)
@@ -91,7 +91,7 @@ def test_a_pinned_adapter_makes_no_room() -> None:
     assert [fill.adapter_id for fill in plan_of(core).fills] == [2]
 
 
-def test_a_failing_adapter_fails_its_requests_by_name() -> None:
+def test_failed_adapter_fails_its_requests() -> None:
     core = new_core()
     core.handle(LoadAdapter(adapter_id=1, path="p"), 0.0)
     core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
@@ -104,8 +104,8 @@ def test_a_failing_adapter_fails_its_requests_by_name() -> None:
     ]
 
 
-def test_a_failed_adapter_is_tried_again_by_a_new_id_alone() -> None:
-    """The same id comes again whenever a runner starts."""
+def test_failed_adapter_is_retried_only_under_a_new_id() -> None:
+    """The same id is sent again whenever a runner starts."""
     core = new_core()
     add_adapter(core, 1)
     core.handle(AdapterState(adapter_id=1, state="failed", error="bad file"), 0.0)
@@ -117,11 +117,11 @@ def test_a_failed_adapter_is_tried_again_by_a_new_id_alone() -> None:
     core.check()
 
 
-def test_an_adapter_larger_than_the_pool_is_refused() -> None:
+def test_adapter_larger_than_the_pool_is_refused() -> None:
     core = new_core()
     core.handle(LoadAdapter(adapter_id=1, path="p"), 0.0)
     evict, state = core.handle(AdapterState(adapter_id=1, state="host", footprint=Footprint({"qkv": 3})), 0.0)
-    assert evict == EvictAdapter(1), "the runner is not to keep it"
+    assert evict == EvictAdapter(1), "the runner must not keep it"
     assert isinstance(state, AdapterState)
     assert state.state == "failed"
     assert "needs 3 LoRA rank pages of group qkv" in (state.error or "")
@@ -147,7 +147,7 @@ def test_unload_waits_for_the_last_request() -> None:
     core.check()
 
 
-def test_a_draining_adapter_that_fails_is_still_unloaded() -> None:
+def test_draining_adapter_that_fails_is_unloaded() -> None:
     core = new_core()
     add_adapter(core, 1)
     core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
@@ -161,7 +161,7 @@ def test_a_draining_adapter_that_fails_is_still_unloaded() -> None:
     core.check()
 
 
-def test_small_adapters_do_not_keep_a_large_one_out() -> None:
+def test_small_adapters_do_not_starve_a_large_one() -> None:
     core = new_core(rank_pages={"qkv": 4}, max_lane_pages=4)
     add_adapter(core, 1, pages=2)
     add_adapter(core, 2, pages=1)
@@ -169,7 +169,7 @@ def test_small_adapters_do_not_keep_a_large_one_out() -> None:
     core.handle(generate(1, prompt=1, max_tokens=3, lora=[(1, 1.0)]), 0.0)
     done(core, plan_of(core))
     core.handle(generate(2, lora=[(3, 1.0)]), 0.0)  # waits for the pages of 1
-    core.handle(generate(3, lora=[(2, 1.0)]), 0.0)  # resident, a lane is free, but younger
+    core.handle(generate(3, lora=[(2, 1.0)]), 0.0)  # resident, and a lane is free, but later
     for _ in range(2):
         step = plan_of(core)
         assert [chunk.row for chunk in step.chunks] == [0]
@@ -177,7 +177,7 @@ def test_small_adapters_do_not_keep_a_large_one_out() -> None:
     assert plan_of(core).fills[0].adapter_id == 3
 
 
-def test_loading_twice_is_harmless() -> None:
+def test_second_load_only_reports_the_adapter() -> None:
     core = new_core()
     load = LoadAdapter(adapter_id=1, path="p")
     assert core.handle(load, 0.0) == [load]
