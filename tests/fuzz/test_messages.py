@@ -216,14 +216,14 @@ def test_the_zmq_server_answers_every_host(tmp_path: Path) -> None:
 
     async def main() -> None:
         context = zmq.asyncio.Context()
-        server = ZmqServer(context, f"ipc://{tmp_path}/door", frontend)
+        server = ZmqServer(context, f"ipc://{tmp_path}/server", frontend)
         serving = asyncio.ensure_future(server.serve())
         hosts = [context.socket(zmq.DEALER) for _ in range(4)]
         try:
             for host in hosts:
                 for option in (zmq.LINGER, zmq.SNDHWM, zmq.RCVHWM):
                     host.setsockopt(option, 0)
-                host.connect(f"ipc://{tmp_path}/door")
+                host.connect(f"ipc://{tmp_path}/server")
             for number in range(CASES):
                 parts = [frame(mutator, samples)]
                 if mutator.draw.random() < 0.01:

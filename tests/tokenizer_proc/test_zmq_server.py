@@ -63,7 +63,7 @@ async def opened(fake: Fake, address: str) -> AsyncIterator[tuple[ZmqServer, Cal
 
 @pytest.fixture
 def address(tmp_path: Path) -> str:
-    return f"ipc://{tmp_path}/door"
+    return f"ipc://{tmp_path}/server"
 
 
 def run(work: Callable[[], Awaitable[None]]) -> None:

@@ -16,7 +16,7 @@ from tokenizer_proc.adapters.tokenizers import TextTools
 
 
 class AdapterSelection(msgspec.Struct, frozen=True):
-    """Entries with their scales; none of them is the base model."""
+    """Entries with their scales; an empty list stands for the base model."""
 
     parts: list[tuple[Entry, float]] = []
 

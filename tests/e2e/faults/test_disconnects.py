@@ -65,7 +65,7 @@ def test_64_streams_with_random_disconnects_leave_nothing_behind(
     with RunningServer(*flags, "--max-running-requests", 16) as server:
         outcomes = asyncio.run(storm(server.url))
         assert {"finished", "cut"} == set(outcomes)
-        asyncio.run(leave_embedded(server.door))
+        asyncio.run(leave_embedded(server.connect_address))
         stats = server.wait_idle()
         assert stats["audits"] > 0
         cards = {card["id"]: card for card in server.get("/v1/models")["data"]}

@@ -70,7 +70,7 @@ def test_joining_a_running_engine_gives_the_same_answers_as_http(tiny_model: Cal
         body = {"prompt": "once", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
         status, answer = server.post("/v1/completions", body)
         assert status == 200
-        assert asyncio.run(ask(server.door)) == answer["choices"][0]["text"]
+        assert asyncio.run(ask(server.connect_address)) == answer["choices"][0]["text"]
 
 
 def test_what_keeps_the_engine_from_serving_is_raised(tmp_path: Path) -> None:

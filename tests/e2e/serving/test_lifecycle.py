@@ -50,7 +50,7 @@ def _wait_until(condition: Callable[[], bool], what: str, seconds: float = 20.0)
 def test_a_signal_ends_everything_in_order(number: signal.Signals, tiny_model: Callable[[str], Path]) -> None:
     with RunningServer("--model-path", tiny_model("llama3")) as server:
         pids = server.children()
-        run_directory = Path(server.door.removeprefix("ipc://")).parent
+        run_directory = Path(server.connect_address.removeprefix("ipc://")).parent
         assert len(pids) == 3
         assert run_directory.stat().st_mode & 0o777 == 0o700
         os.killpg(server.process.pid, number)  # as a terminal does: to all of them at once
@@ -108,7 +108,7 @@ def test_the_death_of_the_launcher_ends_the_children(tiny_model: Callable[[str],
         server.process.send_signal(signal.SIGKILL)
         server.process.wait()
         _wait_until(lambda: _gone(pids), "children outlived their launcher")
-    shutil.rmtree(Path(server.door.removeprefix("ipc://")).parent)
+    shutil.rmtree(Path(server.connect_address.removeprefix("ipc://")).parent)
 
 
 def test_a_process_that_cannot_come_back_ends_the_launch_and_says_which(

@@ -147,7 +147,7 @@ def test_usage_tells_cached_tokens_and_a_re_pointed_name_never_reads_old_pages(w
     async def point(name: str) -> tuple[list[int], int]:
         """`voice` stands for another adapter from now on; what the first prompt says then, to an embedding host."""
         params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
-        async with Engine.connect(server.door) as engine:
+        async with Engine.connect(server.connect_address) as engine:
             await engine.load_lora_adapter("voice", str(world.paths[name]), load_inplace=True)
             (answer,) = await engine.generate_all([first], params, lora="voice")
             return answer.token_ids, answer.usage.cached_tokens

@@ -66,7 +66,7 @@ def test_a_load_makes_a_name_and_an_unload_takes_it(tmp_path: Path) -> None:
     run(work)
 
 
-def test_preload_waits_for_pages_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preload_waits_for_pages_within_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lifecycle_module, "PRELOAD_SECONDS", 0.05)
     world = LoadingFront()
 
@@ -84,7 +84,7 @@ def test_preload_waits_for_pages_but_not_for_ever(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("name", "complaint"),
+    ("name", "message"),
     [
         ("", "must be provided"),
         ("base", "conflicts with a served base model"),
@@ -93,11 +93,11 @@ def test_preload_waits_for_pages_but_not_for_ever(tmp_path: Path, monkeypatch: p
         ("a\x00", "printable"),
     ],
 )
-def test_names_that_cannot_be(name: str, complaint: str, tmp_path: Path) -> None:
+def test_invalid_names_are_refused(name: str, message: str, tmp_path: Path) -> None:
     world = LoadingFront()
 
     async def work() -> None:
-        with pytest.raises(InvalidRequest, match=complaint) as refusal:
+        with pytest.raises(InvalidRequest, match=message) as refusal:
             await world.front.lifecycle.load(LoadRequest(name=name, path=str(adapter_dir(tmp_path / "a"))))
         assert refusal.value.param == "lora_name"
         assert world.loads() == []
@@ -105,7 +105,7 @@ def test_names_that_cannot_be(name: str, complaint: str, tmp_path: Path) -> None
     run(work)
 
 
-def test_without_lora_every_call_says_how_to_have_it() -> None:
+def test_calls_without_lora_enabled_say_how_to_enable_it() -> None:
     world = LoadingFront(enable_lora=False)
     calls: list[Callable[[], Awaitable[Any]]] = [
         lambda: world.front.lifecycle.load(LoadRequest(name="a", path="/p")),
@@ -284,7 +284,7 @@ def test_a_caller_that_leaves_does_not_stop_a_load(tmp_path: Path) -> None:
     run(work)
 
 
-def test_at_the_end_waiting_calls_are_told(tmp_path: Path) -> None:
+def test_waiting_calls_end_with_an_error_at_shutdown(tmp_path: Path) -> None:
     world = LoadingFront()
     world.held = True
 
@@ -391,7 +391,7 @@ def test_a_restarted_scheduler_is_told_everything_again() -> None:
     run(work)
 
 
-def test_re_pointing_under_traffic_answers_with_one_or_the_other(tmp_path: Path) -> None:
+def test_re_pointing_under_traffic_uses_the_old_or_the_new(tmp_path: Path) -> None:
     """A request whose name is re-pointed while it is prepared is sent with the adapter that the name means then."""
     world = LoadingFront("a")
     paths = [str(adapter_dir(tmp_path / name)) for name in ("one", "two")]

@@ -33,7 +33,7 @@ def test_a_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("path", "kind", "complaint"),
+    ("path", "kind", "message"),
     [
         ("/no/such/place", NotFound, "No adapter found for /no/such/place"),
         ("nonsense", NotFound, "neither a directory nor a hub id"),
@@ -46,11 +46,11 @@ def test_a_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_a_path_without_an_adapter_says_why(
-    path: str, kind: type[EngineError], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: str, kind: type[EngineError], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(kind, match=complaint) as refusal:
+    with pytest.raises(kind, match=message) as refusal:
         find(path)
     assert refusal.value.status in (400, 404)
     assert refusal.value.param == "lora_path"

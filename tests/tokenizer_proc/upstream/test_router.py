@@ -122,8 +122,8 @@ def test_another_scheduler_is_told_of_every_open_request() -> None:
             assert len(told) == at
             late = Update(request_id=generate.request_id, index=at, tokens=[300])
             fake.front.handle(Progress(0, [late], 0))  # a late message of the former scheduler
-            news = Update(request_id=generate.request_id, index=at, tokens=[END], finish="stop", stop_reason=END)
-            fake.front.handle(Progress(0, [news], 1))
+            update = Update(request_id=generate.request_id, index=at, tokens=[END], finish="stop", stop_reason=END)
+            fake.front.handle(Progress(0, [update], 1))
             deltas = await rest(stream)
             assert [token for delta in deltas for token in delta.token_ids] == [*told, END]
 

@@ -66,10 +66,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def made(most: int, patience: float) -> tuple[Pipe, Callable[[int], None]]:
+def made(max_buffered: int, stall_timeout: float) -> tuple[Pipe, Callable[[int], None]]:
     """A pipe, and a function that writes so many bytes through a write buffer into it."""
     pipe = Pipe()
-    way = WriteBuffer(cast(Any, pipe), most, patience)
+    way = WriteBuffer(cast(Any, pipe), max_buffered, stall_timeout)
 
     def write(size: int) -> None:
         asyncio.run(way.write(cast(Any, Sink(pipe)), b"x" * size))
