@@ -1,4 +1,4 @@
-"""Well-typed nonsense from the tokenizer's side: the scheduler's books balance after every message, and it goes on."""
+"""Well-typed nonsense from the tokenizer process: the scheduler passes its audit after every message, and continues."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ INTEGERS = [int(number) for number in NUMBERS if number == int(number) and abs(n
 SCALES = [0.0, -0.0, 1.0, -1.0, 1e-300, 1e38, 3e38, -3e38, 1e308, float("nan"), float("inf"), -float("inf")]
 
 
-class Hostile:
-    """A scheduler between a runner that believes nothing and a tokenizer process that says anything."""
+class HostileWorld:
+    """A scheduler between the fake runner, which checks every message, and a tokenizer process that sends anything."""
 
     def __init__(self, seed: int, window: int) -> None:
         self.mutator = Mutator(seed)
@@ -56,12 +56,12 @@ class Hostile:
         self.asked: set[int] = set()
         self.ended: set[int] = set()
         self.now = 0.0
-        self._take(self.core.drain_outbox())
+        self._receive(self.core.drain_outbox())
 
     # ------------------------------------------------------------------------------------------------- messages
 
     def message(self) -> ToScheduler:
-        """What a tokenizer process may say, and should not."""
+        """A random message of the tokenizer process, sound or not."""
         kind = self.draw.random()
         if kind < 0.5:
             return self.generate(self.number(1, 400), odd=0.2)
@@ -81,12 +81,12 @@ class Hostile:
         return Hello("tokenizer", self._epoch(), "ipc://x")
 
     def generate(self, request_id: int, odd: float) -> Generate:
-        """With each of its fields odd by this chance."""
+        """A random request; each field is out of range with probability `odd`."""
         return Generate(
             epoch=self._epoch() if odd else self.epoch,
             request_id=request_id,
-            prompt=self.some(0 if odd else 1, 30, odd / 10),
-            generated=self.some(0, 3, odd / 10) if self.draw.random() < odd else [],
+            prompt=self.tokens(0 if odd else 1, 30, odd / 10),
+            generated=self.tokens(0, 3, odd / 10) if self.draw.random() < odd else [],
             lora=self.lora(odd),
             sampling=Sampling(
                 temperature=self.draw.choice(SCALES),
@@ -100,14 +100,14 @@ class Hostile:
             stopping=Stopping(
                 self.number(1, 9) if self.draw.random() < odd else self.draw.randrange(1, 12),
                 self.number(0, 5) if self.draw.random() < odd else 0,
-                self.some(0, 9, odd),
+                self.tokens(0, 9, odd),
             ),
             priority=self.number(0, 2) if self.draw.random() < odd else 0,
             cache_salt=self.mutator.text(),
         )
 
     def lora(self, odd: float) -> list[tuple[int, float]]:
-        """A selection: none, one, a mix, strangers, the same twice, absurd scales."""
+        """A random adapter selection: none, one, a mix, unknown adapters, the same one twice, extreme scales."""
         count = self.draw.choice([0, 0, 1, 1, 1, 2, 5])
         return [
             (
@@ -118,25 +118,25 @@ class Hostile:
         ]
 
     def number(self, low: int, high: int) -> int:
-        """Mostly in the range."""
+        """A number that is mostly in the range."""
         return self.draw.randrange(low, high) if self.draw.random() < 0.9 else self.draw.choice(INTEGERS)
 
-    def some(self, low: int, high: int, odd: float) -> list[int]:
-        """Token ids; some may be none."""
+    def tokens(self, low: int, high: int, odd: float) -> list[int]:
+        """A list of token ids; some may be out of range."""
         size = self.draw.choice([low, self.draw.randrange(low, high), self.draw.randrange(low, high)])
         return [
             self.draw.choice(INTEGERS) if self.draw.random() < odd else self.draw.randrange(VOCAB) for _ in range(size)
         ]
 
     def _epoch(self) -> int:
-        """Mostly the last one; now and then another process comes, or an old one's word."""
+        """Mostly the last epoch; now and then that of a new or an old process."""
         what = self.draw.random()
         return self.epoch if what < 0.96 else max(-1, self.epoch + self.draw.choice([-1, 1, 2]))
 
     # ------------------------------------------------------------------------------------------------ the loop
 
-    def say(self, message: ToScheduler) -> None:
-        """One message, then whatever can be planned; the books are proved after it."""
+    def send(self, message: ToScheduler) -> None:
+        """Sends one message, then accepts all steps that can be planned, with audits."""
         self.now += 1.0
         if isinstance(message, Generate | Hello) and message.epoch > self.epoch:
             self.epoch = message.epoch
@@ -144,32 +144,32 @@ class Hostile:
         if isinstance(message, Generate) and message.epoch == self.epoch:
             self.asked.add(message.request_id)
             self.ended.discard(message.request_id)
-        self._take(self.core.handle(message, self.now))
+        self._receive(self.core.handle(message, self.now))
         self.core.check()
         while (step := self.core.plan(self.now)) is not None:
-            self._take(self.core.drain_outbox())
+            self._receive(self.core.drain_outbox())
             self.runner.accept(step)
-        self._take(self.core.drain_outbox())
+        self._receive(self.core.drain_outbox())
         self.core.check()
 
-    def work(self) -> bool:
-        """The runner does one thing; whether it had one."""
+    def answer_one(self) -> bool:
+        """The runner sends one answer. Returns False if it has none."""
         if self.runner.events and (not self.runner.queue or self.draw.random() < 0.3):
-            self.say(self.runner.deliver(self.draw.randrange(len(self.runner.events))))
+            self.send(self.runner.deliver(self.draw.randrange(len(self.runner.events))))
         elif self.runner.queue:
-            self.say(self.runner.finish())
+            self.send(self.runner.finish())
         else:
             return False
         return True
 
-    def settle(self) -> None:
-        """Everything that can end ends, in bounded time."""
+    def answer_all(self) -> None:
+        """Lets the runner answer until it has nothing left, in bounded time."""
         for _ in range(20_000):
-            if not self.work():
+            if not self.answer_one():
                 return
-        raise AssertionError("20,000 steps and no end")
+        raise AssertionError("not done after 20,000 answers")
 
-    def _take(self, messages: list[Any]) -> None:
+    def _receive(self, messages: list[Any]) -> None:
         for message in messages:
             if isinstance(message, Progress):
                 assert message.epoch == self.epoch
@@ -184,25 +184,25 @@ class Hostile:
 
 
 @pytest.mark.parametrize(("seed", "window"), [(1, 1), (2, 2), (3, 3), (4, 2)])
-def test_the_books_balance_whatever_is_said(seed: int, window: int) -> None:
-    world = Hostile(seed, window)
+def test_audit_holds_after_any_message_of_the_tokenizer(seed: int, window: int) -> None:
+    world = HostileWorld(seed, window)
     for _ in range(CASES):
-        world.say(world.message())
+        world.send(world.message())
         if world.draw.random() < 0.6:
-            world.work()
+            world.answer_one()
         if world.draw.random() < 0.002:
             epoch = world.runner.epoch + 1
             world.runner = FakeRunner(world.capacity, world.library, epoch, max_host=4)
-            world.say(RunnerReady(epoch=epoch, capacity=world.capacity))
-    world.settle()
+            world.send(RunnerReady(epoch=epoch, capacity=world.capacity))
+    world.answer_all()
     for adapter_id in range(1, ADAPTERS + 1):
-        world.say(PinAdapter(adapter_id, False))
-    world.settle()
+        world.send(PinAdapter(adapter_id, False))
+    world.answer_all()
     assert world.asked == world.ended, "a request was never answered"
     last = world.generate(1 << 40, odd=0.0)
     sane = Generate(epoch=world.epoch, request_id=1 << 40, prompt=[1, 2], sampling=last.sampling, stopping=Stopping(3))
-    world.say(sane)
-    world.settle()
+    world.send(sane)
+    world.answer_all()
     assert 1 << 40 in world.ended
     stats = world.core.stats()
     assert (stats.running, stats.waiting, stats.kv_pages_used) == (0, 0, 0)

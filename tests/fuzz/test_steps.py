@@ -1,4 +1,4 @@
-"""Well-typed nonsense from the scheduler: the runner refuses a step as a whole, or does it and touches nobody else."""
+"""Well-typed nonsense from the scheduler: the runner refuses a step as a whole, or changes only the rows it names."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ CASES = 10_000
 ENDPOINTS = Endpoints(tokenizer="", scheduler="", runner="", zmq_server="")
 PROMPT = [3, 5, 7, 11, 13]
 ENDS = (Exception,)
-"""What ends a runner: its server logs it and goes, and is rebuilt by those who sent it the step."""
+"""Exceptions that end a runner: its process logs them and ends, and the scheduler rebuilds the next one."""
 
 
 @pytest.fixture(scope="module")
 def runner(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
-    """Eight rows, a few pages, one adapter in the host tier."""
+    """Eight rows, a few pages, one adapter on the host."""
     model = tiny_model("llama3")
     path = make_adapter(model, tmp_path_factory.mktemp("adapter") / "a", r=4, targets=["q_proj", "down_proj"])
     options: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "page_size": 4}
@@ -44,20 +44,20 @@ def runner(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
 
 
 class World:
-    """Rows of a scheduler that lies, beside one that nobody names: it must not notice."""
+    """Random steps for all rows but the last one, whose state they must not change."""
 
     def __init__(self, runner: Runner, seed: int) -> None:
         self.runner = runner
         self.mutator = Mutator(seed)
         self.draw: random.Random = self.mutator.draw
         capacity = runner.capacity
-        self.row = capacity.rows - 1  # the last ones: what is counted from the end would hit them
+        self.row = capacity.rows - 1  # the last ones: a negative index would reach them
         self.pages = [capacity.kv_pages, capacity.kv_pages - 1]
-        self.done = self.refused = 0
+        self.executed = self.refused = 0
         self.rebuild()
 
     def rebuild(self) -> None:
-        """As after a restart."""
+        """Resets the runner, and runs a prompt in the last row."""
         self.runner.reset()
         self.generation = 0
         chunk = Chunk(row=self.row, generation=0, start=0, length=5, tokens=PROMPT, pages=self.pages)
@@ -72,7 +72,7 @@ class World:
         )  # fmt: skip
 
     def _state(self) -> list[Any]:
-        """All that the runner holds for the row that nobody names."""
+        """All that the runner holds for the last row."""
         parts = self.runner.parts
         rows, pages = parts.rows, slice(min(self.pages), max(self.pages) + 1)
         layers = map(parts.pool.layer, range(parts.decoder.config.num_layers))
@@ -83,17 +83,17 @@ class World:
         ]  # fmt: skip
 
     def step(self) -> Step:
-        """A sound step of rows that are not his."""
+        """A sound step of other rows."""
         capacity, draw = self.runner.capacity, self.draw
         self.generation += 1
         rows = draw.sample(range(capacity.rows - 1), draw.choice([1, 1, 2, 3]))
         free = draw.sample(range(1, capacity.kv_pages - 1), 2 * len(rows))
         chunks = []
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             length = draw.randrange(1, 8)
             chunks.append(Chunk(
                 row=row, generation=self.generation, start=0, length=length, lane=draw.choice([0, 0, 1]),
-                tokens=[draw.randrange(1, 40) for _ in range(length)], pages=free[2 * place : 2 * place + 2],
+                tokens=[draw.randrange(1, 40) for _ in range(length)], pages=free[2 * index : 2 * index + 2],
                 samples=draw.random() < 0.8,
             ))  # fmt: skip
         fills, lanes = [], []
@@ -106,18 +106,18 @@ class World:
             epoch=0, id=2, fills=fills, lanes=lanes, new_rows=[self._new(row) for row in rows], chunks=chunks
         )  # fmt: skip
 
-    def spoilt(self) -> Step:
-        """One to three places of it changed."""
-        return self.mutator.word(self.step())
+    def changed_step(self) -> Step:
+        """A step with one to three places changed."""
+        return self.mutator.message(self.step())
 
-    def names_him(self, step: Step) -> bool:
-        """Whether it speaks of his row or his pages, as a scheduler may."""
+    def names_last_row(self, step: Step) -> bool:
+        """Whether a step names the last row or its pages, and so may change them."""
         rows = {each.row for each in (*step.new_rows, *step.chunks)}
         pages = {page for chunk in step.chunks for page in chunk.pages}
         return self.row in rows or bool(pages & set(self.pages))
 
-    def case(self, step: Step) -> None:
-        """Does it, or does not; he is as he was."""
+    def execute(self, step: Step) -> None:
+        """Executes a step, or counts its refusal. The last row must be unchanged unless the step names it."""
         try:
             done = self.runner.execute(step)
             self.runner.advance()
@@ -125,10 +125,10 @@ class World:
             self.refused += 1
             self.rebuild()
             return
-        self.done += 1
+        self.executed += 1
         assert len(done.tokens) == sum(chunk.samples for chunk in step.chunks)
         assert all(0 <= token < self.runner.capacity.vocab_size for token in done.tokens)
-        if self.names_him(step):
+        if self.names_last_row(step):
             self.rebuild()
             return
         for before, after in zip(self.kept, self._state(), strict=True):
@@ -136,12 +136,12 @@ class World:
             assert same, f"{step} changed {before} to {after}"
 
 
-def test_steps(runner: Runner) -> None:
+def test_steps_change_only_the_rows_they_name(runner: Runner) -> None:
     world = World(runner, 31)
     first = world.first
     for _ in range(CASES):
-        world.case(world.spoilt())
-    assert world.done > CASES * 0.05, f"{world.done} were done"
+        world.execute(world.changed_step())
+    assert world.executed > CASES * 0.05, f"{world.executed} were executed"
     assert world.refused > CASES * 0.2, f"{world.refused} were refused"
     world.rebuild()
     assert world.first == first
@@ -156,8 +156,8 @@ def test_steps(runner: Runner) -> None:
         {"row": -1}, {"row": 8}, {"generation": 5}, {"pages": [1] * 100},
     ],
 )  # fmt: skip
-def test_a_chunk_that_no_scheduler_would_send(runner: Runner, change: dict[str, Any]) -> None:
-    """Python and tensors take some of these for others, counted from the end."""
+def test_chunk_out_of_range_is_refused(runner: Runner, change: dict[str, Any]) -> None:
+    """Some of these are valid indices for Python and tensors, counted from the end."""
     world = World(runner, 32)
     sound: dict[str, Any] = {
         "row": 0,
@@ -175,8 +175,8 @@ def test_a_chunk_that_no_scheduler_would_send(runner: Runner, change: dict[str, 
     runner.execute(Step(epoch=0, id=3, new_rows=[world._new(0)], chunks=[Chunk(**sound)]))
 
 
-def test_loads(runner: Runner, tmp_path: Path) -> None:
-    """Whatever is to be loaded, forgotten or dropped: each load has one answer, and the next sound one is served."""
+def test_loads_have_one_answer_each(runner: Runner, tmp_path: Path) -> None:
+    """Random loads, unloads and evictions: each load has one answer, and the next sound one is served."""
     mutator = Mutator(33)
     sound: list[msgspec.Struct] = [
         LoadAdapter(adapter_id=2, path=str(tmp_path), revision="r", name="a"), UnloadAdapter(2), EvictAdapter(2)
@@ -184,7 +184,7 @@ def test_loads(runner: Runner, tmp_path: Path) -> None:
     asked: Counter[int] = Counter()
     answered: Counter[int] = Counter()
     for _ in range(400):
-        match mutator.word(mutator.draw.choice(sound)):
+        match mutator.message(mutator.draw.choice(sound)):
             case LoadAdapter() as message if message.adapter_id != 1:
                 asked[message.adapter_id] += 1
                 state = runner.adapters.load(message)
@@ -196,4 +196,4 @@ def test_loads(runner: Runner, tmp_path: Path) -> None:
         answered.update(state.adapter_id for state in runner.advance())
     answered.update(state.adapter_id for state in finish_transfers(runner))
     assert answered.keys() == asked.keys()
-    assert load(runner, LoadAdapter(adapter_id=1, path=str(tmp_path))).state == "host"  # it is known already
+    assert load(runner, LoadAdapter(adapter_id=1, path=str(tmp_path))).state == "host"  # it was loaded before

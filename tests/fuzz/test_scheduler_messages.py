@@ -1,4 +1,4 @@
-"""Well-typed nonsense from the scheduler: the tokenizer process lives on, and no client is told what is another's."""
+"""Well-typed nonsense from the scheduler: the tokenizer process continues, and no client gets another one's tokens."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ CAPACITY = Capacity(
 )  # fmt: skip
 
 
-class Silent(ScriptedScheduler):
-    """Hears everything, and says only what the test makes it say. Request n has but one word: token n % 200."""
+class SilentScheduler(ScriptedScheduler):
+    """Answers nothing unless the test asks for a message. All tokens of request n are n % 200."""
 
     def __init__(self, *adapters: str) -> None:
         super().__init__("", *adapters)
-        self.open: dict[int, int] = {}
-        self.said: dict[int, set[int]] = {}
+        self.open: dict[int, int] = {}  # by request: how many tokens it was sent
+        self.sent: dict[int, set[int]] = {}  # by request: the tokens that it may receive
 
     def send(self, message: msgspec.Struct) -> None:
         match message:
             case Generate():
                 self.open[message.request_id] = 0
-                self.said[message.request_id] = set()
+                self.sent[message.request_id] = set()
             case Abort():
                 self.open.pop(message.request_id, None)
             case _:
                 super().send(message)
 
-    def word(self, mutator: Mutator) -> ToTokenizer:
-        """A sound word for now."""
+    def next_message(self, mutator: Mutator) -> ToTokenizer:
+        """A random sound message."""
         draw = mutator.draw
         waiting = sorted(self.open.keys() & self.front.router._requests.keys())
         if waiting and draw.random() < 0.75:
@@ -77,14 +77,14 @@ class Silent(ScriptedScheduler):
             prompt_logprobs=[LogprobIds(3, -1.0, [])] if mutator.draw.random() < 0.2 else None,
         )  # fmt: skip
 
-    def note(self, word: ToTokenizer) -> None:
-        """What is said of whom: a client may be told it."""
-        for update in word.updates if isinstance(word, Progress) else ():
-            self.said.setdefault(update.request_id, set()).update(update.tokens)
+    def record(self, message: ToTokenizer) -> None:
+        """Notes the tokens that a message sends to each request."""
+        for update in message.updates if isinstance(message, Progress) else ():
+            self.sent.setdefault(update.request_id, set()).update(update.tokens)
 
 
-def test_words() -> None:
-    scheduler = Silent("sql", "poet")
+def test_clients_receive_only_their_own_tokens() -> None:
+    scheduler = SilentScheduler("sql", "poet")
     frontend = scheduler.frontend(enable_lora=True, max_loras=4)
     mutator = Mutator(51)
     ends: Counter[str] = Counter()
@@ -99,10 +99,10 @@ def test_words() -> None:
                 own = stream._running[0].request_id
                 async for delta in stream:
                     got += delta.token_ids
-                    assert set(got) <= scheduler.said[own], f"{own} was told {got}"
+                    assert set(got) <= scheduler.sent[own], f"request {own} received {got}"
                     if delta.finish_reason is None and mutator.draw.random() < 0.02:
                         break
-            ends["told"] += 1
+            ends["answered"] += 1
         except EngineError:
             ends["failed"] += 1
 
@@ -114,11 +114,11 @@ def test_words() -> None:
                 number += 1
                 clients.add(asyncio.ensure_future(client(number)))
                 await asyncio.sleep(0)
-            word = scheduler.word(mutator)
+            message = scheduler.next_message(mutator)
             if mutator.draw.random() < 0.5:
-                word = mutator.word(word)
-            scheduler.note(word)
-            frontend.handle(word)
+                message = mutator.message(message)
+            scheduler.record(message)
+            frontend.handle(message)
             await asyncio.sleep(0)
             if case % 100 == 0:
                 frontend.handle(CAPACITY)

@@ -1,4 +1,4 @@
-"""Well-typed nonsense from the runner: the scheduler ends at once, or its books balance and each gets but his own."""
+"""Well-typed nonsense from the runner: the scheduler ends, or passes its audit and updates only open requests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from scheduler.core import Scheduler
 from scheduler.state import Bounds
 
 CASES = 5_000
-LIFE = 200  # cases of one world: after a spoilt epoch it may take no word of its runner any more
+MAX_CASES_PER_WORLD = 200  # after a changed epoch a scheduler may ignore its runner for good
 VOCAB, ADAPTERS = 97, 5
 CAPACITY = Capacity(
     kv_pages=24, page_size=4, rows=6, max_length=40, max_batched_tokens=10, vocab_size=VOCAB, max_loras=2,
@@ -40,82 +40,82 @@ CAPACITY = Capacity(
 )  # fmt: skip
 
 
-class Wrong(Exception):
-    """News of somebody who did not ask, or of a token that there is not."""
+class WrongUpdateError(Exception):
+    """An update of a request that is not open, or with a token id out of range."""
 
 
 class World:
-    """One scheduler until it ends, and a runner that answers soundly unless a word of his is spoilt."""
+    """One scheduler until it ends, and a runner whose messages are sound; the test changes some of them."""
 
     def __init__(self, draw: random.Random, window: int) -> None:
         self.draw = draw
         self.core = Scheduler(CAPACITY, Bounds(2, 4, None, "lru"), window)
-        self.words: list[ToScheduler] = []
+        self.answers: list[ToScheduler] = []  # of the runner, not sent yet
         self.open: set[int] = set()
         self.ended: set[int] = set()
         self.count = 0
         self.now = 0.0
-        self._take(self.core.drain_outbox())
+        self._receive(self.core.drain_outbox())
         for number in range(1, ADAPTERS + 1):
-            self.say(LoadAdapter(adapter_id=number, path=f"adapters/{number}"))
+            self.send(LoadAdapter(adapter_id=number, path=f"adapters/{number}"))
 
-    def ask(self) -> None:
-        """A sound request, or the end of one."""
+    def send_request(self) -> None:
+        """Sends a sound request, or aborts one."""
         if self.open and self.draw.random() < 0.1:
-            self.say(Abort(0, self.draw.choice(sorted(self.open))))
+            self.send(Abort(0, self.draw.choice(sorted(self.open))))
             return
         self.count += 1
         self.open.add(self.count)
         prompt = [self.draw.randrange(VOCAB) for _ in range(self.draw.randrange(1, 25))]
-        self.say(Generate(
+        self.send(Generate(
             epoch=0, request_id=self.count, prompt=prompt,
             lora=[(self.draw.randrange(1, ADAPTERS + 1), 1.0)] if self.draw.random() < 0.6 else [],
             sampling=Sampling(temperature=0.0, logprobs=self.draw.choice([-1, 1])),
             stopping=Stopping(self.draw.randrange(1, 9), 0, [1]),
         ))  # fmt: skip
 
-    def say(self, message: ToScheduler) -> None:
-        """One message, then what can be planned; the books are proved after it."""
+    def send(self, message: ToScheduler) -> None:
+        """Sends one message, answers all steps that can be planned, and audits."""
         self.now += 1.0
-        self._take(self.core.handle(message, self.now))
+        self._receive(self.core.handle(message, self.now))
         while (step := self.core.plan(self.now)) is not None:
-            self._take(self.core.drain_outbox())
+            self._receive(self.core.drain_outbox())
             self._answer(step)
-        self._take(self.core.drain_outbox())
+        self._receive(self.core.drain_outbox())
         self.core.check()
 
-    def _take(self, messages: list[Any]) -> None:
+    def _receive(self, messages: list[Any]) -> None:
         for message in messages:
             match message:
                 case Progress():
                     for update in message.updates:
                         if update.request_id not in self.open or not all(0 <= t < 1 << 31 for t in update.tokens):
-                            raise Wrong(update)
+                            raise WrongUpdateError(update)
                         if update.finish is not None or update.error is not None:
                             self.open.discard(update.request_id)
                 case LoadAdapter():
                     footprint = Footprint({"qkv": 1, "down": message.adapter_id % 3})
-                    self._hear(message.adapter_id, "host", footprint=footprint, revision="r", bytes=100)
+                    self._report(message.adapter_id, "host", footprint=footprint, revision="r", bytes=100)
                 case EvictAdapter():
-                    self._hear(message.adapter_id, "disk")
+                    self._report(message.adapter_id, "disk")
                 case UnloadAdapter():
-                    self._hear(message.adapter_id, "gone")
+                    self._report(message.adapter_id, "gone")
 
     def _answer(self, step: Step) -> None:
         for fill in step.fills:
             footprint = Footprint({group: len(pages) for group, pages in fill.pages.items()})
-            self._hear(fill.adapter_id, "resident", footprint=footprint, revision="r", bytes=100)
+            self._report(fill.adapter_id, "resident", footprint=footprint, revision="r", bytes=100)
         tokens = [self.draw.randrange(VOCAB) for chunk in step.chunks if chunk.samples]
         scored = {at: LogprobIds(5, -1.0, [(6, -2.0)]) for at, chunk in enumerate(step.chunks) if chunk.samples}
-        self.words.append(StepDone(epoch=step.epoch, id=step.id, tokens=tokens, logprobs=scored, seconds=0.01))
+        self.answers.append(StepDone(epoch=step.epoch, id=step.id, tokens=tokens, logprobs=scored, seconds=0.01))
 
-    def _hear(self, adapter_id: int, state: Any, **fields: Any) -> None:
-        self.words.append(AdapterState(adapter_id=adapter_id, state=state, **fields))
+    def _report(self, adapter_id: int, state: Any, **fields: Any) -> None:
+        self.answers.append(AdapterState(adapter_id=adapter_id, state=state, **fields))
 
-    def word(self) -> ToScheduler:
-        """What the runner says next; something at least."""
-        if self.words:
-            return self.words.pop(0)
+    def next_message(self) -> ToScheduler:
+        """The next message of the runner: its oldest answer, or an unexpected message."""
+        if self.answers:
+            return self.answers.pop(0)
         return self.draw.choice([
             RunnerReady(epoch=0, capacity=CAPACITY), Hello("runner", 0, "ipc://x"),
             StepDone(epoch=0, id=1, tokens=[5]), AdapterState(adapter_id=1, state="host"),
@@ -123,21 +123,21 @@ class World:
 
 
 @pytest.mark.parametrize(("seed", "window"), [(41, 1), (42, 2)])
-def test_the_books_balance_or_the_scheduler_ends(seed: int, window: int) -> None:
+def test_audit_holds_or_the_scheduler_ends(seed: int, window: int) -> None:
     mutator = Mutator(seed)
-    draw, lives, cases, begun = mutator.draw, 0, 0, 0
+    draw, ends, cases, begun = mutator.draw, 0, 0, 0
     world = World(draw, window)
     while cases < CASES:
-        if cases - begun >= LIFE:
+        if cases - begun >= MAX_CASES_PER_WORLD:
             world, begun = World(draw, window), cases
-        is_spoilt = draw.random() < 0.5
-        cases += is_spoilt
+        is_changed = draw.random() < 0.5
+        cases += is_changed
         try:
             if draw.random() < 0.3:
-                world.ask()
-            word = world.word()
-            world.say(mutator.word(word) if is_spoilt else word)
-        except (AssertionError, LookupError, ArithmeticError, EngineError):  # its process ends
-            lives += 1
+                world.send_request()
+            message = world.next_message()
+            world.send(mutator.message(message) if is_changed else message)
+        except (AssertionError, LookupError, ArithmeticError, EngineError):  # the scheduler process ends
+            ends += 1
             world, begun = World(draw, window), cases
-    assert CASES * 0.01 < lives < CASES * 0.9, f"{lives} ends"
+    assert CASES * 0.01 < ends < CASES * 0.9, f"{ends} ends"
