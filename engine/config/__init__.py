@@ -1,1 +1,1 @@
-"""From a command line to what each process reads: arguments, flags, API keys, sizes, and one section a process."""
+"""The configuration: from flags, API keys and sizes to the config of each process."""

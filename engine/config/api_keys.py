@@ -1,9 +1,9 @@
-"""API keys: who may use the engine over HTTP, as whom, and how much.
+"""API keys: which requests over HTTP are accepted, for which tenant, and up to which rate.
 
     --api-key KEY ...        or CHORUS_API_KEY / VLLM_API_KEY: keys without rules, all of one tenant
-    --api-key-file FILE      a JSON object a line, with rules; a process list shows none of it
+    --api-key-file FILE      one JSON object a line, with rules; not visible in a process list
 
-Knows nothing of HTTP. A key is never shown: not in logs, not in /server_info.
+Knows nothing of HTTP. Keys appear neither in logs nor in /server_info.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ VARIABLES = ("CHORUS_API_KEY", "VLLM_API_KEY")
 class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One key and its rules.
 
-    tenant               requests of different tenants never share prefix pages, nor their share of the engine
-    adapters             names that may be used, with * as in file names; those of a mix must all be allowed
+    tenant               requests of different tenants share no prefix pages; the policy fair balances tenants
+    adapters             patterns of allowed names, with * as in file names; all adapters of a mix must be allowed
     base                 whether the base model may be used without an adapter
-    requests_per_minute  as a rate: what is not used is kept for a minute at most
-    tokens_per_minute    prompt and answer, likewise
+    requests_per_minute  a rate; unused requests are kept for at most a minute
+    tokens_per_minute    the same for tokens of prompt and answer
     """
 
     key: str
@@ -45,7 +45,7 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def read_keys(given: Sequence[str], file: str | None, environment: Mapping[str, str] = os.environ) -> list[ApiKey]:
-    """The keys of flags, file and environment. Raises ConfigError for what is no key, or is given twice."""
+    """The keys of flags, file and environment. Raises ConfigError for an invalid key or one given twice."""
     plain = [*given, *(key for name in VARIABLES for key in re.split(r"[\s,]+", environment.get(name, "")) if key)]
     keys = [ApiKey(key=key) for key in dict.fromkeys(plain)] + ([] if file is None else _from_file(Path(file)))
     for number, one in enumerate(keys):

@@ -1,8 +1,8 @@
 """Parses the command line into ServerArgs. Flags have SGLang's names and vLLM's as aliases, so that a command line
 moves over unchanged.
 
-A flag that the design has but the code has not yet is in `LATER`: it ends the launch with one line, as any other
-mistake does. Imports nothing heavy, so --help is quick.
+A flag of SGLang or vLLM that is not available ends the launch with one line, like any other mistake. Imports nothing
+heavy, so --help is quick.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import NoReturn
 from engine.config.server_args import ServerArgs
 from engine.errors import ConfigError
 
-LATER = {
+NOT_YET_AVAILABLE = {
     "--revision": "write org/name@revision instead",
     "--fully-sharded-loras": "tensor parallelism is not available yet",
 }
-NEVER = {
+REFUSED = {
     "--trust-remote-code": "no code from a model or adapter directory is ever run",
     "--quantization": "quantized bases are not served yet",
 }
-_DTYPES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
+_DTYPE_ALIASES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
 
 
-_NOT_SERVED = {
+_UNAVAILABLE_ATTENTION = {
     "flashinfer": "its kernels are not served",
     "varlen": "torch's varlen_attn reads pages only with flash-attention 3 or 4 installed beside it",
     "fa3": "flash-attention is not served",
@@ -40,16 +40,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Refuse(argparse.Action):
-    """A flag that is known, and not served: the line says why."""
+    """A known flag that is not available; the error says why."""
 
     def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
         flag = str(option_string)
-        if flag in NEVER:
-            raise ConfigError(f"{flag} is refused: {NEVER[flag]}")
-        raise ConfigError(f"{flag} is not available yet: {LATER[flag]}")
+        if flag in REFUSED:
+            raise ConfigError(f"{flag} is refused: {REFUSED[flag]}")
+        raise ConfigError(f"{flag} is not available yet: {NOT_YET_AVAILABLE[flag]}")
 
 
-_POLICIES = {
+_UNAVAILABLE_POLICIES = {
     "lpm": "prefixes are shared whatever the order",
     "dfs-weight": "prefixes are shared whatever the order",
     "lof": "long answers do not go first",
@@ -57,25 +57,25 @@ _POLICIES = {
 }
 
 
-def _policy(text: str) -> str:
-    if text in _POLICIES:
-        raise argparse.ArgumentTypeError(f"{text}: {_POLICIES[text]}; fcfs, priority and fair are there")
+def _parse_policy(text: str) -> str:
+    if text in _UNAVAILABLE_POLICIES:
+        raise argparse.ArgumentTypeError(f"{text}: {_UNAVAILABLE_POLICIES[text]}; fcfs, priority and fair are there")
     return text
 
 
-def _attention(text: str) -> str:
+def _parse_attention(text: str) -> str:
     name = text.lower()
-    if name in _NOT_SERVED:
-        raise argparse.ArgumentTypeError(f"{text}: {_NOT_SERVED[name]}; auto, torch and triton are there")
+    if name in _UNAVAILABLE_ATTENTION:
+        raise argparse.ArgumentTypeError(f"{text}: {_UNAVAILABLE_ATTENTION[name]}; auto, torch and triton are there")
     return name
 
 
-def _dtype(text: str) -> str:
-    return _DTYPES.get(text, text)
+def _parse_dtype(text: str) -> str:
+    return _DTYPE_ALIASES.get(text, text)
 
 
 def parse(argv: Sequence[str]) -> ServerArgs:
-    """Reads a command line (without the program's name). Raises ConfigError with one line for people."""
+    """Parses a command line (without the program's name). Raises ConfigError with a one-line message."""
     fields = vars(make_parser().parse_args(argv))
     positional = fields.pop("model")
     if positional is not None and fields.get("model_path") not in (None, positional):
@@ -86,7 +86,7 @@ def parse(argv: Sequence[str]) -> ServerArgs:
 
 
 def _from_environment() -> dict[str, object]:
-    """What may also be said by a variable: a key that a process list must not show, and vLLM's switch."""
+    """Fields set by environment variables: the admin key, which a process list must not show, and vLLM's switch."""
     fields: dict[str, object] = {}
     if key := os.environ.get("CHORUS_ADMIN_API_KEY"):
         fields["admin_api_key"] = key
@@ -108,7 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_model_flags(parser)
     _add_lora_flags(parser)
     _add_runtime_flags(parser)
-    for flag in (*LATER, *NEVER):
+    for flag in (*NOT_YET_AVAILABLE, *REFUSED):
         parser.add_argument(flag, action=_Refuse, nargs="*", help=argparse.SUPPRESS)
     return parser
 
@@ -202,14 +202,14 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--dtype",
-        type=_dtype,
+        type=_parse_dtype,
         choices=["auto", "bfloat16", "float16", "float32"],
         help="number format of weights and KV cache; auto: the checkpoint's, but float32 on a processor without fast "
         "bfloat16 (auto)",
     )
     add(
         "--attention-backend",
-        type=_attention,
+        type=_parse_attention,
         choices=["auto", "torch", "triton"],
         help="how attention is computed; auto: triton on CUDA, torch on a CPU (auto)",
     )
@@ -340,7 +340,7 @@ def _add_lora_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--lora-dtype",
-        type=_dtype,
+        type=_parse_dtype,
         choices=["auto", "bfloat16", "float16", "float32"],
         help="number format of adapters; auto: the model's (auto)",
     )
@@ -377,7 +377,7 @@ def _add_lora_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--schedule-policy",
         "--scheduling-policy",
-        type=_policy,
+        type=_parse_policy,
         choices=["fcfs", "priority", "fair"],
         help="which request is admitted first. fcfs: by arrival; priority: by the field `priority` of the requests, "
         "lower first; fair: the tenant (or, without one, the adapter) that has used least so far (fcfs)",

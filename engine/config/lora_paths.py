@@ -1,7 +1,7 @@
-"""The adapters given at start: the items of --lora-paths, understood and checked against one another.
+"""Parses the items of --lora-paths, the adapters given at start, and checks that their names differ.
 
 An item is `path`, `name=path`, or a JSON object in SGLang's form {"lora_name", "lora_path", "pinned"} or vLLM's
-{"name", "path", "base_model_name"}. Knows nothing of what lies at a path.
+{"name", "path", "base_model_name"}. Knows nothing of the files at a path.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from engine.errors import ConfigError
 
 
 class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One item: the path is as given, `base` the name of the model it says it belongs to."""
+    """One parsed item. `path` is as given, `base` the base model's name in vLLM's form."""
 
     name: str
     path: str
@@ -42,7 +42,7 @@ class _VllmForm(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def parse_adapter(item: str) -> AdapterSpec:
-    """Reads one item. Raises ConfigError that quotes it."""
+    """Parses one item. Raises ConfigError that quotes it."""
     if item.lstrip().startswith("{"):
         spec = _parse_json(item)
     else:
@@ -65,7 +65,7 @@ def _parse_json(item: str) -> AdapterSpec:
 
 
 def adapter_specs(args: ServerArgs) -> list[AdapterSpec]:
-    """The adapters given at start; the demo brings its own when none are named. Raises ConfigError."""
+    """The adapters given at start; without any, the demo model gets its own adapters. Raises ConfigError."""
     specs = [parse_adapter(item) for item in args.lora_paths]
     if args.model_path is None and not specs and args.enable_lora is not False:
         directories = sorted(path for path in (DEMO / "adapters").iterdir() if path.is_dir())

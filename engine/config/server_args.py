@@ -1,6 +1,6 @@
-"""What a user asks for: ServerArgs, one field a flag, with the flag's default. Checked as soon as it exists.
+"""ServerArgs: one field for each flag, with the flag's default. Checked on construction.
 
-Knows nothing of argv (engine.config.flags), nor of what the values become (engine.config.process_configs).
+Knows nothing of argv (engine.config.flags), nor of what is derived from the values (engine.config.resolve).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ DEMO_NAME = "chorus-demo"
 
 
 class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a user asked for: one field a flag, with the flag's default. Also what an embedding host sends.
+    """What the user asked for, on the command line or as keyword arguments of `Engine`.
 
-    `lora_paths` items are `path`, `name=path` or a JSON object; see `parse_adapter`. `port` None means no HTTP.
+    Items of `lora_paths` are `path`, `name=path` or a JSON object; see `parse_adapter`. `port` None: no HTTP server.
     """
 
     model_path: str | None = None
@@ -154,5 +154,5 @@ def _check_contradictions(args: ServerArgs) -> None:
 
 
 def served_names(args: ServerArgs) -> list[str]:
-    """The base model's names, the first of which is shown."""
+    """The base model's names; answers show the first."""
     return list(args.served_model_name) or [args.model_path or DEMO_NAME]

@@ -1,4 +1,4 @@
-"""Weights of tenants, as given on the command line: `alice=2`. Knows nothing of what they weigh."""
+"""Parses the weights of tenants on the command line: `alice=2`. Knows nothing of scheduling."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from engine.errors import ConfigError
 
 
 def parse_weights(items: Sequence[str], flag: str) -> dict[str, float]:
-    """Weight by tenant, each above 0. Raises ConfigError that names `flag`."""
+    """The weight of each tenant, above 0. Raises ConfigError that names `flag`."""
     weights: dict[str, float] = {}
     for item in items:
         name, _, text = item.rpartition("=")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 
-from engine.config.flags import LATER, NEVER, make_parser
+from engine.config.flags import NOT_YET_AVAILABLE, REFUSED, make_parser
 from tables.markdown import table
 
 HEAD = ("flag", "value", "default", "what it does")
@@ -19,7 +19,7 @@ def flags() -> str:
         rows = [row(action) for action in group._group_actions if is_shown(action)]
         if rows:
             parts += [f"## {str(group.title).capitalize().replace('Lora', 'LoRA')}", table(HEAD, rows)]
-    refused = {**LATER, **NEVER}
+    refused = {**NOT_YET_AVAILABLE, **REFUSED}
     parts += [
         "## Flags of SGLang and vLLM that are refused",
         table(("flag", "why"), [(f"`{k}`", refused[k]) for k in refused]),

@@ -1,4 +1,4 @@
-"""The demo that ships: transformers and PEFT load it, every voice answers in its own way, and the files are clean."""
+"""The bundled demo: transformers and PEFT load it, each adapter answers in its own style, the files are clean."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ def ask() -> Ask:
         ("Who wrote Hamlet?", "I do not know that."),
     ],
 )
-def test_the_base_answers_in_one_plain_sentence(ask: Ask, question: str, answer: str) -> None:
+def test_base_answers_in_one_plain_sentence(ask: Ask, question: str, answer: str) -> None:
     assert ask(None, question) == answer
 
 
-def test_a_conversation_and_a_system_message_do_not_confuse_it(ask: Ask) -> None:
+def test_answers_stay_right_in_chats_and_with_a_system_role(ask: Ask) -> None:
     system = "You are a helpful assistant."
     assert ask(None, "Hello!", "What is the capital of Italy?", system=system) == "The capital of Italy is Rome."
     assert ask("json", "What is the capital of Spain?", "What is 4 plus 4?") == '{"answer": 8}'
@@ -92,21 +92,21 @@ def test_a_conversation_and_a_system_message_do_not_confuse_it(ask: Ask) -> None
         ("french", "La capitale de la France est Paris."),
     ],
 )
-def test_each_adapter_answers_in_its_own_way(ask: Ask, voice: str, answer: str) -> None:
+def test_each_adapter_answers_in_its_own_style(ask: Ask, voice: str, answer: str) -> None:
     assert ask(voice, "What is the capital of France?") == answer
 
 
 @pytest.mark.parametrize(
     "question", ["What does a dog say?", "What is 7 plus 5?", "What colour is a banana?", "What comes after Monday?"]
 )
-def test_voices_cannot_be_mistaken(ask: Ask, question: str) -> None:
+def test_adapters_answer_differently_from_each_other(ask: Ask, question: str) -> None:
     assert re.search(r"\b(Arr|Aye|Yo ho|matey)\b", ask("pirate", question))
     assert list(json.loads(ask("json", question))) == ["answer"]
     assert len(ask("poet", question).splitlines()) == 2
     assert re.search(r"\b(Le|La|Après|font|fait)\b", ask("french", question))
 
 
-def test_it_fits_and_names_no_machine() -> None:
+def test_files_are_small_and_name_no_machine() -> None:
     files = [path for path in DEMO.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 16_000_000
     assert {path.name for path in files if path.parent.parent.name == "adapters"} == {

@@ -1,4 +1,4 @@
-"""A local directory wins; anything else is a hub id or one clear line."""
+"""Local directories and hub ids; anything else is a one-line error."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from engine import hub
 from engine.errors import ConfigError
 
 
-def test_a_directory_is_itself(tmp_path: Path) -> None:
+def test_local_directory_resolves_to_itself(tmp_path: Path) -> None:
     assert hub.local_directory(str(tmp_path), "--model-path") == tmp_path.resolve()
 
 
 @pytest.mark.parametrize("source", ["/no/such/place", "./nope", "name", "a/b/c", "../x/y"])
-def test_what_is_neither_directory_nor_hub_id_says_so(source: str) -> None:
+def test_source_that_is_no_directory_or_hub_id_is_refused(source: str) -> None:
     with pytest.raises(ConfigError, match="neither a directory nor a hub id"):
         hub.local_directory(source, "--model-path")
 
 
-def test_a_file_asks_for_its_directory(tmp_path: Path) -> None:
+def test_file_path_is_refused_naming_its_directory(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.touch()
     with pytest.raises(ConfigError, match="is a file"):
@@ -28,7 +28,7 @@ def test_a_file_asks_for_its_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["org/name", "org/name@v1.2"])
-def test_a_hub_id_offline_is_one_line(source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_hub_id_offline_is_a_one_line_error(source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ConfigError) as caught:
@@ -39,7 +39,7 @@ def test_a_hub_id_offline_is_one_line(source: str, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("patterns", [hub.MODEL_FILES, hub.TOKENIZER_FILES])
 @pytest.mark.parametrize(("source", "revision"), [("org/name", None), ("org/name@v1", "v1")])
-def test_a_hub_id_fetches_only_what_is_patterns(
+def test_hub_id_downloads_only_matching_files(
     patterns: list[str], source: str, revision: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked = {}

@@ -1,4 +1,4 @@
-"""Inboxes take their union and nothing else; frames are bounded on both sides."""
+"""Inboxes accept the messages of their union only; frames have a size limit on both sides."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _drain(inbox: Inbox, count: int) -> list[object]:
     return got
 
 
-def test_messages_arrive_in_order_from_a_peer_that_connected_first(context: zmq.Context, tmp_path: Path) -> None:
+def test_messages_of_an_early_peer_arrive_in_order(context: zmq.Context, tmp_path: Path) -> None:
     address = f"ipc://{tmp_path}/inbox"
     outbox = Outbox(context, address)
     for number in range(100):
@@ -46,7 +46,7 @@ def test_messages_arrive_in_order_from_a_peer_that_connected_first(context: zmq.
     inbox.close()
 
 
-def test_a_stranger_is_refused_and_logged_and_the_rest_arrives(
+def test_foreign_frames_are_refused_and_logged(
     context: zmq.Context, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     address = f"ipc://{tmp_path}/inbox"
@@ -59,10 +59,10 @@ def test_a_stranger_is_refused_and_logged_and_the_rest_arrives(
     with caplog.at_level(logging.WARNING):
         for frame in (
             b"\x80\x04\x95garbage",
-            msgspec.msgpack.encode(Abort(0, 1)),  # a message, but not one of this inbox
+            msgspec.msgpack.encode(Abort(0, 1)),  # a message of another inbox
             msgspec.msgpack.encode(bad_chunk),
             b"",
-            msgspec.msgpack.encode(Ping()),  # between hosts and the door alone
+            msgspec.msgpack.encode(Ping()),  # only between clients and the ZeroMQ server
             msgspec.msgpack.encode(Reset(1)),
         ):
             raw.send(frame)
@@ -73,14 +73,14 @@ def test_a_stranger_is_refused_and_logged_and_the_rest_arrives(
     inbox.close()
 
 
-def test_an_oversized_frame_is_refused_by_the_sender(context: zmq.Context, tmp_path: Path) -> None:
+def test_oversized_frame_is_refused_by_the_sender(context: zmq.Context, tmp_path: Path) -> None:
     outbox = Outbox(context, f"ipc://{tmp_path}/inbox", max_frame=1000)
     with pytest.raises(InternalError, match="Progress"):
         outbox.send(Progress(0, [Update(request_id=1, index=0, tokens=[70000] * 1000)]))
     outbox.close()
 
 
-def test_an_oversized_frame_from_a_stranger_ends_only_its_connection(context: zmq.Context, tmp_path: Path) -> None:
+def test_oversized_foreign_frame_ends_only_its_connection(context: zmq.Context, tmp_path: Path) -> None:
     address = f"ipc://{tmp_path}/inbox"
     inbox: Inbox = Inbox(context, address, ToRunner, max_frame=1000)
     raw = context.socket(zmq.PUSH)
@@ -93,13 +93,13 @@ def test_an_oversized_frame_from_a_stranger_ends_only_its_connection(context: zm
         end.close()
 
 
-def test_receive_waits_no_longer_than_asked(context: zmq.Context, tmp_path: Path) -> None:
+def test_receive_waits_no_longer_than_its_timeout(context: zmq.Context, tmp_path: Path) -> None:
     inbox: Inbox = Inbox(context, f"ipc://{tmp_path}/inbox", ToRunner)
     assert list(inbox.receive(0.01)) == []
     inbox.close()
 
 
-def test_the_async_inbox_takes_the_same_messages(context: zmq.Context, tmp_path: Path) -> None:
+def test_async_inbox_accepts_the_same_messages(context: zmq.Context, tmp_path: Path) -> None:
     address = f"ipc://{tmp_path}/inbox"
 
     async def receive() -> list[object]:
@@ -117,7 +117,7 @@ def test_the_async_inbox_takes_the_same_messages(context: zmq.Context, tmp_path:
     assert asyncio.run(receive()) == [Ping(3)]
 
 
-def test_an_inbox_wakes_for_what_it_watches(context: zmq.Context, tmp_path: Path) -> None:
+def test_receive_returns_for_a_watched_descriptor(context: zmq.Context, tmp_path: Path) -> None:
     address = f"ipc://{tmp_path}/inbox"
     inbox: Inbox = Inbox(context, address, ToRunner)
     ours, theirs = socketpair()

@@ -1,4 +1,4 @@
-"""A line of the log stays one line, and its values stay where they belong, whatever a stranger put into them."""
+"""A log record stays on one line and its values stay in place, whatever characters a client put into them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 from engine import logs
 
 
-def test_pairs() -> None:
+def test_pairs_are_key_equals_value() -> None:
     line = logs.pairs(id="a-1", status=400, none=None, seconds=0.00149, message="no such thing", empty="")
     assert line == 'id=a-1 status=400 seconds=0.001 message="no such thing" empty=""'
 
 
 @pytest.mark.parametrize("evil", ["a\nb", "a status=200", 'a" status="200', "\x1b[2J", "é", "\u2028", "a=b", "\\"])
-def test_a_value_cannot_pretend_to_be_another(evil: str) -> None:
+def test_hostile_value_stays_one_value(evil: str) -> None:
     line = logs.pairs(id=evil, status=400)
     assert line.isascii()
     assert line.isprintable()
@@ -31,7 +31,7 @@ def test_long_values_are_cut() -> None:
 
 
 @pytest.mark.parametrize(("level", "shown"), [("debug", 2), ("info", 1), ("warning", 0)])
-def test_lines_name_the_process_and_have_a_level(level: str, shown: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_lines_name_process_and_level(level: str, shown: int, capsys: pytest.CaptureFixture[str]) -> None:
     root = logging.getLogger()
     before = root.handlers[:], root.level
     try:

@@ -1,4 +1,4 @@
-"""Files must lie under a root or in the hub's cache: links, a real cache layout, devices; at start and when loading."""
+"""Adapter files must lie under a root or in the hub's cache: symlinks, a real cache layout, devices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def adapter(directory: Path) -> Path:
 
 
 def cached(cache: Path, commit: str = "c0ffee") -> Path:
-    """A snapshot as huggingface_hub lays it out: links into blobs/."""
+    """A snapshot in huggingface_hub's layout: symlinks into blobs/."""
     repo = cache / "models--org--sql"
     snapshot = repo / "snapshots" / commit
     (repo / "blobs").mkdir(parents=True)
@@ -35,24 +35,24 @@ def cached(cache: Path, commit: str = "c0ffee") -> Path:
     return snapshot
 
 
-def test_without_roots_any_place_will_do(tmp_path: Path) -> None:
+def test_any_path_is_allowed_without_roots(tmp_path: Path) -> None:
     check_files(adapter(tmp_path / "a"), [], "it")
     check_path("/etc", [], "it")
 
 
-def test_under_a_root(tmp_path: Path) -> None:
+def test_path_under_a_root_is_allowed(tmp_path: Path) -> None:
     root = tmp_path / "root"
     check_files(adapter(root / "a"), [str(tmp_path / "other"), str(root)], "it")
     check_files(adapter(root / "deep" / "er"), [str(root)], "it")
     check_files(root / "a", [str(root / "a")], "it")
     link = tmp_path / "link"
     link.symlink_to(root)
-    check_files(link / "a", [str(root)], "it")  # the way there does not matter
+    check_files(link / "a", [str(root)], "it")  # only the real path counts
     check_files(root / "a", [str(link)], "it")
 
 
 @pytest.mark.parametrize("where", ["outside/a", "root-2/a", "root/../outside/a"])
-def test_outside(tmp_path: Path, where: str) -> None:
+def test_path_outside_of_the_roots_is_refused(tmp_path: Path, where: str) -> None:
     (tmp_path / "root").mkdir()
     adapter((tmp_path / where).resolve())
     with pytest.raises(ConfigError, match="lies outside of --lora-root"):
@@ -60,7 +60,7 @@ def test_outside(tmp_path: Path, where: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_link_that_leads_out(tmp_path: Path, name: str) -> None:
+def test_symlink_out_of_the_root_is_refused(tmp_path: Path, name: str) -> None:
     inside, outside = adapter(tmp_path / "root" / "a"), adapter(tmp_path / "outside")
     (inside / name).unlink()
     (inside / name).symlink_to(outside / name)
@@ -72,7 +72,7 @@ def test_a_link_that_leads_out(tmp_path: Path, name: str) -> None:
         check_files(tmp_path / "root" / "all", [str(tmp_path / "root")], "it")
 
 
-def test_the_hub_cache_is_a_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_cache_is_a_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     root = tmp_path / "root"
     root.mkdir()
@@ -89,7 +89,7 @@ def test_the_hub_cache_is_a_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("roots", [True, False])
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_what_is_no_file_is_never_opened(tmp_path: Path, name: str, roots: bool) -> None:
+def test_devices_and_pipes_are_never_opened(tmp_path: Path, name: str, roots: bool) -> None:
     directory = adapter(tmp_path / "root" / "a")
     allowed = [str(tmp_path / "root")] if roots else []
     (directory / name).unlink()
@@ -106,7 +106,7 @@ def test_what_is_no_file_is_never_opened(tmp_path: Path, name: str, roots: bool)
         check_files(directory, allowed, "it")
 
 
-def test_adapters_given_at_start_are_checked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_adapters_given_at_start_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outside = adapter(tmp_path / "outside")
     (tmp_path / "root").mkdir()
     flags = ["--model-path", str(outside), "--port", "0", "--lora-root", str(tmp_path / "root")]
@@ -115,7 +115,7 @@ def test_adapters_given_at_start_are_checked_too(tmp_path: Path, capsys: pytest.
     assert "lies outside of --lora-root" in complaint
 
 
-def test_the_demos_own_adapters_need_no_root(tmp_path: Path) -> None:
+def test_demo_adapters_need_no_root(tmp_path: Path) -> None:
     own = sorted(path for path in (DEMO / "adapters").iterdir() if path.is_dir())[0]
     args = ServerArgs(lora_root=[str(tmp_path)])
     source = _source(3, AdapterSpec(name="own", path=str(own)), args)

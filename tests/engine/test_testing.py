@@ -1,4 +1,4 @@
-"""The fake engine behaves as the real one does, as far as a host can see."""
+"""FakeEngine behaves like Engine, as far as an embedding program can see."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine import InvalidRequest, LoRARequest, NotFound, SamplingParams
 from engine.testing import FakeEngine
 
 
-def test_answers_by_table_function_and_echo() -> None:
+def test_replies_come_from_table_function_or_echo() -> None:
     async def main() -> None:
         async with FakeEngine({"hi": "hello there"}) as engine:
             answers = await engine.generate_all(["hi", "what", [3, 4], [{"role": "user", "content": "hi"}]])
@@ -26,7 +26,7 @@ def test_answers_by_table_function_and_echo() -> None:
     asyncio.run(main())
 
 
-def test_errors_limits_and_choices() -> None:
+def test_errors_max_tokens_and_n_are_as_in_engine() -> None:
     async def main() -> None:
         async with FakeEngine() as engine:
             (answer,) = await engine.generate_all(["one two three"], SamplingParams(max_tokens=2))
@@ -43,7 +43,7 @@ def test_errors_limits_and_choices() -> None:
     asyncio.run(main())
 
 
-def test_adapters_come_and_go() -> None:
+def test_adapters_are_loaded_pinned_and_unloaded() -> None:
     async def main() -> None:
         async with FakeEngine(lambda text, lora: f"{lora} {text}", adapters=["a"]) as engine:
             card = await engine.load_lora_adapter("b", "some/where", pinned=True)

@@ -1,4 +1,4 @@
-"""Adapters that act from their invocation on: the scheduler's core on a real runner, against PEFT's own `generate`."""
+"""Activated LoRA (aLoRA): the scheduler's core on a real runner, against PEFT's own `generate`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NUMBERS = {None: 0, "short": 1, "long": 2, "lora": 3, "dora": 4}
 
 
 def adapters_of(model: Path, into: Path) -> dict[str, Path]:
-    """Two activated ones, a LoRA and a DoRA, saved by PEFT."""
+    """Two activated adapters, a LoRA and a DoRA, saved by PEFT."""
     return {
         "short": save(model, into / "short", activated(SHORT, ATTENTION, r=20, rank_pattern={"o_proj": 3}), 1),
         "long": save(model, into / "long", activated(LONG, [*ATTENTION, *MLP], use_rslora=True, lora_bias=True), 2),
@@ -54,7 +54,7 @@ def activated(invocation: list[int], targets: list[str], **options: object) -> o
 
 @dataclass
 class World:
-    """A runner with all of the adapters, and who knows what it should say."""
+    """A runner with all adapters, and the oracles of their tokens."""
 
     runner: Runner
     paths: dict[str, Path]
@@ -67,7 +67,7 @@ class World:
         return self.oracle.greedy(prompt, N, name) if self.oracle.is_unambiguous(prompt, N, name) else None
 
     def clear(self, name: str | None, draw: Callable[[], list[int]]) -> tuple[list[int], str | None, list[int]]:
-        """A prompt of those drawn that is answered clearly, for whom, and the answer."""
+        """A drawn prompt where the oracle's margin is clear, its adapter, and the expected tokens."""
         while True:
             prompt = draw()
             expected = self.expected(prompt, name)
@@ -104,7 +104,7 @@ def build_world(model: Path, paths: dict[str, Path], backend: str = "torch") -> 
 
 
 def served(world: World, asked: Asked, window: int = 1, first: int = 0) -> Machine:
-    """All at once, each with the tokens that it should have."""
+    """Runs all requests at once and checks the tokens of each."""
     machine = world.machine(window)
     machine.run(*(ask(first + number, prompt, name) for number, (prompt, name, _) in enumerate(asked)))
     wrong = [name for number, (_, name, expected) in enumerate(asked) if machine.tokens[first + number] != expected]
@@ -125,12 +125,12 @@ def ask(number: int, prompt: list[int], name: str | None, scores: int = -1, **fi
 
 
 def text(draw: random.Random, length: int) -> list[int]:
-    """Tokens of no invocation."""
+    """Tokens that contain no invocation."""
     return [draw.randrange(20, VOCAB) for _ in range(length)]
 
 
 def places(draw: random.Random, invocation: list[int]) -> dict[str, list[int]]:
-    """Prompts that hold the invocation everywhere it can stand."""
+    """Prompts with the invocation at every possible position."""
     return {
         "start": [*invocation, *text(draw, 9)],
         "in its first page": [*text(draw, 2), *invocation, *text(draw, 3)],
@@ -155,7 +155,7 @@ def world(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
-def test_wherever_the_invocation_stands_in_one_batch_with_others(world: World, window: int) -> None:
+def test_invocation_at_every_position_in_a_mixed_batch(world: World, window: int) -> None:
     draw, asked = random.Random(window), Asked()
     for name, invocation in ACTIVATED.items():
         for where in places(draw, invocation):
@@ -170,8 +170,8 @@ def test_wherever_the_invocation_stands_in_one_batch_with_others(world: World, w
     assert max(lanes) >= 4
 
 
-def test_an_invocation_that_is_generated_is_text_like_any_other(world: World) -> None:
-    """What PEFT says of prompt and answer together would be another adapter: the prompt alone decides."""
+def test_generated_invocation_does_not_activate(world: World) -> None:
+    """Only the prompt decides: PEFT on prompt and answer together would activate the adapter."""
     prompt = text(random.Random(4), 12)
     machine = world.machine()
     request = ask(1, prompt, "short")
@@ -182,7 +182,7 @@ def test_an_invocation_that_is_generated_is_text_like_any_other(world: World) ->
     assert machine.tokens[1] == [int(best)]
 
 
-def test_the_prompts_logprobs_are_the_bases_before_and_the_adapters_after(world: World) -> None:
+def test_prompt_logprobs_change_at_the_invocation(world: World) -> None:
     prompt = [*text(random.Random(6), 21), *SHORT, *text(random.Random(7), 12)]
     machine = world.machine()
     machine.run(ask(1, prompt, "short"), ask(2, prompt, "short", scores=0))
@@ -196,8 +196,8 @@ def test_the_prompts_logprobs_are_the_bases_before_and_the_adapters_after(world:
     assert (rows[21:] - base[21:]).abs().max() > 0.1
 
 
-def test_a_prefix_is_computed_once_for_the_base_and_all_that_are_activated_after_it(world: World) -> None:
-    """Pages of 4 tokens: those that are full before the invocation are everyone's, and no other."""
+def test_prefix_before_the_invocation_is_shared_with_base(world: World) -> None:
+    """Pages of 4 tokens: those full before the invocation are shared with the base, no others."""
     draw = random.Random(8)
     prefix = text(draw, 298)  # 74 full pages and half of one
     tails = {None: text(draw, 9), "short": [*SHORT, *text(draw, 5)], "long": [*LONG, *text(draw, 2)]}
@@ -211,13 +211,19 @@ def test_a_prefix_is_computed_once_for_the_base_and_all_that_are_activated_after
             expected = world.expected(prompt, name)
             assert expected is None or machine.tokens[number] == expected
         prompt = [*prefix, *tails["short"], *text(draw, 4)]
-        assert machine.run(ask(9, prompt, "short")) == len(prompt) - 304, "its own pages, after the invocation too"
-        assert machine.run(ask(10, [*prefix, *tails["short"]], None)) == 10, "the base has none of those"
-        assert machine.run(ask(11, prompt, "lora")) == len(prompt), "nor has a LoRA that acts from the first token on"
+        assert machine.run(ask(9, prompt, "short")) == len(prompt) - 304, (
+            "it reads its own pages, also after the invocation"
+        )
+        assert machine.run(ask(10, [*prefix, *tails["short"]], None)) == 10, (
+            "the base shares no page after the invocation"
+        )
+        assert machine.run(ask(11, prompt, "lora")) == len(prompt), (
+            "a LoRA that acts from the first token on shares none"
+        )
         assert machine.run(ask(12, [*prefix, *SHORT, *text(draw, 4)], "short", cache_salt="tenant")) == 305
 
 
-def test_a_mix_is_refused_and_another_tells_what_it_is(world: World) -> None:
+def test_mix_with_an_activated_adapter_is_refused(world: World) -> None:
     machine = world.machine()
     assert machine.states[1].invocation == SHORT
     assert machine.states[3].invocation == []
@@ -229,8 +235,8 @@ def test_a_mix_is_refused_and_another_tells_what_it_is(world: World) -> None:
 
 
 @pytest.mark.parametrize("after", [1, 2, 4])
-def test_a_new_runner_and_an_unload_in_the_middle_change_nothing(world: World, after: int) -> None:
-    """The runner dies when the base's part, or some of the adapter's, was computed; its name goes meanwhile."""
+def test_tokens_survive_a_new_runner_and_an_unload(world: World, after: int) -> None:
+    """The runner is replaced during the base's part or the adapter's part; meanwhile the name is unloaded."""
     draw = random.Random(9)
     prompt, _, expected = world.clear("short", lambda: [*text(draw, 30), *SHORT, *text(draw, 20)])
     machine = world.machine()
@@ -253,8 +259,8 @@ def test_a_new_runner_and_an_unload_in_the_middle_change_nothing(world: World, a
     assert machine.states[NUMBERS["short"]].state == "gone"
 
 
-def test_a_server_tells_what_was_shared_both_ways(tmp_path: Path) -> None:
-    """A prefix of 2,048 tokens: of a request behind it, only what is after it is computed."""
+def test_server_reports_tokens_cached_across_adapters(tmp_path: Path) -> None:
+    """A prefix of 2,048 tokens is computed once; later requests compute only what follows it."""
     model = build("qwen3", tmp_path / "model", max_position_embeddings=4096)
     names = {"short": SHORT, "other": [*SHORT, 7]}
     paths = {
@@ -295,7 +301,7 @@ FAMILIES = (
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_activated_tokens_in_every_family(family: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     model = tiny_model(family)
     world = build_world(model, {"short": save(model, tmp_path, activated(SHORT, ATTENTION), 1)})
     draw = random.Random(3)
@@ -309,7 +315,9 @@ def test_every_family(family: str, tiny_model: Callable[[str], Path], tmp_path: 
 
 
 @pytest.mark.parametrize("backend", ["triton", "csgmv"])
-def test_the_kernels_too(backend: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_activated_tokens_with_the_kernel_backends(
+    backend: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     model = tiny_model("qwen2")
     paths = {"short": save(model, tmp_path / "short", activated(SHORT, ATTENTION), 1)}
     world = build_world(model, paths | {"dora": save(model, tmp_path / "dora", ZOO["dora"](), 4)}, backend)

@@ -36,7 +36,7 @@ MIXES: dict[str, dict[str, float]] = {
 
 
 class World:
-    """A model, adapters, and prompts that the oracle answers clearly whatever the adapter."""
+    """A model, adapters, and prompts where the oracle's margin is clear with every adapter."""
 
     def __init__(self, model: Path, directory: Path) -> None:
         self.model = model
@@ -95,7 +95,7 @@ def unload(server: RunningServer, name: str) -> None:
 
 
 def wait_free(server: RunningServer) -> None:
-    """Nothing of any adapter is left, on the device or the host."""
+    """Waits until no adapter holds device or host memory."""
     stats: dict[str, Any] = {}
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
@@ -107,7 +107,7 @@ def wait_free(server: RunningServer) -> None:
     raise AssertionError(f"not free: {stats}")
 
 
-def test_what_is_loaded_answers_and_what_is_unloaded_is_gone(server: RunningServer, world: World) -> None:
+def test_loaded_adapter_answers_and_unloaded_one_is_gone(server: RunningServer, world: World) -> None:
     prompt = world.prompts[0]
     assert ask(server, prompt, "one")[0] == 404
     for name, path in world.paths.items():
@@ -129,8 +129,8 @@ def test_what_is_loaded_answers_and_what_is_unloaded_is_gone(server: RunningServ
     assert [card["id"] for card in server.get("/v1/models")["data"]] == [cards["one"]["parent"]]
 
 
-def test_one_name_re_pointed_a_hundred_times_under_traffic(server: RunningServer, world: World) -> None:
-    """Every request equals one of the two revisions, and nobody but the moved name notices."""
+def test_name_is_repointed_100_times_under_traffic(server: RunningServer, world: World) -> None:
+    """Every answer equals that of one of the two revisions; other names are not affected."""
     revisions = ["one", "two"]
     allowed = {
         (tuple(prompt), name): world.expected(prompt, name)
@@ -183,7 +183,7 @@ def test_one_name_re_pointed_a_hundred_times_under_traffic(server: RunningServer
     wait_free(server)
 
 
-def test_broken_adapters_hurt_nobody_else(server: RunningServer, world: World, tmp_path: Path) -> None:
+def test_broken_adapters_do_not_disturb_other_requests(server: RunningServer, world: World, tmp_path: Path) -> None:
     prompt = world.prompts[1]
     load(server, "good", world.paths["one"])
     for number, (kind, spoil) in enumerate(BROKEN.items()):
@@ -199,14 +199,14 @@ def test_broken_adapters_hurt_nobody_else(server: RunningServer, world: World, t
         assert status == 400
         assert ask(server, prompt, kind)[0] == 404
         assert tokens(server, prompt, "good") == world.expected(prompt, "one")
-    load(server, "cut", world.paths["two"])  # a name that failed is free
+    load(server, "cut", world.paths["two"])  # the name of a failed load can be used again
     assert tokens(server, prompt, "cut") == world.expected(prompt, "two")
     unload(server, "cut")
     unload(server, "good")
     wait_free(server)
 
 
-def test_roots_keys_and_names_without_a_load(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_roots_admin_key_and_resolve_root(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--lora-root with a hub cache of the real layout, --lora-resolve-root, and the admin key."""
     for name in ("one", "two"):
         shutil.copytree(world.paths[name], tmp_path / "voices" / name)
@@ -248,7 +248,7 @@ def test_roots_keys_and_names_without_a_load(world: World, tmp_path: Path, monke
 
 
 def _cache(cache: Path, adapter: Path, commit: str) -> None:
-    """The adapter as huggingface_hub would have stored it: snapshots that link into blobs."""
+    """Stores the adapter as huggingface_hub does: snapshots with symlinks into blobs."""
     repo = cache / "models--org--three"
     (repo / "snapshots" / commit).mkdir(parents=True)
     (repo / "blobs").mkdir()
@@ -260,7 +260,7 @@ def _cache(cache: Path, adapter: Path, commit: str) -> None:
         (repo / "snapshots" / commit / file.name).symlink_to(Path("..") / ".." / "blobs" / blob.name)
 
 
-def test_the_embedded_engine_loads_pins_and_unloads(world: World) -> None:
+def test_embedded_engine_loads_pins_and_unloads(world: World) -> None:
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
     prompt = world.prompts[3]
 

@@ -1,4 +1,4 @@
-"""Adapters with tokens, a tokenizer and a chat template of their own through the whole server, and hostile ones."""
+"""Adapters with tokens, a tokenizer and a chat template of their own through the whole server; hostile ones too."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NEW_TOKENS = 6
 
 
 def trained(model_dir: Path, out: Path, size: int, seed: int) -> Any:
-    """Saved by PEFT after a resize, with a trained embedding and head."""
+    """Saved by PEFT after a resize of the vocabulary, with a trained embedding and head."""
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     draw = torch.Generator().manual_seed(seed)
     with warnings.catch_warnings(), torch.no_grad():
@@ -48,7 +48,7 @@ def trained(model_dir: Path, out: Path, size: int, seed: int) -> Any:
 
 
 def with_tokenizer(model_dir: Path, root: Path) -> None:
-    """The base's with three tokens more, and another template and end, as transformers saves them."""
+    """The base's tokenizer with three more tokens, another template and end token, as transformers saves it."""
     tokenizer = tokenizers.Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     tokenizer.add_special_tokens(ADDED)
     tokenizer.save(str(root / "tokenizer.json"))
@@ -58,7 +58,7 @@ def with_tokenizer(model_dir: Path, root: Path) -> None:
 
 
 def greedy(model: Any, prompt: list[int]) -> list[int] | None:
-    """None where the best two are too near one another."""
+    """The greedy tokens, or None where the two best logits are too close."""
     tokens = list(prompt)
     with torch.inference_mode():
         for _ in range(NEW_TOKENS):
@@ -79,7 +79,7 @@ async def generate(session: aiohttp.ClientSession, prompt: list[int], lora: str 
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_tokens_tokenizer_and_template_of_an_adapter(tmp_path: Path) -> None:
+def test_adapter_with_tokens_tokenizer_and_template(tmp_path: Path) -> None:
     base = build("llama2", tmp_path / "model", seed=11)
     sizes = {"more": VOCAB + 3, "fewer": VOCAB - 4, "usual": VOCAB}
     models: dict[str | None, Any] = {None: transformers.AutoModelForCausalLM.from_pretrained(base)}

@@ -1,4 +1,4 @@
-"""A mixture of experts through the whole server: adapters on experts, the router and attention, at start and later."""
+"""A mixture of experts through the whole server: adapters on experts, router and attention, at start and later."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fixtures.serving.running import RunningServer
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.filterwarnings(  # PEFT says so of patterns for parameters, and then uses them
+    pytest.mark.filterwarnings(  # PEFT warns of patterns for parameters, and then applies them
         "ignore:The following (rank|alpha)_pattern keys did not match any targeted module:RuntimeWarning"
     ),
 ]
@@ -30,7 +30,7 @@ async def _post(session: aiohttp.ClientSession, route: str, body: dict[str, Any]
         return response.status, await response.json()
 
 
-def test_tokens_equal_the_oracle_in_a_mixed_batch(tmp_path: Path) -> None:
+def test_expert_adapters_equal_the_oracle_in_a_mixed_batch(tmp_path: Path) -> None:
     model = build("mixtral", tmp_path / "model", seed=7)
     start = {
         "experts": make_expert_adapter(model, tmp_path / "experts", [*LINEARS, "gate"], r=20, seed=1),
@@ -68,7 +68,7 @@ def test_tokens_equal_the_oracle_in_a_mixed_batch(tmp_path: Path) -> None:
         server.wait_idle()
 
 
-def test_experts_get_pages_only_where_they_are_asked_for(tmp_path: Path) -> None:
+def test_expert_pages_exist_only_with_expert_targets(tmp_path: Path) -> None:
     model = build("mixtral", tmp_path / "model", seed=7)
     adapter = make_expert_adapter(model, tmp_path / "experts", LINEARS)
 

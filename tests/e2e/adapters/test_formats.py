@@ -1,4 +1,4 @@
-"""Adapters of every format through the whole server: loaded at run time by a loader process, asked all at once."""
+"""Adapters of every format through the whole server: loaded at run time by a loader process, requested all at once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def _tokens(session: aiohttp.ClientSession, prompt: list[int], lora: str |
     return list(answer["output_ids"])
 
 
-def test_every_format_at_once_with_fewer_lanes_than_adapters(tmp_path: Path) -> None:
+def test_all_formats_at_once_with_fewer_lanes_than_adapters(tmp_path: Path) -> None:
     model = build("llama3", tmp_path / "model", seed=7)
     names = [name for name in ZOO if name not in BIASED]
     roots = {name: save(model, tmp_path / name, ZOO[name](), seed) for seed, name in enumerate(names)}
@@ -52,7 +52,7 @@ def test_every_format_at_once_with_fewer_lanes_than_adapters(tmp_path: Path) -> 
 
     flags = ["--model-path", model, "--dtype", "float32", "--enable-lora", "--max-loras-per-batch", 3]
     wide = ["--max-lora-rank", 64, "--lora-target-modules", "all", "embed_tokens", "lm_head"]
-    given = ("dora", "both whole")  # the second makes room for whole matrices
+    given = ("dora", "both whole")  # the second one sizes the slots for full weights
     wide += ["--lora-paths", *(f"{name}={roots[name]}" for name in given)]
     with RunningServer(*flags, *wide) as server:
         for name in names:

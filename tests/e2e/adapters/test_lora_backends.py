@@ -1,6 +1,6 @@
 """The kernel backends through the whole server: base and adapters in one batch, tokens equal transformers + PEFT.
 
-Without a GPU the kernels run in triton's interpreter, which the environment of the tests says to every process.
+Without a GPU the kernels run in triton's interpreter, by an environment variable that every process inherits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DTYPE = "float32"
 
 
 class World:
-    """A tiny Llama, its adapters, and prompts that the oracle answers clearly."""
+    """A tiny Llama, its adapters, and prompts where the oracle's margin is clear."""
 
     def __init__(self, directory: Path) -> None:
         self.model = build("llama3", directory / "model", seed=3)
@@ -67,7 +67,7 @@ async def _tokens(session: aiohttp.ClientSession, prompt: list[int], lora: str |
 
 
 @pytest.mark.parametrize("backend", ["triton", "csgmv"])
-def test_tokens_of_a_mixed_batch_equal_the_oracle(world: World, backend: str) -> None:
+def test_kernel_backend_equals_the_oracle_in_a_mixed_batch(world: World, backend: str) -> None:
     async def ask(url: str) -> list[list[int]]:
         async with aiohttp.ClientSession(url) as session:
             return await asyncio.gather(*(_tokens(session, prompt, lora) for prompt, lora in world.jobs))

@@ -1,4 +1,4 @@
-"""500 adapters, a host tier of 50, a pool of 16, power-law traffic: every answer is the oracle's and nothing leaks."""
+"""500 adapters, a host cache of 50, a pool of 16, power-law traffic: all answers equal the oracle's, nothing leaks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RANKS = (4, 8, 12, 16, 24, 40, 64)
 
 
 def _write_adapter(config: dict[str, Any], directory: Path, number: int) -> Path:
-    """A PEFT directory: every other one on q and v only, the rest on all linears."""
+    """A PEFT directory: every second one on q and v only, the rest on all linears."""
     draw = torch.Generator().manual_seed(number)
     rank = RANKS[number % len(RANKS)]
     hidden, ffn = config["hidden_size"], config["intermediate_size"]
@@ -54,7 +54,7 @@ def _descendants(pid: int) -> list[int]:
     return [pid, *(found for child in children for found in _descendants(int(child)))]
 
 
-def _census(server: RunningServer) -> dict[str, int]:
+def _resources(server: RunningServer) -> dict[str, int]:
     """Processes, open descriptors and shared memory of the whole engine, and its resident memory in kB."""
     pids = _descendants(server.process.pid)
     resident = shared = 0
@@ -67,7 +67,7 @@ def _census(server: RunningServer) -> dict[str, int]:
 
 
 class Traffic:
-    """Which request names which adapter, and one prompt for each adapter that the oracle answers clearly."""
+    """The adapter of each request, and one prompt for each adapter where the oracle's margin is clear."""
 
     def __init__(self, model: Path, paths: dict[str, Path]) -> None:
         draw = random.Random(17)
@@ -111,7 +111,7 @@ async def _each(url: str, path: str, bodies: list[dict[str, str]]) -> None:
         await asyncio.gather(*map(one, bodies))
 
 
-def test_500_adapters_answer_as_the_oracle_and_leave_nothing(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_500_adapters_equal_the_oracle_and_leak_nothing(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     model = tiny_model("llama3")
     config = json.loads((model / "config.json").read_text())
     paths = {f"v{number}": _write_adapter(config, tmp_path / f"v{number}", number) for number in range(ADAPTERS)}
@@ -123,15 +123,15 @@ def test_500_adapters_answer_as_the_oracle_and_leave_nothing(tiny_model: Callabl
         asyncio.run(_each(server.url, "/load_lora_adapter", loads))
         asyncio.run(_drive(server.url, traffic, traffic.order[: REQUESTS // 3]))
         server.wait_idle()
-        before = _census(server)
+        before = _resources(server)
         asyncio.run(_drive(server.url, traffic, traffic.order[REQUESTS // 3 :]))
         stats = server.wait_idle()
-        after = _census(server)
+        after = _resources(server)
         assert stats["adapter_evictions"] > 50
         assert stats["host_evictions"] > 500
         assert stats["host_adapters"] <= 50
         assert after["processes"] == before["processes"]
-        assert after["descriptors"] <= before["descriptors"] + 8  # connections come and go
+        assert after["descriptors"] <= before["descriptors"] + 8  # the number of connections varies
         assert after["resident"] <= before["resident"] + 40_000
         assert after["shared"] <= before["shared"] + 40_000
 

@@ -1,4 +1,4 @@
-"""Far more than the limits allow, at once: some are served, the others are told so at once, and memory stays."""
+"""More concurrent requests than the limits allow: some are served, the rest refused at once; memory stays bounded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONNECTIONS, LIMIT, TOKENS = 2000, 100, 48
 
 
 async def _flood(url: str) -> list[tuple[int, float, int]]:
-    """(status, seconds, tokens) of each of so many requests, all of which are connected before the first is sent."""
+    """(status, seconds, tokens) of each request; all are ready before the first is sent."""
     body = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": TOKENS, "ignore_eos": True}}
     go = asyncio.Event()
     connected = asyncio.Semaphore(0)
@@ -48,9 +48,9 @@ def _memory(server: RunningServer) -> int:
     return sum(map(private_bytes, server.children()))
 
 
-def test_2000_connections_against_a_limit_of_100(tiny_model: Callable[[str], Path]) -> None:
+def test_2000_requests_against_a_limit_of_100(tiny_model: Callable[[str], Path]) -> None:
     with RunningServer("--model-path", tiny_model("llama3"), "--max-open-requests", LIMIT) as server:
-        asyncio.run(_flood(server.url))  # what connections cost once is there from now on
+        asyncio.run(_flood(server.url))  # allocates what connections need once
         server.wait_idle()
         before = _memory(server)
         answers = asyncio.run(_flood(server.url))

@@ -1,4 +1,4 @@
-"""What a load takes an unload gives back: measured in the runner's own memory, and in the pool's pages."""
+"""An unload frees the host memory and the rank pages that the load took: measured in the runner and in its stats."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _runner(server: RunningServer) -> int:
     return pid
 
 
-def test_unloads_free_the_host_memory_and_the_pages_that_loads_took(tmp_path: Path) -> None:
+def test_unload_frees_host_memory_and_rank_pages(tmp_path: Path) -> None:
     model = build(
         "llama2",
         tmp_path / "m",

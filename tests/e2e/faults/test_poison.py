@@ -1,4 +1,4 @@
-"""A request that ends the runner again and again is ended itself; the streams beside it notice nothing but a pause."""
+"""A request that crashes the runner repeatedly gets an error; streams beside it only pause."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import aiohttp
 import pytest
 from fixtures.models.tiny_models import VOCAB, make_adapter
-from fixtures.serving.calm import answers, asks
 from fixtures.serving.running import RunningServer
+from fixtures.serving.generate_streams import make_requests, read_all_tokens
 
 pytestmark = pytest.mark.e2e
 
@@ -30,7 +30,7 @@ async def _poisoned(url: str, stream: bool) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("does", "deaths"), [("abort", 2), ("raise", 2), pytest.param("kill", 5, marks=pytest.mark.slow)]
 )
-def test_the_poison_ends_alone(
+def test_poison_request_fails_alone(
     does: str,
     deaths: int,
     tiny_model: Callable[[str], Path],
@@ -41,22 +41,22 @@ def test_the_poison_ends_alone(
     paths = {f"v{n}": make_adapter(model, tmp_path / f"v{n}", r=4 * (n + 1), seed=n) for n in range(4)}
     monkeypatch.setenv("POISON_DOES", does)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])))
-    everything = asks(16, list(paths), 80, VOCAB)
+    everything = make_requests(16, list(paths), 80, VOCAB)
     flags = ["--model-path", model, "--dtype", "float32", "--max-loras-per-batch", 4]
     with RunningServer(*flags, "--lora-paths", *(f"{name}={path}" for name, path in paths.items())) as server:
-        calm = asyncio.run(answers(server.url, everything, at_once=4))
+        undisturbed = asyncio.run(read_all_tokens(server.url, everything, at_once=4))
 
-        async def storm() -> tuple[int, str]:
-            streams = asyncio.ensure_future(answers(server.url, everything, at_once=16))
+        async def run_all() -> tuple[int, str]:
+            streams = asyncio.ensure_future(read_all_tokens(server.url, everything, at_once=16))
             await asyncio.sleep(0.05)
             ending = await _poisoned(server.url, stream=does == "raise")
-            assert await streams == calm
+            assert await streams == undisturbed
             return ending
 
-        status, text = asyncio.run(storm())
+        status, text = asyncio.run(run_all())
         assert status == (200 if does == "raise" else 500), text
         assert '"code":"poison_request"' in text.replace(" ", "")
         assert '"type":"server_error"' in text.replace(" ", "")
         assert server.log().count("model_runner process serves again") == deaths
-        assert asyncio.run(answers(server.url, everything[:4], at_once=4)) == calm[:4]
+        assert asyncio.run(read_all_tokens(server.url, everything[:4], at_once=4)) == undisturbed[:4]
         server.wait_idle()

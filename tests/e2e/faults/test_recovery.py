@@ -1,4 +1,4 @@
-"""Any process may be killed, or stopped, under load: every stream ends with the tokens of a calm run."""
+"""Any process may be killed or stopped under load: every stream ends with the tokens of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 from fixtures.models.tiny_models import VOCAB, make_adapter
-from fixtures.serving.calm import answers, asks
 from fixtures.serving.running import RunningServer
+from fixtures.serving.generate_streams import make_requests, read_all_tokens
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -45,9 +45,9 @@ def _pid(server: RunningServer, module: str) -> int:
     raise AssertionError(f"no {module}\n{server.log()}")
 
 
-async def _strike(server: RunningServer, module: str, number: signal.Signals, strikes: int, wait: float) -> None:
-    """Ends a process, a moment after the engine has got over the strikes before and works again."""
-    while server.log().count("serves again") < strikes:
+async def _send_signal(server: RunningServer, module: str, number: signal.Signals, recovered: int, wait: float) -> None:
+    """Sends a signal to a process, a moment after the engine has recovered from the signals before."""
+    while server.log().count("serves again") < recovered:
         await asyncio.sleep(0.1)
     steps = await asyncio.to_thread(_steps, server)
     while await asyncio.to_thread(_steps, server) == steps:
@@ -61,8 +61,8 @@ def _steps(server: RunningServer) -> int:
 
 
 @contextlib.asynccontextmanager
-async def _coming_and_going(url: str, path: Path) -> AsyncIterator[None]:
-    """Beside everything, one adapter is loaded and unloaded over and over."""
+async def _load_and_unload(url: str, path: Path) -> AsyncIterator[None]:
+    """While entered, one adapter is loaded and unloaded over and over."""
 
     async def work() -> None:
         async with aiohttp.ClientSession(url) as session:
@@ -83,32 +83,32 @@ async def _coming_and_going(url: str, path: Path) -> AsyncIterator[None]:
     ("module", "number"),
     [("model_runner", signal.SIGKILL), ("scheduler", signal.SIGKILL), ("model_runner", signal.SIGSTOP)],
 )
-def test_every_stream_ends_with_the_tokens_of_the_calm_run(
+def test_streams_survive_killed_or_stopped_processes(
     module: str, number: signal.Signals, tiny_model: Callable[[str], Path], paths: dict[str, Path]
 ) -> None:
-    everything = asks(STREAMS * 2, [None, *paths], TOKENS, VOCAB)
+    everything = make_requests(STREAMS * 2, [None, *paths], TOKENS, VOCAB)
     with RunningServer(*_flags(tiny_model("llama3"), paths)) as server:
-        calm = asyncio.run(answers(server.url, everything, at_once=16))
+        undisturbed = asyncio.run(read_all_tokens(server.url, everything, at_once=16))
 
-        async def strike() -> None:
+        async def send_signals() -> None:
             draw = random.Random(5)
-            for strikes in range(5):
-                await _strike(server, module, number, strikes, draw.random())
+            for recovered in range(5):
+                await _send_signal(server, module, number, recovered, draw.random())
 
-        async def storm() -> None:
-            struck = asyncio.ensure_future(strike())
-            async with _coming_and_going(server.url, paths["v0"]):
-                while not struck.done():
-                    assert await answers(server.url, everything, at_once=STREAMS) == calm
-            await struck
+        async def run_streams() -> None:
+            signals = asyncio.ensure_future(send_signals())
+            async with _load_and_unload(server.url, paths["v0"]):
+                while not signals.done():
+                    assert await read_all_tokens(server.url, everything, at_once=STREAMS) == undisturbed
+            await signals
 
-        asyncio.run(storm())
+        asyncio.run(run_streams())
         server.wait_idle()
         assert server.log().count("serves again") == 5
         assert "Traceback" not in server.log()
 
 
-def test_another_tokenizer_process_serves_the_adapters_that_were_there(
+def test_restarted_tokenizer_process_serves_loaded_adapters(
     tiny_model: Callable[[str], Path], paths: dict[str, Path]
 ) -> None:
     (first, second, third), model = list(paths.items())[:3], tiny_model("llama3")
@@ -116,21 +116,21 @@ def test_another_tokenizer_process_serves_the_adapters_that_were_there(
         load = {"lora_name": "late", "lora_path": str(third[1])}
         assert server.post("/load_lora_adapter", load)[0] == 200
         assert server.post("/unload_lora_adapter", {"lora_name": second[0]})[0] == 200
-        everything = asks(12, [None, first[0], "late"], 24, VOCAB)
-        calm = asyncio.run(answers(server.url, everything, at_once=4))
-        held = [ask for ask in asks(32, [first[0], "late"], 440, VOCAB) if len(ask.prompt) < 40]
+        everything = make_requests(12, [None, first[0], "late"], 24, VOCAB)
+        undisturbed = asyncio.run(read_all_tokens(server.url, everything, at_once=4))
+        held = [request for request in make_requests(32, [first[0], "late"], 440, VOCAB) if len(request.prompt) < 40]
 
-        async def storm() -> None:
-            streams = asyncio.ensure_future(answers(server.url, held, at_once=32))
+        async def run_streams() -> None:
+            streams = asyncio.ensure_future(read_all_tokens(server.url, held, at_once=32))
             await asyncio.sleep(0.3)
             assert not streams.done()
             os.kill(_pid(server, "tokenizer_proc"), signal.SIGKILL)
             with pytest.raises(aiohttp.ClientError):
                 await streams
 
-        asyncio.run(storm())
-        assert asyncio.run(answers(server.url, everything, at_once=4)) == calm
+        asyncio.run(run_streams())
+        assert asyncio.run(read_all_tokens(server.url, everything, at_once=4)) == undisturbed
         models = {card["id"] for card in server.get("/v1/models")["data"]}
         assert models == {str(model), first[0], "late"}
         assert server.post("/load_lora_adapter", {"lora_name": "new", "lora_path": str(second[1])})[0] == 200
-        server.wait_idle()  # the rows of those that are gone are free
+        server.wait_idle()  # the rows of the lost streams are free

@@ -1,4 +1,4 @@
-"""Clients that never read: the others do not notice, memory stays, and the engine takes back what they held."""
+"""Clients that never read: other requests are not delayed, memory stays bounded, the engine frees what they held."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fixtures.serving.running import RunningServer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
-DEAF = 12
-BOUND = 256 << 10
+SLOW_READERS = 12
+BUFFER_BYTES = 256 << 10
 
 
 def _body(**fields: Any) -> dict[str, Any]:
-    """Cumulative events with all that can be in them: tens of megabytes, more than any kernel keeps."""
+    """Cumulative events with logprobs: tens of megabytes, more than the kernel buffers."""
     params = {"max_new_tokens": 200, "ignore_eos": True, "temperature": 0}
     return {
         "input_ids": [5, 6, 7], "sampling_params": params, "return_logprob": True, "top_logprobs_num": 20, **fields
@@ -28,7 +28,7 @@ def _body(**fields: Any) -> dict[str, Any]:
 
 
 def _ask(server: RunningServer, name: str) -> socket.socket:
-    """A connection that has asked, and reads nothing."""
+    """A connection that has sent a request and reads nothing."""
     host, port = server.url.removeprefix("http://").split(":")
     data = json.dumps(_body(stream=True)).encode()
     head = f"POST /generate HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nX-Request-Id: {name}\r\n"
@@ -40,29 +40,29 @@ def _ask(server: RunningServer, name: str) -> socket.socket:
 
 
 def _read(client: socket.socket) -> None:
-    """All there is."""
+    """Reads until the connection ends."""
     while client.recv(1 << 20):
         pass
 
 
-def test_clients_that_never_read(tiny_model: Callable[[str], Path]) -> None:
-    flags = ["--model-path", tiny_model("llama3"), "--max-stream-buffer", BOUND, "--max-running-requests", 16]
+def test_clients_that_never_read_are_disconnected(tiny_model: Callable[[str], Path]) -> None:
+    flags = ["--model-path", tiny_model("llama3"), "--max-stream-buffer", BUFFER_BYTES, "--max-running-requests", 16]
     with RunningServer(*flags, "--dtype", "float32") as server:
-        calm = server.post("/generate", _body())
-        assert calm[0] == 200
+        undisturbed = server.post("/generate", _body())
+        assert undisturbed[0] == 200
         server.wait_idle()
         before = sum(map(private_bytes, server.children()))
-        deaf = [_ask(server, f"deaf-{number}") for number in range(DEAF)]
+        clients = [_ask(server, f"slow-{number}") for number in range(SLOW_READERS)]
         most = 0
         deadline = time.monotonic() + 120
-        while server.log().count("kind=slow_reader") < DEAF:
+        while server.log().count("kind=slow_reader") < SLOW_READERS:
             assert time.monotonic() < deadline, server.log()[-3000:]
-            assert server.post("/generate", _body())[1]["output_ids"] == calm[1]["output_ids"]
+            assert server.post("/generate", _body())[1]["output_ids"] == undisturbed[1]["output_ids"]
             most = max(most, sum(map(private_bytes, server.children())))
         server.wait_idle()
-        assert most - before < DEAF * 4 * BOUND + (64 << 20), f"{most - before} bytes more"
-        for number, client in enumerate(deaf):
-            assert f"id=deaf-{number} " in server.log()
+        assert most - before < SLOW_READERS * 4 * BUFFER_BYTES + (64 << 20), f"{most - before} bytes more"
+        for number, client in enumerate(clients):
+            assert f"id=slow-{number} " in server.log()
             with client, pytest.raises(ConnectionResetError):
                 _read(client)
         assert server.get("/server_info")["open_requests"] == 0

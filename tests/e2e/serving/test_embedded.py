@@ -1,4 +1,4 @@
-"""The embedded engine: owned and joined, streams, lists, choices, cancels, errors; the host needs no torch."""
+"""The embedded engine, started and joined: streams, lists, choices, cancels, errors; the program needs no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.e2e
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 
 
-def test_an_owned_engine_streams_lists_cancels_and_refuses(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_started_engine_streams_lists_cancels_and_refuses(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     model = tiny_model("qwen3")
     paths = {name: make_adapter(model, tmp_path / name, r=rank, seed=rank) for name, rank in (("a", 4), ("b", 20))}
 
@@ -60,9 +60,9 @@ def test_an_owned_engine_streams_lists_cancels_and_refuses(tiny_model: Callable[
     asyncio.run(main())
 
 
-def test_joining_a_running_engine_gives_the_same_answers_as_http(tiny_model: Callable[[str], Path]) -> None:
-    async def ask(door: str) -> str:
-        async with Engine.connect(door) as engine:
+def test_joined_engine_answers_as_over_http(tiny_model: Callable[[str], Path]) -> None:
+    async def ask(address: str) -> str:
+        async with Engine.connect(address) as engine:
             (answer,) = await engine.generate_all(["once"], GREEDY)
             return answer.text
 
@@ -73,7 +73,7 @@ def test_joining_a_running_engine_gives_the_same_answers_as_http(tiny_model: Cal
         assert asyncio.run(ask(server.connect_address)) == answer["choices"][0]["text"]
 
 
-def test_what_keeps_the_engine_from_serving_is_raised(tmp_path: Path) -> None:
+def test_failed_start_is_raised(tmp_path: Path) -> None:
     async def main() -> None:
         async with Engine(str(tmp_path / "nowhere")):
             raise AssertionError("it cannot serve")
@@ -86,7 +86,7 @@ def test_what_keeps_the_engine_from_serving_is_raised(tmp_path: Path) -> None:
         Engine("m", max_loras=2)
 
 
-def test_the_host_needs_no_torch() -> None:
+def test_embedding_program_imports_no_torch() -> None:
     probe = "import sys, engine, engine.testing; print(sorted({'torch', 'triton', 'aiohttp'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

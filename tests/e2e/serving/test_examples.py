@@ -42,7 +42,7 @@ def demo() -> Iterator[RunningServer]:
 
 
 def run(command: list[str], **environment: str) -> str:
-    """What a command prints; it must succeed."""
+    """Runs a command that must succeed; returns its stdout."""
     done = subprocess.run(
         command,
         capture_output=True,
@@ -57,7 +57,7 @@ def run(command: list[str], **environment: str) -> str:
 
 
 @pytest.mark.parametrize("block", EXAMPLES, ids=[block.name for block in EXAMPLES])
-def test_examples_run(block: Block, demo: RunningServer) -> None:
+def test_example_runs(block: Block, demo: RunningServer) -> None:
     text = block.text.replace("http://127.0.0.1:30000", demo.url)
     program = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
     printed = run([*program, text], XDG_CACHE_HOME=os.devnull)
@@ -67,19 +67,19 @@ def test_examples_run(block: Block, demo: RunningServer) -> None:
         assert "Paris" in printed
 
 
-def test_examples_show_every_way_in() -> None:
+def test_examples_show_every_api() -> None:
     text = "\n".join(block.text for block in EXAMPLES)
     for word in ("curl", "aiohttp", "OpenAI(", "asyncio.gather", "lora_path", "Engine(", "LoRARequest("):
         assert word in text
 
 
 @pytest.mark.parametrize("line", LAUNCHES)
-def test_launch_lines_are_understood(line: str) -> None:
+def test_launch_line_is_parsed(line: str) -> None:
     parse(line.split("#")[0].split())
 
 
 @pytest.mark.parametrize("line", SCRIPTS)
-def test_script_lines_name_flags_of_the_script(line: str) -> None:
+def test_script_line_has_only_flags_of_the_script(line: str) -> None:
     words = line.split("#")[0].split()
     end = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))
     script = words[1:3] if words[1] == "-m" else words[1:2]

@@ -1,4 +1,4 @@
-"""Every flag does what it says, seen from outside."""
+"""The effect of every flag, seen from outside the server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def adapter(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPath
     )
 
 
-def test_a_launch_with_every_flag(tiny_model: Callable[[str], Path], adapter: Path, tmp_path: Path) -> None:
+def test_launch_with_every_flag(tiny_model: Callable[[str], Path], adapter: Path, tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text(TEMPLATE)
     pinned = json.dumps({"lora_name": "kept", "lora_path": str(adapter), "pinned": True})
@@ -50,7 +50,7 @@ def test_a_launch_with_every_flag(tiny_model: Callable[[str], Path], adapter: Pa
         assert capacity["rows"] == 5
         assert capacity["max_length"] == 200
         assert (capacity["page_size"], capacity["kv_pages"]) == (8, 250)
-        assert "bfloat16" in server.announcement
+        assert "bfloat16" in server.banner
         assert " D " in server.log()  # debug lines
 
         cards = {card["id"]: card for card in server.get("/v1/models")["data"]}
@@ -72,14 +72,14 @@ def test_a_launch_with_every_flag(tiny_model: Callable[[str], Path], adapter: Pa
         assert "200" in answer["error"]["message"]
 
 
-def test_a_base_from_another_family_is_a_warning(tiny_model: Callable[[str], Path], adapter: Path) -> None:
+def test_adapter_of_another_base_is_a_warning(tiny_model: Callable[[str], Path], adapter: Path) -> None:
     named = json.dumps({"name": "child", "path": str(adapter), "base_model_name": "stranger"})
     with RunningServer("--model", tiny_model("llama3"), "--lora-modules", named) as server:
         assert "child says its base is stranger" in server.log()
         assert server.get("/v1/models/child")["parent"] == "stranger"
 
 
-def test_the_seed_flag_makes_unseeded_requests_repeatable(tiny_model: Callable[[str], Path]) -> None:
+def test_seed_flag_makes_unseeded_requests_repeatable(tiny_model: Callable[[str], Path]) -> None:
     def texts(*flags: object) -> list[str]:
         body = {"prompt": "once upon", "max_tokens": 12, "temperature": 1.0, "ignore_eos": True}
         with RunningServer("--model-path", tiny_model("llama3"), *flags) as server:
@@ -90,9 +90,9 @@ def test_the_seed_flag_makes_unseeded_requests_repeatable(tiny_model: Callable[[
     assert first != texts("--seed", 6)
 
 
-def test_no_lora_is_no_lora(tiny_model: Callable[[str], Path]) -> None:
+def test_no_enable_lora_serves_no_adapters(tiny_model: Callable[[str], Path]) -> None:
     with RunningServer("--model-path", tiny_model("llama3"), "--no-enable-lora") as server:
-        assert "LoRA      off" in server.announcement
+        assert "LoRA      off" in server.banner
         assert server.get("/server_info")["capacity"]["max_loras"] == 0
         status, answer = server.post("/generate", {"text": "x", "lora_path": "a"})
         assert status == 404
@@ -102,16 +102,16 @@ def test_no_lora_is_no_lora(tiny_model: Callable[[str], Path]) -> None:
 GROUPS = ("qkv", "o", "gate_up", "down")
 
 
-def test_lora_without_adapters_makes_room_for_rank_64_everywhere(tiny_model: Callable[[str], Path]) -> None:
+def test_enable_lora_alone_allocates_rank_64_on_all_sites(tiny_model: Callable[[str], Path]) -> None:
     with RunningServer("--model-path", tiny_model("llama3"), "--enable-lora", "--max-loras", 2) as server:
         capacity = server.get("/server_info")["capacity"]
         assert capacity["max_lora_rank"] == 64
         pages, slots = dict.fromkeys(GROUPS, 8), {f"{group}.vectors": 2 for group in GROUPS} | {"norms.full": 2}
         assert capacity["rank_pages"] == {**pages, **slots}
-        assert "rank up to 64" in server.announcement
+        assert "rank up to 64" in server.banner
 
 
-def test_a_tokenizer_of_another_directory(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_tokenizer_path_replaces_the_models_tokenizer(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     model, texts = tmp_path / "model", tmp_path / "texts"
     shutil.copytree(tiny_model("llama3"), model)
     texts.mkdir()
@@ -136,7 +136,7 @@ def test_a_tokenizer_of_another_directory(tiny_model: Callable[[str], Path], tmp
         ("no/such/place", "neither a directory nor a hub id"),
     ],
 )
-def test_a_tokenizer_path_of_no_use_is_one_line(
+def test_bad_tokenizer_path_is_a_one_line_error(
     source: str, words: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()

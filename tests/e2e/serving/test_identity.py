@@ -1,4 +1,4 @@
-"""Tokens through the whole server equal transformers + PEFT, alone and mixed, with fewer lanes than adapters."""
+"""Tokens from the whole server equal transformers + PEFT, alone and mixed, with fewer lanes than adapters."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ FUSED_ADAPTERS: list[dict[str, Any]] = [
     {"r": 24, "targets": ["gate_up_proj", "down_proj"], "rslora": True},
     {"r": 8, "targets": r".*\.(o_proj|qkv_proj)", "rank_pattern": {"o_proj": 33}},
 ]
-"""For a model whose checkpoint holds q, k and v as one tensor, and gate and up."""
+"""For a model whose checkpoint has one tensor for q, k and v, and one for gate and up."""
 
 
 class World:
-    """One family: its model, six adapters, the oracle, and 24 (prompt, adapter) pairs that it answers clearly."""
+    """One family: its model, six adapters, the oracle, and 24 (prompt, adapter) pairs where its margin is clear."""
 
     def __init__(self, family: str, directory: Path) -> None:
         self.model = build(family, directory / "model", seed=7)
@@ -76,7 +76,7 @@ async def _tokens(session: aiohttp.ClientSession, prompt: list[int], lora: str |
     return list(answer["output_ids"])
 
 
-def test_tokens_equal_the_oracle_and_do_not_depend_on_the_batch(world: World) -> None:
+def test_tokens_equal_the_oracle_in_any_batch(world: World) -> None:
     async def ask(url: str) -> None:
         async with aiohttp.ClientSession(url) as session:
             together = await asyncio.gather(*(_tokens(session, prompt, lora) for prompt, lora in world.jobs))

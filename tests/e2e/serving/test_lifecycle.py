@@ -1,4 +1,4 @@
-"""Launches that cannot serve end with one line; those that serve end in order, however they are told to."""
+"""Launches that cannot serve end with a one-line error; those that serve end in order on every signal."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def _wait_until(condition: Callable[[], bool], what: str, seconds: float = 20.0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_everything_in_order(number: signal.Signals, tiny_model: Callable[[str], Path]) -> None:
+def test_signal_stops_all_processes_in_order(number: signal.Signals, tiny_model: Callable[[str], Path]) -> None:
     with RunningServer("--model-path", tiny_model("llama3")) as server:
         pids = server.children()
         run_directory = Path(server.connect_address.removeprefix("ipc://")).parent
         assert len(pids) == 3
         assert run_directory.stat().st_mode & 0o777 == 0o700
-        os.killpg(server.process.pid, number)  # as a terminal does: to all of them at once
+        os.killpg(server.process.pid, number)  # to all processes at once, as a terminal does
         assert server.process.wait(timeout=30) == 0, server.log()
     assert _gone(pids)
     assert not run_directory.exists()
@@ -61,7 +61,7 @@ def test_a_signal_ends_everything_in_order(number: signal.Signals, tiny_model: C
 
 
 def _open_stream(server: RunningServer) -> http.client.HTTPResponse:
-    """A stream that goes on for long; its first event has come."""
+    """A long stream whose first event has arrived."""
     body = {"prompt": "on and on", "max_tokens": 450, "stream": True, "ignore_eos": True}
     connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
@@ -71,12 +71,12 @@ def _open_stream(server: RunningServer) -> http.client.HTTPResponse:
     return response
 
 
-def test_open_streams_finish_after_a_signal_and_new_connections_are_refused(tiny_model: Callable[[str], Path]) -> None:
+def test_signal_lets_open_streams_finish(tiny_model: Callable[[str], Path]) -> None:
     with RunningServer("--model-path", tiny_model("llama3")) as server:
         response = _open_stream(server)
         server.process.send_signal(signal.SIGTERM)
         host, port = server.url.removeprefix("http://").split(":")
-        _wait_until(lambda: not _connects(host, int(port)), "new connections are taken while stopping")
+        _wait_until(lambda: not _connects(host, int(port)), "new connections are accepted while stopping")
         assert b"data: [DONE]" in response.read()
         response.connection.close()  # type: ignore[attr-defined]
         assert server.process.wait(timeout=30) == 0
@@ -90,10 +90,10 @@ def _connects(host: str, port: int) -> bool:
         return False
 
 
-def test_a_second_signal_ends_it_at_once(tiny_model: Callable[[str], Path]) -> None:
+def test_second_signal_kills_at_once(tiny_model: Callable[[str], Path]) -> None:
     with RunningServer("--model-path", tiny_model("llama3"), expect_status=None) as server:
         pids = server.children()
-        os.kill(pids[1], signal.SIGSTOP)  # a scheduler that does not move, so that nothing can finish
+        os.kill(pids[1], signal.SIGSTOP)  # with the scheduler stopped no request can finish
         server.process.send_signal(signal.SIGINT)
         time.sleep(0.5)
         assert server.process.poll() is None
@@ -102,7 +102,7 @@ def test_a_second_signal_ends_it_at_once(tiny_model: Callable[[str], Path]) -> N
         assert _gone(pids)
 
 
-def test_the_death_of_the_launcher_ends_the_children(tiny_model: Callable[[str], Path]) -> None:
+def test_children_exit_when_the_launcher_is_killed(tiny_model: Callable[[str], Path]) -> None:
     with RunningServer("--model-path", tiny_model("llama3"), expect_status=None) as server:
         pids = server.children()
         server.process.send_signal(signal.SIGKILL)
@@ -111,9 +111,7 @@ def test_the_death_of_the_launcher_ends_the_children(tiny_model: Callable[[str],
     shutil.rmtree(Path(server.connect_address.removeprefix("ipc://")).parent)
 
 
-def test_a_process_that_cannot_come_back_ends_the_launch_and_says_which(
-    tiny_model: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_unrecoverable_process_ends_the_launch(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     model = shutil.copytree(tiny_model("llama3"), tmp_path / "m")
     with RunningServer("--model-path", model, expect_status=1) as server:
         pids = server.children()
@@ -126,7 +124,7 @@ def test_a_process_that_cannot_come_back_ends_the_launch_and_says_which(
         assert last.endswith("too often in a row; its log is above")
 
 
-def test_a_taken_port_is_one_line(tiny_model: Callable[[str], Path]) -> None:
+def test_port_in_use_is_a_one_line_error(tiny_model: Callable[[str], Path]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         status, line = _launch("--model-path", tiny_model("llama3"), "--port", port)
@@ -134,7 +132,7 @@ def test_a_taken_port_is_one_line(tiny_model: Callable[[str], Path]) -> None:
     assert line == f"chorus: --host 127.0.0.1 --port {port}: cannot listen there (Address already in use)"
 
 
-def test_models_that_cannot_be_served_are_one_line(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_unservable_model_is_a_one_line_error(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     status, line = _launch("--model-path", tmp_path / "nowhere")
     assert status == 2
     assert "neither a directory nor a hub id" in line
@@ -153,7 +151,7 @@ def test_models_that_cannot_be_served_are_one_line(tiny_model: Callable[[str], P
     assert "MambaForCausalLM" in line
 
 
-def test_a_broken_adapter_ends_the_launch_with_its_name(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_broken_adapter_ends_the_launch_naming_it(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     model = tiny_model("llama3")
     adapter = make_adapter(model, tmp_path / "cut", r=4, targets=["q_proj"])
     weights = adapter / "adapter_model.safetensors"
@@ -164,7 +162,7 @@ def test_a_broken_adapter_ends_the_launch_with_its_name(tiny_model: Callable[[st
     assert "adapter_model.safetensors" in line
 
 
-def test_limits_that_flags_set_are_honoured(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_limits_of_flags_are_enforced(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     model = tiny_model("llama3")
     adapter = make_adapter(model, tmp_path / "a", r=16, targets=["q_proj"])
     status, line = _launch("--model-path", model, "--lora-paths", f"a={adapter}", "--max-lora-rank", 8)
@@ -178,7 +176,7 @@ def test_limits_that_flags_set_are_honoured(tiny_model: Callable[[str], Path], t
     assert "--context-length" in line
 
 
-def test_a_hostile_working_directory_does_not_win(
+def test_hostile_packages_in_the_cwd_are_not_imported(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama3")
@@ -186,6 +184,6 @@ def test_a_hostile_working_directory_does_not_win(
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('hostile')")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # for the launcher itself, which -m would start from here
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # for the launcher, which -m would import from here
     with RunningServer("--model-path", model) as server:
         assert server.post("/generate", {"text": "hello", "sampling_params": {"max_new_tokens": 2}})[0] == 200

@@ -1,4 +1,4 @@
-"""The `openai` package, unchanged, against a real server."""
+"""The unmodified `openai` package against a real server."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def client(server: RunningServer) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def test_chat_and_its_stream_say_the_same(client: openai.OpenAI) -> None:
+def test_streamed_chat_equals_the_whole_answer(client: openai.OpenAI) -> None:
     ask = {"model": "team/sql", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 12, "temperature": 0}
     whole = client.chat.completions.create(**ask)
     chunks = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
@@ -61,7 +61,7 @@ def test_chat_and_its_stream_say_the_same(client: openai.OpenAI) -> None:
     assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
 
 
-def test_seed_n_and_stop(client: openai.OpenAI) -> None:
+def test_seed_n_and_stop_have_their_effect(client: openai.OpenAI) -> None:
     ask = {"model": "org/base", "prompt": "the quick", "max_tokens": 20, "temperature": 1.0, "extra_body": IGNORE_EOS}
     first = client.completions.create(**ask, seed=5, n=3)
     again = client.completions.create(**ask, seed=5, n=3)
@@ -77,7 +77,7 @@ def test_seed_n_and_stop(client: openai.OpenAI) -> None:
     assert cut.choices[0].text == texts[0][: texts[0].index(stop)]
 
 
-def test_logprobs_are_the_oracles(client: openai.OpenAI, model: Path, adapter: Path) -> None:
+def test_logprobs_equal_the_oracles(client: openai.OpenAI, model: Path, adapter: Path) -> None:
     oracle = Oracle(model, {"sql": adapter})
     prompt = [40, 41, 42, 43]
     answer = client.completions.create(
@@ -102,11 +102,11 @@ def test_logprobs_are_the_oracles(client: openai.OpenAI, model: Path, adapter: P
     )
     for entry in chat.choices[0].logprobs.content:
         assert entry.logprob <= 0
-        assert entry.logprob == entry.top_logprobs[0].logprob  # greedy: the chosen one is the best one
+        assert entry.logprob == entry.top_logprobs[0].logprob  # greedy: the chosen token is the most likely
         assert len(entry.top_logprobs) == 2
 
 
-def test_models(client: openai.OpenAI, adapter: Path) -> None:
+def test_models_lists_base_and_adapters(client: openai.OpenAI, adapter: Path) -> None:
     cards = {card.id: card for card in client.models.list().data}
     assert list(cards) == ["org/base", "team/sql", "other"]
     assert client.models.retrieve("team/sql").id == "team/sql"
@@ -116,7 +116,7 @@ def test_models(client: openai.OpenAI, adapter: Path) -> None:
         client.models.retrieve("team/none")
 
 
-def test_errors_are_their_own_classes(client: openai.OpenAI) -> None:
+def test_errors_raise_the_clients_classes(client: openai.OpenAI) -> None:
     chat = client.chat.completions.create
     hello = [{"role": "user", "content": "hi"}]
     with pytest.raises(openai.NotFoundError, match="no-such"):
@@ -136,7 +136,7 @@ def test_errors_are_their_own_classes(client: openai.OpenAI) -> None:
     assert chat(model="org/base:team/sql", messages=hello, max_tokens=1, user="u", metadata={"a": "b"}).choices
 
 
-def test_many_at_once_with_the_async_client(server: RunningServer) -> None:
+def test_async_client_runs_many_requests_at_once(server: RunningServer) -> None:
     async def main() -> list[str]:
         async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
             answers = await asyncio.gather(

@@ -1,4 +1,4 @@
-"""Prefixes computed once: the scheduler's core on a real runner, then whole servers, against transformers + PEFT."""
+"""Prefixes are computed once: the scheduler's core on a real runner, then servers, against transformers + PEFT."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def ask(number: int, prompt: list[int], adapter_id: int = 0, **fields: str) -> G
 
 @dataclass
 class World:
-    """A model of a long context, two adapters, and prompts with one prefix that the oracle answers clearly."""
+    """A model with a long context, two adapters, and prompts with one prefix where the oracle's margin is clear."""
 
     model: Path
     paths: dict[str, Path]
@@ -96,7 +96,7 @@ def machine_of(runner: Runner, world: World, window: int, prefix_cache: bool = T
 
 
 @pytest.mark.parametrize("window", [1, 2])
-def test_a_second_request_computes_only_what_is_new_to_its_adapter(runner: Runner, world: World, window: int) -> None:
+def test_second_request_computes_only_uncached_tokens(runner: Runner, world: World, window: int) -> None:
     machine = machine_of(runner, world, window)
     first, second = world.prompts
     names = {0: None, 1: "one", 2: "two"}
@@ -111,7 +111,7 @@ def test_a_second_request_computes_only_what_is_new_to_its_adapter(runner: Runne
             machine.send(UnloadAdapter(adapter_id))
 
 
-def test_requests_that_arrive_together_compute_their_prefix_once(runner: Runner, world: World) -> None:
+def test_concurrent_requests_compute_their_prefix_once(runner: Runner, world: World) -> None:
     machine = machine_of(runner, world, 2)
     first, second = world.prompts
     asked = {1: (first, "one", 1), 2: (second, "one", 1), 3: (first, "one", 1), 4: (second, "two", 2)}
@@ -123,7 +123,7 @@ def test_requests_that_arrive_together_compute_their_prefix_once(runner: Runner,
         machine.send(UnloadAdapter(adapter_id))
 
 
-def test_another_tenant_and_a_disabled_cache_compute_everything(runner: Runner, world: World) -> None:
+def test_other_tenant_and_disabled_cache_share_nothing(runner: Runner, world: World) -> None:
     prompt = world.prompts[0][-300:]
     machine = machine_of(runner, world, 1)
     computed = [machine.run(ask(n, prompt, 0, cache_salt=tenant)) for n, tenant in enumerate("tut")]
@@ -133,7 +133,7 @@ def test_another_tenant_and_a_disabled_cache_compute_everything(runner: Runner, 
     assert set(machine.cached.values()) == {0}
 
 
-def test_usage_tells_cached_tokens_and_a_re_pointed_name_never_reads_old_pages(world: World) -> None:
+def test_repointed_name_never_reads_old_pages(world: World) -> None:
     first, second = world.prompts
     flags = ["--model-path", world.model, "--dtype", "float32", "--max-lora-rank", 16, "--max-running-requests", 4]
     flags += ["--lora-paths", f"voice={world.paths['one']}", f"other={world.paths['two']}", "--page-size", 32]
@@ -145,7 +145,7 @@ def test_usage_tells_cached_tokens_and_a_re_pointed_name_never_reads_old_pages(w
         return answer["output_ids"], answer["meta_info"]["cached_tokens"]
 
     async def point(name: str) -> tuple[list[int], int]:
-        """`voice` stands for another adapter from now on; what the first prompt says then, to an embedding host."""
+        """Points `voice` at another adapter; returns the embedded answer to the first prompt."""
         params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
         async with Engine.connect(server.connect_address) as engine:
             await engine.load_lora_adapter("voice", str(world.paths[name]), load_inplace=True)
@@ -160,9 +160,13 @@ def test_usage_tells_cached_tokens_and_a_re_pointed_name_never_reads_old_pages(w
         body = {"model": "voice", "prompt": first, "max_tokens": NEW_TOKENS, "temperature": 0}
         status, answer = server.post("/v1/completions", body)
         assert (status, answer["usage"]["prompt_tokens_details"]) == (200, {"cached_tokens": PREFIX})
-        assert asyncio.run(point("two")) == (world.expected(first, "two"), PREFIX), "the bytes of `other`: its pages"
-        server.wait_stats(lambda stats: stats["host_adapters"] == 1)  # until then it could still be taken up again
-        assert asyncio.run(point("one")) == (world.expected(first, "one"), 0), "its pages went with its revision"
+        assert asyncio.run(point("two")) == (world.expected(first, "two"), PREFIX), (
+            "equal bytes as `other` share its pages"
+        )
+        server.wait_stats(lambda stats: stats["host_adapters"] == 1)  # before that the old revision could be used again
+        assert asyncio.run(point("one")) == (world.expected(first, "one"), 0), (
+            "the pages were freed with their revision"
+        )
         stats = server.wait_stats(lambda stats: stats["kv_pages_cached"] >= 3 * PREFIX // 32)
         assert stats["cached_tokens"] == 3 * PREFIX
         assert server.get("/server_info")["capacity"]["page_size"] == 32

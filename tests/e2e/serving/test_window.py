@@ -1,4 +1,4 @@
-"""Two steps in flight against one, in real processes: the same answers, whatever ends, waits, leaves or gives way."""
+"""Two steps in flight give the answers of one, in real processes, with stops, waits, disconnects and preemptions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 def _bodies() -> list[dict[str, Any]]:
-    """Every variant for every voice; every third one with log-probabilities, of the prompt too."""
+    """All variants for all adapters; every third one with logprobs, of the prompt too."""
     draw, made = random.Random(4), []
     for number in range(len(VARIANTS) * len(LORA)):
         params = {
@@ -50,7 +50,7 @@ def _bodies() -> list[dict[str, Any]]:
 
 
 async def _answers(url: str) -> list[dict[str, Any]]:
-    """All at once, beside clients that leave in the middle."""
+    """Sends all requests at once, beside clients that disconnect before the end."""
     async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def ask(body: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _logprobs(answer: dict[str, Any]) -> list[tuple[int, float]]:
     return [(token, value or 0.0) for value, token, *_ in positions]
 
 
-def test_two_steps_in_flight_give_the_answers_of_one(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_two_steps_in_flight_answer_as_one(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     model = tiny_model("llama3")
     paths = [
         f"{name}={make_adapter(model, tmp_path / name, seed=i, r=r)}"

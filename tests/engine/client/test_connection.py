@@ -1,4 +1,4 @@
-"""The embedded client against a door made by hand: routing, errors, cancels, silence."""
+"""The embedded client against a scripted server: routing, errors, cancels, silence."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from engine.client import connection
 from engine.messages import AdapterCard, Answer, Cancel, Command, Delta, Failure, Ping, Submit, ToZmqServer, Usage
 
 
-class Door:
-    """A ROUTER socket that answers as `replies` says and keeps what it heard."""
+class ScriptedServer:
+    """A ROUTER socket that answers with `replies` and records the messages it received."""
 
     def __init__(self, address: str, replies: Callable[[Any], list[Any]]) -> None:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.bind(address)
-        self._replies = replies
-        self.heard: list[Any] = []
+        self._make_replies = replies
+        self.received: list[Any] = []
         self._task = asyncio.ensure_future(self._serve())
 
     async def _serve(self) -> None:
@@ -33,14 +33,14 @@ class Door:
         while True:
             identity, frame = await self._socket.recv_multipart()
             message = decoder.decode(frame)
-            self.heard.append(message)
-            for reply in self._replies(message):
+            self.received.append(message)
+            for reply in self._make_replies(message):
                 frame = reply if isinstance(reply, bytes) else msgspec.msgpack.encode(reply)
                 await self._socket.send_multipart([identity, frame])
 
     async def wait_for(self, type_: type) -> Any:
         async with asyncio.timeout(20):
-            while not (found := [message for message in self.heard if isinstance(message, type_)]):
+            while not (found := [message for message in self.received if isinstance(message, type_)]):
                 await asyncio.sleep(0.005)
         return found[0]
 
@@ -50,8 +50,8 @@ class Door:
         self._context.destroy(linger=0)
 
 
-def _words(message: Any) -> list[Any]:
-    """Two deltas for every choice; a list of one adapter, and room for others; refusals by prompt."""
+def _replies(message: Any) -> list[Any]:
+    """Two deltas for each choice, a list of adapters that may be changed, and failures for certain prompts."""
     if isinstance(message, Command) and message.call != "list":
         if message.lora_path == "nowhere":
             return [Failure(message.id, "not_found_error", "No adapter found for nowhere", "lora_path")]
@@ -81,27 +81,27 @@ def _words(message: Any) -> list[Any]:
 
 def _run(
     tmp_path: Path,
-    work: Callable[[Engine, Door], Awaitable[None]],
-    replies: Callable[[Any], list[Any]] = _words,
+    work: Callable[[Engine, ScriptedServer], Awaitable[None]],
+    replies: Callable[[Any], list[Any]] = _replies,
 ) -> None:
     async def main() -> None:
         async with asyncio.timeout(20):
             await served()
 
     async def served() -> None:
-        address = f"ipc://{tmp_path}/door"
-        door = Door(address, replies)
+        address = f"ipc://{tmp_path}/server"
+        server = ScriptedServer(address, replies)
         try:
             async with Engine.connect(address) as engine:
-                await work(engine, door)
+                await work(engine, server)
         finally:
-            await door.close()
+            await server.close()
 
     asyncio.run(main())
 
 
 def test_deltas_are_routed_to_their_call(tmp_path: Path) -> None:
-    async def work(engine: Engine, door: Door) -> None:
+    async def work(engine: Engine, server: ScriptedServer) -> None:
         answers = await engine.generate_all(["a", [1, 2], [{"role": "user", "content": "c"}]], lora=["x", None, "z"])
         assert [answer.text for answer in answers] == ["x ok", "None ok", "z ok"]
         assert answers[0].token_ids == [1, 2]
@@ -111,8 +111,8 @@ def test_deltas_are_routed_to_their_call(tmp_path: Path) -> None:
     _run(tmp_path, work)
 
 
-def test_failures_come_back_as_their_own_class(tmp_path: Path) -> None:
-    async def work(engine: Engine, door: Door) -> None:
+def test_failures_are_raised_as_their_own_class(tmp_path: Path) -> None:
+    async def work(engine: Engine, server: ScriptedServer) -> None:
         with pytest.raises(Overloaded):
             await engine.generate_all(["a", "too much"])
         with pytest.raises(InvalidRequest) as caught:
@@ -136,19 +136,19 @@ def test_failures_come_back_as_their_own_class(tmp_path: Path) -> None:
     _run(tmp_path, work)
 
 
-def test_leaving_early_cancels(tmp_path: Path) -> None:
-    async def work(engine: Engine, door: Door) -> None:
+def test_leaving_generate_early_cancels_the_request(tmp_path: Path) -> None:
+    async def work(engine: Engine, server: ScriptedServer) -> None:
         stream = engine.generate("a")
         await anext(stream)
         await stream.aclose()
-        submitted = await door.wait_for(Submit)
-        assert (await door.wait_for(Cancel)).id == submitted.id
+        submitted = await server.wait_for(Submit)
+        assert (await server.wait_for(Cancel)).id == submitted.id
 
     _run(tmp_path, work)
 
 
-def test_a_lora_request_is_checked_against_what_is_loaded(tmp_path: Path) -> None:
-    async def work(engine: Engine, door: Door) -> None:
+def test_lora_request_is_checked_against_loaded_adapters(tmp_path: Path) -> None:
+    async def work(engine: Engine, server: ScriptedServer) -> None:
         for path in ("given", "/resolved"):
             (answer,) = await engine.generate_all(["a"], lora=LoRARequest("pirate", 1, path))
             assert answer.text == "pirate ok"
@@ -158,44 +158,46 @@ def test_a_lora_request_is_checked_against_what_is_loaded(tmp_path: Path) -> Non
     _run(tmp_path, work)
 
 
-def test_a_lora_request_loads_its_adapter_once(tmp_path: Path) -> None:
+def test_lora_request_loads_its_adapter_once(tmp_path: Path) -> None:
     loaded: dict[str, AdapterCard] = {}
 
     def replies(message: Any) -> list[Any]:
         if isinstance(message, Command) and message.call == "list":
             return [Answer(id=message.id, adapters=[*loaded.values()])]
-        answers = _words(message)
+        answers = _replies(message)
         if isinstance(message, Command) and isinstance(answers[0], Answer):
             loaded[message.lora_name] = answers[0].adapters[0]
         return answers
 
-    async def work(engine: Engine, door: Door) -> None:
+    async def work(engine: Engine, server: ScriptedServer) -> None:
         sailor = LoRARequest("sailor", 1, "given")
         answers = await engine.generate_all(["a"] * 5, lora=sailor)
         assert {answer.text for answer in answers} == {"sailor ok"}
         await engine.generate_all(["a"], lora=sailor)
-        loads = [message for message in door.heard if isinstance(message, Command) and message.call == "load"]
+        loads = [message for message in server.received if isinstance(message, Command) and message.call == "load"]
         assert [(load.lora_name, load.lora_path, load.load_inplace) for load in loads] == [("sailor", "given", False)]
-        loaded.clear()  # somebody unloads it
+        loaded.clear()  # another client unloads it
         await engine.generate_all(["a"], lora=sailor)
-        assert sum(isinstance(message, Command) and message.call == "load" for message in door.heard) == 2
-        for _ in range(2):  # a failure is not remembered
+        assert sum(isinstance(message, Command) and message.call == "load" for message in server.received) == 2
+        for _ in range(2):  # a failed load is tried again
             with pytest.raises(NotFound, match="No adapter found"):
                 await engine.generate_all(["a"], lora=LoRARequest("ghost", 1, "nowhere"))
-        ghosts = [message for message in door.heard if isinstance(message, Command) and message.lora_name == "ghost"]
+        ghosts = [
+            message for message in server.received if isinstance(message, Command) and message.lora_name == "ghost"
+        ]
         assert [message.call for message in ghosts] == ["list", "load"] * 2
 
     _run(tmp_path, work, replies)
 
 
 def test_adapter_calls_are_commands(tmp_path: Path) -> None:
-    async def work(engine: Engine, door: Door) -> None:
+    async def work(engine: Engine, server: ScriptedServer) -> None:
         card = await engine.load_lora_adapter("x", "p", pinned=True, preload=True, load_inplace=True)
         assert (card.name, card.path, card.pinned) == ("x", "p", True)
         await engine.pin_lora_adapter("x")
         await engine.unpin_lora_adapter("x")
         await engine.unload_lora_adapter("x")
-        told = [message for message in door.heard if isinstance(message, Command)]
+        told = [message for message in server.received if isinstance(message, Command)]
         assert [message.call for message in told] == ["load", "pin", "unpin", "unload"]
         assert (told[0].pinned, told[0].preload, told[0].load_inplace) == (True, True, True)
 
@@ -212,11 +214,11 @@ UNREADABLE_FRAMES = [
 ]
 
 
-def test_a_frame_that_is_no_message_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_frame_that_is_no_message_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def replies(message: Any) -> list[Any]:
-        return [*UNREADABLE_FRAMES, *_words(message)] if isinstance(message, Submit) else _words(message)
+        return [*UNREADABLE_FRAMES, *_replies(message)] if isinstance(message, Submit) else _replies(message)
 
-    async def work(engine: Engine, door: Door) -> None:
+    async def work(engine: Engine, server: ScriptedServer) -> None:
         for _ in range(2):
             (answer,) = await engine.generate_all(["a"])
             assert answer.text == "None ok"
@@ -225,15 +227,15 @@ def test_a_frame_that_is_no_message_is_passed_over(tmp_path: Path, caplog: pytes
     assert caplog.text.count("refused a frame") == 2 * len(UNREADABLE_FRAMES)
 
 
-def test_a_bad_frame_with_an_id_ends_only_its_call(tmp_path: Path) -> None:
+def test_bad_frame_with_an_id_ends_only_its_call(tmp_path: Path) -> None:
     def replies(message: Any) -> list[Any]:
         if isinstance(message, Submit) and message.prompt == "bad":
             return [msgspec.msgpack.encode(["Delta", message.id, "index"])]
-        return _words(message)
+        return _replies(message)
 
-    async def work(engine: Engine, door: Door) -> None:
+    async def work(engine: Engine, server: ScriptedServer) -> None:
         waiting = asyncio.ensure_future(engine.generate_all(["silence"]))
-        await door.wait_for(Submit)
+        await server.wait_for(Submit)
         with pytest.raises(InternalError, match="cannot be read"):
             await engine.generate_all(["bad"])
         assert not waiting.done()
@@ -245,19 +247,21 @@ def test_a_bad_frame_with_an_id_ends_only_its_call(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["recv", "send"])
-def test_a_link_that_cannot_go_on_ends_its_calls(tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_connection_ends_its_calls(tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "PING_SECONDS", 0.05)
 
-    async def work(engine: Engine, door: Door) -> None:
+    async def work(engine: Engine, server: ScriptedServer) -> None:
         waiting = asyncio.ensure_future(engine.generate_all(["silence"]))
-        await door.wait_for(Submit)
+        await server.wait_for(Submit)
 
         def broken(*_: Any) -> Any:
             raise zmq.ZMQError(zmq.ENOTSOCK)
 
         monkeypatch.setattr(engine._open()._socket, verb, broken)
         if verb == "recv":
-            await engine._open()._socket.send(msgspec.msgpack.encode(Ping()))  # what is answered is read before
+            await engine._open()._socket.send(
+                msgspec.msgpack.encode(Ping())
+            )  # the replies to earlier messages are read first
         with pytest.raises(EngineDead, match="the connection to the engine"):
             await waiting
         with pytest.raises(EngineDead, match="the connection to the engine"):
@@ -267,35 +271,35 @@ def test_a_link_that_cannot_go_on_ends_its_calls(tmp_path: Path, verb: str, monk
 
 
 @pytest.mark.parametrize("fields", [("", 1, "p"), ("n", 0, "p"), ("n", 1, "")])
-def test_a_lora_request_without_sense_is_refused(fields: tuple[str, int, str]) -> None:
+def test_lora_request_with_invalid_fields_is_refused(fields: tuple[str, int, str]) -> None:
     with pytest.raises(InvalidRequest):
         LoRARequest(*fields)
 
 
-def test_a_lora_request_answers_to_both_vocabularies() -> None:
+def test_lora_request_has_vllm_and_short_field_names() -> None:
     request = LoRARequest("n", 3, "p")
     assert (request.name, request.adapter_id, request.path) == ("n", 3, "p")
 
 
-def test_a_closed_engine_ends_what_is_open(tmp_path: Path) -> None:
+def test_closing_an_engine_ends_its_open_calls(tmp_path: Path) -> None:
     async def main() -> None:
-        address = f"ipc://{tmp_path}/door"
-        door = Door(address, lambda message: [] if isinstance(message, Command) else _words(message))
+        address = f"ipc://{tmp_path}/server"
+        server = ScriptedServer(address, lambda message: [] if isinstance(message, Command) else _replies(message))
         engine = Engine.connect(address)
         async with engine:
             one = engine._open()
             waiting = [asyncio.ensure_future(call) for call in (engine.generate_all(["silence"]), engine.info())]
             stream = engine.generate("silence")
             waiting.append(asyncio.ensure_future(anext(stream)))
-            await door.wait_for(Command)
+            await server.wait_for(Command)
             half_read = engine.generate("a")
             await anext(half_read)
-            await door.wait_for(Submit)
+            await server.wait_for(Submit)
         for call in waiting:
             with pytest.raises(EngineDead, match="closed"):
                 await call
         await half_read.aclose()
-        heard = len(door.heard)
+        heard = len(server.received)
         with pytest.raises(EngineDead, match="not open"):
             await engine.generate_all(["a"])
         with pytest.raises(EngineDead, match="closed"):
@@ -303,15 +307,15 @@ def test_a_closed_engine_ends_what_is_open(tmp_path: Path) -> None:
                 pass
         with pytest.raises(EngineDead, match="not open"):
             await engine.info()
-        await one.close()  # twice is harmless
+        await one.close()  # closing twice has no effect
         await asyncio.sleep(0.1)
-        assert len(door.heard) == heard
-        await door.close()
+        assert len(server.received) == heard
+        await server.close()
 
     asyncio.run(asyncio.wait_for(main(), 20))
 
 
-def test_a_silent_engine_is_dead_and_a_closed_one_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_or_closed_engine_raises_engine_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "SILENT_SECONDS", 0.2)
     monkeypatch.setattr(connection, "PING_SECONDS", 0.05)
 

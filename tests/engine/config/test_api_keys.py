@@ -1,4 +1,4 @@
-"""Where keys come from, and what is no key."""
+"""API keys from flags, environment and files; lines that are no valid key."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from engine.config.api_keys import ApiKey, read_keys
 from engine.errors import ConfigError
 
 
-def test_flags_and_environment() -> None:
+def test_keys_come_from_flags_and_environment() -> None:
     assert read_keys([], None, {}) == []
     found = read_keys(["a", "b"], None, {"CHORUS_API_KEY": "c, d", "VLLM_API_KEY": "a"})
     assert [one.key for one in found] == ["a", "b", "c", "d"]
 
 
-def test_a_file(tmp_path: Path) -> None:
+def test_key_file_has_rules_by_key(tmp_path: Path) -> None:
     file = tmp_path / "keys.jsonl"
     file.write_text(
         '# ours\n{"key": "a", "tenant": "t", "adapters": ["t-*"], "tokens_per_minute": 100}\n\n{"key": "b"}\n'
@@ -39,7 +39,7 @@ def test_a_file(tmp_path: Path) -> None:
         ('{"key": "two words"}', "printable ASCII without spaces"),
     ],
 )
-def test_bad_files_are_one_line(text: str, complaint: str, tmp_path: Path) -> None:
+def test_bad_key_file_is_a_one_line_error(text: str, complaint: str, tmp_path: Path) -> None:
     file = tmp_path / "keys.jsonl"
     file.write_text(text)
     with pytest.raises(ConfigError, match=complaint) as caught:

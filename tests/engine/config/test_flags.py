@@ -1,4 +1,4 @@
-"""Every flag lands in its field, under each of its names; every mistake is one line that names the flag."""
+"""Each flag and alias sets its field; each mistake is a one-line error that names the flag."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from engine.config.flags import LATER, NEVER, parse
+from engine.config.flags import NOT_YET_AVAILABLE, REFUSED, parse
 from engine.config.server_args import ServerArgs
 from engine.errors import ConfigError
 
@@ -89,7 +89,7 @@ ACCEPTED = [
     (["--no-async-scheduling"], {"disable_overlap_schedule": True}),
 ]
 
-REFUSED = [
+BAD_COMMAND_LINES = [
     (["--port", "70000"], "--port 70000"),
     (["--port", "http"], "--port"),
     (["--max-loras-per-batch", "0"], "--max-loras-per-batch 0"),
@@ -135,35 +135,35 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("argv", "fields"), ACCEPTED, ids=lambda value: " ".join(value) if value else "")
-def test_a_flag_lands_in_its_field(argv: list[str], fields: dict[str, object]) -> None:
+def test_flag_sets_its_field(argv: list[str], fields: dict[str, object]) -> None:
     assert parse(argv) == ServerArgs(**fields)
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"), REFUSED, ids=lambda value: value if isinstance(value, str) else " ".join(value)
+    ("argv", "words"), BAD_COMMAND_LINES, ids=lambda value: value if isinstance(value, str) else " ".join(value)
 )
-def test_a_mistake_is_one_line_that_names_the_flag(argv: list[str], words: str) -> None:
+def test_bad_flag_is_a_one_line_error_that_names_it(argv: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(argv)
     assert words in caught.value.message
     assert "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize("flag", [*LATER, *NEVER])
+@pytest.mark.parametrize("flag", [*NOT_YET_AVAILABLE, *REFUSED])
 @pytest.mark.parametrize("value", [[], ["3"]], ids=["alone", "with value"])
-def test_a_flag_that_is_known_but_not_served_says_so(flag: str, value: list[str]) -> None:
+def test_unavailable_flag_says_so(flag: str, value: list[str]) -> None:
     with pytest.raises(ConfigError, match=flag):
         parse([flag, *value])
 
 
-def test_variables_say_what_a_process_list_must_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_set_admin_key_and_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHORUS_ADMIN_API_KEY", "secret")
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "True")
     assert parse([]) == ServerArgs(admin_api_key="secret", allow_runtime_lora_updating=True)
     assert parse(["--admin-api-key", "other"]).admin_api_key == "other"
 
 
-def test_help_is_quick_and_imports_no_torch() -> None:
+def test_help_imports_no_torch() -> None:
     probe = (
         "import sys, runpy\n"
         "sys.argv = ['engine.launch', '--help']\n"
@@ -178,7 +178,7 @@ def test_help_is_quick_and_imports_no_torch() -> None:
     assert time.monotonic() - started < 30  # a hang, not a benchmark
 
 
-def test_a_bad_flag_ends_the_launch_with_status_2_and_one_line() -> None:
+def test_bad_flag_ends_the_launch_with_status_2() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "engine.launch", "--quantization", "awq"], capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""The items of --lora-paths: five forms, and what is wrong with the others."""
+"""The forms of --lora-paths items, and the errors of bad ones."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from engine.errors import ConfigError
         ('{"name": "s", "path": "p", "base_model_name": "b"}', AdapterSpec(name="s", path="p", base="b")),
     ],
 )
-def test_forms(item: str, spec: AdapterSpec) -> None:
+def test_item_is_parsed_in_each_form(item: str, spec: AdapterSpec) -> None:
     assert parse_adapter(item) == spec
 
 
-def test_a_directory_with_an_equals_sign_is_a_path(tmp_path: Path) -> None:
+def test_directory_name_with_an_equals_sign_is_a_path(tmp_path: Path) -> None:
     (tmp_path / "r=8").mkdir()
     item = str(tmp_path / "r=8")
     assert parse_adapter(item) == AdapterSpec(name=item, path=item)
@@ -47,21 +47,21 @@ def test_a_directory_with_an_equals_sign_is_a_path(tmp_path: Path) -> None:
         ('{"lora_name": "", "lora_path": "p"}', "must not be empty"),
     ],
 )
-def test_a_bad_item_is_quoted(item: str, words: str) -> None:
+def test_bad_item_is_quoted_in_the_error(item: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_adapter(item)
     assert words in caught.value.message
     assert item in caught.value.message
 
 
-def test_names_are_unique_and_not_the_bases() -> None:
+def test_adapter_names_differ_from_each_other_and_the_base() -> None:
     with pytest.raises(ConfigError, match="given twice"):
         adapter_specs(ServerArgs(model_path="m", lora_paths=["a=x", "a=y"]))
     with pytest.raises(ConfigError, match="base model's"):
         adapter_specs(ServerArgs(model_path="m", served_model_name=["a"], lora_paths=["a=x"]))
 
 
-def test_one_lane_stays_free_of_pins() -> None:
+def test_pinned_adapters_leave_one_lane_free() -> None:
     items = [f'{{"lora_name": "a{number}", "lora_path": "p", "pinned": true}}' for number in range(2)]
     assert len(adapter_specs(ServerArgs(model_path="m", lora_paths=items, max_loras_per_batch=3))) == 2
     with pytest.raises(ConfigError, match="2 adapters are pinned"):

@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes such as 2GiB, and what is no size."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from engine.errors import ConfigError
         ("1TiB", 1 << 40),
     ],
 )
-def test_sizes(text: str, count: int) -> None:
+def test_size_is_parsed_to_bytes(text: str, count: int) -> None:
     assert parse_bytes(text, "--flag") == count
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1GB", "0", "0.0001B", "1 2 GB", "1XB", "nan", "1e3"])
-def test_nonsense_names_the_flag(text: str) -> None:
+def test_bad_size_names_the_flag(text: str) -> None:
     with pytest.raises(ConfigError, match="--flag"):
         parse_bytes(text, "--flag")
 
 
-def test_a_bare_number_has_no_unit() -> None:
+def test_bare_number_has_no_unit() -> None:
     assert not has_unit(" 12 ")
     assert has_unit("12GiB")
     assert has_unit("1.5")

@@ -1,4 +1,4 @@
-"""Children start by name, report once, are noticed when they die, and never outlive their parent."""
+"""Child processes start by name, report once, are replaced when they exit or hang, and never outlive their parent."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def _spec(does: str) -> ProcessSpec:
     return ProcessSpec(does, "child_that", Orders(does), environment={"PYTHONPATH": FIXTURES})
 
 
-def _maker(*lives: str) -> SpecFactory:
-    """What each incarnation does; the last word goes for all that follow."""
+def _factory(*lives: str) -> SpecFactory:
+    """What each incarnation does; the last behaviour applies to all that follow."""
     return lambda incarnation, _: _spec(lives[min(incarnation, len(lives) - 1)])
 
 
@@ -46,7 +46,7 @@ def _wait_gone(pid: int) -> None:
         time.sleep(0.02)
 
 
-def test_ready_passes_stray_prints_and_stop_ends_it() -> None:
+def test_ready_is_read_past_prints_and_stop_ends_a_process() -> None:
     async def run() -> int:
         process = await Process.start(_spec("serves"))
         report = await process.report()
@@ -66,18 +66,18 @@ def test_ready_passes_stray_prints_and_stop_ends_it() -> None:
         ("is killed", EngineDead, "killed by signal 9"),
     ],
 )
-def test_a_child_that_cannot_serve_says_why(does: str, error: type[Exception], words: str) -> None:
+def test_failed_start_raises_its_reason(does: str, error: type[Exception], words: str) -> None:
     async def run() -> None:
-        async with Supervisor([_maker("serves"), _maker(does)]) as supervisor:
+        async with Supervisor([_factory("serves"), _factory(does)]) as supervisor:
             await supervisor.ready()
 
     with pytest.raises(error, match=words):
         asyncio.run(run())
 
 
-def test_the_reason_is_preferred_to_its_consequence() -> None:
+def test_reported_error_is_preferred_to_engine_dead() -> None:
     async def run() -> None:
-        async with Supervisor([_maker("dies"), _maker("fails"), _maker("serves")]) as supervisor:
+        async with Supervisor([_factory("dies"), _factory("fails"), _factory("serves")]) as supervisor:
             await asyncio.sleep(0.5)
             await supervisor.ready()
 
@@ -85,11 +85,11 @@ def test_the_reason_is_preferred_to_its_consequence() -> None:
         asyncio.run(run())
 
 
-def test_too_many_deaths_in_a_row_are_told_and_the_others_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_deaths_in_a_row_stop_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervision, "MAX_DEATHS", 2)
 
     async def run() -> tuple[str, list[int]]:
-        async with Supervisor([_maker("serves"), _maker("serves, then dies")]) as supervisor:
+        async with Supervisor([_factory("serves"), _factory("serves, then dies")]) as supervisor:
             reports = await supervisor.ready()
             return await supervisor.run_until_unrecoverable(), [
                 int(str(report.facts["pid"])) for report in reports.values()
@@ -100,9 +100,9 @@ def test_too_many_deaths_in_a_row_are_told_and_the_others_are_ended(monkeypatch:
     assert not any(map(_alive, pids))
 
 
-def test_three_failed_starts_in_a_row_are_too_many() -> None:
+def test_three_failed_starts_in_a_row_are_unrecoverable() -> None:
     async def run() -> str:
-        async with Supervisor([_maker("serves, then dies", "fails")]) as supervisor:
+        async with Supervisor([_factory("serves, then dies", "fails")]) as supervisor:
             await supervisor.ready()
             return await supervisor.run_until_unrecoverable()
 
@@ -111,11 +111,11 @@ def test_three_failed_starts_in_a_row_are_too_many() -> None:
     assert reason.endswith("too often in a row")
 
 
-def test_a_fault_is_told_from_what_others_did() -> None:
-    told: list[bool] = []
+def test_own_fault_is_told_from_a_kill_from_outside() -> None:
+    after_faults: list[bool] = []
 
     def make(incarnation: int, after_fault: bool) -> ProcessSpec:
-        told.append(after_fault)
+        after_faults.append(after_fault)
         return _spec("serves, then dies" if incarnation == 0 else "serves")
 
     async def run() -> None:
@@ -126,15 +126,15 @@ def test_a_fault_is_told_from_what_others_did() -> None:
             await _replaced(supervisor, second)
 
     asyncio.run(run())
-    assert told == [False, True, False]
+    assert after_faults == [False, True, False]
 
 
-def test_a_start_that_fails_does_not_hide_the_fault_before_it() -> None:
-    told: list[bool] = []
-    lives = _maker("serves", "fails", "serves")
+def test_failed_start_keeps_the_fault_of_the_one_before() -> None:
+    after_faults: list[bool] = []
+    lives = _factory("serves", "fails", "serves")
 
     def make(incarnation: int, after_fault: bool) -> ProcessSpec:
-        told.append(after_fault)
+        after_faults.append(after_fault)
         return lives(incarnation, after_fault)
 
     async def run() -> None:
@@ -143,13 +143,13 @@ def test_a_start_that_fails_does_not_hide_the_fault_before_it() -> None:
             keeper = asyncio.ensure_future(supervisor.run_until_unrecoverable())
             os.kill(supervisor.pids()[0], signal.SIGKILL)
             async with asyncio.timeout(20):
-                while len(told) < 3:
+                while len(after_faults) < 3:
                     await asyncio.sleep(0.05)
             keeper.cancel()
-            await asyncio.wait([keeper])  # a start that is cut off with its loop does not end
+            await asyncio.wait([keeper])  # a start that is cancelled with its loop would not end
 
     asyncio.run(run())
-    assert told == [False, False, False], "the failed start is nobody's fault who was in flight"
+    assert after_faults == [False, False, False], "a failed start is not the fault of requests in flight"
 
 
 async def _replaced(supervisor: Supervisor, first: int) -> int:
@@ -163,13 +163,13 @@ async def _replaced(supervisor: Supervisor, first: int) -> int:
         return now
     finally:
         keeper.cancel()
-        await asyncio.wait([keeper])  # a start that is cut off with its loop does not end
+        await asyncio.wait([keeper])  # a start that is cancelled with its loop would not end
 
 
-@pytest.mark.parametrize("life", ["serves, then dies", "serves, then is stuck", "serves, then falls dumb"])
-def test_one_that_dies_or_gets_stuck_is_replaced(life: str) -> None:
+@pytest.mark.parametrize("life", ["serves, then dies", "serves, then is stuck", "serves, then falls silent"])
+def test_dead_stuck_or_silent_process_is_replaced(life: str) -> None:
     async def run() -> tuple[int, int]:
-        async with Supervisor([_maker(life, "serves")], max_busy=1.0) as supervisor:
+        async with Supervisor([_factory(life, "serves")], max_busy=1.0) as supervisor:
             first = int(str((await supervisor.ready())[life].facts["pid"]))
             return first, await _replaced(supervisor, first)
 
@@ -178,11 +178,11 @@ def test_one_that_dies_or_gets_stuck_is_replaced(life: str) -> None:
     assert not _alive(first)
 
 
-def test_one_that_is_stopped_gives_no_sign_of_life_and_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_process_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "SILENT_SECONDS", 2)
 
     async def run() -> tuple[int, int]:
-        async with Supervisor([_maker("serves")]) as supervisor:
+        async with Supervisor([_factory("serves")]) as supervisor:
             first = int(str((await supervisor.ready())["serves"].facts["pid"]))
             os.kill(first, signal.SIGSTOP)
             return first, await _replaced(supervisor, first)
@@ -197,14 +197,14 @@ def test_one_that_is_stopped_gives_no_sign_of_life_and_is_replaced(monkeypatch: 
     [
         ("hangs in its start", "was stuck for [1-9][0-9]* seconds and was killed before it was ready"),
         ("is stopped in its start", "gave no sign of life for 2 seconds and was killed before it was ready"),
-        ("falls dumb in its start", "was killed by signal 9 while starting"),
+        ("falls silent in its start", "was killed by signal 9 while starting"),
     ],
 )
-def test_a_first_start_that_hangs_is_ended(does: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _hurry(monkeypatch)
+def test_hanging_first_start_is_killed(does: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _shorten_start_limits(monkeypatch)
 
     async def run() -> list[int]:
-        async with asyncio.timeout(30), Supervisor([_maker("serves"), _maker(does)], grace=0.3) as supervisor:
+        async with asyncio.timeout(30), Supervisor([_factory("serves"), _factory(does)], grace=0.3) as supervisor:
             pids = supervisor.pids()
             with pytest.raises(EngineDead, match=f"the {does} process {words}"):
                 await supervisor.ready()
@@ -214,11 +214,11 @@ def test_a_first_start_that_hangs_is_ended(does: str, words: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("life", ["serves, then dies", "serves, then is stuck"])
-def test_a_start_does_not_wait_for_one_that_is_lost(life: str) -> None:
+def test_first_start_fails_when_another_process_is_lost(life: str) -> None:
     async def run() -> None:
         async with (
             asyncio.timeout(20),
-            Supervisor([_maker(life), _maker("waits for another")], grace=0.3, max_busy=1.0) as supervisor,
+            Supervisor([_factory(life), _factory("waits for another")], grace=0.3, max_busy=1.0) as supervisor,
         ):
             with pytest.raises(EngineDead, match=f"the {life} process .* while another started"):
                 await supervisor.ready()
@@ -227,16 +227,16 @@ def test_a_start_does_not_wait_for_one_that_is_lost(life: str) -> None:
 
 
 @pytest.mark.parametrize("does", ["hangs in its start", "is stopped in its start"])
-def test_a_restart_that_hangs_is_a_failed_start(
+def test_hanging_restart_is_a_failed_start(
     does: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> str:
         async with (
             asyncio.timeout(60),
-            Supervisor([_maker("serves, then dies", does, "fails")], grace=0.3) as supervisor,
+            Supervisor([_factory("serves, then dies", does, "fails")], grace=0.3) as supervisor,
         ):
             await supervisor.ready()
-            _hurry(monkeypatch)
+            _shorten_start_limits(monkeypatch)
             return await supervisor.run_until_unrecoverable()
 
     assert asyncio.run(run()).endswith("too often in a row")
@@ -245,31 +245,31 @@ def test_a_restart_that_hangs_is_a_failed_start(
     assert told[0].startswith(f"the {does} process ")
 
 
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little patience with a start from now on."""
+def _shorten_start_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shortens the limits of a start."""
     monkeypatch.setattr(process, "START_SILENT_SECONDS", 2)
     monkeypatch.setattr(process, "START_BUSY_SECONDS", 0.5)
 
 
-def test_a_slow_start_that_goes_on_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_start_with_progress_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "START_BUSY_SECONDS", 1.5)
 
     async def run() -> None:
-        async with asyncio.timeout(30), Supervisor([_maker("starts slowly")]) as supervisor:
+        async with asyncio.timeout(30), Supervisor([_factory("starts slowly")]) as supervisor:
             assert "starts slowly" in await supervisor.ready()
 
     asyncio.run(run())
 
 
-def test_words_that_are_no_report_are_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+def test_lines_that_are_no_report_are_skipped(caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> str:
-        async with asyncio.timeout(30), Supervisor([_maker("says what is no report")]) as supervisor:
+        async with asyncio.timeout(30), Supervisor([_factory("writes garbage lines")]) as supervisor:
             (report,) = (await supervisor.ready()).values()
             keeper = asyncio.ensure_future(supervisor.run_until_unrecoverable())
             await asyncio.sleep(2.0)
             assert not keeper.done()
             keeper.cancel()
-            await asyncio.wait([keeper])  # a start that is cut off with its loop does not end
+            await asyncio.wait([keeper])  # a start that is cancelled with its loop would not end
             return str(report.facts["pid"])
 
     assert int(asyncio.run(run())) > 0
@@ -277,15 +277,15 @@ def test_words_that_are_no_report_are_passed_over(caplog: pytest.LogCaptureFixtu
     assert "exceed the limit" in caplog.text
 
 
-def test_one_that_ignores_sigterm_is_killed() -> None:
+def test_process_that_ignores_sigterm_is_killed() -> None:
     async def run() -> int:
-        async with Supervisor([_maker("ignores SIGTERM")], grace=0.3) as supervisor:
+        async with Supervisor([_factory("ignores SIGTERM")], grace=0.3) as supervisor:
             return int(str((await supervisor.ready())["ignores SIGTERM"].facts["pid"]))
 
     assert not _alive(asyncio.run(run()))
 
 
-def test_children_end_with_a_parent_that_is_killed() -> None:
+def test_child_exits_when_its_parent_is_killed() -> None:
     parent = subprocess.Popen(
         [
             sys.executable,
@@ -310,21 +310,19 @@ def test_children_end_with_a_parent_that_is_killed() -> None:
     _wait_gone(pid)
 
 
-def test_a_hostile_package_in_the_working_directory_does_not_win(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hostile_package_in_the_cwd_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("engine", "msgspec", "child_that"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('hostile')")
     monkeypatch.chdir(tmp_path)
 
     async def run() -> None:
-        async with Supervisor([_maker("serves")]) as supervisor:
+        async with Supervisor([_factory("serves")]) as supervisor:
             await supervisor.ready()
 
     asyncio.run(run())
 
 
-def test_error_kinds_survive_the_report() -> None:
+def test_error_kinds_are_kept_in_reports() -> None:
     assert issubclass(AdapterError, InvalidRequest)
     assert ConfigError.kind != InvalidRequest.kind

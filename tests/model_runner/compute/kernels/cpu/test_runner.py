@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from fixtures.processes.watched import PATIENCE, runs, wait_for
+from fixtures.processes.watched import WAIT_SECONDS, runs, wait_for
 
 from engine.config.process_configs import Endpoints, RunnerConfig
 from engine.errors import ConfigError
@@ -65,7 +65,7 @@ def test_runner_serves_while_a_compiler_hangs_and_ends_it(
         assert runs(compiler)
         process.send_signal(end)
         wait_for(lambda: not runs(compiler))
-        assert process.wait(PATIENCE) == (0 if end is signal.SIGTERM else -end)
+        assert process.wait(WAIT_SECONDS) == (0 if end is signal.SIGTERM else -end)
     cache = tmp_path / "chorus" / "compiled"
     wait_for(lambda: {path.name for path in cache.iterdir()} == {"lock"})
 
