@@ -11,8 +11,8 @@ from typing import Any
 import aiohttp
 import pytest
 from fixtures.models.tiny_models import VOCAB, make_adapter
-from fixtures.serving.running import RunningServer
 from fixtures.serving.generate_streams import make_requests, read_all_tokens
+from fixtures.serving.running import RunningServer
 
 pytestmark = pytest.mark.e2e
 
