@@ -13,7 +13,7 @@ from engine.config.process_configs import Endpoints, TokenizerConfig
 from tables.markdown import table
 from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.http.app import create_app
-from tokenizer_proc.http.auth.access import RIGHTS
+from tokenizer_proc.http.auth.rights import RIGHTS
 
 
 def http_calls() -> str:

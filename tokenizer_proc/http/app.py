@@ -10,8 +10,8 @@ from aiohttp import web
 
 from engine.config.process_configs import TokenizerConfig
 from tokenizer_proc.frontend import Frontend
-from tokenizer_proc.http.auth import access
-from tokenizer_proc.http.auth.access import RIGHTS, Rights
+from tokenizer_proc.http.auth import rights
+from tokenizer_proc.http.auth.rights import RIGHTS, Rights
 from tokenizer_proc.http.middleware import access_log, backpressure, errors
 from tokenizer_proc.http.routes import generate, lora, models, operations, tokenize
 from tokenizer_proc.http.routes.chat import chat_completions
@@ -60,13 +60,13 @@ def create_app(frontend: Frontend, config: TokenizerConfig) -> web.Application:
         access_log.middleware,
         backpressure.middleware(config.max_stream_buffer, config.stream_stall_timeout),
         errors.middleware,
-        access.middleware(config),
+        rights.middleware(config),
     ]
     app = web.Application(middlewares=middlewares, client_max_size=config.max_body_bytes)
-    rights = app[RIGHTS] = {}
+    declared = app[RIGHTS] = {}
     for route in ROUTES:
         for method in ("GET", "HEAD") if route.method == "GET" else (route.method,):  # load balancers probe by HEAD
             added = app.router.add_route(method, route.path, partial(route.handler, service))
-            rights[added] = route.rights
+            declared[added] = route.rights
     app.on_response_prepare.append(access_log.add_request_id)
     return app

@@ -17,10 +17,11 @@ from msgspec.structs import replace
 from engine.errors import InvalidRequest
 from engine.messages import Delta, Submit
 from tokenizer_proc.http import sse
+from tokenizer_proc.http.auth.rights import tenant_of
 from tokenizer_proc.http.batch import Batch, Choice
 from tokenizer_proc.http.encoding import encoded, in_slices, json_response
 from tokenizer_proc.http.middleware.access_log import ACCESS_RECORD
-from tokenizer_proc.http.service import Service, deadline_of, tenant_of
+from tokenizer_proc.http.service import Service, deadline_of
 
 
 class Writer(ABC):

@@ -11,10 +11,6 @@ from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.http.middleware.access_log import ACCESS_RECORD
 from tokenizer_proc.http.open_calls import OpenCalls
 from tokenizer_proc.requests.deadline import Deadline
-from tokenizer_proc.requests.tenants import Tenant
-
-TENANT = web.RequestKey("tenant", Tenant)
-"""Where an authenticated request carries its tenant."""
 
 
 class Service:
@@ -25,11 +21,6 @@ class Service:
         self.config = config
         self.open = OpenCalls()
         self.started = int(time.time())
-
-
-def tenant_of(request: web.Request) -> Tenant:
-    """The tenant whose call this is."""
-    return request[TENANT]
 
 
 def deadline_of(service: Service, request: web.Request) -> Deadline:

@@ -8,11 +8,11 @@ from msgspec.structs import replace
 
 from engine.errors import InvalidRequest
 from engine.messages import Delta, SamplingParams, Submit
-from tokenizer_proc.http.auth import access
+from tokenizer_proc.http import adapter_access
 from tokenizer_proc.http.batch import Batch, Choice
 from tokenizer_proc.http.bodies import body as bodies
+from tokenizer_proc.http.bodies.chat_messages import TemplateKwargs, Turn, chat_messages
 from tokenizer_proc.http.bodies.fields import SPELLINGS_OPENAI
-from tokenizer_proc.http.bodies.messages import TemplateKwargs, Turn, chat_messages
 from tokenizer_proc.http.dialects import logprobs
 from tokenizer_proc.http.dialects.openai import Envelope, LoraField, OpenAIBody, check
 from tokenizer_proc.http.generation import GenerationCall, Writer, answer
@@ -38,8 +38,8 @@ async def chat_completions(service: Service, request: web.Request) -> web.Stream
     fields = await bodies.read(request)
     body, params = bodies.split(fields, ChatBody, SPELLINGS_OPENAI)
     check(body, params)
-    await access.fetch(service, request, body.model, body.lora_path)
-    lora = access.select(service, request, body.model or None, body.lora_path)
+    await adapter_access.fetch(service, request, body.model, body.lora_path)
+    lora = adapter_access.select(service, request, body.model or None, body.lora_path)
     submit = _submit(body, lora, replace(params, logprobs=_wanted_logprobs(body)))
     envelope = Envelope(service, body, "chatcmpl", "chat.completion", "chat.completion.chunk")
     writer = ChatWriter(envelope, body.logprobs)

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from engine.errors import InvalidRequest
 from engine.messages import Delta, PositionLogprobs, SamplingParams, Submit, Usage
-from tokenizer_proc.http.auth import access
+from tokenizer_proc.http import adapter_access
 from tokenizer_proc.http.batch import Batch, Choice
 from tokenizer_proc.http.bodies import body as bodies
 from tokenizer_proc.http.bodies.fields import SPELLINGS_OPENAI
@@ -40,9 +40,9 @@ async def completions(service: Service, request: web.Request) -> web.StreamRespo
     check(body, params)
     asked = prompts(body.prompt, "prompt", service.config.max_open_requests)
     named = body.lora_path if isinstance(body.lora_path, list) else [body.lora_path]
-    await access.fetch(service, request, body.model, *named)
+    await adapter_access.fetch(service, request, body.model, *named)
     spread_out = spread(body.lora_path, len(asked), "lora_path")
-    loras = [access.select(service, request, body.model or None, lora) for lora in spread_out]
+    loras = [adapter_access.select(service, request, body.model or None, lora) for lora in spread_out]
     envelope = Envelope(service, body, "cmpl", "text_completion", "text_completion")
     tokenizers = [service.frontend.text_tools_for(lora).tokenizer for lora in loras]
     writer = CompletionWriter(envelope, tokenizers, body, params, asked)

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from engine.errors import InvalidRequest
 from engine.messages import AdapterMix, SamplingParams, Submit
-from tokenizer_proc.http.auth import access
+from tokenizer_proc.http import adapter_access
 from tokenizer_proc.http.bodies import body as bodies
 from tokenizer_proc.http.bodies.fields import SPELLINGS_NATIVE
 from tokenizer_proc.http.bodies.prompts import PromptField, TokenIds, is_single, prompts, spread
@@ -60,9 +60,9 @@ async def generate(service: Service, request: web.Request) -> web.StreamResponse
     rids = _rids(body.rid, size)
     scoring = _scoring(body, size)
     params = [_scored(one, score) for one, score in zip(_params(body, size), scoring, strict=True)]
-    await access.fetch(service, request, None, *_loras(body, params))
+    await adapter_access.fetch(service, request, None, *_loras(body, params))
     loras = [
-        access.select(service, request, None, _agreed(lora, one))
+        adapter_access.select(service, request, None, _agreed(lora, one))
         for one, lora in zip(params, spread(body.lora_path, size, "lora_path"), strict=True)
     ]
     submits = _submits(body, asked, params, loras)

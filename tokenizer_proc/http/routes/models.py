@@ -6,9 +6,10 @@ from aiohttp import web
 
 from engine.errors import NotFound
 from engine.messages import AdapterCard
-from tokenizer_proc.http.auth import access
+from tokenizer_proc.http import adapter_access
+from tokenizer_proc.http.auth.rights import tenant_of
 from tokenizer_proc.http.encoding import as_json
-from tokenizer_proc.http.service import Service, tenant_of
+from tokenizer_proc.http.service import Service
 
 OWNER = "chorus"
 
@@ -17,7 +18,7 @@ async def list_models(service: Service, request: web.Request) -> web.StreamRespo
     """The base model under each of its names, then the adapters: path, parent, revision, rank and state."""
     adapters = service.frontend.adapters
     cards = [_base_card(service, name) for name in adapters.base_names]
-    cards += [_adapter_card(service, card) for card in access.visible(request, adapters.cards())]
+    cards += [_adapter_card(service, card) for card in adapter_access.visible(request, adapters.cards())]
     return as_json({"object": "list", "data": cards})
 
 

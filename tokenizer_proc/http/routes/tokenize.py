@@ -7,9 +7,9 @@ from aiohttp import web
 
 from engine.errors import InvalidRequest
 from tokenizer_proc.adapters.tokenizers import TextTools
-from tokenizer_proc.http.auth import access
+from tokenizer_proc.http import adapter_access
 from tokenizer_proc.http.bodies import body as bodies
-from tokenizer_proc.http.bodies.messages import TemplateKwargs, Turn, chat_messages
+from tokenizer_proc.http.bodies.chat_messages import TemplateKwargs, Turn, chat_messages
 from tokenizer_proc.http.dialects.openai import LoraField
 from tokenizer_proc.http.encoding import as_json
 from tokenizer_proc.http.service import Service
@@ -69,8 +69,8 @@ def _check(tokens: list[int], vocab_size: int) -> None:
 
 
 async def _text_tools(service: Service, request: web.Request, body: TokenizeBody | DetokenizeBody) -> TextTools:
-    await access.fetch(service, request, body.model, body.lora_path)
-    return service.frontend.text_tools_for(access.select(service, request, body.model or None, body.lora_path))
+    await adapter_access.fetch(service, request, body.model, body.lora_path)
+    return service.frontend.text_tools_for(adapter_access.select(service, request, body.model or None, body.lora_path))
 
 
 async def _text(body: TokenizeBody, template: ChatRenderer) -> str:

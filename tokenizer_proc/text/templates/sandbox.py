@@ -26,7 +26,14 @@ from engine.errors import InternalError, InvalidRequest
 from engine.ipc import DECODE_ERRORS
 from engine.messages import ChatMessage
 from tokenizer_proc.text.templates.chat_template import ChatRenderer, Value, check_messages
-from tokenizer_proc.text.templates.renderer import CPU_SECONDS, LENGTH, MAX_FRAME, MEMORY_BYTES, RenderJob, RenderReply
+from tokenizer_proc.text.templates.sandbox_worker import (
+    CPU_SECONDS,
+    LENGTH,
+    MAX_FRAME,
+    MEMORY_BYTES,
+    RenderJob,
+    RenderReply,
+)
 
 START_SECONDS = 60.0
 WALL_SECONDS = 30.0
@@ -107,7 +114,7 @@ class Sandbox:
             return self._process
         self.close()
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tokenizer_proc.text.templates.renderer"],
+            [sys.executable, "-P", "-m", "tokenizer_proc.text.templates.sandbox_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={name: value for name, value in os.environ.items() if name in KEPT_VARIABLES} | {"PYTHONSAFEPATH": "1"},

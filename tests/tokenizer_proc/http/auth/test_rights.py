@@ -12,7 +12,7 @@ from fixtures.serving.fake_frontend import FakeFrontend, config
 
 from engine.config.api_keys import ApiKey
 from tokenizer_proc.http.app import create_app
-from tokenizer_proc.http.auth.access import RIGHTS
+from tokenizer_proc.http.auth.rights import RIGHTS
 
 KEYS = [ApiKey(key="ruled", tenant="team", adapters=["team-*"]), ApiKey(key="free")]
 CALLERS = [None, "wrong", "ruled", "free", "root"]

@@ -1,59 +1,19 @@
-"""The rights of a call: which key a route needs, and which adapters the key's tenant may name.
+"""Which adapters a call may name: those that its key may use. Loads the ones that are not known yet.
 
-A route declares the rights that it needs; the middleware looks them up by the route, never by the text of a path. For a
-tenant, an adapter that its key may not use does not exist: it is in no list and in no error. Knows no dialect.
+For a tenant, an adapter that its key may not use does not exist: it is in no list and in no error. Knows no dialect.
 """
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterable
 
 from aiohttp import web
-from aiohttp.typedefs import Handler, Middleware
 
-from engine.config.process_configs import TokenizerConfig
-from engine.errors import Forbidden, NotFound
+from engine.errors import NotFound
 from engine.messages import AdapterCard, AdapterMix
-from tokenizer_proc.http.auth import admin
-from tokenizer_proc.http.service import TENANT, Service, deadline_of, tenant_of
-from tokenizer_proc.requests.tenants import Tenant, Tenants
-
-
-class Rights(enum.Enum):
-    """What a route needs of its caller, where the server has keys."""
-
-    NONE = "none"
-    """No key: probes."""
-    INFERENCE = "inference"
-    """Any inference key."""
-    OPERATOR = "operator"
-    """An inference key that may name every adapter: the route shows, or ends, the calls of other tenants."""
-    ADMIN = "admin"
-    """The admin key; where there is none, as OPERATOR. In both cases only from hosts that `admin.admit` accepts."""
-
-
-RIGHTS: web.AppKey[dict[web.AbstractRoute, Rights]] = web.AppKey("rights", dict)
-"""Where an app keeps the rights that its routes declare."""
-
-
-def middleware(config: TokenizerConfig) -> Middleware:
-    """The middleware that checks a route's rights. A path without a route needs an inference key."""
-    tenants = Tenants(config.api_keys)
-
-    @web.middleware
-    async def check_rights(request: web.Request, handler: Handler) -> web.StreamResponse:
-        rights = request.app[RIGHTS].get(request.match_info.route, Rights.INFERENCE)
-        by_admin_key = rights is Rights.ADMIN and config.admin_key is not None
-        if rights is not Rights.NONE and not by_admin_key:
-            tenant = request[TENANT] = tenants.authenticate(request.headers.get("Authorization", ""))
-            if rights is not Rights.INFERENCE and tenant.is_restricted:
-                raise Forbidden(f"{request.path} is not for a key with rules on adapters", code="restricted_key")
-        if rights is Rights.ADMIN:
-            admin.admit(config, request)
-        return await handler(request)
-
-    return check_rights
+from tokenizer_proc.http.auth.rights import tenant_of
+from tokenizer_proc.http.auth.tenants import Tenant
+from tokenizer_proc.http.service import Service, deadline_of
 
 
 async def fetch(service: Service, request: web.Request, model: str | None, *loras: str | AdapterMix | None) -> None:
