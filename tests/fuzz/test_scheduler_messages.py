@@ -26,6 +26,7 @@ from engine.messages import (
     ToTokenizer,
     Update,
 )
+from tokenizer_proc.frontend import Frontend
 
 CASES, AT_ONCE = 10_000, 12
 CAPACITY = Capacity(
@@ -83,37 +84,58 @@ class SilentScheduler(ScriptedScheduler):
             self.sent.setdefault(update.request_id, set()).update(update.tokens)
 
 
-def test_clients_receive_only_their_own_tokens() -> None:
-    scheduler = SilentScheduler("sql", "poet")
-    frontend = scheduler.frontend(enable_lora=True, max_loras=4)
-    mutator = Mutator(51)
-    ends: Counter[str] = Counter()
+class Clients:
+    """Clients of the front end, each with one request; AT_ONCE of them are open."""
 
-    async def client(number: int) -> None:
+    def __init__(self, scheduler: SilentScheduler, frontend: Frontend, mutator: Mutator) -> None:
+        self.scheduler, self.frontend, self.mutator = scheduler, frontend, mutator
+        self.ends: Counter[str] = Counter()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._count = 0
+
+    async def refill(self) -> None:
+        """Raises the failures of clients that ended, and opens new ones in their place."""
+        for done in [task for task in self._tasks if task.done()]:
+            self._tasks.discard(done)
+            done.result()
+        while len(self._tasks) < AT_ONCE:
+            self._count += 1
+            self._tasks.add(asyncio.ensure_future(self._run(self._count)))
+            await asyncio.sleep(0)
+
+    async def end(self) -> None:
+        """Fails all open requests, and waits for their clients."""
+        self.frontend.router.fail_all(EngineError("the end"))
+        async with asyncio.timeout(10):
+            await asyncio.gather(*self._tasks)
+
+    async def _run(self, number: int) -> None:
         params = SamplingParams(max_tokens=50, logprobs=1 if number % 2 else None, ignore_eos=True)
         submit = Submit(id=number, prompt=[1, 2, 3], params=params, lora=[None, "sql", "poet"][number % 3])
         got: list[int] = []
-        stream: Any = frontend.open(submit)
+        stream: Any = self.frontend.open(submit)
         try:
             async with stream:
                 own = stream._running[0].request_id
                 async for delta in stream:
                     got += delta.token_ids
-                    assert set(got) <= scheduler.sent[own], f"request {own} received {got}"
-                    if delta.finish_reason is None and mutator.draw.random() < 0.02:
+                    assert set(got) <= self.scheduler.sent[own], f"request {own} received {got}"
+                    if delta.finish_reason is None and self.mutator.draw.random() < 0.02:
                         break
-            ends["answered"] += 1
+            self.ends["answered"] += 1
         except EngineError:
-            ends["failed"] += 1
+            self.ends["failed"] += 1
+
+
+def test_clients_receive_only_their_own_tokens() -> None:
+    scheduler = SilentScheduler("sql", "poet")
+    frontend = scheduler.frontend(enable_lora=True, max_loras=4)
+    mutator = Mutator(51)
+    clients = Clients(scheduler, frontend, mutator)
 
     async def main() -> None:
-        clients: set[asyncio.Task[None]] = set()
-        number = 0
         for case in range(CASES):
-            while len(clients) < AT_ONCE:
-                number += 1
-                clients.add(asyncio.ensure_future(client(number)))
-                await asyncio.sleep(0)
+            await clients.refill()
             message = scheduler.next_message(mutator)
             if mutator.draw.random() < 0.5:
                 message = mutator.message(message)
@@ -125,13 +147,8 @@ def test_clients_receive_only_their_own_tokens() -> None:
                 frontend.metrics.render()
                 msgspec.json.encode(frontend.info())
                 frontend.adapters.cards()
-            for done in [each for each in clients if each.done()]:
-                clients.discard(done)
-                done.result()
-        frontend.router.fail_all(EngineError("the end"))
-        async with asyncio.timeout(10):
-            await asyncio.gather(*clients)
+        await clients.end()
         assert frontend.router.open == 0
 
     asyncio.run(main())
-    assert min(ends.values()) > 100, ends
+    assert min(clients.ends.values()) > 100, clients.ends

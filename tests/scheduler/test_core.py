@@ -12,7 +12,6 @@ from engine.messages import (
     Generate,
     Hello,
     LoadAdapter,
-    LogprobIds,
     Progress,
     RunnerReady,
     Sampling,
@@ -37,16 +36,6 @@ def test_prefill_then_decode_then_length() -> None:
     assert done(core, second) == [Update(request_id=1, index=1, tokens=[50], finish="length")]
     assert core.plan(0.0) is None
     assert (core.stats().running, core.stats().kv_pages_used) == (0, 0)
-
-
-def test_end_id_stops_and_later_tokens_are_dropped() -> None:
-    core = new_core(window=2)
-    core.handle(generate(1, end_ids=[7]), 0.0)
-    one, two = plan_of(core), plan_of(core)
-    assert core.plan(0.0) is None
-    assert two.chunks[0].start == 3
-    assert done(core, one, token=7) == [Update(request_id=1, index=0, tokens=[7], finish="stop", stop_reason=7)]
-    assert done(core, two) == []
 
 
 def test_nothing_is_planned_beyond_the_last_token() -> None:
@@ -87,27 +76,6 @@ def test_long_prompt_does_not_delay_decodes(flag: int | None, bound: int) -> Non
         assert [chunk.length for chunk in step.chunks] == [1, bound]
         done(core, step)
     assert [chunk.length for chunk in plan_of(core).chunks] == [512]
-
-
-def test_prompt_logprobs_are_sent_once_and_chunk_by_chunk() -> None:
-    core = new_core()
-    core.handle(generate(1, prompt=10, max_tokens=2, sampling=Sampling(prompt_logprobs=0, logprobs=0)), 0.0)
-    step = plan_of(core)
-    (chunk,) = step.chunks
-    assert (chunk.scores, chunk.samples, chunk.length, len(chunk.tokens)) == (True, False, 8, 9)
-    scores = [LogprobIds(10 + i, -float(i), []) for i in range(1, 10)]
-    assert done(core, step, prompt_logprobs={0: scores[:8]}) == [
-        Update(request_id=1, index=0, prompt_logprobs=scores[:8])
-    ]
-    step = plan_of(core)
-    (chunk,) = step.chunks
-    assert (chunk.scores, chunk.samples, chunk.length, len(chunk.tokens)) == (True, True, 2, 2)
-    own = LogprobIds(50, -1.0, [])
-    piece, update = done(core, step, prompt_logprobs={0: scores[8:]}, logprobs={0: own})
-    assert piece == Update(request_id=1, index=0, prompt_logprobs=scores[8:], prompt_index=8)
-    assert (update.prompt_logprobs, update.logprobs) == (None, [own])
-    (update,) = done(core, plan_of(core), logprobs={0: own})
-    assert (update.prompt_logprobs, update.finish) == (None, "length")
 
 
 def test_replay_continues_after_the_generated_tokens() -> None:
