@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from scheduler.adapters.copies import Copy, DeviceState, HostState
+from scheduler.adapters.copies import AdapterCopy, DeviceState, HostState
 from scheduler.requests.queue import WaitState
 from scheduler.requests.request import Request
 from scheduler.state import SchedulerState
@@ -99,5 +99,5 @@ def _audit_wait_state(state: SchedulerState, key: LaneKey, wait_state: WaitState
         assert busy, f"key {key} is blocked, and nothing is under way"
 
 
-def _is_resident(copy: Copy) -> bool:
+def _is_resident(copy: AdapterCopy) -> bool:
     return copy.device.state is DeviceState.RESIDENT

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from engine.messages import AdapterState, Capacity, EvictAdapter, Generate, LoadAdapter, UnloadAdapter, Update
-from scheduler.adapters.copies import Copy
+from scheduler.adapters.copies import AdapterCopy
 from scheduler.adapters.device_cache import DeviceCache
-from scheduler.adapters.eviction import Policy
+from scheduler.adapters.eviction_order import Policy
 from scheduler.adapters.host_cache import HostCache
 from scheduler.adapters.lanes import Lanes
 from scheduler.adapters.registry import AdapterRegistry
@@ -85,7 +85,7 @@ class SchedulerState:
         self.kv = KvCacheManager(0, capacity.page_size, bounds.prefix_cache)
         self.replace_runner(capacity)
 
-    def replace_runner(self, capacity: Capacity) -> list[Copy]:
+    def replace_runner(self, capacity: Capacity) -> list[AdapterCopy]:
         """Empties the tables for a new runner; no request may be running. Returns the copies that the old one held."""
         assert not self.running.ordered
         self.capacity = capacity
@@ -124,7 +124,7 @@ class SchedulerState:
         """The order for a running request behind all passed requests of its priority, and before the next one."""
         return self.ordering.order_behind(request, self.starvation.frontier, next(self._arrivals))
 
-    def wanted_order(self, copy: Copy) -> Order | None:
+    def wanted_order(self, copy: AdapterCopy) -> Order | None:
         """The order of the first waiting request or preload that needs the copy, if there is one."""
         first, preload = self.waiting.first_order_of(copy.id), copy.references.preload_order
         if first is None or preload is None:
@@ -133,7 +133,7 @@ class SchedulerState:
 
     # ------------------------------------------------------------------------------------------------------- copies
 
-    def copies(self, key: LaneKey) -> list[Copy]:
+    def copies(self, key: LaneKey) -> list[AdapterCopy]:
         """The copies of a lane key."""
         return self.registry.of(key)
 
@@ -152,19 +152,19 @@ class SchedulerState:
         copies = self.registry.copies
         self.device_cache.mark_used((copies[copy_id] for key in keys for copy_id, _ in key), step)
 
-    def drop_revision(self, copy: Copy) -> None:
+    def drop_revision(self, copy: AdapterCopy) -> None:
         """No other name shares the copy from now on, and no KV page of its revision is found any more."""
         if self.registry.unlist_revision(copy):
             self.kv.drop_revision(copy.identity)
 
-    def queue_fill(self, copy: Copy) -> None:
+    def queue_fill(self, copy: AdapterCopy) -> None:
         """A copy came to the host: it is filled for its preload, or without one only into free pages."""
         if copy.references.preload_order is not None:
             self.preloads[copy.id] = None
         elif copy.id not in self.suspect_fills:
             self.opportunistic_fills[copy.id] = None
 
-    def next_preload(self) -> tuple[Copy, Order] | None:
+    def next_preload(self) -> tuple[AdapterCopy, Order] | None:
         """The first copy that can be filled for its preload, with the preload's order."""
         while self.preloads:
             copy = self.registry.copies.get(next(iter(self.preloads)))
@@ -173,14 +173,14 @@ class SchedulerState:
             del self.preloads[next(iter(self.preloads))]
         return None
 
-    def reclassify(self, copies: Iterable[Copy]) -> None:
+    def reclassify(self, copies: Iterable[AdapterCopy]) -> None:
         """These copies changed: both caches list anew whether they may be evicted, and loads are due."""
         for copy in copies:
             self.host_cache.reclassify(copy)
             self.device_cache.reclassify(copy)
         self.loads_due = True
 
-    def report(self, copy: Copy, seconds: float = 0.0, error: str | None = None) -> None:
+    def report(self, copy: AdapterCopy, seconds: float = 0.0, error: str | None = None) -> None:
         """Tells the tokenizer process the state of each name of the copy."""
         self.outbox += [adapter.to_message(seconds, error) for adapter in copy.names.values()]
 

@@ -1,15 +1,15 @@
 """An adapter's name, and the copy of its weights that the name stands for. Knows nothing of requests, lanes or limits.
 
     Adapter 1 (a name, an id upstream) --+
-                                         +--> Copy (one revision: one host copy, one footprint, one part of a lane)
+                                         +--> AdapterCopy (one revision, host copy, footprint, part of a lane)
     Adapter 2 (equal bytes) -------------+
 
     host     DISK --LoadAdapter--> LOADING --"host"--> HELD --EvictAdapter--> EVICTING --"disk"--> DISK
     device   NONE --Fill--> FILLING --"resident"--> RESIDENT --evicted--> NONE     a fill reads the host copy: HELD
              NONE --Fill(at_once)---------------> RESIDENT
 
-Each part has one writer: `Copy.host` is written by HostCache alone, `Copy.device` by DeviceCache alone, and everything
-else of a copy or an adapter by AdapterRegistry alone. tests/scheduler/adapters/test_writers.py holds them to it.
+Each part has one writer: HostCache alone writes `AdapterCopy.host`, DeviceCache alone `AdapterCopy.device`, and
+AdapterRegistry everything else of a copy or an adapter. tests/scheduler/adapters/test_writers.py holds them to it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class References:
 
 
 @dataclass(slots=True, eq=False)
-class Copy:
+class AdapterCopy:
     """The weights of one revision. Until its first load is answered, an adapter has a copy of its own.
 
     Everything but `host` and `device` is written by AdapterRegistry alone.
@@ -156,7 +156,7 @@ class Adapter:
 
     id: int
     source: LoadAdapter  # the request to load it
-    copy: Copy  # changes when its revision turns out to be that of another copy
+    copy: AdapterCopy  # changes when its revision turns out to be that of another copy
     pinned: bool = False
     requests: int = 0  # requests, running or waiting, that name it
     draining: bool = False  # it accepts no new requests, and goes with its last one

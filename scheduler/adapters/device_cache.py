@@ -4,9 +4,10 @@ A resident copy in no lane is idle: its pages may be granted to other copies. It
 needs it, and spare otherwise. Grants are all or nothing for all copies of a lane key.
 
     on_device     FILLING | RESIDENT in a lane | pinned | wanted | spare
-    make_room     evicts spare copies in the order of the policy, then wanted ones, those wanted last first
+    evict_for     evicts spare copies in the order of the policy, then wanted ones, those wanted last first
 
-It alone writes `Copy.device`. A method that changes copies returns them; the caller then calls `reclassify` for each.
+It alone writes `AdapterCopy.device`. A method that changes copies returns them, and its caller calls `reclassify` for
+each.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 
 from engine.messages import Capacity, Fill
-from scheduler.adapters.copies import Copy, DeviceCopy, DeviceState
+from scheduler.adapters.copies import AdapterCopy, DeviceCopy, DeviceState
 from scheduler.adapters.device_limits import pages_needed
-from scheduler.adapters.eviction import EvictionOrder, Policy
+from scheduler.adapters.eviction_order import EvictionOrder, Policy
 from scheduler.adapters.rank_pages import RankPages
 from scheduler.types import Order
 
-WantedOrder = Callable[[Copy], Order | None]
+WantedOrder = Callable[[AdapterCopy], Order | None]
 """The order of the first request or preload that needs a copy. When it changes, `reclassify` must be called."""
 
 
@@ -34,11 +35,11 @@ class DeviceCache:
         self._wanted_order = wanted_order
         self.reset(capacity, ())
 
-    def reset(self, capacity: Capacity, copies: Iterable[Copy]) -> None:
+    def reset(self, capacity: Capacity, copies: Iterable[AdapterCopy]) -> None:
         """Empties it for a new runner; `copies` are all that exist."""
         self._capacity = capacity
         self.rank_pages = RankPages(capacity.rank_pages)
-        self.on_device: dict[int, Copy] = {}  # in state FILLING or RESIDENT
+        self.on_device: dict[int, AdapterCopy] = {}  # in state FILLING or RESIDENT
         self.filling = 0  # how many copies are in state FILLING
         self.version = 0  # increases whenever a grant that failed might succeed
         self._spare: EvictionOrder[int] = EvictionOrder()
@@ -54,7 +55,7 @@ class DeviceCache:
 
     # ---------------------------------------------------------------------------------------------------- one copy
 
-    def answer_fill(self, copy: Copy) -> bool:
+    def answer_fill(self, copy: AdapterCopy) -> bool:
         """The runner answered the oldest fill in flight. Returns whether that made the copy resident.
 
         A fill at once made it resident when it was planned. A background fill is the last one in flight.
@@ -67,12 +68,12 @@ class DeviceCache:
         self._set_resident(copy)
         return True
 
-    def drop_fills(self, copy: Copy) -> list[Copy]:
+    def drop_fills(self, copy: AdapterCopy) -> list[AdapterCopy]:
         """The runner answers no more fills of the copy: one failed, and it was the last. Returns the copy."""
         copy.device.fills_in_flight = 0
         return [copy]
 
-    def free(self, copies: Iterable[Copy]) -> list[Copy]:
+    def free(self, copies: Iterable[AdapterCopy]) -> list[AdapterCopy]:
         """Releases the pages of these copies, which are in no lane. Returns those that had any."""
         freed = [copy for copy in copies if copy.on_device]
         for copy in freed:
@@ -84,7 +85,7 @@ class DeviceCache:
             del self.on_device[copy.id]
         return freed
 
-    def reclassify(self, copy: Copy) -> None:
+    def reclassify(self, copy: AdapterCopy) -> None:
         """Lists the copy as spare, as wanted, or as neither."""
         self.version += 1
         idle = self._is_idle(copy)
@@ -98,7 +99,7 @@ class DeviceCache:
         else:
             self._spare.drop(copy.id)
 
-    def mark_used(self, copies: Iterable[Copy], step: int) -> None:
+    def mark_used(self, copies: Iterable[AdapterCopy], step: int) -> None:
         """Step `step` names the pages of these copies."""
         for copy in copies:
             copy.device.last_step = step
@@ -107,7 +108,7 @@ class DeviceCache:
         """Steps up to `step` are done."""
         self.version += self.rank_pages.step_done(step)
 
-    def fill_bytes(self, copies: Iterable[Copy]) -> int:
+    def fill_bytes(self, copies: Iterable[AdapterCopy]) -> int:
         """How many bytes the fills of these copies transfer."""
         sizes = self._capacity.rank_page_bytes
         return sum(
@@ -117,14 +118,14 @@ class DeviceCache:
 
     # ------------------------------------------------------------------------------------------------------- lanes
 
-    def acquire(self, copies: Sequence[Copy]) -> Sequence[Copy]:
+    def acquire(self, copies: Sequence[AdapterCopy]) -> Sequence[AdapterCopy]:
         """A new lane contains these copies, all of which are resident. Returns them."""
         for copy in copies:
             assert copy.device.state is DeviceState.RESIDENT, f"copy {copy.id} is in a lane without pages"
             copy.device.lanes += 1
         return copies
 
-    def release(self, copies: Sequence[Copy]) -> Sequence[Copy]:
+    def release(self, copies: Sequence[AdapterCopy]) -> Sequence[AdapterCopy]:
         """A lane of these copies is free. Returns them."""
         for copy in copies:
             copy.device.lanes -= 1
@@ -132,7 +133,7 @@ class DeviceCache:
             copy.device.last_used = self._tick()
         return copies
 
-    def lacking(self, copies: Sequence[Copy]) -> dict[str, int]:
+    def lacking(self, copies: Sequence[AdapterCopy]) -> dict[str, int]:
         """By group, the pages that other copies must release before these can all be on the device."""
         return self.rank_pages.lacking(pages_needed(copy for copy in copies if not copy.on_device), with_cooling=True)
 
@@ -144,12 +145,12 @@ class DeviceCache:
                 room[group] += len(pages)
         return room
 
-    def lacking_in(self, copies: Iterable[Copy], room: Mapping[str, int]) -> dict[str, int]:
+    def lacking_in(self, copies: Iterable[AdapterCopy], room: Mapping[str, int]) -> dict[str, int]:
         """By group, the pages that `room` lacks for all of these copies to be on the device."""
         need = pages_needed(copy for copy in copies if not copy.on_device or self._is_idle(copy))
         return {group: count - room.get(group, 0) for group, count in need.items() if count > room.get(group, 0)}
 
-    def make_room(self, copies: Sequence[Copy], order: Order) -> list[Copy]:
+    def evict_for(self, copies: Sequence[AdapterCopy], order: Order) -> list[AdapterCopy]:
         """Evicts copies until `copies`, needed at `order`, find pages; none if that is not enough. Returns the evicted.
 
         Pages that steps in flight name are not free at once: they cool, and a later grant finds them.
@@ -157,7 +158,7 @@ class DeviceCache:
         lacking = self.lacking(copies)
         return self.free(self._victims(lacking, {copy.id for copy in copies}, order)) if lacking else []
 
-    def grant(self, copies: Sequence[Copy], step: int, at_once: bool = False) -> list[Fill] | None:
+    def grant(self, copies: Sequence[AdapterCopy], step: int, at_once: bool = False) -> list[Fill] | None:
         """Pages for those of `copies` that have none, all or nothing. Returns their fills, for step `step`.
 
         `at_once`: the fills run before the forward of the step, which may name the pages. None: pages are lacking, or
@@ -168,7 +169,7 @@ class DeviceCache:
             return None
         return [self._start_fill(copy, step, at_once) for copy in missing]
 
-    def lane_pages(self, copies: Iterable[tuple[Copy, float]]) -> dict[str, list[tuple[int, float]]]:
+    def lane_pages(self, copies: Iterable[tuple[AdapterCopy, float]]) -> dict[str, list[tuple[int, float]]]:
         """The pages of a lane of these copies with their scales: (page, scale) by group, sorted by revision."""
         pages: dict[str, list[tuple[int, float]]] = {}
         for copy, scale in sorted(copies, key=lambda pair: (pair[0].info.revision, pair[0].id)):
@@ -177,7 +178,7 @@ class DeviceCache:
                 pages.setdefault(group, []).extend((page, scale) for page in numbers)
         return pages
 
-    def audit(self, copies: Iterable[Copy], lanes: Mapping[int, int]) -> None:
+    def audit(self, copies: Iterable[AdapterCopy], lanes: Mapping[int, int]) -> None:
         """Asserts that all pages and lanes (their number by copy) are accounted for."""
         copies = list(copies)
         self.rank_pages.audit(copy.device.pages for copy in copies)
@@ -190,7 +191,7 @@ class DeviceCache:
 
     # ----------------------------------------------------------------------------------------------------- private
 
-    def _audit_copy(self, copy: Copy, lanes: int) -> None:
+    def _audit_copy(self, copy: AdapterCopy, lanes: int) -> None:
         name = f"copy {copy.id} ({copy.device.state.name})"
         assert copy.device.lanes == lanes, f"{name} counts {copy.device.lanes} lanes"
         held = {group: len(numbers) for group, numbers in copy.device.pages.items()}
@@ -201,8 +202,8 @@ class DeviceCache:
         assert idle == (spare or wanted), f"{name} is idle, or listed as idle, but not both"
         assert not idle or self._wanted.stamp(copy.id) == self._wanted_order(copy), f"{name} is listed in another order"
 
-    def _victims(self, lacking: dict[str, int], keep: set[int], order: Order) -> list[Copy]:
-        victims: list[Copy] = []
+    def _victims(self, lacking: dict[str, int], keep: set[int], order: Order) -> list[AdapterCopy]:
+        victims: list[AdapterCopy] = []
         for copy_id in chain(self._spare, self._wanted.above(order)):
             copy = self.on_device[copy_id]
             pages = copy.device.pages
@@ -216,10 +217,10 @@ class DeviceCache:
         return []
 
     @staticmethod
-    def _is_idle(copy: Copy) -> bool:
+    def _is_idle(copy: AdapterCopy) -> bool:
         return copy.device.state is DeviceState.RESIDENT and not copy.device.lanes and not copy.pinned
 
-    def _start_fill(self, copy: Copy, step: int, at_once: bool) -> Fill:
+    def _start_fill(self, copy: AdapterCopy, step: int, at_once: bool) -> Fill:
         assert copy.can_fill, f"copy {copy.id} is filled while it is not on the host"
         device = copy.device
         device.pages = self.rank_pages.grant(copy.pages_needed, early=at_once)
@@ -233,6 +234,6 @@ class DeviceCache:
             self.filling += 1
         return Fill(copy.runner_id, {group: list(numbers) for group, numbers in device.pages.items()}, at_once)
 
-    def _set_resident(self, copy: Copy) -> None:
+    def _set_resident(self, copy: AdapterCopy) -> None:
         copy.device.state = DeviceState.RESIDENT
         copy.device.last_used = copy.device.filled_since = self._tick()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from engine.messages import Capacity
-from scheduler.adapters.copies import Copy
+from scheduler.adapters.copies import AdapterCopy
 
 
-def pages_needed(copies: Iterable[Copy]) -> dict[str, int]:
+def pages_needed(copies: Iterable[AdapterCopy]) -> dict[str, int]:
     """The rank pages of all these copies, by group; groups without any are left out."""
     total: dict[str, int] = {}
     for copy in copies:
@@ -18,7 +18,7 @@ def pages_needed(copies: Iterable[Copy]) -> dict[str, int]:
     return total
 
 
-def limit_error(copies: Sequence[Copy], capacity: Capacity) -> str | None:
+def limit_error(copies: Sequence[AdapterCopy], capacity: Capacity) -> str | None:
     """Why these copies can never be together in a lane, judging by what is known now."""
     for copy in copies:
         if copy.error is not None:
@@ -38,7 +38,7 @@ def limit_error(copies: Sequence[Copy], capacity: Capacity) -> str | None:
     return None
 
 
-def never_fits(copies: Sequence[Copy], pinned: Iterable[Copy], capacity: Capacity) -> str | None:
+def never_fits(copies: Sequence[AdapterCopy], pinned: Iterable[AdapterCopy], capacity: Capacity) -> str | None:
     """Why these copies would find no pages even if every copy that is not pinned were evicted."""
     wanted = {copy.id for copy in copies}
     pinned_here = [copy for copy in pinned if copy.on_device and copy.id not in wanted]

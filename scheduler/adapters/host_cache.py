@@ -6,15 +6,16 @@
 The size of a first load is not known before it was answered, so the bytes may be above the limit until spare copies
 were evicted. Copies that may not be evicted (pinned, read by a fill) may stay above it.
 
-It alone writes `Copy.host`. A method that changes copies returns them; the caller then calls `reclassify` for each.
+It alone writes `AdapterCopy.host`. A method that changes copies returns them, and its caller calls `reclassify` for
+each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from scheduler.adapters.copies import Copy, HostCopy, HostState
-from scheduler.adapters.eviction import EvictionOrder, Policy
+from scheduler.adapters.copies import AdapterCopy, HostCopy, HostState
+from scheduler.adapters.eviction_order import EvictionOrder, Policy
 
 
 class HostCache:
@@ -23,7 +24,7 @@ class HostCache:
     def __init__(self, max_count: int | None, max_bytes: int, policy: Policy, tick: Callable[[], int]) -> None:
         self.max_count = max_count
         self.max_bytes = max_bytes
-        self.held: dict[int, Copy] = {}  # in state LOADING, HELD or EVICTING
+        self.held: dict[int, AdapterCopy] = {}  # in state LOADING, HELD or EVICTING
         self.spare: EvictionOrder[int] = EvictionOrder()
         self.bytes = 0  # of all held copies
         self.loading = 0  # how many copies are in state LOADING
@@ -32,7 +33,7 @@ class HostCache:
         self._policy = policy
         self._tick = tick
 
-    def reset(self, max_bytes: int, copies: Iterable[Copy]) -> None:
+    def reset(self, max_bytes: int, copies: Iterable[AdapterCopy]) -> None:
         """Empties it for a new runner; `copies` are all that exist."""
         self.max_bytes = max_bytes
         self.held.clear()
@@ -43,7 +44,7 @@ class HostCache:
 
     # ---------------------------------------------------------------------------------------------------- one copy
 
-    def start_load(self, copy: Copy) -> None:
+    def start_load(self, copy: AdapterCopy) -> None:
         """Its load begins; `add_tried_path` follows."""
         assert copy.host.state is HostState.DISK
         copy.host.state = HostState.LOADING
@@ -53,12 +54,12 @@ class HostCache:
         self.loading += 1
         self.bytes += copy.info.bytes
 
-    def add_tried_path(self, copy: Copy, path: str) -> None:
+    def add_tried_path(self, copy: AdapterCopy, path: str) -> None:
         """The load of a copy was sent to the runner with this path."""
         assert copy.host.state is HostState.LOADING
         copy.host.tried_paths.append(path)
 
-    def finish_load(self, copy: Copy, size: int) -> None:
+    def finish_load(self, copy: AdapterCopy, size: int) -> None:
         """Its load was answered: it takes `size` bytes, and `copy.info` is updated after this call."""
         assert copy.host.state is HostState.LOADING
         copy.host.state = HostState.HELD
@@ -66,7 +67,7 @@ class HostCache:
         self.bytes += size - copy.info.bytes
         copy.host.held_since = self._tick()
 
-    def evict(self, copies: Sequence[Copy]) -> Sequence[Copy]:
+    def evict(self, copies: Sequence[AdapterCopy]) -> Sequence[AdapterCopy]:
         """The runner is told to evict these. Returns them."""
         for copy in copies:
             assert copy.host.state is HostState.HELD
@@ -76,7 +77,7 @@ class HostCache:
             self._evicting_bytes += copy.info.bytes
         return copies
 
-    def remove(self, copy: Copy) -> list[Copy]:
+    def remove(self, copy: AdapterCopy) -> list[AdapterCopy]:
         """The copy takes no room any more. Returns it if it did until now."""
         if not copy.on_host:
             return []
@@ -90,7 +91,7 @@ class HostCache:
         del self.held[copy.id]
         return [copy]
 
-    def adopt(self, copy: Copy, other: Copy) -> list[Copy]:
+    def adopt(self, copy: AdapterCopy, other: AdapterCopy) -> list[AdapterCopy]:
         """The bytes held for `other` are those of `copy`, which is on disk, from now on. Returns both."""
         self.remove(other)
         copy.host.state = HostState.HELD
@@ -100,7 +101,7 @@ class HostCache:
         copy.host.held_since = self._tick()
         return [copy, other]
 
-    def reclassify(self, copy: Copy) -> None:
+    def reclassify(self, copy: AdapterCopy) -> None:
         """Lists the copy as spare, or no longer."""
         if self.is_evictable(copy) and not copy.is_wanted:
             self.spare.put(copy.id, copy.last_used if self._policy == "lru" else copy.host.held_since)
@@ -108,27 +109,27 @@ class HostCache:
             self.spare.drop(copy.id)
 
     @staticmethod
-    def is_evictable(copy: Copy) -> bool:
+    def is_evictable(copy: AdapterCopy) -> bool:
         """Whether the runner may be told to evict it."""
         held = copy.host.state is HostState.HELD and not copy.device.fills_in_flight
         return held and not copy.pinned and not copy.is_unloading
 
     # ------------------------------------------------------------------------------------------------------ limits
 
-    def has_room(self, copy: Copy) -> bool:
+    def has_room(self, copy: AdapterCopy) -> bool:
         """Whether its load may begin now."""
         if self.max_count is not None and len(self.held) >= self.max_count:
             return False
         return not self.max_bytes or self.bytes + copy.info.bytes <= self.max_bytes
 
-    def lacking(self, copy: Copy | None = None) -> tuple[int, int]:
+    def lacking(self, copy: AdapterCopy | None = None) -> tuple[int, int]:
         """(copies, bytes) still to be evicted before its load may begin, or without a copy: to be within the limits."""
         count, size = (1, copy.info.bytes) if copy is not None else (0, 0)
         places = 0 if self.max_count is None else len(self.held) - self.evicting + count - self.max_count
         missing = self.bytes - self._evicting_bytes + size - self.max_bytes if self.max_bytes else 0
         return max(0, places), max(0, missing)
 
-    def limit_error(self, copies: Sequence[Copy]) -> str | None:
+    def limit_error(self, copies: Sequence[AdapterCopy]) -> str | None:
         """Why these copies can never be held together."""
         if self.max_count is not None and len(copies) > self.max_count:
             limit = f"the host tier holds {self.max_count}; raise --max-loaded-loras"
@@ -140,7 +141,7 @@ class HostCache:
             return f"{what} {size} bytes of host memory, but {limit}"
         return None
 
-    def never_fits(self, copies: Sequence[Copy], pinned: Iterable[Copy]) -> str | None:
+    def never_fits(self, copies: Sequence[AdapterCopy], pinned: Iterable[AdapterCopy]) -> str | None:
         """Why these copies would not fit even if every copy that is not pinned were evicted."""
         wanted = {copy.id for copy in copies}
         with_pinned = [*copies, *(copy for copy in pinned if copy.on_host and copy.id not in wanted)]
@@ -151,7 +152,7 @@ class HostCache:
             "or --lora-host-memory"
         )
 
-    def audit(self, copies: Iterable[Copy]) -> None:
+    def audit(self, copies: Iterable[AdapterCopy]) -> None:
         """Asserts the sums, the list of spare copies, and the limits."""
         held = {copy.id: copy for copy in copies if copy.on_host}
         assert held == self.held, f"the host tier holds {sorted(held)}, and lists {sorted(self.held)}"

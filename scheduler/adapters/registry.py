@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from msgspec.structs import replace
 
 from engine.messages import AdapterState, LoadAdapter
-from scheduler.adapters.copies import Adapter, Copy
+from scheduler.adapters.copies import Adapter, AdapterCopy
 from scheduler.types import LaneKey, Order, lane_key
 
 
@@ -20,16 +20,16 @@ class AdapterRegistry:
 
     def __init__(self, tick: Callable[[], int]) -> None:
         self.adapters: dict[int, Adapter] = {}
-        self.copies: dict[int, Copy] = {}
-        self.pinned: dict[int, Copy] = {}
+        self.copies: dict[int, AdapterCopy] = {}
+        self.pinned: dict[int, AdapterCopy] = {}
         self.freed_ids: set[int] = set()  # runner ids being freed that no copy has any more: their "gone" is ignored
-        self._by_revision: dict[str, Copy] = {}  # the copy that other names of the revision share
-        self._by_runner_id: dict[int, Copy] = {}
+        self._by_revision: dict[str, AdapterCopy] = {}  # the copy that other names of the revision share
+        self._by_runner_id: dict[int, AdapterCopy] = {}
         self._tick = tick
 
     # ------------------------------------------------------------------------------------------------------ lookups
 
-    def by_runner_id(self, runner_id: int) -> Copy | None:
+    def by_runner_id(self, runner_id: int) -> AdapterCopy | None:
         """The copy that the runner knows under this id."""
         return self._by_runner_id.get(runner_id)
 
@@ -37,7 +37,7 @@ class AdapterRegistry:
         """The lane key of a selection of known adapters: their copies, with the sums of their scales."""
         return lane_key((self.adapters[adapter_id].copy.id, scale) for adapter_id, scale in lora if adapter_id)
 
-    def of(self, key: LaneKey) -> list[Copy]:
+    def of(self, key: LaneKey) -> list[AdapterCopy]:
         """The copies of a lane key."""
         return [self.copies[copy_id] for copy_id, _ in key]
 
@@ -51,7 +51,7 @@ class AdapterRegistry:
         if message.adapter_id in self._by_runner_id or message.adapter_id in self.copies:
             return None
         info = AdapterState(adapter_id=message.adapter_id, state="loading", revision=message.revision)
-        copy = Copy(message.adapter_id, message.adapter_id, info)
+        copy = AdapterCopy(message.adapter_id, message.adapter_id, info)
         adapter = Adapter(message.adapter_id, message, copy)
         copy.names[adapter.id] = adapter
         self.adapters[adapter.id] = adapter
@@ -82,36 +82,36 @@ class AdapterRegistry:
 
     # ------------------------------------------------------------------------------------------------------ one copy
 
-    def set_info(self, copy: Copy, info: AdapterState) -> None:
+    def set_info(self, copy: AdapterCopy, info: AdapterState) -> None:
         """A load of the copy was answered."""
         copy.info, copy.loaded_once = info, True
 
-    def set_error(self, copy: Copy, error: str) -> None:
+    def set_error(self, copy: AdapterCopy, error: str) -> None:
         """The copy cannot be served."""
         copy.error = error
 
-    def mark_unloading(self, copy: Copy) -> None:
+    def mark_unloading(self, copy: AdapterCopy) -> None:
         """No name of the copy accepts requests: the runner frees it."""
         copy.is_unloading = True
         copy.references.preload_order = None
 
-    def set_preload(self, copy: Copy, order: Order | None) -> None:
+    def set_preload(self, copy: AdapterCopy, order: Order | None) -> None:
         """A client wants the copy resident, with this place among the requests; None: not any more."""
         copy.references.preload_order = order
 
-    def share_revision(self, copy: Copy) -> Copy:
+    def share_revision(self, copy: AdapterCopy) -> AdapterCopy:
         """The copy that already has this one's revision; otherwise this one, which other names share from now on."""
         revision = copy.info.revision
         return self._by_revision.setdefault(revision, copy) if revision else copy
 
-    def unlist_revision(self, copy: Copy) -> bool:
+    def unlist_revision(self, copy: AdapterCopy) -> bool:
         """No other name shares the copy from now on. Returns whether it was listed by its revision."""
         if self._by_revision.get(copy.info.revision) is not copy:
             return False
         del self._by_revision[copy.info.revision]
         return True
 
-    def merge(self, copy: Copy, into: Copy) -> list[Adapter]:
+    def merge(self, copy: AdapterCopy, into: AdapterCopy) -> list[Adapter]:
         """All names of `copy` stand for `into` from now on, and `copy` is gone. Returns those names."""
         moved = list(copy.names.values())
         for adapter in moved:
@@ -124,13 +124,13 @@ class AdapterRegistry:
         self._update_pinned(into)
         return moved
 
-    def set_runner_id(self, copy: Copy, runner_id: int) -> None:
+    def set_runner_id(self, copy: AdapterCopy, runner_id: int) -> None:
         """The runner knows the copy under another id from now on."""
         del self._by_runner_id[copy.runner_id]
         copy.runner_id = runner_id
         self._by_runner_id[runner_id] = copy
 
-    def remove(self, copy: Copy) -> None:
+    def remove(self, copy: AdapterCopy) -> None:
         """The copy, which has no name left, is gone."""
         assert not copy.names
         self.unlist_revision(copy)
@@ -151,14 +151,14 @@ class AdapterRegistry:
             adapter.requests -= 1
         return adapters
 
-    def acquire(self, key: LaneKey) -> list[Copy]:
+    def acquire(self, key: LaneKey) -> list[AdapterCopy]:
         """A request begins to need the copies of its lane key. Returns them."""
         copies = self.of(key)
         for copy in copies:
             copy.references.requests += 1
         return copies
 
-    def release(self, key: LaneKey, ended: bool) -> list[Copy]:
+    def release(self, key: LaneKey, ended: bool) -> list[AdapterCopy]:
         """A request no longer needs the copies of its lane key: it `ended`, or its key changes. Returns them."""
         copies = self.of(key)
         for copy in copies:
@@ -187,7 +187,7 @@ class AdapterRegistry:
         pinned = {copy.id for copy in self.copies.values() if copy.pinned}
         assert set(self.pinned) == pinned, f"pinned are {sorted(pinned)}, and listed {sorted(self.pinned)}"
 
-    def _update_pinned(self, copy: Copy) -> None:
+    def _update_pinned(self, copy: AdapterCopy) -> None:
         copy.pinned = any(adapter.pinned for adapter in copy.names.values())
         if copy.pinned:
             self.pinned[copy.id] = copy

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from engine.messages import EvictAdapter, FinishReason, Generate, Update
-from scheduler.adapters.copies import Copy, DeviceState, HostState
+from scheduler.adapters.copies import AdapterCopy, DeviceState, HostState
 from scheduler.admission import eligibility
 from scheduler.admission.unloader import Unloader
 from scheduler.requests.alora import find_invocation
@@ -112,7 +112,7 @@ class Admission:
         for adapter in state.registry.release_names(request.adapter_ids):
             self.unloader.unload_if_drained(adapter)
 
-    def fail_copy(self, copy: Copy, reason: str, final: bool = True) -> None:
+    def fail_copy(self, copy: AdapterCopy, reason: str, final: bool = True) -> None:
         """Ends all requests that need a copy. `final`: it can never be served, else the next request tries again."""
         state = self._state
         state.registry.set_preload(copy, None)
@@ -138,7 +138,7 @@ class Admission:
 
     # ----------------------------------------------------------------------------------------------- wait states
 
-    def changed(self, copies: Iterable[Copy], *, report: bool = False, seconds: float = 0.0) -> None:
+    def changed(self, copies: Iterable[AdapterCopy], *, report: bool = False, seconds: float = 0.0) -> None:
         """The host or device state of these copies changed. Called once by the code that changed them.
 
         Both caches list them anew, their state is reported if asked, and the wait states of their keys are updated.
@@ -164,7 +164,7 @@ class Admission:
         if wait_state is WaitState.DISK:
             state.loads_due = True
 
-    def withdraw(self, copy: Copy) -> list[Request]:
+    def withdraw(self, copy: AdapterCopy) -> list[Request]:
         """Takes all requests that wait for the copy out of the queue, for `rekey`."""
         state = self._state
         requests = [request for key in state.waiting.keys_of(copy.id) for request in state.waiting.requests(key)]
@@ -236,7 +236,7 @@ class Admission:
             if request.key in state.waiting:
                 self.update_wait_state(request.key)
 
-    def _evict_failed(self, copy: Copy) -> None:
+    def _evict_failed(self, copy: AdapterCopy) -> None:
         """Frees what a refused copy holds; the runner still has its bytes."""
         state = self._state
         changed = state.device_cache.free([copy])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scheduler.adapters import device_limits
-from scheduler.adapters.copies import Copy, DeviceState, HostState
+from scheduler.adapters.copies import AdapterCopy, DeviceState, HostState
 from scheduler.requests.queue import WaitState
 from scheduler.state import SchedulerState
 from scheduler.types import BASE, LaneKey
@@ -50,7 +50,7 @@ def wait_state(state: SchedulerState, key: LaneKey) -> WaitState:
     return _without_lane(state.copies(key))
 
 
-def _without_lane(copies: Sequence[Copy]) -> WaitState:
+def _without_lane(copies: Sequence[AdapterCopy]) -> WaitState:
     if any(copy.needs_load for copy in copies):
         return WaitState.DISK
     missing = [copy for copy in copies if not copy.on_device]

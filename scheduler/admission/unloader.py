@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from engine.messages import UnloadAdapter
-from scheduler.adapters.copies import Adapter, Copy, HostState
+from scheduler.adapters.copies import Adapter, AdapterCopy, HostState
 from scheduler.state import SchedulerState
 
 
@@ -26,12 +26,12 @@ class Unloader:
         elif copy.host.state is not HostState.LOADING and not copy.device.fills_in_flight:
             self._unload(copy)
 
-    def unload_drained(self, copy: Copy) -> None:
+    def unload_drained(self, copy: AdapterCopy) -> None:
         """Unloads each name of the copy that has drained."""
         for adapter in list(copy.names.values()):
             self.unload_if_drained(adapter)
 
-    def forget(self, copy: Copy) -> None:
+    def forget(self, copy: AdapterCopy) -> None:
         """The copy is gone with all its names, which are reported."""
         state = self._state
         state.device_cache.free([copy])
@@ -41,7 +41,7 @@ class Unloader:
         state.reclassify([copy])
         state.registry.remove(copy)
 
-    def _unload(self, copy: Copy) -> None:
+    def _unload(self, copy: AdapterCopy) -> None:
         """Lets the runner free the copy; one that takes no room is gone at once."""
         state = self._state
         takes_room = copy.on_host or copy.on_device

@@ -26,7 +26,7 @@ from itertools import islice
 
 from scheduler.admission.admission import Admission
 from scheduler.batching.deadlines import Deadline, count_to_preempt, lanes_to_drain
-from scheduler.batching.lane_room import LaneRoom
+from scheduler.batching.lane_preemption import LanePreemption
 from scheduler.batching.preemption import HeldLane, sorted_by_cost, sorted_by_end
 from scheduler.loading.device_loader import DeviceLoader, Outcome
 from scheduler.requests.queue import WaitState
@@ -149,9 +149,9 @@ class AdmissionOrder:
         least = LEAST_SHARE * max_wait
         old = (lane for lane in lanes if lane.held >= least and lane.all_decoding and lane.key not in own)
         candidates = sorted_by_cost(old, first, fair=max_wait * state.lanes.count / max(1, waiting))
-        room = LaneRoom(state, state.lanes.free)
+        room = LanePreemption(state, state.lanes.free)
         for request in self._overdue.values():
-            if (chosen := room.make(request, candidates)) is None:
+            if (chosen := room.lanes_to_preempt(request, candidates)) is None:
                 break
             for lane in chosen:
                 candidates.remove(lane)

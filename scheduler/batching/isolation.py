@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 
-from scheduler.adapters.copies import Copy
+from scheduler.adapters.copies import AdapterCopy
 from scheduler.admission.admission import Admission
 from scheduler.loading.device_loader import DeviceLoader, Outcome
 from scheduler.requests.blame import InFlightPosition
@@ -46,7 +46,7 @@ class Isolation:
         self._device_loader = device_loader
         self._to_end: Request | None = None
         self._faults: dict[int, int] = {}  # by copy: faults in a row with its fill under way
-        self._to_set_aside: list[Copy] = []
+        self._to_set_aside: list[AdapterCopy] = []
 
     # ----------------------------------------------------------------------------------------------- while it is on
 
@@ -135,7 +135,7 @@ class Isolation:
             else:
                 self._suspect_users(copy)
 
-    def _suspect_users(self, copy: Copy) -> None:
+    def _suspect_users(self, copy: AdapterCopy) -> None:
         for request in self._state.requests.values():
             if any(copy_id == copy.id for copy_id, _ in request.key):
                 self._state.blame.add_suspect(request.id)

@@ -15,7 +15,7 @@ from enum import Enum
 
 from engine.messages import Fill
 from scheduler.adapters import device_limits
-from scheduler.adapters.copies import Copy, DeviceState
+from scheduler.adapters.copies import AdapterCopy, DeviceState
 from scheduler.admission.admission import Admission
 from scheduler.requests.queue import WaitState
 from scheduler.requests.request import Request
@@ -51,7 +51,9 @@ class DeviceLoader:
         self._busy = False  # rows decode in it
         self._postponed = False  # a request waits for the next step, to be filled at once in it
         self._spent = 0.0  # seconds that its fills at once will take
-        self._failed_grant: tuple[list[Copy], Order, bool, int] | None = None  # and the cache's version at that time
+        self._failed_grant: tuple[list[AdapterCopy], Order, bool, int] | None = (
+            None  # and the cache's version at that time
+        )
 
     # -------------------------------------------------------------------------------------------------- measurements
 
@@ -66,7 +68,7 @@ class DeviceLoader:
             last = self._step_seconds
             self._step_seconds = last + LATEST_WEIGHT * (seconds - last) if last else seconds
 
-    def record_fill_seconds(self, copy: Copy, seconds: float) -> None:
+    def record_fill_seconds(self, copy: AdapterCopy, seconds: float) -> None:
         """A fill at once took so long."""
         size = self._state.device_cache.fill_bytes([copy])
         if seconds > 0 and size:
@@ -130,7 +132,7 @@ class DeviceLoader:
         if state.opportunistic_fills and state.waiting.first(WaitState.COLD) is None:
             self._fill_opportunistically()
 
-    def _fill_preloads_before(self, order: Order, copies: list[Copy]) -> bool:
+    def _fill_preloads_before(self, order: Order, copies: list[AdapterCopy]) -> bool:
         """Fills the preloads before `order`, up to one of `copies`. Returns False if one of them finds no pages."""
         while (preload := self._state.next_preload()) is not None and preload[1] < order and preload[0] not in copies:
             if not self._fill_preload(*preload):
@@ -154,7 +156,7 @@ class DeviceLoader:
             self._admission.fail_waiting(key, error)
         return error is not None
 
-    def _fill_preload(self, copy: Copy, order: Order) -> bool:
+    def _fill_preload(self, copy: AdapterCopy, order: Order) -> bool:
         """Fills a copy for its preload, or cancels the preload if it never fits. Returns False if it must wait."""
         state = self._state
         if self._grant([copy], order, at_once=False):
@@ -167,7 +169,7 @@ class DeviceLoader:
         state.report(copy, error=error)
         return True
 
-    def _never_fits(self, copies: list[Copy]) -> str | None:
+    def _never_fits(self, copies: list[AdapterCopy]) -> str | None:
         return device_limits.never_fits(copies, self._state.registry.pinned.values(), self._state.capacity)
 
     def _fill_opportunistically(self) -> None:
@@ -179,12 +181,12 @@ class DeviceLoader:
                 self._start([copy], at_once=False)
         state.opportunistic_fills.clear()
 
-    def _grant(self, copies: list[Copy], order: Order, at_once: bool, request: Request | None = None) -> bool:
+    def _grant(self, copies: list[AdapterCopy], order: Order, at_once: bool, request: Request | None = None) -> bool:
         """Starts the fills of these copies, after evictions if they need any; the bytes are charged to the request."""
         state = self._state
         if self._failed_grant == (copies, order, at_once, state.device_cache.version):
             return False
-        evicted = state.device_cache.make_room(copies, order)
+        evicted = state.device_cache.evict_for(copies, order)
         state.counters.adapter_evictions += len(evicted)
         self._admission.changed(evicted, report=True)
         size = state.device_cache.fill_bytes([copy for copy in copies if not copy.on_device])
@@ -195,7 +197,7 @@ class DeviceLoader:
         self._failed_grant = copies, order, at_once, state.device_cache.version
         return False
 
-    def _start(self, copies: list[Copy], at_once: bool) -> bool:
+    def _start(self, copies: list[AdapterCopy], at_once: bool) -> bool:
         state = self._state
         fills = state.device_cache.grant(copies, self._step, at_once)
         if fills is None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from engine.messages import EvictAdapter
-from scheduler.adapters.copies import Adapter, Copy, HostState
+from scheduler.adapters.copies import Adapter, AdapterCopy, HostState
 from scheduler.admission.admission import Admission
 from scheduler.requests.queue import WaitState
 from scheduler.state import SchedulerState
@@ -31,7 +31,7 @@ BEFORE_ALL: Order = (-(1 << 62), 0)  # any copy that requests wait for may be ev
 class _Load(NamedTuple):
     """A load that may begin. `key` is that of the request that waits for it, or BASE for a requested load."""
 
-    copy: Copy
+    copy: AdapterCopy
     key: LaneKey
     order: Order
 
@@ -46,12 +46,12 @@ class DiskLoader:
         self._reloads: dict[int, None] = {}  # copies that a dead runner held: read again while there is room
         self._requested_is_next = False  # the two kinds of loads alternate
 
-    def request_load(self, copy: Copy) -> None:
+    def request_load(self, copy: AdapterCopy) -> None:
         """The copy is to be read though no request waits for it."""
         self._requested.setdefault(copy.id, copy.references.preload_order or self._state.next_order())
         self._state.loads_due = True
 
-    def reload_into_free_room(self, copies: list[Copy]) -> None:
+    def reload_into_free_room(self, copies: list[AdapterCopy]) -> None:
         """Reads these copies, which a dead runner held, after all other loads while there is room."""
         self._reloads = {copy.id: None for copy in copies}
 
@@ -69,7 +69,7 @@ class DiskLoader:
             while state.host_cache.loading < MAX_LOADS and self._start_next():
                 pass
 
-    def retry_other_path(self, copy: Copy) -> bool:
+    def retry_other_path(self, copy: AdapterCopy) -> bool:
         """After a failed load: sends one with the path of another name. Returns False if all paths were tried."""
         adapter = self._untried_name(copy)
         if adapter is not None:
@@ -110,7 +110,7 @@ class DiskLoader:
             self._cancel_requested(copy, error)
         return True
 
-    def _cancel_requested(self, copy: Copy, error: str) -> None:
+    def _cancel_requested(self, copy: AdapterCopy, error: str) -> None:
         self._requested.pop(copy.id, None)
         self._state.registry.set_preload(copy, None)
         if copy.loaded_once:
@@ -146,7 +146,7 @@ class DiskLoader:
             del self._reloads[next(iter(self._reloads))]
         return False
 
-    def _start(self, copy: Copy) -> None:
+    def _start(self, copy: AdapterCopy) -> None:
         self._requested.pop(copy.id, None)
         self._reloads.pop(copy.id, None)
         self._state.host_cache.start_load(copy)
@@ -155,7 +155,7 @@ class DiskLoader:
         self._send(copy, adapter)
         self._admission.changed([copy], report=copy.loaded_once)
 
-    def _send(self, copy: Copy, adapter: Adapter) -> None:
+    def _send(self, copy: AdapterCopy, adapter: Adapter) -> None:
         source = adapter.source
         self._state.host_cache.add_tried_path(copy, source.path)
         self._state.outbox.append(
@@ -163,18 +163,18 @@ class DiskLoader:
         )
 
     @staticmethod
-    def _untried_name(copy: Copy) -> Adapter | None:
+    def _untried_name(copy: AdapterCopy) -> Adapter | None:
         tried = copy.host.tried_paths
         return next((adapter for adapter in copy.names.values() if adapter.source.path not in tried), None)
 
     # --------------------------------------------------------------------------------------------------- evictions
 
-    def _make_room(self, copy: Copy, order: Order) -> bool:
+    def _make_room(self, copy: AdapterCopy, order: Order) -> bool:
         """Evicts what a load lacks room for, or nothing if that is too little. Returns whether it may begin now."""
         host_cache = self._state.host_cache
         places, size = host_cache.lacking(copy)
         if places or size:
-            victims: list[Copy] = []
+            victims: list[AdapterCopy] = []
             for victim in self._victims(order):
                 victims.append(victim)
                 places, size = places - 1, size - victim.info.bytes
@@ -188,7 +188,7 @@ class DiskLoader:
     def _evict_over_limit(self) -> None:
         """Evicts until the bytes are within the limit, as far as copies may be evicted."""
         places, size = self._state.host_cache.lacking()
-        victims: list[Copy] = []
+        victims: list[AdapterCopy] = []
         for victim in self._victims(BEFORE_ALL) if places or size else ():
             if places <= 0 and size <= 0:
                 break
@@ -196,7 +196,7 @@ class DiskLoader:
             places, size = places - 1, size - victim.info.bytes
         self._evict(victims)
 
-    def _victims(self, order: Order) -> Iterator[Copy]:
+    def _victims(self, order: Order) -> Iterator[AdapterCopy]:
         """The copies that may be evicted for a load at `order`, in the order of eviction."""
         host_cache = self._state.host_cache
         yield from [host_cache.held[copy_id] for copy_id in host_cache.spare]
@@ -206,7 +206,7 @@ class DiskLoader:
         for _, copy_id in sorted(((at, i) for at, i in orders if at is not None and at > order), reverse=True):
             yield host_cache.held[copy_id]
 
-    def _evict(self, copies: list[Copy]) -> None:
+    def _evict(self, copies: list[AdapterCopy]) -> None:
         """Lets the runner evict these; a preload among them is loaded again when there is room."""
         state = self._state
         for copy in state.host_cache.evict(copies):

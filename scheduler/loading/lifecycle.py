@@ -10,7 +10,7 @@ import logging
 
 from engine.messages import AdapterState, LoadAdapter, PinAdapter, UnloadAdapter
 from scheduler.adapters import device_limits
-from scheduler.adapters.copies import Adapter, Copy, DeviceState, HostState
+from scheduler.adapters.copies import Adapter, AdapterCopy, DeviceState, HostState
 from scheduler.admission.admission import Admission
 from scheduler.loading.device_loader import DeviceLoader
 from scheduler.loading.disk_loader import DiskLoader
@@ -92,7 +92,7 @@ class AdapterLifecycle:
         elif message.state not in ("gone", "disk") and message.adapter_id not in freed_ids:
             log.warning("the runner reports adapter %d as %s, which is unknown", message.adapter_id, message.state)
 
-    def runner_replaced(self, held: list[Copy]) -> None:
+    def runner_replaced(self, held: list[AdapterCopy]) -> None:
         """A new runner holds nothing. Required copies are read first, then those of `held`, the old one's, if they fit.
 
         Required are copies that were never loaded, and those that are pinned or preloaded.
@@ -121,7 +121,7 @@ class AdapterLifecycle:
         if copy.loaded_once:
             self._state.outbox.append(adapter.to_message())
 
-    def _want(self, copy: Copy, preload: bool) -> None:
+    def _want(self, copy: AdapterCopy, preload: bool) -> None:
         """A client asked for the copy: it is read, and with `preload` also filled."""
         state = self._state
         if preload and not copy.on_device and copy.references.preload_order is None:
@@ -136,7 +136,7 @@ class AdapterLifecycle:
         self._state.registry.pin(adapter, pinned)
         self._state.reclassify([adapter.copy])
 
-    def _on_copy_report(self, copy: Copy, message: AdapterState) -> None:
+    def _on_copy_report(self, copy: AdapterCopy, message: AdapterState) -> None:
         if message.state == "gone":
             self._on_gone(copy)
         elif message.state == "failed":
@@ -150,7 +150,7 @@ class AdapterLifecycle:
         else:
             log.debug("adapter %d is %s, and the runner reports %s", copy.id, copy.stage, message.state)
 
-    def _on_loaded(self, copy: Copy, info: AdapterState) -> None:
+    def _on_loaded(self, copy: AdapterCopy, info: AdapterState) -> None:
         """A load ended, and all about the copy is known. One that exceeds a limit is refused."""
         state = self._state
         state.host_cache.finish_load(copy, info.bytes)
@@ -170,7 +170,7 @@ class AdapterLifecycle:
         self._admission.changed([copy], report=True, seconds=info.seconds)
         self._unloader.unload_drained(copy)
 
-    def _merge(self, copy: Copy, into: Copy, seconds: float) -> None:
+    def _merge(self, copy: AdapterCopy, into: AdapterCopy, seconds: float) -> None:
         """`copy` is the same revision as `into`, which stays. Where the runner has both, it frees one."""
         state = self._state
         requests = self._admission.withdraw(copy)
@@ -189,7 +189,7 @@ class AdapterLifecycle:
         self._admission.rekey(requests)
         self._after_merge(into)
 
-    def _after_merge(self, into: Copy) -> None:
+    def _after_merge(self, into: AdapterCopy) -> None:
         state = self._state
         self._admission.changed([into])
         if into.can_fill:
@@ -198,7 +198,7 @@ class AdapterLifecycle:
             self._disk_loader.request_load(into)
         self._unloader.unload_drained(into)
 
-    def _on_filled(self, copy: Copy, seconds: float) -> None:
+    def _on_filled(self, copy: AdapterCopy, seconds: float) -> None:
         """The oldest of its fills in flight ended."""
         if not self._state.device_cache.answer_fill(copy):
             self._device_loader.record_fill_seconds(copy, seconds)
@@ -208,14 +208,14 @@ class AdapterLifecycle:
             self._state.reclassify([copy])
         self._unloader.unload_drained(copy)
 
-    def _on_evicted(self, copy: Copy) -> None:
+    def _on_evicted(self, copy: AdapterCopy) -> None:
         removed = self._state.host_cache.remove(copy)
         if copy.is_unloading or copy.error is not None:
             self._state.reclassify(removed)
         else:
             self._admission.changed(removed, report=not copy.on_device)
 
-    def _on_failed(self, copy: Copy, reason: str) -> None:
+    def _on_failed(self, copy: AdapterCopy, reason: str) -> None:
         """A failed load is sent again with another name's path. A copy that was loaded once is retried when needed."""
         state = self._state
         if copy.is_unloading or copy.error is not None:
@@ -227,7 +227,7 @@ class AdapterLifecycle:
         state.host_cache.remove(copy)
         self._admission.fail_copy(copy, reason, final=not (loading and copy.loaded_once))
 
-    def _on_gone(self, copy: Copy) -> None:
+    def _on_gone(self, copy: AdapterCopy) -> None:
         if not copy.is_unloading:
             self._state.host_cache.remove(copy)
             self._admission.fail_copy(copy, f"adapter {copy.id} is gone from the runner")

@@ -8,21 +8,21 @@ from itertools import count
 import pytest
 
 from engine.messages import AdapterState, Capacity, Footprint
-from scheduler.adapters.copies import Copy, HostCopy, HostState
+from scheduler.adapters.copies import AdapterCopy, HostCopy, HostState
 from scheduler.adapters.device_cache import DeviceCache
-from scheduler.adapters.eviction import Policy
+from scheduler.adapters.eviction_order import Policy
 from scheduler.types import Order
 
 LAST: Order = (0, 99)
 
 
-def _room(device_cache: DeviceCache, copies: list[Copy], order: Order = LAST) -> list[Copy]:
-    evicted = device_cache.make_room(copies, order)
+def _room(device_cache: DeviceCache, copies: list[AdapterCopy], order: Order = LAST) -> list[AdapterCopy]:
+    evicted = device_cache.evict_for(copies, order)
     _reclassify(device_cache, evicted)
     return evicted
 
 
-def _reclassify(device_cache: DeviceCache, copies: Iterable[Copy]) -> None:
+def _reclassify(device_cache: DeviceCache, copies: Iterable[AdapterCopy]) -> None:
     for copy in copies:
         device_cache.reclassify(copy)
 
@@ -42,14 +42,14 @@ def _cache(pool: int = 4, policy: Policy = "lru", orders: dict[int, Order] | Non
     return DeviceCache(capacity, policy, count(1).__next__, lambda copy: (orders or {}).get(copy.id))
 
 
-def _host(copy_id: int, pages: int, pinned: bool = False) -> Copy:
+def _host(copy_id: int, pages: int, pinned: bool = False) -> AdapterCopy:
     info = AdapterState(
         adapter_id=copy_id, state="host", revision=f"r{9 - copy_id}", footprint=Footprint({"qkv": pages})
     )
-    return Copy(copy_id, copy_id, info, loaded_once=True, pinned=pinned, host=HostCopy(HostState.HELD))
+    return AdapterCopy(copy_id, copy_id, info, loaded_once=True, pinned=pinned, host=HostCopy(HostState.HELD))
 
 
-def _resident(device_cache: DeviceCache, copy_id: int, pages: int, pinned: bool = False) -> Copy:
+def _resident(device_cache: DeviceCache, copy_id: int, pages: int, pinned: bool = False) -> AdapterCopy:
     copy = _host(copy_id, pages, pinned)
     _room(device_cache, [copy])
     assert device_cache.grant([copy], 0) is not None

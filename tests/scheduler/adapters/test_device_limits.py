@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.messages import AdapterState, Capacity, Footprint
-from scheduler.adapters.copies import Copy, DeviceCopy, DeviceState
+from scheduler.adapters.copies import AdapterCopy, DeviceCopy, DeviceState
 from scheduler.adapters.device_limits import limit_error, never_fits, pages_needed
 
 
@@ -20,9 +20,9 @@ def _capacity(pool: int) -> Capacity:
     )
 
 
-def _copy(copy_id: int, pages: int, state: DeviceState = DeviceState.NONE) -> Copy:
+def _copy(copy_id: int, pages: int, state: DeviceState = DeviceState.NONE) -> AdapterCopy:
     info = AdapterState(adapter_id=copy_id, state="host", footprint=Footprint({"qkv": pages, "o": 0}))
-    return Copy(copy_id, copy_id, info, device=DeviceCopy(state))
+    return AdapterCopy(copy_id, copy_id, info, device=DeviceCopy(state))
 
 
 def test_pages_are_summed_by_group() -> None:

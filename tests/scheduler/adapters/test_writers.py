@@ -13,21 +13,27 @@ import pytest
 from fixtures.scheduling.simulation.seeded_world import World
 from fixtures.scheduling.simulation.simulation import Simulation
 
-from scheduler.adapters.copies import Adapter, Copy, DeviceCopy, HostCopy, References
+from scheduler.adapters.copies import Adapter, AdapterCopy, DeviceCopy, HostCopy, References
 
 SCHEDULER = Path(__file__).parents[3] / "scheduler"
 HOST_CACHE = "scheduler.adapters.host_cache"
 DEVICE_CACHE = "scheduler.adapters.device_cache"
 REGISTRY = "scheduler.adapters.registry"
-WRITERS = {HostCopy: HOST_CACHE, DeviceCopy: DEVICE_CACHE, References: REGISTRY, Copy: REGISTRY, Adapter: REGISTRY}
+WRITERS = {
+    HostCopy: HOST_CACHE,
+    DeviceCopy: DEVICE_CACHE,
+    References: REGISTRY,
+    AdapterCopy: REGISTRY,
+    Adapter: REGISTRY,
+}
 WHOLE_PARTS = {"host": HOST_CACHE, "device": DEVICE_CACHE}  # replaced as a whole for a new runner
-NEVER_WRITTEN = {("Adapter", "id"), ("Copy", "id"), ("Copy", "references")}
+NEVER_WRITTEN = {("Adapter", "id"), ("AdapterCopy", "id"), ("AdapterCopy", "references")}
 CHANGED_IN_PLACE = {"names": REGISTRY, "tried_paths": HOST_CACHE}
 CHANGES = {"append", "clear", "pop", "update", "extend", "remove", "insert", "setdefault", "popitem"}
 
 
 def _writer_of(cls: type, name: str) -> str:
-    return WHOLE_PARTS.get(name, WRITERS[cls]) if cls is Copy else WRITERS[cls]
+    return WHOLE_PARTS.get(name, WRITERS[cls]) if cls is AdapterCopy else WRITERS[cls]
 
 
 def _watch(monkeypatch: pytest.MonkeyPatch, cls: type, written: set[tuple[str, str]]) -> None:

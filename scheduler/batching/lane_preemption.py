@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
-from scheduler.adapters.copies import Copy
+from scheduler.adapters.copies import AdapterCopy
 from scheduler.batching.preemption import HeldLane
 from scheduler.requests.request import Request
 from scheduler.state import SchedulerState
 
 
-class LaneRoom:
+class LanePreemption:
     """The lanes and rank pages that would be left, after each request that is given some of them."""
 
     def __init__(self, state: SchedulerState, free_lanes: int) -> None:
@@ -19,7 +19,7 @@ class LaneRoom:
         self._rank_pages = state.device_cache.room()
         self._users: dict[int, int] = {}  # by copy: lanes that would have left it
 
-    def make(self, request: Request, candidates: list[HeldLane]) -> list[HeldLane] | None:
+    def lanes_to_preempt(self, request: Request, candidates: list[HeldLane]) -> list[HeldLane] | None:
         """The first of the candidates, as many as this request needs preempted; None if all are too few."""
         state = self._state
         if request.key in state.lanes:
@@ -44,6 +44,6 @@ class LaneRoom:
                     rank_pages[group] += len(pages)
 
 
-def _needed_pages(copies: list[Copy]) -> Counter[str]:
+def _needed_pages(copies: list[AdapterCopy]) -> Counter[str]:
     """The rank pages, by group, that copies without users take out of the room."""
     return sum((Counter(copy.pages_needed) for copy in copies if not copy.device.lanes), Counter())

@@ -1,11 +1,11 @@
-"""scheduler.adapters.eviction: in the order of the stamps, whatever moved in between."""
+"""scheduler.adapters.eviction_order: in the order of the stamps, whatever moved in between."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.adapters.eviction import EvictionOrder
+from scheduler.adapters.eviction_order import EvictionOrder
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.integers(0, 9))))
