@@ -1,6 +1,6 @@
-"""Spoilt adapter directories: a refusal in one line, or the very numbers of the files; soon, in little memory."""
+"""Mutated adapter directories: refused with one line, or loaded with the numbers of the files, in little memory."""
 
-# ruff: noqa: PT017 - a spoilt case may be refused, or not
+# ruff: noqa: PT017 - a mutated case may be refused, or not
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def store() -> AdapterStore:
 
 
 def attempt(work: Callable[[], Any]) -> Any:
-    """What `work` returns, or None when it refuses in one line; anything else it raises is a bug."""
+    """What `work` returns, or None when it raises AdapterError with one line; any other exception fails the test."""
     try:
         return work()
     except AdapterError as error:
@@ -60,7 +60,7 @@ def attempt(work: Callable[[], Any]) -> Any:
 
 
 def header(mutator: Mutator, fields: dict[str, Any]) -> dict[str, Any]:
-    """The header with something in it changed, mostly what matters."""
+    """The header with one change, mostly in dtype, shape or offsets."""
     if mutator.draw.random() < 0.5:
         return mutator.tree(fields)
     fields = json.loads(json.dumps(fields))
@@ -79,7 +79,7 @@ def header(mutator: Mutator, fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def spoilt(mutator: Mutator, data: bytes) -> bytes:
+def mutated_file(mutator: Mutator, data: bytes) -> bytes:
     """A safetensors file with its header changed as JSON, as text, or in its length; or any of its bytes."""
     (length,) = struct.unpack("<Q", data[:8])
     head, body = data[8 : 8 + length], data[8 + length :]
@@ -103,7 +103,7 @@ def spoilt(mutator: Mutator, data: bytes) -> bytes:
 
 
 def compare(adapter: NormalForm, data: bytes) -> None:
-    """The loaded halves are those that the format's own library finds in the file."""
+    """Checks that A and B equal those that the safetensors library reads from the file."""
     tensors = load(data)
     for site in SITES:
         for piece, delta in zip(site.slices, adapter.deltas.get(site.name, (None,) * len(site.slices)), strict=True):
@@ -114,15 +114,15 @@ def compare(adapter: NormalForm, data: bytes) -> None:
                 assert torch.equal(delta.b, (b * SCALING).t())
 
 
-def test_weights(root: Path, store: AdapterStore) -> None:
+def test_mutated_weights_load_or_are_refused(root: Path, store: AdapterStore) -> None:
     mutator, sound, loaded = Mutator(31), (root / WEIGHTS).read_bytes(), 0
     for number in range(1, CASES + 1):
-        data = spoilt(mutator, sound)
+        data = mutated_file(mutator, sound)
         (root / WEIGHTS).write_bytes(data)
         adapter = attempt(lambda number=number: store.load(number, "fox", root))  # type: ignore[misc]
         if adapter is not None:
             loaded += 1
-            with contextlib.suppress(SafetensorError):  # it minds more than we must: alignment, what metadata holds
+            with contextlib.suppress(SafetensorError):  # the library also refuses bad alignment and metadata
                 compare(adapter, data)
     assert CASES * 0.01 < loaded < CASES * 0.4, f"{loaded} were loaded: these are no fuzz cases"
 
@@ -153,7 +153,7 @@ PLACES = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern",
 
 
 def config(mutator: Mutator) -> bytes:
-    """A config with a change; one in five with some pattern where names are matched."""
+    """A config with a change; one in five has an odd pattern where module names are matched."""
     fields = mutator.draw.choice(CONFIGS)
     if mutator.draw.random() < 0.8:
         return mutator.json(fields)
@@ -165,7 +165,7 @@ def config(mutator: Mutator) -> bytes:
     return json.dumps(fields | changes).encode("utf-8", "surrogatepass")
 
 
-def test_configs(root: Path, store: AdapterStore) -> None:
+def test_mutated_configs_load_or_are_refused(root: Path, store: AdapterStore) -> None:
     mutator, accepted = Mutator(32), 0
     for _ in range(CASES):
         (root / CONFIG).write_bytes(config(mutator))
@@ -175,10 +175,10 @@ def test_configs(root: Path, store: AdapterStore) -> None:
 
 @pytest.mark.parametrize("pattern", ENDLESS)
 @pytest.mark.parametrize("place", PLACES)
-def test_patterns_that_never_end(
+def test_endless_pattern_is_stopped_by_the_cpu_limit(
     place: str, pattern: str, root: Path, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of what a config may match names with; the interpreter itself sets no bound."""
+    """Python's `re` has no time limit of its own."""
     monkeypatch.setattr(cpu_limit, "SECONDS", 0.3)
     fields = LORA | {"layers_to_transform": [0]} if place == "layers_pattern" else dict(LORA)
     fields[place] = {pattern: 4} if place in ("rank_pattern", "alpha_pattern") else pattern
@@ -189,7 +189,7 @@ def test_patterns_that_never_end(
         store.survey("fox", root)
 
 
-def test_a_layers_pattern_that_leaves_the_layer_out(root: Path, store: AdapterStore) -> None:
+def test_layers_pattern_without_a_layer_is_refused(root: Path, store: AdapterStore) -> None:
     fields = LORA | {"layers_to_transform": [0], "layers_pattern": "q_proj|"}
     (root / CONFIG).write_text(json.dumps(fields))
     with pytest.raises(AdapterError, match="no module is left"):
