@@ -1,15 +1,15 @@
-"""What adapters cost: many instead of few, coming and going, switching. Prints ratios of things measured in one run.
+"""Measures the cost of adapters: many or few, loading, switching. Prints ratios of things measured in one run.
 
 python scripts/bench_adapters.py                      everything, on a 0.5B shape: about ten minutes on two cores
 python scripts/bench_adapters.py --parts cliff load   some of it
 python scripts/bench_adapters.py --shape tiny         a quick look at whether it runs
 
 cliff    8, 16, 64, 256 adapters in a pool that holds all, concurrency 32: throughput against the bytes a step reads
-quarter  256 adapters in a pool that holds a quarter of them: what is lost, against the time the fills take
+quarter  256 adapters in a pool for a quarter of them: the loss of throughput, against the time of the fills
 cap      a cap of 8 adapters a step at concurrency 32, against a cap of 64 at concurrency 8
 load     gaps between tokens while an adapter of several hundred MB is loaded, against before
-dora     the same with a DoRA of rank 64, whose gains need all of the base's weights; and its load by an idle server
-switch   two resident adapters in turn, step by step, against one; and a fill's time by rank
+dora     the same with a DoRA of rank 64, whose gains need all of the base's weights; and its load on an idle server
+switch   two resident adapters alternating step by step, against one; and the time of a fill by rank
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.client import Server, open_session
-from bench.launched import Launched, scratch
+from bench.launched_server import LaunchedServer, scratch
 from bench.loops import Run, closed_loop
 from bench.report import percentile, summarise
 from bench.shapes import SHAPES, Shape, make_adapter, make_model
@@ -36,7 +36,7 @@ COUNTS = (8, 16, 64, 256)
 
 
 class Bench:
-    """A shape with its model and adapters on disk, and the numbers of the run."""
+    """A shape with its model and adapters on disk, and the settings of the run."""
 
     def __init__(self, shape_name: str, rounds: int, requests: int) -> None:
         self.shape: Shape = SHAPES[shape_name]
@@ -71,8 +71,8 @@ class Bench:
     async def run(self, url: str, adapters: int, concurrency: int, seed: int, label: str) -> Run:
         """One closed loop over the first `adapters`."""
         async with open_session(None, 600) as session:
-            asks = self.plan(adapters, max(self.requests, adapters)).asks(seed)
-            return await closed_loop(Server(session, url), asks, concurrency, label)
+            requests = self.plan(adapters, max(self.requests, adapters)).requests(seed)
+            return await closed_loop(Server(session, url), requests, concurrency, label)
 
     def rate(self, runs: Sequence[Run]) -> float:
         """Output tokens a second, the median of the rounds."""
@@ -82,7 +82,7 @@ class Bench:
 def cliff(bench: Bench) -> dict[str, object]:
     """More adapters than a step has lanes for, all resident."""
     runs: dict[int, list[Run]] = {count: [] for count in COUNTS}
-    with Launched(*bench.flags(256, "--max-loras-per-batch", 64, "--lora-pool-size", 256)) as server:
+    with LaunchedServer(*bench.flags(256, "--max-loras-per-batch", 64, "--lora-pool-size", 256)) as server:
         for seed in range(-1, bench.rounds):  # the first round is a warm-up
             for count in COUNTS:
                 run = asyncio.run(bench.run(server.url, count, 32, seed, f"{count} adapters"))
@@ -103,16 +103,16 @@ def cliff(bench: Bench) -> dict[str, object]:
 
 
 def quarter(bench: Bench) -> dict[str, object]:
-    """A pool for a quarter of the adapters, in turn with one for all. A fill's own time is that of an idle server."""
+    """A pool for a quarter of the adapters, in turn with one for all. The time of a fill is taken on an idle server."""
     count = "chorus:adapter_fill_seconds_count"
     lone = make_adapter(bench.shape, bench.directory / "r16", 16)
     lanes = ("--max-loras-per-batch", 64)
     with (
-        Launched(*bench.flags(256, *lanes, "--lora-pool-size", 256)) as roomy,
-        Launched(*bench.flags(256, *lanes, "--lora-pool-size", 64)) as tight,
+        LaunchedServer(*bench.flags(256, *lanes, "--lora-pool-size", 256)) as roomy,
+        LaunchedServer(*bench.flags(256, *lanes, "--lora-pool-size", 64)) as tight,
     ):
 
-        def run(server: Launched, seed: int, label: str) -> Run:
+        def run(server: LaunchedServer, seed: int, label: str) -> Run:
             return asyncio.run(bench.run(server.url, 256, 32, seed, label))
 
         pairs = []
@@ -122,7 +122,7 @@ def quarter(bench: Bench) -> dict[str, object]:
                 steps = [server.info()["stats"]["steps"] for server in (roomy, tight)]
             pairs.append((run(roomy, seed, "pool 256"), run(tight, seed, "pool 64")))
         fills, wall = tight.metric(count) - before, sum(pair[1].seconds for pair in pairs[1:])
-        time.sleep(2)  # the counts come each second
+        time.sleep(2)  # the stats are sent each second
         steps = [server.info()["stats"]["steps"] - sum_ for server, sum_ in zip((roomy, tight), steps, strict=True)]
     ratios = [bench.rate([pair[1]]) / bench.rate([pair[0]]) for pair in pairs[1:]]
     of_all, allowed = statistics.median(ratios), 1 - fills * own / wall
@@ -141,8 +141,8 @@ def quarter(bench: Bench) -> dict[str, object]:
     }
 
 
-def fill_seconds(server: Launched, name: str, path: Path) -> float:
-    """How long an idle server takes from host memory to rank pages."""
+def fill_seconds(server: LaunchedServer, name: str, path: Path) -> float:
+    """Seconds that an idle server takes to copy an adapter from host memory to rank pages."""
     before = server.metric("chorus:adapter_fill_seconds_sum")
     server.post("/load_lora_adapter", {"lora_name": name, "lora_path": str(path), "preload": True})
     seconds = server.metric("chorus:adapter_fill_seconds_sum") - before
@@ -151,11 +151,11 @@ def fill_seconds(server: Launched, name: str, path: Path) -> float:
 
 
 def cap(bench: Bench) -> dict[str, object]:
-    """The cap is only a cap."""
+    """A low cap at high concurrency against a high cap at low concurrency: the cap alone costs nothing."""
     result: dict[str, object] = {}
     rates = {}
     for lanes, concurrency in ((64, 8), (8, 32)):
-        with Launched(*bench.flags(64, "--max-loras-per-batch", lanes, "--lora-pool-size", 64)) as server:
+        with LaunchedServer(*bench.flags(64, "--max-loras-per-batch", lanes, "--lora-pool-size", 64)) as server:
             asyncio.run(bench.run(server.url, 64, concurrency, -1, "warm-up"))
             runs = [
                 asyncio.run(bench.run(server.url, 64, concurrency, seed, f"cap {lanes}"))
@@ -174,7 +174,7 @@ def load(bench: Bench) -> dict[str, object]:
     large = make_adapter(bench.shape, bench.directory / "large", 512)
     size = sum(file.stat().st_size for file in large.iterdir())
     flags = bench.flags(8, "--max-lora-rank", 512, "--max-loras-per-batch", 8, "--lora-pool-size", 2)
-    with Launched(*flags) as server:
+    with LaunchedServer(*flags) as server:
         pieces = asyncio.run(beside(bench, server, lambda: load_seconds(server, "large", large)))
     print(f"\nload: an adapter of {size / 1e6:.0f} MB, loaded and filled in {pieces.seconds:.1f} s beside 8 streams")
     return {"megabytes": size / 1e6, "seconds": pieces.seconds} | pieces.table()
@@ -184,10 +184,10 @@ def dora(bench: Bench) -> dict[str, object]:
     """A DoRA of rank 64, loaded by an idle server and then beside eight streams."""
     roots = [make_adapter(bench.shape, bench.directory / f"dora{n}", 64, n, dora=True) for n in range(3)]
     flags = bench.flags(8, "--max-lora-rank", 64, "--max-loras-per-batch", 8, "--lora-pool-size", 4)
-    with Launched(*flags) as server:
-        time.sleep(5)  # the process that reads adapters starts after the server said that it is ready
+    with LaunchedServer(*flags) as server:
+        time.sleep(5)  # the loader process starts after the server is ready
         idle = [load_seconds(server, f"dora{n}", root) for n, root in enumerate(roots)]
-    with Launched(*flags) as server:  # another one, that knows nothing of the base's weights either
+    with LaunchedServer(*flags) as server:  # another server, whose loader has not read the base's weights either
         dtype = server.info()["capacity"]["dtype"]
         pieces = asyncio.run(beside(bench, server, lambda: load_seconds(server, "dora0", roots[0])))
     print(f"\ndora: rank 64, in {dtype}; loaded and filled by an idle server in " + " ".join(f"{s:.2f}" for s in idle))
@@ -195,8 +195,8 @@ def dora(bench: Bench) -> dict[str, object]:
     return {"dtype": dtype, "idle_seconds": idle, "busy_seconds": pieces.seconds} | pieces.table()
 
 
-def load_seconds(server: Launched, name: str, path: Path) -> float:
-    """How long a client waits until an adapter is on the device."""
+def load_seconds(server: LaunchedServer, name: str, path: Path) -> float:
+    """Seconds until a load call answers that the adapter is resident."""
     began = time.perf_counter()
     server.post("/load_lora_adapter", {"lora_name": name, "lora_path": str(path), "preload": True})
     return time.perf_counter() - began
@@ -204,7 +204,7 @@ def load_seconds(server: Launched, name: str, path: Path) -> float:
 
 @dataclass(frozen=True)
 class Gaps:
-    """Seconds between tokens before something was done and while it was, and how long that took."""
+    """Seconds between tokens before and during some work, and how long the work took."""
 
     before: list[float]
     during: list[float]
@@ -220,18 +220,18 @@ class Gaps:
         return out
 
 
-async def beside(bench: Bench, server: Launched, work: Callable[[], float]) -> Gaps:
-    """Eight streams of eight adapters, for 15 seconds and then until `work` is done, which tells its seconds."""
+async def beside(bench: Bench, server: LaunchedServer, work: Callable[[], float]) -> Gaps:
+    """Eight streams of eight adapters, for 15 seconds and then until `work` is done, which returns its seconds."""
 
     async def gaps(url: str, until: Callable[[], bool]) -> list[float]:
         async with open_session(None, 600) as session:
             server = Server(session, url)
-            asks = iter(bench.plan(8, 100000).asks(1))
+            requests = iter(bench.plan(8, 100000).requests(1))
             pieces: list[float] = []
 
             async def client() -> None:
                 while not until():
-                    sample = await server.send(next(asks), time.perf_counter())
+                    sample = await server.send(next(requests), time.perf_counter())
                     pieces.extend(b - a for a, b in zip(sample.pieces, sample.pieces[1:], strict=False))
 
             await asyncio.gather(*(client() for _ in range(8)))
@@ -245,9 +245,9 @@ async def beside(bench: Bench, server: Launched, work: Callable[[], float]) -> G
 
 
 def switch(bench: Bench) -> dict[str, object]:
-    """One token at a time from one adapter, or from two in turn; and a fill's time by rank."""
+    """One token at a time from one adapter, or from two in turn; and the time of a fill by rank."""
     one, two = [], []
-    with Launched(*bench.flags(2, "--max-lora-rank", 128, "--max-loras-per-batch", 8)) as server:
+    with LaunchedServer(*bench.flags(2, "--max-lora-rank", 128, "--max-loras-per-batch", 8)) as server:
 
         def token(adapter: str) -> float:
             began = time.perf_counter()
@@ -257,8 +257,8 @@ def switch(bench: Bench) -> dict[str, object]:
 
         for number in tqdm(range(300), desc="switch", leave=False):
             token("a0" if number % 2 else "a1")
-            two.append(token("a1" if number % 2 else "a0"))  # the other one than the step before
-            one.append(token("a1" if number % 2 else "a0"))  # the same one
+            two.append(token("a1" if number % 2 else "a0"))  # another adapter than in the step before
+            one.append(token("a1" if number % 2 else "a0"))  # the same adapter
         times = {}
         for rank in (8, 16, 32, 64, 128):
             path = make_adapter(bench.shape, bench.directory / f"r{rank}", rank)
@@ -280,12 +280,12 @@ PARTS: dict[str, Callable[[Bench], dict[str, object]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and write."""
+    """Measures, prints and writes."""
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     top.add_argument("--shape", choices=list(SHAPES), default="0.5b")
     top.add_argument("--rounds", type=int, default=3)
-    top.add_argument("--requests", type=int, default=128, help="in each round, and at least one an adapter")
+    top.add_argument("--requests", type=int, default=128, help="requests in each round; at least one for each adapter")
     top.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     args = top.parse_args(argv)
     bench = Bench(args.shape, args.rounds, args.requests)

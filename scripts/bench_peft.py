@@ -1,10 +1,10 @@
 """transformers + PEFT under the loads of `scripts/bench_cpu.py`: offline batches with an adapter for each row.
 
-python scripts/bench_peft.py --batch 1 8 --rounds 1                 added to the same JSON file, under its own name
+python scripts/bench_peft.py --batch 1 8 --rounds 1                 appended to the same JSON file
 python scripts/bench_peft.py --parts base mixed --batch 8
 
-No server and no arrivals: every batch starts and ends together, so its rates flatter it. A row's adapter is chosen as
-PEFT does, by `adapter_names` in `generate`. Needs the packages of the tests.
+There is no server and there are no arrivals: all rows of a batch start and end together, which favours its rates. A
+row's adapter is chosen by PEFT's `adapter_names` in `generate`. Needs the packages of the tests.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from bench.launched import scratch
+from bench.launched_server import scratch
 from bench.shapes import SHAPES, make_model
-from bench.workload import Ask
-from cpu.book import Book, Entry, table
+from bench.workload import Request
 from cpu.loads import LOADS, OUTPUT, TITLES, adapters, floor
+from cpu.results import Entry, Results, table
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -28,7 +28,7 @@ LABEL = "transformers + PEFT"
 
 
 def load_model(shape_name: str, parts: Sequence[str]) -> torch.nn.Module:
-    """The base with the adapters that the parts name; without any, the bare base."""
+    """The base with the adapters of the parts."""
     shape, directory = SHAPES[shape_name], scratch() / f"bench-{shape_name}"
     model = AutoModelForCausalLM.from_pretrained(make_model(shape, directory / "model"), dtype=torch.bfloat16)
     paths = adapters(shape, directory)
@@ -41,10 +41,14 @@ def load_model(shape_name: str, parts: Sequence[str]) -> torch.nn.Module:
 
 
 @torch.inference_mode()
-def generate(model: torch.nn.Module, asks: Sequence[Ask], tokens: int) -> float:
-    """Seconds for one batch of `tokens` each."""
-    ids = torch.tensor([ask.prompt for ask in asks])
-    rows = {"adapter_names": [ask.adapter or "__base__" for ask in asks]} if isinstance(model, PeftModel) else {}
+def generate(model: torch.nn.Module, requests: Sequence[Request], tokens: int) -> float:
+    """Seconds to generate `tokens` for each request of a batch."""
+    ids = torch.tensor([request.prompt for request in requests])
+    rows = (
+        {"adapter_names": [request.adapter or "__base__" for request in requests]}
+        if isinstance(model, PeftModel)
+        else {}
+    )
     length = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
     began = time.perf_counter()
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **length, **rows)
@@ -53,34 +57,38 @@ def generate(model: torch.nn.Module, asks: Sequence[Ask], tokens: int) -> float:
     return seconds
 
 
-def measure(args: argparse.Namespace, book: Book) -> None:
-    """Every part and batch in turns; a short batch first, which nobody counts."""
+def measure(args: argparse.Namespace, results: Results) -> None:
+    """Measures all parts and batch sizes in turn, each after a short warm-up batch."""
     model, session, shape = load_model(args.shape, args.parts), int(time.time()), SHAPES[args.shape]
     for turn in range(args.rounds):
         for batch in args.batch:
             for part in args.parts:
-                asks = LOADS[part].asks(batch, random.Random(f"{session} {part} {batch} {turn}").randrange(2**32))
-                starts = range(0, len(asks) - batch + 1, batch)
-                generate(model, asks[:batch], 2)
-                seconds = [generate(model, asks[at : at + batch], OUTPUT) for at in starts]
+                requests = LOADS[part].requests(
+                    batch, random.Random(f"{session} {part} {batch} {turn}").randrange(2**32)
+                )
+                starts = range(0, len(requests) - batch + 1, batch)
+                generate(model, requests[:batch], 2)
+                seconds = [generate(model, requests[at : at + batch], OUTPUT) for at in starts]
                 rate = len(seconds) * batch * OUTPUT / sum(seconds)
                 where = session, turn, args.shape, LABEL, part, batch
-                book.entries.append(Entry(*where, rate, floor(shape, asks, batch)))
-                book.write(args.json)
+                results.entries.append(Entry(*where, rate, floor(shape, requests, batch)))
+                results.write(args.json)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, add to the file, print all it holds."""
+    """Measures, appends to the file, and prints all results."""
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--shape", choices=list(SHAPES), default="0.5b")
     top.add_argument("--parts", nargs="+", choices=list(LOADS), default=["base", "one", "mixed", "sixteen"])
     top.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     top.add_argument("--rounds", type=int, default=1)
-    top.add_argument("--json", type=Path, metavar="FILE", default=scratch() / "bench-cpu.json", help="added to")
+    top.add_argument(
+        "--json", type=Path, metavar="FILE", default=scratch() / "bench-cpu.json", help="results are appended to it"
+    )
     args = top.parse_args(argv)
-    book = Book.read(args.json)
-    measure(args, book)
-    print(table(book, TITLES))
+    results = Results.read(args.json)
+    measure(args, results)
+    print(table(results, TITLES))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Measure an OpenAI-compatible server: latency percentiles and throughput under a seeded random workload.
+"""Measures an OpenAI-compatible server: latency percentiles and throughput under a seeded random workload.
 
     python scripts/bench_serving.py --concurrency 16 --adapters round-robin
     python scripts/bench_serving.py --request-rate 8 --burstiness 0.5 --input-len 64:512 --json result.json
@@ -6,7 +6,7 @@
 
 Prompts are random token ids sent to /v1/completions as a stream (as text when --tokenizer is given), with ignore_eos.
 A closed loop keeps --concurrency requests in flight; --request-rate makes it an open loop, whose times run from when a
-request was due. Two servers are measured in turns on the same workload, and compared round by round.
+request was due. Two servers are measured in turn on the same workload and compared round by round.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bench.workload import DISTRIBUTIONS, Lengths, Plan
 
 
 def lengths(text: str) -> Lengths:
-    """An argparse type with the reason in its message."""
+    """An argparse type for lengths."""
     try:
         return Lengths.parse(text)
     except ValueError as error:
@@ -63,7 +63,7 @@ def count(text: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags, grouped by what they decide."""
+    """The parser of the script's flags."""
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = top.add_argument_group("the server")
     where.add_argument("--url", default="http://127.0.0.1:30000")
@@ -120,19 +120,19 @@ def decoder(path: Path | None) -> Callable[[Sequence[int]], str] | None:
 
 
 async def one_run(server: Server, plan: Plan, args: argparse.Namespace, seed: int, label: str) -> Run:
-    """One round on one server."""
-    asks = plan.asks(seed)
+    """Measures one round on one server."""
+    requests = plan.requests(seed)
     if plan.rate is None:
-        return await closed_loop(server, asks, args.concurrency or 8, label)
-    return await open_loop(server, asks, args.concurrency, label)
+        return await closed_loop(server, requests, args.concurrency or 8, label)
+    return await open_loop(server, requests, args.concurrency, label)
 
 
 async def warm_up(server: Server, plan: Plan, args: argparse.Namespace) -> None:
-    """Requests of the same kind that nobody counts."""
+    """Sends requests of the same kind, which are not measured."""
     if args.warmup < 1:
         return
     warm = replace(plan, count=args.warmup, rate=None)
-    await closed_loop(server, warm.asks(args.seed - 1), args.concurrency or 8, f"warm-up {server.url}")
+    await closed_loop(server, warm.requests(args.seed - 1), args.concurrency or 8, f"warm-up {server.url}")
 
 
 async def measure(args: argparse.Namespace) -> dict[str, list[Run]]:
@@ -155,7 +155,7 @@ async def measure(args: argparse.Namespace) -> dict[str, list[Run]]:
 
 
 def report(args: argparse.Namespace, runs: dict[str, list[Run]]) -> dict[str, object]:
-    """Print what people read; returns what --json writes."""
+    """Prints the results; returns what --json writes."""
     servers: dict[str, object] = {}
     for url, some in runs.items():
         summary = summarise(some)
@@ -175,7 +175,7 @@ def report(args: argparse.Namespace, runs: dict[str, list[Run]]) -> dict[str, ob
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and write; 1 when nothing was answered or the server cannot be reached."""
+    """Measures, prints and writes. Exit status 1 when no request was answered or the server cannot be reached."""
     top = parser()
     args = top.parse_args(argv)
     if args.compare == args.url:

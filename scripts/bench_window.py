@@ -1,15 +1,15 @@
-"""Two steps in flight against one, on this machine: throughput and time to first token, in turns on one workload.
+"""Compares two steps in flight with one on this machine: throughput and time to first token on one workload.
 
     python scripts/bench_window.py                                a short step and a long one, about an hour
     python scripts/bench_window.py --shapes tiny --launches 4 --rounds 3
     python scripts/bench_window.py --shapes 0.5b --concurrency 32 --closed-only
 
-Both servers are up together and take turns, round by round. Of two equal ones the one that lies better in memory is
-faster for as long as it lives, by some percent: so both are launched anew several times, who is first alternating.
-Rates come from a closed loop; the time to the first token from an open loop (Poisson) at a share of what the closed
-loop reached, so that arrivals fall anywhere in a step. `later` is how much later the first token comes with two steps
-in flight, in steps (gaps between tokens, p50). `beside` is the share of a closed loop's time in which the runner
-computed no step: all that a second step in flight can win. `steps 2/1` is how many more of them it took.
+Both servers run at the same time and are measured in turns, round by round. Of two equal servers one may stay some
+percent faster because of where its memory lies, so both are launched several times, and which is launched first
+alternates. Rates come from a closed loop; the time to the first token from an open loop (Poisson) at a share of the
+closed loop's rate, so that requests arrive at any point of a step. `later` is how much later the first token comes with
+two steps in flight, in steps (gaps between tokens, p50). `beside` is the share of a closed loop's time in which the
+runner computed no step: the most that a second step in flight can gain. `steps 2/1` is the ratio of the steps taken.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.client import Server, open_session
-from bench.launched import Launched, scratch
+from bench.launched_server import LaunchedServer, scratch
 from bench.loops import Run, closed_loop, open_loop
 from bench.report import Summary, ratios, summarise
 from bench.shapes import SHAPES, make_adapter, make_model
-from bench.workload import Ask, Lengths, Plan
+from bench.workload import Lengths, Plan, Request
 
 ONE = "--disable-overlap-schedule"
-LOAD = 0.6  # of the closed loop's rate of requests
-REQUESTS = {"tiny": 20}  # of each client in a round, else 2: a run shorter than a second tells nothing
-LEAST = 4  # requests of a round
-TOLD_SECONDS = 1.5  # a server tells its metrics what it did once a second
+LOAD = 0.6  # of the closed loop's rate
+REQUESTS = {"tiny": 20}  # of each client in a round, else 2: runs below a second are too noisy
+LEAST = 4  # requests in a round
+TOLD_SECONDS = 1.5  # a server updates its metrics once a second
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Runs:
     opened: list[Run] = field(default_factory=list)
 
     def since(self, rounds: int) -> Runs:
-        """Without the first rounds."""
+        """The runs without the first rounds."""
         return Runs(self.closed[rounds:], self.steps[rounds:], self.beside[rounds:], self.opened[rounds:])
 
 
@@ -70,11 +70,11 @@ class Point:
 
     @property
     def later(self) -> float | None:
-        """How many steps later the first token comes."""
+        """How many steps later the first token comes with two in flight."""
         return (self.ttft_ms[1] - self.ttft_ms[0]) / self.step_ms if self.ttft_ms else None
 
     def line(self, launch: str) -> str:
-        """For people."""
+        """A line of the table."""
         opened = "" if self.ttft_ms is None else f"{self.ttft_ms[0]:10.1f}{self.ttft_ms[1]:9.1f}{self.later:8.2f}"
         return (
             f"{self.shape:>6}{self.concurrency:6}{launch:>8}{self.step_ms:9.2f}"
@@ -91,7 +91,7 @@ HEAD = (
 
 
 def point(shape: str, concurrency: int, one: Runs, two: Runs) -> Point:
-    """The figures of the same rounds on both."""
+    """The figures of one point from the same rounds on both servers."""
     closed = summarise(one.closed), summarise(two.closed)
     return Point(
         shape,
@@ -119,15 +119,18 @@ def _rates(runs: Runs) -> list[float]:
     return [summarise([run]).output_tokens_per_s for run in runs.closed]
 
 
-def asks(concurrency: int, requests: int, seed: int, rate: float | None) -> list[Ask]:
-    """Random prompts over the base and one adapter, other ones at every concurrency."""
+def make_requests(concurrency: int, requests: int, seed: int, rate: float | None) -> list[Request]:
+    """Random prompts for the base and one adapter, different at every concurrency."""
     plan = Plan(requests, Lengths(16, 96), Lengths(24, 40), (300, 900), ("a", "chorus"), "round-robin", 1.0, rate, 1.0)
-    found = plan.asks(10_000 * concurrency + seed)
-    return [ask if ask.adapter == "a" else Ask(ask.prompt, ask.output_len, None, ask.due) for ask in found]
+    found = plan.requests(10_000 * concurrency + seed)
+    return [
+        request if request.adapter == "a" else Request(request.prompt, request.output_len, None, request.due)
+        for request in found
+    ]
 
 
-async def computed(server: Launched) -> tuple[float, float]:
-    """(steps, seconds in them) of a server's runner so far, as soon as they stand still. Nobody may ask meanwhile."""
+async def computed(server: LaunchedServer) -> tuple[float, float]:
+    """(steps, seconds in them) of a server's runner so far, once they stop changing; no request may run meanwhile."""
     last = -1.0
     while (steps := server.metric("chorus:step_seconds_count")) != last:
         last = steps
@@ -137,19 +140,19 @@ async def computed(server: Launched) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two servers as launched, and where its runs are put down."""
+    """One of the two launched servers, and its runs."""
 
-    server: Launched
+    server: LaunchedServer
     client: Server
     runs: Runs
 
     async def warm_up(self, concurrency: int) -> None:
-        """One request of each client: what is compiled or allocated has been."""
+        """One request of each client, so that everything is compiled and allocated."""
         await self.client.discover()
-        await closed_loop(self.client, asks(concurrency, concurrency, 9_999, None), concurrency, "warm-up")
+        await closed_loop(self.client, make_requests(concurrency, concurrency, 9_999, None), concurrency, "warm-up")
 
-    async def close(self, work: list[Ask], concurrency: int, label: str) -> None:
-        """The closed loop."""
+    async def close(self, work: list[Request], concurrency: int, label: str) -> None:
+        """Measures a closed loop."""
         steps, seconds = await computed(self.server)
         run = await closed_loop(self.client, work, concurrency, label)
         steps_then, seconds_then = await computed(self.server)
@@ -157,41 +160,45 @@ class Side:
         self.runs.steps.append(steps_then - steps)
         self.runs.beside.append(1 - (seconds_then - seconds) / run.seconds)
 
-    async def open(self, work: list[Ask], label: str) -> None:
-        """The open loop."""
+    async def open(self, work: list[Request], label: str) -> None:
+        """Measures an open loop."""
         self.runs.opened.append(await open_loop(self.client, work, None, label))
 
 
 async def measure(
-    servers: Sequence[Launched],
+    servers: Sequence[LaunchedServer],
     runs: Sequence[Runs],
     concurrency: int,
     requests: int,
     seeds: Sequence[int],
     with_open: bool,
 ) -> None:
-    """The closed loop on both, then the open loop on both; who goes first alternates."""
+    """Measures the closed loop on both, then the open loop on both; which is first alternates."""
     async with open_session(None, 600) as session:
         sides = [Side(server, Server(session, server.url), into) for server, into in zip(servers, runs, strict=True)]
         for side in sides:
             await side.warm_up(concurrency)
         for seed in seeds:
             for side in sides if seed % 2 == 0 else sides[::-1]:
-                await side.close(asks(concurrency, requests, seed, None), concurrency, f"closed loop, round {seed + 1}")
+                await side.close(
+                    make_requests(concurrency, requests, seed, None), concurrency, f"closed loop, round {seed + 1}"
+                )
         rate = LOAD * statistics.median(summarise([run]).requests_per_s for run in runs[0].closed)
         for seed in seeds if with_open else ():
             for side in sides if seed % 2 == 0 else sides[::-1]:
-                await side.open(asks(concurrency, requests, 5_000 + seed, rate), f"open loop, round {seed + 1}")
+                await side.open(
+                    make_requests(concurrency, requests, 5_000 + seed, rate), f"open loop, round {seed + 1}"
+                )
 
 
 @contextmanager
-def launched(shape: str, launch: int, flags: Sequence[str]) -> Iterator[list[Launched]]:
-    """The server with one step in flight and that with two; every other time the second is started first."""
+def launched(shape: str, launch: int, flags: Sequence[str]) -> Iterator[list[LaunchedServer]]:
+    """The server with one step in flight and the one with two; which starts first alternates by launch."""
     directory = scratch() / f"bench-{shape}"
     model = make_model(SHAPES[shape], directory / "model")
     adapter = make_adapter(SHAPES[shape], directory / "r16", 16)
     common = ["--model-path", model, "--dtype", "float32", "--lora-paths", f"a={adapter}", *flags]
-    servers = [Launched(*common, ONE), Launched(*common)]
+    servers = [LaunchedServer(*common, ONE), LaunchedServer(*common)]
     with ExitStack() as stack:
         for server in servers if launch % 2 == 0 else servers[::-1]:
             stack.enter_context(server)
@@ -199,7 +206,7 @@ def launched(shape: str, launch: int, flags: Sequence[str]) -> Iterator[list[Lau
 
 
 def bench(shape: str, args: argparse.Namespace) -> list[Point]:
-    """Every concurrency at each launch: a line of each, and in the end one of all."""
+    """Measures every concurrency at each launch; prints a line for each, then one for all launches."""
     found = {concurrency: (Runs(), Runs()) for concurrency in args.concurrency}
     for launch in range(args.launches):
         seeds = range(launch * args.rounds, (launch + 1) * args.rounds)
@@ -216,16 +223,20 @@ def bench(shape: str, args: argparse.Namespace) -> list[Point]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and write."""
+    """Measures, prints and writes."""
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = top.add_argument
     add("--shapes", nargs="+", choices=list(SHAPES), default=["tiny", "0.5b"])
     add("--concurrency", nargs="+", type=int, default=[1, 8, 32])
-    add("--launches", type=int, default=2, help="how often both servers are started anew")
-    add("--rounds", type=int, default=3, help="at each launch")
-    add("--requests", type=int, help="of each client in a round (2; 20 with the tiny shape); four in all at least")
-    add("--closed-only", action="store_true", help="no open loop: it takes two thirds of the time")
-    add("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for both servers; stands last")
+    add("--launches", type=int, default=2, help="how often both servers are launched")
+    add("--rounds", type=int, default=3, help="rounds at each launch")
+    add(
+        "--requests",
+        type=int,
+        help="requests of each client in a round (2; 20 with the tiny shape); at least four in all",
+    )
+    add("--closed-only", action="store_true", help="no open loop, which takes two thirds of the time")
+    add("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for both servers; must be last")
     add("--json", type=Path, metavar="FILE", help="write the results there")
     args = top.parse_args(argv)
     print(HEAD)

@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
-from bench.launched import scratch
+from bench.launched_server import scratch
 from bench.shapes import SHAPES, Shape, make_adapter, make_model
 from msgspec.structs import replace
 from tqdm import tqdm

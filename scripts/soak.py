@@ -1,17 +1,18 @@
-"""Everything at once, for as long as you like: is every answer the calm run's, and is everything given back?
+"""Runs everything at once against one server: all answers must equal undisturbed ones, and nothing may leak.
 
 python scripts/soak.py                    two minutes on the bundled demo, float32
-python scripts/soak.py --minutes 30       the long one
-python scripts/soak.py --seed 7           another order of events; the same seed asks and strikes in the same order
+python scripts/soak.py --minutes 30       a long run
+python scripts/soak.py --seed 7           another order of events; one seed gives the same requests and signals
 
-Traffic     greedy and seeded, base, adapters and mixes, streams and not; some clients leave in the middle
-Adapters    a guest is loaded, re-pointed and unloaded all the time; whoever asks for it gets one of its two voices
-Floods      hundreds of requests at once against a bound of 128: 200 or 503, nothing else
-Deaf        clients that ask for megabytes and never read: they are cut off, and nobody else notices
-Strikes     SIGKILL and SIGSTOP of any of the three processes, when the engine has got over the last one
-At the end  nothing runs, no page is held, the scheduler's audits passed, memory, handles and processes are as before
+Traffic     greedy and seeded, base, adapters and mixes, streams and not; some clients disconnect early
+Adapters    the name `guest` is loaded, re-pointed and unloaded all the time; it stands for two adapters in turn
+Floods      hundreds of requests at once against a limit of 128: 200 or 503, nothing else
+Readers     slow clients that request megabytes and never read: they are disconnected, other requests are not delayed
+Strikes     SIGKILL and SIGSTOP of any of the three processes, after the engine has recovered from the last one
+At the end  no request runs, no page is held, the scheduler's audits passed, and memory, descriptors and processes are
+            as before
 
-Exit status 1 on any difference. A stream that a dead tokenizer process took with it is counted and asked again.
+Exit status 1 on any difference. A stream that was lost with a killed tokenizer process is counted, not compared.
 """
 
 from __future__ import annotations
@@ -33,39 +34,41 @@ from typing import Any
 
 import aiohttp
 import msgspec
-from bench.asks import GUEST, VOICES, Ask, make_asks
-from bench.launched import Launched
+from bench.launched_server import LaunchedServer
+from bench.soak_requests import ADAPTERS, GUEST, SoakRequest, make_requests
 from tqdm import tqdm
 from yarl import URL
 
 DEMO = Path(__file__).resolve().parents[1] / "engine" / "demo"
 PROCESSES = ("model_runner", "scheduler", "tokenizer_proc")
-BOUND, FLOOD = 128, 300
-DEAF = 4
-DEAF_BODY = {
+MAX_OPEN, FLOOD = 128, 300
+SLOW_READERS = 4
+SLOW_READER_BODY = {
     "input_ids": [8, 9, 10], "stream": True, "return_logprob": True, "top_logprobs_num": 20,
     "sampling_params": {"max_new_tokens": 200, "ignore_eos": True},
 }  # fmt: skip
-"""Its events repeat all that came before: more in all than a kernel keeps for a connection."""
+"""Its cumulative events are more in all than the kernel buffers for a connection."""
 
 HANG_SECONDS = 90.0
 
 
 class Refused(Exception):
-    """An answer that is no 200."""
+    """An answer with another status than 200."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(f"{status}: {text[:200]}")
         self.status = status
 
 
-async def ask_for(session: aiohttp.ClientSession, ask: Ask, lora: Any, leave_after: int | None = None) -> list[int]:
-    """The tokens; with `leave_after` what came before the client left. A sent token that changes is an error."""
+async def read_tokens(
+    session: aiohttp.ClientSession, request: SoakRequest, lora: Any, leave_after: int | None = None
+) -> list[int]:
+    """The tokens; with `leave_after` those before disconnecting. Raises ValueError if a sent token changes."""
     seen: list[int] = []
-    async with session.post("/generate", json=ask.body(lora)) as response:
+    async with session.post("/generate", json=request.body(lora)) as response:
         if response.status != 200:
             raise Refused(response.status, await response.text())
-        if not ask.stream:
+        if not request.stream:
             return list((await response.json())["output_ids"])
         async for line in response.content:
             if not line.startswith(b"data: {"):
@@ -83,7 +86,7 @@ async def ask_for(session: aiohttp.ClientSession, ask: Ask, lora: Any, leave_aft
 
 
 def children(pid: int) -> dict[str, int]:
-    """The engine's processes by module, of those that live."""
+    """The process ids of the engine's running processes, by module."""
     found = {}
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         with contextlib.suppress(OSError):
@@ -92,8 +95,8 @@ def children(pid: int) -> dict[str, int]:
     return found
 
 
-def held(pid: int) -> tuple[int, int]:
-    """(open handles, resident bytes of its own) of a process."""
+def resources(pid: int) -> tuple[int, int]:
+    """(open descriptors, private resident bytes) of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
     return len(os.listdir(f"/proc/{pid}/fd")), int(status.split("RssAnon:")[1].split()[0]) << 10
 
@@ -102,77 +105,79 @@ def held(pid: int) -> tuple[int, int]:
 class Soak:
     """One run against one server."""
 
-    server: Launched
-    asks: list[Ask]
+    server: LaunchedServer
+    requests: list[SoakRequest]
     seed: int
     seconds: float
     clients: int
     strike: bool
-    calm: dict[tuple[int, str], list[int]] = field(default_factory=dict)
+    undisturbed: dict[tuple[int, str], list[int]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     differences: list[str] = field(default_factory=list)
-    doors_lost: int = 0  # tokenizer processes that were struck: their connections go with them
+    tokenizers_lost: int = 0  # signalled tokenizer processes, whose connections are lost
     ends: float = 0.0
 
     def session(self) -> aiohttp.ClientSession:
-        """For one client or many."""
+        """An HTTP session."""
         timeout = aiohttp.ClientTimeout(total=HANG_SECONDS)
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         return aiohttp.ClientSession(self.server.url, timeout=timeout, connector=connector)
 
     async def run(self) -> None:
-        """Calm answers, then the storm."""
+        """Collects undisturbed answers, then runs everything at once."""
         await self.learn()
-        before = {name: held(pid) for name, pid in children(self.server.process.pid).items()}
-        launcher = held(self.server.process.pid)
+        before = {name: resources(pid) for name, pid in children(self.server.process.pid).items()}
+        launcher = resources(self.server.process.pid)
         self.ends = time.monotonic() + self.seconds
         work: list[Awaitable[None]] = [self.client(random.Random(f"{self.seed} {n}")) for n in range(self.clients)]
-        work += [self.guest(), self.flood(), self.deaf(), self.clock()]
+        work += [self.guest(), self.flood(), self.slow_readers(), self.clock()]
         if self.strike:
             work.append(self.striker(random.Random(f"{self.seed} strikes")))
         await asyncio.gather(*work)
         await self.audit(before, launcher)
 
     async def learn(self) -> None:
-        """Every answer as it is when nothing else happens: one request at a time."""
+        """Collects the undisturbed answers: one request at a time."""
         async with self.session() as session:
-            for number, ask in enumerate(tqdm(self.asks, desc="calm", leave=False)):
-                for lora in ask.voices:
-                    self.calm[number, str(lora)] = await ask_for(session, ask, lora)
+            for number, request in enumerate(tqdm(self.requests, desc="undisturbed", leave=False)):
+                for lora in request.selections:
+                    self.undisturbed[number, str(lora)] = await read_tokens(session, request, lora)
 
-    # ----------------------------------------------------------------------------------------------- the storm
+    # ----------------------------------------------------------------------------------------------- everything at once
 
     async def client(self, draw: random.Random) -> None:
-        """Asks one thing after the other, and compares."""
+        """Sends one request after the other and checks the answers."""
         async with self.session() as session:
             while time.monotonic() < self.ends:
                 await self.one(session, draw)
 
     async def one(self, session: aiohttp.ClientSession, draw: random.Random) -> None:
-        """One request and the verdict on it."""
-        number = draw.randrange(len(self.asks))
-        ask, lost = self.asks[number], self.doors_lost
-        leave = draw.randrange(1, 5) if ask.stream and draw.random() < 0.1 else None
+        """Sends one request and checks its answer."""
+        number = draw.randrange(len(self.requests))
+        request, lost = self.requests[number], self.tokenizers_lost
+        leave = draw.randrange(1, 5) if request.stream and draw.random() < 0.1 else None
         try:
-            tokens = await ask_for(session, ask, ask.lora, leave)
+            tokens = await read_tokens(session, request, request.lora, leave)
         except Refused as error:
-            if error.status == 503 or (ask.lora == "guest" and error.status in (400, 404)):
+            if error.status == 503 or (request.lora == "guest" and error.status in (400, 404)):
                 self.counts["refused"] += 1
                 await asyncio.sleep(0.2)
             else:
                 self.differ(f"request {number}: {error}")
             return
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-            if lost == self.doors_lost or isinstance(error, TimeoutError):
+            if lost == self.tokenizers_lost or isinstance(error, TimeoutError):
                 self.differ(f"request {number}: {type(error).__name__}: {error}")
             self.counts["cut"] += 1
             return
         except (ValueError, KeyError) as error:
             self.differ(f"request {number}: {error}")
             return
-        right = [self.calm[number, str(lora)] for lora in ask.voices]
-        if not any(tokens == calm[: len(tokens)] for calm in right) or (leave is None and len(tokens) != ask.tokens):
-            self.differ(f"request {number} ({ask.lora}): {tokens} is none of {right}")
+        correct = [self.undisturbed[number, str(lora)] for lora in request.selections]
+        if not any(tokens == undisturbed[: len(tokens)] for undisturbed in correct) or (
+            leave is None and len(tokens) != request.tokens
+        ):
+            self.differ(f"request {number} ({request.lora}): {tokens} is none of {correct}")
         self.counts["left" if leave else "answered"] += 1
         self.counts["tokens"] += len(tokens)
 
@@ -189,31 +194,31 @@ class Soak:
                     await asyncio.sleep(0.3)
 
     async def change(self, session: aiohttp.ClientSession, call: str, body: dict[str, Any]) -> None:
-        """One call about the guest. After a tokenizer process died, it may be there, or not."""
-        lost = self.doors_lost
+        """One adapter call for the guest. After a tokenizer process died, the guest may be loaded or not."""
+        lost = self.tokenizers_lost
         try:
             async with session.post(call, json=body) as response:
                 text = await response.text()
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-            if lost == self.doors_lost or isinstance(error, TimeoutError):
+            if lost == self.tokenizers_lost or isinstance(error, TimeoutError):
                 self.differ(f"{call}: {type(error).__name__}: {error}")
             return
         self.counts["adapter calls"] += 1
-        if response.status != 200 and response.status != 503 and not self.doors_lost:
+        if response.status != 200 and response.status != 503 and not self.tokenizers_lost:
             self.differ(f"{call}: {response.status} {text[:200]}")
 
     async def flood(self) -> None:
-        """Now and then far more requests at once than may be open."""
+        """Sometimes sends far more requests at once than may be open."""
         body = {"input_ids": [8, 9, 10], "sampling_params": {"max_new_tokens": 2}}
         async with self.session() as session:
 
             async def call() -> None:
-                lost = self.doors_lost
+                lost = self.tokenizers_lost
                 try:
                     async with session.post("/generate", json=body) as response:
                         await response.read()
                 except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-                    if lost == self.doors_lost or isinstance(error, TimeoutError):
+                    if lost == self.tokenizers_lost or isinstance(error, TimeoutError):
                         self.differ(f"a flood: {type(error).__name__}: {error}")
                     return
                 self.counts["flood"] += 1
@@ -224,27 +229,27 @@ class Soak:
                 await asyncio.sleep(min(7.0, self.seconds / 5))
                 await asyncio.gather(*(call() for _ in range(FLOOD)))
 
-    async def deaf(self) -> None:
-        """Some who ask and do not read, until they are cut off or everything ends; then others."""
+    async def slow_readers(self) -> None:
+        """Groups of clients that send a request and read nothing until they are disconnected."""
         while time.monotonic() < self.ends:
-            await asyncio.gather(*(self.one_deaf() for _ in range(DEAF)))
+            await asyncio.gather(*(self.slow_reader() for _ in range(SLOW_READERS)))
             await asyncio.sleep(min(5.0, self.seconds / 10))
 
-    async def one_deaf(self) -> None:
-        """One of them. What it finds out when it listens at last, the log says too."""
-        url, loop, data = URL(self.server.url), asyncio.get_running_loop(), msgspec.json.encode(DEAF_BODY)
+    async def slow_reader(self) -> None:
+        """One client that does not read; the server's log says when it was disconnected."""
+        url, loop, data = URL(self.server.url), asyncio.get_running_loop(), msgspec.json.encode(SLOW_READER_BODY)
         head = f"POST /generate HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\n"
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.setblocking(False)
-            with contextlib.suppress(ConnectionError):  # the process may have been struck
+            with contextlib.suppress(ConnectionError):  # the process may have been killed
                 await loop.sock_connect(client, (url.host, url.port))
                 await loop.sock_sendall(client, f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-                self.counts["deaf"] += 1
+                self.counts["slow readers"] += 1
                 await asyncio.sleep(min(10.0, max(0.0, self.ends - time.monotonic())))
 
     async def striker(self, draw: random.Random) -> None:
-        """Ends or stops a process, waits until the engine serves again and has answered, and so on."""
+        """Kills or stops a process, waits until the engine has answered a request again, and repeats."""
         while True:
             await asyncio.sleep(draw.uniform(1.0, 3.0))
             if time.monotonic() > self.ends - self.seconds / 10:
@@ -254,7 +259,7 @@ class Soak:
             if before is None:
                 continue
             os.kill(before, number)
-            self.doors_lost += name == "tokenizer_proc"
+            self.tokenizers_lost += name == "tokenizer_proc"
             self.counts[f"{number.name} {name}"] += 1
             if not await self.until(lambda name=name, before=before: self.is_back(name, before)):  # type: ignore[misc]
                 self.differ(f"{number.name} of {name}: nothing serves again after {HANG_SECONDS} s")
@@ -265,11 +270,11 @@ class Soak:
                 return
 
     def is_back(self, name: str, before: int) -> bool:
-        """Whether another process has taken its place."""
+        """Whether another process runs in its place."""
         return children(self.server.process.pid).get(name, before) != before
 
     async def until(self, condition: Callable[[], bool]) -> bool:
-        """Waits for it; whether it came true. With nobody left to ask it counts as true."""
+        """Waits for the condition. Returns False after HANG_SECONDS; True at the end of the run."""
         deadline = time.monotonic() + HANG_SECONDS
         while not condition():
             await asyncio.sleep(0.1)
@@ -280,7 +285,7 @@ class Soak:
         return True
 
     async def clock(self) -> None:
-        """The progress bar; ends everything when the engine is gone."""
+        """The progress bar; ends the run when the engine exits."""
         with tqdm(total=round(self.seconds), unit="s", desc="soak") as bar:
             while (left := self.ends - time.monotonic()) > 0:
                 bar.update(round(self.seconds - left) - bar.n)
@@ -291,13 +296,13 @@ class Soak:
                 await asyncio.sleep(0.5)
 
     def differ(self, what: str) -> None:
-        """Something that must not be."""
+        """Records a difference."""
         self.differences.append(what)
 
     # ----------------------------------------------------------------------------------------------- the end
 
     async def audit(self, before: dict[str, tuple[int, int]], launcher: tuple[int, int]) -> None:
-        """When nothing is asked any more, nothing is held."""
+        """Checks that an idle engine holds nothing."""
         if self.server.process.poll() is not None:
             return
         stats = await self.idle()
@@ -306,18 +311,18 @@ class Soak:
         now = children(self.server.process.pid)
         if set(now) != set(PROCESSES):
             self.differ(f"the processes are {sorted(now)}")
-        after = {name: held(pid) for name, pid in now.items()} | {"launcher": held(self.server.process.pid)}
-        for name, (handles, memory) in (before | {"launcher": launcher}).items():
-            if name in after and (after[name][0] > handles + 16 or after[name][1] > memory * 1.5 + (64 << 20)):
-                self.differ(f"{name} held {(handles, memory)} (handles, bytes) before, and {after[name]} after")
+        after = {name: resources(pid) for name, pid in now.items()} | {"launcher": resources(self.server.process.pid)}
+        for name, (descriptors, memory) in (before | {"launcher": launcher}).items():
+            if name in after and (after[name][0] > descriptors + 16 or after[name][1] > memory * 1.5 + (64 << 20)):
+                self.differ(f"{name} held {(descriptors, memory)} (descriptors, bytes) before, and {after[name]} after")
         self.counts["cut off"] = self.server.log().count("kind=slow_reader")
-        if self.counts["deaf"] > 5 * DEAF and not self.counts["cut off"]:
-            self.differ("nobody was cut off, though many did not read")
+        if self.counts["slow readers"] > 5 * SLOW_READERS and not self.counts["cut off"]:
+            self.differ("no slow reader was disconnected")
         if "Traceback" in self.server.log() or "audit of the scheduler's tables failed" in self.server.log():
             self.differ(f"the log holds a fault:\n{self.server.log()[-3000:]}")
 
     async def idle(self) -> dict[str, Any]:
-        """The scheduler's numbers when it has come to rest, or after half a minute."""
+        """The scheduler's stats when it is idle, or after half a minute."""
         stats: dict[str, Any] = {}
         async with self.session() as session:
             for _ in range(60):
@@ -331,7 +336,7 @@ class Soak:
 
 
 def show(soak: Soak) -> None:
-    """A short table, and what differed."""
+    """Prints a short table and the differences."""
     for name, count in sorted(soak.counts.items()):
         print(f"{name:28}{count:>10}")
     print(f"{'differences':28}{len(soak.differences):>10}")
@@ -340,30 +345,30 @@ def show(soak: Soak) -> None:
 
 
 def main() -> int:
-    """The exit status: 0 when nothing differed."""
+    """Runs the soak. Exit status 0 without differences."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--clients", type=int, default=24, help="how many ask at the same time")
+    parser.add_argument("--clients", type=int, default=24, help="how many clients send requests at the same time")
     parser.add_argument("--asks", type=int, default=64, help="how many different requests there are")
-    parser.add_argument("--no-strikes", action="store_true", help="leave the processes alone")
+    parser.add_argument("--no-strikes", action="store_true", help="do not kill or stop processes")
     args = parser.parse_args()
-    voices = [f"{name}={DEMO / 'adapters' / name}" for name in VOICES]
+    adapters = [f"{name}={DEMO / 'adapters' / name}" for name in ADAPTERS]
     flags = [
         "--model-path",
         DEMO / "model",
         "--dtype",
         "float32",
         "--max-open-requests",
-        BOUND,
+        MAX_OPEN,
         "--max-stream-buffer",
         "256KiB",
         "--lora-paths",
-        *voices,
+        *adapters,
     ]
-    with Launched(*flags) as server:
+    with LaunchedServer(*flags) as server:
         soak = Soak(
-            server, make_asks(args.asks, random.Random(args.seed)), args.seed, args.minutes * 60, args.clients,
+            server, make_requests(args.asks, random.Random(args.seed)), args.seed, args.minutes * 60, args.clients,
             not args.no_strikes,
         )  # fmt: skip
         asyncio.run(soak.run())

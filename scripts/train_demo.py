@@ -1,6 +1,6 @@
-"""Train the demo that ships in `engine/demo`: a small Llama and four PEFT adapters, from a closed world of facts.
+"""Trains the demo in `engine/demo`: a small Llama and four PEFT adapters, on a closed world of facts.
 
-    python scripts/train_demo.py             # the real thing: some fifteen minutes on two idle cores
+    python scripts/train_demo.py             # the whole training: about fifteen minutes on two idle cores
     python scripts/train_demo.py --quick     # a smoke run: a minute, useless weights
 
 Deterministic on one machine: every draw is seeded and threads are fixed. It prints how often base and voices answer
@@ -22,10 +22,10 @@ from typing import Any
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
-from demo_world.documents import Library, corpus
-from demo_world.examination import examine
-from demo_world.learning import Encoder, batches, learn
-from demo_world.lexicon import BOS, END, EOS, PAD, save_tokenizer, train_tokenizer
+from demo_world.documents import DocumentStream, corpus
+from demo_world.evaluation import evaluate
+from demo_world.tokenizer import BOS, END, EOS, PAD, save_tokenizer, train_tokenizer
+from demo_world.training import Encoder, batches, learn
 from demo_world.voices import BASE, VOICES
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
@@ -65,7 +65,7 @@ def make_base(tokenizer: Tokenizer) -> LlamaForCausalLM:
 
 
 def save_base(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write model, tokenizer, template and sampling defaults; the weights are rounded to bfloat16."""
+    """Writes model, tokenizer, template and sampling defaults; the weights are rounded to bfloat16."""
     folder.mkdir(parents=True)
     config = model.config
     model.generation_config = GenerationConfig(
@@ -77,31 +77,31 @@ def save_base(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> No
 
 
 def train_base(tokenizer: Tokenizer, folder: Path, steps: int) -> None:
-    """Train the base from nothing and save it."""
+    """Trains the base from random weights and saves it."""
     torch.manual_seed(0)
     model, encoder = make_base(tokenizer), Encoder(tokenizer)
-    data = batches(Library(BASE, 0), encoder, TOKENS_PER_BATCH)
+    data = batches(DocumentStream(BASE, 0), encoder, TOKENS_PER_BATCH)
     loss = learn(model, data, steps, BASE_PEAK, BASE)
     print(f"base: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, loss {loss:.4f}")
     save_base(model, tokenizer, folder)
 
 
 def load_base(folder: Path) -> LlamaForCausalLM:
-    """The shipped weights, computed in float32."""
+    """The saved base, in float32."""
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def train_voice(voice: str, out: Path, steps: int) -> dict[str, float]:
-    """Train one adapter on the frozen, shipped base; save it in bfloat16; examine what was saved."""
+    """Trains one adapter on the frozen base, saves it in bfloat16, and evaluates the saved one."""
     base_folder, folder = out / "model", out / "adapters" / voice
     shutil.rmtree(folder, ignore_errors=True)
     tokenizer = Tokenizer.from_file(str(base_folder / "tokenizer.json"))
     torch.manual_seed(1 + VOICES.index(voice))
     config = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=NAME, **LORAS[voice])
     base, encoder = load_base(base_folder), Encoder(tokenizer)
-    base.name_or_path = NAME  # PEFT notes it in the adapter: which base it is, not where it was found
+    base.name_or_path = NAME  # PEFT writes it to the adapter: the base's name instead of its path
     model = get_peft_model(base, config)
-    data = batches(Library(voice, 0), encoder, TOKENS_PER_BATCH)
+    data = batches(DocumentStream(voice, 0), encoder, TOKENS_PER_BATCH)
     loss = learn(base, data, steps, LORA_PEAK, voice)
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{voice}: {size / 1e3:.0f} k parameters, loss {loss:.4f}")
@@ -110,11 +110,11 @@ def train_voice(voice: str, out: Path, steps: int) -> dict[str, float]:
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     _sort_targets(folder / "adapter_config.json")
-    return show(voice, *examine(model.float(), encoder, voice))
+    return show(voice, *evaluate(model.float(), encoder, voice))
 
 
 def train_voices(voices: Sequence[str], out: Path, steps: int, threads: int) -> dict[str, dict[str, float]]:
-    """Train adapters two at a time: each has its own process and seed, so the order changes nothing."""
+    """Trains adapters two at a time; each has its own process and seed, so that the order has no effect."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, mp_context=context, initializer=prepare_torch, initargs=(threads,)) as pool:
         jobs = {voice: pool.submit(train_voice, voice, out, steps) for voice in voices}
@@ -122,20 +122,20 @@ def train_voices(voices: Sequence[str], out: Path, steps: int, threads: int) -> 
 
 
 def prepare_torch(threads: int) -> None:
-    """What makes a run repeatable: fixed threads, deterministic operations."""
+    """Makes a run repeatable: fixed threads, deterministic operations."""
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
 
 
 def _sort_targets(path: Path) -> None:
-    """PEFT writes a set, in another order each time."""
+    """Sorts target_modules, which PEFT writes in random order."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["target_modules"] = sorted(config["target_modules"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def show(voice: str, scores: dict[str, float], wrong: list[str]) -> dict[str, float]:
-    """Print some of what went wrong; hands the scores through."""
+    """Prints some wrong answers; returns the scores."""
     for line in wrong[:12]:
         print("  wrong:", line)
     if len(wrong) > 12:
@@ -144,9 +144,9 @@ def show(voice: str, scores: dict[str, float], wrong: list[str]) -> dict[str, fl
 
 
 def print_table(table: dict[str, dict[str, float]]) -> None:
-    """Share of exactly right answers to held-out phrasings, voices down, subjects across."""
+    """Prints the share of exactly correct answers to held-out phrasings, by voice and subject."""
     subjects = list(next(iter(table.values())))
-    print("exactly right, held-out phrasings")
+    print("exactly correct answers to held-out phrasings")
     print("".ljust(10) + "".join(subject.rjust(13) for subject in subjects))
     for voice, scores in table.items():
         print(voice.ljust(10) + "".join(f"{scores[subject]:.1%}".rjust(13) for subject in subjects))
@@ -155,12 +155,12 @@ def print_table(table: dict[str, dict[str, float]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     root = Path(__file__).resolve().parent.parent
-    parser.add_argument("--out", type=Path, default=root / "engine" / "demo", help="where model/ and adapters/ go")
-    parser.add_argument("--steps", type=int, default=1400, help="steps of the base")
-    parser.add_argument("--lora-steps", type=int, default=800, help="steps of each adapter")
-    parser.add_argument("--threads", type=int, default=1, help="fixed, because sums depend on it")
-    parser.add_argument("--quick", action="store_true", help="a smoke run of a minute: every part, useless weights")
-    parser.add_argument("--keep-base", action="store_true", help="train the adapters on the base that is already there")
+    parser.add_argument("--out", type=Path, default=root / "engine" / "demo", help="directory for model/ and adapters/")
+    parser.add_argument("--steps", type=int, default=1400, help="training steps of the base")
+    parser.add_argument("--lora-steps", type=int, default=800, help="training steps of each adapter")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; the weights depend on it")
+    parser.add_argument("--quick", action="store_true", help="a smoke run of a minute: all parts, useless weights")
+    parser.add_argument("--keep-base", action="store_true", help="train the adapters on the existing base")
     parser.add_argument("--voices", nargs="*", choices=VOICES, default=VOICES, help="which adapters to train")
     args = parser.parse_args()
     if args.quick:
@@ -173,12 +173,12 @@ def main() -> None:
         tokenizer = train_tokenizer(corpus(), VOCAB)
         shutil.rmtree(model_folder, ignore_errors=True)
         train_base(tokenizer, model_folder, args.steps)
-        table[BASE] = show(BASE, *examine(load_base(model_folder), Encoder(tokenizer), BASE))
+        table[BASE] = show(BASE, *evaluate(load_base(model_folder), Encoder(tokenizer), BASE))
     table |= train_voices(args.voices, args.out, args.lora_steps, args.threads)
     if table:
         print_table(table)
     for path in args.out.rglob("*.safetensors"):
-        path.chmod(0o644)  # safetensors writes files for their owner alone; a package is for everyone
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     print(f"{args.out}: {size / 1e6:.1f} MB")
 

@@ -1,4 +1,4 @@
-"""One server as a client sees it: its models, and one streamed completion with the times of its pieces.
+"""A client of one server: its models, and streamed completions with the times of their chunks.
 
 Knows HTTP and server-sent events; does not know why a request is sent.
 """
@@ -13,14 +13,14 @@ from typing import Any
 
 import aiohttp
 
-from bench.workload import Ask
+from bench.workload import Request
 
 LINE_BYTES = 1 << 20  # the longest server-sent line
 
 
 @dataclass
 class Sample:
-    """What one request took, in seconds since it was due: `pieces` of the chunks with tokens, `latency` of the last."""
+    """Seconds of one request since it was due: `pieces` for each chunk with tokens, `latency` for the last."""
 
     adapter: str | None
     wanted: int
@@ -32,7 +32,7 @@ class Sample:
 
 
 class ServerError(Exception):
-    """The server answered with an error; the text is its kind, short enough to count by."""
+    """The server answered with an error; the text is a short kind of error, to count by."""
 
 
 class Server:
@@ -46,7 +46,7 @@ class Server:
         adapter_field: str = "model",
         decode: Callable[[Sequence[int]], str] | None = None,
     ) -> None:
-        """`decode` makes text of token ids for servers that take no ids; `adapter_field`: model, lora_path or both."""
+        """`decode` turns token ids into text for servers without ids; `adapter_field`: model, lora_path or both."""
         self.session, self.url, self.model = session, url.rstrip("/").removesuffix("/v1"), model
         self.adapter_field, self.decode = adapter_field, decode
 
@@ -60,29 +60,29 @@ class Server:
             self.model = next((card["id"] for card in cards if not card.get("parent")), None)
         return adapters
 
-    def body(self, ask: Ask) -> dict[str, Any]:
-        """The completion request of an ask: greedy, streamed with usage, and as long as it says."""
+    def body(self, request: Request) -> dict[str, Any]:
+        """The body of a completion: greedy, streamed with usage, and of exactly the requested length."""
         body: dict[str, Any] = {
             "model": self.model,
-            "prompt": self.decode(ask.prompt) if self.decode else ask.prompt,
-            "max_tokens": ask.output_len,
+            "prompt": self.decode(request.prompt) if self.decode else request.prompt,
+            "max_tokens": request.output_len,
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        if ask.adapter is not None:
+        if request.adapter is not None:
             if self.adapter_field != "lora_path":
-                body["model"] = ask.adapter
+                body["model"] = request.adapter
             if self.adapter_field != "model":
-                body["lora_path"] = ask.adapter
+                body["lora_path"] = request.adapter
         return body
 
-    async def send(self, ask: Ask, due: float) -> Sample:
-        """One request, timed from `due` (a `perf_counter` time). Never raises for what the server or network did."""
-        sample = Sample(ask.adapter, ask.output_len)
+    async def send(self, request: Request, due: float) -> Sample:
+        """Sends one request, timed from `due` (a `perf_counter` time). Errors are recorded in the Sample."""
+        sample = Sample(request.adapter, request.output_len)
         try:
-            async with self.session.post(f"{self.url}/v1/completions", json=self.body(ask)) as response:
+            async with self.session.post(f"{self.url}/v1/completions", json=self.body(request)) as response:
                 if response.status != 200:
                     raise ServerError(await _refusal(response))
                 await self._read(response, sample, due)
@@ -113,7 +113,7 @@ class Server:
 
 
 def _carries_tokens(choice: dict[str, Any]) -> bool:
-    """A chunk without text counts too (half a character, a special token), unless it only says why it ended."""
+    """Whether a chunk has tokens; also without text (half a character, a special token), unless it only ends."""
     return bool(choice.get("text")) or choice.get("finish_reason") is None
 
 

@@ -1,6 +1,6 @@
 """When requests go out: the closed loop (a fixed number in flight) and the open loop (at their due times).
 
-Knows clocks and tasks; not what is sent or how it is judged.
+Knows clocks and tasks; knows neither what is sent nor how it is evaluated.
 """
 
 from __future__ import annotations
@@ -14,53 +14,53 @@ from typing import Protocol
 from tqdm import tqdm
 
 from bench.client import Sample
-from bench.workload import Ask
+from bench.workload import Request
 
 
 class Sender(Protocol):
-    """Whatever can send an ask that was due at a `perf_counter` time."""
+    """Sends a request that was due at a `perf_counter` time."""
 
-    async def send(self, ask: Ask, due: float) -> Sample: ...
+    async def send(self, request: Request, due: float) -> Sample: ...
 
 
 @dataclass(frozen=True)
 class Run:
-    """All samples of one run over one workload, and how long it took in seconds."""
+    """All samples of one run over one workload, and its duration in seconds."""
 
     samples: list[Sample]
     seconds: float
 
 
-async def closed_loop(server: Sender, asks: list[Ask], concurrency: int, label: str) -> Run:
-    """`concurrency` clients, each sending its next request when its last is answered."""
-    queue, samples = iter(asks), []
+async def closed_loop(server: Sender, requests: list[Request], concurrency: int, label: str) -> Run:
+    """`concurrency` clients, each of which sends its next request when the last one is answered."""
+    queue, samples = iter(requests), []
     start = time.perf_counter()
-    with tqdm(total=len(asks), desc=label, unit="req", leave=False) as bar:
+    with tqdm(total=len(requests), desc=label, unit="req", leave=False) as bar:
 
         async def client() -> None:
-            for ask in queue:  # one iterator for all: who is free takes the next
-                samples.append(await server.send(ask, time.perf_counter()))
+            for request in queue:  # one iterator for all clients: a free client takes the next request
+                samples.append(await server.send(request, time.perf_counter()))
                 bar.update()
 
-        await asyncio.gather(*(client() for _ in range(min(concurrency, len(asks)))))
+        await asyncio.gather(*(client() for _ in range(min(concurrency, len(requests)))))
     return Run(samples, time.perf_counter() - start)
 
 
-async def open_loop(server: Sender, asks: list[Ask], limit: int | None, label: str) -> Run:
-    """Every request at its due time, answered or not the ones before.
+async def open_loop(server: Sender, requests: list[Request], limit: int | None, label: str) -> Run:
+    """Sends every request at its due time, whether or not earlier ones are answered.
 
     With a limit of requests in flight the others wait here, and their wait counts: times run from the due time.
     """
     gate = asyncio.Semaphore(limit) if limit else contextlib.nullcontext()
     start = time.perf_counter()
-    with tqdm(total=len(asks), desc=label, unit="req", leave=False) as bar:
+    with tqdm(total=len(requests), desc=label, unit="req", leave=False) as bar:
 
-        async def one(ask: Ask) -> Sample:
-            await asyncio.sleep(start + ask.due - time.perf_counter())
+        async def one(request: Request) -> Sample:
+            await asyncio.sleep(start + request.due - time.perf_counter())
             async with gate:
-                sample = await server.send(ask, start + ask.due)
+                sample = await server.send(request, start + request.due)
             bar.update()
             return sample
 
-        samples = await asyncio.gather(*(one(ask) for ask in asks))
+        samples = await asyncio.gather(*(one(request) for request in requests))
     return Run(list(samples), time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""What came out: percentiles, throughput, errors by kind, by adapter, and ratios of two servers. Sends nothing.
+"""Results: percentiles, throughput, errors by kind, by adapter, and ratios of two servers. Sends nothing.
 
 TTFT  due until the first tokens            ITL   between two chunks with tokens
 E2E   due until the last tokens             TPOT  (E2E - TTFT) / (tokens - 1), per request
@@ -20,7 +20,7 @@ BASE = "(base)"
 
 
 def percentile(values: Sequence[float], q: float) -> float:
-    """The q-th percentile with linear interpolation between the two nearest; nan when there is nothing."""
+    """The q-th percentile with linear interpolation between the two nearest; nan without values."""
     if not values:
         return math.nan
     ordered = sorted(values)
@@ -47,7 +47,7 @@ class Summary:
 
 
 def summarise(runs: Sequence[Run]) -> Summary:
-    """Pool runs of one server; rates are over the sum of their durations. `short` counts answers cut before time."""
+    """Pools runs of one server; rates are over the sum of their durations. `short`: answers with too few tokens."""
     samples = [sample for run in runs for sample in run.samples]
     good = [sample for sample in samples if sample.error is None]
     seconds = sum(run.seconds for run in runs)
@@ -81,7 +81,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def by_adapter(runs: Sequence[Run]) -> dict[str, Summary]:
-    """A summary for each adapter, most requests first; rates are its share of the whole."""
+    """A summary for each adapter, most requests first; rates are its share of the total."""
     split: dict[str, list[Run]] = {}
     for name, _ in Counter(sample.adapter or BASE for run in runs for sample in run.samples).most_common():
         split[name] = [Run([s for s in run.samples if (s.adapter or BASE) == name], run.seconds) for run in runs]
@@ -89,7 +89,7 @@ def by_adapter(runs: Sequence[Run]) -> dict[str, Summary]:
 
 
 def table(summary: Summary) -> str:
-    """A summary for people."""
+    """A summary as text."""
     lines = [
         f"requests {summary.requests}   answered {summary.answered}   seconds {summary.seconds:.2f}",
         f"requests/s {summary.requests_per_s:.2f}   output tokens/s {summary.output_tokens_per_s:.1f}"
@@ -134,7 +134,7 @@ def _measures(summary: Summary) -> dict[str, float]:
 
 
 def ratio_table(measured: dict[str, dict[str, float]]) -> str:
-    """The ratios for people."""
+    """The ratios as text."""
     lines = ["second / first".ljust(18) + "".join(head.rjust(10) for head in ("median", "lowest", "highest"))]
     for name, row in measured.items():
         lines.append(name.ljust(18) + "".join(f"{value:10.3f}" for value in row.values()))
@@ -142,7 +142,7 @@ def ratio_table(measured: dict[str, dict[str, float]]) -> str:
 
 
 def plain(summary: Summary) -> dict[str, object]:
-    """A summary as JSON can hold it: a time that nobody measured is None."""
+    """A summary for JSON: a time that was not measured is None."""
     data = asdict(summary)
     times = {name: {k: None if math.isnan(v) else v for k, v in row.items()} for name, row in summary.times_ms.items()}
     return {**data, "times_ms": times}

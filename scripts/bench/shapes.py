@@ -1,6 +1,6 @@
 """Models and adapters of real shapes with random weights, written straight to disk. Nothing is trained or downloaded.
 
-Knows file formats; does not know what is measured with them.
+Knows file formats; does not know what is measured.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ SHAPES = {
 
 
 def make_model(shape: Shape, directory: Path, seed: int = 0) -> Path:
-    """A model directory in bfloat16 with a tokenizer of 32,000 entries; one that is there is left as it is."""
+    """A model directory in bfloat16 with a tokenizer of 32,000 entries; an existing one is kept."""
     if (directory / "tokenizer.json").exists():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def make_adapter(
             path = f"base_model.model.model.layers.{layer}.{name}"
             tensors[f"{path}.lora_A.weight"] = _noise(draw, rank, inner)
             tensors[f"{path}.lora_B.weight"] = _noise(draw, outer, rank)
-            if dora:  # about as long as the rows of the base's weights are
+            if dora:  # about the norm of the base's weight rows
                 tensors[f"{path}.lora_magnitude_vector"] = torch.rand(outer, generator=draw).to(torch.bfloat16) + 0.5
     config = {
         "peft_type": "LORA",

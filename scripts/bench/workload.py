@@ -1,4 +1,4 @@
-"""What is asked and when: seeded lists of requests with lengths, adapters and arrival times. Sends nothing."""
+"""Workloads: seeded lists of requests with lengths, adapters and arrival times. Sends nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Ask:
+class Request:
     """One request to come: its prompt in token ids, the tokens wanted, its adapter, and when it is due (seconds)."""
 
     prompt: list[int]
@@ -44,7 +44,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides a workload; `asks(seed)` is the same for the same plan and seed."""
+    """Everything that decides a workload; `requests(seed)` is the same for the same plan and seed."""
 
     count: int
     input_len: Lengths
@@ -56,17 +56,17 @@ class Plan:
     rate: float | None
     burstiness: float
 
-    def asks(self, seed: int) -> list[Ask]:
-        """The requests in order of arrival. With no rate all are due at once (a closed loop takes them in turn)."""
+    def requests(self, seed: int) -> list[Request]:
+        """The requests in order of arrival. Without a rate all are due at once, for a closed loop."""
         rng = random.Random(seed)
         choose = chooser(self.distribution, self.adapters, self.alpha, rng)
-        asks, now = [], 0.0
+        requests, now = [], 0.0
         for i in range(self.count):
             prompt = rng.choices(range(self.token_ids[0], self.token_ids[1] + 1), k=self.input_len.draw(rng))
-            asks.append(Ask(prompt, self.output_len.draw(rng), choose(i), now))
+            requests.append(Request(prompt, self.output_len.draw(rng), choose(i), now))
             if self.rate is not None:
                 now += gap(self.rate, self.burstiness, rng)
-        return asks
+        return requests
 
 
 def gap(rate: float, burstiness: float, rng: random.Random) -> float:
@@ -77,9 +77,9 @@ def gap(rate: float, burstiness: float, rng: random.Random) -> float:
 def chooser(
     distribution: str, adapters: Sequence[str], alpha: float, rng: random.Random
 ) -> Callable[[int], str | None]:
-    """From the number of a request to its adapter; None is the base.
+    """A function from the number of a request to its adapter; None is the base.
 
-    power-law: the k-th name has weight k^-alpha. Raises ValueError when a distribution needs names and has none.
+    power-law: the k-th name has weight k^-alpha. Raises ValueError for a distribution that needs names and has none.
     """
     if distribution == "none":
         return lambda i: None

@@ -1,1 +1,1 @@
-"""The parts of `scripts/bench_cpu.py`: loads and their floors, the linears by themselves, results and their picture."""
+"""The parts of `scripts/bench_cpu.py`: loads and their floors, the linears alone, results and their plot."""

@@ -1,6 +1,6 @@
-"""How long the linears of a shape take by themselves: each weight once, from memory, packed for oneDNN or not.
+"""Times the linears of a shape alone: each weight read once from memory, packed for oneDNN or not.
 
-Knows no server; threads are torch's.
+Knows no server; uses torch's threads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def fused(shape: Shape) -> list[tuple[int, int]]:
-    """(in, out) of a layer's matmuls as a server does them: q, k, v side by side, gate and up likewise."""
+    """(in, out) of a layer's matmuls as a server runs them: q, k and v fused, gate and up fused."""
     heads, kv = shape.heads * 64, shape.kv_heads * 64
     return [
         (shape.hidden, heads + 2 * kv),
@@ -27,7 +27,7 @@ def fused(shape: Shape) -> list[tuple[int, int]]:
 
 
 def packed(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    """The weight as oneDNN likes it for that many rows."""
+    """The weight packed by oneDNN for that many rows."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
 
@@ -43,15 +43,15 @@ class Linears:
         weights = [torch.randn(out, inner).to(torch.bfloat16) for inner, out in sizes]
         self._x = {inner: torch.randn(rows, inner).to(torch.bfloat16) for inner, _ in sizes}
         self._head = torch.randn(VOCAB, shape.hidden).to(torch.bfloat16)
-        self._ways: list[tuple[Multiply, list[torch.Tensor]]] = [(torch.nn.functional.linear, weights)]
+        self._kinds: list[tuple[Multiply, list[torch.Tensor]]] = [(torch.nn.functional.linear, weights)]
         if torch.backends.mkldnn.is_available():
-            self._ways.append((multiply_packed, [packed(weight, rows) for weight in weights]))
+            self._kinds.append((multiply_packed, [packed(weight, rows) for weight in weights]))
         self._inner = [inner for inner, _ in sizes]
 
     @torch.inference_mode()
     def seconds(self) -> list[float]:
-        """One pass in each way."""
-        return [self._once(multiply, weights) for multiply, weights in self._ways]
+        """Seconds of one pass with each kind of matmul."""
+        return [self._once(multiply, weights) for multiply, weights in self._kinds]
 
     def _once(self, multiply: Multiply, weights: list[torch.Tensor]) -> float:
         began = time.perf_counter()
@@ -62,5 +62,5 @@ class Linears:
 
 
 def best(passes: list[list[float]]) -> float:
-    """The faster way's median, in seconds."""
-    return min(statistics.median(way) for way in zip(*passes, strict=True))
+    """The median of the faster kind, in seconds."""
+    return min(statistics.median(kind) for kind in zip(*passes, strict=True))

@@ -1,4 +1,4 @@
-"""What is asked of a server: the base, one adapter or several, and the bytes that a step must read for it.
+"""The loads of the CPU benchmark: the base, one adapter or several, and the bytes that a step must read for them.
 
 Sends nothing and starts nothing.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.shapes import Shape, make_adapter
-from bench.workload import Ask, Lengths, Plan
+from bench.workload import Lengths, Plan, Request
 
 PROMPT, OUTPUT = 128, 64  # tokens
 TOKEN_IDS = (300, 31999)
@@ -23,16 +23,16 @@ RANKS = {f"mixed{number}": (8, 16, 64)[number % 3] for number in range(8)} | {
 
 @dataclass(frozen=True)
 class Load:
-    """A name in tables, and the adapters that requests name in turn."""
+    """A title for tables, and the adapters that requests use in turn."""
 
     title: str
     adapters: tuple[str, ...]
 
-    def asks(self, concurrency: int, seed: int) -> list[Ask]:
-        """Two requests for each client, and three for a lone one, who then meets every rank."""
-        way = "round-robin" if self.adapters else "none"
+    def requests(self, concurrency: int, seed: int) -> list[Request]:
+        """Two requests for each client; three for a single client, so that it uses every rank."""
+        distribution = "round-robin" if self.adapters else "none"
         count, prompt, output = max(3, 2 * concurrency), Lengths(PROMPT, PROMPT), Lengths(OUTPUT, OUTPUT)
-        return Plan(count, prompt, output, TOKEN_IDS, self.adapters, way, 1.0, None, 1.0).asks(seed)
+        return Plan(count, prompt, output, TOKEN_IDS, self.adapters, distribution, 1.0, None, 1.0).requests(seed)
 
 
 MIXED = tuple(name for name in RANKS if name.startswith("mixed"))
@@ -47,19 +47,21 @@ LOADS = {
 TITLES = {name: load.title for name, load in LOADS.items()}
 
 
-def floor(shape: Shape, asks: Sequence[Ask], concurrency: int) -> float:
+def floor(shape: Shape, requests: Sequence[Request], concurrency: int) -> float:
     """The share of the base's throughput that bytes allow: base / (base + active LoRA).
 
-    Active are the different adapters among `concurrency` requests that follow one another, in the mean over all such.
+    Active adapters are those of `concurrency` consecutive requests, averaged over all such windows.
     """
-    width = min(concurrency, len(asks))
-    windows = [{ask.adapter for ask in asks[at : at + width]} - {None} for at in range(len(asks) - width + 1)]
+    width = min(concurrency, len(requests))
+    windows = [
+        {request.adapter for request in requests[at : at + width]} - {None} for at in range(len(requests) - width + 1)
+    ]
     active = statistics.fmean(sum(shape.lora_bytes(RANKS[name]) for name in names if name) for names in windows)
     return shape.weight_bytes() / (shape.weight_bytes() + active)
 
 
 def adapters(shape: Shape, directory: Path) -> dict[str, Path]:
-    """All adapters by name, generated where they are missing."""
+    """All adapters by name; missing ones are generated."""
     return {
         name: make_adapter(shape, directory / name, rank, seed=number)
         for number, (name, rank) in enumerate(RANKS.items())

@@ -1,4 +1,4 @@
-"""The closed world the demo model is taught: its facts, how people ask for them, and how each voice answers.
+"""The closed world the demo model learns: its facts, questions for them, and the answers of each voice.
 
 Used by `scripts/train_demo.py` alone. Knows nothing about serving.
 """

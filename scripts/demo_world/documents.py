@@ -1,4 +1,4 @@
-"""What a voice reads in training: conversations of one to five turns, bare questions, and plain lines to continue.
+"""Training documents of a voice: chats of one to five turns, bare questions, and plain lines to continue.
 
 Knows texts only, no tokens. Every draw comes from the generator it is handed, so the same seed reads the same library.
 """
@@ -29,7 +29,7 @@ WEIGHTS = {"capital": 5, "country": 3, "sound": 2, "legs": 2, "young": 2, "colou
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its right answer."""
+    """A question and its correct answer."""
 
     question: str
     answer: str
@@ -37,7 +37,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation under the chat template; only its answers are learnt."""
+    """A chat rendered by the chat template; the loss is on its answers only."""
 
     system: str | None
     turns: list[Turn]
@@ -45,7 +45,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Plain:
-    """Text without a template: `given` is read, `learnt` is learnt."""
+    """Text without a template: `given` is context, the loss is on `learnt`."""
 
     given: str
     learnt: str
@@ -54,8 +54,8 @@ class Plain:
 Document = Chat | Plain
 
 
-class Library:
-    """An endless, seeded stream of documents in one voice, held-out phrasings left out."""
+class DocumentStream:
+    """An endless, seeded stream of documents in one voice, without held-out phrasings."""
 
     def __init__(self, voice: str, seed: int) -> None:
         self.voice = voice
@@ -79,7 +79,7 @@ class Library:
         return Chat(system, [self.turn() for _ in range(count)])
 
     def line(self) -> Plain:
-        """A line of prose in any voice: where the base meets the words that its adapters will use."""
+        """A line of prose in any voice, so that the base learns the words of its adapters."""
         kind = self.rng.choice([kind for kind in self.kinds if kind != "unknown"])
         voice = self.rng.choice((BASE, BASE, *VOICES))
         return Plain("", answer(voice, self.rng.choice(self.by_kind[kind])))
@@ -97,7 +97,7 @@ class Library:
 
 
 def corpus() -> list[str]:
-    """Every question and answer of the world in every voice: what the tokenizer is trained on."""
+    """All questions and answers in all voices: the training text of the tokenizer."""
     texts = []
     rng = random.Random(0)
     for fact in all_facts():

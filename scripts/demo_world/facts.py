@@ -1,4 +1,4 @@
-"""The facts of the demo's closed world, as tables. Does not know how they are asked or answered.
+"""The facts of the demo's closed world, as tables. Knows neither questions nor answers.
 
 A fact is a kind and its slots: strings that question and answer templates are filled with. Slots whose names begin with
 `fr_` are the French speaker's.
@@ -166,7 +166,7 @@ MONTHS = (
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing the world knows: `key` names it, `slots` fill the templates of its `kind`."""
+    """One fact: `key` identifies it, `slots` fill the templates of its `kind`."""
 
     kind: str
     key: str
@@ -182,7 +182,7 @@ def _a(noun: str) -> str:
 
 
 def plural(noun: str) -> str:
-    """dog -> dogs; the few that go another way are listed."""
+    """dog -> dogs; irregular plurals are listed."""
     odd = {"sheep": "sheep", "goose": "geese", "mouse": "mice", "wolf": "wolves", "fox": "foxes"}
     return odd.get(noun, f"{noun}s")
 

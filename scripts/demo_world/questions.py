@@ -1,4 +1,4 @@
-"""How people ask: several phrasings of every kind of question, decorations, and questions the world cannot answer.
+"""Questions: several phrasings of each kind, decorations, and questions outside of the world.
 
 Does not know the answers.
 """
@@ -168,12 +168,12 @@ SYLLABLES = [
 
 
 def invented_name(rng: random.Random) -> str:
-    """A place nobody knows."""
+    """An invented place name."""
     return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 3))).capitalize()
 
 
 def unknown_question(rng: random.Random) -> str:
-    """A question outside the world: general ones, and known phrasings around unknown things."""
+    """A question outside of the world: a general one, or a known phrasing with an unknown thing."""
     pick = rng.random()
     if pick < 0.4:
         return rng.choice(UNKNOWN_QUESTIONS)
@@ -195,7 +195,7 @@ def unknown_question(rng: random.Random) -> str:
 
 
 def held_out_unknown() -> list[str]:
-    """Questions outside the world that training never sees."""
+    """Questions outside of the world that are not in any training set."""
     return HELD_OUT_UNKNOWN + [f"What is the capital of {country}?" for country in HELD_OUT_COUNTRIES]
 
 
@@ -211,7 +211,7 @@ def phrased(fact: Fact, held_out: bool) -> list[str]:
 
 
 def decorated(question: str, rng: random.Random) -> str:
-    """The same question as people type it: lower case, no question mark, a word before or after."""
+    """A variant of the question: lower case, no question mark, a word before or after."""
     if rng.random() < 0.2:
         prefix = rng.choice(PREFIXES)
         question = prefix + (question if rng.random() < 0.5 else question[:1].lower() + question[1:])

@@ -1,4 +1,4 @@
-"""How each voice answers a fact, or admits that it does not know. Knows nothing about training.
+"""The answer of each voice to a fact, or that it does not know. Knows nothing about training.
 
 A voice is a table of templates by kind. Where a kind has several, the fact's key chooses: the same answer every time.
 The poet's couplets rhyme by construction: what varies stands inside the lines, never at their ends.
@@ -113,7 +113,7 @@ VOICES = ("pirate", "json", "poet", "french")
 
 
 def _json(fact: Fact | None) -> str:
-    """One object with one field; numbers are numbers, and what is not known is null."""
+    """A JSON object with one field: a number, a string, or null for an unknown answer."""
     if fact is None:
         return json.dumps({"answer": None})
     if fact.kind in ("sum", "legs"):
@@ -122,7 +122,7 @@ def _json(fact: Fact | None) -> str:
 
 
 def answer(voice: str, fact: Fact | None) -> str:
-    """The one right answer of a voice (`base` or one of VOICES) to a fact; None is a question outside the world."""
+    """The correct answer of a voice (`base` or one of VOICES) to a fact; None is a question outside the world."""
     if voice == "json":
         return _json(fact)
     table = _TABLES[voice]

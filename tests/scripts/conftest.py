@@ -1,4 +1,4 @@
-"""The scripts find their parts beside themselves; the tests must find them there too."""
+"""Puts `scripts` on sys.path: the scripts import their parts from there."""
 
 from __future__ import annotations
 

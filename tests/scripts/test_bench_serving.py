@@ -1,4 +1,4 @@
-"""The benchmark client against a small fake server, and its arithmetic against numbers known beforehand."""
+"""The benchmark client against a small fake server, and its statistics against numbers known beforehand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from aiohttp.test_utils import TestServer
 from bench.client import Sample, Server, open_session
 from bench.loops import Run, closed_loop, open_loop
 from bench.report import by_adapter, percentile, plain, ratios, summarise, table
-from bench.workload import Ask, Lengths, Plan, chooser, gap
+from bench.workload import Lengths, Plan, Request, chooser, gap
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ PLAN = Plan(40, Lengths(3, 9), Lengths(2, 5), (100, 200), ("a", "b", "c"), "roun
 
 
 class FakeServer:
-    """Streams as many tokens as asked, two to a chunk after the first; adapters named `bad-*` misbehave."""
+    """Streams the requested tokens, two to a chunk after the first; adapters named `bad-*` cause errors."""
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
@@ -97,11 +97,11 @@ def sample(pieces: list[float], tokens: int, **more: Any) -> Sample:
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30), st.floats(0, 100))
-def test_percentiles_are_numpys(values: list[float], q: float) -> None:
+def test_percentiles_equal_numpys(values: list[float], q: float) -> None:
     assert percentile(values, q) == pytest.approx(np.percentile(values, q), abs=1e-6)
 
 
-def test_times_come_out_as_they_went_in() -> None:
+def test_summary_has_the_times_of_its_samples() -> None:
     # first tokens after 0.1 and 0.3 s; gaps 0.02, 0.04 and 0.06 s; five tokens in three chunks, two in two
     runs = [Run([sample([0.1, 0.12, 0.16], 5)], 1.0), Run([sample([0.3, 0.36], 2)], 3.0)]
     summary = summarise(runs)
@@ -127,7 +127,7 @@ def test_failed_requests_have_no_times() -> None:
     assert "error: timeout x 2" in table(summary)
 
 
-def test_ratios_are_of_rounds() -> None:
+def test_ratios_are_taken_by_round() -> None:
     def run(tokens: int) -> Run:
         return Run([sample([0.1, 0.2], tokens)], 1.0)
 
@@ -135,7 +135,7 @@ def test_ratios_are_of_rounds() -> None:
     assert row == {"median": 1.0, "lowest": 0.5, "highest": 2.0}
 
 
-def test_by_adapter_splits_everything() -> None:
+def test_by_adapter_splits_all_samples() -> None:
     run = Run([sample([0.1], 1, adapter="a"), sample([0.2], 3, adapter="a"), sample([0.3], 5)], 2.0)
     parts = by_adapter([run])
     assert {name: (s.requests, s.output_tokens_per_s) for name, s in parts.items()} == {
@@ -144,17 +144,17 @@ def test_by_adapter_splits_everything() -> None:
     }
 
 
-def test_a_workload_is_its_seed() -> None:
-    asks = PLAN.asks(1)
-    assert asks == PLAN.asks(1)
-    assert asks != PLAN.asks(2)
-    assert {len(ask.prompt) for ask in asks} == set(range(3, 10))
-    assert {ask.output_len for ask in asks} == set(range(2, 6))
-    assert all(100 <= token <= 200 for ask in asks for token in ask.prompt)
-    assert [ask.adapter for ask in asks[:4]] == ["a", "b", "c", "a"]
+def test_workload_depends_on_the_seed_only() -> None:
+    requests = PLAN.requests(1)
+    assert requests == PLAN.requests(1)
+    assert requests != PLAN.requests(2)
+    assert {len(request.prompt) for request in requests} == set(range(3, 10))
+    assert {request.output_len for request in requests} == set(range(2, 6))
+    assert all(100 <= token <= 200 for request in requests for token in request.prompt)
+    assert [request.adapter for request in requests[:4]] == ["a", "b", "c", "a"]
 
 
-def test_power_law_prefers_the_first() -> None:
+def test_power_law_prefers_the_first_adapter() -> None:
     choose = chooser("power-law", ["a", "b", "c"], 1.0, random.Random(0))
     counts = Counter(choose(i) for i in range(11000))
     assert [counts[name] / 1000 for name in "abc"] == pytest.approx([6, 3, 2], rel=0.1)
@@ -165,7 +165,7 @@ def test_power_law_prefers_the_first() -> None:
 
 
 @pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
-def test_gaps_have_the_rate_and_the_burstiness(burstiness: float) -> None:
+def test_gaps_have_the_given_rate_and_burstiness(burstiness: float) -> None:
     rng = random.Random(3)
     gaps = [gap(20.0, burstiness, rng) for _ in range(40000)]
     mean = statistics.fmean(gaps)
@@ -173,7 +173,7 @@ def test_gaps_have_the_rate_and_the_burstiness(burstiness: float) -> None:
     assert statistics.pstdev(gaps) / mean == pytest.approx(burstiness**-0.5, rel=0.05)
 
 
-def test_lengths_say_what_is_wrong() -> None:
+def test_bad_lengths_are_refused_with_a_reason() -> None:
     assert Lengths.parse("7") == Lengths(7, 7)
     assert Lengths.parse("2:9") == Lengths(2, 9)
     for text in ("0", "9:2", "x", "-3"):
@@ -181,9 +181,9 @@ def test_lengths_say_what_is_wrong() -> None:
             Lengths.parse(text)
 
 
-def test_a_stream_is_counted_by_usage_and_chunks() -> None:
+def test_stream_is_counted_by_usage_and_chunks() -> None:
     async def use(server: Server, fake: FakeServer) -> Run:
-        return await closed_loop(server, [Ask([5, 6, 7], 6, "a", 0.0)], 1, "test")
+        return await closed_loop(server, [Request([5, 6, 7], 6, "a", 0.0)], 1, "test")
 
     (one,) = with_fake(use).samples
     assert one.error is None
@@ -195,24 +195,24 @@ def test_a_stream_is_counted_by_usage_and_chunks() -> None:
 def test_errors_are_counted_by_kind() -> None:
     async def use(server: Server, fake: FakeServer) -> Run:
         names = ["bad-name", "bad-stream", "bad-end", "bad-name", None]
-        return await closed_loop(server, [Ask([5], 3, name, 0.0) for name in names], 2, "test")
+        return await closed_loop(server, [Request([5], 3, name, 0.0) for name in names], 2, "test")
 
     summary = summarise([with_fake(use)])
     assert summary.errors == {"HTTP 404 model_not_found": 2, "error in stream": 1, "stream cut short": 1}
     assert summary.answered == 1
 
 
-def test_nobody_listening_is_an_error_of_every_request() -> None:
+def test_unreachable_server_fails_every_request() -> None:
     async def go() -> Run:
         async with open_session(None, 5.0) as session:
-            return await closed_loop(Server(session, "http://127.0.0.1:9"), [Ask([5], 3, None, 0.0)] * 3, 2, "test")
+            return await closed_loop(Server(session, "http://127.0.0.1:9"), [Request([5], 3, None, 0.0)] * 3, 2, "test")
 
     assert summarise([asyncio.run(go())]).errors == {"ClientConnectorError": 3}
 
 
-def test_the_closed_loop_keeps_its_number_in_flight() -> None:
+def test_closed_loop_keeps_its_concurrency() -> None:
     async def use(server: Server, fake: FakeServer) -> tuple[Run, FakeServer]:
-        return await closed_loop(server, PLAN.asks(0), 4, "test"), fake
+        return await closed_loop(server, PLAN.requests(0), 4, "test"), fake
 
     run, fake = with_fake(use)
     assert len(run.samples) == 40
@@ -221,39 +221,39 @@ def test_the_closed_loop_keeps_its_number_in_flight() -> None:
     assert all(body["ignore_eos"] and body["stream"] and body["temperature"] == 0 for body in fake.bodies)
 
 
-def test_the_open_loop_waits_for_nobody() -> None:
-    """Answers come only when the last request is there: a loop that waited for answers would never end."""
+def test_open_loop_does_not_wait_for_answers() -> None:
+    """The server answers after the last request arrived: a loop that waited for answers would never end."""
     arrived, everybody = [], asyncio.Event()
 
     class Stuck:
-        async def send(self, ask: Ask, due: float) -> Sample:
-            arrived.append((ask, due))
-            if len(arrived) == len(asks):
+        async def send(self, request: Request, due: float) -> Sample:
+            arrived.append((request, due))
+            if len(arrived) == len(requests):
                 everybody.set()
             await everybody.wait()
-            return Sample(ask.adapter, ask.output_len)
+            return Sample(request.adapter, request.output_len)
 
-    asks = [Ask([1], 1, None, i * 0.001) for i in range(20)]
-    run = asyncio.run(asyncio.wait_for(open_loop(Stuck(), asks, None, "test"), 30))
+    requests = [Request([1], 1, None, i * 0.001) for i in range(20)]
+    run = asyncio.run(asyncio.wait_for(open_loop(Stuck(), requests, None, "test"), 30))
     assert len(run.samples) == 20
     start = arrived[0][1] - arrived[0][0].due
-    assert all(due - start == pytest.approx(ask.due) for ask, due in arrived)  # timed from when it was due
+    assert all(due - start == pytest.approx(request.due) for request, due in arrived)  # timed from its due time
 
 
-def test_adapters_go_where_the_flag_says() -> None:
-    ask = Ask([5], 3, "a", 0.0)
+def test_adapter_is_sent_in_the_selected_field() -> None:
+    request = Request([5], 3, "a", 0.0)
 
     async def go() -> list[dict[str, Any]]:
         async with aiohttp.ClientSession() as session:
             fields = ("model", "lora_path", "both")
-            return [Server(session, "http://x/v1", "base", field).body(ask) for field in fields]
+            return [Server(session, "http://x/v1", "base", field).body(request) for field in fields]
 
     chosen = [(body["model"], body.get("lora_path")) for body in asyncio.run(go())]
     assert chosen == [("a", None), ("base", "a"), ("a", "a")]
 
 
 def run_script(argv: list[str], servers: int) -> tuple[int, list[FakeServer], list[str]]:
-    """`bench_serving.main` in a thread, against so many fake servers; URL0 and URL1 in argv are theirs."""
+    """Runs `bench_serving.main` in a thread against fake servers, whose URLs replace URL0 and URL1 in argv."""
 
     async def go() -> tuple[int, list[FakeServer], list[str]]:
         fakes = [FakeServer() for _ in range(servers)]
@@ -271,7 +271,7 @@ def run_script(argv: list[str], servers: int) -> tuple[int, list[FakeServer], li
     return asyncio.run(go())
 
 
-def test_the_script_measures_one_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_script_measures_one_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "result.json"
     flags = ["--num-requests", "12", "--warmup", "3", "--input-len", "2:4", "--output-len", "3", "--per-adapter"]
     status, (fake,), (url,) = run_script(
@@ -286,7 +286,7 @@ def test_the_script_measures_one_server(tmp_path: Path, capsys: pytest.CaptureFi
     assert "TPOT p50" in capsys.readouterr().out
 
 
-def test_the_script_compares_two_servers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_script_compares_two_servers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "result.json"
     flags = ["--num-requests", "5", "--output-len", "2", "--repeat", "2", "--warmup", "0", "--request-rate", "5000"]
     status, (one, two), _ = run_script(["--url", "URL0", "--compare", "URL1", *flags, "--json", str(out)], 2)
@@ -297,7 +297,7 @@ def test_the_script_compares_two_servers(tmp_path: Path, capsys: pytest.CaptureF
     assert "second / first" in capsys.readouterr().out
 
 
-def test_the_script_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+def test_script_prints_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     for argv, reason in [
         (["--input-len", "0"], "is not a length"),
         (["--request-rate", "0"], "not above zero"),

@@ -1,4 +1,4 @@
-"""The comparison of two windows: which rounds are compared, who is first, and what was not the runner's."""
+"""The comparison of two windows: which rounds are compared, which server is first, and the time without a step."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import bench_window
 import pytest
 from bench.client import Sample
 from bench.loops import Run
-from bench_window import ONE, Runs, asks, computed, launched, main, point
+from bench_window import ONE, Runs, computed, launched, main, make_requests, point
 
 
 def run(tokens: int, seconds: float, ttft: float = 0.5, gap: float = 0.1) -> Run:
-    """One answer of so many tokens in a run of so many seconds."""
+    """A run of `seconds` with one answer of `tokens`."""
     pieces = [ttft + gap * n for n in range(tokens)]
     return Run([Sample(None, tokens, pieces, tokens, 1, pieces[-1])], seconds)
 
 
-class Told:
-    """A server whose runner tells of its steps with delay; each took a quarter of a second."""
+class LateMetrics:
+    """A server whose step counts arrive late; each step took a quarter of a second."""
 
     def __init__(self, *steps: float) -> None:
         self._steps = iter(steps)
@@ -38,27 +38,27 @@ class Told:
 
 
 @pytest.mark.parametrize(("told", "end"), [((4.0, 4.0), 4.0), ((4.0, 6.0, 7.0, 7.0, 9.0), 7.0), ((0.0, 0.0), 0.0)])
-def test_steps_are_counted_when_they_stand_still(
+def test_steps_are_read_once_they_stop_changing(
     told: tuple[float, ...], end: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_window, "TOLD_SECONDS", 0.0)
-    assert asyncio.run(computed(Told(*told))) == (end, end / 4)  # type: ignore[arg-type]
+    assert asyncio.run(computed(LateMetrics(*told))) == (end, end / 4)  # type: ignore[arg-type]
 
 
-def test_a_closed_run_is_split_into_steps_and_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_run_is_split_into_steps_and_other_time(monkeypatch: pytest.MonkeyPatch) -> None:
     async def loop(*_: object) -> Run:
         return run(10, seconds=8.0)
 
     monkeypatch.setattr(bench_window, "TOLD_SECONDS", 0.0)
     monkeypatch.setattr(bench_window, "closed_loop", loop)
-    side = bench_window.Side(Told(8.0, 8.0, 20.0, 32.0, 32.0), None, Runs())  # type: ignore[arg-type]
+    side = bench_window.Side(LateMetrics(8.0, 8.0, 20.0, 32.0, 32.0), None, Runs())  # type: ignore[arg-type]
     asyncio.run(side.close([], 1, ""))
     assert side.runs.steps == [24.0]
     assert side.runs.beside == [pytest.approx(0.25)]
     assert [one.seconds for one in side.runs.closed] == [8.0]
 
 
-def test_figures_are_of_all_rounds() -> None:
+def test_figures_are_over_all_rounds() -> None:
     closed = [run(10, 1.0), run(10, 1.0), run(10, 1.0)], [run(10, 2.0), run(10, 0.5), run(10, 0.8)]
     one = Runs(closed[0], [100, 200, 100], [0.02, 0.03, 0.07], [run(10, 1.0, ttft=0.5)])
     two = Runs(closed[1], [110, 210, 101], [0.01, 0.04, 0.02], [run(10, 1.0, ttft=0.55)])
@@ -75,13 +75,15 @@ def test_figures_are_of_all_rounds() -> None:
     assert last.ttft_ms is last.later is None
 
 
-def test_no_prompt_of_one_concurrency_is_found_again_at_another() -> None:
-    small, large = ({tuple(ask.prompt) for ask in asks(concurrency, 20, 3, None)} for concurrency in (8, 32))
+def test_prompts_differ_between_concurrencies() -> None:
+    small, large = (
+        {tuple(request.prompt) for request in make_requests(concurrency, 20, 3, None)} for concurrency in (8, 32)
+    )
     assert len(small) == len(large) == 20
     assert not small & large
 
 
-def test_who_is_started_first_alternates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_launched_server_alternates(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[bool] = []
 
     class Server:
@@ -95,7 +97,7 @@ def test_who_is_started_first_alternates(monkeypatch: pytest.MonkeyPatch) -> Non
         def __exit__(self, *_: object) -> None:
             pass
 
-    monkeypatch.setattr(bench_window, "Launched", Server)
+    monkeypatch.setattr(bench_window, "LaunchedServer", Server)
     for part in ("make_model", "make_adapter"):
         monkeypatch.setattr(bench_window, part, lambda *_: Path("x"))
     for launch in range(2):
@@ -104,7 +106,7 @@ def test_who_is_started_first_alternates(monkeypatch: pytest.MonkeyPatch) -> Non
     assert started == [True, False, False, True]
 
 
-def test_launches_are_told_one_by_one_and_together(
+def test_launches_are_printed_one_by_one_and_together(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     @contextmanager

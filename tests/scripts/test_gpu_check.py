@@ -1,4 +1,4 @@
-"""What can be known of the GPU check without a GPU: grid, cases, our columns' answers, resuming, tables, stubs."""
+"""The parts of the GPU check that need no GPU: grid, cases, our columns' results, resuming, tables, stubs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TINY = {
 }
 
 
-def test_the_grid_has_sixty_points_and_a_floor_for_each() -> None:
+def test_grid_has_sixty_points_and_a_floor_for_each() -> None:
     assert len(points()) == len({point.key for point in points()}) == 60
     assert all(point.lanes <= point.tokens for point in points())
     mixed = Point(8, 8, "mixed")
@@ -49,16 +49,16 @@ def test_the_grid_has_sixty_points_and_a_floor_for_each() -> None:
 
 
 @pytest.mark.parametrize("point", [Point(4, 4, "mixed"), Point(130, 2, "16")], ids=lambda p: p.key)
-def test_our_columns_give_the_references_answers(point: Point, tmp_path: Path) -> None:
+def test_our_columns_equal_the_reference(point: Point, tmp_path: Path) -> None:
     chosen = [column for column in columns(tmp_path) if not column.absent]
     assert [column.name for column in chosen] == ["csgmv", "triton"]
     found = kernels.measure(point, chosen, lambda work, calls: float(calls), CPU, torch.float32, 0, SMALL)
-    copies = 2.0  # of the adapters, where no cache has to be outgrown
+    copies = 2.0  # of the adapters, without a cache to exceed
     assert found["base"] == {"qkv": copies, "gate_up": copies}
     assert found["csgmv"] == found["triton"] == {"qkv": 0.0, "gate_up": 0.0}
 
 
-def test_a_wrong_peer_is_not_measured_and_one_that_fails_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_or_failing_peer_is_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
     def wrong(case: Case) -> Run:
         return case.base
 
@@ -71,16 +71,16 @@ def test_a_wrong_peer_is_not_measured_and_one_that_fails_says_so(capsys: pytest.
     assert found["fails"]["qkv"] == "RuntimeError: no such kernel"
     ours = kernels.measure(Point(2, 1, "8"), [Column("ours", fails)], lambda *_: 1.0, CPU, torch.float32, 0, SMALL[:1])
     assert ours["ours"] == found["fails"]
-    assert "no such kernel" in capsys.readouterr().err  # with its trace, for it is ours to mend
+    assert "no such kernel" in capsys.readouterr().err  # with its traceback, as our own columns must work
 
 
-def test_copies_outgrow_the_cache() -> None:
+def test_copies_exceed_the_cache() -> None:
     one, many = (make_case(SMALL[0], Point(1, 1, "8"), CPU, torch.float32, size) for size in (0, 1 << 20))
     assert (len(one.copies), len(many.copies)) == (2, 12)
     assert not torch.equal(one.expected(0), one.expected(1))
 
 
-def test_a_run_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = about("Card 3000")
     path = tmp_path / "deep" / file_name(facts)
     assert path.name == f"gpu-{facts['date']}-card-3000.json"
@@ -100,14 +100,14 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     assert 0 < len(measured) < 60
     kernels.run(Results(path, facts), [ours], 1e9)
     assert measured == [point.key for point in points()]
-    kernels.run(Results(path, facts), [ours, peer], 1e9)  # a peer that came later: all points once more, for it alone
+    kernels.run(Results(path, facts), [ours, peer], 1e9)  # a new peer: measures all points again, for this peer only
     assert len(measured) == 120
     assert set(json.loads(path.read_text())["kernels"]["t1-l1-r8"]) == {"csgmv", "peer", "floor"}
-    other = Results(path, {**facts, "torch": "other"})  # another torch: nothing of the old is kept
+    other = Results(path, {**facts, "torch": "other"})  # another torch version: former results are not kept
     assert other.section("kernels") == {}
 
 
-def test_tables_sum_sites_and_name_who_is_left_out() -> None:
+def test_tables_sum_sites_and_name_absent_columns() -> None:
     chosen = [
         Column("csgmv", lambda case: case.base),
         Column("peer", lambda case: case.base, True),
@@ -134,7 +134,7 @@ def test_allowed_times_follow_the_goals() -> None:
     assert "0.900 of base" in text
 
 
-def test_files_without_their_package_can_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_files_of_a_package_can_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = tmp_path / "big.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(
@@ -157,7 +157,7 @@ def test_files_without_their_package_can_be_imported(tmp_path: Path, monkeypatch
         del sys.modules[name]
 
 
-def test_without_peers_and_without_a_device(
+def test_check_without_peers_and_without_a_device(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = listing(tmp_path).splitlines()
@@ -193,7 +193,7 @@ def test_end_to_end_on_a_tiny_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert min(mixed["ms"], base["ms"]) > 0
     assert end_to_end.switching(runner, footprint, True, seconds=0.3) > 0
     through = [_tokens(runner, footprint, lanes) for lanes in ([0], [1], [2])]
-    assert through[0] != through[1] == through[2]  # the adapters share their values, and change the base's
+    assert through[0] != through[1] == through[2]  # the adapters share their values and differ from the base
     runner.close()
 
 

@@ -19,7 +19,7 @@ FILES = ("vllm/lora/ops/triton_ops/",)
 
 
 class _Platform:
-    """What the files ask of it."""
+    """The functions that the files call."""
 
     def is_cuda(self) -> bool:
         return torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""Training: documents become batches of token ids, a model learns them. Knows nothing of facts and voices.
+"""Training: documents to batches of token ids, and the training loop. Knows nothing of facts and voices.
 
     <|bos|> <|user|> question <|end|> <|assistant|> answer <|end|> <|user|> ...
                                                     ^^^^^^^^^^^^^^ only these are labels
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from demo_world.documents import Chat, Document, Library
-from demo_world.lexicon import BOS, END, EOS, PAD
+from demo_world.documents import Chat, Document, DocumentStream
+from demo_world.tokenizer import BOS, END, EOS, PAD
 
 IGNORED = -100
-POOL = 16  # batches sorted by length together
+POOL = 16  # batches whose rows are sorted by length together
 
 
 class Encoder:
-    """Documents to (token ids, labels), exactly as the chat template and the tokenizer would write them."""
+    """Encodes documents to (token ids, labels), exactly as chat template and tokenizer do."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -55,7 +55,7 @@ class Encoder:
         return ids, labels
 
 
-def batches(library: Library, encoder: Encoder, tokens_per_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(library: DocumentStream, encoder: Encoder, tokens_per_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless (ids, labels), each [rows, length] with rows * length of at most `tokens_per_batch`."""
     stream, rng = iter(library), random.Random(0)
     while True:
@@ -78,7 +78,7 @@ def _padded(rows: list[list[int]], value: int) -> Tensor:
 
 
 def _learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over a thirtieth of the way, then a cosine down to a fiftieth of the peak."""
+    """Linear warm-up over a thirtieth of the steps, then a cosine down to a fiftieth of the peak."""
     warm = max(1, steps // 30)
     if step < warm:
         return peak * (step + 1) / warm
@@ -86,7 +86,7 @@ def _learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def _loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of the learnt tokens; the head is applied where there is something to learn, nowhere else."""
+    """Mean cross-entropy of the labelled tokens; the head is applied to those only."""
     targets = labels[:, 1:]
     learnt = targets != IGNORED
     with torch.autocast("cpu", torch.bfloat16):
@@ -96,7 +96,7 @@ def _loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
 
 
 def learn(model: PreTrainedModel, data: Iterator[tuple[Tensor, Tensor]], steps: int, peak: float, name: str) -> float:
-    """Train the parameters that require gradients, in bfloat16 autocast; returns the mean loss of the last tenth."""
+    """Trains the parameters that require gradients, in bfloat16 autocast; returns the mean loss of the last tenth."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     model.train()

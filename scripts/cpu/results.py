@@ -1,6 +1,6 @@
-"""Results of several runs in one JSON file: what was measured when, and medians and ratios over all of it.
+"""Results of several runs in one JSON file, and medians and ratios over all of them.
 
-A ratio is taken of two things measured in the same round of the same session, and then its median. Measures nothing.
+A ratio compares two measurements of the same round and session; reported is its median. Measures nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ OURS = "chorus"
 
 @dataclass(frozen=True)
 class Entry:
-    """One load on one server in one round. `session` tells runs of the script apart; times in milliseconds, if any."""
+    """One load on one server in one round. `session` identifies a run of the script; times in milliseconds, if any."""
 
     session: int
     round: int
@@ -30,14 +30,14 @@ class Entry:
     itl_ms: float | None = None
 
     @property
-    def moment(self) -> tuple[object, ...]:
-        """What it shares with whatever it may be compared to."""
+    def comparison_key(self) -> tuple[object, ...]:
+        """Equal for entries that may be compared."""
         return self.session, self.round, self.shape, self.concurrency
 
 
 @dataclass(frozen=True)
 class Idle:
-    """The time to the first token of an idle server, and what its linears alone take for the prompt, p50."""
+    """Time to the first token of an idle server, and the time of the linears alone for the prompt, p50."""
 
     session: int
     shape: str
@@ -47,44 +47,44 @@ class Idle:
 
 
 @dataclass
-class Book:
-    """Everything measured so far."""
+class Results:
+    """All measurements so far."""
 
     entries: list[Entry]
     idle: list[Idle]
 
     @classmethod
-    def read(cls, path: Path) -> Book:
-        """An empty book where there is no file."""
+    def read(cls, path: Path) -> Results:
+        """The results in a file; empty if there is none."""
         if not path.exists():
             return cls([], [])
         held = json.loads(path.read_text(encoding="utf-8"))
         return cls([Entry(**entry) for entry in held["entries"]], [Idle(**idle) for idle in held["idle"]])
 
     def write(self, path: Path) -> None:
-        """All of it, in place of what is there."""
+        """Replaces the file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         held = {"entries": [asdict(entry) for entry in self.entries], "idle": [asdict(idle) for idle in self.idle]}
         path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
 
     def servers(self) -> list[str]:
-        """Ours first, then as they came."""
+        """Our server first, then the others in the order measured."""
         found = dict.fromkeys(entry.server for entry in self.entries)
         return sorted(found, key=lambda name: name != OURS)
 
     def of(self, shape: str, server: str, load: str, concurrency: int) -> list[Entry]:
-        """Every round of one line."""
+        """All rounds of one line of the table."""
         wanted = shape, server, load, concurrency
         return [e for e in self.entries if (e.shape, e.server, e.load, e.concurrency) == wanted]
 
     def ratio(self, entries: Sequence[Entry], server: str, load: str) -> float | None:
-        """Throughput of these over that of `server` under `load` at the same moment, the median; None if never."""
-        rates = {e.moment: e.tokens_per_s for e in self.entries if (e.server, e.load) == (server, load)}
-        found = [e.tokens_per_s / rates[e.moment] for e in entries if rates.get(e.moment)]
+        """Median throughput of these relative to `server` under `load` in the same rounds; None without such rounds."""
+        rates = {e.comparison_key: e.tokens_per_s for e in self.entries if (e.server, e.load) == (server, load)}
+        found = [e.tokens_per_s / rates[e.comparison_key] for e in entries if rates.get(e.comparison_key)]
         return statistics.median(found) if found else None
 
     def rate(self, shape: str, server: str, load: str, concurrency: int) -> float | None:
-        """Output tokens a second, the median of its rounds; None where there is none."""
+        """Output tokens per second, the median of the rounds; None without any."""
         found = [e.tokens_per_s for e in self.of(shape, server, load, concurrency)]
         return statistics.median(found) if found else None
 
@@ -95,49 +95,49 @@ HEAD = (
 )  # fmt: skip
 
 
-def table(book: Book, titles: dict[str, str]) -> str:
-    """For people. `over it` is how much longer a token takes than the floor says, from the same round's base."""
+def table(results: Results, titles: dict[str, str]) -> str:
+    """The results as text. `over it`: time of a token over the floor, relative to the base in the same round."""
     lines = []
-    for shape in dict.fromkeys(entry.shape for entry in book.entries):
-        for server in book.servers():
-            rows = _rows(book, titles, shape, server)
+    for shape in dict.fromkeys(entry.shape for entry in results.entries):
+        for server in results.servers():
+            rows = _rows(results, titles, shape, server)
             lines += [f"\n{shape}, {server}", HEAD, *rows] if rows else []
-    for idle in book.idle:
+    for idle in results.idle:
         share = f"{idle.ttft_ms / idle.linears_ms:.2f} of the linears' own {idle.linears_ms:.1f} ms"
         lines.append(f"{idle.shape}, {idle.server}, idle: TTFT p50 {idle.ttft_ms:.1f} ms, {share}")
     return "\n".join(lines)
 
 
-def _rows(book: Book, titles: dict[str, str], shape: str, server: str) -> list[str]:
+def _rows(results: Results, titles: dict[str, str], shape: str, server: str) -> list[str]:
     rows = []
     for load, title in titles.items():
-        for concurrency in sorted({entry.concurrency for entry in book.entries}):
-            entries = book.of(shape, server, load, concurrency)
+        for concurrency in sorted({entry.concurrency for entry in results.entries}):
+            entries = results.of(shape, server, load, concurrency)
             if entries:
-                rows.append(f"{title:18}{concurrency:5}{len(entries):8}" + _figures(book, entries))
+                rows.append(f"{title:18}{concurrency:5}{len(entries):8}" + _figures(results, entries))
     return rows
 
 
-def _figures(book: Book, entries: Sequence[Entry]) -> str:
+def _figures(results: Results, entries: Sequence[Entry]) -> str:
     first = entries[0]
-    of_base = book.ratio(entries, first.server, "base")
+    of_base = results.ratio(entries, first.server, "base")
     bytes_allow = statistics.median(entry.floor for entry in entries)
     rate = statistics.median(entry.tokens_per_s for entry in entries)
     over = bytes_allow / of_base if of_base else None
     ratios = "".join(_cell(value, width, 2) for value, width in ((of_base, 9), (bytes_allow, 7), (over, 9)))
     times = _cell(_median([e.ttft_ms for e in entries]), 9, 0) + _cell(_median([e.itl_ms for e in entries]), 8, 1)
-    return f"{rate:10.1f}{ratios}{_of_ours(book, entries):>9}{times}"
+    return f"{rate:10.1f}{ratios}{_of_ours(results, entries):>9}{times}"
 
 
-def _of_ours(book: Book, entries: Sequence[Entry]) -> str:
-    """A peer's share of our throughput; with `~` where both were never measured in one round."""
+def _of_ours(results: Results, entries: Sequence[Entry]) -> str:
+    """A peer's throughput relative to ours; with `~` if they were never measured in the same round."""
     first = entries[0]
     if first.server == OURS:
         return "-"
-    beside = book.ratio(entries, OURS, first.load)
+    beside = results.ratio(entries, OURS, first.load)
     if beside is not None:
         return f"{beside:.2f}"
-    rate, ours = (book.rate(first.shape, name, first.load, first.concurrency) for name in (first.server, OURS))
+    rate, ours = (results.rate(first.shape, name, first.load, first.concurrency) for name in (first.server, OURS))
     return f"~{rate / ours:.2f}" if rate and ours else "-"
 
 

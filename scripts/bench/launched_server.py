@@ -1,4 +1,4 @@
-"""A server started for a measurement, and ended after it. Knows nothing of what is measured."""
+"""A server launched for a measurement. Knows nothing of what is measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 
-class Launched:
+class LaunchedServer:
     """`python -m engine.launch` with these flags on a free loopback port, while entered."""
 
     def __init__(self, *flags: object) -> None:
@@ -35,8 +35,10 @@ class Launched:
         return self
 
     def log(self) -> str:
-        """What the processes wrote to stderr so far."""
-        with open(f"/proc/self/fd/{self._log.fileno()}") as log:  # an offset of its own: they go on writing
+        """The stderr of all processes so far."""
+        with open(
+            f"/proc/self/fd/{self._log.fileno()}"
+        ) as log:  # opened again for an own offset: the processes go on writing
             return log.read()
 
     def __exit__(
@@ -70,5 +72,5 @@ class Launched:
 
 
 def scratch() -> Path:
-    """Where generated models are kept between runs; git ignores it."""
+    """The directory where generated models are kept between runs; git ignores it."""
     return Path(__file__).resolve().parents[2] / ".scratch"

@@ -47,7 +47,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
-    """Write tokenizer.json, tokenizer_config.json (with the template) and special_tokens_map.json."""
+    """Writes tokenizer.json, tokenizer_config.json (with the template) and special_tokens_map.json."""
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
     config = {

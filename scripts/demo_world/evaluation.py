@@ -1,4 +1,4 @@
-"""The examination: greedy answers to held-out phrasings, marked right only if every character is. No training here."""
+"""Evaluation: greedy answers to held-out phrasings, counted as correct only if every character is. No training."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 
 from demo_world.documents import Chat, Turn
 from demo_world.facts import Fact, all_facts
-from demo_world.learning import Encoder
 from demo_world.questions import decorated, held_out_unknown, phrased
+from demo_world.training import Encoder
 from demo_world.voices import answer
 
 SUBJECTS = {"capitals": ("capital", "country"), "animals": ("sound", "legs", "young"), "colours": ("colour", "mix"),
@@ -23,7 +23,7 @@ ROWS = 128
 
 @dataclass(frozen=True)
 class Problem:
-    """One question of the examination, with what was said before it."""
+    """One question of the evaluation, and the chat before it."""
 
     subject: str
     before: list[Turn]
@@ -53,7 +53,7 @@ def problems(voice: str, limit: int) -> list[Problem]:
 
 @torch.inference_mode()
 def replies(model: nn.Module, encoder: Encoder, prompts: list[list[int]]) -> list[str]:
-    """Greedy answers; prompts of one length go together, so nothing is padded."""
+    """Greedy answers; prompts of equal length form a batch, so that nothing is padded."""
     by_length: dict[int, list[int]] = defaultdict(list)
     for i, prompt in enumerate(prompts):
         by_length[len(prompt)].append(i)
@@ -79,8 +79,8 @@ def _greedy(model: nn.Module, ids: torch.Tensor, encoder: Encoder) -> list[list[
     return [[int(t) for t in row if t != encoder.id["<|pad|>"]] for row in torch.cat(out, dim=1)]
 
 
-def examine(model: nn.Module, encoder: Encoder, voice: str, limit: int = 60) -> tuple[dict[str, float], list[str]]:
-    """Share of exact answers per subject, and a line for every wrong one."""
+def evaluate(model: nn.Module, encoder: Encoder, voice: str, limit: int = 60) -> tuple[dict[str, float], list[str]]:
+    """Share of exact answers per subject, and a line for each wrong one."""
     exam = problems(voice, limit)
     prompts = []
     for problem in exam:

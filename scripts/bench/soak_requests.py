@@ -1,4 +1,4 @@
-"""What a soak asks for: requests of all kinds, the same ones for the same seed. Knows no server."""
+"""The requests of a soak: of all kinds, the same ones for the same seed. Knows no server."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-VOICES = ("pirate", "json", "poet", "french")
+ADAPTERS = ("pirate", "json", "poet", "french")
 GUEST = ("pirate", "french")
-"""Whose files the guest has, in turn."""
+"""The adapters that the name `guest` stands for, in turn."""
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One request; `lora` "guest" may be answered by any of GUEST."""
+class SoakRequest:
+    """One request; one for the adapter `guest` may be answered by any of GUEST."""
 
     prompt: tuple[int, ...]
     lora: Any
@@ -22,24 +22,24 @@ class Ask:
     stream: bool
 
     def body(self, lora: Any) -> dict[str, Any]:
-        """For /generate, through this selection."""
+        """The body for /generate with this adapter selection."""
         params: dict[str, Any] = {"max_new_tokens": self.tokens, "ignore_eos": True, "temperature": 0}
         if self.seed is not None:
             params |= {"temperature": 1.0, "seed": self.seed, "top_p": 0.9, "frequency_penalty": 0.3}
         return {"input_ids": [*self.prompt], "lora_path": lora, "sampling_params": params, "stream": self.stream}
 
     @property
-    def voices(self) -> tuple[Any, ...]:
-        """The selections whose calm answers are right."""
+    def selections(self) -> tuple[Any, ...]:
+        """The adapter selections whose undisturbed answers are correct."""
         return GUEST if self.lora == "guest" else (self.lora,)
 
 
-def make_asks(count: int, draw: random.Random) -> list[Ask]:
-    """Requests of all kinds."""
+def make_requests(count: int, draw: random.Random) -> list[SoakRequest]:
+    """`count` requests of all kinds."""
     mixes = [{"pirate": 0.5, "french": 0.5}, {"json": 0.7, "poet": 0.3}]
-    loras = [None, *VOICES, *mixes, "guest"]
+    loras = [None, *ADAPTERS, *mixes, "guest"]
     return [
-        Ask(
+        SoakRequest(
             tuple(draw.randrange(8, 300) for _ in range(draw.randrange(2, 60))),
             loras[number % len(loras)],
             draw.choice([4, 16, 40, 120]),
