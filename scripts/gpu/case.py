@@ -1,7 +1,7 @@
-"""One site at one point: inputs, the base's weights, the adapters, in copies enough that no cache holds them all.
+"""One site at one point of the grid: inputs, base weights, and enough adapter copies that no cache holds all of them.
 
-Adapters are whole tensors of their true rank here; every column packs them its own way. Legend: T tokens, I in
-features, O out features, r rank.
+Adapters are whole tensors of their true rank; every column packs them in its own way. Legend: T tokens, I input
+features, O output features, r rank.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch.nn.functional import linear
 
 from gpu.grid import Point, SiteShape
 
-BASES = 2  # copies of the base's weight: each alone is about as large as an L2
-MOST_COPIES = 12
+BASES = 2  # copies of the base's weight; each is about as large as an L2 cache
+MAX_COPIES = 12
 
 Adapter = tuple[list[torch.Tensor], torch.Tensor]
 """A of every slice [r, I], and B of all slices side by side [O, r]."""
 
 Run = Callable[[int], torch.Tensor]
-"""Computes base and adapters with copy number .. and returns [T, O]."""
+"""Computes base and adapters with the given copy; returns [T, O]."""
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """The tensors; `copies` of the adapters."""
+    """The tensors of one case; `copies` are of the adapters."""
 
     site: SiteShape
     point: Point
@@ -36,17 +36,17 @@ class Case:
 
     @property
     def device(self) -> torch.device:
-        """Where it all is."""
+        """The device of all tensors."""
         return self.x_TI.device
 
     @property
-    def most_rank(self) -> int:
-        """What others pad to."""
+    def max_rank(self) -> int:
+        """The largest rank, to which some peers pad."""
         return max(self.point.ranks)
 
     @property
     def offsets(self) -> list[int]:
-        """Where each slice begins among the outputs, and where the last one ends."""
+        """Start of each slice among the outputs, and the end of the last one."""
         return [sum(self.site.slices[:index]) for index in range(len(self.site.slices) + 1)]
 
     def base(self, copy: int) -> torch.Tensor:
@@ -54,7 +54,7 @@ class Case:
         return linear(self.x_TI, self.bases[copy % len(self.bases)])
 
     def expected(self, copy: int) -> torch.Tensor:
-        """[T, O] float32: what every column should answer."""
+        """[T, O] float32: the reference result."""
         y_TO = linear(self.x_TI.float(), self.bases[copy % len(self.bases)].float())
         lanes_T = torch.tensor(self.point.lane_of_token, device=self.device)
         for lane, (a_slices, b_Or) in enumerate(self.copies[copy]):
@@ -68,14 +68,14 @@ class Case:
 def make_case(
     site: SiteShape, point: Point, device: torch.device, dtype: torch.dtype, cache_bytes: int, seed: int = 0
 ) -> Case:
-    """Random values; as many copies of the adapters as twice the cache holds, from 2 up to a dozen."""
+    """A case of random values, with 2 to MAX_COPIES copies of the adapters: together twice the cache."""
     draw = torch.Generator(device=device).manual_seed(seed)
 
     def noise(rows: int, columns: int) -> torch.Tensor:
         return (torch.randn(rows, columns, generator=draw, device=device) / columns**0.5).to(dtype)
 
     each = site.lora_bytes(point.ranks) + site.inputs * site.outputs * dtype.itemsize
-    copies = max(2, min(MOST_COPIES, -(-2 * cache_bytes // each)))
+    copies = max(2, min(MAX_COPIES, -(-2 * cache_bytes // each)))
     adapters = [
         [([noise(rank, site.inputs) for _ in site.slices], noise(site.outputs, rank)) for rank in point.ranks]
         for _ in range(copies)

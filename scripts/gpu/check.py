@@ -1,8 +1,8 @@
-"""Everything a GPU can tell, in one command made for a few minutes and no network. See scripts/gpu_check.
+"""All checks on a GPU in one command, which takes a few minutes and needs no network. See scripts/gpu_check.
 
 scripts/gpu_check                    tests marked gpu, kernels, end to end; tables; JSON under scripts/results
-scripts/gpu_check --parts kernels    some of it; a run that was cut short goes on where it was
-scripts/gpu_check --fetch-peers      first, and where pip works: the peers' kernel files, which then travel
+scripts/gpu_check --parts kernels    one part; an interrupted run is resumed
+scripts/gpu_check --fetch-peers      downloads the peers' kernel files with pip, to be copied to the machine
 scripts/gpu_check --list             what would be measured
 """
 
@@ -29,7 +29,7 @@ PARTS = ("tests", "kernels", "end-to-end")
 
 
 def run_tests(results: Results, seconds: float) -> bool:
-    """Every test marked gpu, in a process of its own; the last line is kept."""
+    """Runs the tests marked gpu in a child process; records the last line."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--no-header", "-p", "no:cacheprovider", "tests"]
     began = time.monotonic()
     try:
@@ -45,7 +45,7 @@ def run_tests(results: Results, seconds: float) -> bool:
 
 
 def run_kernels(results: Results, peers: Path, seconds: float) -> bool:
-    """The grid, and its table. Whether all of ours could be measured."""
+    """Measures the grid and prints its table. Returns whether all of our columns could be measured."""
     from gpu import kernels
 
     chosen = columns(peers)
@@ -57,7 +57,7 @@ def run_kernels(results: Results, peers: Path, seconds: float) -> bool:
 
 
 def run_end_to_end(results: Results) -> None:
-    """The 8B shape with random weights, and its table."""
+    """Measures the 8B shape with random weights and prints its table."""
     from gpu.runner import end_to_end
     from gpu.runner.shape8b import load
     from gpu.timing import bytes_per_us
@@ -87,7 +87,7 @@ def run_end_to_end(results: Results) -> None:
 
 
 def listing(peers: Path) -> str:
-    """What would be measured, without a device."""
+    """The list of what would be measured."""
     lines = [f"{len(points())} points, each at {', '.join(site.name for site in SITES)}:"]
     lines += [f"  {point.key}" for point in points()]
     lines += [f"column {c.name}" + (f": left out, {c.absent}" if c.absent else "") for c in columns(peers)]
@@ -95,15 +95,15 @@ def listing(peers: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when all that was asked for could be done and every test passed."""
+    """Runs the parts. Exit status 0 when all could be measured and every test passed."""
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    top.add_argument("--seconds", type=float, default=300.0, help="for the kernels; the rest waits for the next run")
-    top.add_argument("--test-seconds", type=float, default=150.0, help="for the tests")
-    top.add_argument("--peers", type=Path, default=ROOT / ".peers", help="where the peers' files are")
+    top.add_argument("--seconds", type=float, default=300.0, help="time for the kernels; the next run continues")
+    top.add_argument("--test-seconds", type=float, default=150.0, help="time for the tests")
+    top.add_argument("--peers", type=Path, default=ROOT / ".peers", help="directory of the peers' files")
     top.add_argument("--results", type=Path, default=ROOT / "scripts" / "results")
-    top.add_argument("--fetch-peers", action="store_true", help="bring the peers' files there, and nothing else")
-    top.add_argument("--list", action="store_true", help="say what would be measured, and nothing else")
+    top.add_argument("--fetch-peers", action="store_true", help="download the peers' files there and exit")
+    top.add_argument("--list", action="store_true", help="print what would be measured and exit")
     args = top.parse_args(argv)
     if args.fetch_peers:
         fetch(args.peers)

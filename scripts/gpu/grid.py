@@ -1,4 +1,4 @@
-"""What the kernel benchmark measures: points, the sites of an 8B model, and the fewest bytes that must move.
+"""The grid of the kernel benchmark: its points, the sites of an 8B model, and the least bytes that must be read.
 
 Numbers only; no tensors.
 """
@@ -11,12 +11,12 @@ TOKENS = (1, 8, 32, 128, 512, 4096)
 LANES = (1, 8, 32)
 RANKS = ("8", "16", "64", "mixed")
 MIXED = (8, 16, 32, 64)
-DECODES = 128  # points of at most so many tokens are decodes, one token a request; above, one request a lane
+DECODES = 128  # points up to this many tokens are decodes, one token a request; larger ones one request a lane
 
 
 @dataclass(frozen=True)
 class SiteShape:
-    """A linear of the model: its input, and the outputs of its slices side by side."""
+    """A linear of the model: its input size, and the output sizes of its fused slices."""
 
     name: str
     inputs: int
@@ -24,11 +24,11 @@ class SiteShape:
 
     @property
     def outputs(self) -> int:
-        """All slices."""
+        """The output size of all slices."""
         return sum(self.slices)
 
     def lora_bytes(self, ranks: tuple[int, ...], itemsize: int = 2) -> int:
-        """Bytes of the adapters' A and B here."""
+        """Bytes of the adapters' A and B at this site."""
         return sum(ranks) * (len(self.slices) * self.inputs + self.outputs) * itemsize
 
 
@@ -42,7 +42,7 @@ SITES = (
 
 @dataclass(frozen=True)
 class Point:
-    """So many tokens, spread evenly over so many adapters of this rank."""
+    """`tokens` spread evenly over `lanes` adapters of this rank."""
 
     tokens: int
     lanes: int
@@ -50,12 +50,12 @@ class Point:
 
     @property
     def key(self) -> str:
-        """Its name in results."""
+        """The point's name in the results."""
         return f"t{self.tokens}-l{self.lanes}-r{self.rank}"
 
     @property
     def decodes(self) -> bool:
-        """Whether every token is a request of its own."""
+        """Whether each token belongs to another request."""
         return self.tokens <= DECODES
 
     @property
@@ -65,7 +65,7 @@ class Point:
 
     @property
     def lane_of_token(self) -> list[int]:
-        """The adapter of each token, counted from 0: in turn for decodes, in runs for prefills."""
+        """The adapter of each token, from 0: alternating for decodes, in runs for prefills."""
         if self.decodes:
             return [token % self.lanes for token in range(self.tokens)]
         return [token * self.lanes // self.tokens for token in range(self.tokens)]
@@ -77,5 +77,5 @@ def points() -> list[Point]:
 
 
 def floor_us(site: SiteShape, point: Point, bytes_per_us: float) -> float:
-    """The time that reading the point's adapters at this site takes at least."""
+    """The least time in microseconds to read the point's adapters at this site."""
     return site.lora_bytes(point.ranks) / bytes_per_us

@@ -19,20 +19,20 @@ from gpu.grid import SITES, Point, SiteShape, floor_us, points
 from gpu.results import Results
 from gpu.timing import bytes_per_us, l2_bytes, replay_us
 
-CLOSE = 2e-2  # of the reference's size; bfloat16 answers of correct kernels are within a third of it
+CLOSE = 2e-2  # relative to the reference; correct kernels in bfloat16 are within a third of this
 
 Clock = Callable[[Callable[[], object], int], float]
 
 
 def run(results: Results, columns: Sequence[Column], seconds: float) -> None:
-    """What is not in the results yet, until it is done or so many seconds have passed."""
+    """Measures the points that are not in the results yet, for at most `seconds`."""
     bandwidth = results.section("bandwidth")
     if "bytes_per_us" not in bandwidth:
         bandwidth["bytes_per_us"] = bytes_per_us()
     done, began = results.section("kernels"), time.monotonic()
     for number, point in enumerate(points(), 1):
         if time.monotonic() - began > seconds:
-            print(f"{seconds:.0f} s are over: run again to go on")
+            print(f"{seconds:.0f} s are over: run again to continue")
             return
         wanted = [column for column in columns if not column.absent and column.name not in done.get(point.key, {})]
         if wanted:
@@ -52,7 +52,7 @@ def measure(
     cache_bytes: int,
     sites: Sequence[SiteShape] = SITES,
 ) -> dict[str, dict[str, Any]]:
-    """By column and site: microseconds that the adapters add to the base, or a word on what went wrong."""
+    """By column and site: microseconds that the adapters add to the base, or a text on what went wrong."""
     found: dict[str, dict[str, Any]] = {column.name: {} for column in columns}
     base: dict[str, float] = {}
     for site in sites:
@@ -73,7 +73,7 @@ def _one(column: Column, case: Case, clock: Clock, base_us: float) -> float | st
         if not wrong < CLOSE:
             return f"wrong by {wrong:.2g}"
         return clock(lambda: [run(copy) for copy in range(count)], count) - base_us
-    except Exception as error:  # a kernel that does not compile here must not end the benchmark
+    except Exception as error:  # a kernel that does not compile must not end the benchmark
         if not column.peer:
             traceback.print_exc()
         return f"{type(error).__name__}: {error}"[:200]

@@ -1,4 +1,4 @@
-"""The short tables that a person reads at the end. Computes nothing but sums and ratios of what is in the results."""
+"""The tables printed at the end: sums and ratios of the results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WIDTH = 15
 
 
 def kernel_table(done: dict[str, Any], columns: list[Column]) -> str:
-    """Microseconds that the adapters add to a layer (its four sites), by column; the best peer over our best."""
+    """Microseconds that the adapters add to a layer (four sites), by column, and the best peer over our best."""
     names = [column.name for column in columns if not column.absent]
     head = "tokens lanes rank".ljust(20) + "".join(name.rjust(WIDTH) for name in names)
     lines = ["adapters on one layer, us beyond the base", head + "floor".rjust(9) + "peer/ours".rjust(11)]
@@ -31,14 +31,14 @@ def _line(point: Point, row: dict[str, Any], columns: list[Column]) -> str:
 
 
 def total(sites: dict[str, Any] | None) -> float | None:
-    """The sum over the sites, None where one of them could not be measured."""
+    """The sum over the sites; None if one of them could not be measured."""
     if not sites or not all(isinstance(value, int | float) for value in sites.values()):
         return None
     return float(sum(sites.values()))
 
 
 def troubles(done: dict[str, Any]) -> list[str]:
-    """What could not be measured, a line for each kind."""
+    """What could not be measured, one line for each kind."""
     found: dict[str, int] = {}
     for row in done.values():
         for name, sites in row.items():
@@ -49,7 +49,7 @@ def troubles(done: dict[str, Any]) -> list[str]:
 
 
 def step_table(steps: dict[str, Any], bandwidth: float) -> str:
-    """Milliseconds of a decode step by batch and adapters, as shares of base, and against the bytes."""
+    """Milliseconds of a decode step by batch and adapters, relative to the base and to the bytes read."""
     lines = ["decode steps of the 8B shape", "batch  adapters   step ms   of base  tokens/s   allowed ms"]
     for row in steps.get("decode", {}).values():
         base = steps["decode"].get(f"b{row['batch']}-l0", row)
@@ -59,7 +59,7 @@ def step_table(steps: dict[str, Any], bandwidth: float) -> str:
         )
     switching = steps.get("switching")
     if switching:
-        lines.append(f"every request another adapter, a pool for a quarter: {switching['of_base']:.3f} of base")
+        lines.append(f"another adapter for every request, a pool for a quarter: {switching['of_base']:.3f} of base")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Results as one JSON file a card and day, written after every point, so that a run that was cut short goes on.
+"""Results in one JSON file for each card and day, written after every point, so that an interrupted run is resumed.
 
 Knows nothing of what the numbers mean.
 """
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "triton", "numpy")
 
 
 class Results:
-    """The file; `data` is its content."""
+    """A results file; `data` is its content."""
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self.path = path
@@ -26,12 +26,12 @@ class Results:
             self.data = {"about": about}
 
     def section(self, name: str) -> dict[str, Any]:
-        """A part of the results, to be written into; `save` after that."""
+        """A part of the results, which the caller changes before it calls `save`."""
         part: dict[str, Any] = self.data.setdefault(name, {})
         return part
 
     def save(self) -> None:
-        """To the file, by way of another, so that it is never half a file."""
+        """Writes the file through a temporary one, so that it is never incomplete."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
@@ -39,7 +39,7 @@ class Results:
 
 
 def about(card: str) -> dict[str, Any]:
-    """What the results depend on."""
+    """The facts that the results depend on."""
     versions = {package: _version(package) for package in PACKAGES}
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     return {"date": today, "card": card, "python": platform.python_version(), **versions}

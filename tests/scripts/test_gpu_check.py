@@ -15,7 +15,7 @@ from gpu.case import Case, Run, make_case
 from gpu.check import listing, main
 from gpu.columns.fetch import extract
 from gpu.columns.registry import Column, columns
-from gpu.columns.stubs import Nothing, Stubbed
+from gpu.columns.stubs import Stub, StubFinder
 from gpu.grid import SITES, Point, SiteShape, floor_us, points
 from gpu.results import Results, about, file_name
 from gpu.runner import end_to_end
@@ -148,11 +148,11 @@ def test_single_files_of_a_package_can_be_imported(tmp_path: Path, monkeypatch: 
         archive.writestr("bigpkg/deep/library.so", "no")
     assert extract(wheel, ("bigpkg/deep/",), tmp_path) == 3
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    Stubbed("bigpkg", tmp_path, {"bigpkg.other": {"helper": lambda value: value + 1}}).install()
+    StubFinder("bigpkg", tmp_path, {"bigpkg.other": {"helper": lambda value: value + 1}}).install()
     from bigpkg.deep.kernel import Thing, run  # type: ignore[import-not-found]
 
     assert run() == (3, False, 7)
-    assert isinstance(Thing, Nothing)
+    assert isinstance(Thing, Stub)
     for name in [name for name in sys.modules if name.split(".")[0] == "bigpkg"]:
         del sys.modules[name]
 
@@ -170,7 +170,7 @@ def test_check_without_peers_and_without_a_device(
 
 
 def test_end_to_end_on_a_tiny_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"PROMPT": 8, "STEPS": 3, "REPEATS": 2, "LIFE": 4}.items():
+    for name, value in {"PROMPT": 8, "STEPS": 3, "REPEATS": 2, "REQUEST_TOKENS": 4}.items():
         monkeypatch.setattr(end_to_end, name, value)
     runner = load(
         tmp_path,

@@ -1,4 +1,4 @@
-"""Our own backends as columns: pages filled, lanes set, a step planned, `adapt` called; nothing is bypassed."""
+"""Our LoRA backends as columns, through their whole path: filled pages, lanes, a planned step, `adapt`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(name: str, case: Case) -> Run:
 
 
 def _pages(case: Case) -> tuple[RankPagePool, list[Site]]:
-    """A site for each copy, and a lane for each adapter, whose pages follow one another."""
+    """A site for each copy, and a lane for each adapter with consecutive pages."""
     site, stops = case.site, case.offsets
     slices = tuple(Slice(f"m{i}", stops[i], stops[i + 1]) for i in range(len(site.slices)))
     sites = [
@@ -62,7 +62,7 @@ def _fill(pages: RankPagePool, site: Site, first: int, a_slices: list[torch.Tens
 
 
 def _layout(case: Case) -> Layout:
-    """Decodes: a chunk a token. Prefills: a chunk a lane."""
+    """The layout: one chunk for each token of decodes, one for each lane of prefills."""
     lanes_T = np.array(case.point.lane_of_token, np.int32) + 1
     lanes_C = lanes_T if case.point.decodes else np.unique(lanes_T)
     lengths_C = np.ones_like(lanes_C) if case.point.decodes else np.bincount(lanes_T)[1:].astype(np.int32)

@@ -1,4 +1,4 @@
-"""Who is measured beside whom: a name, and how a case becomes a run. A column that cannot be had says why."""
+"""The columns of the kernel benchmark: a name, and how a case is prepared; or why a column is absent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpu.columns import vllm as vllm_column
 
 @dataclass(frozen=True)
 class Column:
-    """One of them. `absent` is the reason why it is left out."""
+    """One column. `absent` is the reason why it cannot be measured."""
 
     name: str
     prepare: Callable[[Case], Run]
@@ -28,7 +28,7 @@ OURS = ("csgmv", "triton")
 
 
 def columns(peers: Path) -> list[Column]:
-    """Ours, and the peers whose files lie under `peers` (see `fetch`)."""
+    """Our columns, and those of the peers whose files are under `peers` (see `fetch`)."""
     found = [Column(name, partial(ours.run, name)) for name in OURS]
     sglang, vllm = _missing(peers, sglang_columns), _missing(peers, vllm_column)
     if not sglang:

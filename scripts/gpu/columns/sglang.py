@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from gpu.case import Case, Run
-from gpu.columns.stubs import Stubbed
+from gpu.columns.stubs import StubFinder
 
 FILES = (
     "sglang/kernels/ops/lora/dense/",
@@ -25,7 +25,7 @@ FILES = (
 
 
 def install(root: Path) -> None:
-    """Makes its files importable."""
+    """Makes SGLang's files importable."""
     given = {
         "sglang.srt.utils": {
             "cached_triton_kernel": lambda key=None: lambda kernel: kernel,
@@ -36,11 +36,11 @@ def install(root: Path) -> None:
             "is_arch_support_pdl": lambda: torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
         },
     }
-    Stubbed("sglang", root, given).install()
+    StubFinder("sglang", root, given).install()
 
 
 def csgmv(case: Case) -> Run:
-    """Its default: tokens sorted by adapter, in chunks of one adapter each."""
+    """SGLang's default: tokens sorted by adapter, in chunks of one adapter each."""
     from sglang.kernels.ops.lora.dense.chunked_sgmv_expand import chunked_sgmv_lora_expand_forward as expand
     from sglang.kernels.ops.lora.dense.chunked_sgmv_shrink import chunked_sgmv_lora_shrink_forward as shrink
 
@@ -62,7 +62,7 @@ def csgmv(case: Case) -> Run:
 
 
 def triton(case: Case) -> Run:
-    """Segments by request, of one adapter for decodes; a kernel of its own for each kind of site."""
+    """Segments by request, by adapter for decodes; another kernel for each kind of site."""
     from sglang.kernels.ops.lora.dense.gate_up_lora_b import gate_up_lora_b_fwd
     from sglang.kernels.ops.lora.dense.qkv_lora_b import qkv_lora_b_fwd
     from sglang.kernels.ops.lora.dense.sgemm_lora_a import sgemm_lora_a_fwd
@@ -88,7 +88,7 @@ def triton(case: Case) -> Run:
 
 
 def triton_v2(case: Case) -> Run:
-    """Its newest: tiles by tuned tables, for decodes mostly with the shrink on a side stream beside the base GEMM."""
+    """SGLang's newest: tiles from tuned tables; for decodes mostly with the shrink on a side stream beside the GEMM."""
     from sglang.srt.lora.dense.plan import DenseLoraKind
     from sglang.srt.lora.dense.runner import DenseLoraRunner
     from sglang.srt.lora.utils import Phase
@@ -103,14 +103,14 @@ def triton_v2(case: Case) -> Run:
     }
 
     def run(copy: int) -> torch.Tensor:
-        if copy == 0:  # a forward begins: its routing is found once, and shared by all of its layers
+        if copy == 0:  # a forward begins: the routing is computed once for all layers
             phase = Phase.DECODE if case.point.decodes else Phase.PREFILL
             graph_mode = case.device.type == "cuda"
             runner.begin_batch(**step, num_tokens=case.point.tokens, phase=phase, graph_mode=graph_mode)
         a, b = packed[copy]
         outputs = case.site.outputs
         plan = runner.plan_for(
-            DenseLoraKind.LINEAR, case.most_rank, case.site.inputs, outputs, num_tokens=case.point.tokens
+            DenseLoraKind.LINEAR, case.max_rank, case.site.inputs, outputs, num_tokens=case.point.tokens
         )
         y_TO: torch.Tensor = runner.apply(
             case.x_TI, lambda: case.base(copy), plan, a=a, b=b, offsets=tuple(case.offsets)
@@ -121,8 +121,8 @@ def triton_v2(case: Case) -> Run:
 
 
 def _pack(case: Case, copy: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [adapters, slices * R, in] with each adapter's slices one behind the other, B [adapters, out, R]."""
-    most, slices, dtype = case.most_rank, len(case.site.slices), case.x_TI.dtype
+    """A [adapters, slices * R, in] with each adapter's slices concatenated, B [adapters, out, R]."""
+    most, slices, dtype = case.max_rank, len(case.site.slices), case.x_TI.dtype
     a = torch.zeros(case.point.lanes, slices * most, case.site.inputs, dtype=dtype, device=case.device)
     b = torch.zeros(case.point.lanes, case.site.outputs, most, dtype=dtype, device=case.device)
     for lane, (a_slices, b_Or) in enumerate(case.copies[copy]):
@@ -133,7 +133,7 @@ def _pack(case: Case, copy: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _batch(case: Case, chunk: int | None) -> Any:
-    """Its description of a step: runs of one adapter in sorted order, cut into chunks where a size is given."""
+    """SGLang's batch info: runs of one adapter in sorted order, cut into chunks if a size is given."""
     lanes = torch.tensor(case.point.lane_of_token)
     order = torch.argsort(lanes, stable=True)
     counts = torch.bincount(lanes, minlength=case.point.lanes).tolist()

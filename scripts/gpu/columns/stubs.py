@@ -1,7 +1,7 @@
-"""Imports single files of a large package, and invents whatever else they import.
+"""Imports single files of a large package, with stubs for everything else that they import.
 
-A module whose file was extracted is the file; packages are empty; any other module of the package answers every
-attribute with a Nothing, which is false, callable, and answers likewise. What the files really need of the rest is
+A module whose file was extracted is loaded from the file; packages are empty; any other module of the package returns a
+Stub for every attribute, which is false and callable, and returns itself. Attributes that the files really need are
 given by name. Knows nothing of what is imported.
 """
 
@@ -17,54 +17,54 @@ from types import ModuleType
 from typing import Any
 
 Given = dict[str, dict[str, Any]]
-"""By module name, the attributes it really has."""
+"""The given attributes, by module name."""
 
 
-class Nothing:
-    """Stands for whatever is not there."""
+class Stub:
+    """Replaces an object of a module that was not extracted."""
 
     def __bool__(self) -> bool:
         return False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Nothing:
+    def __call__(self, *args: Any, **kwargs: Any) -> Stub:
         return self
 
-    def __getattr__(self, name: str) -> Nothing:
+    def __getattr__(self, name: str) -> Stub:
         if name.startswith("__"):
             raise AttributeError(name)
         return self
 
 
-class _Invented(ModuleType):
-    """A module that has everything."""
+class _StubModule(ModuleType):
+    """A module with a Stub for every attribute."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return Nothing()
+        return Stub()
 
 
-class _Inventor(Loader):
-    """Makes them."""
+class _StubLoader(Loader):
+    """Creates stub modules with the given attributes."""
 
     def __init__(self, given: dict[str, Any]) -> None:
         self._given = given
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _Invented(spec.name)
+        return _StubModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         vars(module).update(self._given)
 
 
-class Stubbed(MetaPathFinder):
-    """Finds the modules of `package` under `root`, and invents the others."""
+class StubFinder(MetaPathFinder):
+    """Finds the modules of `package` under `root`, and makes stubs of the others."""
 
     def __init__(self, package: str, root: Path, given: Given) -> None:
         self._package, self._root, self._given = package, root, given
 
     def install(self) -> None:
-        """From now on; the real package, where there is one, is not seen any more."""
+        """Activates the finder; an installed package of this name is hidden from now on."""
         for name in [name for name in sys.modules if name.split(".")[0] == self._package]:
             del sys.modules[name]
         sys.meta_path.insert(0, self)
@@ -78,6 +78,6 @@ class Stubbed(MetaPathFinder):
         file = place.with_suffix(".py")
         if file.is_file() and fullname not in self._given:
             return spec_from_file_location(fullname, file, loader=SourceFileLoader(fullname, str(file)))
-        spec = ModuleSpec(fullname, _Inventor(self._given.get(fullname, {})), is_package=True)
+        spec = ModuleSpec(fullname, _StubLoader(self._given.get(fullname, {})), is_package=True)
         spec.submodule_search_locations = [str(place)]
         return spec

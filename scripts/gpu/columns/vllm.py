@@ -13,13 +13,13 @@ import torch
 import triton
 import triton.language as tl
 from gpu.case import Case, Run
-from gpu.columns.stubs import Nothing, Stubbed
+from gpu.columns.stubs import Stub, StubFinder
 
 FILES = ("vllm/lora/ops/triton_ops/",)
 
 
 class _Platform:
-    """The functions that the files call."""
+    """The methods of vLLM's platform that the files call."""
 
     def is_cuda(self) -> bool:
         return torch.cuda.is_available()
@@ -39,12 +39,12 @@ class _Platform:
 
 
 def install(root: Path) -> None:
-    """Makes its files importable."""
+    """Makes vLLM's files importable."""
     settings = {"VLLM_BATCH_INVARIANT": False, "VLLM_TUNED_CONFIG_FOLDER": None, "VLLM_LORA_DISABLE_PDL": False}
     given = {
         "vllm": {"envs": SimpleNamespace(**settings)},
         "vllm.triton_utils": {"triton": triton, "tl": tl, "HAS_TRITON": True},
-        "vllm.logger": {"init_logger": lambda name: Nothing()},
+        "vllm.logger": {"init_logger": lambda name: Stub()},
         "vllm.platforms": {"current_platform": _Platform()},
         "vllm.utils.math_utils": {"next_power_of_2": lambda value: 1 << max(0, value - 1).bit_length()},
         "vllm.utils.torch_utils": {
@@ -52,7 +52,7 @@ def install(root: Path) -> None:
             "direct_register_custom_op": lambda **_: None,
         },
     }
-    Stubbed("vllm", root, given).install()
+    StubFinder("vllm", root, given).install()
 
 
 def punica(case: Case) -> Run:
@@ -61,7 +61,7 @@ def punica(case: Case) -> Run:
     from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
     from vllm.lora.ops.triton_ops.lora_shrink_op import _lora_shrink
 
-    tokens, slices, most = case.point.tokens, len(case.site.slices), case.most_rank
+    tokens, slices, most = case.point.tokens, len(case.site.slices), case.max_rank
     meta = LoRAKernelMeta.make(case.point.lanes, tokens, case.device)
     meta.prepare_tensors(torch.tensor(case.point.lane_of_token, dtype=torch.int32, device=case.device))
     step = meta.meta_args(tokens, True)
@@ -79,8 +79,8 @@ def punica(case: Case) -> Run:
 
 
 def _pack(case: Case, copy: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """By slice: A [adapters, 1, R, in] and B [adapters, 1, out of the slice, R]."""
-    most, lanes, how = case.most_rank, case.point.lanes, {"dtype": case.x_TI.dtype, "device": case.device}
+    """For each slice: A [adapters, 1, R, in] and B [adapters, 1, out of the slice, R]."""
+    most, lanes, how = case.max_rank, case.point.lanes, {"dtype": case.x_TI.dtype, "device": case.device}
     a = [torch.zeros(lanes, 1, most, case.site.inputs, **how) for _ in case.site.slices]
     b = [torch.zeros(lanes, 1, width, most, **how) for width in case.site.slices]
     for lane, (a_slices, b_Or) in enumerate(case.copies[copy]):

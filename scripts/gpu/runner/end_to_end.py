@@ -1,7 +1,7 @@
-"""The whole runner on the 8B shape: step times by batch and adapters, and what switching adapters costs.
+"""The whole runner on the 8B shape: step times by batch and adapters, and the cost of switching adapters.
 
 decode     batches of 1, 8, 32, 128 with no adapter, one, eight and thirty-two, in turn over the rows
-switching  every request another of 32 adapters of the host tier, a pool that holds a quarter of them
+switching  each request uses another of 32 adapters in host memory, with a pool for a quarter of them
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ REPEATS = 3
 ADAPTERS = 32
 SLOTS = ADAPTERS // 4
 ROWS = SLOTS - 2  # so that two slots can be filled ahead
-LIFE = 64  # tokens of a request that is switched
+REQUEST_TOKENS = 64  # of a request in `switching`
 
 
 def run(results: Results, runner: Runner, batches: tuple[int, ...] = BATCHES) -> None:
-    """Measures what is not in the results yet; the runner is warm and has `ADAPTERS` lanes and slots."""
+    """Measures what is not in the results yet; the runner is warmed up and has `ADAPTERS` lanes and slots."""
     footprint = host_adapters(runner, ADAPTERS, RANK)
     steps = results.section("steps")
     decode = steps.setdefault("decode", {})
@@ -62,7 +62,7 @@ def decode_row(runner: Runner, footprint: Footprint, batch: int, lanes: int) -> 
 
 
 def step_bytes(runner: Runner, footprint: Footprint, batch: int, lanes: int) -> int:
-    """What a step reads: all weights but the embedding, the rows' KV, the adapters' pages."""
+    """Bytes that a step reads: all weights except the embedding, the rows' KV, the adapters' pages."""
     c, decoder = runner.capacity, runner.parts.decoder
     table = decoder.embed.weight
     weights = c.weight_bytes - (0 if decoder.config.tie_embeddings else table.numel() * table.element_size())
@@ -72,8 +72,8 @@ def step_bytes(runner: Runner, footprint: Footprint, batch: int, lanes: int) -> 
 
 
 def switching(runner: Runner, footprint: Footprint, adapters: bool, seconds: float = 8.0) -> float:
-    """Tokens a second of `ROWS` rows whose requests end in turn; with `adapters` every new one has another."""
-    rows = Rows(runner, ROWS, PROMPT, LIFE)
+    """Tokens per second of `ROWS` rows whose requests end in turn; with `adapters` each new one has another adapter."""
+    rows = Rows(runner, ROWS, PROMPT, REQUEST_TOKENS)
     plan = _Slots(rows, footprint) if adapters else None
     idle, ends = deque(range(ROWS)), dict[int, int]()
     tokens, number, began = 0, 0, time.perf_counter()
@@ -89,7 +89,7 @@ def switching(runner: Runner, footprint: Footprint, adapters: bool, seconds: flo
             fills = plan.fills()
         if idle and (plan is None or plan.ready):
             row = idle.popleft()
-            beginning, ends[row] = [row], number + LIFE
+            beginning, ends[row] = [row], number + REQUEST_TOKENS
             if plan:
                 lanes = [plan.enter(row)]
         going = [row for row in ends if row not in beginning]
@@ -103,7 +103,7 @@ def switching(runner: Runner, footprint: Footprint, adapters: bool, seconds: flo
 
 
 class _Slots:
-    """Which slot of pages holds the next adapter: free, being filled, ready, or a row's. Fills end in order."""
+    """The slots of rank pages: free, being filled, ready, or in use by a row. Fills end in order."""
 
     def __init__(self, rows: Rows, footprint: Footprint) -> None:
         self._rows, self._footprint = rows, footprint
@@ -114,7 +114,7 @@ class _Slots:
         self._steps = 0
 
     def fills(self) -> list[Fill]:
-        """A fill for every slot that no step in flight can name any more."""
+        """Fills for the slots that no step in flight can use."""
         self._steps += 1
         while self._left and self._left[0][0] + 3 <= self._steps:
             self._free.append(self._left.popleft()[1])
@@ -127,16 +127,16 @@ class _Slots:
         return fills
 
     def filled(self, count: int) -> None:
-        """So many fills have ended."""
+        """Marks the first `count` fills as ended."""
         for _ in range(count):
             self.ready.append(self._filling.popleft())
 
     def enter(self, row: int) -> Any:
-        """A ready slot becomes the row's: its lane from now on."""
+        """Assigns a ready slot to a row; returns the message that sets its lane."""
         self._held[row] = self.ready.popleft()
         self._rows.lanes[row] = row + 1
         return self._rows.lane(self._footprint, row + 1, self._held[row])
 
     def leave(self, row: int) -> None:
-        """The row's request has ended."""
+        """Frees the row's slot, which steps in flight may still use."""
         self._left.append((self._steps, self._held.pop(row)))

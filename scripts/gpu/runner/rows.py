@@ -1,6 +1,6 @@
-"""Requests without a scheduler: rows that prefill, then decode with two steps in flight, each through its lane.
+"""Requests without a scheduler: rows that prefill, then decode with two steps in flight, each with its lane.
 
-Rows keep the pages they were dealt at first. Knows nothing of what is measured.
+Rows keep their first KV pages. Knows nothing of what is measured.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ GREEDY = Sampling(temperature=0.0)
 
 
 class Rows:
-    """`batch` rows of one runner, each with room for `prompt` and `most` tokens more."""
+    """`batch` rows of one runner, each with room for `prompt` and `max_new` more tokens."""
 
-    def __init__(self, runner: Runner, batch: int, prompt: int, most: int) -> None:
-        self.runner, self.prompt, self.most = runner, prompt, most
+    def __init__(self, runner: Runner, batch: int, prompt: int, max_new: int) -> None:
+        self.runner, self.prompt, self.max_new = runner, prompt, max_new
         self.lanes = [0] * batch
         self.lengths = [0] * batch
         self._generations = [0] * batch
-        self._each = -(-(prompt + most) // runner.capacity.page_size)
+        self._each = -(-(prompt + max_new) // runner.capacity.page_size)
         self._ids = 0
         self._launched: list[LaunchedStep] = []
         runner.reset()
 
     def point(self, footprint: Footprint, slots: dict[int, int]) -> None:
-        """Fills adapter `slots[lane]` - 1 into that slot of pages, and lets the lane name it. Waits."""
+        """Fills adapter `slots[lane]` into slot `slots[lane]` - 1 of the rank pages and sets the lane to it. Waits."""
         fills = [Fill(adapter, self.pages(footprint, adapter - 1)) for adapter in slots.values()]
         self.runner.execute(self.step(fills=fills))
         waiting = len(fills)
@@ -37,16 +37,16 @@ class Rows:
         self.runner.execute(self.step(lanes=[self.lane(footprint, lane, slot - 1) for lane, slot in slots.items()]))
 
     def pages(self, footprint: Footprint, slot: int) -> dict[str, list[int]]:
-        """The rank pages of slot number .., by group."""
+        """The rank pages of a slot, by group."""
         return {group: list(range(slot * n, slot * n + n)) for group, n in footprint.pages.items()}
 
     def lane(self, footprint: Footprint, lane: int, slot: int) -> LanePages:
-        """That lane over that slot."""
+        """The message that sets a lane to a slot."""
         pages = self.pages(footprint, slot)
         return LanePages(lane, {group: [(page, 1.0) for page in held] for group, held in pages.items()})
 
     def prefill(self, lanes: list[int]) -> None:
-        """A new request in every row, through these lanes; waits."""
+        """Prefills a new request in every row with these lanes; waits."""
         tokens = self.runner.capacity.max_batched_tokens // self.prompt
         for first in range(0, len(lanes), max(1, tokens)):
             some = range(first, min(len(lanes), first + max(1, tokens)))
@@ -55,7 +55,7 @@ class Rows:
             self.runner.execute(self.step(begin=list(some)))
 
     def decode(self, steps: int) -> float:
-        """Seconds that so many steps of all rows take."""
+        """Seconds of `steps` decode steps of all rows."""
         began = time.perf_counter()
         for _ in range(steps):
             self.launch(self.step(go_on=list(range(len(self.lanes)))))
@@ -63,13 +63,13 @@ class Rows:
         return time.perf_counter() - began
 
     def launch(self, step: Step) -> None:
-        """Behind the one in flight; waits for the one before that."""
+        """Launches a step behind the one in flight; waits for the step before that."""
         self._launched.append(self.runner.launch(step))
         if len(self._launched) > 2:
             self.runner.finish(self._launched.pop(0))
 
     def drain(self) -> None:
-        """Waits for all."""
+        """Waits for all steps in flight."""
         while self._launched:
             self.runner.finish(self._launched.pop(0))
 
@@ -80,7 +80,7 @@ class Rows:
         fills: list[Fill] | None = None,
         lanes: list[LanePages] | None = None,
     ) -> Step:
-        """New requests in some rows, one token more in others."""
+        """A step: new requests in the rows `begin`, one more token in the rows `go_on`."""
         self._ids += 1
         new_rows, chunks = [], []
         for row in go_on or []:

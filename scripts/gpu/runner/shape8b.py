@@ -48,7 +48,7 @@ CONFIG: dict[str, Any] = {
 
 
 def load(directory: Path, **options: Any) -> Runner:
-    """A runner of this shape; `options` are fields of its config. The weights are random."""
+    """A runner of this shape with random weights; `options` are fields of its config."""
     (directory / "config.json").write_text(json.dumps({**CONFIG, **options.pop("shape", {})}))
     endpoints = Endpoints(tokenizer="", scheduler="", runner="", zmq_server="")
     with _random_weights():
@@ -56,7 +56,7 @@ def load(directory: Path, **options: Any) -> Runner:
 
 
 def host_adapters(runner: Runner, count: int, rank: int) -> Footprint:
-    """So many adapters in the host tier, with ids from 1 and one copy of the values. What each occupies."""
+    """Puts `count` adapters into the host cache, with ids from 1, that share their values. Returns their footprint."""
     lora = runner.parts.lora
     assert lora is not None
     made = _adapter(runner, rank)
@@ -66,7 +66,7 @@ def host_adapters(runner: Runner, count: int, rank: int) -> Footprint:
 
 
 def _adapter(runner: Runner, rank: int) -> NormalForm:
-    """An adapter on all linears."""
+    """An adapter on all linears with random values."""
     parts = runner.parts
     assert parts.lora is not None
     draw = torch.Generator().manual_seed(rank)
@@ -94,7 +94,7 @@ def _adapter(runner: Runner, rank: int) -> NormalForm:
 
 @contextmanager
 def _random_weights() -> Iterator[None]:
-    """While entered, models are made, not read."""
+    """While entered, models get random weights instead of those of a checkpoint."""
     read = assembly.load_model
     assembly.load_model = _make_model
     try:
