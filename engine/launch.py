@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine import hub, logs
-from engine.config.flags import parse
+from engine.config.flags.parser import parse
 from engine.config.lora_paths import AdapterSpec, adapter_specs
 from engine.config.process_configs import AdapterSource, ProcessConfigs
 from engine.config.resolve import resolve

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 
-from engine.config.flags import NOT_YET_AVAILABLE, REFUSED, make_parser
+from engine.config.flags.parser import make_parser
+from engine.config.flags.refused import NOT_YET_AVAILABLE, REFUSED
 from tables.markdown import table
 
 HEAD = ("flag", "value", "default", "what it does")

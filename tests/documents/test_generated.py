@@ -17,7 +17,7 @@ from tables.flags import default_of, flags, is_shown
 from tables.formats import families, formats
 from tables.http_calls import application, http_calls
 
-from engine.config.flags import make_parser
+from engine.config.flags.parser import make_parser
 from engine.config.server_args import ServerArgs
 from model_runner.config import FAMILIES
 from model_runner.lora.formats import registry

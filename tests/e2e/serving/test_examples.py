@@ -16,7 +16,7 @@ import pytest
 from fixtures.documents.pages import ROOT, Block, blocks, pages
 from fixtures.serving.running import RunningServer
 
-from engine.config.flags import parse
+from engine.config.flags.parser import parse
 
 pytestmark = pytest.mark.e2e
 

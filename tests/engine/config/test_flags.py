@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from engine.config.flags import NOT_YET_AVAILABLE, REFUSED, parse
+from engine.config.flags.parser import parse
+from engine.config.flags.refused import NOT_YET_AVAILABLE, REFUSED
 from engine.config.server_args import ServerArgs
 from engine.errors import ConfigError
 

@@ -1,0 +1,67 @@
+"""The flags of the server: addresses, keys, limits on requests and clients, names, logs."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    add = group.add_argument
+    add("--host", help="address to bind (127.0.0.1)")
+    add("--port", type=int, help="port to bind; 0 takes any free one (30000)")
+    add(
+        "--api-key",
+        nargs="+",
+        metavar="KEY",
+        help="keys: every call but /health, /ready and /metrics then needs `Authorization: Bearer KEY`. The variables "
+        "CHORUS_API_KEY and VLLM_API_KEY do the same and are not visible in a process list (none)",
+    )
+    add(
+        "--api-key-file",
+        metavar="FILE",
+        help="keys with rules, a JSON object a line: key, tenant, adapters, base, requests_per_minute, "
+        "tokens_per_minute (none)",
+    )
+    add(
+        "--max-open-requests",
+        type=int,
+        metavar="N",
+        help="answers in progress at one time; more are refused at once with 503, Retry-After and what the open "
+        "requests wait for (4096)",
+    )
+    add(
+        "--max-queued-tokens",
+        type=int,
+        metavar="N",
+        help="prompt tokens of all open requests together; more are refused in the same way (no bound)",
+    )
+    add(
+        "--request-timeout",
+        type=float,
+        metavar="S",
+        help="seconds that a request may take from its arrival; then it ends with a 504 that says how far it came, or "
+        "what it waited for (no bound)",
+    )
+    add(
+        "--max-stream-buffer",
+        metavar="SIZE",
+        help="bytes of an answer that may wait for a client that does not read it; above that its request is aborted "
+        "and its connection closed (4MiB)",
+    )
+    add(
+        "--stream-stall-timeout",
+        type=float,
+        metavar="S",
+        help="seconds that a client may take nothing of an answer that waits for it; then the same (60)",
+    )
+    add(
+        "--served-model-name", nargs="+", metavar="NAME", help="one or several names of the base model (the model path)"
+    )
+    add(
+        "--chat-template",
+        metavar="FILE",
+        help="a jinja file, or the template itself; it also replaces the templates of adapters (the model's)",
+    )
+    add("--seed", "--random-seed", type=int, help="makes requests without a seed of their own repeatable (none)")
+    add("--log-level", choices=["debug", "info", "warning", "error"], help="what is logged to stderr (info)")
