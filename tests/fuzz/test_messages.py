@@ -136,7 +136,7 @@ def _bounded_memory(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", INBOXES)
-def test_an_inbox_refuses_mutated_frames(name: str) -> None:
+def test_inbox_refuses_mutated_frames(name: str) -> None:
     mutator, samples, allowed = Mutator(INBOXES.index(name)), sound(name), kinds(name)
     context: zmq.Context[Any] = zmq.Context()
     inbox: Inbox[Any] = Inbox(context, f"inproc://{name}", getattr(messages, name))
@@ -161,7 +161,7 @@ def test_an_inbox_refuses_mutated_frames(name: str) -> None:
         context.term()
 
 
-def test_an_async_inbox_goes_on_after_mutated_frames(tmp_path: Path) -> None:
+def test_async_inbox_goes_on_after_mutated_frames(tmp_path: Path) -> None:
     mutator, samples = Mutator(21), sound("ToTokenizer")
 
     async def main() -> None:
@@ -207,7 +207,7 @@ def test_messages_after_an_unreadable_frame_arrive(mutated: bytes) -> None:
         context.term()
 
 
-def test_the_zmq_server_answers_every_host(tmp_path: Path) -> None:
+def test_zmq_server_answers_every_client(tmp_path: Path) -> None:
     """Through a real ROUTER and front end; at the end no call is open, and a well-behaved host is served."""
     scheduler = ScriptedScheduler("ok!", "sql")
     frontend = scheduler.frontend(enable_lora=True, max_loras=4)

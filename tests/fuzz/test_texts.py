@@ -100,7 +100,7 @@ def test_parts_that_refer_to_missing_tokens_fail_at_load(tmp_path: Path) -> None
         Tokenizer.load(tmp_path)
 
 
-def test_a_character_unknown_to_the_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_character_unknown_to_the_tokenizer_is_refused(tmp_path: Path) -> None:
     made = small("wordpiece")
     del made["model"]["vocab"]["<unk>"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(made))
@@ -188,7 +188,7 @@ def test_mutated_templates_render_or_are_refused() -> None:
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_an_odd_template_renders_or_is_refused(odd: str) -> None:
+def test_odd_template_renders_or_is_refused(odd: str) -> None:
     try:
         assert isinstance(ChatTemplate(odd).render([ChatMessage("user", "hi")]), str)
     except (ConfigError, InvalidRequest) as error:

@@ -54,16 +54,16 @@ def test_linears_time_is_that_of_the_faster_kind() -> None:
 def test_ratios_are_taken_within_rounds() -> None:
     bases = [replace(ENTRY, round=n, tokens_per_s=rate) for n, rate in enumerate((100.0, 200.0, 400.0))]
     loaded = [replace(ENTRY, round=n, load="one", tokens_per_s=rate) for n, rate in enumerate((90.0, 100.0, 320.0))]
-    stranger = replace(ENTRY, session=2, load="one", tokens_per_s=1.0)
-    results = Results([*bases, *loaded, stranger], [])
+    unpaired = replace(ENTRY, session=2, load="one", tokens_per_s=1.0)
+    results = Results([*bases, *loaded, unpaired], [])
     assert results.ratio(loaded, OURS, "base") == pytest.approx(0.8)
-    assert results.ratio([stranger], OURS, "base") is None
+    assert results.ratio([unpaired], OURS, "base") is None
     assert results.rate("0.5b", OURS, "base", 8) == 200.0
     assert results.rate("1b", OURS, "base", 8) is None
 
 
 def test_appended_results_keep_former_entries(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "book.json"
+    path = tmp_path / "new" / "results.json"
     results = Results.read(path)
     assert (results.entries, results.idle) == ([], [])
     results.entries.append(ENTRY)

@@ -1,4 +1,4 @@
-"""The trace writer: what it says is what it wrote."""
+"""The trace writer: the file has what the printed line says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from scheduler.simulate.trace import read
 
 
-def test_it_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trace_file_has_the_printed_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "t.jsonl"
     flags = ["--adapters", "9", "--requests", "200", "--prompt", "5:7", "--output", "3", "--tenants", "2"]
     assert make_trace.main(["zipf", *flags, "-o", str(out)]) == 0
@@ -21,6 +21,6 @@ def test_it_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert {request.tenant for request in requests} == {"t0", "t1"}
 
 
-def test_a_range_that_is_none(tmp_path: Path) -> None:
+def test_bad_range_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         make_trace.main(["zipf", "--prompt", "9:3", "-o", str(tmp_path / "t.jsonl")])

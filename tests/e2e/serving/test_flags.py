@@ -73,10 +73,10 @@ def test_launch_with_every_flag(tiny_model: Callable[[str], Path], adapter: Path
 
 
 def test_adapter_of_another_base_is_a_warning(tiny_model: Callable[[str], Path], adapter: Path) -> None:
-    named = json.dumps({"name": "child", "path": str(adapter), "base_model_name": "stranger"})
+    named = json.dumps({"name": "child", "path": str(adapter), "base_model_name": "other"})
     with RunningServer("--model", tiny_model("llama3"), "--lora-modules", named) as server:
-        assert "child says its base is stranger" in server.log()
-        assert server.get("/v1/models/child")["parent"] == "stranger"
+        assert "child names other as its base model" in server.log()
+        assert server.get("/v1/models/child")["parent"] == "other"
 
 
 def test_seed_flag_makes_unseeded_requests_repeatable(tiny_model: Callable[[str], Path]) -> None:

@@ -270,17 +270,6 @@ def test_broken_connection_ends_its_calls(tmp_path: Path, verb: str, monkeypatch
     _run(tmp_path, work)
 
 
-@pytest.mark.parametrize("fields", [("", 1, "p"), ("n", 0, "p"), ("n", 1, "")])
-def test_lora_request_with_invalid_fields_is_refused(fields: tuple[str, int, str]) -> None:
-    with pytest.raises(InvalidRequest):
-        LoRARequest(*fields)
-
-
-def test_lora_request_has_vllm_and_short_field_names() -> None:
-    request = LoRARequest("n", 3, "p")
-    assert (request.name, request.adapter_id, request.path) == ("n", 3, "p")
-
-
 def test_closing_an_engine_ends_its_open_calls(tmp_path: Path) -> None:
     async def main() -> None:
         address = f"ipc://{tmp_path}/server"
