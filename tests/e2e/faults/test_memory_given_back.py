@@ -61,9 +61,8 @@ def test_unload_frees_host_memory_and_rank_pages(tmp_path: Path) -> None:
             status, answer = server.post("/load_lora_adapter", body)
             assert status == 200, answer
         held = shared_bytes(runner) - before
-        stats = server.wait_stats(lambda stats: stats["host_bytes"] > 0)
+        stats = server.wait_stats(lambda stats: stats["host_bytes"] >= size * 0.9)  # Stats come each second
         assert size * 0.9 < held < size * 1.5
-        assert stats["host_bytes"] >= size * 0.9
         used = {group: count for group, count in stats["rank_pages_used"].items() if count}
         assert used == {"gate_up": 32 * ADAPTERS, "down": 32 * ADAPTERS}
         for name in paths:
