@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import tomllib
 from collections import Counter
 from functools import cache
@@ -12,6 +13,7 @@ PACKAGES = ("engine", "tokenizer_proc", "scheduler", "model_runner")
 NOT_COUNTED = {"__init__.py", "__main__.py", "conftest.py"}
 
 MOST_MODULES = 9
+LONGEST_TEST_NAME = 60
 MOST_MODULES_OF_ONE_KIND = 12
 OF_ONE_KIND = {  # folder: what each of its modules is
     "model_runner/compute/kernels/triton": "a triton kernel",
@@ -19,7 +21,6 @@ OF_ONE_KIND = {  # folder: what each of its modules is
     "model_runner/config/families": "a model family",
     "model_runner/lora/backends": "a LoRA backend, or the tables that several of them read",
     "model_runner/lora/formats": "a PEFT format",
-    "model_runner/lora/peft": "a part of PEFT's saved directory",
     "scripts": "a script that is run by name",
     "tokenizer_proc/http/routes": "a group of HTTP routes",
 }
@@ -75,3 +76,15 @@ def test_package_folders_have_exhaustive_layer_contracts() -> None:
 def test_file_names_are_nouns_that_say_something() -> None:
     vague = [str(path) for path in modules() if path.stem.removeprefix("test_") in FORBIDDEN_NAMES]
     assert not vague, f"a name that says nothing: {', '.join(vague)}"
+
+
+def test_test_names_fit_in_sixty_characters() -> None:
+    names = [
+        node.name
+        for path in modules()
+        if path.parts[0] == "tests" and path.name.startswith("test_")
+        for node in ast.walk(ast.parse((ROOT / path).read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+    ]
+    assert len(names) > 1000
+    assert [name for name in names if len(name) > LONGEST_TEST_NAME] == []
