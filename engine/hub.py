@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.directory import real_path
 from engine.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -35,8 +36,8 @@ def local_directory(source: str, what: str, patterns: Sequence[str] = MODEL_FILE
     `what` ("model", "adapter 'sql'") begins the message of a ConfigError, `patterns` are the files to download.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
-        return path.resolve()
+    if path.is_dir() and (real := real_path(path)):
+        return Path(real)
     if path.is_file():
         raise ConfigError(f"{what}: {source} is a file; give the directory that holds it")
     if not _HUB_ID.fullmatch(source):

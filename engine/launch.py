@@ -32,7 +32,7 @@ from engine.config.process_configs import AdapterSource, ProcessConfigs
 from engine.config.resolve import resolve
 from engine.config.server_args import DEMO, ServerArgs, served_names
 from engine.errors import ConfigError, EngineDead, EngineError
-from engine.lora_roots import check_files
+from engine.lora_roots import allowed_roots, check_files
 from engine.processes.banner import banner
 from engine.processes.child import Child, Facts
 from engine.processes.incarnations import Addresses, Incarnations
@@ -178,11 +178,18 @@ def _resolve(args: ServerArgs, addresses: Addresses, listener: socket.socket | N
 def _source(number: int, spec: AdapterSpec, args: ServerArgs) -> AdapterSource:
     base_names, what = served_names(args), f"--lora-paths {spec.name}"
     root = hub.local_directory(spec.path, what)
-    check_files(root, [*args.lora_root, str(DEMO)] if args.lora_root else [], what)
+    roots = allowed_roots([*args.lora_root, str(DEMO)] if args.lora_root else [])
+    check_files(root, roots, what)
     if spec.base is not None and spec.base not in base_names:
         log.warning("adapter %s names %s as its base model; it is served on %s", spec.name, spec.base, base_names[0])
     return AdapterSource(
-        adapter_id=number, name=spec.name, path=spec.path, root=str(root), pinned=spec.pinned, base=spec.base
+        adapter_id=number,
+        name=spec.name,
+        path=spec.path,
+        root=str(root),
+        pinned=spec.pinned,
+        base=spec.base,
+        roots=roots,
     )
 
 

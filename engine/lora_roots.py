@@ -1,55 +1,53 @@
-"""Checks that adapter files lie under one of the --lora-root directories or in the hub's cache.
+"""Where adapter files may lie: under one of the roots an operator named, or in the hub's cache. For every reader alike.
 
     --lora-root /srv/adapters     /srv/adapters/sql/adapter_config.json          yes
                                   /srv/adapters/sql/adapter_config.json -> /etc  no: the real path counts
     hub cache                     snapshots/<commit>/x.json -> ../../blobs/<h>   yes: a snapshot links into blobs
 
-Devices, pipes and sockets are refused everywhere: reading them could block. Knows nothing of formats.
+Devices, pipes and sockets are refused everywhere: reading them could block. These checks come before a load, and say
+what is wrong with a directory. What they saw may be swapped a moment later, so whatever reads the files opens them with
+`engine.directory`, under the same roots. Knows nothing of formats.
 """
 
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.directory import Directory, FileRefused, lies_under, real_path
 from engine.errors import ConfigError
 
 READ_SUFFIXES = (".json", ".safetensors", ".jinja")
 
 
-def check_path(path: str | Path, roots: Sequence[str], what: str) -> None:
-    """Raises ConfigError unless the real path lies under a root or in the hub's cache; without roots any is allowed."""
+def allowed_roots(roots: Sequence[str]) -> list[str]:
+    """The real paths of the roots and of the hub's cache; empty without roots: then any place is allowed."""
     if not roots:
-        return
-    real = os.path.realpath(path)
-    if not any(_lies_under(real, os.path.realpath(root)) for root in (*roots, _hub_cache())):
-        raise ConfigError(f"{what}: {path} lies outside of --lora-root ({', '.join(roots)}) and of the hub cache")
+        return []
+    paths = (os.path.realpath(os.path.expanduser(root)) for root in (*roots, _hub_cache()))
+    return list(dict.fromkeys(paths))
 
 
-def check_files(directory: Path, roots: Sequence[str], what: str) -> None:
-    """Checks the directory and every file in it that a loader would read; `what` begins the message of a ConfigError.
+def check_path(path: str | Path, allowed: Sequence[str], what: str) -> None:
+    """Raises ConfigError unless the real path lies under an allowed root; without any it may lie anywhere."""
+    if not lies_under(real_path(path), allowed):
+        raise ConfigError(f"{what}: {path} lies outside of --lora-root and the hub cache ({', '.join(allowed)})")
 
-    Missing files are left to the loader.
+
+def check_files(directory: Path, allowed: Sequence[str], what: str) -> list[str]:
+    """Checks the directory and every file in it that a loader would read; returns the names of these files.
+
+    `what` begins the message of a ConfigError.
     """
-    check_path(directory, roots, what)
     try:
-        names = sorted(name for name in os.listdir(directory) if name.endswith(READ_SUFFIXES))
-    except OSError as error:
-        raise ConfigError(f"{what}: {directory} cannot be read ({error.strerror})") from error
-    for name in names:
-        check_path(directory / name, roots, what)
-        try:
-            mode = os.stat(directory / name).st_mode
-        except OSError as error:
-            raise ConfigError(f"{what}: {directory / name} cannot be read ({error.strerror})") from error
-        if not stat.S_ISREG(mode):
-            raise ConfigError(f"{what}: {directory / name} is no regular file")
-
-
-def _lies_under(path: str, root: str) -> bool:
-    return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
+        with Directory(directory, allowed) as opened:
+            names = [name for name in opened.names() if name.endswith(READ_SUFFIXES)]
+            for name in names:
+                opened.check(name)
+    except FileRefused as error:
+        raise ConfigError(f"{what}: {error.path}: {error.reason}") from error
+    return names
 
 
 def _hub_cache() -> str:

@@ -292,8 +292,9 @@ class LoadAdapter(Message, frozen=True, kw_only=True):
     """tokenizer_proc -> scheduler -> every rank: load the directory `path` into host memory as `adapter_id` (> 0).
 
     Answered by AdapterState. A second LoadAdapter with the same id has no effect, also after a failed load: a retry
-    takes a new id. `revision`, when not empty, must equal the hash of the files. `name` appears in error texts only.
-    `preload` asks the scheduler to make the adapter resident on the device as soon as there is room.
+    takes a new id. `revision`, when not empty, must equal the hash of the files. With `roots` the real path of each
+    file must lie under one of them. `name` appears in error texts only. `preload` asks the scheduler to make the
+    adapter resident on the device as soon as there is room.
     """
 
     adapter_id: int
@@ -302,6 +303,7 @@ class LoadAdapter(Message, frozen=True, kw_only=True):
     pinned: bool = False
     preload: bool = False
     name: str = ""
+    roots: list[str] = []
 
 
 class EvictAdapter(Message, frozen=True):

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from engine.directory import Directory
 from engine.errors import AdapterError, EngineError
 from engine.hub import local_directory
 from model_runner.config import read_model_config
@@ -73,12 +74,13 @@ def examine(root: Path, sites: list[Site], dtype: torch.dtype, limits: Limits, m
     report = Report(path=str(root), dtype=str(dtype).removeprefix("torch."))
     reader = AdapterReader(Catalogue(sites), dtype, Limits(), model)
     try:
-        survey = reader.survey(root)
-        report.brings = [name for name in TEXT_FILES if (root / name).is_file()]
-        _describe(report, survey, page_bytes(sites, dtype, max(0, survey.added_tokens)), dtype)
-        limits.check(survey)
-        manifest, _ = reader.read(root).open(reader.catalogue, dtype)
-        report.revision = manifest.revision
+        with Directory(root) as directory:
+            survey = reader.survey(directory)
+            report.brings = [name for name in TEXT_FILES if directory.has(name)]
+            _describe(report, survey, page_bytes(sites, dtype, max(0, survey.added_tokens)), dtype)
+            limits.check(survey)
+            manifest, _ = reader.read(survey).open(reader.catalogue, dtype)
+            report.revision = manifest.revision
     except AdapterError as error:
         report.refused = error.message
     except OSError as error:

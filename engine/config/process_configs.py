@@ -18,6 +18,7 @@ class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
     """Where an adapter comes from.
 
     `path` is as the user gave it, `root` the resolved directory, `base` the base model's name that came with it.
+    With `roots` the real path of every file must lie under one of them, each time that it is read.
     """
 
     adapter_id: int
@@ -26,6 +27,7 @@ class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
     root: str
     pinned: bool = False
     base: str | None = None
+    roots: list[str] = []
 
 
 class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,8 +45,8 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The tokenizer process. `listen_fd` is the launcher's listening socket; None: no HTTP server (embedded).
 
     Tokenizer and chat template are read from `tokenizer_path`, generation_config.json from `model_path`.
-    `runtime_loads`: adapters may be loaded over HTTP without `admin_key`. With `lora_roots` the real path of every
-    adapter file must lie under one of them or in the hub's cache. `priorities`: requests may have one other than 0.
+    `runtime_loads`: adapters may be loaded over HTTP without `admin_key`. With `lora_roots`, the hub's cache among
+    them, the real path of every adapter file must lie under one. `priorities`: requests may have one other than 0.
     `journal` is the path of the journal of adapters. `max_stream_buffer`: bytes that may be buffered for a client,
     which must read some within `stream_stall_timeout` seconds.
     """

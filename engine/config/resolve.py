@@ -23,6 +23,7 @@ from engine.config.server_args import ServerArgs, served_names
 from engine.config.sizes import has_unit, parse_bytes
 from engine.config.tenant_weights import parse_weights
 from engine.errors import ConfigError
+from engine.lora_roots import allowed_roots
 
 
 def resolve(
@@ -77,7 +78,7 @@ def _tokenizer_config(args: ServerArgs, *, max_loras: int, **resolved: Any) -> T
         stream_stall_timeout=args.stream_stall_timeout,
         api_keys=read_keys(args.api_key, args.api_key_file),
         admin_key=args.admin_api_key,
-        lora_roots=[str(Path(root).expanduser().resolve()) for root in args.lora_root],
+        lora_roots=allowed_roots(args.lora_root),
         lora_resolve_root=args.lora_resolve_root,
         server_info=_server_info(args),
         **resolved,

@@ -78,11 +78,11 @@ def _load_given(
         if progress is not None:
             progress.tick()
         if room > 0:
-            adapter = store.load(source.adapter_id, source.name, Path(source.root))
+            adapter = store.load(source.adapter_id, source.name, Path(source.root), roots=source.roots)
             room -= adapter.bytes
             given.append(adapter)
         else:
-            given.append(store.survey(source.name, Path(source.root)))
+            given.append(store.survey(source.name, Path(source.root), source.roots))
     return given
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
+from engine.directory import Directory
 from engine.errors import AdapterError, ConfigError
 from model_runner.lora.catalogue import SiteRef
-from model_runner.lora.files.regular_file import open_regular
 from model_runner.lora.files.tensor_file import FLOATS, TensorFile, open_tensors
 from model_runner.lora.variants.dora import row_squares
 from model_runner.weights.checkpoint import checkpoint_files
@@ -24,13 +24,20 @@ TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 """The tensor to read instead of one that the checkpoint does not have, because the two are tied."""
 
 
+@dataclass(frozen=True, eq=False)
+class MappedFile:
+    """A file of the checkpoint: its header, and [bytes] of it, read-only."""
+
+    header: TensorFile
+    content: torch.Tensor
+
+
 class BaseWeights:
     """Reads them as they are asked for. `directory`: the model's, needed where the sites are on the meta device."""
 
     def __init__(self, directory: Path | None = None) -> None:
         self._directory = directory
-        self._files: dict[str, TensorFile] | None = None
-        self._mapped: dict[Path, torch.Tensor] = {}
+        self._files: dict[str, MappedFile] | None = None
         self._squares: dict[str, torch.Tensor] = {}
 
     def weight(self, ref: SiteRef) -> torch.Tensor:
@@ -61,33 +68,39 @@ class BaseWeights:
         name = name if name in index else TIED.get(name, name)
         file = index.get(name)
         expected = shape[::-1] if transposed else shape
-        if file is None or file.entries[name].shape != expected or file.entries[name].dtype not in FLOATS:
+        entry = None if file is None else file.header.entries[name]
+        if file is None or entry is None or entry.shape != expected or entry.dtype not in FLOATS:
             raise AdapterError(f"the base model's checkpoint has no tensor {name} of shape {expected}, which it needs")
-        entry = file.entries[name]
-        begin, end = (len(file.head) + offset for offset in entry.data_offsets)
-        raw = self._map(file.path)[begin:end]
+        begin, end = (len(file.header.head) + offset for offset in entry.data_offsets)
+        raw = file.content[begin:end]
         if begin % FLOATS[entry.dtype].itemsize:
             raw = raw.clone()
         return raw.view(FLOATS[entry.dtype]).view(entry.shape)
 
-    def _index(self) -> dict[str, TensorFile]:
+    def _index(self) -> dict[str, MappedFile]:
         if self._files is None:
             try:
-                files = [] if self._directory is None else checkpoint_files(self._directory)
+                files = [] if self._directory is None else _map_files(self._directory)
             except ConfigError as error:
                 raise AdapterError(f"the base model cannot be read ({error.message})") from error
-            self._files = {name: file for path in files for file in [open_tensors(path)] for name in file.entries}
+            self._files = {name: file for file in files for name in file.header.entries}
         return self._files
 
-    def _map(self, path: Path) -> torch.Tensor:
-        """[bytes] of the file, read-only."""
-        if path not in self._mapped:
-            with open_regular(path) as file, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch warns of buffers that cannot be written
-                self._mapped[path] = torch.frombuffer(
-                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=torch.uint8
-                )
-        return self._mapped[path]
+
+def _map_files(model: Path) -> list[MappedFile]:
+    names = [path.name for path in checkpoint_files(model)]
+    with Directory(model) as directory:
+        return [_map(directory, name) for name in names]
+
+
+def _map(directory: Directory, name: str) -> MappedFile:
+    """The mapping outlives the directory."""
+    file = directory.open(name)
+    header = open_tensors(file, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of buffers that cannot be written
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return MappedFile(header, torch.frombuffer(mapped, dtype=torch.uint8))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from engine.directory import Directory
 from engine.errors import AdapterError
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.loading.adapter_reader import AdapterReader, Limits
@@ -40,25 +41,27 @@ class AdapterStore:
         self.reader = AdapterReader(self.catalogue, dtype, self.limits)
         self._adapters: dict[int, NormalForm] = {}
 
-    def load(self, adapter_id: int, name: str, root: Path, revision: str = "") -> NormalForm:
+    def load(self, adapter_id: int, name: str, root: Path, revision: str = "", roots: Sequence[str] = ()) -> NormalForm:
         """Reads the adapter in `root` in this process, unless `adapter_id` is in the store.
 
-        `revision`, when not empty, must be the hash of the files. Raises AdapterError: one line with the adapter's
-        name, the part at fault and the reason.
+        `revision`, when not empty, must be the hash of the files; with `roots` they must lie under one of them. Raises
+        AdapterError: one line with the adapter's name, the part at fault and the reason.
         """
         known = self.known(adapter_id, name, revision)
         if known is not None:
             return known
         try:
-            shm = self.reader.read(root, revision)
+            with Directory(root, roots) as directory:
+                shm = self.reader.read(self.reader.survey(directory), revision)
         except (AdapterError, OSError) as error:
             raise refusal(name, error) from error
         return self.keep(adapter_id, name, shm)
 
-    def survey(self, name: str, root: Path) -> AdapterSurvey:
+    def survey(self, name: str, root: Path, roots: Sequence[str] = ()) -> AdapterSurvey:
         """Checks everything but the values of the adapter in `root`; keeps nothing. Raises AdapterError."""
         try:
-            return self.reader.survey(root)
+            with Directory(root, roots) as directory:
+                return self.reader.survey(directory)
         except (AdapterError, OSError) as error:
             raise refusal(name, error) from error
 

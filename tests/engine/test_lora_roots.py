@@ -11,7 +11,7 @@ from engine.config.lora_paths import AdapterSpec
 from engine.config.server_args import DEMO, ServerArgs
 from engine.errors import ConfigError
 from engine.launch import _source, main
-from engine.lora_roots import check_files, check_path
+from engine.lora_roots import allowed_roots, check_files, check_path
 
 
 def adapter(directory: Path) -> Path:
@@ -48,7 +48,7 @@ def test_path_under_a_root_is_allowed(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(root)
     check_files(link / "a", [str(root)], "it")  # only the real path counts
-    check_files(root / "a", [str(link)], "it")
+    check_files(root / "a", allowed_roots([str(link)]), "it")
 
 
 @pytest.mark.parametrize("where", ["outside/a", "root-2/a", "root/../outside/a"])
@@ -64,7 +64,7 @@ def test_symlink_out_of_the_root_is_refused(tmp_path: Path, name: str) -> None:
     inside, outside = adapter(tmp_path / "root" / "a"), adapter(tmp_path / "outside")
     (inside / name).unlink()
     (inside / name).symlink_to(outside / name)
-    with pytest.raises(ConfigError, match=f"{name} lies outside"):
+    with pytest.raises(ConfigError, match=f"{name}: lies outside"):
         check_files(inside, [str(tmp_path / "root")], "it")
     check_files(inside, [], "it")
     (tmp_path / "root" / "all").symlink_to(outside)
@@ -77,14 +77,16 @@ def test_hub_cache_is_a_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     root = tmp_path / "root"
     root.mkdir()
     snapshot = cached(tmp_path / "hub")
-    check_files(snapshot, [str(root)], "it")
+    allowed = allowed_roots([str(root)])
+    check_files(snapshot, allowed, "it")
     (snapshot / "adapter_config.json").unlink()
     (snapshot / "adapter_config.json").symlink_to("/etc/hostname")
     with pytest.raises(ConfigError, match="lies outside"):
-        check_files(snapshot, [str(root)], "it")
+        check_files(snapshot, allowed, "it")
     elsewhere = cached(tmp_path / "another-cache")
     with pytest.raises(ConfigError, match="lies outside"):
-        check_files(elsewhere, [str(root)], "it")
+        check_files(elsewhere, allowed, "it")
+    assert allowed_roots([]) == []
 
 
 @pytest.mark.parametrize("roots", [True, False])
@@ -120,5 +122,6 @@ def test_demo_adapters_need_no_root(tmp_path: Path) -> None:
     args = ServerArgs(lora_root=[str(tmp_path)])
     source = _source(3, AdapterSpec(name="own", path=str(own)), args)
     assert (source.adapter_id, source.root) == (3, str(own.resolve()))
+    assert source.roots[:2] == [str(tmp_path), str(DEMO)]
     with pytest.raises(ConfigError, match="lies outside"):
         _source(3, AdapterSpec(name="other", path=str(adapter(tmp_path.parent / "elsewhere"))), args)

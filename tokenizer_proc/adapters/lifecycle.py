@@ -154,15 +154,25 @@ class Lifecycle:
         if pinned:
             self._check_pin(ask.name)
         root = await sources.find(ask.name, ask.path)
-        text_tools = await sources.read(lambda: self._library.load(ask.name, root) if self._library else None)
+        roots, library = sources.allowed, self._library
+        text_tools = await sources.read(lambda: library.load(ask.name, root, roots) if library else None)
         if pinned:
             self._check_pin(ask.name)  # other adapters may have been pinned meanwhile
-        entry = self._registry.add(ask.name, ask.path, root, pinned=pinned, preload=ask.preload, text_tools=text_tools)
+        entry = self._registry.add(
+            ask.name, ask.path, root, pinned=pinned, preload=ask.preload, text_tools=text_tools, roots=roots
+        )
         try:
             async with self._slots:
                 adapter_id = entry.source.adapter_id
                 self._send(
-                    LoadAdapter(adapter_id=adapter_id, path=root, pinned=pinned, preload=ask.preload, name=ask.name)
+                    LoadAdapter(
+                        adapter_id=adapter_id,
+                        path=root,
+                        pinned=pinned,
+                        preload=ask.preload,
+                        name=ask.name,
+                        roots=entry.source.roots,
+                    )
                 )
                 state = await entry.settled()
             if not entry.is_loaded:

@@ -64,6 +64,7 @@ class AdapterRegistry:
                     pinned=source.pinned,
                     preload=entry.preload,
                     name=source.name,
+                    roots=source.roots,
                 )
             )
 
@@ -83,10 +84,19 @@ class AdapterRegistry:
         return [AdapterSelection([(entry, 1.0)]).failure or "" for entry in failed]
 
     def add(
-        self, name: str, path: str, root: str, *, pinned: bool, preload: bool, text_tools: TextTools | None = None
+        self,
+        name: str,
+        path: str,
+        root: str,
+        *,
+        pinned: bool,
+        preload: bool,
+        text_tools: TextTools | None = None,
+        roots: Sequence[str] = (),
     ) -> Entry:
         """Makes an entry with an id of its own; `point` gives it its name."""
-        source = AdapterSource(adapter_id=next(self._ids), name=name, path=path, root=root, pinned=pinned)
+        number = next(self._ids)
+        source = AdapterSource(adapter_id=number, name=name, path=path, root=root, pinned=pinned, roots=list(roots))
         entry = Entry(source, preload, text_tools)
         self._by_id[entry.source.adapter_id] = entry
         return entry

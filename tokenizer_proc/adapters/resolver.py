@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from engine.errors import ConfigError, EngineError
+from engine.lora_roots import allowed_roots
 from engine.messages import AdapterMix
 from tokenizer_proc.adapters.entry import Entry
 from tokenizer_proc.adapters.lifecycle import LONGEST_NAME, Lifecycle, LoadRequest
@@ -42,7 +43,7 @@ class Resolver:
             raise ConfigError(f"--lora-resolve-root {root}: no such directory")
         self._registry = registry
         self._lifecycle = lifecycle
-        self._sources = Sources([self._root, *roots])
+        self._sources = Sources(allowed_roots([self._root, *roots]))
         self.most = MOST
         self.miss_seconds = MISS_SECONDS
         self._used: OrderedDict[str, Entry] = OrderedDict()  # the least recently used first

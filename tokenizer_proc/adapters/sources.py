@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from engine import hub, lora_roots
+from engine.directory import real_path
 from engine.errors import AdapterError, ConfigError, EngineError, NotFound
 
 T = TypeVar("T")
@@ -28,10 +29,13 @@ _LOCAL = re.compile(r"[/~.]")  # a hub id does not begin so
 
 
 class Sources:
-    """Finds directories. With `allowed` roots, every file that is read must lie under one, or in the hub's cache."""
+    """Finds directories. With `allowed` roots every file that is read must lie under one.
+
+    Whoever reads the files checks that again, as they may be swapped meanwhile.
+    """
 
     def __init__(self, allowed: Sequence[str] = ()) -> None:
-        self._allowed = list(allowed)
+        self.allowed = list(allowed)
         self._disk = asyncio.Semaphore(AT_ONCE)
         self._downloads = asyncio.Semaphore(AT_ONCE)  # apart, so that a hanging download does not block local reads
 
@@ -40,10 +44,10 @@ class Sources:
 
         Raises NotFound when there is no adapter, AdapterError when it may not be read.
         """
-        local = await _in_thread(self._disk, lambda: _local(name, path, self._allowed))
+        local = await _in_thread(self._disk, lambda: _local(name, path, self.allowed))
         if local is not None:
             return local
-        return await _in_thread(self._downloads, lambda: _checked(name, path, self._allowed))
+        return await _in_thread(self._downloads, lambda: _checked(name, path, self.allowed))
 
     async def below(self, root: str, name: str) -> str | None:
         """The directory `name` right under `root`, if there is one. Raises AdapterError if it is a link out of it."""
@@ -102,10 +106,10 @@ def _checked(name: str, path: str, allowed: Sequence[str]) -> str:
     except ConfigError as error:
         raise _nothing(name, path, error.message) from error
     try:
-        lora_roots.check_files(directory, allowed, what)
+        names = lora_roots.check_files(directory, allowed, what)
     except ConfigError as error:
         raise AdapterError(error.message, param="lora_path") from error
-    if not (directory / CONFIG_NAME).is_file():
+    if CONFIG_NAME not in names:
         raise _nothing(name, path, f"there is no {CONFIG_NAME} in it")
     return str(directory)
 
@@ -114,7 +118,7 @@ def _below(root: str, name: str) -> str | None:
     path = os.path.join(root, name)
     if not os.path.isdir(path):
         return None
-    if os.path.dirname(os.path.realpath(path)) != root:
+    if os.path.dirname(real_path(path)) != root:
         raise AdapterError(f"adapter `{name}`: it lies outside of --lora-resolve-root", param="lora_path")
     return path
 

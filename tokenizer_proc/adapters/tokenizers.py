@@ -28,6 +28,7 @@ import msgspec
 import tokenizers
 
 from engine.config.process_configs import AdapterSource
+from engine.directory import Directory
 from engine.errors import AdapterError, ConfigError, EngineError
 from engine.ipc import DECODE_ERRORS
 from tokenizer_proc.text import files
@@ -93,7 +94,7 @@ class TokenizerLibrary:
         found = {}
         for source in sources:
             try:
-                found[source.adapter_id] = self.load(source.name, source.root)
+                found[source.adapter_id] = self.load(source.name, source.root, source.roots)
             except AdapterError as error:
                 if not skip_failed:
                     self.close()
@@ -101,10 +102,14 @@ class TokenizerLibrary:
                 log.error("%s; it is not served any more", error.message)
         return found
 
-    def load(self, name: str, root: str | Path) -> TextTools:
-        """The tools of adapter `name` from the files in `root`. Slow: run it in a thread. Raises AdapterError."""
+    def load(self, name: str, root: str | Path, roots: Sequence[str] = ()) -> TextTools:
+        """The tools of adapter `name` from the files in `root`, which with `roots` must lie under one of them.
+
+        Slow: run it in a thread. Raises AdapterError.
+        """
         try:
-            return self._read(name, Path(root))
+            with files.open_directory(root, roots) as directory:
+                return self.base if directory is None else self._read(name, directory)
         except EngineError as error:
             if isinstance(error, AdapterError):
                 raise
@@ -115,19 +120,19 @@ class TokenizerLibrary:
         """Ends the process that renders adapters' templates."""
         self.sandbox.close()
 
-    def _read(self, name: str, root: Path) -> TextTools:
-        base, tokens = self.base, special_tokens(root)
-        raw = files.read(root / NAME, files.MAX_TOKENIZER)
+    def _read(self, name: str, directory: Directory) -> TextTools:
+        base, tokens = self.base, special_tokens(directory)
+        raw = files.read(directory, NAME, files.MAX_TOKENIZER)
         if raw is not None:
-            tokenizer = self._shared(raw, root / NAME).named(tokens or base.tokenizer.special_tokens)
+            tokenizer = self._shared(raw, directory.path / NAME).named(tokens or base.tokenizer.special_tokens)
         else:
             tokenizer = base.tokenizer.named(base.tokenizer.special_tokens | tokens)
-            unread = [other for other in NOT_READ if (root / other).is_file()]
+            unread = [other for other in NOT_READ if directory.has(other)]
             if unread:
                 log.warning("adapter `%s`: %s is not read, only %s: the model's own is used", name, unread[0], NAME)
         kept = [token for token in base.generation_config.end_ids if _same(token, tokenizer, base.tokenizer)]
-        generation_config = base.generation_config.over(root, kept, tokenizer.eos_id)
-        source = (None if self._fixed_template else template_of(root)) or base.chat.source
+        generation_config = base.generation_config.over(directory, kept, tokenizer.eos_id)
+        source = (None if self._fixed_template else template_of(directory)) or base.chat.source
         if (tokenizer, source, generation_config) == (base.tokenizer, base.chat.source, base.generation_config):
             return base
         return self._tools(tokenizer, source, generation_config)
@@ -200,7 +205,8 @@ class TokenizerLibrary:
         if self._base_sections is not None:
             return
         base = self.base.tokenizer
-        raw = files.read(self._directory / NAME, files.MAX_TOKENIZER)
+        with files.open_directory(self._directory) as directory:
+            raw = None if directory is None else files.read(directory, NAME, files.MAX_TOKENIZER)
         try:
             self._base_sections = TokenizerSections.read(raw or b"")
         except DECODE_ERRORS:  # no file, or one with fields that only the library knows

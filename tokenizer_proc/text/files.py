@@ -1,14 +1,15 @@
-"""Reads text files of model and adapter directories: regular files of bounded size.
+"""Reads text files of model and adapter directories: regular files of bounded size, of one open directory.
 
 A pipe does not block the reader, and at most the bound is read. Knows nothing of the files' meaning.
 """
 
 from __future__ import annotations
 
-import os
-import stat
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from engine.directory import Directory, FileMissing, FileRefused
 from engine.errors import ConfigError
 
 MAX_TOKENIZER = 64 << 20
@@ -16,18 +17,28 @@ MAX_CONFIG = 16 << 20
 MAX_TEMPLATE = 1 << 20
 
 
-def read(path: Path, limit: int) -> bytes | None:
-    """The file's bytes; None if there is none. Raises ConfigError if it is larger than `limit`, or not regular."""
+@contextlib.contextmanager
+def open_directory(path: str | Path, roots: Sequence[str] = ()) -> Iterator[Directory | None]:
+    """The directory, with files under `roots` only if there are any; None if there is none. Raises ConfigError."""
+    directory = _opened(path, roots)
+    with directory or contextlib.nullcontext():
+        yield directory
+
+
+def read(directory: Directory, name: str, limit: int) -> bytes | None:
+    """The file's bytes; None if there is none. Raises ConfigError if it is larger than `limit`, or may not be read."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
+        return directory.read(name, limit)
+    except FileMissing:
         return None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ConfigError(f"{path} cannot be read: it is no regular file")
-        found = file.read(limit + 1)
-    if len(found) > limit:
-        raise ConfigError(f"{path} cannot be read: it has more than {limit >> 20} MiB")
-    return found
+    except FileRefused as error:
+        raise ConfigError(f"{error.path}: {error.reason}") from error
+
+
+def _opened(path: str | Path, roots: Sequence[str]) -> Directory | None:
+    try:
+        return Directory(path, roots)
+    except FileMissing:
+        return None
+    except FileRefused as error:
+        raise ConfigError(f"{error.path}: {error.reason}") from error

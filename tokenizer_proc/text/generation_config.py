@@ -12,9 +12,12 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from engine.directory import Directory
 from engine.errors import ConfigError
 from engine.ipc import DECODE_ERRORS
 from tokenizer_proc.text import files
+
+GENERATION_NAME = "generation_config.json"
 
 S = TypeVar("S", bound=msgspec.Struct)
 _Ids = int | list[int] | None
@@ -52,8 +55,9 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def load(cls, model_path: str | Path, eos_id: int | None = None) -> GenerationConfig:
         """From the model's directory; `eos_id` is the tokenizer's. Raises ConfigError for files that cannot be read."""
-        generation = _read(Path(model_path) / "generation_config.json", _Generation)
-        model = _read(Path(model_path) / "config.json", _Model)
+        with files.open_directory(model_path) as directory:
+            generation = _read(directory, GENERATION_NAME, _Generation)
+            model = _read(directory, "config.json", _Model)
         groups = (
             _ids(generation.eos_token_id),
             _ids(model.eos_token_id),
@@ -62,12 +66,12 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         )
         return cls(end_ids=list(dict.fromkeys(token for group in groups for token in group)), **_values(generation))
 
-    def over(self, directory: str | Path, kept: Sequence[int], eos_id: int | None) -> GenerationConfig:
+    def over(self, directory: Directory, kept: Sequence[int], eos_id: int | None) -> GenerationConfig:
         """This config with the values of a generation_config.json in `directory`.
 
         `kept` are the end ids that stay; `eos_id` is one more.
         """
-        generation = _read(Path(directory) / "generation_config.json", _Generation)
+        generation = _read(directory, GENERATION_NAME, _Generation)
         end_ids = list(dict.fromkeys([*kept, *_ids(generation.eos_token_id), *_ids(eos_id)]))
         return msgspec.structs.replace(self, end_ids=end_ids, **_values(generation))
 
@@ -79,14 +83,14 @@ def _values(generation: _Generation) -> dict[str, Any]:
     return values if generation.do_sample is not False else values | {"temperature": 0.0}
 
 
-def _read(path: Path, type_: type[S]) -> S:
-    raw = files.read(path, files.MAX_CONFIG)
-    if raw is None:
+def _read(directory: Directory | None, name: str, type_: type[S]) -> S:
+    raw = None if directory is None else files.read(directory, name, files.MAX_CONFIG)
+    if directory is None or raw is None:
         return type_()
     try:
         return msgspec.json.decode(raw, type=type_, strict=False)
     except DECODE_ERRORS as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+        raise ConfigError(f"{directory.path / name} cannot be read: {error}") from error
 
 
 def _ids(value: _Ids) -> list[int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import tokenizers
 
+from engine.directory import Directory
 from engine.errors import ConfigError, InvalidRequest
 from engine.ipc import DECODE_ERRORS
 from tokenizer_proc.text import files
@@ -39,18 +40,17 @@ class _TokenizerConfig(msgspec.Struct):
     mask_token: str | _NamedToken | None = None
 
 
-def special_tokens(directory: Path) -> dict[str, str]:
+def special_tokens(directory: Directory) -> dict[str, str]:
     """The special tokens that the files of `directory` name. Raises ConfigError for files that cannot be read."""
     named: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the later one wins
-        path = directory / name
-        raw = files.read(path, files.MAX_CONFIG)
+        raw = files.read(directory, name, files.MAX_CONFIG)
         if raw is None:
             continue
         try:
             config = msgspec.json.decode(raw, type=_TokenizerConfig)
         except DECODE_ERRORS as error:
-            raise ConfigError(f"{path} cannot be read: {error}") from error
+            raise ConfigError(f"{directory.path / name} cannot be read: {error}") from error
         for field in _SPECIAL_NAMES:
             value: str | _NamedToken | None = getattr(config, field)
             if value is not None:
@@ -82,15 +82,16 @@ class Tokenizer:
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
         """The tokenizer in `directory`. Raises ConfigError that says what to do when there is none that can be read."""
-        path = Path(directory) / "tokenizer.json"
-        raw = files.read(path, files.MAX_TOKENIZER)
+        with files.open_directory(directory) as opened:
+            raw = None if opened is None else files.read(opened, "tokenizer.json", files.MAX_TOKENIZER)
+            named = special_tokens(opened) if opened is not None else {}
         if raw is None:
             raise ConfigError(
                 f"{directory} has no tokenizer.json. Convert its tokenizer once with transformers "
                 "(AutoTokenizer.from_pretrained(directory).save_pretrained(directory)), "
                 "or name another directory with --tokenizer-path."
             )
-        return cls.parse(raw, path, special_tokens(Path(directory)))
+        return cls.parse(raw, Path(directory) / "tokenizer.json", named)
 
     @classmethod
     def parse(cls, raw: bytes, path: Path, named: dict[str, str]) -> Tokenizer:

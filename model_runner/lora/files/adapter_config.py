@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from engine.directory import Directory
 from engine.errors import AdapterError
 from model_runner.lora.files.quoted import quoted_value
-from model_runner.lora.files.regular_file import read_bounded
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 4 << 20
 
 
-def read_options(root: Path) -> dict[str, Any]:
-    """The options in the config of the adapter in `root`. Raises AdapterError naming the file."""
+def read_options(directory: Directory) -> dict[str, Any]:
+    """The options in the config of the adapter. Raises AdapterError naming the file."""
     try:
-        return msgspec.json.decode(read_bounded(root / CONFIG_NAME, MAX_CONFIG_BYTES), type=dict[str, Any])
+        return msgspec.json.decode(directory.read(CONFIG_NAME, MAX_CONFIG_BYTES), type=dict[str, Any])
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise AdapterError(f"{CONFIG_NAME}: {error}") from error
 

@@ -1,7 +1,8 @@
 """One safetensors file: the header is read and checked first, then the tensors one at a time, each read once.
 
 The header's size is bounded, and it is checked against the file's size before any tensor is read. The tensors are
-hashed as they are read, so the hash is that of the values that are used. Knows nothing of adapters.
+hashed as they are read, so the hash is that of the values that are used. The file is opened once, by its directory, and
+header and tensors are read from it: what its name leads to later does not matter. Knows nothing of adapters.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import torch
 
+from engine.directory import read_exactly
 from engine.errors import AdapterError
-from model_runner.lora.files.regular_file import open_regular, read_exactly
 
 SLICE_BYTES = 4 << 20
 """Read and hashed at a time: fits the processor's cache."""
@@ -48,9 +48,10 @@ class Entry(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, eq=False)
 class TensorFile:
-    """The header of a safetensors file; `tensors` reads the rest."""
+    """The header of a safetensors file; `tensors` reads the rest while its directory is open."""
 
-    path: Path
+    name: str
+    file: BinaryIO = field(repr=False)
     size: int
     head: bytes = field(repr=False)
     entries: dict[str, Entry] = field(repr=False)
@@ -64,17 +65,18 @@ class TensorFile:
         ordered = sorted(self.entries.items(), key=lambda item: item[1].data_offsets)
         buffer = torch.empty(max((entry.size for _, entry in ordered), default=0), dtype=torch.uint8)
         room = buffer.numpy().data
-        with open_regular(self.path) as file:
-            if os.fstat(file.fileno()).st_size != self.size or read_exactly(file, len(self.head)) != self.head:
-                raise self._changed()
-            hashed.update(self.head)
-            for name, entry in ordered:
-                for start in range(0, entry.size, SLICE_BYTES):
-                    part = room[start : min(start + SLICE_BYTES, entry.size)]
-                    if file.readinto(part) != len(part):  # type: ignore[attr-defined]
-                        raise self._changed()
-                    hashed.update(part)
-                yield name, buffer[: entry.size].view(FLOATS[entry.dtype]).view(entry.shape)
+        file = self.file
+        file.seek(0)
+        if os.fstat(file.fileno()).st_size != self.size or read_exactly(file, len(self.head)) != self.head:
+            raise self._changed()
+        hashed.update(self.head)
+        for name, entry in ordered:
+            for start in range(0, entry.size, SLICE_BYTES):
+                part = room[start : min(start + SLICE_BYTES, entry.size)]
+                if file.readinto(part) != len(part):  # type: ignore[attr-defined]
+                    raise self._changed()
+                hashed.update(part)
+            yield name, buffer[: entry.size].view(FLOATS[entry.dtype]).view(entry.shape)
         digest(hashed.digest())
 
     @property
@@ -83,23 +85,22 @@ class TensorFile:
         return self.size - len(self.head)
 
     def _changed(self) -> AdapterError:
-        return AdapterError(f"{self.path.name}: changed while it was being read")
+        return AdapterError(f"{self.name}: changed while it was being read")
 
 
-def open_tensors(path: Path) -> TensorFile:
-    """The file's header, checked. Raises AdapterError for anything but a complete safetensors file."""
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        prefix = read_exactly(file, 8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > size - 8:
-            raise AdapterError(f"{path.name}: truncated ({size} bytes, the header needs {8 + length})")
-        if length > MAX_HEADER_BYTES:
-            raise AdapterError(f"{path.name}: its header claims {length} bytes, at most {MAX_HEADER_BYTES} are read")
-        raw = read_exactly(file, length)
-    entries = _entries(path.name, raw)
-    _check_extent(path.name, entries, size - 8 - length)
-    return TensorFile(path, size, prefix + raw, entries)
+def open_tensors(file: BinaryIO, name: str) -> TensorFile:
+    """The header of the file `name`, checked. Raises AdapterError for anything but a complete safetensors file."""
+    size = os.fstat(file.fileno()).st_size
+    prefix = read_exactly(file, 8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > size - 8:
+        raise AdapterError(f"{name}: truncated ({size} bytes, the header needs {8 + length})")
+    if length > MAX_HEADER_BYTES:
+        raise AdapterError(f"{name}: its header claims {length} bytes, at most {MAX_HEADER_BYTES} are read")
+    raw = read_exactly(file, length)
+    entries = _entries(name, raw)
+    _check_extent(name, entries, size - 8 - length)
+    return TensorFile(name, file, size, prefix + raw, entries)
 
 
 def _entries(name: str, raw: bytes) -> dict[str, Entry]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import msgspec
 
+from engine.directory import Directory
 from engine.errors import AdapterError
 from model_runner.lora.files.quoted import quoted_name
-from model_runner.lora.files.regular_file import read_bounded
 from model_runner.lora.files.tensor_file import TensorFile, open_tensors
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -19,6 +16,8 @@ EXTRA_TOKENS_NAME = "new_embeddings.safetensors"
 MAX_INDEX_BYTES = 16 << 20
 MAX_HEADERS_BYTES = 64 << 20
 """Of all shards together."""
+MAX_SHARDS = 256
+"""All of them are open while an adapter is read."""
 
 CONVERSION = (
     'python -c "import torch, safetensors.torch as s; '
@@ -32,41 +31,43 @@ class ShardIndex(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
 
 
-def open_weight_files(root: Path) -> list[TensorFile]:
-    """The headers of the adapter's files, checked. Raises AdapterError naming the file at fault."""
-    present = set(os.listdir(root))
+def open_weight_files(directory: Directory) -> list[TensorFile]:
+    """The adapter's files with their headers, checked. Raises AdapterError naming the file at fault."""
+    present = set(directory.names())
     weights = sorted(name for name in present if name.startswith("adapter_model") and name.endswith(".safetensors"))
     if EXTRA_TOKENS_NAME in present:
         raise AdapterError(f"{EXTRA_TOKENS_NAME}: added tokens are not supported yet")
     if INDEX_NAME in present and WEIGHTS_NAME not in present:
-        return _open_shards(root)
+        return _open_shards(directory)
     if len(weights) > 1:
         raise AdapterError(
             f"{len(weights)} weight files ({quoted_name(', '.join(weights))}): keep either {WEIGHTS_NAME} alone or "
             f"shards with their {INDEX_NAME}"
         )
     if WEIGHTS_NAME in present:
-        return [open_tensors(root / WEIGHTS_NAME)]
+        return [open_tensors(directory.open(WEIGHTS_NAME), WEIGHTS_NAME)]
     if PICKLE_NAME in present:
         raise AdapterError(f"{PICKLE_NAME}: pickles are not read; convert it in its directory: {CONVERSION}")
     raise AdapterError(f"{WEIGHTS_NAME}: not found")
 
 
-def _open_shards(root: Path) -> list[TensorFile]:
+def _open_shards(directory: Directory) -> list[TensorFile]:
     try:
-        index = msgspec.json.decode(read_bounded(root / INDEX_NAME, MAX_INDEX_BYTES), type=ShardIndex)
+        index = msgspec.json.decode(directory.read(INDEX_NAME, MAX_INDEX_BYTES), type=ShardIndex)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise AdapterError(f"{INDEX_NAME}: {error}") from error
     names = sorted(set(index.weight_map.values()))
     for name in names:
         if "/" in name or "\\" in name or not name.endswith(".safetensors"):
             raise AdapterError(f"{INDEX_NAME}: {quoted_name(name)} is no safetensors file beside it")
+    if len(names) > MAX_SHARDS:
+        raise AdapterError(f"{INDEX_NAME}: it names {len(names)} files, at most {MAX_SHARDS} are read")
     files: list[TensorFile] = []
     for name in names:
-        files.append(open_tensors(root / name))
+        files.append(open_tensors(directory.open(name), name))
         if sum(len(file.head) for file in files) > MAX_HEADERS_BYTES:
             raise AdapterError(f"{INDEX_NAME}: the headers of its files have more than {MAX_HEADERS_BYTES} bytes")
-    held = [(tensor, file.path.name) for file in files for tensor in file.entries]
+    held = [(tensor, file.name) for file in files for tensor in file.entries]
     for tensor, name in sorted(set(held) ^ set(index.weight_map.items())):
         raise AdapterError(f"{INDEX_NAME}: tensor {quoted_name(tensor)} and file {quoted_name(name)} disagree")
     return files

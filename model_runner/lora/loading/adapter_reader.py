@@ -1,4 +1,7 @@
-"""Reads an adapter's directory into shared memory: survey, limits, values, revision. Knows nothing of names and ids."""
+"""Reads an adapter's directory into shared memory: survey, limits, values, revision.
+
+The files are opened once, by the survey, and the values are read from them. Knows nothing of names and ids.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from engine.directory import Directory
 from engine.errors import AdapterError
 from model_runner.lora.base_weights import BaseWeights
 from model_runner.lora.catalogue import Catalogue
@@ -51,6 +55,10 @@ class Limits(msgspec.Struct, frozen=True):
             raise AdapterError(f"it targets {', '.join(refused)}, which --lora-target-modules {allowed} does not allow")
 
 
+def _silent(size: int) -> None:
+    """Announces nothing."""
+
+
 class AdapterReader:
     """Reads adapters for one model in one dtype, within limits. `model` is the model's directory."""
 
@@ -60,20 +68,19 @@ class AdapterReader:
         self.dtype = dtype
         self.limits = limits
 
-    def survey(self, root: Path) -> AdapterSurvey:
+    def survey(self, directory: Directory) -> AdapterSurvey:
         """Reads and checks config and headers. Raises AdapterError or OSError."""
         with bounded("matching the names in its config"):
-            survey = read_survey(root, self.catalogue)
+            survey = read_survey(directory, self.catalogue)
         self.limits.check(survey)
         return survey
 
-    def read(self, root: Path, revision: str = "", announce: Callable[[int], None] = lambda _: None) -> ShmAdapter:
-        """The adapter in `root`; `revision`, when not empty, must be the hash of its files.
+    def read(self, survey: AdapterSurvey, revision: str = "", announce: Callable[[int], None] = _silent) -> ShmAdapter:
+        """The adapter, whose directory is still open; `revision`, when not empty, must be the hash of its files.
 
         `announce` is called with the number of bytes to be read, once everything but the values is checked. Raises
         AdapterError or OSError. Peak memory is the adapter and a few copies of one tensor.
         """
-        survey = self.survey(root)
         parts, size = shm_adapter.arrange(survey.mappings, self.dtype)
         _, free = host_memory()
         if size > free:
@@ -84,7 +91,7 @@ class AdapterReader:
             memory = shm_adapter.map_memory(descriptor, size)
             found = survey.read(shm_adapter.views(memory, parts, self.catalogue, self.dtype), self.base)
             if revision and found != revision:
-                raise AdapterError(f"{root}: its files have changed (revision {found}, not {revision})")
+                raise AdapterError(f"its files have changed (revision {found}, not {revision})")
             manifest = Manifest(found, survey.cast_from(self.dtype), parts, survey.invocation)
             return shm_adapter.seal(descriptor, size, manifest)
         except BaseException:

@@ -23,6 +23,8 @@ from model_runner.lora.loading.shm_adapter import ShmAdapter
 
 MAX_CHILDREN = 2
 MAX_PATH = 4096
+MAX_ROOTS = 16 << 10
+"""Bytes of all roots together."""
 POLL_SECONDS = 1.0
 """How often the time limits of loads under way are checked."""
 
@@ -110,6 +112,9 @@ class LoaderPool:
         if len(message.path.encode()) > MAX_PATH or len(message.revision) > MAX_PATH:
             self._finish(load, reason=f"its path or revision has more than {MAX_PATH} bytes")
             return
+        if sum(len(root.encode()) for root in message.roots) > MAX_ROOTS:
+            self._finish(load, reason=f"its --lora-root directories have more than {MAX_ROOTS} bytes")
+            return
         self._queue.append(load)
         self._assign()
 
@@ -166,7 +171,7 @@ class LoaderPool:
                 self._queue.remove(load)
                 self._finish(load, reason=f"no loader process can be started ({error})")
                 continue
-            job = LoadJob(load.number, load.message.path, load.message.revision)
+            job = LoadJob(load.number, load.message.path, load.message.revision, load.message.roots)
             if not worker.loader.send(job):
                 self._lose(worker, "")
                 continue
@@ -208,4 +213,4 @@ class LoaderPool:
 
 
 def _is_same(one: LoadAdapter, other: LoadAdapter) -> bool:
-    return (one.adapter_id, one.path, one.revision) == (other.adapter_id, other.path, other.revision)
+    return all(getattr(one, name) == getattr(other, name) for name in ("adapter_id", "path", "revision", "roots"))

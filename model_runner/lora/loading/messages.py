@@ -67,10 +67,14 @@ class Packet(msgspec.Struct, tag=True, frozen=True, array_like=True, forbid_unkn
 
 
 class LoadJob(Packet, frozen=True):
-    """Read the adapter in `root`; `revision`, when not empty, must be the hash of its files."""
+    """Read the adapter in `root`; `revision`, when not empty, must be the hash of its files.
+
+    With `roots` the real path of every file must lie under one of them.
+    """
 
     root: str
     revision: str = ""
+    roots: list[str] = []
 
 
 class Surveyed(Packet, frozen=True):

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from engine.directory import Directory
 from engine.errors import EngineError
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.loading.adapter_reader import AdapterReader
@@ -50,7 +51,8 @@ def _do_job(link: socket.socket, reader: AdapterReader, job: LoadJob) -> None:
         link.send(msgspec.msgpack.encode(Surveyed(job.job, size)))
 
     try:
-        adapter = reader.read(Path(job.root), job.revision, announce)
+        with Directory(job.root, job.roots) as directory:
+            adapter = reader.read(reader.survey(directory), job.revision, announce)
     except Exception as error:
         link.send(msgspec.msgpack.encode(Refused(job.job, _reason(error)[:MAX_REASON])))
         return

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
+from engine.directory import Directory
 from engine.errors import AdapterError
 from model_runner.lora.files.adapter_config import CONFIG_NAME, read_options, unsupported
 from model_runner.lora.files.quoted import quoted_value
@@ -90,9 +90,9 @@ class PeftConfig(PeftOptions, frozen=True, kw_only=True):
         )
 
 
-def read_config(root: Path) -> PeftConfig:
-    """The config of the adapter in `root`, checked. Raises AdapterError naming the file or the option."""
-    return parse_config(read_options(root))
+def read_config(directory: Directory) -> PeftConfig:
+    """The config of the adapter, checked. Raises AdapterError naming the file or the option."""
+    return parse_config(read_options(directory))
 
 
 def parse_config(options: dict[str, Any]) -> PeftConfig:

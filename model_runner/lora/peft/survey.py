@@ -1,7 +1,8 @@
 """PEFT directories of every format: adapter_config.json beside adapter_model.safetensors (or shards and an index).
 
-Two steps, so that limits are checked and memory is measured before data is read: `read_survey` reads the config and the
-headers, `AdapterSurvey.read` the tensors, into memory that the caller gives. Knows nothing of ids, limits and pages.
+Two steps, so that limits are checked and memory is measured before data is read: `read_survey` opens the files and
+reads the config and the headers, `AdapterSurvey.read` the tensors of these open files, into memory that the caller
+gives. Knows nothing of ids, limits and pages.
 """
 
 from __future__ import annotations
@@ -9,11 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from engine.errors import AdapterError
+from engine.directory import Directory
 from engine.messages import Footprint
 from model_runner.lora.base_weights import BaseWeights
 from model_runner.lora.catalogue import EMBEDDING_AND_HEAD, Catalogue
@@ -33,7 +33,7 @@ from model_runner.lora.variants.saved_modules import ORIGINAL
 
 @dataclass(frozen=True, eq=False)
 class AdapterSurvey:
-    """Config and headers of an adapter, checked; only the values are not."""
+    """Config and headers of an adapter, checked; only the values are not. They are read while its directory is open."""
 
     config: PeftConfig
     files: list[TensorFile]
@@ -131,12 +131,10 @@ class AdapterSurvey:
         return digest.hexdigest()
 
 
-def read_survey(root: Path, catalogue: Catalogue) -> AdapterSurvey:
-    """Reads config and headers of the adapter in `root` and checks every name and shape against the model."""
-    if not root.is_dir():
-        raise AdapterError(f"{root}: no such directory")
-    config = read_config(root)
-    files = open_weight_files(root)
+def read_survey(directory: Directory, catalogue: Catalogue) -> AdapterSurvey:
+    """Reads config and headers of the adapter and checks every name and shape against the model."""
+    config = read_config(directory)
+    files = open_weight_files(directory)
     entries: dict[str, Entry] = {}
     for file in files:
         entries |= file.entries

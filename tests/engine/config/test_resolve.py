@@ -44,6 +44,15 @@ def test_process_configs_round_trip_through_json() -> None:
         assert msgspec.json.decode(msgspec.json.encode(config), type=type_) == config
 
 
+def test_roots_are_real_paths_with_the_hub_cache_among_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    roots = _resolve(lora_root=[str(tmp_path / "link"), "~/more", str(tmp_path / "real")]).tokenizer.lora_roots
+    assert roots == [str(tmp_path / name) for name in ("real", "more", "hub")]
+    assert _resolve().tokenizer.lora_roots == []
+
+
 @pytest.mark.parametrize(
     ("flags", "adapters", "lanes"),
     [

@@ -21,6 +21,7 @@ from fixtures.scheduling.step_driver import Driver as Steps
 from safetensors.torch import load_file, save_file
 
 from engine.config.process_configs import AdapterSource, Endpoints, RunnerConfig
+from engine.directory import Directory
 from engine.errors import AdapterError
 from engine.messages import AdapterState, LoadAdapter, Sampling
 from model_runner.config import read_model_config
@@ -220,9 +221,11 @@ def test_added_tokens_above_the_limit_are_refused(tiny_model: Callable[[str], Pa
     sites = load_model(path, read_model_config(path), device=torch.device("cpu"), dtype=torch.float32).sites
     shapes = [SiteShape.of(site).site() for site in sites]
     strict = AdapterReader(Catalogue(shapes), torch.float32, Limits(extra_vocab=9), path)
-    with pytest.raises(AdapterError, match=r"330 tokens, 10 more than the model's, and --lora-extra-.* is 9"):
-        strict.survey(tmp_path / "larger")
-    assert strict.survey(tmp_path / "smaller").vocab_size == VOCAB - 21
+    says = r"330 tokens, 10 more than the model's, and --lora-extra-.* is 9"
+    with Directory(tmp_path / "larger") as directory, pytest.raises(AdapterError, match=says):
+        strict.survey(directory)
+    with Directory(tmp_path / "smaller") as directory:
+        assert strict.survey(directory).vocab_size == VOCAB - 21
     runner, _ = started(path, [tmp_path / "larger, untrained"])
     late = load(runner, LoadAdapter(adapter_id=7, path=str(tmp_path / "larger")))
     assert late.state == "failed"
@@ -239,8 +242,10 @@ def test_embedding_without_its_head_is_refused(tiny_model: Callable[[str], Path]
     (name,) = TIED
     save(path, tmp_path / "a", name, 1)
     sites = load_model(path, read_model_config(path), device=torch.device("cpu"), dtype=torch.float32).sites
-    with pytest.raises(AdapterError, match=r"324 for model.embed_tokens and 320 for lm_head: .* saved together"):
-        AdapterReader(Catalogue(sites), torch.float32, Limits(), path).survey(tmp_path / "a")
+    reader = AdapterReader(Catalogue(sites), torch.float32, Limits(), path)
+    says = r"324 for model.embed_tokens and 320 for lm_head: .* saved together"
+    with Directory(tmp_path / "a") as directory, pytest.raises(AdapterError, match=says):
+        reader.survey(directory)
 
 
 def test_all_rows_without_trained_tokens_are_refused(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

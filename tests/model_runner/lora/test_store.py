@@ -78,6 +78,21 @@ def test_refused_adapter_is_not_kept(tmp_path: Path) -> None:
     assert host.get(1) is None
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_files_outside_of_the_roots_are_refused(name: str, tmp_path: Path) -> None:
+    roots, host = [str(tmp_path / "root")], store()
+    root, outside = adapter_dir(tmp_path / "root" / "cat"), adapter_dir(tmp_path / "outside")
+    assert host.load(1, "cat", root, roots=roots).revision == host.load(2, "cat", outside).revision
+    (root / name).unlink()
+    (root / name).symlink_to(outside / name)
+    with pytest.raises(AdapterError, match=f"adapter 'cat': {name}: lies outside of --lora-root"):
+        host.load(3, "cat", root, roots=roots)
+    for path in (root, outside):
+        with pytest.raises(AdapterError, match="lies outside of --lora-root"):
+            host.survey("cat", path, roots)
+    assert host.load(3, "cat", root).rank == 4
+
+
 def test_two_names_of_equal_files_share_their_deltas(tmp_path: Path) -> None:
     host = store()
     root = adapter_dir(tmp_path)

@@ -73,7 +73,7 @@ def test_adapter_larger_than_the_limit_is_refused() -> None:
 
 def test_request_reloads_its_adapter_by_its_revision() -> None:
     core = core_without_free_pages(max_loaded_loras=2)
-    load(core, 1)
+    load(core, 1, roots=["/srv"])
     answer_load(core, 1)
     load(core, 2)
     answer_eviction(core, 1)
@@ -82,7 +82,7 @@ def test_request_reloads_its_adapter_by_its_revision() -> None:
     sent = core.handle(generate(1, lora=[(1, 1.0)]), 0.0)
     assert sent == [EvictAdapter(9)] or sent == [EvictAdapter(2)]
     sent = answer_eviction(core, sent[0].adapter_id)
-    assert of_kind(sent, LoadAdapter) == [LoadAdapter(adapter_id=1, path="p1", revision="r1")]
+    assert of_kind(sent, LoadAdapter) == [LoadAdapter(adapter_id=1, path="p1", revision="r1", roots=["/srv"])]
     assert (1, "loading") in states_of(sent)
     answer_load(core, 1)
     assert [fill.adapter_id for fill in plan_of(core).fills] == [1]

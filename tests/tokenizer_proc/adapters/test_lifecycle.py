@@ -13,8 +13,10 @@ from fixtures.serving.loading_front import LoadingFront, adapter_dir
 
 from engine.errors import AdapterError, EngineDead, EngineError, InvalidRequest, NotFound, Overloaded
 from engine.messages import AdapterState, SamplingParams, Submit
+from engine.processes.journal import replay
 from tokenizer_proc.adapters import lifecycle as lifecycle_module
 from tokenizer_proc.adapters.lifecycle import LoadRequest
+from tokenizer_proc.adapters.tokenizers import TextTools
 
 
 def run(work: Callable[[], Awaitable[Any]]) -> Any:
@@ -64,6 +66,28 @@ def test_a_load_makes_a_name_and_an_unload_takes_it(tmp_path: Path) -> None:
         assert (await lifecycle.load(LoadRequest(name="a", path=path))).source.adapter_id == 3  # an id is never reused
 
     run(work)
+
+
+def test_roots_go_with_the_adapter_to_every_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the runner with the load, to the next scheduler when it is told again, and by the journal to a successor."""
+    journal, roots = tmp_path / "journal", [str(tmp_path)]
+    world = LoadingFront(lora_roots=roots, journal=str(journal))
+    library, read = world.front.tokenizer_library, list[tuple[str, list[str]]]()
+
+    def load(name: str, root: str, roots: list[str]) -> TextTools:
+        read.append((root, roots))
+        return library.base
+
+    monkeypatch.setattr(library, "load", load)
+
+    async def work() -> None:
+        await world.front.lifecycle.load(LoadRequest(name="a", path=str(adapter_dir(tmp_path / "a"))))
+        world.front.adapters.load(world.sent.append)
+
+    run(work)
+    assert [load.roots for load in world.loads()] == [roots, roots]
+    assert read == [(str(tmp_path / "a"), roots)]
+    assert [source.roots for source in replay(journal, [])] == [roots]
 
 
 def test_preload_waits_for_pages_within_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

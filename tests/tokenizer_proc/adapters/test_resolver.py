@@ -11,6 +11,7 @@ import pytest
 from fixtures.serving.loading_front import LoadingFront, adapter_dir
 
 from engine.errors import AdapterError, ConfigError, EngineError, NotFound
+from engine.lora_roots import allowed_roots
 from engine.messages import SamplingParams, Submit
 from tokenizer_proc.adapters.lifecycle import LoadRequest
 
@@ -86,6 +87,16 @@ def test_a_link_out_of_the_root_is_refused(root: Path, tmp_path: Path) -> None:
         with pytest.raises(AdapterError, match="outside"):
             run(lambda name=name: ask(world, name))
     assert world.loads() == []
+
+
+def test_resolved_adapters_stay_under_the_resolve_root(root: Path) -> None:
+    world = world_of(root)
+
+    async def work() -> None:
+        await ask(world, "one")
+
+    run(work)
+    assert [load.roots for load in world.loads()] == [allowed_roots([str(root)])]
 
 
 def test_misses_and_failures_are_remembered_briefly(root: Path) -> None:

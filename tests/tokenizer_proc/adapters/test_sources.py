@@ -11,13 +11,14 @@ import pytest
 from fixtures.serving.loading_front import adapter_dir
 
 from engine.errors import AdapterError, EngineError, NotFound
+from engine.lora_roots import allowed_roots
 from tokenizer_proc.adapters import sources as sources_module
 from tokenizer_proc.adapters.sources import Sources
 
 
 def find(path: str, *roots: str) -> str:
     async def work() -> str:
-        return await asyncio.wait_for(Sources(roots).find("sql", path), 10)
+        return await asyncio.wait_for(Sources(allowed_roots(roots)).find("sql", path), 10)
 
     return asyncio.run(work())
 

@@ -214,6 +214,34 @@ SPOILT = {
 }
 
 
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+)
+def test_files_outside_of_the_roots_are_refused(name: str, base: Path, library: TokenizerLibrary) -> None:
+    root, outside = adapter(base, "root/a", extra="<x>", template=OWN), adapter(base, "outside", template=OWN)
+    (root / "generation_config.json").write_text("{}")
+    (outside / "generation_config.json").write_text('{"temperature": 0.25}')
+    assert library.load("a", root, [str(root.parent)]).brings
+    (root / name).unlink()
+    (root / name).symlink_to(outside / name)
+    with pytest.raises(AdapterError, match=f"adapter `a`: .*{name}: lies outside of --lora-root"):
+        library.load("a", root, [str(root.parent)])
+    assert library.load("a", root)
+    with pytest.raises(AdapterError, match=r"adapter `a`: .*outside: lies outside"):
+        library.load("a", outside, [str(root.parent)])
+
+
+def test_start_up_adapters_are_read_under_their_roots(base: Path, library: TokenizerLibrary) -> None:
+    root, outside = adapter(base, "root/a", template=OWN), adapter(base, "outside", template=OWN)
+    sources = [
+        AdapterSource(adapter_id=number, name=path.name, path="p", root=str(path), roots=[str(root.parent)])
+        for number, path in enumerate((root, outside), start=1)
+    ]
+    assert library.load_all(sources, skip_failed=True).keys() == {1}
+    with pytest.raises(AdapterError, match=r"adapter `outside`: .* lies outside of --lora-root"):
+        library.load_all(sources, skip_failed=False)
+
+
 @pytest.mark.parametrize("name", SPOILT)
 def test_unreadable_files_are_refused(name: str, base: Path, library: TokenizerLibrary) -> None:
     spoil, said = SPOILT[name]

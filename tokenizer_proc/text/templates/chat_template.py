@@ -15,6 +15,7 @@ import msgspec
 
 from engine.errors import ConfigError, InvalidRequest
 from engine.messages import ChatMessage
+from tokenizer_proc.text import files
 from tokenizer_proc.text.templates.environment import template_environment
 from tokenizer_proc.text.templates.template_files import given_template, template_of
 
@@ -70,7 +71,10 @@ class ChatTemplate(ChatRenderer):
         cls, directory: str | Path, given: str | None = None, special_tokens: Mapping[str, str] | None = None
     ) -> ChatTemplate:
         """The template `given` (a file or literal), else the one of the tokenizer's directory."""
-        source = given_template(given) if given is not None else template_of(Path(directory))
+        if given is not None:
+            return cls(given_template(given), special_tokens)
+        with files.open_directory(directory) as opened:
+            source = None if opened is None else template_of(opened)
         return cls(source, special_tokens)
 
     async def prompt(

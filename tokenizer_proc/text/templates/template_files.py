@@ -6,9 +6,12 @@ from pathlib import Path
 
 import msgspec
 
+from engine.directory import Directory
 from engine.errors import ConfigError
 from engine.ipc import DECODE_ERRORS
 from tokenizer_proc.text import files
+
+TEMPLATE_NAME = "chat_template.jinja"
 
 
 class _NamedTemplate(msgspec.Struct):
@@ -22,8 +25,8 @@ class _TemplateField(msgspec.Struct):
     chat_template: str | list[_NamedTemplate] | None = None
 
 
-def _from_json(path: Path) -> str | None:
-    raw = files.read(path, files.MAX_CONFIG)
+def _from_json(directory: Directory, name: str) -> str | None:
+    raw, path = files.read(directory, name, files.MAX_CONFIG), directory.path / name
     if raw is None:
         return None
     try:
@@ -52,16 +55,16 @@ def given_template(template: str) -> str:
     return template
 
 
-def template_of(directory: Path) -> str | None:
+def template_of(directory: Directory) -> str | None:
     """The text of the chat template in `directory`, if any. Raises ConfigError for files that cannot be read."""
-    path = directory / "chat_template.jinja"
-    raw = files.read(path, files.MAX_TEMPLATE)
+    path = directory.path / TEMPLATE_NAME
+    raw = files.read(directory, TEMPLATE_NAME, files.MAX_TEMPLATE)
     if raw is not None:
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
     for name in ("chat_template.json", "tokenizer_config.json"):
-        if (template := _from_json(directory / name)) is not None:
+        if (template := _from_json(directory, name)) is not None:
             return template
     return None

@@ -16,6 +16,7 @@ from fixtures.adapters.lora_sites import plain_tensors, random_sites, write_adap
 from fixtures.adapters.refusals import load, refusal
 from safetensors.torch import load_file
 
+from engine.directory import Directory
 from engine.errors import AdapterError
 from model_runner.lora.files.tensor_file import open_tensors
 
@@ -63,18 +64,34 @@ def test_false_header_is_refused(lie: str, root: Path) -> None:
 
 def test_file_that_changes_after_its_header_is_refused(root: Path) -> None:
     path = root / "adapter_model.safetensors"
-    file = open_tensors(path)
-    whole = path.read_bytes()
-    for other in (whole[:-4], whole + b"\0", whole.replace(b"q_proj", b"k_proj"), b""):
-        path.write_bytes(other)
-        with pytest.raises(AdapterError, match="changed while it was being read"):
-            list(file.tensors(lambda _: None))
+    with Directory(root) as directory:
+        file = open_tensors(directory.open(path.name), path.name)
+        whole = path.read_bytes()
+        for other in (whole[:-4], whole + b"\0", whole.replace(b"q_proj", b"k_proj"), b""):
+            path.write_bytes(other)
+            with pytest.raises(AdapterError, match="changed while it was being read"):
+                list(file.tensors(lambda _: None))
+
+
+def test_file_that_is_replaced_after_its_header_is_still_read(root: Path) -> None:
+    """The tensors are those of the file that was opened, whatever its name leads to by then."""
+    path, found = root / "adapter_model.safetensors", list[bytes]()
+    expected, whole = load_file(path), path.read_bytes()
+    with Directory(root) as directory:
+        file = open_tensors(directory.open(path.name), path.name)
+        (root / "other").write_bytes(whole[:-4] + b"\0\0\0\0")
+        (root / "other").rename(path)
+        read = {name: value.clone() for name, value in file.tensors(found.append)}
+    assert found == [hashlib.sha256(whole).digest()]
+    assert all(torch.equal(read[name], expected[name]) for name in expected)
 
 
 def test_digest_is_that_of_the_whole_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model_runner.lora.files.tensor_file.SLICE_BYTES", 100)
     path, found = root / "adapter_model.safetensors", list[bytes]()
-    tensors = {name: value.clone() for name, value in open_tensors(path).tensors(found.append)}
+    with Directory(root) as directory:
+        file = open_tensors(directory.open(path.name), path.name)
+        tensors = {name: value.clone() for name, value in file.tensors(found.append)}
     assert found == [hashlib.sha256(path.read_bytes()).digest()]
     expected = load_file(path)
     assert tensors.keys() == expected.keys()
@@ -189,6 +206,15 @@ def test_two_weight_files_without_an_index_are_refused(present: list[str], root:
 def test_added_tokens_file_is_refused_by_name(root: Path) -> None:
     (root / "new_embeddings.safetensors").write_bytes(b"")
     assert "new_embeddings.safetensors" in refusal(SITES, root)
+
+
+def test_too_many_shards_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model_runner.lora.files.weight_files.MAX_SHARDS", 2)
+    names = list(load_file(root / "adapter_model.safetensors"))
+    (root / "adapter_model.safetensors").unlink()
+    index = {name: f"adapter_model-{number % 3}.safetensors" for number, name in enumerate(names)}
+    (root / INDEX).write_text(json.dumps({"weight_map": index}))
+    assert f"{INDEX}: it names 3 files, at most 2 are read" in refusal(SITES, root)
 
 
 def test_shards_with_too_many_header_bytes_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

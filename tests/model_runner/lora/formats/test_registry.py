@@ -10,6 +10,7 @@ import pytest
 import torch
 from fixtures.adapters.lora_sites import random_sites, write_adapter
 
+from engine.directory import Directory
 from engine.errors import AdapterError
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.formats import registry
@@ -107,7 +108,8 @@ def test_new_format_becomes_a_gain(tmp_path: Path) -> None:
 
 
 def test_new_format_in_reports_and_tables(tmp_path: Path) -> None:
-    survey = AdapterReader(Catalogue(SITES), torch.float32, Limits()).survey(save(tmp_path))
+    with Directory(save(tmp_path)) as directory:
+        survey = AdapterReader(Catalogue(SITES), torch.float32, Limits()).survey(directory)
     assert (survey.format, survey.dialect) == ("PEFT Gains", "base_model.model.*.gains_log.<name>.weight")
     assert registry.all_formats()[-1] is Gains
     assert registry.refused_options()["gains_schedule"] == "scheduled gains"

@@ -159,7 +159,7 @@ REFUSALS = {
     "missing": ("", "no such directory"),
     "rank above the flag": ("rank", "rank 33 is above --max-lora-rank 32"),
     "other revision": ("revision", "its files have changed"),
-    "a pipe": ("pipe", "not a regular file"),
+    "a pipe": ("pipe", "no regular file"),
     "a path without end": ("path", "more than 4096 bytes"),
 }
 
@@ -179,6 +179,20 @@ def test_refusal_says_why_and_the_child_lives(case: str, shared: LoaderPool, tmp
     pids = shared.pids
     assert says in refused(shared, load)
     assert shared.pids == pids
+
+
+def test_roots_are_checked_by_the_child(shared: LoaderPool, tmp_path: Path) -> None:
+    root = adapter(tmp_path / "root" / "a")
+    load = replace(message(root), roots=[str(tmp_path / "root")])
+    shared.submit(load)
+    (outcome,) = finish(shared)
+    assert outcome.adapter is not None, outcome.reason
+    outcome.adapter.close()
+    (root / "adapter_model.safetensors").rename(tmp_path / "outside")
+    (root / "adapter_model.safetensors").symlink_to(tmp_path / "outside")
+    assert "adapter_model.safetensors: lies outside of --lora-root" in refused(shared, load)
+    assert "--lora-root directories have more than" in refused(shared, replace(load, roots=["/" + "x" * 4000] * 5))
+    loads(shared, root)
 
 
 def test_broken_adapter_is_refused_and_the_child_lives(shared: LoaderPool, tmp_path: Path) -> None:

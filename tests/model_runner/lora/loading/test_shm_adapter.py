@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from fixtures.adapters.lora_sites import plain_tensors, random_sites, write_adapter
 from fixtures.processes.resources import descriptors, shared_bytes
 
+from engine.directory import Directory
 from engine.errors import AdapterError
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.loading import shm_adapter
@@ -24,14 +26,16 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 PART = Part("layers.0.o", 0, 4, 0, 512)  # A is 4 x 32 floats, B 4 x 24
 
 
-def reader(sites: Catalogue = CATALOGUE, dtype: torch.dtype = torch.float32) -> AdapterReader:
-    return AdapterReader(sites, dtype, Limits())
+def read_adapter(root: Path, sites: Catalogue = CATALOGUE, announce: Callable[[int], None] | None = None) -> ShmAdapter:
+    adapters = AdapterReader(sites, torch.float32, Limits())
+    with Directory(root) as directory:
+        return adapters.read(adapters.survey(directory), announce=announce or (lambda _: None))
 
 
 def test_opened_adapter_is_the_files_scaled(tmp_path: Path) -> None:
     tensors = plain_tensors(SITES, TARGETS, rank=5)
     root = write_adapter(tmp_path, tensors, target_modules=TARGETS, r=5, lora_alpha=10)
-    manifest, deltas = reader().read(root).open(CATALOGUE, torch.float32)
+    manifest, deltas = read_adapter(root).open(CATALOGUE, torch.float32)
     assert manifest.cast_from == []
     seen = 0
     for site in SITES:
@@ -54,7 +58,7 @@ def test_dropped_memory_is_freed_and_descriptors_closed(tmp_path: Path) -> None:
     root = write_adapter(tmp_path, tensors, target_modules=TARGETS, r=64)
     catalogue = Catalogue(sites)
     shared, opened = shared_bytes(), descriptors()
-    read = reader(catalogue).read(root)
+    read = read_adapter(root, catalogue)
     assert descriptors() == opened + 1
     _, deltas = read.open(catalogue, torch.float32)
     size = sum(tensor.nbytes for tensor in tensors.values())
@@ -129,7 +133,7 @@ def test_adapter_above_free_memory_is_refused_unread(tmp_path: Path, monkeypatch
     root = write_adapter(tmp_path, plain_tensors(SITES, TARGETS), target_modules=TARGETS)
     monkeypatch.setattr("model_runner.lora.loading.adapter_reader.host_memory", lambda: (1000, 1000))
     with pytest.raises(AdapterError, match="of host memory, and 0 MiB are free"):
-        reader().read(root, announce=lambda _: pytest.fail("announced"))
+        read_adapter(root, announce=lambda _: pytest.fail("announced"))
 
 
 def test_refused_adapter_leaves_no_descriptor(tmp_path: Path) -> None:
@@ -139,5 +143,5 @@ def test_refused_adapter_leaves_no_descriptor(tmp_path: Path) -> None:
     opened = descriptors()
     for _ in range(3):
         with pytest.raises(AdapterError, match="NaN"):
-            reader().read(root)
+            read_adapter(root)
     assert descriptors() == opened

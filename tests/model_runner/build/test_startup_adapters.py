@@ -1,0 +1,28 @@
+"""Start-up adapters are read under the roots that their sources name, also those that are only surveyed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures.adapters.lora_sites import plain_tensors, random_sites, write_adapter
+
+from engine.config.process_configs import AdapterSource, Endpoints, RunnerConfig
+from engine.errors import AdapterError
+from model_runner.build.startup_adapters import build_adapters
+
+SITES = random_sites()
+ENDPOINTS = Endpoints(tokenizer="t", scheduler="s", runner="r", zmq_server="z")
+
+
+@pytest.mark.parametrize("room", [0, 1 << 30])
+def test_startup_adapter_outside_of_its_roots_is_refused(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model_runner.build.startup_adapters.host_memory", lambda: (room, room))
+    root = write_adapter(tmp_path / "a", plain_tensors(SITES, ["q_proj"]), target_modules=["q_proj"])
+    source = AdapterSource(adapter_id=1, name="a", path="a", root=str(root), roots=[str(tmp_path / "root")])
+    config = RunnerConfig(endpoints=ENDPOINTS, model_path="", enable_lora=True, adapters=[source])
+    with pytest.raises(AdapterError, match=r"adapter 'a': .* lies outside of --lora-root"):
+        build_adapters(config, SITES, torch.float32, torch.device("cpu"), progress=None)
