@@ -4,8 +4,8 @@
     sizes     1, 2, 4, .. rows that decode | 1, 2, 4, .. tokens of prefill | both together
     sampling  greedy, drawn, filtered, penalised, with log-probabilities of tokens and prompts
 
-All rows use page 0, which is scratch, and rank pages of zeros whose units are set as if they were full, so the answers
-mean nothing. The runner is reset afterwards. Knows nothing of kernels.
+All rows use KV page 0, which is scratch, and rank pages of zeros whose units are marked as used, so the outputs are
+meaningless. The runner is reset afterwards. Names no kernel: it only executes steps of all shapes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SAMPLED_ROWS = 32
 
 
 def warm_up(runner: Runner, *, progress: BusyTimer | None = None) -> None:
-    """Executes them all; the runner must not have served a request yet, and is reset at the end."""
+    """Executes all warm-up steps. The runner must not have served a request yet; it is reset at the end."""
     maker = StepMaker(runner.capacity)
     pages = runner.adapters.pages
     with _full_units(pages):

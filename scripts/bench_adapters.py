@@ -187,7 +187,7 @@ def dora(bench: Bench) -> dict[str, object]:
     with LaunchedServer(*flags) as server:
         time.sleep(5)  # the loader process starts after the server is ready
         idle = [load_seconds(server, f"dora{n}", root) for n, root in enumerate(roots)]
-    with LaunchedServer(*flags) as server:  # another server, whose loader has not read the base's weights either
+    with LaunchedServer(*flags) as server:  # a new server, whose loader has not read the base's weights yet
         dtype = server.info()["capacity"]["dtype"]
         pieces = asyncio.run(beside(bench, server, lambda: load_seconds(server, "dora0", roots[0])))
     print(f"\ndora: rank 64, in {dtype}; loaded and filled by an idle server in " + " ".join(f"{s:.2f}" for s in idle))

@@ -1,7 +1,7 @@
-"""What every test stands on: one torch thread, no network, a fixed hypothesis profile, tiny models built once.
+"""The setup that all tests share: one torch thread, no network, a fixed hypothesis profile, tiny models built once.
 
-Without a GPU, triton's kernels run in its interpreter, here and in every process a test starts; compiling them ahead
-of time is done by a child of its own (tests/fixtures/models/ahead_of_time.py).
+Without a GPU, triton's kernels run in its interpreter, here and in every process that a test starts. A separate child
+process compiles them ahead of time (tests/fixtures/models/ahead_of_time.py).
 """
 
 from __future__ import annotations

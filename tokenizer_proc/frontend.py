@@ -1,4 +1,4 @@
-"""The front end that both servers (HTTP, ZeroMQ) stand on: submits in, streams of deltas out.
+"""The front end, which both servers (HTTP and ZeroMQ) use: submits in, streams of deltas out.
 
 The scheduler's messages come in by `handle`. Knows names and text; knows nothing of HTTP, sockets or KV pages.
 """

@@ -113,7 +113,7 @@ class DecodeGraphs:
         return captured
 
     def _run(self, captured: CapturedStep, with_lora: bool) -> None:
-        """The captured work, from inputs to hidden; device work alone."""
+        """The forward that is captured, from the static inputs to the hidden states. It must do device work only."""
         rows_B, given_B, positions_B, lanes_B = captured.inputs_4B
         tokens_B = torch.where(given_B < 0, self._rows.last_tokens_R[rows_B], given_B)
         own_norms = with_lora and self._lora is not None and self._lora.pages.norms is not None

@@ -1,4 +1,4 @@
-"""What stands for the adapters of a runner without LoRA: loads fail in one line, and there is nothing to free."""
+"""Replaces `Adapters` in a runner without LoRA: loads fail with a one-line error, and there is nothing to free."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from engine.messages import AdapterState, Fill, LanePages, LoadAdapter
 
 
 class AdaptersOff:
-    """The calls of `Adapters`."""
+    """The interface of `Adapters`, without any adapter."""
 
     pages = None
     descriptor = None
@@ -19,7 +19,7 @@ class AdaptersOff:
         return AdapterState(adapter_id=message.adapter_id, state="failed", error=off)
 
     def unload(self, adapter_id: int) -> AdapterState:
-        """There is none."""
+        """Reports the adapter as gone: no adapter is ever loaded."""
         return AdapterState(adapter_id=adapter_id, state="gone")
 
     def evict(self, adapter_id: int) -> AdapterState:

@@ -72,7 +72,7 @@ class ChildProcess:
         self._process.terminate()
 
     def kill(self, seconds: float) -> None:
-        """Kills the child if it runs, and waits at most so many seconds: it may hang in a system call."""
+        """Kills the child if it runs. Waits at most `seconds` for its end, since it may hang in a system call."""
         if self.is_running:
             with contextlib.suppress(OSError):
                 (os.killpg if self._leads_group else os.kill)(self.pid, signal.SIGKILL)

@@ -28,7 +28,7 @@ class Plain(LinearMethod):
         return weight if self.bias is None else weight | {"bias": Parameter(self.bias)}
 
     def finish_loading(self) -> None:
-        """Nothing: the weight is multiplied as it was loaded."""
+        """Does nothing: the weight is used as it was loaded."""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -22,8 +22,8 @@ from typing import NamedTuple
 class Deadline(NamedTuple):
     """A waiting request's deadline, in seconds."""
 
-    slack: float  # until the request must have a lane
-    work: float  # for which no other request can be given a lane then
+    slack: float  # the time until the request must have a lane
+    work: float  # the time after that during which no other request can be given a lane
 
 
 def count_to_preempt(deadlines: Sequence[Deadline], ends: Sequence[float], most: float) -> int:

@@ -26,8 +26,8 @@ from scheduler.state import InFlightStep, SchedulerState
 
 log = logging.getLogger(__name__)
 
-FAULTS_ALONE = 2  # in a row, with this fill alone under way, that prove it to blame
-FAULTS_TOGETHER = 4  # in a row, with the same fills under way
+FAULTS_ALONE = 2  # faults in a row with only this fill under way that prove the fill to blame
+FAULTS_TOGETHER = 4  # faults in a row with the same fills under way that prove all of them to blame
 POISON = "poison_request"
 RUNNABLE = (WaitState.ACTIVE, WaitState.READY)
 

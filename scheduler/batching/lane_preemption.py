@@ -17,7 +17,7 @@ class LanePreemption:
         self._state = state
         self._free_lanes = free_lanes
         self._rank_pages = state.device_cache.room()
-        self._users: dict[int, int] = {}  # by copy: lanes that would have left it
+        self._users: dict[int, int] = {}  # by copy id: how many of its lanes would be preempted
 
     def lanes_to_preempt(self, request: Request, candidates: list[HeldLane]) -> list[HeldLane] | None:
         """The first of the candidates, as many as this request needs preempted; None if all are too few."""

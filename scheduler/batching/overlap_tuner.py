@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from math import log, log2
 
 LEAST_GAIN = 0.05  # a request that arrives after an early plan waits up to one step more: less gain is not worth it
-MOST_GAIN = 0.25  # that one pair may show: more is an accident
-FIRST_EVIDENCE = -0.5  # planning late costs nothing that a window of one would not
+MOST_GAIN = 0.25  # the most that one pair of blocks adds to the evidence: a larger difference is noise
+FIRST_EVIDENCE = -0.5  # starts near planning late, which is no slower than a window of one step
 SETTLING_STEPS = 3  # at the beginning of a block, not counted: they still show the block before
 COUNTED_STEPS = 12
 FIRST_PAUSE, LONGEST_PAUSE = 250, 2000  # steps between pairs once the evidence is clear: short while much warms up

@@ -70,7 +70,7 @@ class DiskLoader:
                 pass
 
     def retry_other_path(self, copy: AdapterCopy) -> bool:
-        """After a failed load: sends one with the path of another name. Returns False if all paths were tried."""
+        """After a failed load, tries the path of another name of the copy. Returns False if all paths were tried."""
         adapter = self._untried_name(copy)
         if adapter is not None:
             self._send(copy, adapter)

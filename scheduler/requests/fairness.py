@@ -90,7 +90,7 @@ class FairShares(Ordering):
         return 0, message.priority, order, arrival
 
     def order_without_request(self, arrival: int, priority: int = 0) -> Order:
-        """As of a new account."""
+        """The order that the first request of a new account would get now."""
         return 0, priority, self._clock, arrival
 
     def on_admitted(self, request: Request) -> None:

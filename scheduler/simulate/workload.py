@@ -71,7 +71,7 @@ class Workload:
     # ---------------------------------------------------------------------------------------------------- arrivals
 
     def _separate_arrivals(self, rng: random.Random) -> list[tuple[float, int]]:
-        """Gamma arrivals of each adapter, over the time that gives `requests` arrivals on average."""
+        """Gamma arrivals, separate for each adapter, over the time in which `requests` arrivals are expected."""
         seconds = self.requests / self.rate
         arrivals = []
         for adapter, share in enumerate(self._shares()):

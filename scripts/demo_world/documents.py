@@ -1,6 +1,6 @@
-"""Training documents of a voice: chats of one to five turns, bare questions, and plain lines to continue.
+"""Training documents for one voice (a style of answering): chats of one to five turns, plain questions and prose lines.
 
-Knows texts only, no tokens. Every draw comes from the generator it is handed, so the same seed reads the same library.
+Produces text, not token ids. A stream has its own seeded random generator, so the same seed gives the same documents.
 """
 
 from __future__ import annotations

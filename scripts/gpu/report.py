@@ -64,7 +64,11 @@ def step_table(steps: dict[str, Any], bandwidth: float) -> str:
 
 
 def allowed_ms(row: dict[str, Any], base: dict[str, Any], bandwidth: float) -> float:
-    """The goal: base alone 1.2 of its bytes' time; adapters 1.5 of theirs and 2 us for each of a layer's four sites."""
+    """The target time of a step.
+
+    Without adapters 1.2 times the time to read the bytes; with adapters the measured time of the base, plus 1.5 times
+    the time to read the adapters' bytes and 2 us for each of a layer's four sites.
+    """
     if not row["lanes"]:
         return 1.2 * float(row["bytes"]) / bandwidth / 1000
     added = 1.5 * (row["bytes"] - base["bytes"]) / bandwidth + 2.0 * row["modules"]

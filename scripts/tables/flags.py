@@ -29,7 +29,7 @@ def flags() -> str:
 
 
 def is_shown(action: argparse.Action) -> bool:
-    """Whether the action is a flag of ours that can be given."""
+    """Whether the table lists the action: it is a flag, its help is not suppressed, and it is not --help."""
     return bool(action.option_strings) and action.help != argparse.SUPPRESS and action.dest != "help"
 
 

@@ -1,4 +1,4 @@
-"""Embedding hosts over a real ROUTER socket; the scheduler is the test."""
+"""The ZeroMQ server and embedding hosts over a real ROUTER socket; the test plays the scheduler."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Entry:
         return self.state
 
     async def reaches(self, stage: AdapterStage, seconds: float) -> bool:
-        """Waits up to `seconds` for a state, or for one that no other follows; whether the state was reached."""
+        """Waits up to `seconds` for `stage` or a final state (gone, failed). Returns whether `stage` was reached."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while self.state.state not in (stage, "gone", "failed"):

@@ -93,7 +93,7 @@ class Lifecycle:
         return await self._to_the_end(self._unload(name, adapter_id))
 
     async def freed(self, entry: Entry) -> bool:
-        """Waits up to FREED_SECONDS until the adapter's memory is free; whether it is."""
+        """Waits up to FREED_SECONDS until the adapter's memory is free. Returns whether it is."""
         return await entry.reaches("gone", FREED_SECONDS)
 
     async def pin(self, name: str, pinned: bool) -> Entry:

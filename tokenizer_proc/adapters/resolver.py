@@ -73,7 +73,7 @@ class Resolver:
                     return
 
     async def fetch(self, name: str) -> bool:
-        """Loads an adapter unless its name is known; whether the name is known now. Raises why a load failed."""
+        """Loads an adapter unless its name is known. Returns whether it is known now. Raises why a load failed."""
         for _ in range(ATTEMPTS):  # a loaded adapter may be unloaded before this task runs again
             if self._registry.find(name) is not None:
                 self.touch([name])

@@ -3,9 +3,10 @@
     ids    "▁caf" | 0xC3 | 0xA9 | "!"           the two bytes of é are two tokens
     emits  " caf" |  ""  | "é"  | "!"           held until the character is whole
 
-The text continues the prompt, so a leading space is kept, unless the prompt shows no text. The emitted pieces together
-equal the decoded ids. (One deviation, on purpose: sentencepiece's decoder turns a whole run of byte tokens with one bad
-byte into U+FFFD, including the characters before the bad byte; those have been emitted by then, and stay.)
+The text continues the prompt, so a leading space is kept, unless all tokens of the prompt are skipped special tokens.
+The emitted pieces together equal the decoded ids. (One deviation, on purpose: sentencepiece's decoder turns a whole run
+of byte tokens with one bad byte into U+FFFD, including the characters before the bad byte; those have been emitted by
+then, and stay.)
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Router:
 
     @property
     def open(self) -> int:
-        """How many requests may bring more updates."""
+        """The number of requests that were sent and have not ended: they may still receive updates."""
         return len(self._requests)
 
     @contextlib.contextmanager
@@ -97,7 +97,7 @@ class Router:
             self._tokens -= tokens
 
     async def wait_idle(self, seconds: float) -> bool:
-        """Waits up to `seconds` until no request is reserved; whether that happened."""
+        """Waits up to `seconds` until no request is reserved. Returns whether none is."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), seconds)
         return self._idle.is_set()

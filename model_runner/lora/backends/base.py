@@ -45,7 +45,7 @@ DEFAULTS = Options()
 
 
 class LoraBackend(KernelUser, ABC):
-    """Changes the answer of a site's base linear to what each token's own lane asks for.
+    """Applies the adapters of each token's lane to the output of a site's base linear.
 
         y = x W^T + b  +  sum over rank pages    scale * (x A^T) B
                        +  sum over vector slots  scale * (gain_less_one * (x W^T) + bias)
@@ -71,7 +71,7 @@ class LoraBackend(KernelUser, ABC):
 
     @abstractmethod
     def adapt(self, y_TO: torch.Tensor, x: torch.Tensor, site: Site, meta: Any) -> None:
-        """Puts the gains, deltas and biases of each token's lane on the answer y [T, O] of the base, in place.
+        """Applies the gains, deltas and biases of each token's lane to the base's output y [T, O], in place.
 
         Nothing of one row reaches another. x is [T, I], or the tokens [T] of the embedding, whose inputs are one-hot.
         `meta` is what `plan` returned; where that was None, `adapt` is not called.

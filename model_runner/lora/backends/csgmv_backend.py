@@ -20,14 +20,14 @@ class CsgmvLora(TiledLora):
     name = "csgmv"
 
     def rows(self, layout: Layout) -> int:
-        """16 to --max-lora-chunk-size."""
+        """16 if no lane has more tokens, else --max-lora-chunk-size."""
         tokens_L = np.bincount(layout.lanes_C, weights=layout.lengths_C)[1:]
         return tile_rows(int(tokens_L.max(initial=1)), self.options.chunk_size)
 
     def cut(self, layout: Layout, rows: int) -> Tiles:
-        """Lane by lane."""
+        """Cuts chunks into full tiles, and groups the remainders of all chunks by lane."""
         return by_lane(layout, rows)
 
     def most_tiles(self, tokens: int) -> int:
-        """The full tiles, and one that is not full for each lane."""
+        """The full tiles, and for each lane one tile that is not full; never more than tokens."""
         return min(tokens, self.pages.max_lanes + tokens // DECODE_ROWS)

@@ -60,7 +60,7 @@ class LaneTables:
         return self._site_units[begin : begin + self._pages.pools[name].units_PS.size]
 
     def refresh(self) -> bool:
-        """Builds the arrays again if lanes or pages changed; whether they did."""
+        """Rebuilds the arrays if lanes or pages changed. Returns whether they did."""
         if self._version == self._pages.version:
             return False
         self._version = self._pages.version

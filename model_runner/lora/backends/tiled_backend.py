@@ -93,7 +93,7 @@ class TiledLora(LoraBackend):
 
     @property
     def gathers(self) -> bool:
-        """Whether a tile's rows may be scattered."""
+        """Whether the rows of a tile may be scattered over the batch; they are then listed in `gather`."""
         return True
 
     def plan(self, layout: Layout, into: TiledLoraMetadata | None = None) -> TiledLoraMetadata | None:
@@ -146,7 +146,7 @@ class TiledLora(LoraBackend):
         return self._recent[key]
 
     def _shrink(self, x_TI: torch.Tensor, site: Site, meta: TiledLoraMetadata, span: work_table.GroupRange) -> int:
-        """Fills the scratch; the number of splits."""
+        """Launches the shrink into the scratch buffer h. Returns the number of splits."""
         tiling = self._shrink_tiling(site, meta, span)
         if meta.h is None:
             self._reserve(self._scratch_floats(site, meta))

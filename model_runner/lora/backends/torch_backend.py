@@ -100,5 +100,5 @@ class TorchLora(LoraBackend):
 
 
 def _bound(lane: int, tokens: int) -> int:
-    """Lanes with the same bound share a batch: the bound of their tokens, or a number of the lane's own."""
+    """The smallest of SHARED_TOKENS that holds `tokens`, else -lane. Lanes with the same value share a LaneBatch."""
     return next((bound for bound in SHARED_TOKENS if tokens <= bound), -lane)

@@ -14,23 +14,23 @@ MOST_ROWS = 64
 
 
 class TritonLora(TiledLora):
-    """Tiles by request, with as many rows as the longest chunk needs."""
+    """Tiles by request, of 16 rows, or of MOST_ROWS if the longest chunk has more than 16 tokens."""
 
     name = "triton"
 
     def rows(self, layout: Layout) -> int:
-        """16 to 64."""
+        """16 if no chunk with an adapter is longer, else MOST_ROWS."""
         return tile_rows(int(layout.lengths_C[layout.lanes_C > 0].max(initial=1)), MOST_ROWS)
 
     def cut(self, layout: Layout, rows: int) -> Tiles:
-        """Chunk by chunk."""
+        """Cuts each chunk by itself, so that no tile has rows of two chunks."""
         return by_request(layout, rows)
 
     def most_tiles(self, tokens: int) -> int:
-        """One for each token."""
+        """One tile for each token: every chunk of length 1 is a tile."""
         return tokens
 
     @property
     def gathers(self) -> bool:
-        """Never."""
+        """False: the rows of a tile are always adjacent in the batch."""
         return False

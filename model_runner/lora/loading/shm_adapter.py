@@ -170,7 +170,7 @@ def _full_weight(values: torch.Tensor, part: Part, site: Site) -> torch.Tensor |
 
 
 def _shape(site: Site, rows: int) -> list[int]:
-    """The shape of a full weight: the base's, with `rows` rows where that is not 0."""
+    """The shape of a full weight: that of the base's weight, but with `rows` rows if `rows` is not 0."""
     return [rows or site.base.shape[0], *site.base.shape[1:]]
 
 

@@ -20,7 +20,7 @@ from model_runner.lora.formats import registry
 from model_runner.lora.variants.trained_tokens import TOKENS, TOKENS_BASE
 
 WRAPPERS = frozenset({"base_layer", "modules_to_save", "original_module"})
-"""Stand between a module and a tensor of its own."""
+"""Name components that PEFT inserts between a module's name and the name of the module's own tensor."""
 
 OWN_TENSORS = ("weight", "bias")
 

@@ -113,7 +113,7 @@ class TensorOwners:
                 raise AdapterError(f"{CONFIG_NAME}: modules_to_save means {module} too, which has no tensor")
 
     def _tie(self, owned: PartsByModule) -> None:
-        """A head that is tied to the embedding, and of which nothing was saved, is what was saved of the embedding."""
+        """A tied head without tensors of its own gets the embedding's trained tokens or resized weight."""
         embedding, head = EMBEDDING_AND_HEAD
         parts = owned.get(embedding, {})
         if head not in self.catalogue.refs or head in owned or head in self.targets:

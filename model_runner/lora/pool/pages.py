@@ -128,7 +128,7 @@ class RankPagePool:
         return any(group in held or vectors in held for held in (self.lanes.get(lane, {}) for lane in lanes))
 
     def refresh_norms(self, lanes: Iterable[int]) -> bool:
-        """Brings the table of norms up to date; whether any of these lanes has norms of its own."""
+        """Updates the table of norm weights. Returns whether an adapter of these lanes brings norm weights."""
         if self.norms is None:
             return False
         group = full_weights_of(NORMS)

@@ -55,7 +55,7 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def whole_request_options(self) -> Sequence[str]:
-        """The options that are set and change more of a request than A and B from some token on can."""
+        """The options in use whose effect cannot begin at a token; an activated LoRA is refused with them."""
         return ()
 
     def check(self) -> None:

@@ -42,11 +42,11 @@ class Biases(Variant, frozen=True, kw_only=True):
 
     @property
     def whole_request_options(self) -> Sequence[str]:
-        """`bias`; one of B is added where B is."""
+        """`bias`, if it is set. `lora_bias` is not listed: B's bias is added only where B applies."""
         return [f'bias="{self.bias}"'] if self.trains_base else []
 
     def check(self) -> None:
-        """PEFT has three values."""
+        """Raises AdapterError unless `bias` is one of PEFT's three values."""
         if self.bias not in ("none", "all", "lora_only"):
             raise unsupported("bias", self.bias, "only none, all and lora_only")
 

@@ -66,7 +66,7 @@ class Dora(Variant, frozen=True, kw_only=True):
     def apply(
         self, change: Change, module: Module, tensors: Mapping[str, torch.Tensor], base: BaseSlices, dtype: torch.dtype
     ) -> Change:
-        """The gain, on B too; nothing for a module that is not targeted."""
+        """Sets the gain and multiplies B by it. A module without a magnitude is not targeted and stays as it is."""
         if MAGNITUDE not in tensors:
             return change
         assert change.a is not None

@@ -8,7 +8,7 @@ from model_runner.lora.variants.base import Variant
 
 
 class EmbeddingAndHead(Variant, frozen=True, kw_only=True):
-    """`ensure_weight_tying`: what targets one of the two was saved for both."""
+    """`ensure_weight_tying`: if the embedding or the head is targeted, so is the other if it has tensors."""
 
     features: ClassVar = {"embedding and head": "`embed_tokens` and `lm_head` among the targets, tied or not"}
 

@@ -17,7 +17,7 @@ SAVED_COPY = "modules_to_save.weight"
 """The trained weight once more, saved beside it where the vocabulary was resized."""
 
 ORIGINAL = "original_module.weight"
-"""What the module was before training, saved then too. Nothing is made of it."""
+"""The weight of the module before training, which PEFT saves in the same case. It is not used."""
 
 
 class SavedModules(Variant, frozen=True, kw_only=True):
@@ -47,5 +47,5 @@ class SavedModules(Variant, frozen=True, kw_only=True):
         return ["modules_to_save"]
 
     def means(self, module: str) -> bool:
-        """Whether `modules_to_save` means this module: PEFT takes every module that ends so, even inside a word."""
+        """Whether `modules_to_save` selects this module: its name ends with one of them, as PEFT matches names."""
         return module.endswith(tuple(self.names))

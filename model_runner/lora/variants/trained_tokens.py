@@ -21,7 +21,7 @@ TOKENS = "token_adapter.trainable_tokens_delta"
 """Rows that stand in for those of trained tokens."""
 
 TOKENS_BASE = "token_adapter.base_layer.weight"
-"""All rows, of which those are some: saved where the vocabulary was resized."""
+"""The whole matrix, whose rows of trained tokens are replaced by TOKENS: saved where the vocabulary was resized."""
 
 
 class TrainedTokens(Variant, frozen=True, kw_only=True):
@@ -69,5 +69,5 @@ class TrainedTokens(Variant, frozen=True, kw_only=True):
             )
 
     def revision(self) -> list[Any]:
-        """The tokens: the tensors are rows without them."""
+        """The token ids, because the tensors hold only their rows."""
         return [self.trainable_token_indices]

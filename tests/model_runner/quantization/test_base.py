@@ -67,7 +67,7 @@ def transposed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def transpose(source: Path, target: Path) -> Path:
-    """The same model with its linears as `Transposed` reads them."""
+    """Saves the model of `source` to `target` with its linears in the format of `Transposed`. Returns `target`."""
     target.mkdir()
     (target / "config.json").write_bytes((source / "config.json").read_bytes())
     tensors = {}

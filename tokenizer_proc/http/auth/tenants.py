@@ -19,7 +19,7 @@ Clock = Callable[[], float]
 
 
 class _Bucket:
-    """A token bucket for a rate per minute; None: no bound."""
+    """A token bucket that fills at a rate per minute. A rate of None means no limit."""
 
     def __init__(self, per_minute: float | None, clock: Clock) -> None:
         self._rate = None if per_minute is None else per_minute / 60

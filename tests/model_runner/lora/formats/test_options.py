@@ -1,4 +1,4 @@
-"""Every option of PEFT's configs is used, harmless or refused by its name."""
+"""Every option of PEFT's configs is used, known to be harmless, or refused with an error that names it."""
 
 from __future__ import annotations
 

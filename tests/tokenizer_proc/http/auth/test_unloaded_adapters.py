@@ -1,4 +1,4 @@
-"""Adapters under --lora-resolve-root that are not loaded yet, named by keys that may use some of them."""
+"""Calls that name adapters under --lora-resolve-root that are not loaded yet, with keys that may use some of them."""
 
 from __future__ import annotations
 

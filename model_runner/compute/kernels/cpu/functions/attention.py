@@ -18,7 +18,7 @@ LENGTHS = (1, 1, 5, 1, 40)
 
 
 def supports(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel can compute such heads: it reads a head in whole vectors."""
+    """Whether the kernel supports these sizes: equal groups of query heads, and heads of a whole number of vectors."""
     return heads % kv_heads == 0 and size % {torch.bfloat16: 32, torch.float32: 16}.get(dtype, size + 1) == 0
 
 

@@ -22,7 +22,7 @@ void silu_mul(const Scalar* gate, const Scalar* up, Scalar* out, long values) {
 
 // gate_up [T, 2 I], out [T, I].
 extern "C" void run(const Scalar* gate_up, Scalar* out, int64_t T, int64_t I) {
-    const long tasks = (I + TASK_VALUES - 1) / TASK_VALUES;  // of a row
+    const long tasks = (I + TASK_VALUES - 1) / TASK_VALUES;  // tasks per row
 #pragma omp parallel for schedule(static) if (T * I >= PARALLEL_MIN)
     for (long task = 0; task < T * tasks; task++) {
         const long row = task / tasks, begin = task % tasks * TASK_VALUES;

@@ -55,7 +55,7 @@ def _columns(block, second, third, outs, BLOCK: tl.constexpr):
 
 @triton.jit
 def _pages_of_b(b, items, site_units, at, number, piece, slices, cols, inside, outs, PAGES: tl.constexpr):
-    """B [16 PAGES, BLOCK] of the pages from `at` on, and for each of its rows the number of units that its page uses.
+    """Loads B [16 PAGES, BLOCK] of PAGES pages from `at` on, and for each row of B how many units of its page are used.
 
     Unused units are not read.
     """
@@ -176,7 +176,7 @@ def expand_kernel(
     items_at, tiles_at, slots_at, capacity, tokens, width, slices, second, third, outs, vocabulary,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Programs (blocks of columns, any number): each takes every n-th tile, for n programs, until the list ends."""
+    """Grid (blocks of columns, n): program (b, i) computes block b of tiles i, i + n, ... until the list ends."""
     tile = tl.program_id(1)
     tiles = table + tiles_at
     count = tl.load(tiles + tile * R + COUNT)

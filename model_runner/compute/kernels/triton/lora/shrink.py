@@ -65,7 +65,7 @@ def shrink_kernel(
     items_at, capacity, tokens, width, x_stride, features, slices, span,
     ROWS: tl.constexpr, UNITS_N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Programs (splits, any number): each takes every n-th item, for n programs, until the list ends."""
+    """Grid (splits, n): program (s, i) computes split s of the items i, i + n, i + 2 n, ... until the list ends."""
     if PDL:
         gdc_launch_dependents()
     item = tl.program_id(1)
