@@ -9,10 +9,10 @@ from itertools import count
 from engine.messages import AdapterState, Capacity, EvictAdapter, Generate, LoadAdapter, UnloadAdapter, Update
 from scheduler.adapters.copies import AdapterCopy
 from scheduler.adapters.device_cache import DeviceCache
-from scheduler.adapters.eviction_order import Policy
 from scheduler.adapters.host_cache import HostCache
 from scheduler.adapters.lanes import Lanes
 from scheduler.adapters.registry import AdapterRegistry
+from scheduler.adapters.stamp_order import Policy
 from scheduler.kv_cache.kv_cache_manager import KvCacheManager
 from scheduler.requests.blame import BlameTracker
 from scheduler.requests.fairness import make_ordering

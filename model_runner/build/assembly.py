@@ -27,8 +27,8 @@ from model_runner.compute.kernels.cpu.kernel_user import KernelUser
 from model_runner.compute.kernels.cpu.kernels import KernelSet
 from model_runner.compute.sampler.sampler import Sampler
 from model_runner.config import ModelConfig, read_model_config
-from model_runner.cuda_graphs.capture import capture_for
 from model_runner.cuda_graphs.decode_graphs import DecodeGraphs
+from model_runner.cuda_graphs.primitives import capture_for
 from model_runner.lora.adapters import Adapters
 from model_runner.lora.backends.base import LoraBackend
 from model_runner.model.decoders.decoder import Decoder

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from engine.processes.busy_timer import BusyTimer
 from model_runner.compute.attention.base import AttentionBackend
-from model_runner.cuda_graphs.capture import GraphCapture, Work
+from model_runner.cuda_graphs.primitives import GraphCapture, Work
 from model_runner.lora.backends.base import LoraBackend
 from model_runner.model.decoders.decoder import Decoder
 from model_runner.platform.device import upload_into

@@ -1,10 +1,8 @@
 """The device cache: which copies hold rank pages. Knows no requests or queues, nor how a copy came to the host.
 
-A resident copy in no lane is idle: its pages may be granted to other copies. It is wanted if a request or a preload
-needs it, and spare otherwise. Grants are all or nothing for all copies of a lane key.
+    on_device     FILLING | RESIDENT in a lane | pinned | idle, which device_eviction may evict
 
-    on_device     FILLING | RESIDENT in a lane | pinned | wanted | spare
-    evict_for     evicts spare copies in the order of the policy, then wanted ones, those wanted last first
+Grants are all or nothing for all copies of a lane key.
 
 It alone writes `AdapterCopy.device`. A method that changes copies returns them, and its caller calls `reclassify` for
 each.
@@ -13,17 +11,14 @@ each.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
 
 from engine.messages import Capacity, Fill
 from scheduler.adapters.copies import AdapterCopy, DeviceCopy, DeviceState
+from scheduler.adapters.device_eviction import DeviceEviction, WantedOrder, is_idle
 from scheduler.adapters.device_limits import pages_needed
-from scheduler.adapters.eviction_order import EvictionOrder, Policy
 from scheduler.adapters.rank_pages import RankPages
+from scheduler.adapters.stamp_order import Policy
 from scheduler.types import Order
-
-WantedOrder = Callable[[AdapterCopy], Order | None]
-"""The order of the first request or preload that needs a copy. When it changes, `reclassify` must be called."""
 
 
 class DeviceCache:
@@ -42,8 +37,7 @@ class DeviceCache:
         self.on_device: dict[int, AdapterCopy] = {}  # in state FILLING or RESIDENT
         self.filling = 0  # how many copies are in state FILLING
         self.version = 0  # increases whenever a grant that failed might succeed
-        self._spare: EvictionOrder[int] = EvictionOrder()
-        self._wanted: EvictionOrder[Order] = EvictionOrder()
+        self.eviction = DeviceEviction(self._policy, self._wanted_order)
         for copy in copies:
             device = copy.device
             copy.device = DeviceCopy(filled_since=device.filled_since, last_used=device.last_used)
@@ -88,16 +82,7 @@ class DeviceCache:
     def reclassify(self, copy: AdapterCopy) -> None:
         """Lists the copy as spare, as wanted, or as neither."""
         self.version += 1
-        idle = self._is_idle(copy)
-        order = self._wanted_order(copy) if idle else None
-        if order is not None:
-            self._wanted.put(copy.id, order)
-        else:
-            self._wanted.drop(copy.id)
-        if idle and order is None:
-            self._spare.put(copy.id, copy.last_used if self._policy == "lru" else copy.device.filled_since)
-        else:
-            self._spare.drop(copy.id)
+        self.eviction.reclassify(copy)
 
     def mark_used(self, copies: Iterable[AdapterCopy], step: int) -> None:
         """Step `step` names the pages of these copies."""
@@ -140,14 +125,14 @@ class DeviceCache:
     def room(self) -> dict[str, int]:
         """By group, the pages that are free or cooling, or that idle copies hold."""
         room = self.rank_pages.available()
-        for copy_id in [*self._spare, *self._wanted]:
+        for copy_id in self.eviction.candidates():
             for group, pages in self.on_device[copy_id].device.pages.items():
                 room[group] += len(pages)
         return room
 
     def lacking_in(self, copies: Iterable[AdapterCopy], room: Mapping[str, int]) -> dict[str, int]:
         """By group, the pages that `room` lacks for all of these copies to be on the device."""
-        need = pages_needed(copy for copy in copies if not copy.on_device or self._is_idle(copy))
+        need = pages_needed(copy for copy in copies if not copy.on_device or is_idle(copy))
         return {group: count - room.get(group, 0) for group, count in need.items() if count > room.get(group, 0)}
 
     def evict_for(self, copies: Sequence[AdapterCopy], order: Order) -> list[AdapterCopy]:
@@ -156,7 +141,9 @@ class DeviceCache:
         Pages that steps in flight name are not free at once: they cool, and a later grant finds them.
         """
         lacking = self.lacking(copies)
-        return self.free(self._victims(lacking, {copy.id for copy in copies}, order)) if lacking else []
+        if not lacking:
+            return []
+        return self.free(self.eviction.choose_victims(lacking, {copy.id for copy in copies}, order, self.on_device))
 
     def grant(self, copies: Sequence[AdapterCopy], step: int, at_once: bool = False) -> list[Fill] | None:
         """Pages for those of `copies` that have none, all or nothing. Returns their fills, for step `step`.
@@ -197,28 +184,7 @@ class DeviceCache:
         held = {group: len(numbers) for group, numbers in copy.device.pages.items()}
         expected = {group: count for group, count in copy.pages_needed.items() if count} if copy.on_device else {}
         assert held == expected, f"{name} holds {held} of {expected} rank pages"
-        idle = self._is_idle(copy)
-        spare, wanted = copy.id in self._spare, copy.id in self._wanted
-        assert idle == (spare or wanted), f"{name} is idle, or listed as idle, but not both"
-        assert not idle or self._wanted.stamp(copy.id) == self._wanted_order(copy), f"{name} is listed in another order"
-
-    def _victims(self, lacking: dict[str, int], keep: set[int], order: Order) -> list[AdapterCopy]:
-        victims: list[AdapterCopy] = []
-        for copy_id in chain(self._spare, self._wanted.above(order)):
-            copy = self.on_device[copy_id]
-            pages = copy.device.pages
-            if copy.id in keep or not (pages.keys() & lacking.keys()):
-                continue
-            victims.append(copy)
-            left = {group: count - len(pages.get(group, ())) for group, count in lacking.items()}
-            lacking = {group: count for group, count in left.items() if count > 0}
-            if not lacking:
-                return victims
-        return []
-
-    @staticmethod
-    def _is_idle(copy: AdapterCopy) -> bool:
-        return copy.device.state is DeviceState.RESIDENT and not copy.device.lanes and not copy.pinned
+        self.eviction.audit(copy, name)
 
     def _start_fill(self, copy: AdapterCopy, step: int, at_once: bool) -> Fill:
         assert copy.can_fill, f"copy {copy.id} is filled while it is not on the host"

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from scheduler.adapters.copies import AdapterCopy, HostCopy, HostState
-from scheduler.adapters.eviction_order import EvictionOrder, Policy
+from scheduler.adapters.stamp_order import Policy, StampOrder
 
 
 class HostCache:
@@ -25,7 +25,7 @@ class HostCache:
         self.max_count = max_count
         self.max_bytes = max_bytes
         self.held: dict[int, AdapterCopy] = {}  # in state LOADING, HELD or EVICTING
-        self.spare: EvictionOrder[int] = EvictionOrder()
+        self.spare: StampOrder[int] = StampOrder()
         self.bytes = 0  # of all held copies
         self.loading = 0  # how many copies are in state LOADING
         self.evicting = 0  # how many copies are in state EVICTING

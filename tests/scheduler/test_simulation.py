@@ -9,7 +9,7 @@ import pytest
 from fixtures.scheduling.simulation.seeded_world import World
 from fixtures.scheduling.simulation.simulation import Simulation
 
-from scheduler.adapters.eviction_order import Policy
+from scheduler.adapters.stamp_order import Policy
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])

@@ -33,11 +33,11 @@ from engine.errors import AdapterError, ConfigError, EngineError
 from engine.ipc import DECODE_ERRORS
 from tokenizer_proc.text import files
 from tokenizer_proc.text.generation_config import GenerationConfig
-from tokenizer_proc.text.sections import TokenizerSections
 from tokenizer_proc.text.templates.chat_template import ChatRenderer, ChatTemplate
 from tokenizer_proc.text.templates.sandbox import Sandbox, SandboxedTemplate
 from tokenizer_proc.text.templates.template_files import template_of
 from tokenizer_proc.text.tokenizer import Tokenizer, is_from_library, special_tokens
+from tokenizer_proc.text.tokenizer_json import TokenizerSections
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from aiohttp import web
 
 from engine.errors import NotFound
 from engine.messages import AdapterCard, AdapterMix
+from tokenizer_proc.http.auth.api_keys import Tenant
 from tokenizer_proc.http.auth.rights import tenant_of
-from tokenizer_proc.http.auth.tenants import Tenant
 from tokenizer_proc.http.service import Service, deadline_of
 
 

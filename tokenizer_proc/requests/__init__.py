@@ -1,1 +1,1 @@
-"""One request from validation to its last token: parameters, streams, output processing, tenants."""
+"""One request from validation to its last token: parameters, streams, output processing."""

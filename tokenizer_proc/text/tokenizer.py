@@ -18,7 +18,7 @@ from engine.directory import Directory
 from engine.errors import ConfigError, InvalidRequest
 from engine.ipc import DECODE_ERRORS
 from tokenizer_proc.text import files
-from tokenizer_proc.text.pieces import Pieces
+from tokenizer_proc.text.token_bytes import Pieces
 
 THREAD_ABOVE_CHARACTERS = 8192  # about a millisecond of encoding; longer texts would stall the event loop's streams
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")

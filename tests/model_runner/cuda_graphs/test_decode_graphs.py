@@ -19,7 +19,7 @@ from engine.config.process_configs import AdapterSource, Endpoints, RunnerConfig
 from engine.messages import AdapterState, LoadAdapter, Sampling
 from model_runner.build import memory_plan
 from model_runner.compute.attention import base as attention
-from model_runner.cuda_graphs.capture import EagerCapture, GraphCapture, Work
+from model_runner.cuda_graphs.primitives import EagerCapture, GraphCapture, Work
 from model_runner.lora.backends import base as lora_backends
 from model_runner.platform.compilations import CompilationCounter
 from model_runner.runner import Runner

@@ -10,7 +10,7 @@ import pytest
 from engine.messages import AdapterState, Capacity, Footprint
 from scheduler.adapters.copies import AdapterCopy, HostCopy, HostState
 from scheduler.adapters.device_cache import DeviceCache
-from scheduler.adapters.eviction_order import Policy
+from scheduler.adapters.stamp_order import Policy
 from scheduler.types import Order
 
 LAST: Order = (0, 99)

@@ -14,7 +14,7 @@ from aiohttp.typedefs import Handler, Middleware
 from engine.config.process_configs import TokenizerConfig
 from engine.errors import Forbidden
 from tokenizer_proc.http.auth import admin
-from tokenizer_proc.http.auth.tenants import Tenant, Tenants
+from tokenizer_proc.http.auth.api_keys import Tenant, Tenants
 
 
 class Rights(enum.Enum):

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import tokenizers
 
-from tokenizer_proc.text.pieces import Pieces
+from tokenizer_proc.text.token_bytes import Pieces
 from tokenizer_proc.text.tokenizer import Tokenizer
 
 ANY_MODEL = {"type": "BPE", "vocab": {}, "merges": []}

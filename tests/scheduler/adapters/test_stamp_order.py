@@ -1,16 +1,16 @@
-"""scheduler.adapters.eviction_order: in the order of the stamps, whatever moved in between."""
+"""scheduler.adapters.stamp_order: in the order of the stamps, whatever moved in between."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.adapters.eviction_order import EvictionOrder
+from scheduler.adapters.stamp_order import StampOrder
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.integers(0, 9))))
 def test_any_history_equals_a_sorted_dict(history: list[tuple[bool, int, int]]) -> None:
-    order, model = EvictionOrder(), dict[int, int]()
+    order, model = StampOrder(), dict[int, int]()
     for enters, copy_id, stamp in history:
         if enters:
             order.put(copy_id, stamp)

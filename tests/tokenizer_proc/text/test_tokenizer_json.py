@@ -11,8 +11,8 @@ from fixtures.models import small_tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenizer_proc.text.sections import TokenizerSections
 from tokenizer_proc.text.tokenizer import Tokenizer
+from tokenizer_proc.text.tokenizer_json import TokenizerSections
 
 KINDS: dict[str, Callable[[], tokenizers.Tokenizer]] = {
     "byte level": small_tokenizers.byte_level,

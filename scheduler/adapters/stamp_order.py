@@ -1,4 +1,4 @@
-"""The order in which copies are evicted. Knows nothing of caches, nor which copies may be evicted."""
+"""Copies sorted by a stamp, such as the tick of their last use. Knows nothing of caches or of eviction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Policy = Literal["lru", "fifo"]
 Stamp = TypeVar("Stamp", int, Order)
 
 
-class EvictionOrder(Generic[Stamp]):
+class StampOrder(Generic[Stamp]):
     """Copy ids by their stamp, the smallest first.
 
     The stamp of a spare copy is the tick of its last use (lru) or of its load or fill (fifo); that of a wanted copy is
