@@ -1,4 +1,4 @@
-"""Mutated adapter directories: refused with one line, or loaded with the numbers of the files, in little memory."""
+"""Mutated adapter directories: each is refused in one line, or loaded with the files' numbers, in bounded memory."""
 
 # ruff: noqa: PT017 - a mutated case may be refused, or not
 
@@ -49,7 +49,7 @@ def store() -> AdapterStore:
 
 
 def attempt(work: Callable[[], Any]) -> Any:
-    """What `work` returns, or None when it raises AdapterError with one line; any other exception fails the test."""
+    """Returns the result of `work`, or None if it raises AdapterError with one line; other exceptions fail the test."""
     try:
         return work()
     except AdapterError as error:
@@ -60,7 +60,7 @@ def attempt(work: Callable[[], Any]) -> Any:
 
 
 def header(mutator: Mutator, fields: dict[str, Any]) -> dict[str, Any]:
-    """The header with one change, mostly in dtype, shape or offsets."""
+    """Returns the header with one change, mostly in dtype, shape or offsets."""
     if mutator.draw.random() < 0.5:
         return mutator.tree(fields)
     fields = json.loads(json.dumps(fields))
@@ -80,7 +80,7 @@ def header(mutator: Mutator, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def mutated_file(mutator: Mutator, data: bytes) -> bytes:
-    """A safetensors file with its header changed as JSON, as text, or in its length; or any of its bytes."""
+    """Returns a safetensors file with a changed header (as JSON, as text, or its length) or other bytes changed."""
     (length,) = struct.unpack("<Q", data[:8])
     head, body = data[8 : 8 + length], data[8 + length :]
     what = mutator.draw.random()
@@ -103,7 +103,7 @@ def mutated_file(mutator: Mutator, data: bytes) -> bytes:
 
 
 def compare(adapter: NormalForm, data: bytes) -> None:
-    """Checks that A and B equal those that the safetensors library reads from the file."""
+    """Asserts that A and B equal those that the safetensors library reads from the file."""
     tensors = load(data)
     for site in SITES:
         for piece, delta in zip(site.slices, adapter.deltas.get(site.name, (None,) * len(site.slices)), strict=True):
@@ -153,7 +153,7 @@ PLACES = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern",
 
 
 def config(mutator: Mutator) -> bytes:
-    """A config with a change; one in five has an odd pattern where module names are matched."""
+    """Draws a changed config; one in five has an odd pattern where module names are matched."""
     fields = mutator.draw.choice(CONFIGS)
     if mutator.draw.random() < 0.8:
         return mutator.json(fields)
@@ -178,7 +178,7 @@ def test_mutated_configs_load_or_are_refused(root: Path, store: AdapterStore) ->
 def test_endless_pattern_is_stopped_by_the_cpu_limit(
     place: str, pattern: str, root: Path, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python's `re` has no time limit of its own."""
+    """Python's `re` has no time limit, so the store limits the processor time of patterns."""
     monkeypatch.setattr(cpu_limit, "SECONDS", 0.3)
     fields = LORA | {"layers_to_transform": [0]} if place == "layers_pattern" else dict(LORA)
     fields[place] = {pattern: 4} if place in ("rank_pattern", "alpha_pattern") else pattern

@@ -1,4 +1,4 @@
-"""Mutated calls of every route over a real front end: each gets an answer below 500, soon, and so does the next one."""
+"""Mutated calls of every route over a real front end: each gets a prompt response below 500, as does the next."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tokenizer_proc.http.app import ROUTES
 
 CASES, AT_ONCE = 10_000, 8
 SECONDS = 15.0
-"""The most that an answer may take; a case takes about a millisecond."""
+"""The time limit of a response in seconds; a case takes about a millisecond."""
 
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -35,7 +35,7 @@ SAMPLING = {
 
 
 class LoadingScheduler(ScriptedScheduler):
-    """Carries out every load and unload, a moment later."""
+    """A scheduler that carries out every load and unload a moment later, by a callback of the event loop."""
 
     def send(self, message: msgspec.Struct) -> None:
         match message:
@@ -54,7 +54,7 @@ class LoadingScheduler(ScriptedScheduler):
 
 
 def bodies(adapter: Path) -> list[tuple[str, Any]]:
-    """(path, body) of valid calls; a path that is listed twice is fuzzed twice as often."""
+    """Returns (path, body) of valid calls; a path that is listed twice is fuzzed twice as often."""
     chat = {"model": "sql", "messages": TURNS, "stream": False, "logprobs": True, "top_logprobs": 2, **SAMPLING}
     native = {"max_new_tokens": 3, **{k: v for k, v in SAMPLING.items() if k != "max_tokens"}}
     load = {"lora_name": "guest", "lora_path": str(adapter)}
@@ -85,7 +85,7 @@ TYPES = ["text/plain", "application/json; charset=utf-16", "application/x-www-fo
 
 
 async def call(client: TestClient, path: str, data: bytes, headers: dict[str, str]) -> None:
-    """One call, whose answer must not be a server error."""
+    """Sends one call; asserts that the response is not a server error."""
     async with client.post(path, data=data, headers=headers, timeout=ClientTimeout(SECONDS)) as answer:
         text = (await answer.read()).decode()
     case = f"{path} {data[:2000]!r} -> {answer.status} {text[:500]}"
@@ -96,7 +96,7 @@ async def call(client: TestClient, path: str, data: bytes, headers: dict[str, st
 
 
 async def all_cases(mutator: Mutator, work: Any, at_once: int = AT_ONCE) -> None:
-    """Runs all cases, `at_once` at a time; each draws from the seed before it awaits anything."""
+    """Runs all cases, `at_once` at a time; each case draws from the seed before it awaits anything."""
     cases = iter(range(CASES))
 
     async def some() -> None:
@@ -146,12 +146,12 @@ RAW = (
 
 
 async def exchange(client: TestClient, data: bytes, limit: float = SECONDS) -> bytes:
-    """The answer to these bytes on a connection of their own, which is half-closed after `limit` seconds."""
+    """Sends these bytes on a new connection, half-closes it after `limit` seconds, and returns the response."""
     reader, writer = await asyncio.open_connection(client.host, client.port)
     try:
         writer.write(data)
         answer = asyncio.ensure_future(reader.read())
-        if not (await asyncio.wait([answer], timeout=limit))[0]:  # the server waits for more bytes
+        if not (await asyncio.wait([answer], timeout=limit))[0]:  # the server still waits for more bytes
             writer.write_eof()
         return await asyncio.wait_for(answer, SECONDS)
     except ConnectionError:
@@ -191,7 +191,7 @@ def test_mutated_paths_and_headers_are_answered_below_500() -> None:
             try:
                 answer = await client.get(path, headers=headers, timeout=ClientTimeout(SECONDS))
             except (ClientError, ValueError):
-                return  # aiohttp's client refuses to send it
+                return  # aiohttp's client refuses to send this call
             async with answer:
                 assert answer.status < 500 or path.startswith("/ready"), (path, headers)
 

@@ -94,14 +94,14 @@ def kinds(inbox: str) -> tuple[type[msgspec.Struct], ...]:
 
 
 def sound(inbox: str) -> list[msgspec.Struct]:
-    """Valid messages of this inbox, each kind at least once."""
+    """Returns valid messages of this inbox, at least one of each kind."""
     found = [each for each in RICH + PLAIN if isinstance(each, kinds(inbox))]
     assert {type(each) for each in found} == set(kinds(inbox))
     return found
 
 
 def frame(mutator: Mutator, samples: list[msgspec.Struct]) -> bytes:
-    """A mutated frame, which is rarely a valid message."""
+    """Draws a mutated frame; few of these frames are valid messages."""
     encoded = msgspec.msgpack.encode(mutator.draw.choice(samples))
     what = mutator.draw.random()
     if what < 0.45:
@@ -111,7 +111,7 @@ def frame(mutator: Mutator, samples: list[msgspec.Struct]) -> bytes:
     if what < 0.95:
         return mutator.draw.randbytes(mutator.draw.randrange(200))
     return mutator.draw.choice([
-        b"\x91" * 100_000,  # nested
+        b"\x91" * 100_000,  # deep nesting
         encoded[:1] + encoded[1:-1] + b"\x91" * 5000 + b"\x01",
         b"\x96\xa6Submit\x01" + b"\x91" * 5000 + b"\x01",
         b"\x93\xa6Answer\x01\x90\x81\xa1a" + b"\x91" * 5000 + b"\x01",
@@ -119,7 +119,7 @@ def frame(mutator: Mutator, samples: list[msgspec.Struct]) -> bytes:
         b"\xdf\xff\xff\xff\xff",
         b"\x92\xa5Stats\xdd\x7f\xff\xff\xff",
         encoded.replace(b"\x92", b"\xdd\xff\xff\xff\xff", 1),
-        encoded.replace(b"\xa1", b"\xa1\xff", 1),  # no UTF-8
+        encoded.replace(b"\xa1", b"\xa1\xff", 1),  # invalid UTF-8
         b"\x92\xa5Abort\xd6\xff\x00\x00\x00\x00",
         b"",
     ])  # fmt: skip
@@ -127,7 +127,7 @@ def frame(mutator: Mutator, samples: list[msgspec.Struct]) -> bytes:
 
 @pytest.fixture(autouse=True)
 def _bounded_memory(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """A frame that claims a billion elements must not allocate memory for them."""
+    """Asserts that no memory is allocated for the elements of a frame that claims a billion of them."""
     caplog.set_level("CRITICAL", "engine.ipc")
     caplog.set_level("CRITICAL", "tokenizer_proc.zmq_server")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -187,7 +187,7 @@ def test_async_inbox_goes_on_after_mutated_frames(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "mutated",
     [
-        b"\x94\xa5Hello\xa1\xff\x01\xa1x",  # no UTF-8
+        b"\x94\xa5Hello\xa1\xff\x01\xa1x",  # invalid UTF-8
         b"\x93\xa5Stats" + b"\x91" * 100_000,
         b"\x93\xa8Progress\x00\xdd\xff\xff\xff\xff",
     ],
@@ -208,7 +208,7 @@ def test_messages_after_an_unreadable_frame_arrive(mutated: bytes) -> None:
 
 
 def test_zmq_server_answers_every_client(tmp_path: Path) -> None:
-    """Through a real ROUTER and front end; at the end no call is open, and a well-behaved host is served."""
+    """Uses a real ROUTER and front end; at the end no call is open, and every client is served."""
     scheduler = ScriptedScheduler("ok!", "sql")
     frontend = scheduler.frontend(enable_lora=True, max_loras=4)
     mutator, samples = Mutator(22), [each for each in sound("ToZmqServer") if not isinstance(each, Command)]
@@ -234,7 +234,7 @@ def test_zmq_server_answers_every_client(tmp_path: Path) -> None:
                     assert not serving.done()
             for host in hosts:
                 await _asked(host, Ping(), Ping)
-            for host in hosts:  # a call that is still open is ended by the next one
+            for host in hosts:  # the next call ends one that is still open
                 last = Submit(id=1 << 40, prompt="hi", params=SamplingParams(max_tokens=2))
                 assert (await _asked(host, last, Delta, 1 << 40)).id == 1 << 40
             async with asyncio.timeout(20):
@@ -253,7 +253,7 @@ def test_zmq_server_answers_every_client(tmp_path: Path) -> None:
 
 
 async def _asked(host: Any, message: msgspec.Struct, kind: type[msgspec.Struct], id: int | None = None) -> Any:
-    """Sends a message and reads until an answer of this kind; a server error fails the test."""
+    """Sends a message and reads until a reply of type `kind` (and `id`) comes; a server error fails the test."""
     await host.send(msgspec.msgpack.encode(message))
     while True:
         answer = msgspec.msgpack.decode(await asyncio.wait_for(host.recv(), 20), type=messages.ToClient)

@@ -1,4 +1,4 @@
-"""Well-typed nonsense from the runner: the scheduler ends, or passes its audit and updates only open requests."""
+"""Well-typed nonsense from the runner: the scheduler raises, or passes its audit and updates only open requests."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ CAPACITY = Capacity(
 
 
 class WrongUpdateError(Exception):
-    """An update of a request that is not open, or with a token id out of range."""
+    """An update refers to a request that is not open, or has a token id out of range."""
 
 
 class World:
-    """One scheduler until it ends, and a runner whose messages are sound; the test changes some of them."""
+    """A scheduler until it raises, and a runner whose messages are valid; the test changes some of them."""
 
     def __init__(self, draw: random.Random, window: int) -> None:
         self.draw = draw
         self.core = Scheduler(CAPACITY, Bounds(2, 4, None, "lru"), window)
-        self.answers: list[ToScheduler] = []  # of the runner, not sent yet
+        self.answers: list[ToScheduler] = []  # messages of the runner that are not sent yet
         self.open: set[int] = set()
         self.ended: set[int] = set()
         self.count = 0
@@ -60,7 +60,7 @@ class World:
             self.send(LoadAdapter(adapter_id=number, path=f"adapters/{number}"))
 
     def send_request(self) -> None:
-        """Sends a sound request, or aborts one."""
+        """Sends a valid request, or aborts an open one."""
         if self.open and self.draw.random() < 0.1:
             self.send(Abort(0, self.draw.choice(sorted(self.open))))
             return
@@ -75,7 +75,7 @@ class World:
         ))  # fmt: skip
 
     def send(self, message: ToScheduler) -> None:
-        """Sends one message, answers all steps that can be planned, and audits."""
+        """Passes one message to the scheduler, answers all steps that can be planned, and audits the scheduler."""
         self.now += 1.0
         self._receive(self.core.handle(message, self.now))
         while (step := self.core.plan(self.now)) is not None:
@@ -113,7 +113,7 @@ class World:
         self.answers.append(AdapterState(adapter_id=adapter_id, state=state, **fields))
 
     def next_message(self) -> ToScheduler:
-        """The next message of the runner: its oldest answer, or an unexpected message."""
+        """Returns the runner's next message: its oldest one that is not sent, or else an unexpected message."""
         if self.answers:
             return self.answers.pop(0)
         return self.draw.choice([
@@ -137,7 +137,7 @@ def test_audit_holds_or_the_scheduler_ends(seed: int, window: int) -> None:
                 world.send_request()
             message = world.next_message()
             world.send(mutator.message(message) if is_changed else message)
-        except (AssertionError, LookupError, ArithmeticError, EngineError):  # the scheduler process ends
+        except (AssertionError, LookupError, ArithmeticError, EngineError):  # the scheduler process would exit
             ends += 1
             world, begun = World(draw, window), cases
     assert CASES * 0.01 < ends < CASES * 0.9, f"{ends} ends"

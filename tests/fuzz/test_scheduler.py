@@ -61,7 +61,7 @@ class HostileWorld:
     # ------------------------------------------------------------------------------------------------- messages
 
     def message(self) -> ToScheduler:
-        """A random message of the tokenizer process, sound or not."""
+        """Draws a message of the tokenizer process, valid or not."""
         kind = self.draw.random()
         if kind < 0.5:
             return self.generate(self.number(1, 400), odd=0.2)
@@ -81,7 +81,7 @@ class HostileWorld:
         return Hello("tokenizer", self._epoch(), "ipc://x")
 
     def generate(self, request_id: int, odd: float) -> Generate:
-        """A random request; each field is out of range with probability `odd`."""
+        """Draws a request; each field is out of range with probability `odd`."""
         return Generate(
             epoch=self._epoch() if odd else self.epoch,
             request_id=request_id,
@@ -107,7 +107,7 @@ class HostileWorld:
         )
 
     def lora(self, odd: float) -> list[tuple[int, float]]:
-        """A random adapter selection: none, one, a mix, unknown adapters, the same one twice, extreme scales."""
+        """Draws an adapter selection: none, one, a mix, unknown adapters, the same one twice, or extreme scales."""
         count = self.draw.choice([0, 0, 1, 1, 1, 2, 5])
         return [
             (
@@ -118,25 +118,25 @@ class HostileWorld:
         ]
 
     def number(self, low: int, high: int) -> int:
-        """A number that is mostly in the range."""
+        """Draws a number, usually from range(low, high)."""
         return self.draw.randrange(low, high) if self.draw.random() < 0.9 else self.draw.choice(INTEGERS)
 
     def tokens(self, low: int, high: int, odd: float) -> list[int]:
-        """A list of token ids; some may be out of range."""
+        """Draws a list of token ids, each out of range with probability `odd`."""
         size = self.draw.choice([low, self.draw.randrange(low, high), self.draw.randrange(low, high)])
         return [
             self.draw.choice(INTEGERS) if self.draw.random() < odd else self.draw.randrange(VOCAB) for _ in range(size)
         ]
 
     def _epoch(self) -> int:
-        """Mostly the last epoch; now and then that of a new or an old process."""
+        """Returns the last epoch, or in a few cases that of a newer or older process."""
         what = self.draw.random()
         return self.epoch if what < 0.96 else max(-1, self.epoch + self.draw.choice([-1, 1, 2]))
 
     # ------------------------------------------------------------------------------------------------ the loop
 
     def send(self, message: ToScheduler) -> None:
-        """Sends one message, then accepts all steps that can be planned, with audits."""
+        """Sends one message, then accepts all steps that can be planned; audits the scheduler after each of the two."""
         self.now += 1.0
         if isinstance(message, Generate | Hello) and message.epoch > self.epoch:
             self.epoch = message.epoch
@@ -153,7 +153,7 @@ class HostileWorld:
         self.core.check()
 
     def answer_one(self) -> bool:
-        """The runner sends one answer. Returns False if it has none."""
+        """Sends one message of the runner to the scheduler. Returns False if the runner has none."""
         if self.runner.events and (not self.runner.queue or self.draw.random() < 0.3):
             self.send(self.runner.deliver(self.draw.randrange(len(self.runner.events))))
         elif self.runner.queue:
@@ -163,7 +163,7 @@ class HostileWorld:
         return True
 
     def answer_all(self) -> None:
-        """Lets the runner answer until it has nothing left, in bounded time."""
+        """Sends the runner's messages until it has none left; fails after 20,000 messages."""
         for _ in range(20_000):
             if not self.answer_one():
                 return

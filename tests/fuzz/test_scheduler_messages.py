@@ -1,4 +1,4 @@
-"""Well-typed nonsense from the scheduler: the tokenizer process continues, and no client gets another one's tokens."""
+"""Well-typed nonsense from the scheduler: the tokenizer process continues, and no client gets tokens of another one."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ CAPACITY = Capacity(
 
 
 class SilentScheduler(ScriptedScheduler):
-    """Answers nothing unless the test asks for a message. All tokens of request n are n % 200."""
+    """A scheduler that sends nothing unless the test asks for a message. All tokens of request n are n % 200."""
 
     def __init__(self, *adapters: str) -> None:
         super().__init__("", *adapters)
-        self.open: dict[int, int] = {}  # by request: how many tokens it was sent
-        self.sent: dict[int, set[int]] = {}  # by request: the tokens that it may receive
+        self.open: dict[int, int] = {}  # the number of tokens sent to each request, by its id
+        self.sent: dict[int, set[int]] = {}  # the tokens that each request may receive, by its id
 
     def send(self, message: msgspec.Struct) -> None:
         match message:
@@ -54,7 +54,7 @@ class SilentScheduler(ScriptedScheduler):
                 super().send(message)
 
     def next_message(self, mutator: Mutator) -> ToTokenizer:
-        """A random sound message."""
+        """Draws a valid message."""
         draw = mutator.draw
         waiting = sorted(self.open.keys() & self.front.router._requests.keys())
         if waiting and draw.random() < 0.75:
@@ -79,7 +79,7 @@ class SilentScheduler(ScriptedScheduler):
         )  # fmt: skip
 
     def record(self, message: ToTokenizer) -> None:
-        """Notes the tokens that a message sends to each request."""
+        """Records the tokens that a message sends to each request."""
         for update in message.updates if isinstance(message, Progress) else ():
             self.sent.setdefault(update.request_id, set()).update(update.tokens)
 
@@ -94,7 +94,7 @@ class Clients:
         self._count = 0
 
     async def refill(self) -> None:
-        """Raises the failures of clients that ended, and opens new ones in their place."""
+        """Raises the failures of clients that ended, and opens new clients in their place."""
         for done in [task for task in self._tasks if task.done()]:
             self._tasks.discard(done)
             done.result()

@@ -24,12 +24,12 @@ CASES = 10_000
 ENDPOINTS = Endpoints(tokenizer="", scheduler="", runner="", zmq_server="")
 PROMPT = [3, 5, 7, 11, 13]
 ENDS = (Exception,)
-"""Exceptions that end a runner: its process logs them and ends, and the scheduler rebuilds the next one."""
+"""Exceptions that end a runner: its process logs them and exits, and the scheduler rebuilds its requests."""
 
 
 @pytest.fixture(scope="module")
 def runner(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
-    """Eight rows, a few pages, one adapter on the host."""
+    """A runner with eight rows, a few pages and one adapter on the host."""
     model = tiny_model("llama3")
     path = make_adapter(model, tmp_path_factory.mktemp("adapter") / "a", r=4, targets=["q_proj", "down_proj"])
     options: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "page_size": 4}
@@ -44,14 +44,14 @@ def runner(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
 
 
 class World:
-    """Random steps for all rows but the last one, whose state they must not change."""
+    """Draws and executes random steps for all rows but the last; asserts that they do not change the last row."""
 
     def __init__(self, runner: Runner, seed: int) -> None:
         self.runner = runner
         self.mutator = Mutator(seed)
         self.draw: random.Random = self.mutator.draw
         capacity = runner.capacity
-        self.row = capacity.rows - 1  # the last ones: a negative index would reach them
+        self.row = capacity.rows - 1  # the last row and the last pages: a negative index would reach them
         self.pages = [capacity.kv_pages, capacity.kv_pages - 1]
         self.executed = self.refused = 0
         self.rebuild()
@@ -72,7 +72,7 @@ class World:
         )  # fmt: skip
 
     def _state(self) -> list[Any]:
-        """All that the runner holds for the last row."""
+        """Returns everything that the runner holds for the last row."""
         parts = self.runner.parts
         rows, pages = parts.rows, slice(min(self.pages), max(self.pages) + 1)
         layers = map(parts.pool.layer, range(parts.decoder.config.num_layers))
@@ -83,7 +83,7 @@ class World:
         ]  # fmt: skip
 
     def step(self) -> Step:
-        """A sound step of other rows."""
+        """Draws a valid step for other rows than the last one."""
         capacity, draw = self.runner.capacity, self.draw
         self.generation += 1
         rows = draw.sample(range(capacity.rows - 1), draw.choice([1, 1, 2, 3]))
@@ -107,11 +107,11 @@ class World:
         )  # fmt: skip
 
     def changed_step(self) -> Step:
-        """A step with one to three places changed."""
+        """Draws a valid step and changes one to three places in it."""
         return self.mutator.message(self.step())
 
     def names_last_row(self, step: Step) -> bool:
-        """Whether a step names the last row or its pages, and so may change them."""
+        """Returns whether a step names the last row or its pages, and so may change them."""
         rows = {each.row for each in (*step.new_rows, *step.chunks)}
         pages = {page for chunk in step.chunks for page in chunk.pages}
         return self.row in rows or bool(pages & set(self.pages))
@@ -157,7 +157,7 @@ def test_steps_change_only_the_rows_they_name(runner: Runner) -> None:
     ],
 )  # fmt: skip
 def test_chunk_out_of_range_is_refused(runner: Runner, change: dict[str, Any]) -> None:
-    """Some of these are valid indices for Python and tensors, counted from the end."""
+    """Some of these values are valid indices for Python and tensors, which count negative ones from the end."""
     world = World(runner, 32)
     sound: dict[str, Any] = {
         "row": 0,
@@ -176,7 +176,7 @@ def test_chunk_out_of_range_is_refused(runner: Runner, change: dict[str, Any]) -
 
 
 def test_loads_have_one_answer_each(runner: Runner, tmp_path: Path) -> None:
-    """Random loads, unloads and evictions: each load has one answer, and the next sound one is served."""
+    """Random loads, unloads and evictions: each load has one result, and a valid load after them is served."""
     mutator = Mutator(33)
     sound: list[msgspec.Struct] = [
         LoadAdapter(adapter_id=2, path=str(tmp_path), revision="r", name="a"), UnloadAdapter(2), EvictAdapter(2)
@@ -196,4 +196,5 @@ def test_loads_have_one_answer_each(runner: Runner, tmp_path: Path) -> None:
         answered.update(state.adapter_id for state in runner.advance())
     answered.update(state.adapter_id for state in finish_transfers(runner))
     assert answered.keys() == asked.keys()
-    assert load(runner, LoadAdapter(adapter_id=1, path=str(tmp_path))).state == "host"  # it was loaded before
+    # adapter 1 was loaded by the fixture
+    assert load(runner, LoadAdapter(adapter_id=1, path=str(tmp_path))).state == "host"

@@ -1,4 +1,4 @@
-"""Links and directories that are swapped during loads with --lora-root: no load reads a file outside of the root."""
+"""Links and directories are swapped during loads with --lora-root: no load reads a file outside the root."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SITES = random_sites()
 TARGETS = ["q_proj", "down_proj"]
 SWAPS = 1000
 ENOUGH = 20
-"""Loads that come to an end with an adapter, and as many that are refused: else the test was not about a race."""
+"""The loads that must succeed, and those that must be refused: with fewer, the swaps did not race with the loads."""
 MOST_SECONDS = 60.0
 
 WEIGHTS, INDEX = "adapter_model.safetensors", "adapter_model.safetensors.index.json"
@@ -43,7 +43,7 @@ Swap = tuple[Callable[[], None], Callable[[], None]]
 
 
 def write(directory: Path, value: float, alpha: float, shards: list[str]) -> None:
-    """An adapter whose numbers and texts all tell which one it is; scaled, its B is `value` * `alpha` / 4."""
+    """Writes an adapter whose numbers and texts all identify it by `value`; its scaled B is `value` * `alpha` / 4."""
     tensors = {name: torch.full_like(tensor, value) for name, tensor in plain_tensors(SITES, TARGETS).items()}
     write_adapter(directory, tensors, target_modules=TARGETS, lora_alpha=alpha)
     (directory / "chat_template.jinja").write_text(f"template of {value}")
@@ -59,7 +59,7 @@ def write(directory: Path, value: float, alpha: float, shards: list[str]) -> Non
 
 
 def file_swap(inside: Path, outside: Path) -> Swap:
-    """The name is a link to a file beside it, or to the one outside; it always exists."""
+    """Returns a swap that points the link `inside` to `outside` and back to a copy of the file; the path always exists."""
     own = inside.with_name(f"own-{inside.name}.kept")
     inside.rename(own)
     link = inside.with_name("next")
@@ -76,7 +76,7 @@ def file_swap(inside: Path, outside: Path) -> Swap:
 
 
 def directory_swap(inside: Path, outside: Path) -> Swap:
-    """The name is a directory, or a link to the one outside."""
+    """Returns a swap that replaces the directory `inside` by a link to `outside`, and back."""
     kept = inside.with_name(f"{inside.name}-kept")
 
     def out() -> None:
@@ -92,7 +92,7 @@ def directory_swap(inside: Path, outside: Path) -> Swap:
 
 @contextlib.contextmanager
 def swapping(swap: Swap) -> Iterator[list[int]]:
-    """A thread that swaps all the time; the list's only number counts the swaps."""
+    """Runs a thread that swaps all the time; yields a list whose only number counts the swaps."""
     done, stop, interval = [0], threading.Event(), sys.getswitchinterval()
 
     def work() -> None:
@@ -142,7 +142,7 @@ def test_no_load_reads_a_file_outside_of_the_root(kind: str, tmp_path: Path, lib
     root, inside, outside = tmp_path / "root", tmp_path / "root" / "team" / "a", tmp_path / "outside" / "team" / "a"
     write(inside, 1.0, 8, shards)
     write(outside, 7.0, 99, other_shards)
-    if kind == "index":  # the index outside names these files, which are no others' than the adapter's
+    if kind == "index":  # copies of the shards that the outside index names
         for shard in other_shards:
             shutil.copy(outside / shard, inside)
     if name in ("", ".."):

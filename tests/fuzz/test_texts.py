@@ -29,7 +29,7 @@ CASES = 10_000
 
 
 def small(kind: str) -> dict[str, Any]:
-    """A tokenizer.json of a few dozen tokens for each family of models."""
+    """Returns the tokenizer.json of a tokenizer of this kind with about a dozen tokens."""
     letters = ["a", "b", "c", "ab", "Ġ", "Ġa", "▁", "▁a", "<unk>", "<s>", "</s>", "<0x41>", "##b"]
     vocab = {token: number for number, token in enumerate(letters)}
     if kind == "bpe":
@@ -92,7 +92,7 @@ def test_mutated_tokenizer_files_load_or_are_refused(tmp_path: Path) -> None:
 
 
 def test_parts_that_refer_to_missing_tokens_fail_at_load(tmp_path: Path) -> None:
-    """The library panics at the first use of such a tokenizer."""
+    """The tokenizers library panics when such a tokenizer is first used."""
     made = small("byte")
     made["post_processor"]["single"][0]["SpecialToken"]["id"] = "<nothing>"
     (tmp_path / "tokenizer.json").write_text(json.dumps(made))
@@ -144,7 +144,7 @@ PAYLOADS = ["user", "system", "assistant", "tool", "", "日本", "{{ 7 * 7 }}", 
 
 
 def template(mutator: Mutator) -> str:
-    """A template with pieces dropped, doubled or swapped, or with an odd piece in it."""
+    """Draws a template with pieces dropped, doubled or replaced, or with an odd piece inserted."""
     pieces = list(PIECES)
     for _ in range(mutator.draw.choice([1, 1, 1, 2, 5])):
         at = mutator.draw.randrange(len(pieces))
@@ -163,7 +163,7 @@ def template(mutator: Mutator) -> str:
 
 
 def messages(mutator: Mutator) -> list[ChatMessage]:
-    """A conversation, sometimes with odd roles and contents."""
+    """Draws a conversation, sometimes with odd roles and contents."""
     roles = ["user", "assistant"] * 2 if mutator.draw.random() < 0.7 else mutator.draw.choices(PAYLOADS, k=3)
     return [ChatMessage(role, mutator.draw.choice(PAYLOADS)) for role in roles[: mutator.draw.randrange(5)]]
 

@@ -1,4 +1,4 @@
-"""Activated LoRA (aLoRA): the scheduler's core on a real runner, against PEFT's own `generate`."""
+"""Activated LoRA (aLoRA): the scheduler's core with a real runner; the tokens equal those of PEFT's own `generate`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from scheduler.state import Bounds
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match"),  # of fused modules
+    # patterns of fused modules
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match"),
 ]
 
 N, PAGE = 6, 4
@@ -36,7 +37,7 @@ NUMBERS = {None: 0, "short": 1, "long": 2, "lora": 3, "dora": 4}
 
 
 def adapters_of(model: Path, into: Path) -> dict[str, Path]:
-    """Two activated adapters, a LoRA and a DoRA, saved by PEFT."""
+    """Saves two activated adapters, a LoRA and a DoRA with PEFT; returns their directories by name."""
     return {
         "short": save(model, into / "short", activated(SHORT, ATTENTION, r=20, rank_pattern={"o_proj": 3}), 1),
         "long": save(model, into / "long", activated(LONG, [*ATTENTION, *MLP], use_rslora=True, lora_bias=True), 2),
@@ -54,7 +55,7 @@ def activated(invocation: list[int], targets: list[str], **options: object) -> o
 
 @dataclass
 class World:
-    """A runner with all adapters, and the oracles of their tokens."""
+    """A runner with all adapters, and the oracles that compute the expected tokens."""
 
     runner: Runner
     paths: dict[str, Path]
@@ -67,7 +68,7 @@ class World:
         return self.oracle.greedy(prompt, N, name) if self.oracle.is_unambiguous(prompt, N, name) else None
 
     def clear(self, name: str | None, draw: Callable[[], list[int]]) -> tuple[list[int], str | None, list[int]]:
-        """A drawn prompt where the oracle's margin is clear, its adapter, and the expected tokens."""
+        """Draws prompts until the oracle's margin is clear; returns the prompt, its adapter and the expected tokens."""
         while True:
             prompt = draw()
             expected = self.expected(prompt, name)
@@ -104,7 +105,7 @@ def build_world(model: Path, paths: dict[str, Path], backend: str = "torch") -> 
 
 
 def served(world: World, asked: Asked, window: int = 1, first: int = 0) -> Machine:
-    """Runs all requests at once and checks the tokens of each."""
+    """Runs all requests concurrently on a new machine, checks the tokens of each, and returns the machine."""
     machine = world.machine(window)
     machine.run(*(ask(first + number, prompt, name) for number, (prompt, name, _) in enumerate(asked)))
     wrong = [name for number, (_, name, expected) in enumerate(asked) if machine.tokens[first + number] != expected]
@@ -125,12 +126,12 @@ def ask(number: int, prompt: list[int], name: str | None, scores: int = -1, **fi
 
 
 def text(draw: random.Random, length: int) -> list[int]:
-    """Tokens that contain no invocation."""
+    """Draws `length` tokens that contain no invocation."""
     return [draw.randrange(20, VOCAB) for _ in range(length)]
 
 
 def places(draw: random.Random, invocation: list[int]) -> dict[str, list[int]]:
-    """Prompts with the invocation at every possible position."""
+    """Draws one prompt for each possible position of the invocation."""
     return {
         "start": [*invocation, *text(draw, 9)],
         "in its first page": [*text(draw, 2), *invocation, *text(draw, 3)],
@@ -171,7 +172,7 @@ def test_invocation_at_every_position_in_a_mixed_batch(world: World, window: int
 
 
 def test_generated_invocation_does_not_activate(world: World) -> None:
-    """Only the prompt decides: PEFT on prompt and answer together would activate the adapter."""
+    """Only the prompt is searched for the invocation: PEFT on the prompt and the generated tokens would activate it."""
     prompt = text(random.Random(4), 12)
     machine = world.machine()
     request = ask(1, prompt, "short")
@@ -197,9 +198,9 @@ def test_prompt_logprobs_change_at_the_invocation(world: World) -> None:
 
 
 def test_prefix_before_the_invocation_is_shared_with_base(world: World) -> None:
-    """Pages of 4 tokens: those full before the invocation are shared with the base, no others."""
+    """Only the pages (of 4 tokens) that are full before the invocation are shared with the base model."""
     draw = random.Random(8)
-    prefix = text(draw, 298)  # 74 full pages and half of one
+    prefix = text(draw, 298)  # 74 full pages and half a page
     tails = {None: text(draw, 9), "short": [*SHORT, *text(draw, 5)], "long": [*LONG, *text(draw, 2)]}
     for order in ([None, "short", "long"], ["long", None, "short"]):
         machine = world.machine()
@@ -236,7 +237,7 @@ def test_mix_with_an_activated_adapter_is_refused(world: World) -> None:
 
 @pytest.mark.parametrize("after", [1, 2, 4])
 def test_tokens_survive_a_new_runner_and_an_unload(world: World, after: int) -> None:
-    """The runner is replaced during the base's part or the adapter's part; meanwhile the name is unloaded."""
+    """The runner is replaced while it computes the base's part or the adapter's part, after the adapter is unloaded."""
     draw = random.Random(9)
     prompt, _, expected = world.clear("short", lambda: [*text(draw, 30), *SHORT, *text(draw, 20)])
     machine = world.machine()

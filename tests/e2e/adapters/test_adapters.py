@@ -1,4 +1,4 @@
-"""Adapters loaded, re-pointed, mixed and unloaded while requests run: tokens equal transformers + PEFT throughout."""
+"""Adapters are loaded, re-pointed, mixed and unloaded during requests: tokens always equal transformers + PEFT."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_loaded_adapter_answers_and_unloaded_one_is_gone(server: RunningServer, 
 
 
 def test_name_is_repointed_100_times_under_traffic(server: RunningServer, world: World) -> None:
-    """Every answer equals that of one of the two revisions; other names are not affected."""
+    """Every output equals that of one of the two revisions; requests for other names are not affected."""
     revisions = ["one", "two"]
     allowed = {
         (tuple(prompt), name): world.expected(prompt, name)
@@ -207,7 +207,7 @@ def test_broken_adapters_do_not_disturb_other_requests(server: RunningServer, wo
 
 
 def test_lora_roots_admin_key_and_resolve_root(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--lora-root with a hub cache of the real layout, --lora-resolve-root, and the admin key."""
+    """Tests --lora-root with a hub cache in huggingface_hub's layout, --lora-resolve-root, and the admin key."""
     for name in ("one", "two"):
         shutil.copytree(world.paths[name], tmp_path / "voices" / name)
     shutil.copytree(world.paths["one"], tmp_path / "outside")
@@ -293,7 +293,8 @@ def test_embedded_engine_loads_pins_and_unloads(world: World) -> None:
             for name in ("one", "two"):
                 await engine.unload_lora_adapter(name)
             assert await engine.adapters() == []
-            (answer,) = await engine.generate_all([prompt], params, lora=two)  # it is loaded again
+            # `two` was unloaded: the request loads it again
+            (answer,) = await engine.generate_all([prompt], params, lora=two)
             assert answer.token_ids == world.expected(prompt, "two")
 
     asyncio.run(main())

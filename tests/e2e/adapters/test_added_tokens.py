@@ -1,4 +1,4 @@
-"""Adapters with tokens, a tokenizer and a chat template of their own through the whole server; hostile ones too."""
+"""Adapters that bring tokens, a tokenizer and a chat template (some of them hostile), through the whole server."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NEW_TOKENS = 6
 
 
 def trained(model_dir: Path, out: Path, size: int, seed: int) -> Any:
-    """Saved by PEFT after a resize of the vocabulary, with a trained embedding and head."""
+    """Saves an adapter with PEFT; if `size` is not VOCAB, with a resized vocabulary and trained embedding and head."""
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     draw = torch.Generator().manual_seed(seed)
     with warnings.catch_warnings(), torch.no_grad():
@@ -48,7 +48,7 @@ def trained(model_dir: Path, out: Path, size: int, seed: int) -> Any:
 
 
 def with_tokenizer(model_dir: Path, root: Path) -> None:
-    """The base's tokenizer with three more tokens, another template and end token, as transformers saves it."""
+    """Saves the base's tokenizer with three added tokens, another chat template and end token, as transformers does."""
     tokenizer = tokenizers.Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     tokenizer.add_special_tokens(ADDED)
     tokenizer.save(str(root / "tokenizer.json"))
@@ -58,7 +58,7 @@ def with_tokenizer(model_dir: Path, root: Path) -> None:
 
 
 def greedy(model: Any, prompt: list[int]) -> list[int] | None:
-    """The greedy tokens, or None where the two best logits are too close."""
+    """Returns the greedy tokens, or None if the two best logits of a step are too close."""
     tokens = list(prompt)
     with torch.inference_mode():
         for _ in range(NEW_TOKENS):

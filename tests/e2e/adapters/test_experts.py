@@ -1,4 +1,7 @@
-"""A mixture of experts through the whole server: adapters on experts, router and attention, at start and later."""
+"""A mixture of experts through the whole server, with adapters on experts, router and attention.
+
+Some adapters are loaded at the start, one at run time.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from fixtures.serving.running import RunningServer
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.filterwarnings(  # PEFT warns of patterns for parameters, and then applies them
+    pytest.mark.filterwarnings(  # PEFT warns about patterns for parameters, but applies them
         "ignore:The following (rank|alpha)_pattern keys did not match any targeted module:RuntimeWarning"
     ),
 ]

@@ -1,4 +1,4 @@
-"""Adapters of every format through the whole server: loaded at run time by a loader process, requested all at once."""
+"""Adapters of every format through the whole server: loaded at run time by a loader process, requested concurrently."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_all_formats_at_once_with_fewer_lanes_than_adapters(tmp_path: Path) -> N
 
     flags = ["--model-path", model, "--dtype", "float32", "--enable-lora", "--max-loras-per-batch", 3]
     wide = ["--max-lora-rank", 64, "--lora-target-modules", "all", "embed_tokens", "lm_head"]
-    given = ("dora", "both whole")  # the second one sizes the slots for full weights
+    given = ("dora", "both whole")  # `both whole` sizes the slots for full weights
     wide += ["--lora-paths", *(f"{name}={roots[name]}" for name in given)]
     with RunningServer(*flags, *wide) as server:
         for name in names:

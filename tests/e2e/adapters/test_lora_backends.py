@@ -1,6 +1,6 @@
 """The kernel backends through the whole server: base and adapters in one batch, tokens equal transformers + PEFT.
 
-Without a GPU the kernels run in triton's interpreter, by an environment variable that every process inherits.
+Without a GPU the kernels run in Triton's interpreter, by an environment variable that every process inherits.
 """
 
 from __future__ import annotations

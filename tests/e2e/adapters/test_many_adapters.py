@@ -1,4 +1,4 @@
-"""500 adapters, a host cache of 50, a pool of 16, power-law traffic: all answers equal the oracle's, nothing leaks."""
+"""500 adapters, a host cache of 50, a pool of 16, power-law traffic: all outputs equal the oracle's, nothing leaks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RANKS = (4, 8, 12, 16, 24, 40, 64)
 
 
 def _write_adapter(config: dict[str, Any], directory: Path, number: int) -> Path:
-    """A PEFT directory: every second one on q and v only, the rest on all linears."""
+    """Writes a PEFT directory: even-numbered adapters act on q and v only, the others on all linears."""
     draw = torch.Generator().manual_seed(number)
     rank = RANKS[number % len(RANKS)]
     hidden, ffn = config["hidden_size"], config["intermediate_size"]
@@ -55,7 +55,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _resources(server: RunningServer) -> dict[str, int]:
-    """Processes, open descriptors and shared memory of the whole engine, and its resident memory in kB."""
+    """Returns the number of processes and descriptors of the whole engine, and its shared and resident memory in kB."""
     pids = _descendants(server.process.pid)
     resident = shared = 0
     for pid in pids:
@@ -67,7 +67,7 @@ def _resources(server: RunningServer) -> dict[str, int]:
 
 
 class Traffic:
-    """The adapter of each request, and one prompt for each adapter where the oracle's margin is clear."""
+    """The adapter of each request, and a prompt for each adapter where the oracle's margin is clear."""
 
     def __init__(self, model: Path, paths: dict[str, Path]) -> None:
         draw = random.Random(17)
@@ -131,7 +131,7 @@ def test_500_adapters_equal_the_oracle_and_leak_nothing(tiny_model: Callable[[st
         assert stats["host_evictions"] > 500
         assert stats["host_adapters"] <= 50
         assert after["processes"] == before["processes"]
-        assert after["descriptors"] <= before["descriptors"] + 8  # the number of connections varies
+        assert after["descriptors"] <= before["descriptors"] + 8  # the number of open connections varies
         assert after["resident"] <= before["resident"] + 40_000
         assert after["shared"] <= before["shared"] + 40_000
 

@@ -53,7 +53,7 @@ def test_random_disconnects_of_64_streams_leak_nothing(tiny_model: Callable[[str
             return await asyncio.gather(*(_stream(session, number, draw) for number in range(64)))
 
     async def leave_embedded(address: str) -> None:
-        async with Engine.connect(address) as engine:  # a client that leaves without cancelling
+        async with Engine.connect(address) as engine:  # the client leaves without cancelling
             streams = [engine.generate("host", SamplingParams(max_tokens=300, ignore_eos=True)) for _ in range(4)]
             for stream in streams:
                 await anext(stream)

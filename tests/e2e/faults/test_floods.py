@@ -1,4 +1,4 @@
-"""More concurrent requests than the limits allow: some are served, the rest refused at once; memory stays bounded."""
+"""More concurrent requests than the limits allow: some are served, the others refused at once; memory stays bounded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONNECTIONS, LIMIT, TOKENS = 2000, 100, 48
 
 
 async def _flood(url: str) -> list[tuple[int, float, int]]:
-    """(status, seconds, tokens) of each request; all are ready before the first is sent."""
+    """Returns (status, seconds, tokens) of each request; all clients are ready before the first request is sent."""
     body = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": TOKENS, "ignore_eos": True}}
     go = asyncio.Event()
     connected = asyncio.Semaphore(0)
@@ -50,7 +50,7 @@ def _memory(server: RunningServer) -> int:
 
 def test_2000_requests_against_a_limit_of_100(tiny_model: Callable[[str], Path]) -> None:
     with RunningServer("--model-path", tiny_model("llama3"), "--max-open-requests", LIMIT) as server:
-        asyncio.run(_flood(server.url))  # allocates what connections need once
+        asyncio.run(_flood(server.url))  # the first flood makes the allocations that connections need once
         server.wait_idle()
         before = _memory(server)
         answers = asyncio.run(_flood(server.url))

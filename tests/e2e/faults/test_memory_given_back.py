@@ -1,4 +1,4 @@
-"""An unload frees the host memory and the rank pages that the load took: measured in the runner and in its stats."""
+"""An unload frees the host memory and the rank pages of its adapter, measured in the runner process and its Stats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HIDDEN, FFN, RANK, ADAPTERS = 1024, 2048, 512, 3
 
 
 def _write_adapter(directory: Path, seed: int) -> Path:
-    """Rank 512 on the MLP: 19 MB in float32."""
+    """Writes an adapter of rank 512 on the MLP: 19 MB in float32."""
     draw = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, inner, outer in (("gate_proj", HIDDEN, FFN), ("up_proj", HIDDEN, FFN), ("down_proj", FFN, HIDDEN)):
@@ -34,7 +34,7 @@ def _write_adapter(directory: Path, seed: int) -> Path:
 
 
 def _runner(server: RunningServer) -> int:
-    """The process id of the model runner."""
+    """Returns the process id of the model runner."""
     (pid,) = (p for p in server.children() if b"model_runner" in Path(f"/proc/{p}/cmdline").read_bytes())
     return pid
 
@@ -61,7 +61,7 @@ def test_unload_frees_host_memory_and_rank_pages(tmp_path: Path) -> None:
             status, answer = server.post("/load_lora_adapter", body)
             assert status == 200, answer
         held = shared_bytes(runner) - before
-        stats = server.wait_stats(lambda stats: stats["host_bytes"] >= size * 0.9)  # Stats come each second
+        stats = server.wait_stats(lambda stats: stats["host_bytes"] >= size * 0.9)  # Stats arrive each second
         assert size * 0.9 < held < size * 1.5
         used = {group: count for group, count in stats["rank_pages_used"].items() if count}
         assert used == {"gate_up": 32 * ADAPTERS, "down": 32 * ADAPTERS}

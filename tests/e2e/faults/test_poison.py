@@ -1,4 +1,4 @@
-"""A request that crashes the runner repeatedly gets an error; streams beside it only pause."""
+"""A request that crashes the runner repeatedly gets an error; concurrent streams only pause."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POISON = [9, 8, 5, 5, 5, 5, 7]
 
 
 async def _poisoned(url: str, stream: bool) -> tuple[int, str]:
-    """Status and body of a completion that ends the runner."""
+    """Returns status and body of a completion that crashes the runner."""
     body: dict[str, Any] = {"prompt": POISON, "model": "v1", "max_tokens": 8, "stream": stream}
     async with aiohttp.ClientSession(url) as session, session.post("/v1/completions", json=body) as response:
         return response.status, await response.text()

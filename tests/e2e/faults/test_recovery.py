@@ -34,7 +34,7 @@ def _flags(model: Path, paths: dict[str, Path]) -> list[object]:
 
 
 def _pid(server: RunningServer, module: str) -> int:
-    """The process that runs `module` now; waits for the next one while there is none."""
+    """Returns the id of the process that runs `module`; waits for the next process while none runs it."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         for pid in server.children():
@@ -46,7 +46,7 @@ def _pid(server: RunningServer, module: str) -> int:
 
 
 async def _send_signal(server: RunningServer, module: str, number: signal.Signals, recovered: int, wait: float) -> None:
-    """Sends a signal to a process, a moment after the engine has recovered from the signals before."""
+    """Sends a signal `wait` seconds after the engine has recovered from the `recovered` earlier signals."""
     while server.log().count("serves again") < recovered:
         await asyncio.sleep(0.1)
     steps = await asyncio.to_thread(_steps, server)
@@ -62,7 +62,7 @@ def _steps(server: RunningServer) -> int:
 
 @contextlib.asynccontextmanager
 async def _load_and_unload(url: str, path: Path) -> AsyncIterator[None]:
-    """While entered, one adapter is loaded and unloaded over and over."""
+    """Loads and unloads one adapter repeatedly while the context is entered."""
 
     async def work() -> None:
         async with aiohttp.ClientSession(url) as session:
@@ -133,4 +133,4 @@ def test_restarted_tokenizer_process_serves_loaded_adapters(
         models = {card["id"] for card in server.get("/v1/models")["data"]}
         assert models == {str(model), first[0], "late"}
         assert server.post("/load_lora_adapter", {"lora_name": "new", "lora_path": str(second[1])})[0] == 200
-        server.wait_idle()  # the rows of the lost streams are free
+        server.wait_idle()  # the rows of the lost streams are freed

@@ -1,4 +1,4 @@
-"""Clients that never read: other requests are not delayed, memory stays bounded, the engine frees what they held."""
+"""Clients that never read: other requests are not delayed, memory stays bounded, and their resources are freed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BUFFER_BYTES = 256 << 10
 
 
 def _body(**fields: Any) -> dict[str, Any]:
-    """Cumulative events with logprobs: tens of megabytes, more than the kernel buffers."""
+    """Returns a request for cumulative events with logprobs: tens of megabytes, more than the kernel buffers."""
     params = {"max_new_tokens": 200, "ignore_eos": True, "temperature": 0}
     return {
         "input_ids": [5, 6, 7], "sampling_params": params, "return_logprob": True, "top_logprobs_num": 20, **fields
@@ -28,7 +28,7 @@ def _body(**fields: Any) -> dict[str, Any]:
 
 
 def _ask(server: RunningServer, name: str) -> socket.socket:
-    """A connection that has sent a request and reads nothing."""
+    """Opens a connection, sends a request, and reads nothing."""
     host, port = server.url.removeprefix("http://").split(":")
     data = json.dumps(_body(stream=True)).encode()
     head = f"POST /generate HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nX-Request-Id: {name}\r\n"

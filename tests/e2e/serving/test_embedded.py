@@ -1,4 +1,4 @@
-"""The embedded engine, started and joined: streams, lists, choices, cancels, errors; the program needs no torch."""
+"""The embedded engine, started or connected to: streams, lists, choices, cancels and errors; it needs no torch."""
 
 from __future__ import annotations
 

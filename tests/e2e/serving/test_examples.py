@@ -1,4 +1,4 @@
-"""The examples of all documents run as they stand, against the demo.
+"""The examples of all documents run unchanged against the demo.
 
 A `python` or `sh` block is run, unless a comment above it says `<!-- not run: why -->`.
 """
@@ -42,7 +42,7 @@ def demo() -> Iterator[RunningServer]:
 
 
 def run(command: list[str], **environment: str) -> str:
-    """Runs a command that must succeed; returns its stdout."""
+    """Runs a command and returns its stdout; fails if the command does."""
     done = subprocess.run(
         command,
         capture_output=True,
@@ -83,7 +83,8 @@ def test_script_line_has_only_flags_of_the_script(line: str) -> None:
     words = line.split("#")[0].split()
     end = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))
     script = words[1:3] if words[1] == "-m" else words[1:2]
-    commands = [word for word in words[len(script) + 1 : end] if word.isalpha()]  # of make_trace.py: which workload
+    # the workload argument of make_trace.py
+    commands = [word for word in words[len(script) + 1 : end] if word.isalpha()]
     flags = [word for word in words if word.startswith("--")]
     known = re.findall(r"--[a-z0-9-]+", run([sys.executable, *script, *commands, "--help"]))
     assert set(flags) <= set(known)

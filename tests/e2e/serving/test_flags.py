@@ -1,4 +1,4 @@
-"""The effect of every flag, seen from outside the server."""
+"""Tests the effect of every flag, as a client sees it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_launch_with_every_flag(tiny_model: Callable[[str], Path], adapter: Path
         assert capacity["device"] == "cpu"
         assert capacity["max_loras"] == 3
         assert capacity["max_lora_rank"] == 20
-        pages = {"qkv": 6, "o": 6}  # three adapters of rank 20, in pages of 16; gains, biases and norms have slots
+        pages = {"qkv": 6, "o": 6}  # three adapters of rank 20 in pages of 16; DoRA gains, biases and norms have slots
         assert capacity["rank_pages"] == {**pages, "qkv.vectors": 3, "o.vectors": 3, "norms.full": 3}
         assert set(capacity["lora_targets"]) == {"q_proj", "v_proj", "o_proj"}
         assert capacity["max_batched_tokens"] == 40
@@ -51,7 +51,7 @@ def test_launch_with_every_flag(tiny_model: Callable[[str], Path], adapter: Path
         assert capacity["max_length"] == 200
         assert (capacity["page_size"], capacity["kv_pages"]) == (8, 250)
         assert "bfloat16" in server.banner
-        assert " D " in server.log()  # debug lines
+        assert " D " in server.log()  # lines at debug level
 
         cards = {card["id"]: card for card in server.get("/v1/models")["data"]}
         assert set(cards) == {"one", "two", "a", "kept", "child", str(adapter)}
@@ -65,7 +65,7 @@ def test_launch_with_every_flag(tiny_model: Callable[[str], Path], adapter: Path
         long = {"input_ids": [9] * 150, "lora_path": "a", "sampling_params": {"max_new_tokens": 3}}
         for _ in range(2):
             status, answer = server.post("/generate", long)
-            assert status == 200  # a prompt longer than a step
+            assert status == 200  # although the prompt is longer than a step
             assert answer["meta_info"]["cached_tokens"] == 0
         status, answer = server.post("/generate", {"input_ids": [9] * 201})
         assert status == 400

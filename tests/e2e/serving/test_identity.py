@@ -1,4 +1,4 @@
-"""Tokens from the whole server equal transformers + PEFT, alone and mixed, with fewer lanes than adapters."""
+"""Tokens from the whole server equal transformers + PEFT, alone and in mixed batches, with fewer lanes than adapters."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ FUSED_ADAPTERS: list[dict[str, Any]] = [
     {"r": 24, "targets": ["gate_up_proj", "down_proj"], "rslora": True},
     {"r": 8, "targets": r".*\.(o_proj|qkv_proj)", "rank_pattern": {"o_proj": 33}},
 ]
-"""For a model whose checkpoint has one tensor for q, k and v, and one for gate and up."""
+"""Adapters for a model whose checkpoint has one tensor for q, k and v, and one for gate and up."""
 
 
 class World:
-    """One family: its model, six adapters, the oracle, and 24 (prompt, adapter) pairs where its margin is clear."""
+    """The model of one family, its adapters, the oracle, and 24 (prompt, adapter) pairs with a clear margin."""
 
     def __init__(self, family: str, directory: Path) -> None:
         self.model = build(family, directory / "model", seed=7)

@@ -1,4 +1,4 @@
-"""Launches that cannot serve end with a one-line error; those that serve end in order on every signal."""
+"""Launches that cannot serve exit with a one-line error; servers shut down in order on every signal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.e2e
 
 
 def _launch(*flags: object) -> tuple[int, str]:
-    """Status and last line of a launch that is expected to end by itself."""
+    """Launches a server that is expected to exit by itself; returns its status and the last line of stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "engine.launch", "--port", "0", *map(str, flags)],
         capture_output=True,
@@ -53,7 +53,7 @@ def test_signal_stops_all_processes_in_order(number: signal.Signals, tiny_model:
         run_directory = Path(server.connect_address.removeprefix("ipc://")).parent
         assert len(pids) == 3
         assert run_directory.stat().st_mode & 0o777 == 0o700
-        os.killpg(server.process.pid, number)  # to all processes at once, as a terminal does
+        os.killpg(server.process.pid, number)  # the signal reaches all processes at once, as from a terminal
         assert server.process.wait(timeout=30) == 0, server.log()
     assert _gone(pids)
     assert not run_directory.exists()
@@ -61,7 +61,7 @@ def test_signal_stops_all_processes_in_order(number: signal.Signals, tiny_model:
 
 
 def _open_stream(server: RunningServer) -> http.client.HTTPResponse:
-    """A long stream whose first event has arrived."""
+    """Opens a long stream and waits for its first event."""
     body = {"prompt": "on and on", "max_tokens": 450, "stream": True, "ignore_eos": True}
     connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
@@ -93,7 +93,7 @@ def _connects(host: str, port: int) -> bool:
 def test_second_signal_kills_at_once(tiny_model: Callable[[str], Path]) -> None:
     with RunningServer("--model-path", tiny_model("llama3"), expect_status=None) as server:
         pids = server.children()
-        os.kill(pids[1], signal.SIGSTOP)  # with the scheduler stopped no request can finish
+        os.kill(pids[1], signal.SIGSTOP)  # no request can finish while the scheduler is stopped
         server.process.send_signal(signal.SIGINT)
         time.sleep(0.5)
         assert server.process.poll() is None
@@ -184,6 +184,7 @@ def test_hostile_packages_in_the_cwd_are_not_imported(
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('hostile')")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # for the launcher, which -m would import from here
+    # keeps the launcher itself from importing packages of the current directory, which `-m` would do
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
     with RunningServer("--model-path", model) as server:
         assert server.post("/generate", {"text": "hello", "sampling_params": {"max_new_tokens": 2}})[0] == 200

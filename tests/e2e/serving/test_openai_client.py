@@ -1,4 +1,4 @@
-"""The unmodified `openai` package against a real server."""
+"""The unmodified `openai` package as the client of a real server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prefixes are computed once: the scheduler's core on a real runner, then servers, against transformers + PEFT."""
+"""Prefixes are computed once: the scheduler's core with a real runner, then servers, against transformers + PEFT."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_repointed_name_never_reads_old_pages(world: World) -> None:
         return answer["output_ids"], answer["meta_info"]["cached_tokens"]
 
     async def point(name: str) -> tuple[list[int], int]:
-        """Points `voice` at another adapter; returns the embedded answer to the first prompt."""
+        """Points `voice` at adapter `name`; returns an embedded engine's tokens and cached tokens for `first`."""
         params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
         async with Engine.connect(server.connect_address) as engine:
             await engine.load_lora_adapter("voice", str(world.paths[name]), load_inplace=True)
@@ -163,7 +163,7 @@ def test_repointed_name_never_reads_old_pages(world: World) -> None:
         assert asyncio.run(point("two")) == (world.expected(first, "two"), PREFIX), (
             "equal bytes as `other` share its pages"
         )
-        server.wait_stats(lambda stats: stats["host_adapters"] == 1)  # before that the old revision could be used again
+        server.wait_stats(lambda stats: stats["host_adapters"] == 1)  # until then the old revision could be used again
         assert asyncio.run(point("one")) == (world.expected(first, "one"), 0), (
             "the pages were freed with their revision"
         )

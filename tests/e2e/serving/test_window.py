@@ -1,4 +1,4 @@
-"""Two steps in flight give the answers of one, in real processes, with stops, waits, disconnects and preemptions."""
+"""Two steps in flight give the same output as one, in real processes, with stops, disconnects and preemptions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 def _bodies() -> list[dict[str, Any]]:
-    """All variants for all adapters; every third one with logprobs, of the prompt too."""
+    """Returns all variants for all adapters; every third request has logprobs, those of its prompt included."""
     draw, made = random.Random(4), []
     for number in range(len(VARIANTS) * len(LORA)):
         params = {
@@ -50,7 +50,7 @@ def _bodies() -> list[dict[str, Any]]:
 
 
 async def _answers(url: str) -> list[dict[str, Any]]:
-    """Sends all requests at once, beside clients that disconnect before the end."""
+    """Sends all requests at once, together with clients that disconnect early; returns the responses to the former."""
     async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def ask(body: dict[str, Any]) -> dict[str, Any]:
