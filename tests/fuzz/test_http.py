@@ -1,4 +1,4 @@
-"""Mutated calls of every route over a real front end: each gets a prompt response below 500, as does the next."""
+"""Mutated calls of every route over a real front end: each gets a response below 500 in time, as does the next."""
 
 from __future__ import annotations
 

@@ -32,14 +32,14 @@ SITES = random_sites()
 TARGETS = ["q_proj", "down_proj"]
 SWAPS = 1000
 ENOUGH = 20
-"""The loads that must succeed, and those that must be refused: with fewer, the swaps did not race with the loads."""
+"""The least number of loads that succeed, and of those that are refused: with fewer, no load raced with a swap."""
 MOST_SECONDS = 60.0
 
 WEIGHTS, INDEX = "adapter_model.safetensors", "adapter_model.safetensors.index.json"
 SHARDS = [f"adapter_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
 OTHER_SHARDS = [f"adapter_model-0000{number}-of-00003.safetensors" for number in (1, 2)]
 Swap = tuple[Callable[[], None], Callable[[], None]]
-"""The two halves of a swap: to the outside, and back."""
+"""A swap's two halves, called in turn: the first leads to the outside, the second back."""
 
 
 def write(directory: Path, value: float, alpha: float, shards: list[str]) -> None:
@@ -59,7 +59,7 @@ def write(directory: Path, value: float, alpha: float, shards: list[str]) -> Non
 
 
 def file_swap(inside: Path, outside: Path) -> Swap:
-    """Returns a swap that points the link `inside` to `outside` and back to a copy of the file; the path always exists."""
+    """Returns a swap that points the link `inside` to `outside` and back to a copy; the path always exists."""
     own = inside.with_name(f"own-{inside.name}.kept")
     inside.rename(own)
     link = inside.with_name("next")

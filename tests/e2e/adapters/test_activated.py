@@ -37,7 +37,7 @@ NUMBERS = {None: 0, "short": 1, "long": 2, "lora": 3, "dora": 4}
 
 
 def adapters_of(model: Path, into: Path) -> dict[str, Path]:
-    """Saves two activated adapters, a LoRA and a DoRA with PEFT; returns their directories by name."""
+    """Saves two activated adapters, a LoRA and a DoRA adapter with PEFT; returns their directories by name."""
     return {
         "short": save(model, into / "short", activated(SHORT, ATTENTION, r=20, rank_pattern={"o_proj": 3}), 1),
         "long": save(model, into / "long", activated(LONG, [*ATTENTION, *MLP], use_rslora=True, lora_bias=True), 2),

@@ -1,4 +1,4 @@
-"""The embedded engine, started or connected to: streams, lists, choices, cancels and errors; it needs no torch."""
+"""The embedded engine, started or connected to: streams, lists, choices, cancels and errors; it imports no torch."""
 
 from __future__ import annotations
 

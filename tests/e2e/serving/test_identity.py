@@ -1,4 +1,4 @@
-"""Tokens from the whole server equal transformers + PEFT, alone and in mixed batches, with fewer lanes than adapters."""
+"""Tokens from the whole server equal transformers + PEFT, alone and in mixed batches, with more adapters than lanes."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def _bodies() -> list[dict[str, Any]]:
 
 
 async def _answers(url: str) -> list[dict[str, Any]]:
-    """Sends all requests at once, together with clients that disconnect early; returns the responses to the former."""
+    """Sends all requests at once, while other clients disconnect early; returns the responses to the requests."""
     async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def ask(body: dict[str, Any]) -> dict[str, Any]:
