@@ -1,1 +1,1 @@
-"""Requests: the request itself, the waiting queue, the running rows, and the order of requests in both."""
+"""Requests, the waiting queue, the running rows, and the schedule policies that order requests in both."""

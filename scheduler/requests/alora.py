@@ -1,9 +1,9 @@
-"""Where an activated LoRA (aLoRA, 2504.12397) begins to act: at the last occurrence of its invocation in the prompt.
+"""Finds where an activated LoRA (aLoRA, arXiv 2504.12397) begins to act: the last invocation sequence in the prompt.
 
-    prompt      p0 p1 [i0 i1] p4 p5 [i0 i1] p8        PEFT's rule: an earlier invocation is ordinary text, and so is a
-    computed by base ...............|adapter ...      generated one; a prompt without any is computed by the base alone
+    prompt      p0 p1 [i0 i1] p4 p5 [i0 i1] p8        PEFT's rule: earlier and generated invocations are ordinary text;
+    computed by base ...............|adapter ...      the base computes all of a prompt that has no invocation
 
-Knows tokens, and nothing of adapters.
+Depends on token ids only, not on adapters.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ WIDTH = array("I").itemsize
 
 
 def find_invocation(prompt: Sequence[int], invocation: Sequence[int]) -> int | None:
-    """The position of the first token of the last occurrence, or None. Token ids fit in 32 bits."""
+    """Returns the position of the first token of the last occurrence, or None. Token ids must fit in 32 bits."""
     text, wanted = array("I", prompt).tobytes(), array("I", invocation).tobytes()
     end = len(text)
     while (at := text.rfind(wanted, 0, end)) % WIDTH:
         if at < 0:
             return None
-        end = at + len(wanted) - 1  # this match does not begin at a token
+        end = at + len(wanted) - 1  # the match begins inside a token: search before it
     return at // WIDTH

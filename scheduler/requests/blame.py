@@ -1,16 +1,17 @@
-"""Which request ended the model runner: the rule alone. Knows nothing of queues, steps or tokens.
+"""The rule that decides which request ended the model runner. Does not depend on queues or steps.
 
-A request that was in a step when the runner died has a point: the position up to which it had been planned. It is past
-its point once a chunk that begins there is answered, and then nothing is held against it any more.
+When the runner dies, each request in flight gets a point: the position up to which it had been planned. The request is
+past its point once the result of a chunk that begins there, or later, has arrived; its suspicion is then removed.
 
-    the runner failed   every request in flight becomes a suspect. A step carries one suspect and no other request,
-                        until it is past its point. A request that is alone in flight when the runner fails again is to
-                        blame.
-    the runner was      a coincidence (perhaps the system's out-of-memory killer): only a request that was in flight
-    killed              twice without getting past its point becomes a suspect. It is to blame after three more kills
-                        while it is alone, each at the same position.
+    the runner failed   Every request in flight becomes a suspect. A step with a suspect contains no other request until
+                        the suspect is past its point. If the runner fails again while a suspect is the only request in
+                        flight, that request is to blame.
+    the runner was      Perhaps a coincidence, such as the system's out-of-memory killer. Only a request that was in
+    killed              flight at two kills without getting past its point becomes a suspect. It is to blame after three
+                        more kills while it is the only request in flight, each at the same position.
 
-So each request that ends the runner costs two deaths, or five, and each further one of its kind one, or three.
+Finding one request that ends the runner costs two failures or five kills; each further request that is already a
+suspect costs one failure or three kills.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-COINCIDENCES = 1  # kills that make no suspect
-MOST_ALONE = 3  # kills while a suspect is alone at one position that prove it to blame
+COINCIDENCES = 1  # kills that a request may be in flight at without becoming a suspect
+MOST_ALONE = 3  # kills at one position that prove a suspect to blame, if it is the only request in flight
 
 
 class InFlightPosition(NamedTuple):
-    """How far a request in flight was answered, and how far it was planned."""
+    """The positions of a request in flight up to which results have arrived (`reached`) and steps are planned (`point`)."""
 
     reached: int
     point: int
@@ -32,17 +33,17 @@ class InFlightPosition(NamedTuple):
 
 @dataclass(slots=True)
 class _Suspicion:
-    """What is held against one request."""
+    """The point of one request that was in flight when a runner died, and the kills that count against it."""
 
     point: int
     is_suspect: bool = False
-    kills: int = 0  # that it was in flight at
-    alone: int = 0  # kills in a row while it was alone at position `reached`
+    kills: int = 0  # kills of the runner while the request was in flight
+    alone: int = 0  # consecutive kills while it was the only request in flight, at position `reached`
     reached: int = -1
 
 
 class BlameTracker:
-    """The requests, by id, that were in flight when a runner died and are not past their points; iterates suspects."""
+    """The suspicions against requests, by request id. Its length, iteration and `in` cover the suspects only."""
 
     def __init__(self) -> None:
         self._suspicions: dict[int, _Suspicion] = {}
@@ -59,11 +60,14 @@ class BlameTracker:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is held against any request."""
+        """Whether there is no suspicion against any request."""
         return not self._suspicions
 
     def runner_died(self, in_flight: Mapping[int, InFlightPosition], own_fault: bool) -> int | None:
-        """A runner died with these requests in flight. Returns the one to blame, if that is proved."""
+        """Records that a runner died with these requests in flight. Returns the request to blame if one is proved.
+
+        `own_fault`: the runner failed; otherwise it was killed.
+        """
         only = next(iter(in_flight)) if len(in_flight) == 1 else None
         if only is not None and only in self and self._is_proved(self._suspicions[only], in_flight[only], own_fault):
             return only
@@ -76,13 +80,13 @@ class BlameTracker:
         return None
 
     def add_suspect(self, request_id: int) -> None:
-        """The request is to run alone until it is past its point, or without one until any chunk is answered."""
+        """Makes the request a suspect until it is past its point; without a point, until the result of any chunk."""
         suspicion = self._suspicions.setdefault(request_id, _Suspicion(0))
         suspicion.is_suspect = True
         self._suspects[request_id] = None
 
     def chunk_answered(self, request_id: int, start: int) -> bool:
-        """A chunk that begins at `start` was answered. Returns whether the request is a suspect no more."""
+        """Records the result of a chunk that begins at `start`. Returns whether the request stops being a suspect."""
         suspicion = self._suspicions.get(request_id)
         if suspicion is None or start < suspicion.point:
             return False
@@ -90,7 +94,7 @@ class BlameTracker:
         return suspicion.is_suspect
 
     def forget(self, request_id: int) -> None:
-        """The request has ended, or is past its point."""
+        """Removes the suspicion against a request that has ended or is past its point."""
         self._suspicions.pop(request_id, None)
         self._suspects.pop(request_id, None)
 

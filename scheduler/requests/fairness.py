@@ -1,18 +1,21 @@
-"""The fair policy: the account that used less goes first. Knows nothing of rows, pages or lanes.
+"""The fair policy: requests of the account that used least go first. Does not depend on rows, pages or lanes.
 
-Each tenant (without one: each adapter selection) has an account of virtual tokens: its prompt tokens once, generated
-ones twice, and one per MiB of adapter transferred for it, all divided by its weight. A request's order is its account's
-value on arrival, and the account is then charged for the expected cost; the difference is corrected when it ends.
+Each tenant has an account of virtual tokens; requests without a tenant use the account of their adapter selection. A
+request costs its prompt tokens once, its generated tokens twice, and one per MiB of adapter transferred for it, all
+divided by the account's weight. A request's order is the value of its account on arrival. The account is then charged
+for the expected cost, and corrected by the difference to the real cost when the request ends.
 
     account of A   |==a1==|==a2==|==a3==|==a4==| ...        A floods: its requests lie far apart and far ahead
     account of B          .      |=b1=|                     B comes late: its account is raised to the clock, no credit
-    clock          -------------> an account that always has requests waiting would be here: the work done, divided by
-                                  the weights present, and at least the order of the latest admitted request
+    clock          -------------> the value that an account with requests always waiting would have: the work done,
+                                  divided by the sum of the weights of the accounts with live requests, and at least the
+                                  order of the latest admitted request
 
-After "Fairness in Serving Large Language Models" (2401.00588: token costs, lift on return) with orders fixed on arrival
-as in start-time fair queueing, so that the queue stays sorted and a step only looks at its heads. While two accounts
-have requests waiting, their service differs by at most a request of each, and the errors of the expected costs. The
-clock advances with all work, so each waiting request is at last before all new ones.
+The token costs and the raise of an idle account to the clock follow "Fairness in Serving Large Language Models"
+(arXiv 2401.00588). Orders are fixed on arrival as in start-time fair queueing, so the queue stays sorted and a step
+only looks at its heads. While two accounts have requests waiting, their service differs by at most one request of each,
+plus the errors of the expected costs. The clock advances with all work, so new requests cannot overtake a waiting
+request forever.
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ from scheduler.types import Order
 PROMPT_COST = 1.0
 ANSWER_COST = 2.0
 TRANSFER_COST = 1 / (1 << 20)
-FIRST_EXPECTED = 256  # generated tokens, before any request of the account ended
-LATEST_WEIGHT = 0.2  # of the latest answer in the moving average
+FIRST_EXPECTED = 256  # expected generated tokens until the first request of the account ends
+LATEST_WEIGHT = 0.2  # weight of the latest request in the moving average of generated tokens
 
 AccountName = str | tuple[tuple[int, float], ...]
 """A tenant's cache_salt, or an adapter selection."""
@@ -40,11 +43,11 @@ class _Account:
     """The virtual tokens of one tenant or adapter selection."""
 
     weight: float
-    expected: float  # generated tokens of a request, a moving average
+    expected: float  # moving average of the generated tokens per request
     used: float = 0.0  # the order of its next request
     last: float = 0.0  # the order of its latest request
     live: int = 0  # requests that have not ended
-    waiting: int = 0  # those of them that were never admitted
+    waiting: int = 0  # live requests that were never admitted
 
 
 @dataclass(slots=True)
@@ -53,29 +56,32 @@ class _Charge:
 
     account: AccountName
     tokens: float
-    waiting: bool = True  # never admitted
+    waiting: bool = True  # the request was never admitted
 
 
 class FairShares(Ordering):
-    """Orders by virtual tokens: (-is_suspect, priority, account, arrival). A tenant without a weight has weight 1."""
+    """Orders requests by virtual tokens: (-is_suspect, priority, account value, arrival).
+
+    `weights` is by tenant; a tenant without a weight, or an adapter selection, has weight 1.
+    """
 
     length = 4
 
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
         self._weights = dict(weights or {})
         self._accounts: dict[AccountName, _Account] = {}
-        self._charges: dict[int, _Charge] = {}  # by request
+        self._charges: dict[int, _Charge] = {}  # by request id
         self._clock = 0.0
-        self._live_weight = 0.0  # of the accounts with live requests
+        self._live_weight = 0.0  # sum of the weights of the accounts with live requests
         self._prune_at = 1024
 
     @property
     def account_count(self) -> int:
-        """How many accounts are kept."""
+        """The number of accounts in memory."""
         return len(self._accounts)
 
     def order_on_arrival(self, message: Generate, arrival: int) -> Order:
-        """Charges the account with the request's expected cost."""
+        """Returns the order of a request that arrives now, and charges its account with the expected cost."""
         name: AccountName = message.cache_salt or tuple(message.lora)
         account = self._account(name)
         self._live_weight += 0.0 if account.live else account.weight
@@ -90,21 +96,21 @@ class FairShares(Ordering):
         return 0, message.priority, order, arrival
 
     def order_without_request(self, arrival: int, priority: int = 0) -> Order:
-        """The order that the first request of a new account would get now."""
+        """Returns the order that the first request of a new account would get now."""
         return 0, priority, self._clock, arrival
 
     def on_admitted(self, request: Request) -> None:
-        """Advances the clock."""
+        """Advances the clock to at least the order of the admitted request."""
         self._clock = max(self._clock, request.order[2])
         self._mark_admitted(self._charges[request.id])
 
     def on_transfer(self, request: Request, size: int) -> None:
-        """Charges the account of the request that waits for the bytes."""
+        """Charges the account of the request for a transfer of `size` bytes that it waits for."""
         account = self._accounts[self._charges[request.id].account]
         account.used += TRANSFER_COST * size / account.weight
 
     def on_end(self, request: Request) -> None:
-        """Replaces the expected cost by the real one; a request that was never admitted costs nothing."""
+        """Replaces the expected cost by the real one, which is 0 for a request that was never admitted."""
         charge = self._charges.pop(request.id)
         self._mark_admitted(charge)
         account = self._accounts[charge.account]
@@ -117,7 +123,7 @@ class FairShares(Ordering):
         account.live -= 1
         self._live_weight -= 0.0 if account.live else account.weight
         if not self._charges:
-            self._accounts.clear()  # an idle server forgets: capacity that was free has not to be paid back
+            self._accounts.clear()  # the server is idle: accounts are not charged for capacity that was free
             self._clock = self._live_weight = 0.0
 
     def _mark_admitted(self, charge: _Charge) -> None:
@@ -134,7 +140,7 @@ class FairShares(Ordering):
         return account
 
     def _prune(self) -> None:
-        """Removes accounts behind the clock that have no live request: a new one would be no different."""
+        """Removes accounts behind the clock that have no live request: a new account would start at the same value."""
         self._accounts = {
             name: account
             for name, account in self._accounts.items()
@@ -144,5 +150,5 @@ class FairShares(Ordering):
 
 
 def make_ordering(policy: str, weights: Mapping[str, float] | None = None) -> Ordering:
-    """The ordering of a policy. fcfs and priority differ only in what the HTTP server accepts."""
+    """Returns the ordering of a policy. fcfs and priority share one; they differ only in what the HTTP server accepts."""
     return FairShares(weights) if policy == "fair" else Ordering()

@@ -1,14 +1,14 @@
-"""Waiting requests, indexed by lane key, so that planning looks at a few heads only.
+"""Waiting requests, indexed by lane key, so that planning only looks at the first request (the head) of a few keys.
 
     state      the requests of a key wait for           when their heads are looked at
     ACTIVE     a row and KV pages (their lane is held)  in each step
-    READY      a lane as well                           while a lane is free
+    READY      a lane, a row and KV pages               while a lane is free
     COLD       rank pages, for a fill                   when fills are chosen
     DISK       an adapter to be loaded                  when loads are chosen
-    DRAINING   their lane to be free: it admits none    when a request has waited for long
+    DRAINING   their lane to drain: it admits none      when a request has waited for long
     BLOCKED    an adapter that is loading or filling    never
 
-Knows nothing of adapters: the caller sets the states.
+Does not know the state of adapters: the caller sets the states of the keys.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class WaitingQueue:
         self._count += 1
 
     def remove(self, request: Request) -> None:
-        """Removes the request, and with the last one its key."""
+        """Removes the request, and also its key if no other request of the key waits."""
         key, queue = request.key, self._queues[request.key]
         self._unlist(key, queue)
         index = bisect_left(queue.entries, request.order, key=_entry_order)
@@ -90,7 +90,7 @@ class WaitingQueue:
             self._forget(key)
 
     def set_state(self, key: LaneKey, state: WaitState, now: float = 0.0) -> None:
-        """Sets what a key that has requests waits for."""
+        """Sets the wait state of a key, which must have waiting requests."""
         queue = self._queues[key]
         if queue.state is not state:
             if queue.state in (WaitState.BLOCKED, WaitState.DISK) and state is WaitState.COLD:
@@ -100,57 +100,57 @@ class WaitingQueue:
             self._list(key, queue)
 
     def state_of(self, key: LaneKey) -> WaitState:
-        """What a key that has requests waits for."""
+        """Returns the wait state of a key, which must have waiting requests."""
         return self._queues[key].state
 
     def first(self, state: WaitState) -> Request | None:
-        """The first request among all keys in a state."""
+        """Returns the first request, by order, among all keys in a state, or None if there is none."""
         heads = self._heads[state]
         return self._queues[heads[0][1]].entries[0][1] if heads else None
 
     def heads(self, *states: WaitState) -> Iterator[Request]:
-        """The first request of each key in these states, in order."""
+        """Yields the first request of each key in these states, sorted by order."""
         for _, key in merge(*(self._heads[state] for state in states)):
             yield self._queues[key].entries[0][1]
 
     def since(self, key: LaneKey) -> float:
-        """When the key's adapters were first on the host, so that it has waited only for rank pages or a lane since."""
+        """Returns when the key's adapters came to the host: since then it has waited only for rank pages or a lane."""
         return self._queues[key].since
 
     def first_order_of(self, copy_id: int) -> Order | None:
-        """The order of the first request that needs an adapter copy."""
+        """Returns the order of the first waiting request that needs an adapter copy, or None if no request does."""
         keys = self._keys_of.get(copy_id)
         if keys is None:
             return None
         return min([self._queues[key].entries[0][0] for key in keys])
 
     def count(self, key: LaneKey) -> int:
-        """How many requests of a key wait; it must have one."""
+        """Returns the number of waiting requests of a key, which must have at least one."""
         return len(self._queues[key].entries)
 
     def head(self, key: LaneKey) -> Request:
-        """The first request of a key; it must have one."""
+        """Returns the first waiting request of a key, which must have at least one."""
         return self._queues[key].entries[0][1]
 
     def front(self, key: LaneKey, count: int) -> list[Request]:
-        """The first `count` requests of a key, in order; it must have one."""
+        """Returns the first `count` waiting requests of a key, in order; the key must have at least one."""
         return [request for _, request in self._queues[key].entries[:count]]
 
     def requests(self, key: LaneKey) -> list[Request]:
-        """All requests of a key, in order."""
+        """Returns all waiting requests of a key, in order; none for a key that is not in the queue."""
         queue = self._queues.get(key)
         return [request for _, request in queue.entries] if queue else []
 
     def keys_of(self, copy_id: int) -> list[LaneKey]:
-        """The waiting keys that contain an adapter copy."""
+        """Returns the keys with waiting requests that contain an adapter copy."""
         return list(self._keys_of.get(copy_id, ()))
 
     def lane_keys(self) -> list[LaneKey]:
-        """All keys that have requests."""
+        """Returns all keys that have waiting requests."""
         return list(self._queues)
 
     def audit(self) -> None:
-        """Asserts that each queue is sorted, and that each key is listed once, in its state and by its head."""
+        """Asserts that each key's queue is sorted, and that each key is listed once, under its state and its head."""
         listed: dict[LaneKey, WaitState] = {}
         for state, heads in self._heads.items():
             assert heads == sorted(heads), f"the {state.value} keys are out of order"

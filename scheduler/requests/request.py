@@ -1,9 +1,9 @@
-"""A request as the scheduler sees it: numbers and tokens. Knows nothing of queues, pages or the state of adapters.
+"""The scheduler's record of a request: its tokens, its parameters and its progress. Does not allocate anything itself.
 
 A request's tokens:
 
     tokens    p0 p1 ... p(P-1) | g0 g1 ... | (pending: sampled by steps in flight, not known here yet)
-    position  0 ........... computed          those below `computed` were planned into a step
+    position  0 ........... computed          positions below `computed` were planned into a step
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Request:
     """One request from arrival to its end. It runs while `row` >= 0."""
 
     id: int
-    key: LaneKey  # `lora` by adapter copy; changes while it waits when two adapters turn out to be one copy
+    key: LaneKey  # `lora` by adapter copy; changes while the request waits if two adapters turn out to be one copy
     order: Order  # its sort key in the queue and among the rows
     prompt_length: int
     tokens: list[int]  # prompt and known generated tokens
@@ -28,28 +28,28 @@ class Request:
     cache_salt: str = ""
     priority: int = 0  # lower goes first
     queued_at: float = 0.0  # when it was last put into the queue, in seconds
-    lora: list[tuple[int, float]] = field(default_factory=list)  # (adapter id, scale), as the client asked
-    limit: int = 0  # the length of prompt and answer at which it ends
+    lora: list[tuple[int, float]] = field(default_factory=list)  # (adapter id, scale), as in the client's request
+    limit: int = 0  # the length (prompt and generated tokens) at which the request ends
     row: int = -1
-    generation: int = 0  # of its row
+    generation: int = 0  # the generation of its row (see scheduler.requests.rows)
     lane: int = 0
     pages: list[int] = field(default_factory=list)  # KV pages of its row, shared ones first
-    prefix: Node | None = None  # the last node of its path in the radix tree: held while it runs, else found last
-    invocation_start: int | None = None  # the position from which its activated LoRA acts; None: it has none
-    alora: Namespace | None = None  # the KV pages of its activated LoRA, held while it runs
+    prefix: Node | None = None  # last node of its path in the radix tree: held while it runs, else as last found
+    invocation_start: int | None = None  # the position from which its activated LoRA acts; None: no activated LoRA
+    alora: Namespace | None = None  # the namespace of its activated LoRA's KV pages, held while it runs
     cached: int = 0  # prompt tokens found in the radix tree when it first ran, until they are reported
     computed: int = 0  # positions that were planned into a step
     pending: int = 0  # samples of steps in flight
-    steps_in_flight: int = 0  # those that contain a chunk of it
-    decoding: bool = False  # the runner's row holds its own last sample as the next input
+    steps_in_flight: int = 0  # steps in flight that contain a chunk of this request
+    decoding: bool = False  # the runner's row holds the last sampled token as its next input
     done: bool = False
-    admitted: bool = False  # it has had a row
+    admitted: bool = False  # it has had a row at least once
     scored: int = 0  # prompt positions whose log-probability was planned
-    scores_known: int = 0  # those of them whose log-probability came
+    scores_known: int = 0  # prompt positions whose log-probability has arrived
 
     @property
     def generated(self) -> int:
-        """How many generated tokens are known."""
+        """The number of known generated tokens."""
         return len(self.tokens) - self.prompt_length
 
     @property
@@ -64,38 +64,38 @@ class Request:
 
     @property
     def acts_from(self) -> int:
-        """The position from which its lane applies; positions before it are the base model's."""
+        """The position from which its lane applies; the base model computes the positions before it."""
         return self.invocation_start or 0
 
     @property
     def to_score(self) -> int:
-        """How many prompt positions are to be scored: all but the last, or none."""
+        """The number of prompt positions that get a log-probability: all but the last if the client asked, else 0."""
         return self.prompt_length - 1 if self.sampling.prompt_logprobs >= 0 else 0
 
     @property
     def needs_history(self) -> bool:
-        """Whether a penalty counts the tokens known so far."""
+        """Whether a sampling penalty needs the tokens known so far."""
         s = self.sampling
         return s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
 
     def pop_cached(self) -> int:
-        """How many prompt tokens were found in the radix tree, returned once."""
+        """Returns the number of prompt tokens that were found in the radix tree, and resets it to 0."""
         cached, self.cached = self.cached, 0
         return cached
 
     def reset_progress(self) -> None:
-        """Everything is computed again, in another row; the tokens stay."""
+        """Resets the row and the computed positions, so that all tokens are computed again in another row."""
         self.row, self.lane, self.computed, self.decoding = -1, 0, 0, False
 
     def lose_steps_in_flight(self) -> None:
-        """The steps in flight are never answered: their samples and scores are planned again, and the KV is lost."""
+        """Drops the steps in flight of a runner that ended: samples and scores are planned again, and the KV is lost."""
         self.prefix = self.alora = None
         self.steps_in_flight = self.pending = 0
         self.scored = self.scores_known
 
 
 def from_message(message: Generate, key: LaneKey, order: Order) -> Request:
-    """A request with nothing computed."""
+    """Builds the request of a Generate message, with no position computed yet."""
     return Request(
         id=message.request_id,
         lora=message.lora,

@@ -1,7 +1,7 @@
-"""The running requests and their rows in the runner's tables. Knows nothing of pages, lanes or steps.
+"""The running requests and their rows in the runner's tables. Does not depend on pages, lanes or steps.
 
-Rows are numbered 0..count-1. A row's generation increases at each reuse, so that a late answer for its former request
-is not taken for the present one's.
+Rows are numbered from 0 to `rows` - 1. A row's generation increases at each reuse, so that a late result of its former
+request is not taken for one of the present request.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def _order(request: Request) -> Order:
 
 
 class RunningRows:
-    """Rows and the requests in them, sorted by order. `generations` are those that a former runner's rows reached."""
+    """The rows and the requests in them, sorted by order. `generations`: the rows' last values under a former runner."""
 
     def __init__(self, rows: int, generations: list[int] | None = None) -> None:
         self.rows = rows
@@ -31,7 +31,7 @@ class RunningRows:
 
     @property
     def free(self) -> int:
-        """How many rows are empty."""
+        """The number of free rows."""
         return len(self._free)
 
     def add(self, request: Request) -> None:

@@ -1,11 +1,12 @@
-"""How long waiting requests have been passed by later ones. Knows nothing of lanes, pages or why they are passed.
+"""How long waiting requests have been passed by later ones. Does not depend on the reason why they are passed.
 
     order       1  2  3  4  5  6  7  8  9 ...
     admitted    x     x        x                  when 6 was admitted, 2, 4 and 5 had been passed; 7 had not
                                ^ the frontier
 
 A request that was not admitted although there was a row and memory for it counts as passed too: the frontier is moved
-behind it. Only the times at which the frontier moved are kept: thousands may wait, and few of them are asked about.
+behind it. Only the times at which the frontier moved are kept, not one per request: thousands of requests may wait, and
+`passed_since` is called for few of them.
 """
 
 from __future__ import annotations
@@ -14,39 +15,39 @@ from bisect import bisect_right
 
 from scheduler.types import Order
 
-MAX_MOVES = 4096  # moves that are kept; beyond that neighbours are merged, and the later one's time is forgotten
+MAX_MOVES = 4096  # moves of the frontier that are kept; then neighbours are merged, and the earlier time is kept
 
 
 class StarvationTracker:
-    """The frontier, and the times at which it moved."""
+    """The frontier (the latest order that was admitted or passed over), and the times at which it moved."""
 
     def __init__(self) -> None:
         self._orders: list[Order] = []
         self._times: list[float] = []
 
     def __len__(self) -> int:
-        """How many moves of the frontier are kept."""
+        """Returns the number of moves of the frontier that are kept."""
         return len(self._orders)
 
     def mark_passed(self, order: Order, now: float) -> None:
-        """Each request before `order` that still waits was passed, now at the latest."""
+        """Moves the frontier to `order`: waiting requests before it that were not passed earlier are passed `now`."""
         if self._orders and order <= self._orders[-1]:
             return
         if self._times and self._times[-1] == now:
             self._orders[-1] = order
             return
         if len(self._orders) == MAX_MOVES:
-            del self._orders[::2], self._times[1::2]  # a move takes the time of its earlier neighbour: never too late
+            del self._orders[::2], self._times[1::2]  # a move takes the time of its earlier neighbour, so no time becomes later
         self._orders.append(order)
         self._times.append(now)
 
     @property
     def frontier(self) -> Order | None:
-        """Each request before it was passed."""
+        """The order before which all waiting requests were passed; None before the first move."""
         return self._orders[-1] if self._orders else None
 
     def passed_since(self, order: Order) -> float | None:
-        """When the request at `order` was first passed; None if it was not."""
+        """Returns when the waiting request at `order` was first passed; None if it was not passed."""
         index = bisect_right(self._orders, order)
         return self._times[index] if index < len(self._times) else None
 

@@ -1,4 +1,4 @@
-"""When a request ends, and how long it may become. Knows nothing of text: stop strings are the tokenizer process's."""
+"""When a request ends, and how long it may become. Knows no text: the tokenizer process matches stop strings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def fit_to_capacity(request: Request, capacity: Capacity) -> str | None:
 
 
 def finish_of(request: Request) -> tuple[FinishReason, int | None] | None:
-    """(finish reason, the end id that matched) if the last known generated token ends the request, else None."""
+    """Returns (finish reason, the end id that matched) if the last known token ends the request, else None.
+
+    Only a generated token can end a request; the end id is None if the length limit ended it.
+    """
     count = request.generated
     if count == 0:
         return None
