@@ -1,1 +1,1 @@
-"""KV pages: their reference counts (block_pool), the tokens in them (radix_cache), and a request's pages (manager)."""
+"""KV pages: reference counts (block_pool), prefix lookup (radix_cache), and requests' pages (kv_cache_manager)."""

@@ -1,8 +1,8 @@
-"""The KV page allocator: pages 1..count, each with a reference count. Knows nothing of tokens, rows or the radix tree.
+"""The KV page allocator: pages 1 to `count`, each with a reference count. Knows no tokens, rows or radix tree.
 
-Page 0 is never allocated: padding writes there. A page is allocated with one reference, may get more, and is free again
-when the last one is released. A free page can be reused while steps are in flight: the runner executes steps in order,
-so the new owner's first write comes after the former owner's last one (see scheduler.core).
+Page 0 is never allocated, because padding writes there. A page is allocated with one reference, may get more, and is
+free again when the last reference is released. A free page can be reused while steps are in flight: the runner executes
+steps in order, so the new owner's first write comes after the former owner's last write (see scheduler.core).
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from collections.abc import Iterable
 
 
 class BlockPool:
-    """The free list and the reference counts."""
+    """The free list and the reference counts of the pages 1 to `count`."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._free = list(range(count, 0, -1))  # popped from the end: low numbers first, the last released first
+        self._free = list(range(count, 0, -1))  # popped from the end: at first low numbers, later the last released
         self._references = [0] * (count + 1)
 
     @property
     def free(self) -> int:
-        """How many pages have no reference."""
+        """The number of pages without a reference."""
         return len(self._free)
 
     @property
     def used(self) -> int:
-        """How many pages have a reference."""
+        """The number of pages with at least one reference."""
         return self.count - len(self._free)
 
     def allocate(self, count: int) -> list[int]:
-        """`count` pages with one reference each; the caller has checked that so many are free."""
+        """Allocates `count` pages with one reference each. The caller has checked that `count` pages are free."""
         assert count <= len(self._free), f"{count} pages asked, {len(self._free)} free"
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
@@ -37,13 +37,13 @@ class BlockPool:
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
-        """Adds a reference to pages that have at least one."""
+        """Adds a reference to each page; each must have at least one already."""
         for page in pages:
             assert self._references[page] > 0, f"page {page} is free and cannot be shared"
             self._references[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """Removes a reference; a page without one is free."""
+        """Removes a reference from each page; a page without references is free."""
         for page in pages:
             left = self._references[page] - 1
             assert left >= 0, f"page {page} is released once too often"
@@ -52,12 +52,12 @@ class BlockPool:
                 self._free.append(page)
 
     def audit_sums(self, held: int) -> None:
-        """Asserts that there are `held` references in all, and that every page without one is in the free list."""
+        """Asserts that there are `held` references in total, and as many free pages as pages without a reference."""
         assert sum(self._references) == held, f"{sum(self._references)} references, and {held} holders"
         assert self._references.count(0) - 1 == len(self._free), "a page is neither free nor held"
 
     def audit(self, held: Iterable[int]) -> None:
-        """Asserts that the reference counts are those of `held` (one entry per reference), and the rest is free."""
+        """Asserts that the counts match `held` (one page number per reference), and that all other pages are free."""
         expected = [0] * (self.count + 1)
         for page in held:
             assert 1 <= page <= self.count, f"page {page} is held and does not exist"

@@ -1,14 +1,15 @@
-"""The KV pages of requests: allocation, and prefixes found in the radix tree. Knows no queues, lanes or steps.
+"""The KV pages of requests: allocation, and prefixes found in the radix tree. Does not depend on queues or lanes.
 
     request    tokens  p0 ........................................ p(P-1)
                pages   [shared][shared] | [own][own][own, not full]        shared pages are read, never written
                        ^ in the tree    ^ computed by this request: at least the last known token
 
 A page is inserted into the tree as soon as it is full, its tokens are known and the step that writes it is planned.
-Later steps may read it, because the runner executes steps in order; that step itself may not. Rows that compute the
-same page at the same time keep their own: the first is inserted, and the others insert what is new when they end.
-Pages that are full before the invocation of an activated LoRA are the base model's.
-A page in the tree has one reference by the tree and one by each row that reads it; without a row it can be evicted.
+Later steps may read the page, because the runner executes steps in order; the step that writes it may not. Rows that
+compute the same page at the same time each keep their own copy: the first row's is inserted, and the other rows insert
+the pages that are still missing in the tree when they end. Pages that end before the invocation of an activated LoRA
+belong to the base model. A page in the tree has one reference by the tree and one by each row that reads it; without
+such a row it can be evicted.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from scheduler.types import BASE_OWNER, Node, Owner
 
 
 class KvCacheManager:
-    """The block pool and the radix tree over it. With `reuse` False no page outlives its row."""
+    """The block pool and the radix tree over it. With `reuse` False there is no prefix cache: rows share no pages."""
 
     def __init__(self, pages: int, page_size: int, reuse: bool = True) -> None:
         self.radix_cache = RadixCache()
@@ -33,7 +34,7 @@ class KvCacheManager:
         self.reset(pages, page_size)
 
     def reset(self, pages: int, page_size: int) -> None:
-        """Starts empty for a new runner. The requests must have forgotten their nodes and pages."""
+        """Empties the pool and the tree for a new runner. All requests must have dropped their nodes and pages."""
         self.block_pool = BlockPool(pages)
         self.radix_cache.clear()
         self._page_size = page_size
@@ -41,35 +42,36 @@ class KvCacheManager:
 
     @property
     def free(self) -> int:
-        """How many pages can be allocated, by eviction if need be."""
+        """The number of pages that can be allocated, by eviction if necessary."""
         return self.block_pool.free + self.radix_cache.evictable
 
     @property
     def used(self) -> int:
-        """How many pages rows hold."""
+        """The number of pages that rows hold."""
         return self.block_pool.used - self.radix_cache.evictable
 
     # -------------------------------------------------------------------------------------------------- allocation
 
     def begin_step(self, step: int) -> None:
-        """Step `step` is being planned: pages that it writes cannot be shared in it."""
+        """Begins the planning of step `step`. Pages that this step writes cannot be shared within it."""
         self._step = step
 
     def can_allocate(self, request: Request, owner: Owner, reserve: int) -> bool:
-        """Whether a waiting request can have pages for all its tokens, with `reserve` pages left over.
+        """Returns whether a waiting request can get pages for all its tokens, with `reserve` pages left over.
 
-        False also if the step being planned computes at least half of what the request lacks: the next step shares it.
+        Returns False also if the step being planned computes at least half of the tokens that the request lacks: the
+        request can share their pages in the next step.
         """
         need = self._pages_for(request)
         if need - self._most_shared(request) + reserve > self.free:
-            return False  # even with the longest prefix
+            return False  # too few pages even with the longest prefix
         node, coming = self._match(request, owner)
         if coming and 2 * coming * self._page_size >= len(request.tokens) - _depth(node) * self._page_size:
             return False
         return need - _depth(node) + reserve <= self.free - _unheld_on_path(node)
 
     def allocate(self, request: Request, owner: Owner) -> None:
-        """Gives the request pages for all known tokens, its prefix shared, and sets `computed` to the shared tokens."""
+        """Gives the request pages for all known tokens, shared pages for its prefix. Sets `computed` to the prefix."""
         node, _ = self._match(request, owner)
         if self._reuse:
             request.prefix = node = node or self.radix_cache.open_root(_root_owner(request, owner), request.cache_salt)
@@ -82,7 +84,7 @@ class KvCacheManager:
         request.computed = len(shared) * self._page_size
 
     def append_page(self, request: Request) -> list[int]:
-        """Gives a running row one more page, which must be free."""
+        """Gives a running request one more page and returns it in a list. A page must be free or evictable."""
         pages = self._allocate(1)
         request.pages += pages
         return pages
@@ -90,16 +92,16 @@ class KvCacheManager:
     # ------------------------------------------------------------------------------------------------------- reuse
 
     def chunk_planned(self, request: Request) -> None:
-        """The step being planned computes more of a running row: later steps can share the pages that it fills."""
+        """Inserts the pages that the step being planned fills for a running request: later steps can share them."""
         self._insert(request, self._step, through=False)
 
     def token_known(self, request: Request) -> None:
-        """A running row's next token is known, so all positions before it are computed."""
+        """Inserts a page that is full now that a running request's next token is known; earlier ones are computed."""
         if (len(request.tokens) - 1) % self._page_size == 0:
             self._insert(request, 0, through=False)
 
     def release(self, request: Request) -> None:
-        """Takes a row's pages back; full pages with known tokens stay in the tree until they are evicted."""
+        """Releases the pages of a request; full pages with known tokens stay in the tree until they are evicted."""
         node = self._insert(request, 0, through=True)
         if node is not None:
             self.block_pool.release(self.radix_cache.release(node))
@@ -110,13 +112,13 @@ class KvCacheManager:
         request.pages = []
 
     def drop_revision(self, revision: str) -> None:
-        """No page of this revision, or of a mix with it, is found again."""
+        """Drops the pages of this revision, and of mixes that contain it, from the prefix cache."""
         self.block_pool.release(self.radix_cache.drop_revision(revision))
 
     def audit(self, running: Sequence[Request], at_most: int | None = None) -> None:
-        """Asserts every reference to a page, and that a row holds the path of its own pages and tokens.
+        """Asserts that all reference counts are right, and that each request's path matches its pages and tokens.
 
-        With more than `at_most` pages: only that the sums are right, and the next `at_most` nodes of the tree.
+        With more than `at_most` pages, checks only the total of the counts and the next `at_most` nodes of the tree.
         """
         held = Counter(request.prefix for request in running if request.prefix is not None)
         aloras = Counter(request.alora for request in running if request.alora is not None)
@@ -135,16 +137,17 @@ class KvCacheManager:
         return -(-len(request.tokens) // self._page_size)
 
     def _most_shared(self, request: Request) -> int:
-        """How many pages the request may share: it computes its last token, and every position to be scored."""
+        """The most pages that a request may share: it must compute its last token, and all positions left to score."""
         if not self._reuse:
             return 0
         most = len(request.tokens) - 1
         return (most if request.scored >= request.to_score else min(most, request.scored)) // self._page_size
 
     def _match(self, request: Request, owner: Owner) -> tuple[Node | None, int]:
-        """(the last node of its longest prefix, or None; how many further pages the step being planned computes).
+        """Looks up the request's longest prefix in the tree.
 
-        The node is kept in `request.prefix`, so that a request at the head of the queue is not walked twice.
+        Returns its last node (or None), and the number of further pages that the step being planned computes. The node
+        is kept in `request.prefix`, so that the next lookup for the same request begins there.
         """
         limit = self._most_shared(request)
         node = self._match_start(request, owner)
@@ -159,7 +162,7 @@ class KvCacheManager:
         return request.prefix, planned
 
     def _match_start(self, request: Request, owner: Owner) -> Node | None:
-        """The node that was found before, or its first ancestor that is still in the tree; else the root, if any."""
+        """Returns where to start a lookup: the node found last, else its first ancestor in the tree, else the root."""
         if not self._reuse:
             return None
         node = request.prefix
@@ -171,9 +174,10 @@ class KvCacheManager:
         return node
 
     def _insert(self, request: Request, step: int, through: bool) -> Node | None:
-        """Walks on from its node over its full, known pages and inserts those that are not in the tree.
+        """Walks from the request's node over its further full pages of known tokens, and inserts those not in the tree.
 
-        At a page that is there already the walk ends, or with `through` goes on below that one.
+        The walk ends at a page that is already in the tree; with `through`, it goes on below that page.
+        Returns the last node.
         """
         node = request.prefix
         if node is None or node.namespace.dropped:
@@ -219,7 +223,7 @@ class KvCacheManager:
 
 
 def _root_owner(request: Request, owner: Owner) -> Owner:
-    """The owner of its first page: with an activated LoRA the base model."""
+    """Returns the owner of the request's first page: the base model if the request uses an activated LoRA."""
     return owner if request.invocation_start is None else BASE_OWNER
 
 
@@ -228,7 +232,7 @@ def _depth(node: Node | None) -> int:
 
 
 def _unheld_on_path(node: Node | None) -> int:
-    """How many nodes of a path can be evicted now, and no more once the path is held."""
+    """Returns how many nodes on the path to `node` are evictable now; they are not once the path is held."""
     count = 0
     while node is not None and not node.holds and node.page:
         count, node = count + 1, node.parent

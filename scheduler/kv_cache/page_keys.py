@@ -1,4 +1,4 @@
-"""The keys by which the radix tree finds full pages: their tokens. Knows nothing of nodes or of page numbers."""
+"""The keys by which the radix tree finds full pages: the bytes of a page's tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KEYS_AT_ONCE = 32
 
 
 def page_keys(tokens: Sequence[int], size: int, begin: int, end: int) -> Iterator[bytes]:
-    """The keys of the pages number `begin` to `end` - 1 of these tokens; a page holds `size` tokens."""
+    """Yields the keys of pages `begin` to `end` - 1 of these tokens; a page holds `size` tokens."""
     width = array("I").itemsize * size
     for first in range(begin, end, KEYS_AT_ONCE):
         data = array("I", tokens[first * size : min(end, first + KEYS_AT_ONCE) * size]).tobytes()
@@ -21,7 +21,7 @@ def page_keys(tokens: Sequence[int], size: int, begin: int, end: int) -> Iterato
 
 
 def request_page_keys(request: Request, alora: Namespace | None, size: int, begin: int, end: int) -> Iterator[bytes]:
-    """The keys of a request's pages number `begin` to `end` - 1; without `alora`, only those before its invocation."""
+    """Yields the keys of a request's pages `begin` to `end` - 1; without `alora`, only those before its invocation."""
     keys = page_keys(request.tokens, size, begin, end)
     if request.invocation_start is None:
         yield from keys

@@ -8,7 +8,10 @@ from scheduler.types import BASE_OWNER, Namespace, Node, Owner
 
 
 def check_aloras(aloras: Mapping[tuple[Owner, str], Namespace], holders: Mapping[Namespace, int]) -> None:
-    """Asserts that each namespace of an activated LoRA is listed by its name, has a use and counts its holders."""
+    """Asserts that each namespace of an activated LoRA has the right key, a page or holder, and the right holder count.
+
+    `holders` is the number of requests that hold each namespace.
+    """
     for (owner, cache_salt), namespace in aloras.items():
         _check_name(namespace, owner, cache_salt)
         assert namespace.holders or namespace.first_pages, f"the namespace of {owner} is empty"
@@ -19,13 +22,13 @@ def check_aloras(aloras: Mapping[tuple[Owner, str], Namespace], holders: Mapping
 
 
 def check_roots(roots: Mapping[tuple[Owner, str], Node]) -> None:
-    """Asserts that each root is listed by the name of its namespace."""
+    """Asserts that the key of each root is the owner and cache_salt of its namespace."""
     for (owner, cache_salt), root in roots.items():
         _check_name(root.namespace, owner, cache_salt)
 
 
 def check_node(node: Node, holders: int) -> None:
-    """Asserts that a node counts its holds and agrees with its parent; `holders` is how many requests hold it."""
+    """Asserts that a node's hold count is right and that it fits its parent. `holders`: the requests that hold it."""
     held = 0
     for child in node.children.values():
         held += child.holds > 0
@@ -39,7 +42,7 @@ def check_node(node: Node, holders: int) -> None:
 
 
 def check_evictable(nodes: Iterable[Node], evictable: Collection[Node]) -> None:
-    """Asserts that the evictable nodes are those without holds, and that every child comes before its parent."""
+    """Asserts that `evictable` has exactly the nodes without holds, each child before its parent."""
     index = {node: number for number, node in enumerate(evictable)}
     unheld = {node for node in nodes if node.page and not node.holds}
     assert index.keys() == unheld, "the evictable pages are not those without a holder"

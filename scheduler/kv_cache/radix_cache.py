@@ -1,19 +1,19 @@
-"""The radix tree of KV pages: which full page holds which tokens. Knows nothing of requests or of free pages.
+"""The radix tree of KV pages: which full page holds which tokens. Does not depend on requests or on the block pool.
 
     root of (owner, cache_salt) --tokens of page 0--> node --tokens of page 1--> node ...      each node is one page
                                                           \\--other tokens--> node
 
 A page is found by its owner, its cache_salt and all tokens up to its end, so it holds the keys and values of exactly
-those. An owner is the model that computed the page: revisions with their scales, () for the base.
+these tokens. The owner is the model that computed the page: adapter revisions with their scales, () for the base model.
 
-Before its invocation an activated LoRA (aLoRA) is the base model, so its pages hang below the base's. The key of the
-first of them also contains the aLoRA's number and the offset at which the invocation begins:
+Before its invocation an activated LoRA (aLoRA) is the base model, so its pages are children of the base model's pages.
+The key of an aLoRA's first page also contains the aLoRA's number and the invocation's offset in the page:
 
     root of ((), cache_salt) --page 0--> node --page 1--> node --page 2--> node ...
                                                               \\--page 2, number, offset--> node --page 3--> node ...
 
-A request holds the last node of its path, which keeps all nodes above. Without holds a node is evictable. Evictable
-nodes are in order of their last use, a child always before its parent, so the first is the least recently used leaf.
+A running request holds the last node of its path, which also holds all nodes above. A node without holds is evictable.
+Evictable nodes are in order of last use, a child always before its parent: the first is the least recently used leaf.
 
     holds    by a row:   1        evictable: n4, n3 (its parent), n2      a row ends: its path is added, last node first
              by a child: 1                   ^ evicted first              a row holds n3: n3 is removed, n4 stays
@@ -30,7 +30,7 @@ from scheduler.types import Namespace, Node, Owner
 
 
 class RadixCache:
-    """All nodes, by namespace, and the order of eviction."""
+    """The radix tree: all nodes, by namespace, and the order of eviction."""
 
     def __init__(self) -> None:
         self._roots: dict[tuple[Owner, str], Node] = {}
@@ -39,33 +39,33 @@ class RadixCache:
         self._dropped: dict[Node, None] = {}  # roots of dropped namespaces that have holders
         self._evictable: OrderedDict[Node, None] = OrderedDict()
         self._count = 0
-        self._unaudited: list[Node] = []  # where the next partial audit goes on
+        self._unaudited: list[Node] = []  # nodes that the next partial audits check
 
     def __len__(self) -> int:
         return self._count
 
     @property
     def evictable(self) -> int:
-        """How many pages have no holder."""
+        """The number of pages without a holder."""
         return len(self._evictable)
 
     def find_root(self, owner: Owner, cache_salt: str) -> Node | None:
-        """The root of a namespace that has pages or holders."""
+        """Returns the root of a namespace, or None if the namespace has neither pages nor holders."""
         return self._roots.get((owner, cache_salt))
 
     def open_root(self, owner: Owner, cache_salt: str) -> Node:
-        """The root of a namespace, created if need be; it is removed once it has neither pages nor holders."""
+        """Returns the root of a namespace, created if necessary; it is removed when it has no pages and no holders."""
         node = self._roots.get((owner, cache_salt))
         if node is None:
             node = self._roots[owner, cache_salt] = Node(Namespace(owner, cache_salt), None)
         return node
 
     def find_alora(self, owner: Owner, cache_salt: str) -> Namespace | None:
-        """The namespace of an activated LoRA, if it has pages or holders."""
+        """Returns the namespace of an activated LoRA, or None if it has neither pages nor holders."""
         return self._aloras.get((owner, cache_salt))
 
     def hold_alora(self, owner: Owner, cache_salt: str) -> Namespace:
-        """The namespace of an activated LoRA, created if need be, with one more holder."""
+        """Adds a holder to the namespace of an activated LoRA, which is created if necessary, and returns it."""
         namespace = self._aloras.get((owner, cache_salt))
         if namespace is None:
             namespace = Namespace(owner, cache_salt, number=next(self._numbers))
@@ -81,9 +81,9 @@ class RadixCache:
 
     @staticmethod
     def match_prefix(node: Node, keys: Iterable[bytes], step: int) -> tuple[Node, int]:
-        """Walks from `node` down the pages of `keys`.
+        """Walks down from `node` along `keys`.
 
-        Returns the last node whose page is computed, and how many nodes behind it step `step` computes.
+        Returns the last node whose page is computed before step `step`, and how many nodes after it that step computes.
         """
         last, planned = node, 0
         for key in keys:
@@ -98,21 +98,21 @@ class RadixCache:
         return last, planned
 
     def insert(self, parent: Node, key: bytes, page: int, step: int = 0, alora: Namespace | None = None) -> Node:
-        """A new page below `parent`. The caller's hold moves from `parent` to it.
+        """Inserts a page below `parent` and returns its node. The caller's hold moves from `parent` to the new node.
 
-        With `alora` it is the first page of that namespace on this path.
+        With `alora`, the page is the first one of that namespace on this path.
         """
         assert parent.holds, "a page is inserted below a node that is not held"
         assert key not in parent.children, "the page is already in the tree"
         node = Node(alora or parent.namespace, parent, key, page, parent.depth + 1, step, holds=1)
-        parent.children[key] = node  # `parent.holds` stays: the caller's hold goes, the held child's comes
+        parent.children[key] = node  # `parent.holds` stays: the held child's hold replaces the caller's
         if alora is not None:
             alora.first_pages[node] = None
         self._count += 1
         return node
 
     def hold(self, node: Node) -> None:
-        """Adds a holder, so that neither the node nor any above it can be evicted."""
+        """Adds a holder to the node, so that neither it nor any node above can be evicted."""
         assert node.alive, "a node that has left the tree cannot be held"
         above: Node | None = node
         while above is not None:
@@ -123,7 +123,10 @@ class RadixCache:
             above = above.parent
 
     def release(self, node: Node) -> list[int]:
-        """Removes a holder: nodes without one become evictable. In a dropped namespace their pages are returned."""
+        """Removes a holder from the node; nodes of the path without holds become evictable.
+
+        In a dropped namespace, nodes without holds are removed. Returns the pages of the removed nodes.
+        """
         removed: list[int] = []
         below: Node | None = node
         while below is not None:
@@ -148,9 +151,9 @@ class RadixCache:
         return self._remove(node)
 
     def drop_revision(self, revision: str) -> list[int]:
-        """Hides every page that this revision had a part in. Returns those without a holder; `release` frees the rest.
+        """Drops the namespaces of all owners that contain this revision, and removes their pages without a holder.
 
-        Pages of a dropped namespace stay in the tree as long as they are held, but no lookup finds them.
+        Returns the removed pages. Pages that are held stay until `release` removes them, but no lookup finds them.
         """
         removed: list[int] = []
         for name in _names_with(revision, self._roots):
@@ -167,7 +170,7 @@ class RadixCache:
         return removed
 
     def clear(self) -> None:
-        """Removes every node and breaks its references: the process runs without a collector of cycles."""
+        """Removes every node and breaks its reference cycles: the process runs without the cyclic garbage collector."""
         for node in self._nodes():
             node.alive, node.parent = False, None
             node.children.clear()
@@ -180,15 +183,16 @@ class RadixCache:
         self._count = 0
 
     def pages(self) -> Iterator[int]:
-        """Every page in the tree."""
+        """Yields every page in the tree."""
         return (node.page for node in self._nodes() if node.page)
 
     def audit(
         self, holders: Mapping[Node, int], at_most: int | None = None, aloras: Mapping[Namespace, int] | None = None
     ) -> None:
-        """Asserts that counts and holds are those of `holders` and `aloras`, and that children are evicted first.
+        """Asserts that the hold counts match `holders` and `aloras`, and that children are evicted before parents.
 
-        With more than `at_most` pages, only the next `at_most` nodes are checked, each by itself.
+        `holders` and `aloras` are the number of requests that hold each node and each aLoRA's namespace. With more than
+        `at_most` pages, only the next `at_most` nodes are checked, and not the order of eviction.
         """
         radix_audit.check_aloras(self._aloras, aloras or {})
         if at_most is None or self._count <= at_most:
@@ -230,12 +234,12 @@ class RadixCache:
         return node.page
 
     def _forget_alora(self, namespace: Namespace) -> None:
-        """Removes an activated LoRA's namespace that has neither pages nor holders."""
+        """Removes an activated LoRA's namespace if it has neither pages nor holders."""
         if not (namespace.first_pages or namespace.holders or namespace.dropped):
             del self._aloras[namespace.owner, namespace.cache_salt]
 
     def _close_root(self, root: Node) -> None:
-        """Removes a root that has neither pages nor holders."""
+        """Removes a root if it has neither pages nor holders."""
         if root.children or root.holds or not root.alive:
             return
         root.alive = False
@@ -245,14 +249,14 @@ class RadixCache:
             del self._roots[root.namespace.owner, root.namespace.cache_salt]
 
     def _prune(self, nodes: list[Node]) -> list[int]:
-        """Removes those without a holder, leaves first; `nodes` has parents before children."""
+        """Removes the nodes without a holder and returns their pages. `nodes` must have parents before children."""
         unheld = [node for node in nodes if not node.holds]
         for node in unheld:
             del self._evictable[node]
         return [self._remove(node) for node in reversed(unheld)]
 
     def _nodes(self) -> list[Node]:
-        """All nodes, roots included."""
+        """Returns all nodes, including the roots."""
         return [node for root in (*self._roots.values(), *self._dropped) for node in (root, *_below(root))]
 
 
@@ -261,7 +265,7 @@ def _names_with(revision: str, names: Mapping[tuple[Owner, str], object]) -> lis
 
 
 def _below(node: Node) -> list[Node]:
-    """All nodes below this one, parents before children."""
+    """Returns all nodes below this one, parents before children."""
     found = list(node.children.values())
     for each in found:
         found += each.children.values()

@@ -25,7 +25,7 @@ MOST_ALONE = 3  # kills at one position that prove a suspect to blame, if it is 
 
 
 class InFlightPosition(NamedTuple):
-    """The positions of a request in flight up to which results have arrived (`reached`) and steps are planned (`point`)."""
+    """A request in flight: results have arrived up to position `reached`, and steps were planned up to `point`."""
 
     reached: int
     point: int

@@ -150,5 +150,5 @@ class FairShares(Ordering):
 
 
 def make_ordering(policy: str, weights: Mapping[str, float] | None = None) -> Ordering:
-    """Returns the ordering of a policy. fcfs and priority share one; they differ only in what the HTTP server accepts."""
+    """Returns the ordering of a policy. fcfs and priority get the same one: only the HTTP server tells them apart."""
     return FairShares(weights) if policy == "fair" else Ordering()

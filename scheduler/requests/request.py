@@ -88,7 +88,7 @@ class Request:
         self.row, self.lane, self.computed, self.decoding = -1, 0, 0, False
 
     def lose_steps_in_flight(self) -> None:
-        """Drops the steps in flight of a runner that ended: samples and scores are planned again, and the KV is lost."""
+        """Drops the steps in flight of a runner that ended, and the KV: samples and scores are planned again."""
         self.prefix = self.alora = None
         self.steps_in_flight = self.pending = 0
         self.scored = self.scores_known

@@ -17,7 +17,7 @@ def _order(request: Request) -> Order:
 
 
 class RunningRows:
-    """The rows and the requests in them, sorted by order. `generations`: the rows' last values under a former runner."""
+    """The rows and the requests in them, sorted by order. `generations`: the rows' generations at a former runner."""
 
     def __init__(self, rows: int, generations: list[int] | None = None) -> None:
         self.rows = rows

@@ -37,7 +37,7 @@ class StarvationTracker:
             self._orders[-1] = order
             return
         if len(self._orders) == MAX_MOVES:
-            del self._orders[::2], self._times[1::2]  # a move takes the time of its earlier neighbour, so no time becomes later
+            del self._orders[::2], self._times[1::2]  # a move takes its earlier neighbour's time
         self._orders.append(order)
         self._times.append(now)
 
