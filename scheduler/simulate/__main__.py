@@ -51,7 +51,7 @@ def _names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of all flags."""
+    """Returns the parser of all flags."""
     found = _Parser(prog="python -m scheduler.simulate", description=__doc__, allow_abbrev=False)
     add = found.add_argument
     add("trace", type=Path, help="a file that scripts/make_trace.py wrote, or your own")
@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def setups(args: argparse.Namespace) -> list[Setup]:
-    """All combinations of the flags; without pool sizes the pool holds as many adapters as there are lanes."""
+    """Returns a setup for each combination of the flags; the default pool holds as many adapters as there are lanes."""
     same = Setup(
         max_loaded=args.max_loaded_loras,
         replicas=args.replicas,
@@ -110,7 +110,7 @@ def setups(args: argparse.Namespace) -> list[Setup]:
 
 
 def read_profile(args: argparse.Namespace) -> profile.Profile:
-    """The profile, changed by the flags."""
+    """Reads the profile and applies the flags that override its limits and LoRA ranks."""
     found = profile.read(args.profile)
     limits = {
         "rows": args.max_running_requests,
@@ -130,7 +130,7 @@ def read_profile(args: argparse.Namespace) -> profile.Profile:
 
 
 def run(args: argparse.Namespace) -> list[tuple[str, Setup, Summary, RequestLog]]:
-    """Simulates all configurations, one after the other."""
+    """Simulates all configurations, one after the other. Returns a label, the setup and the results of each."""
     costs, requests = read_profile(args), trace.read(args.trace)
     for value, flag in ((args.load, "--load"), (args.rate, "--rate"), (args.replicas, "--replicas")):
         if value is not None and value <= 0:
@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> list[tuple[str, Setup, Summary, RequestLog]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table. A wrong flag or file prints one line and returns 2."""
+    """Prints the table and returns 0; for a wrong flag or file, prints one line and returns 2."""
     try:
         args = parser().parse_args(argv)
         runs = run(args)

@@ -1,4 +1,4 @@
-"""One configuration on one trace: builds the fleet, runs it and summarises it. Knows nothing of flags."""
+"""One configuration on one trace: builds the fleet, runs it and summarises the results. Knows no flags."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class Setup:
     max_loaded: int | None = None  # adapters on the host; None: no limit
     replicas: int = 1
     router: str = "hash"
-    warm: bool = True  # adapters are loaded and filled before time 0, as far as they fit; else when first requested
-    drain_after: float = 1.0  # of the drain rule: seconds after which an adapter starves
-    max_wait: float = 5.0  # of chorus: --lora-max-wait, in seconds
-    policy: SchedulePolicy = "fcfs"  # of chorus
-    audit: bool = False  # the core's audit runs after each call
+    warm: bool = True  # load and fill adapters before time 0, as far as they fit; else when first requested
+    drain_after: float = 1.0  # rule drain only: seconds after which an adapter starves
+    max_wait: float = 5.0  # rule chorus only: --lora-max-wait, in seconds
+    policy: SchedulePolicy = "fcfs"  # rule chorus only: --schedule-policy
+    audit: bool = False  # run the core's audit after each call
 
     @property
     def label(self) -> str:
-        """The heading of its column."""
+        """The heading of this configuration's column in the table."""
         rule = self.rule if self.policy == "fcfs" else f"{self.rule} {self.policy}"
         return f"{rule} {self.max_loras}/{self.pool}"
 
@@ -55,14 +55,14 @@ def _ignore(_count: int) -> None:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A setup on a machine profile. `on_finished` is called with numbers of requests that ended."""
+    """A setup on a machine profile. `on_finished` is called with how many requests have ended since the last call."""
 
     setup: Setup
     profile: Profile
     on_finished: Callable[[int], object] = _ignore
 
     def capacity(self, requests: Sequence[TraceRequest], backlog: float = 2.0) -> float:
-        """The most requests per second: a closed loop with `backlog` open requests for each row."""
+        """Returns the most requests per second, measured in a closed loop with `backlog` open requests for each row."""
         fleet = self._fleet(requests)
         concurrency = max(1, int(backlog * self.profile.room.rows * self.setup.replicas))
         return fleet.run_closed(requests, min(concurrency, max(1, len(requests) // 3)))
@@ -70,7 +70,10 @@ class Experiment:
     def run(
         self, requests: Sequence[TraceRequest], hot: int | None = None, load: float | None = None
     ) -> tuple[Summary, RequestLog]:
-        """Sends each request at its time; with `load`, at that share of the capacity."""
+        """Sends each request at its time, or, with `load`, rescaled to this share of the capacity. Returns the results.
+
+        `hot`: how many of the busiest adapters are the class "hot" in the report.
+        """
         capacity = self.capacity(requests) if load is not None else None
         if capacity is not None and load is not None:
             requests = rescale(requests, load * capacity)
@@ -116,7 +119,7 @@ class Experiment:
 
 
 def bounds(setup: Setup) -> Bounds:
-    """The bounds that chorus would have from its flags."""
+    """Returns the bounds that the scheduler process would get from the corresponding flags."""
     return Bounds(
         max_loras=setup.max_loras,
         max_loaded_loras=setup.max_loaded,

@@ -1,9 +1,9 @@
 """Replicas side by side behind a router, in an open or a closed loop.
 
     open    each request is sent at its time
-    closed  a fixed number of requests is open, and the next one is sent as soon as one ends: the fleet's capacity
+    closed  a fixed number of requests is open, and the next one is sent as soon as one ends: measures the capacity
 
-All replicas share one clock: the next event of any of them happens first.
+All replicas share one clock: the earliest event of any replica is run next.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ ROUTERS = ("hash", "two", "least")
 class Router:
     """Chooses the replica of a request; for the base model always the one with the fewest open requests.
 
-    hash    each adapter has one replica, by the hash of its name
-    two     each adapter has two, and the one with fewer open requests is chosen
-    least   any replica: the one with the fewest open requests
+    hash    each adapter has one replica, chosen by the hash of its name
+    two     each adapter has two replicas; the one with fewer open requests is chosen
+    least   an adapter's requests go to any replica: the one with the fewest open requests is chosen
     """
 
     def __init__(self, replicas: Sequence[Replica], kind: str) -> None:
@@ -32,7 +32,7 @@ class Router:
         self._homes: dict[str, Sequence[Replica]] = {}
 
     def homes(self, adapter: str) -> Sequence[Replica]:
-        """The replicas that the adapter's requests may go to."""
+        """Returns the replicas that the adapter's requests may go to."""
         if self._kind == "least" or len(self._replicas) == 1:
             return self._replicas
         count = 2 if self._kind == "two" else 1
@@ -40,7 +40,7 @@ class Router:
         return order[:count]
 
     def choose(self, request: TraceRequest) -> Replica:
-        """The replica of this request."""
+        """Returns the replica that gets this request."""
         homes = self._replicas if request.adapter is None else self._home_of(request.adapter)
         return homes[0] if len(homes) == 1 else min(homes, key=lambda replica: (replica.open_requests, replica.number))
 
@@ -52,7 +52,7 @@ class Router:
 
 
 class Fleet:
-    """Replicas of one configuration. `on_finished` is called with numbers of requests that ended."""
+    """Replicas of one configuration. `on_finished` is called with how many requests have ended since the last call."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Fleet:
         self.now = 0.0
 
     def warm_up(self, adapters: Sequence[str]) -> None:
-        """Loads into each replica the adapters that may be routed to it, the busiest last."""
+        """Loads `adapters`, in order, into each replica that their requests may be routed to, before time 0."""
         names: dict[int, list[str]] = {}
         for name in adapters:
             for replica in self.router.homes(name):
@@ -84,7 +84,7 @@ class Fleet:
         self._run_until(float("inf"))
 
     def run_closed(self, requests: Sequence[TraceRequest], concurrency: int) -> float:
-        """Keeps `concurrency` requests open. Returns requests per second, without the first and last ones."""
+        """Keeps `concurrency` requests open. Returns requests per second, without the phases of ramp-up and drain."""
         for number, request in enumerate(requests[:concurrency]):
             self.router.choose(request).submit(number, request, 0.0)
         number, ended = min(concurrency, len(requests)), 0

@@ -1,11 +1,11 @@
-"""A simulated model runner: takes messages and answers them after the time that a profile gives. Virtual seconds.
+"""A simulated model runner: takes messages, and sends the results after the (virtual) seconds that a profile gives.
 
     steps   one after the other:      |gap/2|==== step 7 ====|fills|==== step 8 ====| ...        StepDone gap/2 after
-    fills   `now`: before the step's forward; else between steps, for a share of each step's time and all idle time,
-            or beside the steps, one after the other
+    fills   `at_once`: before the step's forward. Other fills run one after the other: with `fill_share` between steps,
+            for this share of each step's time and all idle time; without it, beside the steps
     loads   `loaders` at a time, in order
 
-Knows costs, and nothing of requests.
+Depends on the costs only; computes no tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NEVER = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class AdapterOnDisk:
-    """The size of an adapter."""
+    """An adapter that can be loaded: its LoRA rank, its size, and what it occupies on the device."""
 
     rank: int
     bytes: int
@@ -42,37 +42,37 @@ class AdapterOnDisk:
 
 
 def adapter_on_disk(profile: Profile, name: str) -> AdapterOnDisk:
-    """The adapter of that name. Its rank is one of the profile's, by the hash of its name."""
+    """Returns the adapter called `name`. Its rank is one of `profile.lora_ranks`, chosen by the hash of the name."""
     stamp = crc32(name.encode())
     rank = profile.lora_ranks[stamp % len(profile.lora_ranks)]
     return AdapterOnDisk(rank, profile.adapter_bytes(rank), profile.footprint(rank), f"{stamp:08x}-{name}")
 
 
 class Machine:
-    """One runner. `adapters` are by id. While `instant` is set, loads and fills take no time."""
+    """A simulated runner. `adapters` is by adapter id. While `instant` is set, loads and fills take no time."""
 
     def __init__(self, profile: Profile, adapters: Mapping[int, AdapterOnDisk]) -> None:
         self._profile, self._adapters = profile, adapters
         self.instant = False
-        self.busy = 0.0  # seconds in steps
-        self.rows = self.lanes = 0  # decoding rows, and lanes, of all steps
+        self.busy = 0.0  # seconds spent in steps
+        self.rows = self.lanes = 0  # sums over all steps: decoding rows, and lanes
         self.fill_seconds = self.load_seconds = 0.0
         self._events: list[tuple[float, int, StepDone | AdapterState]] = []
         self._number = 0
         self._free_at = 0.0
-        self._fills: deque[list[float]] = deque()  # [adapter id, seconds left] of fills between steps
+        self._fills: deque[list[float]] = deque()  # fills between steps: [adapter id, seconds left]
         self._copies_free_at = 0.0
         self._loaders = [0.0] * profile.loaders
         self._lane_bytes: dict[int, int] = {}
 
     @property
     def next_event(self) -> float:
-        """The time of the next answer."""
+        """The time of the next message from the machine."""
         soonest = self._events[0][0] if self._events else NEVER
         return min(soonest, self._free_at + self._fills[0][1]) if self._fills else soonest
 
     def pop(self) -> tuple[float, StepDone | AdapterState]:
-        """Removes the next answer; returns it with its time."""
+        """Removes the next message from the machine and returns (its time, the message)."""
         if self._fills and (not self._events or self._free_at + self._fills[0][1] < self._events[0][0]):
             adapter_id, seconds = self._fills.popleft()
             self._free_at += seconds
@@ -113,7 +113,7 @@ class Machine:
             self._advance_fills(self._profile.fill_share * seconds)
 
     def _seconds(self, step: Step) -> tuple[float, int]:
-        """(the seconds of a step, the number of tokens that it samples)."""
+        """Returns (the seconds of a step, the number of tokens that it samples)."""
         if not step.chunks:
             return 0.0, 0
         rows = tokens = context = samples = 0
@@ -140,7 +140,7 @@ class Machine:
     # ---------------------------------------------------------------------------------------------------- adapters
 
     def _fill(self, fill: Fill, begin: float) -> float:
-        """Begins a fill of a step. Returns for how long the step waits for it."""
+        """Begins a fill of a step. Returns the seconds that the step waits for the fill."""
         seconds = 0.0 if self.instant else self._profile.fill.of(self._adapters[fill.adapter_id].bytes)
         self.fill_seconds += seconds
         if fill.at_once:
@@ -154,7 +154,7 @@ class Machine:
         return 0.0
 
     def _advance_fills(self, seconds: float) -> None:
-        """Spends up to so many seconds on fills, from the time at which the machine is free."""
+        """Spends up to `seconds` seconds on fills, from the time at which the machine is free."""
         while self._fills and seconds > 0:
             adapter_id, left = self._fills[0]
             spent = min(left, seconds)

@@ -1,9 +1,9 @@
-"""A machine profile: the measured costs of steps, fills and loads, and the machine's limits. Simulates nothing.
+"""A machine profile: the measured costs of steps, fills and loads, and the machine's limits.
 
 step    base + decode_row * rows + prefill_token * tokens + context_token * (KV tokens read)
              + lane * (lanes in the step) + lane_byte * (bytes of their rank pages)
-fill    seconds + bytes / bytes_per_second, host memory to rank pages
-load    the same, disk to host memory, by `loaders` at a time
+fill    seconds + bytes / bytes_per_second, from host memory to rank pages
+load    the same formula, from disk to host memory; `loaders` loads at a time
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class StepCost(_Part, frozen=True, kw_only=True):
-    """Seconds of one step, by its contents."""
+    """The cost of one step: the seconds that each part of its contents adds."""
 
     base: float
     decode_row: float = 0.0
@@ -34,7 +34,7 @@ class StepCost(_Part, frozen=True, kw_only=True):
 
 
 class CopyCost(_Part, frozen=True, kw_only=True):
-    """Seconds of one copy: a constant, and a part that is proportional to its bytes."""
+    """The cost of one copy: constant seconds, and a part that is proportional to its bytes."""
 
     seconds: float = 0.0
     bytes_per_second: float
@@ -44,7 +44,7 @@ class CopyCost(_Part, frozen=True, kw_only=True):
 
 
 class MachineLimits(_Part, frozen=True, kw_only=True):
-    """What fits into the machine's memory, and the limits of its launch."""
+    """What fits into the machine's memory, and the limits that it was launched with."""
 
     rows: int
     kv_tokens: int
@@ -56,7 +56,7 @@ class MachineLimits(_Part, frozen=True, kw_only=True):
 
 
 class Profile(_Part, frozen=True, kw_only=True):
-    """One machine with one model."""
+    """The costs and limits of one machine with one model."""
 
     name: str
     source: str
@@ -64,14 +64,14 @@ class Profile(_Part, frozen=True, kw_only=True):
     fill: CopyCost
     load: CopyCost
     room: MachineLimits
-    unit_bytes: dict[str, int]  # of one LoRA rank unit, by group
-    lora_ranks: list[int]  # of the adapters, assigned by name
+    unit_bytes: dict[str, int]  # bytes of one unit of LoRA rank, by group
+    lora_ranks: list[int]  # LoRA ranks of the adapters; each adapter gets one by the hash of its name
     loaders: int = 2
-    fill_share: float = 0.0  # the part of a step's time that fills may take after it; 0: fills run beside the steps
-    gap: float = 0.0  # seconds between two steps that a second step in flight hides
+    fill_share: float = 0.0  # the part of a step's time that fills may take after the step; 0: fills run beside it
+    gap: float = 0.0  # seconds between two steps; a second step in flight hides them
 
     def capacity(self, *, max_loras: int, pool_adapters: int) -> Capacity:
-        """The capacity that the runner would report, with rank pages for so many adapters of the largest rank."""
+        """Returns the runner's capacity with rank pages for `pool_adapters` adapters of the largest LoRA rank."""
         limits, pages = self.room, -(-self.room.max_lora_rank // UNITS)
         return Capacity(
             kv_pages=limits.kv_tokens // limits.page_size,
@@ -90,16 +90,16 @@ class Profile(_Part, frozen=True, kw_only=True):
         )
 
     def footprint(self, rank: int) -> Footprint:
-        """The rank pages of an adapter on all sites."""
+        """Returns the footprint of an adapter with LoRA rank `rank` at all sites."""
         return Footprint(dict.fromkeys(self.unit_bytes, -(-rank // UNITS)))
 
     def adapter_bytes(self, rank: int) -> int:
-        """The bytes of an adapter on the host, which its fill copies."""
+        """Returns the bytes of an adapter with LoRA rank `rank` on the host; a fill copies all of them."""
         return rank * sum(self.unit_bytes.values())
 
 
 def read(path: Path) -> Profile:
-    """Reads a profile. Raises ConfigError if the file is missing or wrong."""
+    """Reads a profile. Raises ConfigError if the file is missing or invalid."""
     try:
         profile = msgspec.json.decode(path.read_bytes(), type=Profile)
     except OSError as error:

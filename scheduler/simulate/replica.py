@@ -1,6 +1,6 @@
-"""One scheduler and its machine in virtual time: events in order of time. Decides nothing.
+"""A replica: one scheduler and its machine in virtual time. Passes events on in order of time.
 
-arrival, or the machine's next answer --> handle --> plan while the window has room --> machine
+arrival, or the machine's next message --> handle --> plan while the window has room --> machine
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from scheduler.simulate.machine import NEVER, Machine
 from scheduler.simulate.results.request_log import RequestLog
 from scheduler.simulate.trace import TraceRequest
 
-RETRY_SECONDS = 0.05  # after so long the core plans again if requests are open and nothing is under way
-STALL_SECONDS = 60.0
+RETRY_SECONDS = 0.05  # if requests are open and no event is due, the core plans again after these seconds
+STALL_SECONDS = 60.0  # the simulation fails if requests are open and no event is due for these seconds
 
 
 class Core(Protocol):
@@ -45,7 +45,7 @@ class Core(Protocol):
 
 
 class Replica:
-    """A core, its machine, and the adapters that were loaded. With `audit` the core is audited after each call."""
+    """A core, its machine, and the adapters that were loaded. With `audit`, the core is audited after each call."""
 
     def __init__(
         self, number: int, core: Core, machine: Machine, log: RequestLog, ids: Mapping[str, int], audit: bool = False
@@ -61,14 +61,14 @@ class Replica:
 
     @property
     def next_event(self) -> float:
-        """The time of the next event that is not an arrival."""
+        """The time of the next event other than an arrival: a message from the machine, or another call of `plan`."""
         due = self.machine.next_event
         if due == NEVER and self.open_requests:
             return self._planned_at + RETRY_SECONDS
         return due
 
     def warm_up(self, names: Sequence[str]) -> None:
-        """Loads and fills the adapters, as far as they fit, before time 0."""
+        """Loads and fills the adapters in no time, as far as they fit."""
         self.machine.instant = True
         for name in names:
             self._load_once(name, 0.0)
@@ -77,7 +77,7 @@ class Replica:
         self.machine.instant = False
 
     def submit(self, number: int, request: TraceRequest, now: float) -> None:
-        """A request arrives. Its adapter is loaded first if it is new."""
+        """Sends a request that arrives `now` to the core. Its adapter is loaded first if it is new."""
         self._log.record_arrival(number, request, now, self.number)
         self.open_requests += 1
         lora: list[tuple[int, float]] = []

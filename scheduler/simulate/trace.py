@@ -1,4 +1,4 @@
-"""Traces: requests with their times, one JSON object per line. Knows nothing of how traces are made or served.
+"""Traces: requests with their arrival times, as files with one JSON object per line.
 
     {"at": 0.31, "adapter": "a17", "prompt": 380, "output": 120}
     {"at": 0.34, "adapter": null, "prompt": 900, "output": 40, "group": "g3", "prefix": 512, "tenant": "t1"}
@@ -19,7 +19,7 @@ from engine.errors import ConfigError
 
 
 class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One request: its time in seconds, its adapter, and the lengths of its prompt and answer in tokens."""
+    """One request: its time in seconds, its adapter (None: the base), and the tokens of its prompt and its output."""
 
     at: float
     adapter: str | None
@@ -39,14 +39,14 @@ class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError("`prefix` must be at most `prompt`")
 
     def tokens(self, number: int) -> list[int]:
-        """The prompt of request `number`: the group's tokens, then its own."""
+        """Returns the prompt of request `number`: the shared tokens of its group, then its own tokens."""
         prefix = self.prefix if self.group is not None else 0
         shared = [1 << 31 | crc32((self.group or "").encode())] * prefix
         return shared + [number] * (self.prompt - prefix)
 
 
 def read(path: Path) -> list[TraceRequest]:
-    """The requests of a file, by time. Raises ConfigError with the number of a wrong line."""
+    """Returns the requests of a file, sorted by time. Raises ConfigError, with the line number for an invalid line."""
     decoder = msgspec.json.Decoder(TraceRequest)
     requests: list[TraceRequest] = []
     try:
@@ -64,20 +64,20 @@ def read(path: Path) -> list[TraceRequest]:
 
 
 def write(path: Path, requests: Iterable[TraceRequest]) -> None:
-    """Writes requests, one per line."""
+    """Writes the requests to a file, one per line."""
     encoder = msgspec.json.Encoder()
     with path.open("wb") as lines:
         lines.writelines(encoder.encode(request) + b"\n" for request in requests)
 
 
 def rescale(requests: Sequence[TraceRequest], rate: float) -> list[TraceRequest]:
-    """The same requests in the same order, at `rate` requests per second on average."""
+    """Returns the same requests with times scaled to `rate` requests per second on average."""
     factor = len(requests) / rate / max(requests[-1].at, 1e-9)
     return [msgspec.structs.replace(request, at=request.at * factor) for request in requests]
 
 
 def hot_adapters(requests: Iterable[TraceRequest], count: int | None) -> set[str]:
-    """The busiest `count` adapters; None: the fewest that together get half of the requests for adapters."""
+    """Returns the `count` adapters with the most requests; None: the fewest that get half of all adapter requests."""
     busy = Counter(request.adapter for request in requests if request.adapter is not None)
     if count is not None:
         return {name for name, _ in busy.most_common(count)}

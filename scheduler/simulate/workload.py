@@ -1,7 +1,8 @@
-"""Generates traces with many adapters from a seed. Knows nothing of machines or schedulers.
+"""Generates traces with many adapters from a seed. Does not depend on machines or schedulers.
 
 slora        the S-LoRA paper (7.2): each adapter has its own Gamma arrivals, with rates by the power law i^-alpha
-slora-code   its released generator: one Gamma process for all, adapter floor(n u^(1/alpha)), so alpha 1 is uniform
+slora-code   S-LoRA's released generator: one Gamma process for all adapters; adapter floor(n u^(1/alpha)), where u is
+             uniform in [0, 1), so alpha 1 is uniform
 zipf         Poisson arrivals, adapter i with weight i^-alpha
 bursts       zipf, but in the first part of each period requests arrive `factor` times as fast as in the rest
 drift        zipf, but in each period the ranks shift by `step` adapters, so that hot adapters cool down
@@ -22,7 +23,7 @@ KINDS = ("slora", "slora-code", "zipf", "bursts", "drift")
 
 @dataclass(frozen=True)
 class Workload:
-    """All parameters of a trace. Lengths are uniform, both ends included."""
+    """All parameters of a trace. Prompt and output lengths are uniform in a range that includes both ends."""
 
     kind: str = "zipf"
     adapters: int = 200
@@ -33,17 +34,17 @@ class Workload:
     prompt: tuple[int, int] = (8, 511)
     output: tuple[int, int] = (8, 511)
     base_share: float = 0.0  # the share of requests for the base model
-    tenants: int = 0  # each adapter belongs to one
+    tenants: int = 0  # number of tenants; each adapter belongs to one of them
     groups: int = 0  # shared prompt prefixes per adapter
     prefix: int = 0  # tokens of a shared prefix
-    period: float = 60.0  # seconds, of bursts and drift
-    factor: float = 5.0  # of bursts
-    burst_share: float = 0.2  # of a period
-    step: int = 10  # of drift
+    period: float = 60.0  # bursts and drift: seconds of a period
+    factor: float = 5.0  # bursts: how many times as fast requests arrive in a burst
+    burst_share: float = 0.2  # bursts: the share of a period that is a burst
+    step: int = 10  # drift: by how many adapters the ranks shift in each period
     seed: int = 0
 
     def generate(self) -> list[TraceRequest]:
-        """The requests in order of arrival."""
+        """Returns the requests in order of arrival."""
         rng = random.Random(self.seed)
         arrivals = self._separate_arrivals(rng) if self.kind == "slora" else self._joint_arrivals(rng)
         found = []
@@ -71,7 +72,7 @@ class Workload:
     # ---------------------------------------------------------------------------------------------------- arrivals
 
     def _separate_arrivals(self, rng: random.Random) -> list[tuple[float, int]]:
-        """Gamma arrivals, separate for each adapter, over the time in which `requests` arrivals are expected."""
+        """Returns (time, adapter) of separate Gamma arrivals for each adapter, over `requests` / `rate` seconds."""
         seconds = self.requests / self.rate
         arrivals = []
         for adapter, share in enumerate(self._shares()):
@@ -108,6 +109,9 @@ class Workload:
 
 
 def _gap(rng: random.Random, rate: float, cv: float) -> float:
-    """Seconds to the next arrival: Gamma with mean 1/rate. cv 1 is a Poisson process, more makes bursts."""
+    """Draws the seconds to the next arrival from a Gamma distribution with mean 1/rate.
+
+    A `cv` of 1 is a Poisson process; a larger one makes bursts.
+    """
     shape = cv**-2
     return rng.gammavariate(shape, 1 / (rate * shape))

@@ -1,1 +1,1 @@
-"""Schedulers with the admission rules of vLLM and SGLang, for comparison."""
+"""A baseline scheduler with the admission rules of vLLM and SGLang, for comparison."""

@@ -1,6 +1,6 @@
-"""The adapters of a baseline scheduler on disk, host and device, with LRU eviction. Knows nothing of requests.
+"""The adapters of a baseline scheduler on disk, host and device, with LRU eviction. Does not depend on requests.
 
-An adapter with a lane stays on the device, and one that is loading or filling is not evicted.
+An adapter with a lane stays on the device. An adapter that is loading or filling is not evicted.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Container, Iterable
 from engine.messages import AdapterState, Capacity, EvictAdapter, Fill, LoadAdapter
 from scheduler.adapters.rank_pages import GroupPages, RankPages
 
-MAX_LOADS = 4  # at a time
+MAX_LOADS = 4  # the most loads at a time
 
 
 class AdapterTiers:
-    """Adapters by id. `max_host` limits the adapters on the host; None: no limit."""
+    """The tiers of all adapters, by adapter id. `max_host` limits the adapters on the host; None: no limit."""
 
     def __init__(self, capacity: Capacity, max_host: int | None) -> None:
         self.capacity = capacity
@@ -26,7 +26,7 @@ class AdapterTiers:
         self._size: dict[int, int] = {}
         self._wanted: dict[int, None] = {}  # to be loaded, in order
         self._loading: set[int] = set()
-        self._host: dict[int, None] = {}  # least recently used first, and so is _device
+        self._host: dict[int, None] = {}  # least recently used first; the same holds for _device
         self._host_bytes = 0
         self._leaving: set[int] = set()
         self._device: dict[int, GroupPages] = {}
@@ -35,13 +35,13 @@ class AdapterTiers:
         self._fills: list[int] = []
 
     def add(self, source: LoadAdapter) -> None:
-        """A new adapter; it is loaded at once."""
+        """Adds an adapter if it is new, and queues its load."""
         if source.adapter_id not in self._sources:
             self._sources[source.adapter_id] = source
             self._wanted[source.adapter_id] = None
 
     def apply(self, state: AdapterState) -> None:
-        """The machine's report of an adapter's state."""
+        """Takes the machine's report of an adapter's state."""
         adapter = state.adapter_id
         if state.state == "host":
             self._loading.discard(adapter)
@@ -56,13 +56,13 @@ class AdapterTiers:
             self._leaving.discard(adapter)
 
     def can_hold(self, adapter: int, busy: Container[int]) -> bool:
-        """Whether it fits on the device beside the busy adapters, by eviction if need be."""
+        """Returns whether the adapter fits on the device beside the `busy` adapters, by eviction if necessary."""
         if adapter in self._device or adapter not in self._need:
             return True
         return self._make_room(adapter, busy, evict=False)
 
     def resident(self, adapter: int, busy: Container[int]) -> bool:
-        """Whether it can run now; if not, it is loaded or filled."""
+        """Returns whether the adapter can run now. If not, plans its load or its fill, which may evict others."""
         if adapter in self._device:
             self._touch(adapter)
             return adapter not in self._filling
@@ -74,20 +74,20 @@ class AdapterTiers:
         return False
 
     def lane_pages(self, adapter: int) -> dict[str, list[tuple[int, float]]]:
-        """Its lane's rank pages, by group."""
+        """Returns the rank pages of the adapter for its lane, by group, each with scale 1."""
         return {group: [(page, 1.0) for page in pages] for group, pages in self._device[adapter].items()}
 
     def mark_used(self, adapters: Iterable[int], step: int) -> None:
-        """A step uses the rank pages of these adapters."""
+        """Records that step `step` uses the rank pages of these adapters."""
         for adapter in adapters:
             self._last_step[adapter] = step
 
     def step_done(self, step: int) -> None:
-        """Frees released rank pages whose last step is done."""
+        """Frees the released rank pages whose last step is done, now that step `step` is."""
         self._rank_pages.step_done(step)
 
     def plan_fills(self, step: int) -> list[Fill]:
-        """The fills of the next step."""
+        """Returns the fills of the next step, and grants their rank pages."""
         out = []
         for adapter in self._fills:
             if adapter in self._device or self._rank_pages.lacking(self._need[adapter]):
@@ -102,7 +102,7 @@ class AdapterTiers:
         return out
 
     def plan_transfers(self, busy: Container[int]) -> list[LoadAdapter | EvictAdapter]:
-        """Loads that can begin, and the evictions that make room for them."""
+        """Returns the loads that can begin, and the evictions from the host that make room for them."""
         out: list[LoadAdapter | EvictAdapter] = []
         for adapter in list(self._wanted):
             if len(self._loading) >= MAX_LOADS:
@@ -128,7 +128,7 @@ class AdapterTiers:
         return (self._max_host is not None and count >= self._max_host) or bool(bound and size > bound)
 
     def _host_victim(self, busy: Container[int]) -> int | None:
-        """The host copy to be evicted next: one that is also on the device, else one without a lane."""
+        """Returns the adapter to evict from the host next: one that is also on the device, else one without a lane."""
         free = [a for a in self._host if a not in self._filling and a not in self._fills]
         on_device = next((a for a in free if a in self._device), None)
         return on_device if on_device is not None else next((a for a in free if a not in busy), None)

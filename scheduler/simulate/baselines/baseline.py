@@ -1,8 +1,8 @@
-"""A scheduler of simple lists with the admission rule of another engine. For the simulator alone.
+"""A scheduler of simple lists with the admission rule of another engine. Used by the simulator only.
 
-It has what the real core has (decodes first, chunked prefill, preemption of the latest row, memory tiers, fills beside
-the steps, several steps in flight), so only the order of admissions differs. It has no prefix cache and no mixes, and
-only counts KV pages.
+It works like the real core (decodes first, chunked prefill, preemption of the latest row, memory tiers, fills beside
+the steps, several steps in flight), so that the main difference is the order of admissions. It has no prefix cache and
+no mixes, and counts KV pages instead of numbering them.
 
     waiting, in order of arrival:   r1  r2  r3  r4  r5 ...
                                     |   |   |   '-- lacks pages or a row: no later request is admitted
@@ -45,7 +45,7 @@ class _Draft:
 
 
 class BaselineScheduler:
-    """The scheduler: `tiers` keeps the adapters, `rule` decides which requests may be admitted."""
+    """The baseline scheduler. `tiers` keeps the adapters; `rule` decides which requests may be admitted."""
 
     def __init__(self, tiers: AdapterTiers, rule: SkipAhead, window: int = 1) -> None:
         self._tiers, self._rule, self._window = tiers, rule, window
@@ -64,7 +64,7 @@ class BaselineScheduler:
     # ----------------------------------------------------------------------------------------------------- methods
 
     def handle(self, message: ToScheduler, now: float) -> list[object]:
-        """Takes one message. Returns the messages to be sent."""
+        """Handles one message. Returns the messages to send."""
         match message:
             case StepDone():
                 self._apply(message)
@@ -79,7 +79,7 @@ class BaselineScheduler:
         return self.drain_outbox()
 
     def plan(self, now: float) -> Step | None:
-        """The next step, if the window has room and there is something to do."""
+        """Returns the next step, or None if the window is full or there is nothing to do."""
         if len(self._in_flight) >= self._window:
             return None
         draft = _Draft(self._budget)
@@ -97,14 +97,14 @@ class BaselineScheduler:
         return Step(epoch=0, id=self._steps, fills=fills, lanes=draft.lanes, new_rows=draft.rows, chunks=draft.chunks)
 
     def drain_outbox(self) -> list[object]:
-        """The messages to be sent since the last call."""
+        """Returns the messages to send since the last call."""
         out: list[object] = [Progress(0, self._updates)] if self._updates else []
         self._updates = []
         transfers: list[LoadAdapter | EvictAdapter] = self._tiers.plan_transfers(self._lanes)
         return out + transfers
 
     def stats(self) -> Stats:
-        """Counters."""
+        """Returns the counters that the report shows."""
         tiers = self._tiers
         return Stats(
             running=len(self._running),
@@ -118,7 +118,7 @@ class BaselineScheduler:
         )
 
     def check(self) -> None:
-        """Asserts that rows, pages and lanes are accounted for."""
+        """Asserts that each row, KV page and lane is either free or held, and that each running adapter has a lane."""
         capacity = self._tiers.capacity
         assert len(self._running) + len(self._free_rows) == capacity.rows
         assert sum(request.pages for request in self._running) + self._free_pages == capacity.kv_pages
@@ -134,7 +134,10 @@ class BaselineScheduler:
                 self._add(request, draft, 1, [], samples=True)
 
     def _grow(self, request: BaselineRequest, length: int) -> bool:
-        """Pages for so many positions, by preempting the latest rows if need be; False if it is preempted itself."""
+        """Gives the request KV pages for `length` positions, by preempting the latest rows if necessary.
+
+        Returns False if the request itself was preempted.
+        """
         need = -(-length // self._page) - request.pages
         while need > self._free_pages:
             victim = self._running[-1]
@@ -173,7 +176,7 @@ class BaselineScheduler:
         request.steps_in_flight += 1
 
     def _admit(self, draft: _Draft, now: float) -> None:
-        """Walks the queue, and admits what the rule, lanes and memory allow."""
+        """Walks the queue in order, and admits the requests that the rule, lanes and memory allow."""
         self._rule.begin(self._waiting, self._longest(), not self._free_lanes, now)
         admitted: set[int] = set()
         for request in self._waiting:
@@ -192,7 +195,7 @@ class BaselineScheduler:
             self._waiting = [request for request in self._waiting if request.order not in admitted]
 
     def _has_lane(self, adapter: int) -> bool:
-        """Whether the adapter can run now. If it is not resident, it gets a lane and is fetched."""
+        """Gives the adapter a lane if it fits on the device, and fetches it. Returns whether it can run now."""
         if adapter not in self._lanes:
             if not self._tiers.can_hold(adapter, self._lanes):
                 return False
@@ -211,7 +214,7 @@ class BaselineScheduler:
         self._prefill(request, draft)
 
     def _longest(self) -> dict[int, int]:
-        """By running adapter, the most tokens that one of its requests may still generate."""
+        """Returns, by running adapter, the most tokens that one of its requests may still generate."""
         longest: dict[int, int] = {}
         for request in self._running:
             if request.adapter:
@@ -242,7 +245,7 @@ class BaselineScheduler:
                 self._leave(request)
 
     def _leave(self, request: BaselineRequest) -> None:
-        """Frees its row and pages, and its lane if it is the adapter's last request."""
+        """Frees the request's row and pages, and its lane if no other request of its adapter is running."""
         self._running.remove(request)
         self._free_rows.append(request.row)
         self._free_pages += request.pages

@@ -1,4 +1,4 @@
-"""A request of the baseline scheduler. Knows nothing of lanes, queues or adapters' tiers."""
+"""A request of the baseline scheduler."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ class BaselineRequest:
     message: Generate
     arrived: float
     adapter: int  # 0: the base model
-    order: int  # of arrival
+    order: int  # its number in order of arrival
     row: int = -1
     computed: int = 0
     known: int = 0  # generated tokens that are known
-    sent: int = 0  # those, and the samples of steps in flight
+    sent: int = 0  # `known` plus the samples of steps in flight
     pages: int = 0  # KV pages of its row
     steps_in_flight: int = 0
     prefilled: bool = False
 
     @property
     def length(self) -> int:
-        """Known tokens: prompt and answer."""
+        """The number of known tokens, prompt and generated."""
         return len(self.message.prompt) + self.known
 
     @property
     def remaining(self) -> int:
-        """How many tokens it may still generate."""
+        """The number of tokens that the request may still generate."""
         return self.message.stopping.max_tokens - self.known

@@ -1,10 +1,10 @@
-"""Two admission rules for a queue that is walked in order. Knows no tiers, rows or pages.
+"""Two admission rules for a queue that is walked in order. Does not depend on tiers, rows or pages.
 
-skip    vLLM's: a request whose adapter finds no free lane is skipped, for as long as that lasts
-drain   SGLang's: the same, and when an adapter has starved for `threshold` seconds while all lanes are taken, the
-        running adapter that ends soonest admits only requests that end about as soon as it does, until it has ended
+skip    vLLM's rule: a request whose adapter finds no free lane is skipped as long as no lane is free
+drain   SGLang's rule: like skip, but when an adapter has starved for `threshold` seconds while all lanes are taken, the
+        running adapter that ends soonest is drained: only its requests that end about as soon are still admitted
 
-Both are written from their published behaviour. A free lane goes to the first request in the queue.
+Both are written from the published behaviour of these engines. A free lane goes to the first request in the queue.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-TOLERANCE = 1.2
+TOLERANCE = 1.2  # a draining adapter admits requests up to this many times as long as the rest of its longest request
 
 
 class Waiter(Protocol):
-    """A waiting request: its adapter (0: the base), its arrival, and the tokens that it may still generate."""
+    """A waiting request: its adapter (0: the base), its time of arrival, and the tokens that it may still generate."""
 
     @property
     def adapter(self) -> int: ...
@@ -29,21 +29,21 @@ class Waiter(Protocol):
 
 
 class SkipAhead:
-    """Skips requests whose adapter finds no lane."""
+    """The rule skip: skips requests whose adapter finds no free lane."""
 
     def begin(self, waiting: Sequence[Waiter], running: Mapping[int, int], full: bool, now: float) -> None:
-        """A step is being planned. `full`: no lane is free.
+        """Called before a step is planned. `full`: no lane is free.
 
         `running`: by running adapter, the most tokens that one of its requests may still generate.
         """
 
     def permits(self, waiter: Waiter, lanes: Mapping[int, int] | set[int], cap: int) -> bool:
-        """Whether a request may be admitted beside the adapters in `lanes`."""
+        """Returns whether a request may be admitted beside the adapters in `lanes`; at most `cap` adapters have one."""
         return waiter.adapter == 0 or waiter.adapter in lanes or len(lanes) < cap
 
 
 class DrainStarving(SkipAhead):
-    """Skips ahead, and drains running adapters for starving ones."""
+    """The rule drain: skips ahead, and drains running adapters when other adapters starve."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold

@@ -1,1 +1,1 @@
-"""The results of a simulation: the log of requests, the report and the plot."""
+"""The results of a simulation: the request log, the report and the plot."""

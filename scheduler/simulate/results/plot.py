@@ -1,4 +1,4 @@
-"""Plots a comparison: waiting times by class of adapter. Needs matplotlib, which is not installed by default."""
+"""Plots waiting times of several runs by class of adapter. Needs matplotlib, which is not installed by default."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ STYLES = {"hot": "-", "cold": "--", "base": ":"}
 
 
 def draw(path: Path, runs: Sequence[tuple[str, Summary, RequestLog, set[str]]]) -> None:
-    """Left: the share of requests by their time to first token. Right: p99 TTFT, and the longest time passed."""
+    """Draws the runs, each (label, summary, log, hot adapters), to `path`. Raises ConfigError without matplotlib.
+
+    Left: the share of requests by their time to first token. Right: p99 TTFT, and the longest time being passed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,9 +1,9 @@
-"""Percentiles, fairness and a table from the log of requests. Knows nothing of schedulers or machines.
+"""Percentiles, fairness and a table from the request log. Does not depend on schedulers or machines.
 
-hot     the busiest adapters; cold: all others; base: requests without one
+hot     requests for the busiest adapters; cold: for all other adapters; base: without an adapter
 passed  how long a request waited after a later one was admitted: the cost of sharing lanes
-speed   of an adapter or tenant: generated tokens per second that its requests were open. Jain's index of the speeds is
-        1 when all are equal, and 1/n when one of n gets all (Jain, Chiu, Hawe 1984)
+speed   an adapter's or tenant's generated tokens per second, over the time that its requests were open. Jain's index of
+        the speeds is 1 when all are equal, and 1/n when one of n gets all (Jain, Chiu, Hawe 1984)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Summary = dict[str, Any]
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The nearest rank; 0 without values. `values` need not be sorted."""
+    """Returns a percentile by the nearest-rank method; 0 without values. `values` need not be sorted."""
     if not values:
         return 0.0
     ordered = sorted(values)
@@ -28,20 +28,20 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def jain(values: Iterable[float]) -> float:
-    """Jain's fairness index; 1 without values."""
+    """Returns Jain's fairness index of the values; 1 without values."""
     found = list(values)
     squares = sum(value * value for value in found)
     return sum(found) ** 2 / (len(found) * squares) if squares else 1.0
 
 
 def class_of(timeline: RequestTimeline, hot: set[str]) -> str:
-    """The class of a request: hot, cold or base."""
+    """Returns the class of a request: "hot", "cold" or "base"."""
     adapter = timeline.request.adapter
     return "base" if adapter is None else "hot" if adapter in hot else "cold"
 
 
 def summarise(log: RequestLog, hot: set[str], stats: Sequence[Stats], seconds: float) -> Summary:
-    """All numbers of one run; times in seconds. `stats` has one entry per replica."""
+    """Returns all numbers of one run; times are in seconds. `stats` has one entry per replica."""
     served = [timeline for timeline in log.timelines.values() if timeline.served]
     by_class: dict[str, list[RequestTimeline]] = {name: [] for name in CLASSES}
     for timeline in served:
@@ -94,7 +94,7 @@ def _speeds(timelines: Iterable[RequestTimeline], key: Callable[[RequestTimeline
 
 
 def table(columns: Sequence[tuple[str, Summary]]) -> str:
-    """Configurations side by side, one number per line."""
+    """Returns a text table with one column per configuration and one line per number."""
     lines = [["", *(name for name, _ in columns)]]
     for label, show in _LINES:
         cells = [show(summary) for _, summary in columns]

@@ -1,4 +1,4 @@
-"""The times of each request and the gaps between its tokens. Knows nothing of schedulers or machines.
+"""The times of each request and the gaps between its tokens. Does not depend on schedulers or machines.
 
 arrived ----- admitted ----- first token - - - - last token = ended
    |--- TTFT ---------------------|--- gaps (ITL) ---|
@@ -14,12 +14,12 @@ from math import exp, log
 from engine.messages import Update
 from scheduler.simulate.trace import TraceRequest
 
-FINEST = 1e-6  # seconds of the first bucket
-BUCKETS = 100  # for each factor of e, so a percentile is right to 1%
+FINEST = 1e-6  # seconds: shorter gaps are counted in the first bucket
+BUCKETS = 100  # buckets for each factor of e, so a percentile is right to 1%
 
 
 class GapHistogram:
-    """Times between tokens, counted in logarithmic buckets."""
+    """A histogram of times between tokens, in logarithmic buckets."""
 
     def __init__(self) -> None:
         self._counts: dict[int, int] = {}
@@ -41,7 +41,7 @@ class GapHistogram:
         self.longest = max(self.longest, other.longest)
 
     def percentile(self, percent: float) -> float:
-        """Seconds; 0 without gaps."""
+        """Returns a percentile of the gaps in seconds; 0 without gaps."""
         rank = percent / 100 * self.count
         seen = 0
         for bucket, count in sorted(self._counts.items()):
@@ -53,7 +53,7 @@ class GapHistogram:
 
 @dataclass(slots=True)
 class RequestTimeline:
-    """One request from arrival to end; times are None until they are known."""
+    """The times of one request from arrival to end; a time is None until it is known."""
 
     number: int
     request: TraceRequest
@@ -79,29 +79,29 @@ class RequestTimeline:
 
     @property
     def served(self) -> bool:
-        """Whether it ended without an error."""
+        """Whether the request ended without an error."""
         return self.ended is not None and self.error is None
 
 
 class RequestLog:
-    """All requests by number, and the gaps between their tokens."""
+    """The timelines of all requests, by number, and the gaps between their tokens."""
 
     def __init__(self) -> None:
         self.timelines: dict[int, RequestTimeline] = {}
         self.gaps = GapHistogram()
 
     def record_arrival(self, number: int, request: TraceRequest, now: float, replica: int) -> None:
-        """A request was sent to a replica."""
+        """Records that a request was sent to a replica."""
         self.timelines[number] = RequestTimeline(number, request, now, replica)
 
     def record_admission(self, number: int, now: float) -> None:
-        """A request got a row, for the first time or again; the first time counts."""
+        """Records that a request got a row. Only its first row counts."""
         timeline = self.timelines[number]
         if timeline.admitted is None:
             timeline.admitted = now
 
     def record_update(self, update: Update, now: float) -> bool:
-        """An update of a request. Returns whether it was the last one."""
+        """Records an update of a request. Returns whether the request has ended."""
         timeline = self.timelines[update.request_id]
         assert timeline.ended is None, f"request {timeline.number} goes on after its end"
         assert update.index == timeline.tokens, (
@@ -122,10 +122,10 @@ class RequestLog:
 
 
 def passed(timelines: Iterable[RequestTimeline]) -> dict[int, float]:
-    """For each request, how long it waited after a later one of its replica was admitted; 0 if it was not passed.
+    """Returns, by request number, how long each request waited after a later one of its replica was admitted, or 0.
 
-    Requests are passed only because of their adapters, not for want of pages or a row. But once a request was passed,
-    its wait for pages and a row counts as well.
+    A request is first passed because of its adapter, not because pages or rows are lacking. But once it was passed, its
+    wait for pages and a row counts as well.
     """
     found: dict[int, float] = {}
     by_replica: dict[int, list[RequestTimeline]] = {}
@@ -133,7 +133,7 @@ def passed(timelines: Iterable[RequestTimeline]) -> dict[int, float]:
         if timeline.admitted is not None:
             by_replica.setdefault(timeline.replica, []).append(timeline)
     for group in by_replica.values():
-        earliest = float("inf")  # admission of any later arrival
+        earliest = float("inf")  # the earliest admission of any later arrival
         for timeline in sorted(group, key=lambda t: (t.arrived, t.number), reverse=True):
             assert timeline.admitted is not None
             found[timeline.number] = max(0.0, timeline.admitted - earliest)
