@@ -1,4 +1,4 @@
-"""scheduler.audit: tables that disagree are found."""
+"""scheduler.audit: the audit finds tables that disagree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scheduler.core by hand: which messages each call sends."""
+"""scheduler.core in scripted cases: which messages each call sends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scheduler.progress: each Step and each Progress stays small, however much a client asks for."""
+"""scheduler.progress: each Step and Progress message stays small, however many log-probabilities a client requests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _core(**changes: Any) -> Scheduler:
 
 
 def _answer(step: Step) -> StepDone:
-    """An answer with twenty alternatives for each scored position."""
+    """Returns the result of a step, with the log-probabilities of TOP for each scored position."""
     scores = {
         number: [LogprobIds(chunk.start + at + 1, -0.5, TOP) for at in range(chunk.length - chunk.samples)]
         for number, chunk in enumerate(step.chunks)
@@ -37,7 +37,7 @@ def _answer(step: Step) -> StepDone:
 
 
 def _run(core: Scheduler) -> Iterator[list[Progress]]:
-    """Runs steps until none is left, and yields the Progress messages of each."""
+    """Runs all steps, and yields the Progress messages after each."""
     while (step := core.plan(0.0)) is not None:
         core.check(64)
         assert len(msgspec.msgpack.encode(step)) < STEP

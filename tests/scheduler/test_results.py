@@ -1,4 +1,4 @@
-"""scheduler.results by hand: tokens and log-probabilities of steps become updates."""
+"""scheduler.results in scripted cases: tokens and log-probabilities of steps become updates."""
 
 from __future__ import annotations
 

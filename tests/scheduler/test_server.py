@@ -55,7 +55,7 @@ CAPACITY = Capacity(
 
 
 class Neighbours:
-    """A scheduler process, with its runner and tokenizer process driven by hand."""
+    """A real scheduler process, with a fake runner and the tokenizer process's inbox, both driven by the test."""
 
     def __init__(self, directory: Path, window: int) -> None:
         def address(name: str) -> str:
@@ -88,7 +88,7 @@ class Neighbours:
         self.ready = line
 
     def turn(self, seconds: float = 0.05) -> None:
-        """Receives the messages of both processes once, and answers as the runner."""
+        """Receives the messages to both processes once, and sends the fake runner's results."""
         for message in self.runner.receive(seconds):
             if isinstance(message, Step | LoadAdapter | UnloadAdapter | EvictAdapter):
                 self.fake.accept(message)
@@ -99,7 +99,7 @@ class Neighbours:
         self.received += self.tokenizer.receive(0)
 
     def until(self, kind: type[Any], count: int = 1) -> list[Any]:
-        """Answers until `count` messages of a kind were received."""
+        """Calls `turn` until `count` messages of a kind were received, and returns these messages."""
         end = time.monotonic() + 20
         while len(found := [message for message in self.received if isinstance(message, kind)]) < count:
             assert time.monotonic() < end, f"no {kind.__name__} among {self.received}"
@@ -129,7 +129,7 @@ def _generate(request_id: int, lora: list[tuple[int, float]]) -> Generate:
 
 
 def test_stats_list_waiting_requests(neighbours: Neighbours) -> None:
-    """The runner answers nothing: four rows are taken, and Stats are sent though nothing else happens."""
+    """The runner sends no results: requests wait for its four rows, and Stats are sent though nothing else happens."""
     neighbours.scheduler.send(RunnerReady(epoch=0, capacity=CAPACITY))
     for number in range(1, 7):
         neighbours.scheduler.send(_generate(number, []))
@@ -145,7 +145,7 @@ def test_stats_list_waiting_requests(neighbours: Neighbours) -> None:
 
 
 def test_stats_are_sent_while_a_request_waits_for_a_load(neighbours: Neighbours) -> None:
-    """During a load that never ends, the scheduler sends Stats each second."""
+    """The runner never ends a load: while a request waits for it, the scheduler sends Stats each second."""
     neighbours.scheduler.send(RunnerReady(epoch=0, capacity=CAPACITY))
     neighbours.scheduler.send(LoadAdapter(adapter_id=1, path="adapters/1"))
     neighbours.scheduler.send(_generate(1, [(1, 1.0)]))
@@ -163,7 +163,7 @@ def test_requests_through_real_sockets(neighbours: Neighbours) -> None:
     messages = [_generate(1, []), _generate(2, [(1, 1.0)])]
     neighbours.scheduler.send(LoadAdapter(adapter_id=1, path="adapters/1"))
     for message in messages:
-        neighbours.scheduler.send(message)  # before the first RunnerReady: kept
+        neighbours.scheduler.send(message)  # sent before RunnerReady: the scheduler keeps them
     neighbours.scheduler.send(RunnerReady(epoch=0, capacity=CAPACITY))
     assert neighbours.until(Capacity) == [CAPACITY]
     end = time.monotonic() + 20
@@ -185,7 +185,7 @@ def test_requests_through_real_sockets(neighbours: Neighbours) -> None:
 
 
 def _becomes_idle(neighbours: Neighbours) -> None:
-    """Stats are sent while something changes; then the process sends nothing and uses no CPU time."""
+    """Waits until all requests have ended; asserts that the process then sends nothing and uses no CPU time."""
     end = time.monotonic() + 20
     while not (neighbours.until(Stats)[-1].running == 0 and neighbours.until(Stats)[-1].generation_tokens == 40):
         assert time.monotonic() < end

@@ -1,4 +1,4 @@
-"""scheduler.adapters.device_cache: grants are all or nothing; evictions go by the policy and spare lanes and pins."""
+"""scheduler.adapters.device_cache: grants are all or nothing; evictions follow the policy and spare lanes and pins."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_evictions_go_by_the_policy_or_are_none(policy: Policy, gone: list[int])
     device_cache = _cache(4, policy)
     copies = [_resident(device_cache, i, 1) for i in (1, 2, 3)]
     _reclassify(device_cache, device_cache.acquire(copies[:1]))
-    _reclassify(device_cache, device_cache.release(copies[:1]))  # 1 was filled first and used last
+    _reclassify(device_cache, device_cache.release(copies[:1]))  # copy 1 was filled first and used last
     assert _room(device_cache, [_host(4, 5)]) == []
     assert [copy.id for copy in _room(device_cache, [_host(4, 3)])] == gone
     assert [copy.id for copy in copies if not copy.on_device] == gone

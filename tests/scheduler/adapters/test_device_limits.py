@@ -1,4 +1,4 @@
-"""scheduler.adapters.device_limits: what a runner can never hold is refused with the limit and the flag to raise."""
+"""scheduler.adapters.device_limits: adapters that can never fit are refused; the error names the limit and its flag."""
 
 from __future__ import annotations
 

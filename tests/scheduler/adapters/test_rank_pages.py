@@ -1,4 +1,4 @@
-"""scheduler.adapters.rank_pages: a released page cools until the last step that named it is done."""
+"""scheduler.adapters.rank_pages: a released page cools (is not reused) until the last step that uses it is done."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_rank_pages_cool_until_their_last_step_is_done() -> None:
     assert pool.lacking({"qkv": 1})
     pool.step_done(5)
     assert not pool.lacking({"qkv": 2})
-    pool.release(pool.grant({"qkv": 1}), last_step=5)  # that step is over: free at once
+    pool.release(pool.grant({"qkv": 1}), last_step=5)  # step 5 is done: free at once
     assert pool.used() == {"qkv": 0, "o": 0}
 
 

@@ -1,4 +1,4 @@
-"""scheduler.adapters.stamp_order: in the order of the stamps, whatever moved in between."""
+"""scheduler.adapters.stamp_order: items come in the order of their stamps, whatever changes were made in between."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Each part of a copy has one writer: HostCache, DeviceCache or AdapterRegistry. See scheduler.adapters.copies."""
+"""Each field of an adapter copy is written by one class: HostCache, DeviceCache or AdapterRegistry.
+
+See scheduler.adapters.copies.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ WRITERS = {
     AdapterCopy: REGISTRY,
     Adapter: REGISTRY,
 }
-WHOLE_PARTS = {"host": HOST_CACHE, "device": DEVICE_CACHE}  # replaced as a whole for a new runner
+WHOLE_PARTS = {"host": HOST_CACHE, "device": DEVICE_CACHE}  # fields whose whole object is replaced for a new runner
 NEVER_WRITTEN = {("Adapter", "id"), ("AdapterCopy", "id"), ("AdapterCopy", "references")}
 CHANGED_IN_PLACE = {"names": REGISTRY, "tried_paths": HOST_CACHE}
 CHANGES = {"append", "clear", "pop", "update", "extend", "remove", "insert", "setdefault", "popitem"}
@@ -62,7 +65,7 @@ def test_fields_of_a_copy_have_one_writer(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def _changed_in_place(tree: ast.Module) -> Iterator[str]:
-    """The attributes whose items are assigned or deleted, or that a method changes."""
+    """Yields the names of attributes whose items are assigned or deleted, or on which a method of CHANGES is called."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
             changed = node.value

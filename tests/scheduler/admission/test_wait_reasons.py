@@ -1,4 +1,4 @@
-"""scheduler.admission.wait_reasons: each reason, by hand, and all of them in a random workload."""
+"""scheduler.admission.wait_reasons: each reason in a scripted case, and all of them in a random workload."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_report_lists_at_most_64_requests() -> None:
 
 
 class CheckedStats(Simulation):
-    """Compares all Stats with the reasons of the requests, one by one."""
+    """A simulation that compares the Stats with the wait reason of each request after each message."""
 
     def _send(self, message: ToScheduler) -> None:
         super()._send(message)

@@ -1,6 +1,6 @@
-"""scheduler.batching.admission_order through the core: how long requests are passed, and which lane is preempted.
+"""scheduler.batching.admission_order, with the whole core: how long requests are passed, which lane is preempted.
 
-The clock is a number that each step advances.
+Time is virtual: each step advances it by STEP seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _host(adapter_id: int) -> AdapterState:
 
 
 class TimedCore:
-    """A core and a runner that takes STEP seconds for a step."""
+    """A core with a simulated runner that takes STEP seconds for a step."""
 
     def __init__(self, max_wait: float = 2.0, lanes: int = 1, window: int = 1, **changes: Any) -> None:
         numbers = {"rows": 8, "kv_pages": 64, "max_batched_tokens": 64, "rank_pages": {"qkv": 4}} | changes
@@ -64,14 +64,14 @@ class TimedCore:
         return any(update.request_id == request_id for update in self.updates)
 
     def running(self) -> set[int]:
-        """The requests that were sent, have not ended and do not wait."""
+        """Returns the requests that were sent, have not ended and are not waiting."""
         return {request_id for request_id in self.open if self.core.wait_reason(request_id) is None}
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("lanes", [1, 3])
 def test_endless_arrivals_for_running_lanes_starve_no_request(lanes: int, window: int) -> None:
-    """Each step brings a request for each running lane, so no lane is ever free by itself."""
+    """In each step a request for each running lane arrives, so no lane ever becomes free without preemption."""
     clock = TimedCore(lanes=lanes, window=window, rows=64, kv_pages=256).adapters(4)
     request_id = 0
     for _ in range(8):
@@ -116,7 +116,7 @@ def test_lane_can_be_joined_until_it_barely_meets_a_deadline() -> None:
 
 
 def test_preempted_rows_go_behind_all_passed_requests() -> None:
-    """Request 1 runs again after 2 and 3, which came later but waited longer; 2 before 4, which came while 2 ran."""
+    """Preempted request 1 runs again after 2 and 3, which were passed, and 2 before 4, which arrived while 2 ran."""
     clock = TimedCore(lanes=1, rows=2).adapters(4)
     clock.ask(1, 1, max_tokens=50)
     clock.step()
@@ -194,7 +194,7 @@ def test_request_that_waits_for_a_row_has_no_deadline() -> None:
 
 
 def test_wait_for_a_lane_does_not_count_the_load() -> None:
-    """The time until the adapter is on the host is not a wait for a lane."""
+    """The time until the adapter is on the host does not count as a wait for a lane."""
     clock = TimedCore().adapters(1)
     clock.ask(1, 1, max_tokens=60)
     clock.step()

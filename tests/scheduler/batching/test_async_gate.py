@@ -1,4 +1,4 @@
-"""scheduler.batching.async_gate: a second step is planned at once for a GPU, and near the first one's end on a CPU."""
+"""scheduler.batching.async_gate: a second step is planned at once for a GPU, near the end of the first for a CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCK = SETTLING_STEPS + COUNTED_STEPS
 
 
 class FakeTuner(OverlapTuner):
-    """Answers as it was constructed, and records its calls."""
+    """A tuner with a fixed `pays` that records the calls of `step_took`."""
 
     def __init__(self, pays: bool = True) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def ended(gate: AsyncGate, number: int, at: float, seconds: float = 0.1) -> None
 
 
 def run(gate: AsyncGate, number: int, at: float, seconds: float, *lengths: int) -> None:
-    """Sends and ends a step, with no other in flight."""
+    """Sends a step at `at` and ends it after `seconds`, with no other step in flight."""
     gate.step_sent(step(number, *lengths), at)
     ended(gate, number, at + seconds, seconds)
 
@@ -100,7 +100,7 @@ def test_prefill_is_expected_by_its_tokens_and_a_fill_not_at_all() -> None:
     gate.step_sent(step(3, 100), 2.0)
     assert gate.due == pytest.approx(2.0 + 0.100 * (1 - LEAD_SHARE))
     ended(gate, 3, 2.1)
-    gate.step_sent(step(4), 3.0)  # fills alone
+    gate.step_sent(step(4), 3.0)  # a step with fills only
     assert gate.due <= 3.0
 
 
@@ -136,7 +136,7 @@ def test_period_does_not_count_time_without_work() -> None:
     run(gate, 3, 5.15, 0.1, 1)
     assert tuner.calls == [(1, 0, 0.15, 0.1)]
     gate.step_sent(step(4, 1), 5.3)
-    gate.nothing_to_plan()  # nothing to plan, but a step is in flight: its period counts
+    gate.nothing_to_plan()  # a step is still in flight, so its period counts
     ended(gate, 4, 5.4)
     assert tuner.calls[1:] == [(1, 0, 0.15, 0.1)]
 
@@ -150,7 +150,7 @@ def test_step_of_fills_alone_is_not_reported_to_the_tuner() -> None:
 
 
 class FakeSockets:
-    """An inbox and an outbox for a loop, and its clock, which waiting advances."""
+    """The inbox, outbox and clock of a loop; `receive` advances the clock."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -181,7 +181,7 @@ def ask(number: int) -> Generate:
 
 
 class DrivenLoop:
-    """A loop and a runner that takes 0.1 s for a step, 0.09 s of which it reports as computed."""
+    """A loop with a simulated runner that takes 0.1 s for a step and reports 0.09 s of them as computed."""
 
     def __init__(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sockets: Any = FakeSockets()
@@ -198,7 +198,7 @@ class DrivenLoop:
         self.sockets.arriving.append((self.sockets.now, RunnerReady(epoch=epoch, capacity=self.capacity)))
 
     def steps(self, count: int, epoch: int = 0) -> list[float]:
-        """For each step, how long after the runner was free it was sent; negative if the step before had not ended."""
+        """Runs `count` steps. Returns how long after the runner was free each was sent; negative: before its end."""
         before = len(self.sockets.steps)
         known, late = before, []
         for _ in range(50 * count):
@@ -240,7 +240,7 @@ def test_loop_reports_no_idle_time_and_resets_for_a_new_runner(monkeypatch: pyte
     driven = DrivenLoop("cpu", monkeypatch)
     driven.sockets.arriving.append((100.0, ask(1)))
     driven.steps(50)
-    driven.sockets.arriving += [(110.0, ask(2))]  # after a time without requests
+    driven.sockets.arriving += [(110.0, ask(2))]  # about 5 seconds after request 1 has ended
     driven.steps(5)
     first = made[-1]
     assert [call[2] for call in first.calls] == [0.1] * 52

@@ -1,4 +1,4 @@
-"""scheduler.batching.deadlines: by hand, and against a search over all ways to give lanes to deadlines."""
+"""scheduler.batching.deadlines: scripted cases, and comparison with a search over all pairs of lanes and deadlines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_lane_that_ends_in_time_is_not_preempted() -> None:
 
 
 def test_fills_one_after_the_other_are_begun_sooner() -> None:
-    """With three deadlines at one time and fills of a second each, the first fill begins three seconds before."""
+    """With three equal deadlines and fills of one second each, the first fill begins three seconds before them."""
     assert count_to_preempt(deadlines(2.5, 2.5, 2.5, work=1.0), [], 9.0) == 3
     assert count_to_preempt(deadlines(3.5, 3.5, 3.5, work=1.0), [], 9.0) == 0
     assert count_to_preempt(deadlines(2.5, 2.5, 2.5, work=1.0), [2.0], 9.0) == 2, (
@@ -52,7 +52,7 @@ times = st.integers(-3, 12).map(lambda tenth: tenth / 4)
 
 
 def met(slacks: list[float], ends: list[float]) -> int:
-    """How many deadlines lanes can meet that are free by themselves, over all ways to pair them."""
+    """Returns the most deadlines (`slacks`) that lanes ending at `ends` meet without preemption, over all pairings."""
     shorter, longer = sorted((slacks, ends), key=len)
     by_slack = shorter is slacks
     ways = (zip(shorter, way, strict=True) for way in permutations(longer, len(shorter)))

@@ -1,4 +1,7 @@
-"""Requests and adapters that end the runner, in seeded workloads: only they fail, and all others get every token."""
+"""Requests and adapters that end the runner: only these fail, and all other requests get every token.
+
+Most tests use seeded random workloads.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ from scheduler.core import Scheduler
 
 
 class Poisoned(Simulation):
-    """A runner ends at the `poison` position of a request, or while it fills one of the adapters `fills`."""
+    """A simulation whose runner dies at given positions of requests, and when it fills given adapters.
+
+    `poison`: position by request id; `fills`: adapter contents; `own`: the runner fails, otherwise it is killed.
+    """
 
     def __init__(self, world: World, poison: dict[int, int], fills: Set[int] = frozenset(), own: bool = True) -> None:
         self.poison, self.fills, self.own = poison, fills, own
@@ -28,7 +34,7 @@ class Poisoned(Simulation):
         super().__init__(world)
 
     def _generate(self, request_id: int) -> Generate:
-        """A poison has at least one token to compute."""
+        """Returns the message of a request; a poison request has no generated tokens yet, so it computes some."""
         message = super()._generate(request_id)
         return replace(message, generated=[]) if request_id in self.poison else message
 
@@ -68,14 +74,17 @@ class Poisoned(Simulation):
 
 
 def _computed(client: Client, position: int) -> bool:
-    """Whether a request that ran to its end computed a position."""
+    """Returns whether a request that ran to its end computed `position`."""
     return position < len(client.message.prompt) + len(client.tokens) - 1
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(6))
 def test_two_poison_requests_fail_alone(seed: int, window: int) -> None:
-    """One ends the runner in its prompt, one at a generated token, with aborts, kills, loads and unloads."""
+    """One request ends the runner at its first token, another at position 12.
+
+    Odd seeds add aborts, deaths of the runner without a cause, and adapters that are unloaded.
+    """
     faults = {"abort_rate": 0.1, "reset_rate": 0.02, "churn_rate": 0.05} if seed % 2 else {}
     tier: dict[str, Any] = {"max_loaded": 3} if seed % 3 == 2 else {}
     world = World(900 + seed, window, requests=40, adapters=6, kv_pages=30, rows=8, prompt=12, **faults, **tier)
@@ -111,7 +120,7 @@ def test_poison_adapter_is_set_aside(seed: int, window: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_adapter_set_aside_is_served_after_a_new_load(seed: int) -> None:
-    """Its files were mended; the new runner's Capacity alone does not bring it back."""
+    """An adapter that was set aside stays so under a new runner, and is served once its files are loaded again."""
     sim = Poisoned(World(960 + seed, requests=40, adapters=5, kv_pages=60, rows=8, mix_rate=0.0), {}, {1}).run()
     sim._reset()
     sim._resend()
@@ -128,7 +137,7 @@ def _generate(request_id: int) -> Generate:
 
 
 def _requests_of(step: Step, rows: dict[int, int]) -> list[int]:
-    """The requests of a step's chunks. `rows` keeps the request of each row, whose seed is its id."""
+    """Returns the requests of a step's chunks. `rows` records the request in each row; a request's seed is its id."""
     rows |= {new.row: new.sampling.seed for new in step.new_rows}
     return [rows[chunk.row] for chunk in step.chunks]
 
@@ -194,7 +203,7 @@ def test_aborted_suspect_lets_the_next_one_run() -> None:
 def test_new_scheduler_finds_the_poison_request_again() -> None:
     core, _ = _core_with_steps()
     _die(core, 1)
-    core, _ = _core_with_steps()  # the tokenizer process submits the requests again
+    core, _ = _core_with_steps()  # a new scheduler; the tokenizer process submits the requests again
     assert _die(core, 1) == []
     plan_of(core)
     (update,) = _die(core, 2)

@@ -1,4 +1,4 @@
-"""scheduler.batching.overlap_tuner on simulated machines: what it decides, when, and what the trials cost."""
+"""scheduler.batching.overlap_tuner on simulated machines: what the tuner decides, when, and what its trials cost."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ PAIR = 2 * BLOCK
 
 
 class Machine:
-    """A runner whose steps take `waited` or, planned early, `early` seconds, with some noise."""
+    """A simulated runner: a step takes `early` seconds if it was planned early, else `waited`, with some noise."""
 
     def __init__(self, waited: float, early: float, computed: float, noise: float = 0.0, seed: int = 0) -> None:
         self.waited, self.early, self.computed = waited, early, computed
         self._noise, self._random = noise, random.Random(seed)
 
     def steps(self, tuner: OverlapTuner, count: int, rows: int = 1, prompt: int = 0) -> list[bool]:
-        """Runs so many steps. Returns whether each was planned early."""
+        """Runs `count` steps. Returns, for each step, whether it was planned early."""
         modes = []
         for _ in range(count):
             modes.append(tuner.pays)
@@ -40,17 +40,17 @@ class Machine:
 
 
 def mostly(modes: list[bool], pays: bool) -> bool:
-    """Whether the other mode is only tried now and then."""
+    """Returns whether at least 90% of the steps were in mode `pays`, so that the other mode was only tried."""
     return modes.count(not pays) < 0.1 * len(modes)
 
 
 def costing(noise: float = 0.0, seed: int = 0) -> Machine:
-    """A machine with few cores: overlapping makes the step longer."""
+    """Returns a machine on which planning early makes the steps longer, as with few CPU cores."""
     return Machine(0.0100, 0.0107, 0.0085, noise, seed)
 
 
 def gaining(noise: float = 0.0, seed: int = 0) -> Machine:
-    """A machine on which overlapping saves all that is hidden."""
+    """Returns a machine on which planning early saves all time outside the computation."""
     return Machine(0.0022, 0.0018, 0.0018, noise, seed)
 
 
@@ -136,7 +136,7 @@ def test_load_that_varies_a_little_is_one_load() -> None:
 
 
 def test_emptier_steps_count_as_slower() -> None:
-    """Early steps that are shorter by 10%, but bring 28 tokens and not 33, are no gain but a loss."""
+    """Early steps that are 10% shorter, but produce 28 tokens instead of 33, count as a loss."""
     tuner, modes = OverlapTuner(), []
     for _ in range(60 * PAIR):
         modes.append(tuner.pays)
@@ -152,7 +152,7 @@ def test_one_pair_adds_a_limited_amount_of_evidence() -> None:
 
 
 def test_prompt_steps_are_compared_with_prompt_steps() -> None:
-    """Early blocks with twice as many prompts take longer in all, though each kind of step is faster."""
+    """Early blocks contain twice as many prompts and so take longer in total, though each kind of step is faster."""
     tuner, modes = OverlapTuner(), []
     for n in range(60 * PAIR):
         early = tuner.pays
@@ -164,7 +164,7 @@ def test_prompt_steps_are_compared_with_prompt_steps() -> None:
 
 
 def test_stall_is_no_evidence() -> None:
-    """One step of an early block takes a second."""
+    """One step of an early block takes a second; the tuner does not count it against planning early."""
     tuner, machine = OverlapTuner(), gaining()
     machine.steps(tuner, 2 * PAIR)
     while not tuner.pays:

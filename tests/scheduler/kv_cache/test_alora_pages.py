@@ -1,7 +1,8 @@
 """KV pages of the base model, of LoRAs and of activated LoRAs, under any order of events.
 
-Each slot of a page records all tokens up to its own and what computed it: the base, or an owner after so many drops.
-The pages that a request shares must hold what it would have computed itself.
+Each slot of a page records all tokens up to its position, its cache_salt, and what computed it: the base, or an owner
+with the number of drops of its revision before. The pages that a request shares must hold exactly what it would have
+computed itself.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ Slot = tuple[tuple[int, ...], str, str]  # (tokens, what computed it, cache_salt
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Prompts of few tokens, so that they share prefixes. Invocation positions are drawn, not found in the prompt."""
+    """A state machine that admits, computes and ends requests and drops revisions, in any order.
+
+    Prompts have few different tokens, so that they share prefixes. Invocation positions are drawn at random.
+    """
 
     @initialize(pages=st.sampled_from([9, 40]))
     def start(self, pages: int) -> None:
         self.kv = KvCacheManager(pages, PAGE)
-        self.running: list[tuple[Request, Owner, int]] = []  # and drops of its revision before
+        self.running: list[tuple[Request, Owner, int]] = []  # (request, owner, drops of its revision before)
         self.drops = {"r1": 0, "r2": 0}
         self.slots: dict[int, list[Slot]] = {}
         self.step = self.last = 0
@@ -109,7 +113,7 @@ class AnyOrder(RuleBasedStateMachine):
         self._audit()
 
     def _write(self, entry: tuple[Request, Owner, int]) -> None:
-        """Records what was computed in its own pages, and checks that shared pages already hold it."""
+        """Records what the request has computed in its pages, and checks that nothing else was in them."""
         request, owner, drops = entry
         for index, page in enumerate(request.pages):
             held = self._slots(request, owner, drops, index)
@@ -128,7 +132,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.kv.audit([request for request, _, _ in self.running])
 
     def teardown(self) -> None:
-        """No page is held in the end, and all can be dropped or evicted."""
+        """Ends all requests; asserts that no page is held then, and that all pages can be dropped or evicted."""
         if not hasattr(self, "kv"):
             return
         while self.running:

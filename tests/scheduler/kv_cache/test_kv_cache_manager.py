@@ -26,7 +26,7 @@ def test_full_hit_computes_one_token_in_its_own_page() -> None:
     assert (again.computed, len(shared), len(again.pages)) == (4, 1, 2)
     assert again.pages[0] in rows.tree.pages()
     assert again.pages[1] not in rows.tree.pages()
-    rows.compute(again)  # the tree has this page: the row keeps its own copy until it ends
+    rows.compute(again)  # the tree already has this page: the row keeps its own copy until it ends
     assert (rows.kv.block_pool.used, rows.kv.used) == (3, 2)
     rows.end(again)
     assert rows.kv.block_pool.used == 2
@@ -76,7 +76,7 @@ def test_tokens_in_flight_are_not_inserted() -> None:
     rows.plan()
     request = rows.admit(request_of(PROMPT))
     rows.compute(request)
-    request.computed += 2  # two steps ahead of what is known
+    request.computed += 2  # two positions whose tokens are not known yet
     rows.end(request)
     assert len(rows.tree) == 2
 
@@ -89,7 +89,7 @@ def test_positions_to_be_scored_are_computed() -> None:
     rows.admit(scored)
     assert scored.computed == 0
     rows.compute(scored)
-    scored.scored = 6  # then it is preempted
+    scored.scored = 6  # six positions are scored when it is preempted
     rows.end(scored)
     rows.plan()
     assert rows.admit(scored).computed == 4
@@ -132,7 +132,7 @@ def test_prefix_found_while_waiting_may_be_evicted_meanwhile() -> None:
     assert rows.kv.can_allocate(waits, (), 0)
     assert waits.prefix is not None
     assert waits.prefix.depth == 3
-    rows.end(rows.admit(request_of([50] * 28)))  # evicts two of the three
+    rows.end(rows.admit(request_of([50] * 28)))  # evicts two of the three pages
     rows.plan()
     assert rows.admit(waits).computed == 4
 

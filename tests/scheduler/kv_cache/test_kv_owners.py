@@ -55,7 +55,7 @@ def test_full_pages_before_the_invocation_are_the_bases(invocation_start: int) -
 
 
 def test_alora_pages_differ_by_the_offset_of_the_invocation() -> None:
-    """Tokens generated in one request are prompt tokens in another, so the same tokens have two invocation offsets."""
+    """Generated tokens of one request may be prompt tokens of another: the same tokens get other invocation offsets."""
     rows = Rows()
     rows.run(LONG_PROMPT, ONE, invocation_start=5)
     assert rows.run(LONG_PROMPT, ONE, invocation_start=6).computed == 4

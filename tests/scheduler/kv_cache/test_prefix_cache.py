@@ -1,4 +1,4 @@
-"""Shared prefixes through the whole core, by hand."""
+"""The prefix cache, in scripted cases with the whole core."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_cached_tokens_are_reported_with_the_first_token() -> None:
 
 def test_replayed_tokens_are_not_reported_as_cached() -> None:
     core = new_core(max_batched_tokens=32)
-    _run(core, generate(1, prompt=6, max_tokens=8, cache_salt="t"))  # then 50, 50, ...
+    _run(core, generate(1, prompt=6, max_tokens=8, cache_salt="t"))  # generates 50, 50, ...
     replay = generate(2, prompt=6, max_tokens=8, generated=[50] * 7, cache_salt="t")
     assert _run(core, replay) == (12, 6)
 
@@ -84,7 +84,7 @@ def _load_alora(core: Scheduler, adapter_id: int, invocation: list[int]) -> None
 
 def test_chunk_ends_at_the_invocation_where_the_lane_begins() -> None:
     core = new_core(max_batched_tokens=12)
-    _load_alora(core, 1, [17, 18])  # of the prompt 10, 11, ...: position 7
+    _load_alora(core, 1, [17, 18])  # at position 7 of the prompt 10, 11, ...
     core.handle(generate(1, prompt=20, lora=[(1, 1.0)], sampling=Sampling(prompt_logprobs=0)), 0.0)
     parts = []
     for _ in range(4):

@@ -1,7 +1,7 @@
-"""Shared prefixes through the whole core, under any order of events.
+"""The prefix cache with the whole core, under any order of events.
 
-The fake runner is the oracle: each slot of a page records its token, position, lane, tenant and step, so it fails at
-once when a row reads anything but its own prefix or writes a shared page, and a wrong token shows at the end.
+The fake runner is the oracle: it records the token, position, lane, tenant and step in each slot of a page, so it fails
+at once when a row reads anything but its own prefix or writes a shared page. Wrong tokens are found at the end.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from scheduler.state import Bounds
 
 CONTENTS = {1: Footprint({"qkv": 1}), 2: Footprint({"qkv": 2}), 3: Footprint({"down": 1, "qkv": 1})}
 CONTENTS |= {4: Footprint({"qkv": 1}), 5: Footprint({"down": 1})}
-INVOCATIONS = {4: [7, 7], 5: [14, 15, 16, 17, 18]}  # contained in the families; one is longer than a page
+INVOCATIONS = {4: [7, 7], 5: [14, 15, 16, 17, 18]}  # both occur in FAMILIES; one is longer than a page
 FAMILIES = [[7] * 24, list(range(24)), [*range(12), *range(50, 62)]]
 NAMES, TENANTS, WINDOWS = ["a", "b"], 2, 3
 
 
 @dataclass
 class Asked:
-    """A request, and what the scheduler reported for it."""
+    """A request, and the tokens and end that the scheduler reported for it."""
 
     message: Generate
     tokens: list[int] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Asked:
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Requests that share prefixes; adapters loaded, unloaded and replaced under a name; aborts; dead runners."""
+    """A state machine of requests that share prefixes, adapters that come and go, aborts and runners that die."""
 
     @initialize(window=st.integers(1, WINDOWS), pages=st.sampled_from([8, 12, 60]))
     def start(self, window: int, pages: int) -> None:
@@ -118,7 +118,7 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.asked)
     @rule(which=st.integers(0, 7), more=st.integers(0, 96))
     def ask_further(self, which: int, more: int) -> None:
-        """A conversation continues, if its adapter is still loaded."""
+        """Sends the next request of a conversation, if its adapters are still loaded."""
         former = list(self.asked.values())[-1 - which % len(self.asked)]
         prompt = [*former.message.prompt, *former.tokens, more][:30]
         if {i for i, _ in former.message.lora} <= set(self.points.values()):
@@ -148,7 +148,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES), content=st.sampled_from(sorted(CONTENTS)))
     def point(self, name: str, content: int) -> None:
-        """Points the name to these bytes; it may have been new, or have pointed to other bytes or the same."""
+        """Loads `content` under the name, which may be new or replace the same or other content."""
         self.last_id += 1
         self.library.twins[self.last_id] = content
         former = self.points.get(name)
@@ -187,7 +187,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert len(self.runner.queue) <= self.window
 
     def teardown(self) -> None:
-        """All requests end, with the tokens that each would have had alone."""
+        """Runs all requests to their ends; asserts that each got the tokens that it would get without the others."""
         if not hasattr(self, "runner"):
             return
         while self.runner.queue or self.runner.events:

@@ -1,4 +1,4 @@
-"""scheduler.kv_cache.radix_cache: lookups, holds and the order of eviction, by hand and against a slow model."""
+"""scheduler.kv_cache.radix_cache: lookups, holds and order of eviction, in scripted cases and against a slow model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIX: Owner = (("r1", 0.5), ("r2", 0.5))
 
 
 def _insert_path(tree: RadixCache, owner: Owner, keys: bytes, first: int, cache_salt: str = "") -> Node:
-    """A path with one page per byte of `keys`, numbered from `first`, and one holder at its end."""
+    """Inserts a path with one page per byte of `keys`, numbered from `first`. Returns its last node, held once."""
     node = tree.open_root(owner, cache_salt)
     tree.hold(node)
     for offset, key in enumerate(keys):
@@ -55,7 +55,7 @@ def test_least_recently_used_unheld_leaf_is_evicted_first() -> None:
     )
     assert tree.release(first) == tree.release(second) == []
     tree.hold(first)
-    tree.release(first)  # used again: after `second`
+    tree.release(first)  # `first` is used again, after `second`
     tree.audit({held: 1})
     assert [tree.evictable, tree.evict(), tree.evict(), tree.evict(), tree.evictable] == [3, 3, 2, 1, 0]
     assert not first.alive
@@ -103,7 +103,7 @@ def test_dropped_revision_takes_its_mixes_and_waits_for_holders() -> None:
 
 
 def _insert_alora(tree: RadixCache, parent: Node, page: int, owner: Owner = ONE) -> Node:
-    """An aLoRA's first page below one of the base model's, with one holder, and one of its namespace."""
+    """Inserts an aLoRA's first page below a page of the base model. Its node and its namespace have one holder each."""
     namespace = tree.hold_alora(owner, parent.namespace.cache_salt)
     tree.hold(parent)
     return tree.insert(parent, namespace.first_key(b"a", 1), page, alora=namespace)
@@ -166,10 +166,10 @@ def test_tree_refuses_misuse() -> None:
 
 @dataclass
 class Model:
-    """The tree by definition: paths with the time of their last use, whose prefixes are the nodes."""
+    """A slow model of the tree: the paths that are held, and the last use of each node (a prefix of a path)."""
 
     held: list[tuple[Owner, bytes]] = field(default_factory=list)
-    used: dict[tuple[Owner, bytes], int] = field(default_factory=dict)  # of each node, by path
+    used: dict[tuple[Owner, bytes], int] = field(default_factory=dict)  # last use of each node, by its path
     clock: int = 0
 
     def is_held(self, owner: Owner, keys: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""scheduler.loading.device_loader by hand: which copies are filled at once, and which in the background."""
+"""scheduler.loading.device_loader in scripted cases: which copies are filled at once, which in the background."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _core(window: int = 1, lanes: int = 4, **changes: object) -> Scheduler:
 
 
 def _host(core: Scheduler, adapter_id: int, size: int = SMALL, pages: int = 1) -> None:
-    """Loads an adapter to the host, and takes it off the list of opportunistic fills."""
+    """Loads an adapter to the host, and removes it from the opportunistic fills."""
     core.handle(LoadAdapter(adapter_id=adapter_id, path=f"p{adapter_id}"), 0.0)
     info = AdapterState(
         adapter_id=adapter_id,
@@ -141,7 +141,7 @@ def test_background_fill_waits_for_steps_in_flight() -> None:
 
 
 def test_late_answer_counts_for_the_first_fill() -> None:
-    """Filled at once, evicted, filled in the background: the first answer does not end the second fill."""
+    """After a fill at once, an eviction and a background fill, the first fill's result does not end the second fill."""
     core = _core(rank_pages={"qkv": 1})
     _host(core, 1)
     _host(core, 2)

@@ -1,4 +1,4 @@
-"""scheduler.loading.disk_loader by hand: limits of the host cache, order of loads, evictions, missing files."""
+"""scheduler.loading.disk_loader in scripted cases: host cache limits, order of loads, evictions, missing files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_copies_are_evicted_once_bytes_are_known_to_exceed(policy: Any, first: i
     done(core, plan_of(core))
     load(core, 4)
     sent = answer_load(core, 4)
-    # copy 3 takes no bytes, but is the oldest: both policies evict it first, then a copy that frees enough
+    # copy 3 has no bytes but is the oldest: both policies evict it first, then a copy that frees enough bytes
     assert [evict.adapter_id for evict in of_kind(sent, EvictAdapter)] == [3, first]
     answer_eviction(core, 3)
     assert answer_eviction(core, first) == [], "it is still resident"
@@ -131,7 +131,7 @@ def test_preload_comes_before_later_requests() -> None:
     done(core, step)
     step = plan_of(core)
     assert step.fills == []
-    core.handle(AdapterState(adapter_id=1, state="resident"), 0.0)  # no change
+    core.handle(AdapterState(adapter_id=1, state="resident"), 0.0)  # the adapter is resident already
     done(core, step)
     assert [fill.adapter_id for fill in plan_of(core).fills] == [2]
 

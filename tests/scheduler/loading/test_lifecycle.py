@@ -1,4 +1,4 @@
-"""scheduler.loading.lifecycle by hand: lanes, fills, evictions, failures, unloading."""
+"""scheduler.loading.lifecycle in scripted cases: lanes, fills, evictions, failures, unloading."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_failed_adapter_fails_its_requests() -> None:
 
 
 def test_failed_adapter_is_retried_only_under_a_new_id() -> None:
-    """The same id is sent again whenever a runner starts."""
+    """LoadAdapter of a failed id only reports the failure: the same id is sent again whenever a runner starts."""
     core = new_core()
     add_adapter(core, 1)
     core.handle(AdapterState(adapter_id=1, state="failed", error="bad file"), 0.0)
@@ -168,8 +168,8 @@ def test_small_adapters_do_not_starve_a_large_one() -> None:
     add_adapter(core, 3, pages=3)
     core.handle(generate(1, prompt=1, max_tokens=3, lora=[(1, 1.0)]), 0.0)
     done(core, plan_of(core))
-    core.handle(generate(2, lora=[(3, 1.0)]), 0.0)  # waits for the pages of 1
-    core.handle(generate(3, lora=[(2, 1.0)]), 0.0)  # resident, and a lane is free, but later
+    core.handle(generate(2, lora=[(3, 1.0)]), 0.0)  # waits for the rank pages of adapter 1
+    core.handle(generate(3, lora=[(2, 1.0)]), 0.0)  # could run now, but comes after request 2
     for _ in range(2):
         step = plan_of(core)
         assert [chunk.row for chunk in step.chunks] == [0]

@@ -1,4 +1,4 @@
-"""Names of one revision share a copy: its pages, its lane and its files. See scheduler.loading.lifecycle."""
+"""scheduler.loading.lifecycle: adapters of one revision share a copy, and with it pages, lane and files."""
 
 from __future__ import annotations
 

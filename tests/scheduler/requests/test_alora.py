@@ -1,4 +1,4 @@
-"""scheduler.requests.alora: against PEFT's rule written out, and against PEFT itself."""
+"""scheduler.requests.alora: comparison with a plain search by PEFT's rule, and with PEFT itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOKENS = st.lists(st.sampled_from([0, 1, 256, 257, 1 << 24, (1 << 31) - 1]), max
 
 @settings(derandomize=True, max_examples=300, deadline=None)
 @given(TOKENS, TOKENS.filter(bool))
-@example([256, 256, 1], [1, 1])  # whose bytes also occur across token bounds
+@example([256, 256, 1], [1, 1])  # the invocation's bytes also occur across token bounds
 @example([1, 1, 1], [1, 1])
 @example([0, 0], [0])
 def test_invocation_is_the_last_occurrence_at_token_bounds(prompt: list[int], invocation: list[int]) -> None:

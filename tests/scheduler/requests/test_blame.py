@@ -1,4 +1,4 @@
-"""scheduler.requests.blame by hand: which requests are suspects, until when, and which one is proved to blame."""
+"""scheduler.requests.blame: which requests are suspects, until when, and which one is proved to blame."""
 
 from __future__ import annotations
 

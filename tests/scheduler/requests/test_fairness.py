@@ -1,4 +1,4 @@
-"""Fair shares: a flood delays its own account only, weights count, an idle account saves nothing up."""
+"""scheduler.requests.fairness: a flood delays only its own account, weights count, idle accounts gain no credit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ANSWER = 16
 
 
 class Queue:
-    """A server that serves the first request in order, one at a time."""
+    """A simulated server that serves one request at a time, the first by order."""
 
     def __init__(self, weights: dict[str, float] | None = None) -> None:
         self.fair = FairShares(weights)
@@ -61,7 +61,7 @@ class Queue:
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 200)), min_size=2, max_size=120), st.integers(1, 4))
 def test_two_backlogged_tenants_get_equal_service(asked: list[tuple[str, int]], weight: int) -> None:
-    """While both accounts have requests waiting, their service differs by at most a request of each."""
+    """While both accounts have requests waiting, their service differs by at most one request of each."""
     queue = Queue({"a": float(weight)})
     for tenant, prompt in asked:
         queue.ask(tenant, prompt)
@@ -75,7 +75,7 @@ def test_two_backlogged_tenants_get_equal_service(asked: list[tuple[str, int]], 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 99), st.booleans()), min_size=1, max_size=150))
 def test_requests_of_one_tenant_keep_their_order(events: list[tuple[str, int, bool]]) -> None:
-    """Also when answers are much shorter or longer than expected, which moves the accounts back and forth."""
+    """The order holds also when outputs are much shorter or longer than expected, which moves the accounts a lot."""
     queue, came, went = Queue(), dict[str, list[int]](), dict[str, list[int]]()
     for tenant, prompt, serve in events:
         came.setdefault(tenant, []).append(queue.ask(tenant, prompt, most=500).id)
@@ -111,7 +111,7 @@ def test_idle_server_forgets_the_accounts() -> None:
 
 
 def test_wrong_expectation_is_corrected_at_the_end() -> None:
-    """a may generate 500 tokens and generates 4, b may and does generate 16: after a while both get equal service."""
+    """Tenant a may generate 500 tokens but generates 4, b may and does generate 16: in the end service is equal."""
     queue, rng = Queue(), random.Random(0)
     for _ in range(400):
         for tenant, most in (("a", 500), ("b", 16)):
@@ -122,7 +122,7 @@ def test_wrong_expectation_is_corrected_at_the_end() -> None:
 
 
 def test_new_tenants_do_not_starve_an_old_one() -> None:
-    """Each new tenant asks once, with an empty account, and still the old one's third request is served in turn."""
+    """New tenants with new accounts keep coming, one request each; the old tenant's third request is served anyway."""
     queue = Queue()
     last = [queue.ask("old", 100) for _ in range(3)][-1]
     for number in range(40):
@@ -167,7 +167,7 @@ def replace_lora(message: Generate, adapter_id: int) -> Generate:
 
 
 def two_tenants(flood: float) -> list[TraceRequest]:
-    """quiet sends four requests a second for twenty adapters; flood sends as many as given, for five others."""
+    """Returns a trace: tenant quiet sends 4 requests/s for 20 adapters, tenant flood sends `flood`/s for 5 others."""
     quiet = Workload(adapters=20, rate=4.0, requests=120, prompt=(20, 60), output=(10, 40), seed=1).generate()
     named = [replace_ask(one, "quiet", f"q{one.adapter}") for one in quiet]
     if flood:
@@ -181,7 +181,7 @@ def replace_ask(one: TraceRequest, tenant: str, adapter: str) -> TraceRequest:
 
 
 def slowest(policy: str, requests: list[TraceRequest]) -> float:
-    """p99 TTFT of the quiet tenant, all of whose requests were served."""
+    """Returns the p99 TTFT of the tenant quiet; asserts that all its requests were served."""
     setup = Setup(max_loras=8, pool=32, policy=policy, max_wait=1.0)
     _, log = Experiment(setup, profile_with(rows=8)).run(requests)
     times = sorted(t.ttft for t in log.timelines.values() if t.request.tenant == "quiet")
@@ -190,17 +190,17 @@ def slowest(policy: str, requests: list[TraceRequest]) -> float:
 
 
 def test_flood_delays_only_its_own_requests() -> None:
-    """The flood is three times the machine's capacity. Under fcfs the quiet tenant waits for it, under fair not."""
+    """The flood is three times the machine's capacity. It delays the quiet tenant under fcfs, but not under fair."""
     alone, both = two_tenants(0.0), two_tenants(40.0)
     calm, swamped, fair = slowest("fair", alone), slowest("fcfs", both), slowest("fair", both)
     assert swamped > 20 * calm
-    assert fair < calm + 0.5  # until one of eight rows is free; a request takes half a second
+    assert fair < calm + 0.5  # it waits for one of eight rows; a request takes half a second
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(3))
 def test_core_passes_its_audits_under_the_fair_policy(seed: int, window: int) -> None:
-    """Few pages, few lanes and several tenants: preemptions and fills, with an audit after each call."""
+    """Few pages, few lanes and several tenants cause preemptions and fills; the core is audited after each call."""
     workload = Workload(adapters=12, rate=50.0, requests=120, prompt=(4, 60), output=(2, 30), tenants=3, seed=seed)
     setup = Setup(max_loras=2, pool=4, window=window, policy="fair", max_wait=0.2, audit=True)
     summary, _ = Experiment(setup, profile_with(rows=8, kv_tokens=320)).run(workload.generate())

@@ -1,4 +1,4 @@
-"""scheduler.requests.queue: the order within a key, and of the heads within a state."""
+"""scheduler.requests.queue: the order of requests within a key, and of the heads within a state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scheduler.requests.starvation: against a note of each waiting request."""
+"""scheduler.requests.starvation: frontier and times, compared with a record of when each request was first passed."""
 
 from __future__ import annotations
 

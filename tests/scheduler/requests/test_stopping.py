@@ -23,7 +23,7 @@ def _capacity(pages: int, max_length: int = 100) -> Capacity:
     ("prompt", "max_tokens", "pages", "limit"),
     [
         (5, 10, 100, 15),
-        (5, 1000, 100, 100),  # to the end of the context
+        (5, 1000, 100, 100),  # limited by the context
         (5, 1000, 3, 13),  # 12 positions have pages; the 13th token is sampled and never computed
         (12, 5, 3, 13),
     ],
@@ -44,7 +44,7 @@ def test_prompt_that_cannot_be_served_is_refused(prompt: int, text: str) -> None
 @pytest.mark.parametrize(
     ("generated", "stopping", "ending"),
     [
-        ([], Stopping(1, 0, [1]), None),  # the prompt's last token ends nothing
+        ([], Stopping(1, 0, [1]), None),  # the last prompt token is an end id, but not generated
         ([5], Stopping(3, 0, [7]), None),
         ([7], Stopping(3, 0, [7]), ("stop", 7)),
         ([7], Stopping(3, 1, [7]), None),

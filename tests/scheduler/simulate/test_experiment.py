@@ -1,4 +1,4 @@
-"""scheduler.simulate.experiment: whole runs are repeatable, all requests end, and the bound on waiting holds."""
+"""scheduler.simulate.experiment: runs are repeatable, all requests end, and no request is passed beyond `max_wait`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_router_keeps_an_adapter_on_its_replicas(router: str) -> None:
 
 
 def test_four_replicas_serve_more_than_one() -> None:
-    """Up to more than four times as much, because each replica serves fewer adapters."""
+    """Four replicas may serve more than four times as much as one, because each serves fewer adapters."""
     requests = SMALL.generate()
     one, four = (
         Experiment(Setup(max_loras=4, pool=8, replicas=count, router="two"), TIGHT).capacity(requests)
@@ -95,11 +95,11 @@ def test_second_step_in_flight_hides_the_gap() -> None:
 
 
 QUICK = profile_with(rows=64, kv_tokens=65536, step=StepCost(base=0.008, decode_row=0.0001, prefill_token=0.00005))
-"""About a second for an answer of a hundred tokens."""
+"""A profile with which a request of a hundred generated tokens takes about a second."""
 
 
 def starving_trace() -> list[TraceRequest]:
-    """Eight adapters with a constant stream of requests, in eight lanes, and now and then a request for another one."""
+    """Returns a trace of constant requests for eight adapters, for eight lanes, and rare requests for fifty others."""
     lengths = {"alpha": 0.0, "prompt": (8, 60), "output": (60, 120)}
     hot = Workload(adapters=8, rate=40.0, requests=800, seed=5, **lengths).generate()
     cold = Workload(adapters=50, rate=1.5, requests=30, seed=6, **lengths).generate()
@@ -108,9 +108,9 @@ def starving_trace() -> list[TraceRequest]:
 
 @pytest.mark.parametrize("bound", [1.0, 2.0, 4.0])
 def test_cold_adapters_do_not_starve(bound: float) -> None:
-    """Under skip-ahead a cold adapter waits for the end of the trace, 18 seconds; in the real core for `max_wait`.
+    """Under the rule skip a cold adapter waits until the trace ends (18 s); in the real core at most for `max_wait`.
 
-    A request whose lane was preempted pauses for `max_wait` and the time to recompute it.
+    A request whose lane was preempted pauses for at most `max_wait` and the time to recompute its tokens.
     """
     costs = profile_with(rows=128, kv_tokens=65536, step=QUICK.step)
     setup = Setup(max_loras=8, pool=32, max_wait=bound)
@@ -124,7 +124,7 @@ def test_cold_adapters_do_not_starve(bound: float) -> None:
 
 
 def test_no_request_is_passed_for_longer_than_max_wait() -> None:
-    """200 adapters, 16 lanes, a pool for 48, at 0.9 of the capacity."""
+    """The bound holds with 200 adapters, 16 lanes and a pool for 48 adapters, at 0.9 of the capacity."""
     requests = Workload(adapters=200, requests=1500, prompt=(8, 100), output=(8, 100), seed=5).generate()
     summary, _ = Experiment(Setup(max_loras=16, pool=48, max_wait=2.0), QUICK).run(requests, load=0.9)
     hot, cold = summary["ttft"]["hot"]["p99"], summary["ttft"]["cold"]["p99"]

@@ -1,4 +1,4 @@
-"""scheduler.simulate.machine: the times of steps, fills and loads, by hand."""
+"""scheduler.simulate.machine: the times of steps, fills and loads, compared with values computed in the comments."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_step_costs_its_context_and_lanes() -> None:
 
 def test_steps_run_one_by_one_with_half_a_gap_on_each_side() -> None:
     found = machine(profile_with(gap=0.004))
-    found.accept(step(1, rows=1), 0.0)  # 2 ms to the runner, 11 ms, 2 ms back
-    found.accept(step(2, rows=1), 0.0)  # begins at once after the first
+    found.accept(step(1, rows=1), 0.0)  # 2 ms to the runner, 11 ms of step, 2 ms back
+    found.accept(step(2, rows=1), 0.0)  # begins right after step 1
     assert drain(found) == [(0.015, "step 1"), (0.026, "step 2")]
 
 
@@ -86,11 +86,11 @@ def test_fills_between_steps_take_a_share_of_each_step() -> None:
     found = machine(profile_with(fill_share=0.5))
     found.accept(step(1, rows=1, fills=[1, 2]), 0.0)
     assert found.pop()[0] == pytest.approx(0.011)
-    found.accept(step(2, rows=1), 0.011)  # after 5.5 of 8 ms of the first fill
+    found.accept(step(2, rows=1), 0.011)  # 5.5 of the 8 ms of the first fill follow step 1
     assert drain(found) == [
-        (0.0275, "step 2"),  # 11 + 5.5 + 11
-        (0.03, "1 resident"),  # and the other 2.5
-        (0.038, "2 resident"),  # 3 ms of its share, and the rest while idle
+        (0.0275, "step 2"),  # ms: step 1 for 11, fills for 5.5, step 2 for 11
+        (0.03, "1 resident"),  # the other 2.5 ms of the first fill
+        (0.038, "2 resident"),  # 3 ms in the fills' share of step 2, and 5 ms while idle
     ]
 
 
@@ -98,7 +98,7 @@ def test_fills_use_all_idle_time() -> None:
     found = machine(profile_with(fill_share=0.1))
     found.accept(step(1, fills=[1]), 0.0)
     assert found.pop()[0] == 0.0
-    found.accept(step(2, rows=1), 0.005)  # 3 ms are left, 1.1 of which after this step
+    found.accept(step(2, rows=1), 0.005)  # 3 ms of the fill are left, and its share after step 2 is 1.1 ms
     assert found.pop()[0] == pytest.approx(0.016)
     assert found.next_event == pytest.approx(0.016 + 0.003)
 

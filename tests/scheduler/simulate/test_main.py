@@ -1,4 +1,4 @@
-"""The command line of scheduler.simulate: tables, files, and one line for each error."""
+"""scheduler.simulate.__main__: the command line prints tables, writes files, and reports each error in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scheduler.simulate.workload and trace: rates, skew and bursts are as given, and files are read as written."""
+"""scheduler.simulate.workload and trace: rates, skew and bursts match the parameters; files are read as written."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_slora_code_has_one_gamma_process_and_a_power_law() -> None:
     ).generate()
     assert spread(gaps([one.at for one in requests])) == pytest.approx(4.0, rel=0.15)
     busy = Counter(one.adapter for one in requests)
-    for number in (0, 1, 9):  # P(i) = ((i+1)/n)^alpha - (i/n)^alpha
+    for number in (0, 1, 9):  # probability of adapter i: ((i+1)/n)^alpha - (i/n)^alpha
         expected = ((number + 1) / 200) ** 0.3 - (number / 200) ** 0.3
         assert busy[f"a{number}"] / len(requests) == pytest.approx(expected, rel=0.15)
     uniform = Counter(

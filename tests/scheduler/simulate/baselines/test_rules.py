@@ -1,4 +1,4 @@
-"""The admission rules of other engines, by hand, and the baseline scheduler that uses them."""
+"""scheduler.simulate.baselines: the admission rules of other engines, and the baseline scheduler that uses them."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def test_drain_chooses_the_adapter_that_ends_soonest() -> None:
     queue = [FakeWaiter(8, 0.0), FakeWaiter(8, 1.0), FakeWaiter(1, 2.0), FakeWaiter(9, 3.0)]
     rule.begin(queue, running, True, 4.0)
     assert rule.draining == {}
-    rule.begin(queue, running, True, 7.5)  # 8 starves; 1 runs, so it does not
+    rule.begin(queue, running, True, 7.5)  # adapter 8 starves; adapter 1 is running, so it does not
     assert rule.draining == {2: 10}
     assert rule.permits(FakeWaiter(2, remaining=12), running, 3)
     assert not rule.permits(FakeWaiter(2, remaining=13), running, 3)
     assert rule.permits(FakeWaiter(1, remaining=500), running, 3)
-    rule.begin(queue, {1: 40, 2: 5, 3: 70}, True, 8.5)  # 9 starves as well
+    rule.begin(queue, {1: 40, 2: 5, 3: 70}, True, 8.5)  # adapter 9 starves as well
     assert rule.draining == {2: 5, 1: 40}
-    rule.begin(queue, {1: 30, 3: 60}, False, 9.0)  # 2 has ended, so a lane is free
+    rule.begin(queue, {1: 30, 3: 60}, False, 9.0)  # adapter 2 has ended, so a lane is free
     assert rule.draining == {1: 30}
 
 
@@ -51,7 +51,7 @@ def run(rule: str, requests: list[TraceRequest], lanes: int = 1, **profile: obje
 
 
 def order(log: RequestLog) -> list[int]:
-    """The requests in order of their admission."""
+    """Returns the numbers of the requests in order of their admission."""
     return sorted(log.timelines, key=lambda number: (log.timelines[number].admitted, number))
 
 
@@ -65,7 +65,7 @@ def test_skip_lets_one_adapters_stream_starve_another() -> None:
 
 
 def test_drain_ends_the_stream_for_a_starving_adapter() -> None:
-    """b starves from 0.051 on, so a drains: its new requests would end after its running ones, so they wait for b."""
+    """Adapter b starves from 0.051 s on, so a drains: its new requests would end too late, and wait for b."""
     requests = [
         trace_request(0.0, "a"),
         trace_request(0.001, "b"),
@@ -87,7 +87,7 @@ def test_request_without_a_lane_is_passed() -> None:
 
 
 def test_baseline_takes_the_same_time_where_no_rule_acts() -> None:
-    """Where lanes suffice for all adapters, the baseline does what the real core does."""
+    """With enough lanes for all adapters, each request ends at the same time in the baseline and in the real core."""
     requests = [trace_request(0.3 * k, f"a{k % 3}", prompt=20 + k, output=5 + k) for k in range(12)]
     core, baseline = run("chorus", requests, lanes=4), run("skip", requests, lanes=4)
     for number, timeline in core.timelines.items():

@@ -1,4 +1,4 @@
-"""scheduler.simulate.results: percentiles, fairness and the time passed, by hand."""
+"""scheduler.simulate.results: percentiles, fairness and the time that requests are passed, in small scripted cases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scheduler.simulate.results.request_log import GapHistogram, RequestLog, pas
 
 
 def log_of(*rows: tuple[float, float]) -> RequestLog:
-    """Requests as (arrived, admitted), all on one replica."""
+    """Returns a log of requests with these times (arrived, admitted), all on one replica."""
     found = RequestLog()
     for number, (arrived, admitted) in enumerate(rows):
         found.record_arrival(number, trace_request(arrived, "a"), arrived, 0)
@@ -24,10 +24,10 @@ def log_of(*rows: tuple[float, float]) -> RequestLog:
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([(0, 1), (1, 2), (2, 3)], 0.0),  # waiting in order is not being passed
-        ([(0, 9), (1, 2), (2, 3)], 7.0),  # passed at 2
-        ([(0, 4), (1, 8), (2, 3)], 5.0),  # both at 3
-        ([(0, 4), (1, 4), (2, 4)], 0.0),  # together
+        ([(0, 1), (1, 2), (2, 3)], 0.0),  # admitted in order: none is passed
+        ([(0, 9), (1, 2), (2, 3)], 7.0),  # the first is passed at time 2
+        ([(0, 4), (1, 8), (2, 3)], 5.0),  # the first two are passed at time 3
+        ([(0, 4), (1, 4), (2, 4)], 0.0),  # admitted at the same time: none is passed
     ],
 )
 def test_request_is_passed_by_later_admissions(rows: list[tuple[float, float]], expected: float) -> None:
