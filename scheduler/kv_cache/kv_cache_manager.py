@@ -71,7 +71,10 @@ class KvCacheManager:
         return need - _depth(node) + reserve <= self.free - _unheld_on_path(node)
 
     def allocate(self, request: Request, owner: Owner) -> None:
-        """Gives the request pages for all known tokens, shared pages for its prefix. Sets `computed` to the prefix."""
+        """Gives the request pages for all known tokens, shared ones for its prefix.
+
+        Sets `computed` to the length of this prefix.
+        """
         node, _ = self._match(request, owner)
         if self._reuse:
             request.prefix = node = node or self.radix_cache.open_root(_root_owner(request, owner), request.cache_salt)
@@ -137,7 +140,7 @@ class KvCacheManager:
         return -(-len(request.tokens) // self._page_size)
 
     def _most_shared(self, request: Request) -> int:
-        """The most pages that a request may share: it must compute its last token, and all positions left to score."""
+        """Returns the most pages that a request may share: it computes its last token and all positions to score."""
         if not self._reuse:
             return 0
         most = len(request.tokens) - 1

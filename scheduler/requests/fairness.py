@@ -52,7 +52,7 @@ class _Account:
 
 @dataclass(slots=True)
 class _Charge:
-    """What a request's account was charged on arrival."""
+    """The charge for one request on arrival: its account and the charged tokens, before division by the weight."""
 
     account: AccountName
     tokens: float
@@ -88,7 +88,7 @@ class FairShares(Ordering):
         start = account.used if account.waiting else max(account.used, self._clock)
         account.live += 1
         account.waiting += 1
-        account.last = order = max(start, account.last)  # never before an older request of the same account
+        account.last = order = max(start, account.last)  # not before older requests of the account
         answer = min(message.stopping.max_tokens, account.expected)
         tokens = PROMPT_COST * len(message.prompt) + ANSWER_COST * max(answer, len(message.generated))
         account.used = start + tokens / account.weight
@@ -150,5 +150,5 @@ class FairShares(Ordering):
 
 
 def make_ordering(policy: str, weights: Mapping[str, float] | None = None) -> Ordering:
-    """Returns the ordering of a policy. fcfs and priority get the same one: only the HTTP server tells them apart."""
+    """Returns the ordering of a policy. fcfs and priority get the same one; they differ only in the HTTP server."""
     return FairShares(weights) if policy == "fair" else Ordering()

@@ -1,4 +1,4 @@
-"""The scheduler's record of a request: its tokens, its parameters and its progress. Does not allocate anything itself.
+"""The scheduler's record of a request: its tokens, its parameters and its progress.
 
 A request's tokens:
 

@@ -5,7 +5,7 @@
             for this share of each step's time and all idle time; without it, beside the steps
     loads   `loaders` at a time, in order
 
-Depends on the costs only; computes no tokens.
+Only the time is simulated; every sampled token is 0.
 """
 
 from __future__ import annotations

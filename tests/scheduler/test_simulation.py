@@ -68,7 +68,7 @@ def test_prompts_with_common_prefixes(seed: int, window: int) -> None:
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(8))
 def test_activated_adapters(seed: int, window: int) -> None:
-    """Conversations with and without invocations; adapters are unloaded, loaded again or of equal bytes; few KV pages."""
+    """Conversations with and without invocations; adapters are unloaded, reloaded or of equal bytes; few KV pages."""
     faults = {"abort_rate": 0.1, "reset_rate": 0.02, "churn_rate": 0.1, "twin_rate": 0.3} if seed % 2 else {}
     tier: dict[str, Any] = {"max_loaded": 3} if seed % 3 == 2 else {}
     pages = 200 if seed % 4 < 2 else 24
@@ -132,7 +132,7 @@ def test_adapters_of_equal_bytes_share_one_copy(seed: int, window: int) -> None:
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(14))
 def test_faults_of_all_kinds_in_a_small_host_cache(seed: int, window: int) -> None:
-    """A workload with files that vanish, change and return, equal bytes, pins, preloads, unloads, aborts and dead runners."""
+    """A workload with files that vanish or change, equal bytes, pins, preloads, unloads, aborts and dead runners."""
     faults = {"abort_rate": 0.1, "reset_rate": 0.02, "churn_rate": 0.15, "faulty_rate": 0.1, "file_rate": 0.1}
     tier: dict[str, Any] = [{"max_loaded": 4}, {"host_bytes": 1000}, {"max_loaded": 6, "host_bytes": 900}][seed % 3]
     rates = faults | {"twin_rate": 0.3, "mix_rate": 0.3, "preload_rate": 0.2}

@@ -24,7 +24,7 @@ class AdapterTiers:
         self._sources: dict[int, LoadAdapter] = {}
         self._need: dict[int, dict[str, int]] = {}
         self._size: dict[int, int] = {}
-        self._wanted: dict[int, None] = {}  # to be loaded, in order
+        self._wanted: dict[int, None] = {}  # adapters to load, in order
         self._loading: set[int] = set()
         self._host: dict[int, None] = {}  # least recently used first; the same holds for _device
         self._host_bytes = 0
