@@ -1,4 +1,4 @@
-"""`python -P -m scheduler`: started by the launcher, config on stdin."""
+"""The scheduler process: the launcher runs `python -P -m scheduler` and writes the config to its stdin."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scheduler.server import serve
 
 
 def main() -> None:
-    """Serves until SIGTERM (exit 0) or a failed audit (exit 1)."""
+    """Runs the scheduler until SIGTERM (exit status 0), or until an error such as a failed audit (exit status 1)."""
     child = Child()
     child.begin_startup()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

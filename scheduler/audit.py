@@ -15,9 +15,10 @@ from scheduler.types import BASE, LaneKey
 
 
 def audit(state: SchedulerState, kv_pages: int | None = None) -> None:
-    """Raises AssertionError, which names what is wrong.
+    """Raises AssertionError, which says what is wrong, if the tables disagree.
 
-    Of more than `kv_pages` KV pages only the sums are checked, and as many pages in turn.
+    `kv_pages` limits the work: if there are more KV pages, each call checks only their sums and the next `kv_pages`
+    nodes of the radix tree. None: all pages are checked.
     """
     state.running.audit()
     state.waiting.audit()

@@ -1,19 +1,20 @@
-"""The scheduler's core: messages in, messages out, one step at a time. Knows nothing of sockets, clocks or tensors.
+"""The scheduler's core: handles messages, plans steps and applies their results. Has no sockets and reads no clock.
 
-    handle(message)    a request, an abort, an adapter, a report of the runner
-    plan(now)          the next Step, if the window has room and there is something to do
-    apply(StepDone)    appends its tokens, and ends the requests that they finish
-    drain_outbox()     the messages to be sent since the last call
+    handle(message)    handles a request, an abort, a load or unload of an adapter, or a report of the runner
+    plan(now)          returns the next Step, if the window has room and there is something to do
+    apply(StepDone)    appends the step's tokens to the requests, and ends the requests that they finish
+    drain_outbox()     returns the messages to be sent since the last call
     check()            the audit: asserts that all tables agree
 
 Rows, KV pages and lanes are free as soon as their request ends or is preempted, though steps in flight may still name
-them: the runner executes steps strictly in order, so whatever a later step does with them comes after.
+them. This is safe because the runner executes steps strictly in order: a later step comes after the steps in flight.
 
     step n    writes KV page 7, row 3 (for a request that ended at step n-1: its token is dropped)
     step n+1  NewRow 3 (next generation), page 7 appended to another row, written from its first position on, then read
 
-Rank pages are different, see adapters/rank_pages. Epochs: messages of the tokenizer process carry its epoch, and so do
-the answers; steps carry the runner's. Messages of an older epoch are dropped; a newer epoch replaces the old.
+Rank pages are different, see adapters/rank_pages. Epochs: messages from the tokenizer process and the replies to it
+carry its epoch; steps and their results carry the runner's. Messages of an older epoch are dropped. A newer epoch means
+that the process was restarted.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ Downstream = LoadAdapter | UnloadAdapter | EvictAdapter
 
 
 def _is_possible(capacity: Capacity) -> bool:
-    """Whether tables of these sizes can be made."""
+    """Returns whether the capacity's numbers are in their ranges, so that tables of these sizes can be made."""
     c, most = capacity, 1 << 31
     counts = (c.kv_pages << 3, c.page_size, c.max_length, c.max_batched_tokens, c.vocab_size)
     tables = (c.max_loras, *c.rank_pages.values())
@@ -67,9 +68,10 @@ def _is_possible(capacity: Capacity) -> bool:
 
 
 class Scheduler:
-    """The scheduler without sockets or clock. `window`: the most steps in flight; `bounds`: what the flags allow.
+    """The scheduler without sockets or clock.
 
-    `epoch` is that of the first runner, `incarnation` that of this scheduler.
+    `window`: the most steps in flight. `bounds`: the limits and policies that the flags set. `epoch`: the epoch of the
+    first runner. `incarnation`: the epoch of this scheduler process.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class Scheduler:
     # --------------------------------------------------------------------------------------------------- the loop
 
     def handle(self, message: ToScheduler, now: float) -> list[Upstream | Downstream]:
-        """Handles one message. Returns the messages to be sent; their types say to which process."""
+        """Handles one message. Returns the messages to be sent; the type of each determines the receiving process."""
         self._state.now = now
         match message:
             case StepDone():
@@ -124,7 +126,10 @@ class Scheduler:
         return self.drain_outbox()
 
     def plan(self, now: float) -> Step | None:
-        """The next step, if the window has room and there is something to do. Call drain_outbox() after it."""
+        """Plans and returns the next step; None if the window is full or there is nothing to do.
+
+        Call `drain_outbox` afterwards.
+        """
         state = self._state
         state.now = now
         if len(state.in_flight) >= self._window:
@@ -136,7 +141,10 @@ class Scheduler:
         return step
 
     def apply(self, done: StepDone, now: float) -> list[Upstream | Downstream]:
-        """Applies the results of a step: at most one token for each request that it sampled."""
+        """Applies the results of a step: one token for each request that the step sampled. Returns messages to be sent.
+
+        Ignores results of another epoch, and of a step that is done already.
+        """
         state = self._state
         if done.epoch != self._runner_epoch or not state.in_flight or done.id < state.in_flight[0].id:
             log.warning("step %d of epoch %d is not expected", done.id, done.epoch)
@@ -148,7 +156,7 @@ class Scheduler:
     # ---------------------------------------------------------------------------------------------------- readings
 
     def drain_outbox(self) -> list[Upstream | Downstream]:
-        """The messages to be sent since the last call. Progress comes first, in one message if it is not large."""
+        """Returns the messages to be sent since the last call, Progress first (in one message, unless it is large)."""
         state = self._state
         progress = [Progress(self._client_epoch, part, self._incarnation) for part in messages(state.updates)]
         out: list[Upstream | Downstream] = [*progress, *state.outbox]
@@ -171,12 +179,12 @@ class Scheduler:
         return bool(self._state.requests)
 
     def wait_reason(self, request_id: int) -> WaitReason | None:
-        """Why a request waits; None if it does not."""
+        """Returns why a request waits, or None if it does not wait."""
         request = self._state.requests.get(request_id)
         return None if request is None else wait_reasons.wait_reason(self._state, request)
 
     def stats(self) -> Stats:
-        """What runs and waits now, and the counters since the start."""
+        """Returns what runs and waits now, and the counters since the start."""
         return take_stats(self._state)
 
     # ---------------------------------------------------------------------------------------------------- requests
@@ -196,7 +204,10 @@ class Scheduler:
             self._admission.end(request, finish="abort")
 
     def _meet_client(self, epoch: int) -> None:
-        """A new tokenizer process: ends the requests of the old one, and sends it the capacity and all adapters."""
+        """If `epoch` is newer, a new tokenizer process has started: ends the requests of the old process.
+
+        Sends the new process the runner's capacity and the states of all adapters.
+        """
         if epoch <= self._client_epoch:
             return
         self._client_epoch = epoch
@@ -208,10 +219,10 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------------------ runner
 
     def _runner_ready(self, message: RunnerReady) -> None:
-        """A new runner holds nothing: running requests are queued again with their tokens, adapters are loaded again.
+        """Replaces the runner by a new one, which holds nothing: requests are requeued, and adapters are loaded again.
 
-        Tokens of steps in flight are lost, were never sent to a client, and are sampled again. A request in flight may
-        have ended the runner before: see scheduler.batching.isolation.
+        Requests keep the tokens they have. Tokens of steps in flight are lost; they were never sent to a client, and
+        are sampled again. A request in flight may have crashed the old runner: see scheduler.batching.isolation.
         """
         if message.epoch < self._runner_epoch:
             return

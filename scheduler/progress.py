@@ -1,7 +1,7 @@
 """Puts updates into Progress messages of bounded size, so that none exceeds a frame or takes long to decode.
 
-updates    a  b(scores)  c  b(scores)  b        a message has at most MOST_ENTRIES entries, or one piece of scores
-messages   [a c]  [b(scores)]  [b(scores) b]    updates without prompt scores come before those with scores
+updates    a  b(scores)  c  b(scores)  b        a message has at most MOST_ENTRIES entries, or a single update
+messages   [a c]  [b(scores)]  [b(scores) b]    requests without prompt scores come before requests with scores
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 
 from engine.messages import LogprobIds, Update
 
-MOST_ENTRIES = 4096  # log-probabilities: 60 kB, which the tokenizer process handles in a few milliseconds
+MOST_ENTRIES = 4096  # log-probabilities in a message: 60 kB, which the tokenizer process decodes in a few milliseconds
 
 
 def pieces(request_id: int, index: int, scored: int, scores: Sequence[LogprobIds]) -> Iterator[Update]:
-    """The log-probabilities of prompt positions from position `scored` on, as updates of bounded size."""
+    """Splits `scores`, the log-probabilities of prompt positions from `scored` on, into updates of bounded size."""
     start = 0
     while start < len(scores):
         length = max(1, MOST_ENTRIES // (1 + len(scores[start].top)))
@@ -24,7 +24,7 @@ def pieces(request_id: int, index: int, scored: int, scores: Sequence[LogprobIds
 
 
 def messages(updates: Sequence[Update]) -> Iterator[list[Update]]:
-    """The updates of each message. The updates of one request stay in order."""
+    """Yields the updates of one Progress message after another. The updates of each request stay in order."""
     scored = {update.request_id for update in updates if update.prompt_logprobs is not None}
     first = [update for update in updates if update.request_id not in scored] if scored else updates
     last = [update for update in updates if update.request_id in scored] if scored else []
@@ -42,7 +42,7 @@ def messages(updates: Sequence[Update]) -> Iterator[list[Update]]:
 
 
 def _entries(update: Update) -> int:
-    """How many log-probabilities an update has, of tokens, prompt positions and their alternatives; at least 1."""
+    """Returns how many log-probabilities an update has (for tokens, prompt positions and alternatives), at least 1."""
     found = max(1, len(update.tokens))
     for scores in (update.logprobs, update.prompt_logprobs):
         if scores is not None:

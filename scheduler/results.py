@@ -1,4 +1,4 @@
-"""Applies the results of a step: tokens are appended, and the requests that they finish are ended. Plans nothing."""
+"""Applies the results of a step: appends its tokens to the requests, and ends the requests that they finish."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from scheduler.requests.request import Request
 from scheduler.requests.stopping import finish_of
 from scheduler.state import SchedulerState
 
-MOST_TOKENS = 1 << 31  # larger than any vocabulary, with the tokens that adapters add to it
+MOST_TOKENS = 1 << 31  # above every token id, also of the tokens that adapters add to the vocabulary
 
 
 class StepResults:
-    """Applies answers to the steps in flight, oldest first."""
+    """Applies the results of the steps in flight, oldest first."""
 
     def __init__(
         self, state: SchedulerState, admission: Admission, device_loader: DeviceLoader, isolation: Isolation
@@ -26,7 +26,10 @@ class StepResults:
         self._isolation = isolation
 
     def apply(self, done: StepDone) -> None:
-        """Applies at most one token for each request that the oldest step in flight sampled."""
+        """Applies the results of the oldest step in flight: tokens, log-probabilities and the step's duration.
+
+        Raises AssertionError if `done` does not match that step.
+        """
         state = self._state
         in_flight = state.in_flight.pop(0)
         assert in_flight.id == done.id, f"step {done.id} is answered before step {in_flight.id}"

@@ -1,6 +1,6 @@
-"""The loop around the core: the only module of the scheduler with sockets and a clock. Decides nothing.
+"""The loop around the core: the only module of the scheduler with sockets and a clock. All decisions are the core's.
 
-inbox --> handle --> plan while the window has room --> outboxes        blocks while nothing can or may be planned
+inbox --> handle --> plan while the window has room --> outboxes        blocks while no step can be planned
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from scheduler.state import Bounds
 log = logging.getLogger(__name__)
 
 STATS_SECONDS = 1.0
-IDLE_AUDIT_SECONDS = 1.0  # not after every request: an audit of large pools takes milliseconds
-BUSY_AUDIT_SECONDS = 60.0
-AUDIT_PAGES = 8192  # KV pages that one audit checks, in a few milliseconds
+IDLE_AUDIT_SECONDS = 1.0  # least time between audits while no step is in flight; an audit takes milliseconds
+BUSY_AUDIT_SECONDS = 60.0  # least time between audits while steps are in flight
+AUDIT_PAGES = 8192  # the most KV pages that one audit checks, so that it takes a few milliseconds
 
 
 class Outboxes:
-    """The sockets to the tokenizer process and the runner, at the inbox that each named in its last Hello."""
+    """The sockets to the tokenizer process and the runner, connected to the inbox of each process's last Hello."""
 
     def __init__(self, context: zmq.Context[Any], config: SchedulerConfig) -> None:
         self._context, self._endpoints = context, config.endpoints
@@ -51,14 +51,14 @@ class Outboxes:
         }
 
     def hello(self) -> None:
-        """Announces this scheduler to both processes; a runner that served another scheduler is reset."""
+        """Announces this scheduler to both processes. If it replaces an earlier scheduler, also resets the runner."""
         for box in self._boxes.values():
             box.send(Hello("scheduler", self._endpoints.epoch, self._endpoints.scheduler))
         if self._endpoints.epoch > 0:
             self._boxes["runner"].send(Reset(self._endpoints.epoch))
 
     def connect(self, hello: Hello) -> None:
-        """Connects to the inbox of a new incarnation of a process."""
+        """Connects to the inbox of a new incarnation of a process, if its address has changed."""
         old = self._boxes[hello.process]
         if old.address != hello.inbox:
             old.close()
@@ -95,13 +95,13 @@ class Loop:
         self._core: Scheduler | None = None
         self._async_gate = AsyncGate(config.window, hold_back=False)
         self._before_runner: list[ToScheduler] = []  # messages that came before the first RunnerReady
-        self._plan_at = float("inf")  # when the next plan is due though no message comes
+        self._plan_at = float("inf")  # the time at which the next plan is due even if no message comes
         self._stats_at = self._audited = float("-inf")
-        self._audit_needed = False  # something happened since the last audit
-        self._stats_changed = False  # something happened since the last Stats
+        self._audit_needed = False  # True if a message was handled since the last audit
+        self._stats_changed = False  # True if a message was handled or an audit ran since the last Stats
 
     def turn(self) -> None:
-        """Handles the messages that arrived and sends the steps that can be planned. Blocks if none can."""
+        """Waits for messages or the next due time, handles the messages, and sends the steps that can be planned."""
         for message in self._inbox.receive(self._poll_seconds()):
             self.busy_timer.tick()
             self._audit_needed = self._stats_changed = True
@@ -147,9 +147,11 @@ class Loop:
         self._send(core.drain_outbox())
 
     def _audit_and_report(self, core: Scheduler, now: float) -> None:
-        """Audits the core when it is idle (and now and then under load), and sends Stats each second.
+        """Audits the core and sends Stats, each if it is due.
 
-        Stats are sent after changes, and while requests are open: during a long load they are the only messages.
+        An audit is due at most each IDLE_AUDIT_SECONDS when no step is in flight, at most each BUSY_AUDIT_SECONDS
+        otherwise, and only after changes. Stats are due at most each STATS_SECONDS, after changes and while there are
+        requests: during a long load Stats are the only messages.
         """
         if self._audit_needed and now >= self._audit_at(core):
             core.check(AUDIT_PAGES)
@@ -159,7 +161,7 @@ class Loop:
             self._stats_changed, self._stats_at = False, now + STATS_SECONDS
 
     def _poll_seconds(self) -> float | None:
-        """Seconds until Stats, an audit or a plan are due; None if only a message can change anything."""
+        """Returns the seconds until Stats, an audit or a plan are due; None if none is due before a message comes."""
         if self._core is None:
             return None
         due = min(
@@ -181,8 +183,8 @@ class Loop:
 
 
 def serve(config: SchedulerConfig, child: Child) -> None:
-    """Serves until the process is ended. A failed audit ends it with an error."""
-    gc.disable()  # a collection visits every waiting token and delays a step, and no object here is in a cycle
+    """Runs the loop until the process is ended. Raises AssertionError if an audit fails."""
+    gc.disable()  # a collection visits all tokens of waiting requests and delays a step; no object is in a cycle
     context: zmq.Context[Any] = zmq.Context()
     inbox: Inbox[ToScheduler] = Inbox(
         context, config.endpoints.scheduler, ToScheduler, config.endpoints.max_frame_bytes

@@ -1,4 +1,4 @@
-"""The Stats message: what runs and waits now, and the counters since the start. Changes no table."""
+"""Builds the Stats message: what runs and waits now, and the counters since the start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scheduler.state import SchedulerState
 
 
 def take_stats(state: SchedulerState) -> Stats:
-    """The Stats of this moment. Each step time is in one Stats only."""
+    """Returns the Stats of this moment. Takes the step times out of the counters: each is in one Stats message only."""
     counters = state.counters
     adapters = state.registry.adapters.values()
     running = Counter(adapter_id for request in state.running.ordered for adapter_id in request.adapter_ids)

@@ -1,4 +1,4 @@
-"""The counters behind the Stats message. Knows nothing of when it is sent."""
+"""The counters from which the Stats message is built."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Counters:
-    """Events since the start of the scheduler."""
+    """Counts of events since the start of the scheduler."""
 
     steps: int = 0
     preemptions: int = 0
@@ -22,10 +22,10 @@ class Counters:
     host_evictions: int = 0
     audits: int = 0
     cached_tokens: int = 0
-    step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=4096))  # of steps not reported yet
+    step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=4096))  # not reported yet
 
     def pop_step_seconds(self) -> list[float]:
-        """The times of the steps since the last call."""
+        """Returns the seconds of each step since the last call, and forgets them."""
         seconds = list(self.step_seconds)
         self.step_seconds.clear()
         return seconds

@@ -1,1 +1,1 @@
-"""Adapters: names, copies in host and device memory, rank pages and lanes. Tables only."""
+"""The tables of adapters: their names, their copies in host and device memory, rank pages and lanes."""

@@ -1,15 +1,16 @@
-"""An adapter's name, and the copy of its weights that the name stands for. Knows nothing of requests, lanes or limits.
+"""The records of an adapter name (Adapter) and of the copy of its weights that the name refers to (AdapterCopy).
 
-    Adapter 1 (a name, an id upstream) --+
+    Adapter 1 (a name, a client's id) ---+
                                          +--> AdapterCopy (one revision, host copy, footprint, part of a lane)
-    Adapter 2 (equal bytes) -------------+
+    Adapter 2 (the same revision) -------+
 
     host     DISK --LoadAdapter--> LOADING --"host"--> HELD --EvictAdapter--> EVICTING --"disk"--> DISK
-    device   NONE --Fill--> FILLING --"resident"--> RESIDENT --evicted--> NONE     a fill reads the host copy: HELD
+    device   NONE --Fill--> FILLING --"resident"--> RESIDENT --evicted--> NONE     a fill needs the host state HELD
              NONE --Fill(at_once)---------------> RESIDENT
 
-Each part has one writer: HostCache alone writes `AdapterCopy.host`, DeviceCache alone `AdapterCopy.device`, and
-AdapterRegistry everything else of a copy or an adapter. tests/scheduler/adapters/test_writers.py holds them to it.
+Each part has one writer: only HostCache writes `AdapterCopy.host`, only DeviceCache writes `AdapterCopy.device`, and
+only AdapterRegistry writes the other fields of a copy or an adapter (tests/scheduler/adapters/test_writers.py checks
+this).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from scheduler.types import Order
 
 
 class HostState(Enum):
-    """Where the bytes of a copy are."""
+    """Whether the runner has the weights of a copy in host memory, is loading or evicting them, or has none (DISK)."""
 
     DISK = "disk"
     LOADING = "loading"
@@ -35,7 +36,7 @@ class HostState(Enum):
 
 
 class DeviceState(Enum):
-    """Whether a copy has rank pages."""
+    """Whether a copy has rank pages, and whether its weights are already in them (RESIDENT)."""
 
     NONE = "none"
     FILLING = "filling"
@@ -44,58 +45,58 @@ class DeviceState(Enum):
 
 @dataclass(slots=True, eq=False)
 class HostCopy:
-    """A copy in the host cache. Written by HostCache alone."""
+    """The host cache's fields of a copy. Only HostCache writes them."""
 
     state: HostState = HostState.DISK
     held_since: int = 0  # the tick at which its last load ended; fifo eviction goes by it
-    known_to_runner: bool = False  # a load was sent to this runner, so the runner must be told of an unload
+    known_to_runner: bool = False  # a load was sent to the present runner, so an unload must be sent to it too
     tried_paths: list[str] = field(default_factory=list)  # the paths that its current load was sent with
 
 
 @dataclass(slots=True, eq=False)
 class DeviceCopy:
-    """A copy in rank pages. Written by DeviceCache alone."""
+    """The device cache's fields of a copy. Only DeviceCache writes them."""
 
     state: DeviceState = DeviceState.NONE
     pages: GroupPages = field(default_factory=dict)  # its rank pages by group; empty in state NONE
-    lanes: int = 0  # lanes that contain it; with one it is not evicted
-    last_step: int = 0  # the last step that names its pages: they may be filled again once it is done
+    lanes: int = 0  # how many lanes contain the copy; it is evicted only if there are none
+    last_step: int = 0  # the last step that names its pages: once this step is done, the pages may be filled again
     filled_since: int = 0  # the tick at which it became resident; fifo eviction goes by it
-    last_used: int = 0  # the tick at which it became resident, or a lane released it
-    fills_in_flight: int = 0  # fills that the runner has not answered: they read the host copy
+    last_used: int = 0  # the tick at which it became resident or was last released by a lane, whichever is later
+    fills_in_flight: int = 0  # fills whose end the runner has not reported yet: they read the host copy
 
 
 @dataclass(slots=True, eq=False)
 class References:
-    """What needs a copy. Written by AdapterRegistry alone."""
+    """The requests and the preload that need a copy. Only AdapterRegistry writes them."""
 
     requests: int = 0  # requests, running or waiting, whose lane key contains it
     last_used: int = 0  # the tick at which the last of its requests ended
-    preload_order: Order | None = None  # a client wants it resident; its fill has this place among the requests
+    preload_order: Order | None = None  # set while a client's preload is open: the order of its fill among requests
 
 
 @dataclass(slots=True, eq=False)
 class AdapterCopy:
-    """The weights of one revision. Until its first load is answered, an adapter has a copy of its own.
+    """The weights of one revision, shared by all adapters that have it. A new adapter has its own until it is loaded.
 
-    Everything but `host` and `device` is written by AdapterRegistry alone.
+    Only AdapterRegistry writes the fields other than `host` and `device`.
     """
 
-    id: int  # the id of the first adapter that stood for it; lane keys contain it, so it never changes
-    runner_id: int  # the id under which the runner knows it
+    id: int  # the id of the adapter that it was made for; lane keys contain it, so it never changes
+    runner_id: int  # its id in messages to and from the runner
     info: AdapterState  # its revision, footprint and size, as far as they are known
-    loaded_once: bool = False  # a load was answered, so `info` is complete
-    names: dict[int, Adapter] = field(default_factory=dict)  # the adapters that stand for it, by id
-    pinned: bool = False  # one of its adapters is pinned: it is not evicted
+    loaded_once: bool = False  # a load has ended successfully, so `info` is complete
+    names: dict[int, Adapter] = field(default_factory=dict)  # the adapters that refer to this copy, by id
+    pinned: bool = False  # True if one of its adapters is pinned: the copy is not evicted
     error: str | None = None  # why it cannot be served; the same files may be loaded again under a new id
-    is_unloading: bool = False  # it has no adapter that accepts requests, and the runner frees it
+    is_unloading: bool = False  # none of its adapters accepts requests, and the runner is freeing its memory
     references: References = field(default_factory=References)
     host: HostCopy = field(default_factory=HostCopy)
     device: DeviceCopy = field(default_factory=DeviceCopy)
 
     @property
     def identity(self) -> str:
-        """The key of its KV pages: its revision, so that they outlive its names."""
+        """The key of its KV pages: its revision, so that they stay valid when its adapters are unloaded."""
         return self.info.revision or f"copy {self.id}"
 
     @property
@@ -105,7 +106,7 @@ class AdapterCopy:
 
     @property
     def last_used(self) -> int:
-        """The tick of its last use; lru eviction goes by it."""
+        """The tick of its last use, by which lru eviction sorts."""
         return max(self.references.last_used, self.device.last_used, self.host.held_since)
 
     @property
@@ -120,22 +121,22 @@ class AdapterCopy:
 
     @property
     def on_host(self) -> bool:
-        """Whether it takes room in the host cache."""
+        """Whether it counts against the limits of the host cache."""
         return self.host.state is not HostState.DISK
 
     @property
     def can_fill(self) -> bool:
-        """Whether it is on the host and has no rank pages."""
+        """Whether a fill may begin: it is on the host and has no rank pages."""
         return self.device.state is DeviceState.NONE and self.host.state is HostState.HELD
 
     @property
     def needs_load(self) -> bool:
-        """Whether it must be read from disk before it can be used, and its load has not begun."""
+        """Whether it must be loaded from disk before it can be used, and its load has not begun."""
         return self.device.state is DeviceState.NONE and self.host.state is HostState.DISK
 
     @property
     def may_load(self) -> bool:
-        """Whether a load may begin: it needs one, and was neither refused nor unloaded."""
+        """Whether a load may begin: it needs one, has not failed, and is not being unloaded."""
         return self.needs_load and self.error is None and not self.is_unloading
 
     @property
@@ -152,17 +153,17 @@ class AdapterCopy:
 
 @dataclass(slots=True, eq=False)
 class Adapter:
-    """One name of a copy. Written by AdapterRegistry alone."""
+    """One adapter as a client loaded it, by its id. Only AdapterRegistry writes its fields."""
 
     id: int
-    source: LoadAdapter  # the request to load it
-    copy: AdapterCopy  # changes when its revision turns out to be that of another copy
+    source: LoadAdapter  # the client's message that loaded it
+    copy: AdapterCopy  # replaced if its revision turns out to be the revision of an existing copy
     pinned: bool = False
     requests: int = 0  # requests, running or waiting, that name it
-    draining: bool = False  # it accepts no new requests, and goes with its last one
+    draining: bool = False  # it accepts no new requests, and is removed when its last request ends
 
     def to_message(self, seconds: float = 0.0, error: str | None = None) -> AdapterState:
-        """Its state for the tokenizer process. `error`: what failed though the adapter can still be served."""
+        """Returns its state as a message to the tokenizer process. `error`: a failure after which it can be served."""
         stage = self.copy.stage
         if self.draining and stage != "failed":
             stage = "draining"

@@ -1,11 +1,11 @@
-"""The device cache: which copies hold rank pages. Knows no requests or queues, nor how a copy came to the host.
+"""The device cache: which copies hold rank pages. Knows no requests, queues or host cache.
 
     on_device     FILLING | RESIDENT in a lane | pinned | idle, which device_eviction may evict
 
-Grants are all or nothing for all copies of a lane key.
+A grant gives rank pages to all copies of a lane key, or to none of them.
 
-It alone writes `AdapterCopy.device`. A method that changes copies returns them, and its caller calls `reclassify` for
-each.
+Only this module writes `AdapterCopy.device`. A method that changes copies returns them, and its caller calls
+`reclassify` for each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from scheduler.types import Order
 
 
 class DeviceCache:
-    """Copies by id while they hold rank pages."""
+    """The copies that hold rank pages, by id, and the free rank pages."""
 
     def __init__(self, capacity: Capacity, policy: Policy, tick: Callable[[], int], wanted_order: WantedOrder) -> None:
         self._policy = policy
@@ -31,12 +31,12 @@ class DeviceCache:
         self.reset(capacity, ())
 
     def reset(self, capacity: Capacity, copies: Iterable[AdapterCopy]) -> None:
-        """Empties it for a new runner; `copies` are all that exist."""
+        """Empties the cache for a new runner with `capacity`. `copies`: all copies that exist."""
         self._capacity = capacity
         self.rank_pages = RankPages(capacity.rank_pages)
         self.on_device: dict[int, AdapterCopy] = {}  # in state FILLING or RESIDENT
         self.filling = 0  # how many copies are in state FILLING
-        self.version = 0  # increases whenever a grant that failed might succeed
+        self.version = 0  # increases with each change after which a grant that failed before might succeed
         self.eviction = DeviceEviction(self._policy, self._wanted_order)
         for copy in copies:
             device = copy.device
@@ -44,15 +44,16 @@ class DeviceCache:
 
     @property
     def device(self) -> str:
-        """What the runner computes on: cpu or cuda."""
+        """The type of the runner's device: cpu or cuda."""
         return self._capacity.device
 
     # ---------------------------------------------------------------------------------------------------- one copy
 
     def answer_fill(self, copy: AdapterCopy) -> bool:
-        """The runner answered the oldest fill in flight. Returns whether that made the copy resident.
+        """Counts the copy's oldest fill in flight as done. Returns whether this made the copy resident.
 
-        A fill at once made it resident when it was planned. A background fill is the last one in flight.
+        A fill at once makes its copy resident already when it is planned. A background fill does so when it is done; it
+        is always the last of the copy's fills in flight.
         """
         device = copy.device
         device.fills_in_flight -= 1
@@ -63,12 +64,12 @@ class DeviceCache:
         return True
 
     def drop_fills(self, copy: AdapterCopy) -> list[AdapterCopy]:
-        """The runner answers no more fills of the copy: one failed, and it was the last. Returns the copy."""
+        """Sets the copy's fills in flight to 0: one failed, so the runner reports no more of them. Returns the copy."""
         copy.device.fills_in_flight = 0
         return [copy]
 
     def free(self, copies: Iterable[AdapterCopy]) -> list[AdapterCopy]:
-        """Releases the pages of these copies, which are in no lane. Returns those that had any."""
+        """Releases the pages of these copies, which must be in no lane. Returns the copies that had pages."""
         freed = [copy for copy in copies if copy.on_device]
         for copy in freed:
             device = copy.device
@@ -80,21 +81,21 @@ class DeviceCache:
         return freed
 
     def reclassify(self, copy: AdapterCopy) -> None:
-        """Lists the copy as spare, as wanted, or as neither."""
+        """Updates whether the copy is listed as spare, as wanted or as neither, after it has changed."""
         self.version += 1
         self.eviction.reclassify(copy)
 
     def mark_used(self, copies: Iterable[AdapterCopy], step: int) -> None:
-        """Step `step` names the pages of these copies."""
+        """Records that step `step` names the pages of these copies."""
         for copy in copies:
             copy.device.last_step = step
 
     def step_done(self, step: int) -> None:
-        """Steps up to `step` are done."""
+        """Frees the pages that only steps up to `step` name: these steps are done."""
         self.version += self.rank_pages.step_done(step)
 
     def fill_bytes(self, copies: Iterable[AdapterCopy]) -> int:
-        """How many bytes the fills of these copies transfer."""
+        """Returns how many bytes the fills of these copies transfer."""
         sizes = self._capacity.rank_page_bytes
         return sum(
             sum(count * sizes.get(group, 0) for group, count in copy.pages_needed.items()) or copy.info.bytes
@@ -104,14 +105,14 @@ class DeviceCache:
     # ------------------------------------------------------------------------------------------------------- lanes
 
     def acquire(self, copies: Sequence[AdapterCopy]) -> Sequence[AdapterCopy]:
-        """A new lane contains these copies, all of which are resident. Returns them."""
+        """Records that a new lane contains these copies, all of which must be resident. Returns the copies."""
         for copy in copies:
             assert copy.device.state is DeviceState.RESIDENT, f"copy {copy.id} is in a lane without pages"
             copy.device.lanes += 1
         return copies
 
     def release(self, copies: Sequence[AdapterCopy]) -> Sequence[AdapterCopy]:
-        """A lane of these copies is free. Returns them."""
+        """Records that a lane which contained these copies has become free. Returns the copies."""
         for copy in copies:
             copy.device.lanes -= 1
             assert copy.device.lanes >= 0, f"copy {copy.id} is released once too often"
@@ -119,11 +120,11 @@ class DeviceCache:
         return copies
 
     def lacking(self, copies: Sequence[AdapterCopy]) -> dict[str, int]:
-        """By group, the pages that other copies must release before these can all be on the device."""
+        """Returns by group how many pages other copies must release before all of `copies` can be on the device."""
         return self.rank_pages.lacking(pages_needed(copy for copy in copies if not copy.on_device), with_cooling=True)
 
     def room(self) -> dict[str, int]:
-        """By group, the pages that are free or cooling, or that idle copies hold."""
+        """Returns by group how many pages are free, cooling or held by idle copies."""
         room = self.rank_pages.available()
         for copy_id in self.eviction.candidates():
             for group, pages in self.on_device[copy_id].device.pages.items():
@@ -131,14 +132,15 @@ class DeviceCache:
         return room
 
     def lacking_in(self, copies: Iterable[AdapterCopy], room: Mapping[str, int]) -> dict[str, int]:
-        """By group, the pages that `room` lacks for all of these copies to be on the device."""
+        """Returns by group how many pages `room`, a result of `room()`, lacks to hold all of these copies."""
         need = pages_needed(copy for copy in copies if not copy.on_device or is_idle(copy))
         return {group: count - room.get(group, 0) for group, count in need.items() if count > room.get(group, 0)}
 
     def evict_for(self, copies: Sequence[AdapterCopy], order: Order) -> list[AdapterCopy]:
-        """Evicts copies until `copies`, needed at `order`, find pages; none if that is not enough. Returns the evicted.
+        """Evicts other copies until there are pages for `copies`, needed at `order`. Returns the evicted copies.
 
-        Pages that steps in flight name are not free at once: they cool, and a later grant finds them.
+        Evicts none if all that may be evicted are not enough. Pages that steps in flight name are cooling first: a
+        background fill can have them only once these steps are done.
         """
         lacking = self.lacking(copies)
         if not lacking:
@@ -146,10 +148,10 @@ class DeviceCache:
         return self.free(self.eviction.choose_victims(lacking, {copy.id for copy in copies}, order, self.on_device))
 
     def grant(self, copies: Sequence[AdapterCopy], step: int, at_once: bool = False) -> list[Fill] | None:
-        """Pages for those of `copies` that have none, all or nothing. Returns their fills, for step `step`.
+        """Grants pages to each of `copies` that has none, and returns their fills, which are sent with step `step`.
 
-        `at_once`: the fills run before the forward of the step, which may name the pages. None: pages are lacking, or
-        steps in flight name them.
+        Returns None and grants nothing if there are not enough pages for all of them. `at_once`: the fills run before
+        the forward of the step, which may use the pages; only such fills may take pages that steps in flight name.
         """
         missing = [copy for copy in copies if not copy.on_device]
         if self.rank_pages.lacking(pages_needed(missing), with_cooling=at_once):
@@ -157,7 +159,7 @@ class DeviceCache:
         return [self._start_fill(copy, step, at_once) for copy in missing]
 
     def lane_pages(self, copies: Iterable[tuple[AdapterCopy, float]]) -> dict[str, list[tuple[int, float]]]:
-        """The pages of a lane of these copies with their scales: (page, scale) by group, sorted by revision."""
+        """Returns by group the (page, scale) pairs of a lane that consists of these copies, sorted by revision."""
         pages: dict[str, list[tuple[int, float]]] = {}
         for copy, scale in sorted(copies, key=lambda pair: (pair[0].info.revision, pair[0].id)):
             assert copy.device.state is DeviceState.RESIDENT, f"copy {copy.id} is not resident"
@@ -166,7 +168,7 @@ class DeviceCache:
         return pages
 
     def audit(self, copies: Iterable[AdapterCopy], lanes: Mapping[int, int]) -> None:
-        """Asserts that all pages and lanes (their number by copy) are accounted for."""
+        """Asserts that all pages are accounted for, and that the copies are in as many lanes as `lanes` says by id."""
         copies = list(copies)
         self.rank_pages.audit(copy.device.pages for copy in copies)
         for copy in copies:

@@ -1,8 +1,9 @@
-"""Which copies are evicted from the device, and in which order. Changes no copy.
+"""Chooses which copies are evicted from the device, and in which order. Changes no copy.
 
 A resident copy in no lane that is not pinned is idle: its pages may be granted to other copies. An idle copy is wanted
 if a request or a preload needs it, and spare otherwise. Spare copies are evicted first, in the order of the policy
-(lru, fifo), then wanted copies, those wanted last first, but none that is wanted before the pages are.
+(lru, fifo), then wanted copies, beginning with the one whose first request is last in the queue. A wanted copy is
+evicted only for a request that comes before the first request that needs the copy.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from scheduler.adapters.stamp_order import Policy, StampOrder
 from scheduler.types import Order
 
 WantedOrder = Callable[[AdapterCopy], Order | None]
-"""The order of the first request or preload that needs a copy. When it changes, `reclassify` must be called."""
+"""Returns the order of the first request or preload that needs a copy. When it changes, `reclassify` must be called."""
 
 
 def is_idle(copy: AdapterCopy) -> bool:
-    """Whether the copy may be evicted from the device."""
+    """Returns whether the copy may be evicted from the device: resident, in no lane, and not pinned."""
     return copy.device.state is DeviceState.RESIDENT and not copy.device.lanes and not copy.pinned
 
 
 class DeviceEviction:
-    """The idle copies of a device cache, by id."""
+    """The ids of the idle copies of a device cache, in the order of eviction."""
 
     def __init__(self, policy: Policy, wanted_order: WantedOrder) -> None:
         self._policy = policy
@@ -33,7 +34,7 @@ class DeviceEviction:
         self._wanted: StampOrder[Order] = StampOrder()
 
     def reclassify(self, copy: AdapterCopy) -> None:
-        """Lists the copy as spare, as wanted, or as neither."""
+        """Updates whether the copy is listed as spare, as wanted or as neither, after it has changed."""
         idle = is_idle(copy)
         order = self._wanted_order(copy) if idle else None
         if order is not None:
@@ -46,15 +47,15 @@ class DeviceEviction:
             self._spare.drop(copy.id)
 
     def candidates(self) -> Iterator[int]:
-        """The ids of all idle copies."""
+        """Iterates over the ids of all idle copies."""
         return chain(self._spare, self._wanted)
 
     def choose_victims(
         self, lacking: dict[str, int], keep: set[int], order: Order, on_device: Mapping[int, AdapterCopy]
     ) -> list[AdapterCopy]:
-        """The copies to evict so that `lacking` pages by group become free, for a need at `order`.
+        """Returns the copies to evict so that `lacking` pages by group become free for a request or preload at `order`.
 
-        Copies in `keep` stay. Returns none if all that may be evicted is not enough.
+        Copies whose ids are in `keep` are not evicted. Returns [] if all that may be evicted are not enough.
         """
         victims: list[AdapterCopy] = []
         for copy_id in chain(self._spare, self._wanted.above(order)):
@@ -70,7 +71,7 @@ class DeviceEviction:
         return []
 
     def audit(self, copy: AdapterCopy, name: str) -> None:
-        """Asserts that the copy is listed as what it is."""
+        """Asserts that the copy is listed if and only if it is idle, and in the right order."""
         idle = is_idle(copy)
         assert idle == (copy.id in self._spare or copy.id in self._wanted), (
             f"{name} is idle, or listed so, but not both"

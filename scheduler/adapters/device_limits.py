@@ -1,4 +1,4 @@
-"""How many rank pages copies need, and which copies a runner can never hold. Knows nothing of free or held pages."""
+"""How many rank pages copies need, and which copies a runner can never hold, whichever pages are free."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scheduler.adapters.copies import AdapterCopy
 
 
 def pages_needed(copies: Iterable[AdapterCopy]) -> dict[str, int]:
-    """The rank pages of all these copies, by group; groups without any are left out."""
+    """Returns by group how many rank pages all these copies need together; groups with none are left out."""
     total: dict[str, int] = {}
     for copy in copies:
         for group, count in copy.pages_needed.items():
@@ -19,7 +19,7 @@ def pages_needed(copies: Iterable[AdapterCopy]) -> dict[str, int]:
 
 
 def limit_error(copies: Sequence[AdapterCopy], capacity: Capacity) -> str | None:
-    """Why these copies can never be together in a lane, judging by what is known now."""
+    """Returns why these copies can never be in one lane (by what is known of them now), or None if they can."""
     for copy in copies:
         if copy.error is not None:
             return copy.error
@@ -39,7 +39,7 @@ def limit_error(copies: Sequence[AdapterCopy], capacity: Capacity) -> str | None
 
 
 def never_fits(copies: Sequence[AdapterCopy], pinned: Iterable[AdapterCopy], capacity: Capacity) -> str | None:
-    """Why these copies would find no pages even if every copy that is not pinned were evicted."""
+    """Returns why these copies find no pages even if every copy that is not pinned is evicted, or None if they do."""
     wanted = {copy.id for copy in copies}
     pinned_here = [copy for copy in pinned if copy.on_device and copy.id not in wanted]
     for group, count in pages_needed([*copies, *pinned_here]).items():

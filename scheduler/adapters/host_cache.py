@@ -3,11 +3,11 @@
     count, bytes    LOADING + HELD + EVICTING                limits    --max-loaded-loras, --lora-host-memory
     spare           HELD, not wanted, not pinned, no fill reads it: evicted first, in the order of the policy
 
-The size of a first load is not known before it was answered, so the bytes may be above the limit until spare copies
-were evicted. Copies that may not be evicted (pinned, read by a fill) may stay above it.
+The size of a copy is not known before its first load has ended, so the bytes may exceed the limit until spare copies
+have been evicted, and longer if the copies may not be evicted (because they are pinned or a fill reads them).
 
-It alone writes `AdapterCopy.host`. A method that changes copies returns them, and its caller calls `reclassify` for
-each.
+Only this module writes `AdapterCopy.host`. A method that changes copies returns them, and its caller calls
+`reclassify` for each.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from scheduler.adapters.stamp_order import Policy, StampOrder
 
 
 class HostCache:
-    """Copies by id while they take room. `max_count` None and `max_bytes` 0 mean no limit."""
+    """The copies that take room in host memory, by id. `max_count` None and `max_bytes` 0 mean no limit."""
 
     def __init__(self, max_count: int | None, max_bytes: int, policy: Policy, tick: Callable[[], int]) -> None:
         self.max_count = max_count
         self.max_bytes = max_bytes
         self.held: dict[int, AdapterCopy] = {}  # in state LOADING, HELD or EVICTING
         self.spare: StampOrder[int] = StampOrder()
-        self.bytes = 0  # of all held copies
+        self.bytes = 0  # the sum of the sizes of all held copies
         self.loading = 0  # how many copies are in state LOADING
         self.evicting = 0  # how many copies are in state EVICTING
         self._evicting_bytes = 0
@@ -34,7 +34,7 @@ class HostCache:
         self._tick = tick
 
     def reset(self, max_bytes: int, copies: Iterable[AdapterCopy]) -> None:
-        """Empties it for a new runner; `copies` are all that exist."""
+        """Empties the cache for a new runner. `copies`: all copies that exist."""
         self.max_bytes = max_bytes
         self.held.clear()
         self.spare.clear()
@@ -45,7 +45,7 @@ class HostCache:
     # ---------------------------------------------------------------------------------------------------- one copy
 
     def start_load(self, copy: AdapterCopy) -> None:
-        """Its load begins; `add_tried_path` follows."""
+        """Moves the copy from DISK to LOADING. The caller then calls `add_tried_path`."""
         assert copy.host.state is HostState.DISK
         copy.host.state = HostState.LOADING
         copy.host.known_to_runner = True
@@ -55,12 +55,12 @@ class HostCache:
         self.bytes += copy.info.bytes
 
     def add_tried_path(self, copy: AdapterCopy, path: str) -> None:
-        """The load of a copy was sent to the runner with this path."""
+        """Records that the load of a copy was sent to the runner with this path."""
         assert copy.host.state is HostState.LOADING
         copy.host.tried_paths.append(path)
 
     def finish_load(self, copy: AdapterCopy, size: int) -> None:
-        """Its load was answered: it takes `size` bytes, and `copy.info` is updated after this call."""
+        """Moves the copy from LOADING to HELD, with `size` bytes. The caller updates `copy.info` after this call."""
         assert copy.host.state is HostState.LOADING
         copy.host.state = HostState.HELD
         self.loading -= 1
@@ -68,7 +68,7 @@ class HostCache:
         copy.host.held_since = self._tick()
 
     def evict(self, copies: Sequence[AdapterCopy]) -> Sequence[AdapterCopy]:
-        """The runner is told to evict these. Returns them."""
+        """Moves these copies from HELD to EVICTING and returns them. The caller sends EvictAdapter for each."""
         for copy in copies:
             assert copy.host.state is HostState.HELD
             assert not copy.device.fills_in_flight
@@ -78,7 +78,7 @@ class HostCache:
         return copies
 
     def remove(self, copy: AdapterCopy) -> list[AdapterCopy]:
-        """The copy takes no room any more. Returns it if it did until now."""
+        """Moves the copy to DISK: it takes no more room. Returns [copy] if it took room before, otherwise []."""
         if not copy.on_host:
             return []
         if copy.host.state is HostState.LOADING:
@@ -92,7 +92,7 @@ class HostCache:
         return [copy]
 
     def adopt(self, copy: AdapterCopy, other: AdapterCopy) -> list[AdapterCopy]:
-        """The bytes held for `other` are those of `copy`, which is on disk, from now on. Returns both."""
+        """Hands the host memory of `other` over to `copy`, which is in state DISK. Returns both copies."""
         self.remove(other)
         copy.host.state = HostState.HELD
         copy.host.known_to_runner = True
@@ -102,7 +102,7 @@ class HostCache:
         return [copy, other]
 
     def reclassify(self, copy: AdapterCopy) -> None:
-        """Lists the copy as spare, or no longer."""
+        """Updates whether the copy is listed as spare, after it has changed."""
         if self.is_evictable(copy) and not copy.is_wanted:
             self.spare.put(copy.id, copy.last_used if self._policy == "lru" else copy.host.held_since)
         else:
@@ -110,27 +110,30 @@ class HostCache:
 
     @staticmethod
     def is_evictable(copy: AdapterCopy) -> bool:
-        """Whether the runner may be told to evict it."""
+        """Returns whether the copy may be evicted from the host."""
         held = copy.host.state is HostState.HELD and not copy.device.fills_in_flight
         return held and not copy.pinned and not copy.is_unloading
 
     # ------------------------------------------------------------------------------------------------------ limits
 
     def has_room(self, copy: AdapterCopy) -> bool:
-        """Whether its load may begin now."""
+        """Returns whether the load of the copy fits within the limits now."""
         if self.max_count is not None and len(self.held) >= self.max_count:
             return False
         return not self.max_bytes or self.bytes + copy.info.bytes <= self.max_bytes
 
     def lacking(self, copy: AdapterCopy | None = None) -> tuple[int, int]:
-        """(copies, bytes) still to be evicted before its load may begin, or without a copy: to be within the limits."""
+        """Returns (copies, bytes) that must still be evicted before the load of `copy` fits within the limits.
+
+        Without `copy`: that must still be evicted before the cache is within its limits.
+        """
         count, size = (1, copy.info.bytes) if copy is not None else (0, 0)
         places = 0 if self.max_count is None else len(self.held) - self.evicting + count - self.max_count
         missing = self.bytes - self._evicting_bytes + size - self.max_bytes if self.max_bytes else 0
         return max(0, places), max(0, missing)
 
     def limit_error(self, copies: Sequence[AdapterCopy]) -> str | None:
-        """Why these copies can never be held together."""
+        """Returns why these copies can never be held together, or None if they can."""
         if self.max_count is not None and len(copies) > self.max_count:
             limit = f"the host tier holds {self.max_count}; raise --max-loaded-loras"
             return f"the mix has {len(copies)} adapters, but {limit}"
@@ -142,7 +145,7 @@ class HostCache:
         return None
 
     def never_fits(self, copies: Sequence[AdapterCopy], pinned: Iterable[AdapterCopy]) -> str | None:
-        """Why these copies would not fit even if every copy that is not pinned were evicted."""
+        """Returns why these copies do not fit even if every copy that is not pinned is evicted, or None if they do."""
         wanted = {copy.id for copy in copies}
         with_pinned = [*copies, *(copy for copy in pinned if copy.on_host and copy.id not in wanted)]
         if self.limit_error(with_pinned) is None:

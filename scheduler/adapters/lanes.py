@@ -1,7 +1,8 @@
-"""The lanes of the running set: which key holds which lane number. Knows nothing of a lane's pages.
+"""The lanes of the running requests: which lane key holds which lane number. Knows no rank pages.
 
-A key holds a lane from the admission of its first row to the end of its last. The number can be given to another key at
-once: the runner changes lanes in step order, after the steps in flight. The base model takes no lane (number 0).
+A key holds a lane from the admission of its first row to the end of its last row. The number can then be given to
+another key at once: the runner changes lanes in step order, after the steps in flight. The base model takes no lane
+(its rows have lane number 0).
 """
 
 from __future__ import annotations
@@ -39,20 +40,23 @@ class Lanes:
         return len(self._free)
 
     def active(self) -> Iterable[LaneKey]:
-        """The keys that hold a lane."""
+        """Returns the keys that hold a lane."""
         return self._lanes.keys()
 
     def rows(self, key: LaneKey) -> int:
-        """How many rows run in a key's lane."""
+        """Returns how many rows run in the key's lane; 0 if it holds none."""
         lane = self._lanes.get(key)
         return lane.rows if lane else 0
 
     def since(self, key: LaneKey) -> float:
-        """When a key acquired the lane that it holds."""
+        """Returns the time at which the key acquired its lane, in seconds. The key must hold one."""
         return self._lanes[key].since
 
     def acquire(self, key: LaneKey, now: float = 0.0) -> tuple[int, bool]:
-        """(number, whether it is new) of the lane for one more row of the key. A new one must be free."""
+        """Adds one row to the key's lane, which is acquired if the key holds none: a lane must be free then.
+
+        Returns (lane number, whether the lane was acquired by this call).
+        """
         if key == BASE:
             return 0, False
         lane = self._lanes.get(key)
@@ -63,7 +67,7 @@ class Lanes:
         return lane.number, new
 
     def release(self, key: LaneKey) -> bool:
-        """One row of the key has ended. Returns whether it was the last, so that the lane is free."""
+        """Removes one row from the key's lane. Returns whether it was the last row, so that the lane became free."""
         if key == BASE:
             return False
         lane = self._lanes[key]
@@ -75,7 +79,7 @@ class Lanes:
         return True
 
     def audit(self, rows: Iterable[tuple[LaneKey, int]]) -> None:
-        """Asserts that the lanes are those of the running rows, given as (key, lane number)."""
+        """Asserts that the lanes and their row counts match the running rows, given as (key, lane number)."""
         numbers = [lane.number for lane in self._lanes.values()]
         assert sorted(numbers + self._free) == list(range(1, self.count + 1)), f"lanes {numbers}, free {self._free}"
         counts = Counter(rows)

@@ -1,11 +1,11 @@
-"""The rank pages of every group: free, held, or cooling. Knows nothing of copies.
+"""The rank pages of every group: free, held, or cooling. Knows no adapter copies.
 
     free --grant--> held --release--> cooling --StepDone of the last step that named them--> free
                      ^------------- grant(early) -'
 
-Background fills run beside the steps (on a side stream). So, unlike a KV page, a rank page must not be granted to one
-while a step in flight may read it. A fill at once is part of its step, and the runner executes steps in order: it may
-be granted a cooling page `early`, because all steps that name the page come before.
+Background fills run beside the steps (on a side stream). So, unlike a KV page, a rank page must not be granted to a
+background fill while a step in flight may read the page. A fill at once is part of its step, and the runner executes
+steps in order: such a fill may be granted a cooling page `early`, because all steps that name the page come before it.
 
     step n      lane 3 reads page 7; its adapter's last request ends
     step n+1    fill at once: page 7 <- another adapter; lane 3 names page 7; forward
@@ -19,7 +19,7 @@ GroupPages = dict[str, list[int]]
 
 
 class RankPages:
-    """The free pages of each group, and the pages that wait for a step to be done."""
+    """The free pages of each group, and the cooling pages, which become free when a step is done."""
 
     def __init__(self, counts: Mapping[str, int]) -> None:
         self.counts = dict(counts)
@@ -28,7 +28,7 @@ class RankPages:
         self._done = 0
 
     def available(self, with_cooling: bool = True) -> dict[str, int]:
-        """By group, how many pages are free (or cooling)."""
+        """Returns by group how many pages are free, or with `with_cooling` free or cooling."""
         have = {group: len(free) for group, free in self._free.items()}
         if with_cooling:
             for _, pages in self._cooling:
@@ -37,12 +37,12 @@ class RankPages:
         return have
 
     def lacking(self, need: Mapping[str, int], with_cooling: bool = False) -> dict[str, int]:
-        """By group, how many pages are missing for `need` (groups that have enough are left out)."""
+        """Returns by group how many pages are missing for `need`; groups that have enough are left out."""
         have = self.available(with_cooling)
         return {group: count - have.get(group, 0) for group, count in need.items() if count > have.get(group, 0)}
 
     def grant(self, need: Mapping[str, int], early: bool = False) -> GroupPages:
-        """Takes as many pages as `need` says, all available. `early`: cooling ones, too, if free ones are too few."""
+        """Takes `need` pages by group, which must be available, and returns them. `early`: also takes cooling pages."""
         lacking = self.lacking(need)
         assert early or not lacking, f"rank pages {dict(need)} are needed, and {lacking} are lacking"
         for group, count in lacking.items():
@@ -50,14 +50,14 @@ class RankPages:
         return {group: [self._free[group].pop() for _ in range(count)] for group, count in need.items() if count}
 
     def release(self, pages: GroupPages, last_step: int) -> None:
-        """Returns pages, which are free once step `last_step` is done."""
+        """Gives `pages` back: they are free once step `last_step` is done, and cooling until then."""
         if last_step <= self._done:
             self._return(pages)
         elif pages:
             self._cooling.append((last_step, pages))
 
     def step_done(self, step: int) -> bool:
-        """Steps up to `step` are done. Returns whether that freed any page."""
+        """Frees the cooling pages that wait for a step up to `step`. Returns whether there were any."""
         self._done = step
         before = len(self._cooling)
         for last_step, pages in self._cooling:
@@ -67,11 +67,11 @@ class RankPages:
         return len(self._cooling) < before
 
     def used(self) -> dict[str, int]:
-        """How many pages are not free, by group."""
+        """Returns by group how many pages are not free."""
         return {group: self.counts[group] - len(free) for group, free in self._free.items()}
 
     def audit(self, held: Iterable[GroupPages]) -> None:
-        """Asserts that each page of each group is either free, cooling or held, and listed once."""
+        """Asserts that each page of each group is listed exactly once: as free, as cooling or in `held`."""
         seen: GroupPages = {group: list(free) for group, free in self._free.items()}
         for pages in [*held, *(pages for _, pages in self._cooling)]:
             for group, numbers in pages.items():

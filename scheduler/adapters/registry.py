@@ -1,6 +1,7 @@
-"""Names and the copies they stand for. Two names of one revision share one copy. Knows no caches.
+"""The registry of adapters (called names here) and the copies they refer to. Names of one revision share one copy.
 
-It alone writes adapters, and of copies everything but `host` and `device`.
+Only this module writes the fields of adapters, and the fields of copies other than `host` and `device`. It does not
+depend on the caches.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class AdapterRegistry:
         self.adapters: dict[int, Adapter] = {}
         self.copies: dict[int, AdapterCopy] = {}
         self.pinned: dict[int, AdapterCopy] = {}
-        self.freed_ids: set[int] = set()  # runner ids being freed that no copy has any more: their "gone" is ignored
+        self.freed_ids: set[int] = set()  # runner ids that are being freed and belong to no copy: "gone" is ignored
         self._by_revision: dict[str, AdapterCopy] = {}  # the copy that other names of the revision share
         self._by_runner_id: dict[int, AdapterCopy] = {}
         self._tick = tick
@@ -30,23 +31,26 @@ class AdapterRegistry:
     # ------------------------------------------------------------------------------------------------------ lookups
 
     def by_runner_id(self, runner_id: int) -> AdapterCopy | None:
-        """The copy that the runner knows under this id."""
+        """Returns the copy whose id at the runner is `runner_id`, or None."""
         return self._by_runner_id.get(runner_id)
 
     def key(self, lora: Iterable[tuple[int, float]]) -> LaneKey:
-        """The lane key of a selection of known adapters: their copies, with the sums of their scales."""
+        """Returns the lane key of (adapter id, scale) pairs: each adapter's copy with the sum of its scales.
+
+        The adapters must exist. Id 0 (the base model) is left out.
+        """
         return lane_key((self.adapters[adapter_id].copy.id, scale) for adapter_id, scale in lora if adapter_id)
 
     def of(self, key: LaneKey) -> list[AdapterCopy]:
-        """The copies of a lane key."""
+        """Returns the copies of a lane key."""
         return [self.copies[copy_id] for copy_id, _ in key]
 
     # ------------------------------------------------------------------------------------------------------ one name
 
     def add(self, message: LoadAdapter) -> Adapter | None:
-        """A new name with a copy of its own, until its revision is known.
+        """Adds an adapter with its own copy, and returns it. The copy may be merged once its revision is known.
 
-        None if a copy still has this id, from a name that is gone: the client must not reuse ids.
+        Returns None if a copy still has this id because of an adapter that is gone: the client must not reuse ids.
         """
         if message.adapter_id in self._by_runner_id or message.adapter_id in self.copies:
             return None
@@ -59,23 +63,26 @@ class AdapterRegistry:
         return adapter
 
     def set_source(self, adapter: Adapter, message: LoadAdapter) -> None:
-        """A name of a copy on disk is loaded from these files from now on. A revision that was learnt stays."""
+        """Sets the files that an adapter is loaded from; its copy must be on disk.
+
+        Also takes the revision from `message`, unless a load has already reported one.
+        """
         adapter.source = message
         copy = adapter.copy
         if not copy.loaded_once:
             copy.info = replace(copy.info, revision=message.revision)
 
     def pin(self, adapter: Adapter, pinned: bool) -> None:
-        """Pins a name or unpins it. A copy is pinned while one of its names is."""
+        """Pins or unpins an adapter. A copy is pinned while at least one of its adapters is pinned."""
         adapter.pinned = pinned
         self._update_pinned(adapter.copy)
 
     def start_draining(self, adapter: Adapter) -> None:
-        """The name accepts no new requests."""
+        """Marks the adapter as draining: it accepts no new requests."""
         adapter.draining = True
 
     def remove_name(self, adapter: Adapter) -> None:
-        """The name is gone; its copy stays for its other names."""
+        """Removes the adapter. Its copy stays, and keeps its other adapters."""
         del self.adapters[adapter.id]
         del adapter.copy.names[adapter.id]
         self._update_pinned(adapter.copy)
@@ -83,36 +90,39 @@ class AdapterRegistry:
     # ------------------------------------------------------------------------------------------------------ one copy
 
     def set_info(self, copy: AdapterCopy, info: AdapterState) -> None:
-        """A load of the copy was answered."""
+        """Sets what a successful load of the copy reported, and marks the copy as loaded once."""
         copy.info, copy.loaded_once = info, True
 
     def set_error(self, copy: AdapterCopy, error: str) -> None:
-        """The copy cannot be served."""
+        """Marks the copy as failed: it cannot be served."""
         copy.error = error
 
     def mark_unloading(self, copy: AdapterCopy) -> None:
-        """No name of the copy accepts requests: the runner frees it."""
+        """Marks the copy as being unloaded by the runner, and drops its preload. None of its names accepts requests."""
         copy.is_unloading = True
         copy.references.preload_order = None
 
     def set_preload(self, copy: AdapterCopy, order: Order | None) -> None:
-        """A client wants the copy resident, with this place among the requests; None: not any more."""
+        """Sets the order of the copy's preload among the requests; None ends the preload."""
         copy.references.preload_order = order
 
     def share_revision(self, copy: AdapterCopy) -> AdapterCopy:
-        """The copy that already has this one's revision; otherwise this one, which other names share from now on."""
+        """Returns the copy that is listed for the revision of `copy`; lists `copy` itself if there is none.
+
+        Adapters of the same revision that are loaded later share the listed copy.
+        """
         revision = copy.info.revision
         return self._by_revision.setdefault(revision, copy) if revision else copy
 
     def unlist_revision(self, copy: AdapterCopy) -> bool:
-        """No other name shares the copy from now on. Returns whether it was listed by its revision."""
+        """Unlists the copy, so that no more names share it. Returns whether it was listed by its revision."""
         if self._by_revision.get(copy.info.revision) is not copy:
             return False
         del self._by_revision[copy.info.revision]
         return True
 
     def merge(self, copy: AdapterCopy, into: AdapterCopy) -> list[Adapter]:
-        """All names of `copy` stand for `into` from now on, and `copy` is gone. Returns those names."""
+        """Moves all names of `copy` to `into`, and removes `copy`. Returns the moved names."""
         moved = list(copy.names.values())
         for adapter in moved:
             adapter.copy = into
@@ -125,13 +135,13 @@ class AdapterRegistry:
         return moved
 
     def set_runner_id(self, copy: AdapterCopy, runner_id: int) -> None:
-        """The runner knows the copy under another id from now on."""
+        """Changes the id of the copy in messages to and from the runner."""
         del self._by_runner_id[copy.runner_id]
         copy.runner_id = runner_id
         self._by_runner_id[runner_id] = copy
 
     def remove(self, copy: AdapterCopy) -> None:
-        """The copy, which has no name left, is gone."""
+        """Removes a copy that has no names left."""
         assert not copy.names
         self.unlist_revision(copy)
         del self.copies[copy.id]
@@ -140,26 +150,29 @@ class AdapterRegistry:
     # --------------------------------------------------------------------------------------------------- references
 
     def acquire_names(self, adapter_ids: Iterable[int]) -> None:
-        """A request begins to name these adapters."""
+        """Counts one more request that names these adapters."""
         for adapter_id in adapter_ids:
             self.adapters[adapter_id].requests += 1
 
     def release_names(self, adapter_ids: Iterable[int]) -> list[Adapter]:
-        """A request that named these adapters ended. Returns them."""
+        """Counts one request less that names these adapters. Returns the adapters."""
         adapters = [self.adapters[adapter_id] for adapter_id in adapter_ids]
         for adapter in adapters:
             adapter.requests -= 1
         return adapters
 
     def acquire(self, key: LaneKey) -> list[AdapterCopy]:
-        """A request begins to need the copies of its lane key. Returns them."""
+        """Counts one more request that needs the copies of its lane key. Returns the copies."""
         copies = self.of(key)
         for copy in copies:
             copy.references.requests += 1
         return copies
 
     def release(self, key: LaneKey, ended: bool) -> list[AdapterCopy]:
-        """A request no longer needs the copies of its lane key: it `ended`, or its key changes. Returns them."""
+        """Counts one request less that needs the copies of its lane key. Returns the copies.
+
+        `ended`: the request has ended, so this tick is the copies' last use; otherwise only its key changes.
+        """
         copies = self.of(key)
         for copy in copies:
             copy.references.requests -= 1
@@ -168,7 +181,10 @@ class AdapterRegistry:
         return copies
 
     def audit(self, requests: Mapping[int, int], keys: Mapping[int, int]) -> None:
-        """Asserts that names and copies refer to one another, and the requests counted by name and by copy."""
+        """Asserts that names and copies refer to one another, and that their request counts are right.
+
+        `requests`: how many requests name each adapter id; `keys`: how many requests need each copy id.
+        """
         names = Counter({adapter.id: adapter.requests for adapter in self.adapters.values() if adapter.requests})
         assert names == Counter(requests), f"names count {dict(names)} requests, and there are {dict(requests)}"
         counted = {copy.id: copy.references.requests for copy in self.copies.values() if copy.references.requests}

@@ -1,4 +1,4 @@
-"""Copies sorted by a stamp, such as the tick of their last use. Knows nothing of caches or of eviction."""
+"""Copy ids sorted by a stamp, such as the tick of their last use. Does not depend on the caches or on eviction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Stamp = TypeVar("Stamp", int, Order)
 
 
 class StampOrder(Generic[Stamp]):
-    """Copy ids by their stamp, the smallest first.
+    """Copy ids sorted by their stamp, the smallest first.
 
     The stamp of a spare copy is the tick of its last use (lru) or of its load or fill (fifo); that of a wanted copy is
     the order of the first request that waits for it.
@@ -34,18 +34,18 @@ class StampOrder(Generic[Stamp]):
         return len(self._sorted)
 
     def above(self, stamp: Stamp) -> Iterator[int]:
-        """The copies with a larger stamp, the largest first."""
+        """Iterates over the copies whose stamp is larger than `stamp`, the largest first."""
         for found, copy_id in reversed(self._sorted):
             if not found > stamp:
                 return
             yield copy_id
 
     def stamp(self, copy_id: int) -> Stamp | None:
-        """The stamp of a copy, if it is listed."""
+        """Returns the stamp of a copy, or None if it is not listed."""
         return self._stamps.get(copy_id)
 
     def put(self, copy_id: int, stamp: Stamp) -> None:
-        """Lists a copy, or changes its stamp."""
+        """Lists a copy with this stamp, or changes its stamp if it is listed."""
         if self._stamps.get(copy_id) == stamp:
             return
         self.drop(copy_id)

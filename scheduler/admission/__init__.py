@@ -1,1 +1,1 @@
-"""Admission: what a request needs before it can run, how it enters and leaves, and how adapters are unloaded."""
+"""Admission: what a request needs before it can run, how it is queued, admitted and ended, and adapter unloads."""

@@ -1,7 +1,7 @@
-"""How requests enter the queue, are admitted, wait and leave. Knows nothing of steps, tokens or the order of admission.
+"""Queues, admits, preempts and ends requests. Does not decide which request is admitted or preempted.
 
-arrive --> waiting: DISK (its adapter must be read) --> BLOCKED (it loads) --> COLD (needs rank pages)
-                                             --> BLOCKED (it is filled) --> READY (needs a lane) --> ACTIVE (has one)
+arrive --> waiting: DISK (its adapter must be loaded) --> BLOCKED (adapter loads) --> COLD (needs rank pages)
+                                          --> BLOCKED (adapter is filled) --> READY (needs a lane) --> ACTIVE (has one)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Admission:
     # ---------------------------------------------------------------------------------------------------- requests
 
     def arrive(self, message: Generate) -> None:
-        """Queues a new request, or ends it at once where it can never be served."""
+        """Queues a new request, or ends it at once with an error if it can never be served."""
         state = self._state
         error = eligibility.selection_error(state, message.lora)
         key = state.registry.key(message.lora) if error is None else BASE
@@ -46,13 +46,13 @@ class Admission:
             state.counters.adapter_hits += copy.device.state is DeviceState.RESIDENT
         state.requests[request.id] = request
         self._enqueue(request)
-        if not request.done and (finish := finish_of(request)) is not None:  # a replay that had its last token
+        if not request.done and (finish := finish_of(request)) is not None:  # sent again with all its tokens
             self.end(request, finish=finish[0], stop_reason=finish[1])
 
     def admit(self, request: Request) -> bool:
-        """Gives a waiting request a row, a lane, and pages for all its tokens. Returns whether the lane is new.
+        """Gives a waiting request a row, a lane, and KV pages for all its tokens. Returns whether the lane is new.
 
-        There must be a row and pages, and a free lane unless its key holds one; its copies must be resident.
+        A row and the pages must be free, and a lane unless the request's key holds one. Its copies must be resident.
         """
         state = self._state
         key = request.key
@@ -74,7 +74,7 @@ class Admission:
         return is_new
 
     def preempt(self, request: Request, order: Order | None = None) -> None:
-        """Puts a running request back into the queue, in its old order or a new one; it keeps its tokens."""
+        """Puts a running request back into the queue at `order` (None: its old order). It keeps its tokens."""
         self._state.counters.preemptions += 1
         self._release_row(request)
         request.order = request.order if order is None else order
@@ -91,7 +91,10 @@ class Admission:
         code: str | None = None,
         update: bool = True,
     ) -> None:
-        """Ends a running or waiting request and frees all it held. `update`: the tokenizer process is told."""
+        """Ends a running or waiting request and frees all it held.
+
+        `update`: sends an Update with `finish`, `stop_reason`, `error` and `code` to the tokenizer process.
+        """
         state = self._state
         request.done = True
         del state.requests[request.id]
@@ -113,7 +116,10 @@ class Admission:
             self.unloader.unload_if_drained(adapter)
 
     def fail_copy(self, copy: AdapterCopy, reason: str, final: bool = True) -> None:
-        """Ends all requests that need a copy. `final`: it can never be served, else the next request tries again."""
+        """Ends all requests that need a copy, with the error `reason`, and reports the copy's state.
+
+        `final`: the copy can never be served, and is evicted. Otherwise the next request for it loads it again.
+        """
         state = self._state
         state.registry.set_preload(copy, None)
         if final:
@@ -125,23 +131,24 @@ class Admission:
         for key in state.waiting.keys_of(copy.id):
             self.fail_waiting(key, reason)
         if copy.is_unloading or not copy.names:
-            return  # it was unloaded with the last of these requests
+            return  # the end of the last of these requests unloaded the copy
         if final:
             self._evict_failed(copy)
         state.report(copy, error=reason)
         self.unloader.unload_drained(copy)
 
     def fail_waiting(self, key: LaneKey, error: str) -> None:
-        """Ends the waiting requests of a key."""
+        """Ends the waiting requests of a key with this error."""
         for request in self._state.waiting.requests(key):
             self.end(request, error=error)
 
     # ----------------------------------------------------------------------------------------------- wait states
 
     def changed(self, copies: Iterable[AdapterCopy], *, report: bool = False, seconds: float = 0.0) -> None:
-        """The host or device state of these copies changed. Called once by the code that changed them.
+        """Updates what depends on the host or device state of these copies, after it has changed.
 
-        Both caches list them anew, their state is reported if asked, and the wait states of their keys are updated.
+        Updates their places in both caches and the wait states of their keys. `report`: also reports the copies' states
+        to the tokenizer process, with `seconds`. The code that changes a copy calls this once.
         """
         for copy in copies:
             self._state.reclassify([copy])
@@ -152,7 +159,7 @@ class Admission:
                     self.update_wait_state(key)
 
     def update_wait_state(self, key: LaneKey) -> None:
-        """Sets what a waiting key needs next; ends its requests if they can never be served."""
+        """Sets the wait state of a waiting key, or ends the key's waiting requests if they can never be served."""
         state = self._state
         active = key == BASE or key in state.lanes
         error = None if active else eligibility.unservable_reason(state, key)
@@ -165,7 +172,7 @@ class Admission:
             state.loads_due = True
 
     def withdraw(self, copy: AdapterCopy) -> list[Request]:
-        """Takes all requests that wait for the copy out of the queue, for `rekey`."""
+        """Takes all waiting requests that need the copy out of the queue and returns them, to be passed to `rekey`."""
         state = self._state
         requests = [request for key in state.waiting.keys_of(copy.id) for request in state.waiting.requests(key)]
         for request in requests:
@@ -174,7 +181,7 @@ class Admission:
         return requests
 
     def rekey(self, requests: list[Request]) -> None:
-        """Queues withdrawn requests again, by the key that their adapters have now."""
+        """Queues withdrawn requests again, each under the lane key that its adapters have now."""
         state = self._state
         for request in requests:
             request.key = state.registry.key(request.lora)
@@ -187,7 +194,7 @@ class Admission:
                 self.update_wait_state(key)
 
     def set_draining(self, key: LaneKey, draining: bool) -> None:
-        """Lets a lane admit no more requests until it is free, or lets it admit them again."""
+        """Makes a lane admit no more requests until it is free (`draining` True), or makes it admit requests again."""
         state = self._state
         if draining:
             state.draining[key] = None
@@ -217,7 +224,10 @@ class Admission:
         self.update_wait_state(request.key)
 
     def _locate_invocation(self, request: Request) -> None:
-        """Finds where its activated adapter (aLoRA) begins to act, if known. If it never acts, the base serves it."""
+        """Finds the position from which the request's activated adapter (aLoRA) acts, if it has one that was loaded.
+
+        If the adapter's invocation is not in the prompt, the request runs on the base model.
+        """
         copies = self._state.copies(request.key)
         if len(copies) == 1 and (invocation := copies[0].info.invocation):
             request.invocation_start = find_invocation(request.tokens[: request.prompt_length], invocation)
@@ -225,7 +235,7 @@ class Admission:
                 request.key = BASE
 
     def _release_row(self, request: Request) -> None:
-        """Frees its row, pages and lane. The caller reclassifies the copies of its key."""
+        """Frees the request's row, KV pages and place in its lane. The caller reclassifies the copies of its key."""
         state = self._state
         state.running.remove(request)
         state.kv.release(request)
@@ -237,7 +247,7 @@ class Admission:
                 self.update_wait_state(request.key)
 
     def _evict_failed(self, copy: AdapterCopy) -> None:
-        """Frees what a refused copy holds; the runner still has its bytes."""
+        """Frees the rank pages of a failed copy, and evicts it from host memory if it is held there."""
         state = self._state
         changed = state.device_cache.free([copy])
         if copy.host.state is HostState.HELD:

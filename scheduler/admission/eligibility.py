@@ -1,4 +1,4 @@
-"""What the requests of a lane key need before they can run, and why some never can. Changes nothing."""
+"""Determines what the requests of a lane key need before they can run, or why they never can. Changes no table."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from scheduler.requests.queue import WaitState
 from scheduler.state import SchedulerState
 from scheduler.types import BASE, LaneKey
 
-MAX_SCALE = 1e38  # a sum of scales up to this is finite in float32
+MAX_SCALE = 1e38  # the largest sum of absolute scales, which is still finite in float32
 
 MIXED_INVOCATION = "an adapter that acts from its invocation on (alora_invocation_tokens) cannot be mixed with others"
 
 
 def selection_error(state: SchedulerState, lora: Sequence[tuple[int, float]]) -> str | None:
-    """Why an adapter selection has no lane key."""
+    """Returns why a request cannot select these (adapter id, scale) pairs, or None if it can."""
     if not sum(abs(scale) for _, scale in lora) <= MAX_SCALE:  # also false for NaN
         return f"the scales of the adapters must be finite, and add up to at most {MAX_SCALE:g}"
     for adapter_id, _ in lora:
@@ -31,7 +31,7 @@ def selection_error(state: SchedulerState, lora: Sequence[tuple[int, float]]) ->
 
 
 def unservable_reason(state: SchedulerState, key: LaneKey) -> str | None:
-    """Why a key can never be served, judging by what is known now."""
+    """Returns why requests of this key can never be served (by what is known now), or None if they can."""
     if key == BASE:
         return None
     copies = state.copies(key)
@@ -44,7 +44,7 @@ def unservable_reason(state: SchedulerState, key: LaneKey) -> str | None:
 
 
 def wait_state(state: SchedulerState, key: LaneKey) -> WaitState:
-    """What the waiting requests of a servable key need next."""
+    """Returns what the waiting requests of a key need next. The key must have no `unservable_reason`."""
     if key == BASE or key in state.lanes:
         return WaitState.DRAINING if key in state.draining else WaitState.ACTIVE
     return _without_lane(state.copies(key))

@@ -1,4 +1,4 @@
-"""Unloads draining names after their last request, and copies with their last name. Knows no queue."""
+"""Unloads a draining adapter (a name) after its last request ended, and a copy together with its last name."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from scheduler.state import SchedulerState
 
 
 class Unloader:
-    """Unloads names and copies of the scheduler's state."""
+    """Removes names and copies from the scheduler's tables, and lets the runner free the copies."""
 
     def __init__(self, state: SchedulerState) -> None:
         self._state = state
 
     def unload_if_drained(self, adapter: Adapter) -> None:
-        """Unloads a draining name without requests. The last takes the copy along when no load or fill uses it."""
+        """Unloads a name if it is draining and has no requests.
+
+        The last name of a copy is unloaded together with the copy, and only if no load or fill of it is in flight.
+        """
         state, copy = self._state, adapter.copy
         if not adapter.draining or adapter.requests or copy.is_unloading:
             return
@@ -27,12 +30,12 @@ class Unloader:
             self._unload(copy)
 
     def unload_drained(self, copy: AdapterCopy) -> None:
-        """Unloads each name of the copy that has drained."""
+        """Unloads each name of the copy that is draining and has no requests."""
         for adapter in list(copy.names.values()):
             self.unload_if_drained(adapter)
 
     def forget(self, copy: AdapterCopy) -> None:
-        """The copy is gone with all its names, which are reported."""
+        """Removes the copy and all its names from the tables, and reports each name as gone."""
         state = self._state
         state.device_cache.free([copy])
         state.host_cache.remove(copy)
@@ -42,7 +45,7 @@ class Unloader:
         state.registry.remove(copy)
 
     def _unload(self, copy: AdapterCopy) -> None:
-        """Lets the runner free the copy; one that takes no room is gone at once."""
+        """Lets the runner free the copy. It is removed when the runner reports it gone, or at once if it is on disk."""
         state = self._state
         takes_room = copy.on_host or copy.on_device
         state.device_cache.free([copy])
@@ -53,7 +56,7 @@ class Unloader:
             state.outbox.append(UnloadAdapter(copy.runner_id))
         if not takes_room:
             if copy.host.known_to_runner:
-                state.registry.freed_ids.add(copy.runner_id)  # the answer concerns no copy any more
+                state.registry.freed_ids.add(copy.runner_id)  # the runner's "gone" is to be ignored
             self.forget(copy)
 
     def _remove_name(self, adapter: Adapter) -> None:

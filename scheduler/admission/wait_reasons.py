@@ -1,13 +1,13 @@
-"""Why a waiting request waits. Reads the state, changes nothing.
+"""Finds the reason why a request waits. Changes no table.
 
-load       its adapter must be read from disk, or is being read
+load       its adapter must be loaded from disk, or is being loaded
 fill       its adapter is being copied into rank pages, or will be in one of the next steps
-rank_pages no rank pages are left for its adapter: running requests or requests before it use them
+rank_pages no rank pages are left for its adapter: running requests use them, or requests that come first in the queue
 lanes      no lane is left for its adapter, or its adapter's lane is draining
 rows       no row is left
-pages      KV pages are lacking for the first request that has everything else, and no request passes that one
-turn       other requests go first: a step takes only so many prompt tokens
-trial      the runner died, and the requests that may have caused it run alone first
+pages      there are too few KV pages for the first request that lacks nothing else, and no request may pass that one
+turn       other requests go first, because the number of prompt tokens in a step is limited
+trial      the runner died, and the requests that may have caused this run first, one at a time
 """
 
 from __future__ import annotations
@@ -23,28 +23,30 @@ from scheduler.requests.request import Request
 from scheduler.state import SchedulerState
 from scheduler.types import LaneKey
 
-LISTED = 64  # requests that are reported one by one
+LISTED = 64  # the most waiting requests that `WaitReport.oldest` lists
 
 
 class WaitReport(NamedTuple):
-    """How many requests wait, by reason, and the oldest of them."""
+    """How many requests wait for each reason, and the waiting requests that arrived first."""
 
     counts: dict[WaitReason, int]
     oldest: list[WaitingRequest]
 
 
 def wait_reason(state: SchedulerState, request: Request) -> WaitReason | None:
-    """Why this request waits; None if it does not."""
+    """Returns why this request waits, or None if it does not wait."""
     if request.done or request.row >= 0 or request.key not in state.waiting:
         return None
     return _reason_of_key(state, request.key, state.device_cache.room(), _reason_of_runnable(state))
 
 
 def wait_report(state: SchedulerState) -> WaitReport:
-    """The reasons of all waiting requests. Looks at each key, each running request, and the requests that it lists.
+    """Returns the wait reasons of all waiting requests: counts for all, and a list of the first LISTED by arrival.
 
-    state.requests    r1  W2  r3  W4  W5 | W6  W7 ...      by arrival: the requests that waited longest come first
-                          at most LISTED
+    All waiting requests of a key have the same reason, so only keys, running requests and the listed ones are visited.
+
+    state.requests    r1  W2  r3  W4  W5 | W6  W7 ...      by arrival (r: running, W: waiting)
+                      the first LISTED W are listed
     """
     room, runnable = state.device_cache.room(), _reason_of_runnable(state)
     reasons = {key: _reason_of_key(state, key, room, runnable) for key in state.waiting.lane_keys()}
@@ -60,7 +62,7 @@ def wait_report(state: SchedulerState) -> WaitReport:
 
 
 def _reason_of_runnable(state: SchedulerState) -> WaitReason:
-    """What requests wait for that have all their adapters need: no request passes the first of them."""
+    """Returns what the requests wait for whose adapters lack nothing. It depends on the first of them in the queue."""
     if not state.running.free:
         return "rows"
     runnable = (WaitState.ACTIVE, WaitState.READY) if state.lanes.free else (WaitState.ACTIVE,)
@@ -69,7 +71,7 @@ def _reason_of_runnable(state: SchedulerState) -> WaitReason:
         return "turn"
     first, running = min(heads, key=lambda request: request.order), len(state.running)
     if len(first.tokens) // state.capacity.page_size + 1 + running <= state.kv.free:
-        return "turn"  # even if no prefix of it is shared
+        return "turn"  # there are enough KV pages even if it shares no cached prefix
     return "turn" if state.kv.can_allocate(first, state.owner(first.key), running) else "pages"
 
 

@@ -1,1 +1,1 @@
-"""Batching: the contents of the next step, the order of admissions, preemption, isolation, and overlapping steps."""
+"""Batching: plans the next step, orders admissions, preempts, isolates suspects after a crash, and overlaps steps."""

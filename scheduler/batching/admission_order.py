@@ -1,22 +1,25 @@
-"""Which request is admitted next, and which lanes are drained or preempted for requests that were passed.
+"""Chooses which request is admitted next, and which lanes are drained or preempted for requests that were passed.
 
-    next       the first in order among ACTIVE heads and, unless one of these was skipped, READY and COLD heads
+    head       the first waiting request of a lane key
+    next       the first in order among ACTIVE heads and, unless a head was skipped, READY and COLD heads
     skipped    a READY or COLD head that finds no lane or no rank pages: only ACTIVE requests, whose lane is in the step
-               anyway, pass it. If the first request that has all its adapters need lacks a row or KV pages, none is
-               admitted: otherwise small requests could pass a large one for ever
-    deadline   `lora_max_wait` after a head was first passed, less a step and the time of its fill. A lane that ends
-               just before a deadline admits no more requests (DRAINING); where too few end in time, some are preempted
-    overdue    the requests for which lanes were preempted: they get the lanes, though others may be before them
+               anyway, pass it. If the first request whose adapters lack nothing finds no row or too few KV pages, no
+               request is admitted: otherwise small requests could pass a large one for ever
+    deadline   `lora_max_wait` after a head was first passed, less the time of its fill, two steps and the interval of
+               checks. A lane whose rows end just before a deadline admits no more requests (DRAINING). If too few
+               lanes end in time, some are preempted
+    overdue    the requests for which lanes were preempted: they get these lanes, even if other requests come before
+               them in the queue
 
-    passed . a . b . c | d ...         rows of a preempted lane have had their turn: they go behind all requests that
-                      ^ row            were passed, with a new deadline. So lanes go round
+    passed . a . b . c | d ...         the rows of a preempted lane are requeued behind all requests that were passed,
+                      ^ row            with a new deadline. So the keys take turns
 
 With B keys waiting for L lanes, a lane can be held for lora_max_wait * L / B on average if all deadlines are to be met.
-A lane that was held for less is preempted after all others, and one held for less than LEAST_SHARE of lora_max_wait is
-not preempted at all. So deadlines are met while B is at most L / LEAST_SHARE, and so many adapters can be filled in
-time. Beyond that all requests wait longer, in the order of their deadlines.
+A lane that was held for a shorter time is preempted after all others, and a lane that was held for less than
+LEAST_SHARE of lora_max_wait is not preempted at all. So deadlines are met while B is at most L / LEAST_SHARE and the
+adapters of B keys can be filled in time. With more keys all requests wait longer, in the order of their deadlines.
 
-Knows nothing of the contents of steps. Times are the caller's.
+Does not read a clock: callers set `SchedulerState.now`.
 """
 
 from __future__ import annotations
@@ -34,18 +37,18 @@ from scheduler.requests.request import Request
 from scheduler.state import SchedulerState
 from scheduler.types import LaneKey, Order
 
-LEAST_SHARE = 1 / 16  # of lora_max_wait: a lane is held for at least so long, however many keys wait
-CHECKS_PER_WAIT = 64  # checks of the deadlines within lora_max_wait
-HEADS_PER_LANE = 4  # waiting heads that a check looks at
-FILL_FACTOR = 2  # beside running steps a fill takes so many times its own seconds
-REQUESTS_PER_KEY = 32  # whose waits are compared where the head was preempted for want of KV pages
+LEAST_SHARE = 1 / 16  # the share of lora_max_wait for which a lane is held at least, however many keys wait
+CHECKS_PER_WAIT = 64  # how often the deadlines are checked within lora_max_wait
+HEADS_PER_LANE = 4  # the most waiting heads that a check of the deadlines visits, per lane (of at least 16)
+FILL_FACTOR = 2  # how much longer a fill takes beside running steps than by itself
+REQUESTS_PER_KEY = 32  # the most requests of a key whose waits are compared if the key's head was requeued
 BEFORE_ALL: Order = (float("-inf"),)
 AFTER_ALL = float("inf")
 NEEDS_LANE = (WaitState.READY, WaitState.COLD, WaitState.DRAINING)
 
 
 class AdmissionOrder:
-    """The order of admissions in each step."""
+    """Chooses the requests that each step admits, and drains and preempts lanes for overdue requests."""
 
     def __init__(self, state: SchedulerState, admission: Admission, device_loader: DeviceLoader) -> None:
         self._state = state
@@ -58,7 +61,7 @@ class AdmissionOrder:
     # ------------------------------------------------------------------------------------------------- before a step
 
     def begin_step(self) -> None:
-        """A step is being planned: from time to time lanes are drained or preempted to meet deadlines."""
+        """Prepares for the planning of a step. If a check of the deadlines is due, drains and preempts lanes."""
         state = self._state
         self._skipped = None
         self._overdue = {i: r for i, r in self._overdue.items() if self._needs_lane(r)}
@@ -68,7 +71,7 @@ class AdmissionOrder:
             self._check_deadlines(max_wait)
 
     def waited(self, request: Request) -> float:
-        """For how many seconds a waiting request has been passed for want of a lane or rank pages."""
+        """Returns for how many seconds a waiting request has been passed for lack of a lane or rank pages."""
         state = self._state
         passed = state.starvation.passed_since(request.order)
         if passed is None:
@@ -92,7 +95,7 @@ class AdmissionOrder:
             self._preempt_lanes(lanes, max_wait, len(waits))
 
     def _deadlines(self, max_wait: float) -> list[tuple[Deadline, Request]]:
-        """The most urgent request of each key that was passed, with its deadline, by slack."""
+        """Returns the most urgent request of each key that was passed, with its deadline, sorted by slack."""
         state, device_loader = self._state, self._device_loader
         margin = 2 * device_loader.step_seconds + max_wait / CHECKS_PER_WAIT
         least_work = LEAST_SHARE * max_wait / max(1, state.lanes.count)
@@ -103,9 +106,9 @@ class AdmissionOrder:
                 state.starvation.forget_before(self._first_waiting())
             passed = state.starvation.passed_since(head.order)
             if passed is None:
-                break  # nor was any request behind it
+                break  # heads come in order, so no head after this one was passed either
             request = head
-            if head.queued_at > passed:  # it was requeued: others of its key may have been passed for longer
+            if head.queued_at > passed:  # it was requeued: other requests of its key may have been passed for longer
                 request = max(state.waiting.front(head.key, REQUESTS_PER_KEY), key=self.waited)
             fill = self._device_loader.fill_seconds(request.key)
             slack = max_wait - margin - fill - self.waited(request)
@@ -117,7 +120,7 @@ class AdmissionOrder:
         return min((head.order for head in heads if head is not None), default=None)
 
     def _held_lanes(self) -> dict[LaneKey, HeldLane]:
-        """All lanes in use, with their rows."""
+        """Returns all lanes in use, with their rows."""
         state = self._state
         lanes: dict[LaneKey, HeldLane] = {}
         for request in state.running.ordered:
@@ -130,7 +133,7 @@ class AdmissionOrder:
         return lanes
 
     def _set_draining(self, keys: Collection[LaneKey]) -> None:
-        """Drains these lanes, and no others."""
+        """Makes exactly these lanes draining: all other lanes admit requests again."""
         for key in [key for key in self._state.draining if key not in keys]:
             self._admission.set_draining(key, False)
         for key in keys:
@@ -145,7 +148,7 @@ class AdmissionOrder:
         """
         state = self._state
         first = state.running.ordered[0] if state.running.ordered else None
-        own = {request.key for request in self._overdue.values()}  # lanes that drain for another request
+        own = {request.key for request in self._overdue.values()}  # these may hold draining lanes
         least = LEAST_SHARE * max_wait
         old = (lane for lane in lanes if lane.held >= least and lane.all_decoding and lane.key not in own)
         candidates = sorted_by_cost(old, first, fair=max_wait * state.lanes.count / max(1, waiting))
@@ -159,10 +162,13 @@ class AdmissionOrder:
                     self._admission.preempt(row, state.order_behind_passed(row))
                     state.counters.lane_preemptions += 1
 
-    # ------------------------------------------------------------------------------------------ while it is planned
+    # --------------------------------------------------------------------------------------------------- in a step
 
     def next_request(self) -> Request | None:
-        """The request to be admitted now, with its copies resident, or None. Called again after its admission."""
+        """Returns the request to be admitted now, or None. Its copies are resident, or filled at once in this step.
+
+        The planner calls it again after each admission.
+        """
         if self._overdue and self._state.lanes.free:
             request, final = self._next_overdue()
             if request is not None or final:
@@ -170,13 +176,16 @@ class AdmissionOrder:
         return self._next_in_order()
 
     def end_step(self) -> None:
-        """No more requests are admitted to this step. A skipped one counts as passed if there is memory for it."""
+        """Ends the admissions of a step.
+
+        If a request was skipped though there is memory for it, all requests that are still waiting count as passed.
+        """
         if self._skipped is not None and self._has_memory(self._skipped):
             after_all = (*self._state.last_order, AFTER_ALL)
             self._state.starvation.mark_passed(after_all, self._state.now)
 
     def _next_overdue(self) -> tuple[Request | None, bool]:
-        """(an overdue request that gets its lane now; whether no other request may be admitted instead)."""
+        """Returns (an overdue request that gets a lane now, or None; whether no other request may be admitted now)."""
         state = self._state
         while self._overdue and state.lanes.free:
             request = next(iter(self._overdue.values()))
@@ -184,14 +193,14 @@ class AdmissionOrder:
                 del self._overdue[request.id]
                 continue
             if request.steps_in_flight or not self._has_memory(request):
-                return None, True  # the memory that was freed is for this request
+                return None, True  # the memory that was freed for this request must not go to another one
             opened = self._can_open_lane(request, BEFORE_ALL)
             if opened or request.done:
                 del self._overdue[request.id]
             if opened:
                 return request, False
             if not request.done:
-                self._skipped = request  # it gets the lane once its fill is done
+                self._skipped = request  # it gets a lane in a later step, once its fill is done
                 break
         return None, False
 
@@ -207,14 +216,17 @@ class AdmissionOrder:
                 state.starvation.mark_passed(best.order, state.now)
                 return best
             if best.key in state.waiting and state.waiting.state_of(best.key) in (WaitState.READY, WaitState.COLD):
-                self._skipped = best  # otherwise its fill is under way, or it failed
+                self._skipped = best  # in any other state, its fill is in flight or its request has ended
 
     def _first_inactive(self) -> Request | None:
         ready, cold = self._state.waiting.first(WaitState.READY), self._state.waiting.first(WaitState.COLD)
         return cold if ready is None or (cold is not None and cold.order < ready.order) else ready
 
     def _can_open_lane(self, request: Request, order: Order) -> bool:
-        """Whether a head may have a lane now: its copies are resident, or are filled in this step as if at `order`."""
+        """Returns whether a head can have a lane now: its copies are resident, or this step fills them at once.
+
+        Fills are requested as if the head were at `order` in the queue.
+        """
         state = self._state
         if request.key in state.lanes:
             return True
@@ -224,14 +236,14 @@ class AdmissionOrder:
         return resident or self._device_loader.request_fill(request, order) is Outcome.RESIDENT
 
     def _has_memory(self, request: Request) -> bool:
-        """Whether there is a row, and KV pages for all its tokens and one more for each running row."""
+        """Returns whether a row is free, and KV pages for all the request's tokens plus one page per running row."""
         state = self._state
         return state.running.free > 0 and state.kv.can_allocate(
             request, state.owner(request.key), reserve=len(state.running)
         )
 
     def _needs_lane(self, request: Request) -> bool:
-        """Whether it still waits for a lane or rank pages."""
+        """Returns whether the request still waits for a lane or rank pages."""
         state = self._state
         waits = not request.done and request.row < 0 and request.key in state.waiting
         return waits and state.waiting.state_of(request.key) in NEEDS_LANE

@@ -1,14 +1,15 @@
-"""After a runner died: suspects run alone, and the request or adapter that is proved to blame is ended.
+"""Isolates the cause after a runner died: each suspect runs alone, and the request or adapter to blame is ended.
 
     runner dies --> suspects (scheduler.requests.blame) go before all other requests in the queue
-                --> one suspect alone: its adapter is filled (a step without chunks), then it computes
+                --> one suspect alone: its adapter is filled (in a step without chunks), then the suspect runs
                 --> past its point: back to its old order in the queue; the next suspect --> ... --> all requests
 
-An adapter is set aside if its fill was under way at two faults in a row, the last time as the only fill and with no
-request in flight (or none that uses it). Each request that uses an adapter whose fill was under way becomes a suspect,
-and such an adapter is not filled unless a request waits for it: so its next fill is alone.
+The point of a suspect is the position up to which it had been planned when the runner died.
 
-Knows nothing of chunks or sockets.
+An adapter is set aside (fails until it is loaded again) if its fill was in flight at FAULTS_ALONE faults in a row and
+was the only fill at the last fault, or at FAULTS_TOGETHER faults in a row beside other fills; and if at the last fault
+no request was in flight, or no request uses it. Otherwise all requests that use the adapter become suspects. Such an
+adapter is filled only when a request waits for it, so that its next fill is the only one in its step.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from scheduler.state import InFlightStep, SchedulerState
 
 log = logging.getLogger(__name__)
 
-FAULTS_ALONE = 2  # faults in a row with only this fill under way that prove the fill to blame
-FAULTS_TOGETHER = 4  # faults in a row with the same fills under way that prove all of them to blame
+FAULTS_ALONE = 2  # faults in a row after which a fill is to blame that was the only one in flight at the last fault
+FAULTS_TOGETHER = 4  # faults in a row after which each of several fills in flight is to blame
 POISON = "poison_request"
 RUNNABLE = (WaitState.ACTIVE, WaitState.READY)
 
@@ -38,30 +39,34 @@ ASIDE = (
 
 
 class Isolation:
-    """Runs one suspect at a time."""
+    """Finds the request or adapter that crashes the runner, by running one suspect at a time, and ends it."""
 
     def __init__(self, state: SchedulerState, admission: Admission, device_loader: DeviceLoader) -> None:
         self._state = state
         self._admission = admission
         self._device_loader = device_loader
         self._to_end: Request | None = None
-        self._faults: dict[int, int] = {}  # by copy: faults in a row with its fill under way
+        self._faults: dict[int, int] = {}  # by copy id: faults in a row at which its fill was in flight
         self._to_set_aside: list[AdapterCopy] = []
 
-    # ----------------------------------------------------------------------------------------------- while it is on
+    # ------------------------------------------------------------------------------------- while there are suspects
 
     @property
     def is_on(self) -> bool:
-        """Whether there is a suspect: then no other request is planned."""
+        """Whether there is a suspect. While there is one, only suspects are planned."""
         return len(self._state.blame) > 0
 
     @property
     def must_wait(self) -> bool:
-        """Whether steps are in flight beside which the next suspect must not run."""
+        """Whether the next suspect must wait for steps in flight to end: it must not run beside them."""
         return self.is_on and bool(self._state.in_flight) and not self._state.running.ordered
 
     def next_suspect(self) -> Request | None:
-        """The suspect to be admitted now, with its copies resident; None while one runs, is filled, or is loaded."""
+        """Returns the suspect to be admitted now, whose copies are resident, or None.
+
+        Returns None while a suspect runs, while a step is in flight, and while suspects wait for loads or fills. Starts
+        the fill of the first suspect that needs one.
+        """
         state = self._state
         if state.running.ordered or state.in_flight:
             return None
@@ -71,13 +76,13 @@ class Isolation:
             wait_state = state.waiting.state_of(request.key)
             if wait_state is WaitState.COLD:
                 if self._device_loader.request_fill(request, request.order) in (Outcome.RESIDENT, Outcome.FILLING):
-                    return None  # the fill is alone in its step
+                    return None  # the step contains only the fill
             elif wait_state in RUNNABLE and state.kv.can_allocate(request, state.owner(request.key), 0):
                 return request
         return None
 
     def step_answered(self, step: InFlightStep) -> None:
-        """Requeues a suspect that is past its point, so that the next one can run."""
+        """Requeues a suspect that this step brought past its point, so that the next suspect can run."""
         state = self._state
         if state.blame.is_empty:
             return
@@ -85,10 +90,14 @@ class Isolation:
             if state.blame.chunk_answered(request.id, start) and self.is_on and request.row >= 0:
                 self._admission.preempt(request, with_suspicion(request.order, False))
 
-    # -------------------------------------------------------------------------------------------------- at a death
+    # ------------------------------------------------------------------------------------- when a runner has died
 
     def runner_died(self, own_fault: bool) -> None:
-        """A runner died; its steps in flight and fills are still in the tables."""
+        """Finds the suspects and whatever is proved to blame after a runner died.
+
+        `own_fault`: the runner failed, rather than being killed. Called while the tables still contain the dead
+        runner's steps and fills in flight.
+        """
         state = self._state
         in_flight: dict[int, InFlightPosition] = {}
         for step in state.in_flight:
@@ -102,7 +111,10 @@ class Isolation:
             self._blame_fills(bool(in_flight))
 
     def move_suspects_first(self) -> None:
-        """Moves the suspects before all other requests. All requests wait, and their wait states are not set yet."""
+        """Moves the suspects before all other requests in the queue. Called while all requests are waiting.
+
+        Their wait states are set later.
+        """
         state = self._state
         for request in [state.requests[i] for i in state.blame]:
             if not request.is_suspect:
@@ -111,7 +123,10 @@ class Isolation:
                 state.waiting.push(request)
 
     def end_blamed(self) -> None:
-        """Ends the request and sets aside the adapters that were proved to blame. The tables are the new runner's."""
+        """Ends the request and sets aside the adapters that were proved to blame.
+
+        Called after the tables were reset for the new runner.
+        """
         request, self._to_end = self._to_end, None
         if request is not None and not request.done:
             log.error("request %d ended the model runner, and is ended", request.id)

@@ -1,4 +1,4 @@
-"""How many lanes must be preempted so that waiting requests get a lane and rank pages. Changes no table."""
+"""Computes which lanes must be preempted so that waiting requests get a lane and rank pages. Changes no table."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from scheduler.state import SchedulerState
 
 
 class LanePreemption:
-    """The lanes and rank pages that would be left, after each request that is given some of them."""
+    """The lanes and rank pages that remain available while they are assigned to one request after another."""
 
     def __init__(self, state: SchedulerState, free_lanes: int) -> None:
         self._state = state
         self._free_lanes = free_lanes
         self._rank_pages = state.device_cache.room()
-        self._users: dict[int, int] = {}  # by copy id: how many of its lanes would be preempted
+        self._users: dict[int, int] = {}  # by copy id: how many of its lanes are to be preempted
 
     def lanes_to_preempt(self, request: Request, candidates: list[HeldLane]) -> list[HeldLane] | None:
-        """The first of the candidates, as many as this request needs preempted; None if all are too few."""
+        """Returns the lanes to preempt for this request: the least number of `candidates`, taken from the front.
+
+        The lane and rank pages are then assigned to the request. Returns None if all candidates are too few.
+        """
         state = self._state
         if request.key in state.lanes:
             return []
@@ -45,5 +48,5 @@ class LanePreemption:
 
 
 def _needed_pages(copies: list[AdapterCopy]) -> Counter[str]:
-    """The rank pages, by group, that copies without users take out of the room."""
+    """Returns by group how many rank pages those copies need that are in no lane."""
     return sum((Counter(copy.pages_needed) for copy in copies if not copy.device.lanes), Counter())

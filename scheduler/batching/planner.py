@@ -1,12 +1,12 @@
-"""Plans one step: decodes, then prefill chunks of running rows, then admissions. Knows nothing of a step's results.
+"""Plans one step: decodes, then prefill chunks of running rows, then admissions. Does not apply results.
 
     budget  |<- decodes: 1 token a row ->|<- chunks of rows in prefill ->|<- chunks of rows just admitted ->|
             0                                                                         max_batched_tokens
                                          |<---- max_prefill_tokens at most, if there are decodes ---->|
 
-Positions advance here, when a chunk is planned. Sampled tokens arrive later, so with several steps in flight a row is
-planned on tokens that the scheduler does not know yet. A row that reaches its limit with the samples in flight is not
-planned further.
+A request's position (`computed`) advances here, when a chunk is planned. Sampled tokens arrive later, so with several
+steps in flight a row is planned on tokens that the scheduler does not know yet. A row that reaches its token limit with
+the samples in flight is not planned further.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ from scheduler.loading.device_loader import DeviceLoader
 from scheduler.requests.request import Request
 from scheduler.state import InFlightStep, SchedulerState
 
-MOST_SCORES = 1 << 17  # log-probabilities of prompts that a step may bring: 2 MB in its answer
-MOST_NUMBERS = 1 << 20  # in the new rows of a step, beyond which no further row is let in: 5 MB
+MOST_SCORES = 1 << 17  # the most log-probabilities of prompt tokens that a step asks for: 2 MB in its StepDone
+MOST_NUMBERS = 1 << 20  # numbers in the new rows of a step after which no more rows are admitted: 5 MB in the Step
 
 
 @dataclass(slots=True)
 class _Draft:
-    """A step that is being planned. `budget` is in tokens; `scores` and `numbers` bound its frame and its answer's."""
+    """A step that is being planned.
+
+    `budget`: how many more tokens it may have. `scores` and `numbers`: how many more log-probabilities its StepDone may
+    have, and how many more numbers its new rows, which bounds the sizes of both messages.
+    """
 
     in_flight: InFlightStep
     budget: int
@@ -40,7 +44,7 @@ class _Draft:
     chunks: list[Chunk] = field(default_factory=list)
 
     def begin(self, request: Request) -> None:
-        """Its row is new."""
+        """Adds a new row for the request, and subtracts its size from `numbers`."""
         row = NewRow(
             row=request.row,
             generation=request.generation,
@@ -53,7 +57,7 @@ class _Draft:
         self.numbers -= len(row.history) + len(request.pages) + len(ends) + 3 * len(biases)
 
     def most_scored(self, request: Request) -> int:
-        """How many of its positions may be scored, one at least; they are taken when a chunk is added."""
+        """Returns how many of the request's positions the step may still score, at least 1. `add` subtracts them."""
         return max(1, self.scores // (1 + request.sampling.prompt_logprobs))
 
     def add(self, request: Request, chunk: Chunk, scored: int = 0) -> None:
@@ -86,7 +90,7 @@ class Planner:
         self._isolation = isolation
 
     def plan(self, epoch: int, step: int) -> Step | None:
-        """Step number `step`, which is then in flight; None when there is nothing to do now."""
+        """Plans and returns step number `step`, which is in flight from now on; None if there is nothing to do now."""
         state, alone = self._state, self._isolation.is_on
         if self._isolation.must_wait:
             return None
@@ -113,7 +117,7 @@ class Planner:
         return Step(epoch=epoch, id=step, fills=fills, lanes=draft.lanes, new_rows=draft.new_rows, chunks=draft.chunks)
 
     def _decode(self, draft: _Draft) -> list[Request]:
-        """Plans a chunk for each decoding row, in order. Returns the rows in prefill."""
+        """Plans a chunk of one token for each decoding row, in order. Returns the rows in prefill."""
         running, page_size = self._state.running.ordered, self._state.capacity.page_size
         prefills: list[Request] = []
         index = 0
@@ -127,7 +131,7 @@ class Planner:
                 if position == len(request.pages) * page_size:
                     pages = self._grow(request, index)
                     if not pages:
-                        continue  # it was preempted itself: running[index] is the next row, if any
+                        continue  # the request itself was preempted: running[index] is the next row, if any
                 chunk = Chunk(
                     row=request.row,
                     generation=request.generation,
@@ -141,7 +145,10 @@ class Planner:
         return prefills
 
     def _grow(self, request: Request, index: int) -> list[int]:
-        """A page for running[index], by preempting rows not yet planned if need be; [] if it is preempted itself."""
+        """Appends a KV page to `request`, which is running[index], and returns it in a list.
+
+        If no page is free, preempts rows that are not planned yet; returns [] if `request` is preempted itself.
+        """
         state = self._state
         while not state.kv.free:
             victim = choose_victim(state.running.ordered[index:], state.running.ordered[0])
@@ -151,12 +158,14 @@ class Planner:
         return state.kv.append_page(request)
 
     def _prefill(self, draft: _Draft, request: Request, pages: list[int]) -> None:
-        """Plans the next chunk of known tokens; the last one samples. `pages` are all of them with the first chunk.
+        """Plans the next chunk of the request's known tokens. The chunk with the last known token samples.
 
-        A chunk ends at the invocation of an activated LoRA: the positions before it are the base model's.
+        `pages`: all of the request's pages with its first chunk, [] afterwards. A chunk ends at the latest where the
+        invocation of an activated LoRA begins: the positions before that are computed by the base model.
 
-        to score:     start .. scored            nothing: it was scored before a preemption; the chunk ends there
-                      scored .. prompt_length-1  every position, for the token after it
+        If the request asks for prompt logprobs:
+            positions start .. scored            were scored before a preemption; the chunk ends there
+            positions scored .. prompt_length-1  are scored, each for the token after it
         """
         known, start = len(request.tokens), request.computed
         end = min(known, start + draft.budget)

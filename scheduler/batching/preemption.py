@@ -1,7 +1,4 @@
-"""Which row is preempted when KV pages run out, and which lane when a request waited too long for one.
-
-Knows nothing of how a request is requeued, or of clocks.
-"""
+"""Chooses which row is preempted when KV pages run out, and which lane when a request waited too long for one."""
 
 from __future__ import annotations
 
@@ -12,18 +9,22 @@ from scheduler.requests.request import Request
 from scheduler.types import LaneKey
 
 Cost = Callable[[Request], float]
-"""The cost of bringing a request back, in tokens to recompute."""
+"""Returns the cost of resuming a preempted request, in tokens to recompute."""
 
 
 def recompute_cost(request: Request) -> float:
-    """All computed tokens: the radix tree may keep some of their pages, but pages are scarce when this is asked."""
+    """Returns the number of computed tokens, as if all were lost.
+
+    The radix tree may keep some of their pages, but pages are scarce when a row is preempted.
+    """
     return request.computed
 
 
 def choose_victim(candidates: Sequence[Request], first: Request, cost: Cost = recompute_cost) -> Request:
-    """The candidate of the lowest priority; among those the cheapest to bring back, then the latest.
+    """Returns the candidate of the lowest priority; among those the cheapest to resume, then the last in order.
 
-    `first`, the first request in order, is chosen only when it is alone: so it always advances, and all requests end.
+    `first`, the first request in order, is chosen only if there is no other candidate: so the first request always
+    advances, and all requests end.
     """
     others = [request for request in candidates if request is not first] or candidates
     return max(others, key=lambda request: (request.priority, -cost(request), request.order))
@@ -49,16 +50,17 @@ class HeldLane:
 
 
 def sorted_by_end(lanes: Iterable[HeldLane]) -> list[HeldLane]:
-    """By when they are free if no request joins them."""
+    """Returns the lanes sorted by when they become free if no request joins them."""
     return sorted(lanes, key=lambda lane: (lane.remaining, lane.key))
 
 
 def sorted_by_cost(
     lanes: Iterable[HeldLane], first: Request | None, fair: float = 0.0, cost: Cost = recompute_cost
 ) -> list[HeldLane]:
-    """The order in which lanes are preempted: those that are cheapest to bring back come first.
+    """Returns the lanes in the order in which to preempt them: first the lanes whose rows are cheapest to resume.
 
-    Lanes held for less than `fair` seconds come after the others, and the lane of the `first` request in order last.
+    Lanes that were held for less than `fair` seconds come after the others, and the lane of the `first` request comes
+    last.
     """
     return sorted(
         lanes,

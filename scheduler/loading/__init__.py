@@ -1,1 +1,1 @@
-"""Loading: which adapters are read from disk, which are filled into rank pages, and what becomes of them."""
+"""Loading: which adapters are loaded from disk, which are filled into rank pages, and how their states change."""

@@ -1,13 +1,14 @@
-"""Which adapters are read from disk, and which host copies are evicted for them. Knows nothing of rank pages or steps.
+"""Chooses which adapters are loaded from disk, and which host copies are evicted for them. Knows no rank pages.
 
-At most MAX_LOADS run at a time. Loads for waiting requests begin in the order of the queue. Requested loads (a client
-asked for one, a copy is pinned or preloaded) alternate with them and have a place in the same order.
+At most MAX_LOADS run at a time. Loads for waiting requests begin in the order of the queue. Requested loads (because a
+client asked for one, or a copy is pinned or preloaded) alternate with these, and have orders that compare with theirs.
 
 A load evicts, in this order:    spare copies, by the policy
-                                 host copies of resident ones (their rank pages stay)
-                                 copies for which only later requests wait, the latest first
+                                 host copies of copies on the device (their rank pages stay)
+                                 copies for which only later requests wait, beginning with the last in the queue
 
-So no copy is evicted for a request behind the first one that waits for it, and the first in order always advances.
+So a copy is never evicted for a request that is behind the first request that waits for the copy, and the first request
+in order always advances.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from scheduler.state import SchedulerState
 from scheduler.types import BASE, LaneKey, Order
 
 MAX_LOADS = 4
-BEFORE_ALL: Order = (-(1 << 62), 0)  # any copy that requests wait for may be evicted
+BEFORE_ALL: Order = (-(1 << 62), 0)  # an order before every request: any copy that requests wait for may be evicted
 
 
 class _Load(NamedTuple):
-    """A load that may begin. `key` is that of the request that waits for it, or BASE for a requested load."""
+    """A load that may begin. `key`: the lane key of the request that waits for it, or BASE for a requested load."""
 
     copy: AdapterCopy
     key: LaneKey
@@ -42,17 +43,17 @@ class DiskLoader:
     def __init__(self, state: SchedulerState, admission: Admission) -> None:
         self._state = state
         self._admission = admission
-        self._requested: dict[int, Order] = {}  # by copy: loads that no request waits for
-        self._reloads: dict[int, None] = {}  # copies that a dead runner held: read again while there is room
-        self._requested_is_next = False  # the two kinds of loads alternate
+        self._requested: dict[int, Order] = {}  # requested loads by copy id: no request waits for them
+        self._reloads: dict[int, None] = {}  # ids of copies that a dead runner held: loaded again while there is room
+        self._requested_is_next = False  # whether a requested load has its turn: the two kinds of loads alternate
 
     def request_load(self, copy: AdapterCopy) -> None:
-        """The copy is to be read though no request waits for it."""
+        """Queues a load of the copy that does not depend on waiting requests."""
         self._requested.setdefault(copy.id, copy.references.preload_order or self._state.next_order())
         self._state.loads_due = True
 
     def reload_into_free_room(self, copies: list[AdapterCopy]) -> None:
-        """Reads these copies, which a dead runner held, after all other loads while there is room."""
+        """Queues loads of these copies, which a dead runner held. They begin after all other loads, into free room."""
         self._reloads = {copy.id: None for copy in copies}
 
     def reset(self) -> None:
@@ -61,7 +62,7 @@ class DiskLoader:
         self._reloads.clear()
 
     def start_loads(self) -> None:
-        """Evicts what is above the limits and begins the loads that may begin; does nothing unless loads are due."""
+        """If loads are due, evicts copies until the cache is within its limits, and begins the loads that may begin."""
         state = self._state
         while state.loads_due:
             state.loads_due = False
@@ -70,7 +71,7 @@ class DiskLoader:
                 pass
 
     def retry_other_path(self, copy: AdapterCopy) -> bool:
-        """After a failed load, tries the path of another name of the copy. Returns False if all paths were tried."""
+        """Sends a failed load again with the path of another name of the copy. Returns False if all were tried."""
         adapter = self._untried_name(copy)
         if adapter is not None:
             self._send(copy, adapter)
@@ -170,7 +171,10 @@ class DiskLoader:
     # --------------------------------------------------------------------------------------------------- evictions
 
     def _make_room(self, copy: AdapterCopy, order: Order) -> bool:
-        """Evicts what a load lacks room for, or nothing if that is too little. Returns whether it may begin now."""
+        """Evicts copies to make room for a load, or none if this cannot suffice. Returns whether it may begin now.
+
+        An eviction takes time: the load begins when the runner has reported it.
+        """
         host_cache = self._state.host_cache
         places, size = host_cache.lacking(copy)
         if places or size:
@@ -186,7 +190,7 @@ class DiskLoader:
         return host_cache.has_room(copy)
 
     def _evict_over_limit(self) -> None:
-        """Evicts until the bytes are within the limit, as far as copies may be evicted."""
+        """Evicts copies until the cache is within its limits, or no more copies may be evicted."""
         places, size = self._state.host_cache.lacking()
         victims: list[AdapterCopy] = []
         for victim in self._victims(BEFORE_ALL) if places or size else ():
@@ -197,7 +201,7 @@ class DiskLoader:
         self._evict(victims)
 
     def _victims(self, order: Order) -> Iterator[AdapterCopy]:
-        """The copies that may be evicted for a load at `order`, in the order of eviction."""
+        """Iterates over the copies that may be evicted for a load at `order`, in the order of eviction."""
         host_cache = self._state.host_cache
         yield from [host_cache.held[copy_id] for copy_id in host_cache.spare]
         wanted = [c for c in host_cache.held.values() if host_cache.is_evictable(c) and c.id not in host_cache.spare]
@@ -207,7 +211,7 @@ class DiskLoader:
             yield host_cache.held[copy_id]
 
     def _evict(self, copies: list[AdapterCopy]) -> None:
-        """Lets the runner evict these; a preload among them is loaded again when there is room."""
+        """Lets the runner evict these copies. Copies that wait for a preload are loaded again when there is room."""
         state = self._state
         for copy in state.host_cache.evict(copies):
             state.outbox.append(EvictAdapter(copy.runner_id))

@@ -1,7 +1,7 @@
-"""What becomes of adapters: loads, unloads and pins by the client, and the runner's reports. Knows no requests.
+"""Handles loads, unloads and pins of adapters by the client, and the runner's reports about them.
 
-The runner knows a copy under one id (`runner_id`). A load under another id may turn out to be a revision that is held
-already: the runner frees that duplicate, and its names and waiting requests move to the copy that was first.
+The runner knows a copy under one id (`runner_id`). A load under another id may turn out to have the revision of an
+existing copy: the runner then frees the duplicate, and its names and waiting requests move to the copy that was first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class AdapterLifecycle:
-    """Adapters from their first load until they are gone."""
+    """Changes the states of adapters, from their first load until they are gone."""
 
     def __init__(
         self, state: SchedulerState, admission: Admission, disk_loader: DiskLoader, device_loader: DeviceLoader
@@ -34,10 +34,10 @@ class AdapterLifecycle:
     # --------------------------------------------------------------------------------------------- from the client
 
     def load(self, message: LoadAdapter) -> None:
-        """Adds a new adapter. A known one is reported, and read again if it is on disk.
+        """Adds and loads a new adapter. A known adapter is reported, and loaded again if it is on disk.
 
-        An adapter that failed stays failed: the tokenizer process sends all its adapters again whenever a runner
-        starts, and loads the same files under a new id to try them again.
+        An adapter that failed stays failed: the tokenizer process sends LoadAdapter for all its adapters again whenever
+        a runner starts, and uses a new id to retry the same files.
         """
         state = self._state
         adapter = state.registry.adapters.get(message.adapter_id)
@@ -57,7 +57,7 @@ class AdapterLifecycle:
         self._want(adapter.copy, message.preload)
 
     def unload(self, message: UnloadAdapter) -> None:
-        """Lets the adapter drain: it accepts no new requests, and is gone with its last one."""
+        """Lets the adapter drain: it accepts no new requests, and is removed when its last request ends."""
         adapter = self._state.registry.adapters.get(message.adapter_id)
         if adapter is None:
             self._state.outbox.append(AdapterState(adapter_id=message.adapter_id, state="gone"))
@@ -67,7 +67,7 @@ class AdapterLifecycle:
             self._unloader.unload_if_drained(adapter)
 
     def pin(self, message: PinAdapter) -> None:
-        """Pins an adapter, which is read if it is on disk and then never evicted, or unpins it."""
+        """Pins or unpins an adapter. A pinned adapter is loaded if it is on disk, and is not evicted."""
         adapter = self._state.registry.adapters.get(message.adapter_id)
         if adapter is not None:
             self._pin(adapter, message.pinned)
@@ -77,7 +77,7 @@ class AdapterLifecycle:
     # --------------------------------------------------------------------------------------------- from the runner
 
     def on_runner_report(self, message: AdapterState) -> None:
-        """The runner reports the state of one copy, under the id that it knows it by."""
+        """Handles the runner's report of the state of one copy, which the message names by its runner id."""
         assert all(0 <= token < 1 << 32 for token in message.invocation), (
             f"the invocation of adapter {message.adapter_id}"
         )
@@ -93,9 +93,10 @@ class AdapterLifecycle:
             log.warning("the runner reports adapter %d as %s, which is unknown", message.adapter_id, message.state)
 
     def runner_replaced(self, held: list[AdapterCopy]) -> None:
-        """A new runner holds nothing. Required copies are read first, then those of `held`, the old one's, if they fit.
+        """Loads copies again for a new runner, which holds nothing.
 
-        Required are copies that were never loaded, and those that are pinned or preloaded.
+        First loads the copies that were never loaded, are pinned or have a preload, and then the copies in `held`,
+        which the old runner held, while there is room.
         """
         state = self._state
         self._disk_loader.reset()
@@ -114,7 +115,10 @@ class AdapterLifecycle:
     # ----------------------------------------------------------------------------------------------------- private
 
     def _load_again(self, adapter: Adapter, message: LoadAdapter) -> None:
-        """A load of a known id. Its path may be another now; a revision that was learnt must be that of its files."""
+        """Handles LoadAdapter with a known id: takes over its path if the copy must be loaded.
+
+        If a load has already reported the copy's revision, the files at the path must have this revision.
+        """
         copy = adapter.copy
         if copy.needs_load:
             self._state.registry.set_source(adapter, message)
@@ -122,7 +126,7 @@ class AdapterLifecycle:
             self._state.outbox.append(adapter.to_message())
 
     def _want(self, copy: AdapterCopy, preload: bool) -> None:
-        """A client asked for the copy: it is read, and with `preload` also filled."""
+        """Requests the load of a copy that a client asked for, and with `preload` also its fill."""
         state = self._state
         if preload and not copy.on_device and copy.references.preload_order is None:
             state.registry.set_preload(copy, state.next_order())
@@ -151,7 +155,7 @@ class AdapterLifecycle:
             log.debug("adapter %d is %s, and the runner reports %s", copy.id, copy.stage, message.state)
 
     def _on_loaded(self, copy: AdapterCopy, info: AdapterState) -> None:
-        """A load ended, and all about the copy is known. One that exceeds a limit is refused."""
+        """Handles the end of a load: `info` describes the copy completely. A copy that exceeds a limit fails."""
         state = self._state
         state.host_cache.finish_load(copy, info.bytes)
         state.counters.adapter_loads += 1
@@ -171,7 +175,10 @@ class AdapterLifecycle:
         self._unloader.unload_drained(copy)
 
     def _merge(self, copy: AdapterCopy, into: AdapterCopy, seconds: float) -> None:
-        """`copy` is the same revision as `into`, which stays. Where the runner has both, it frees one."""
+        """Merges `copy` into `into`, which has the same revision. The runner frees the duplicate.
+
+        If `into` is on disk, it takes over the host memory and the runner id of `copy`.
+        """
         state = self._state
         requests = self._admission.withdraw(copy)
         adopts = into.needs_load
@@ -199,12 +206,12 @@ class AdapterLifecycle:
         self._unloader.unload_drained(into)
 
     def _on_filled(self, copy: AdapterCopy, seconds: float) -> None:
-        """The oldest of its fills in flight ended."""
+        """Handles the end of the copy's oldest fill in flight."""
         if not self._state.device_cache.answer_fill(copy):
             self._device_loader.record_fill_seconds(copy, seconds)
         if copy.device.state is DeviceState.RESIDENT:
             self._admission.changed([copy], report=True, seconds=seconds)
-        else:  # it lost its pages meanwhile, which was reported
+        else:  # the copy lost its pages in the meantime, which was reported
             self._state.reclassify([copy])
         self._unloader.unload_drained(copy)
 
@@ -216,7 +223,11 @@ class AdapterLifecycle:
             self._admission.changed(removed, report=not copy.on_device)
 
     def _on_failed(self, copy: AdapterCopy, reason: str) -> None:
-        """A failed load is sent again with another name's path. A copy that was loaded once is retried when needed."""
+        """Handles a failed load or fill. A failed load is sent again with the path of another name, if there is one.
+
+        Otherwise ends the requests that need the copy. A copy whose load failed, but that was loaded once before, is
+        loaded again when the next request needs it.
+        """
         state = self._state
         if copy.is_unloading or copy.error is not None:
             return
