@@ -74,9 +74,9 @@ class SchedulerState:
             bounds.max_loaded_loras, self._host_bytes(capacity), bounds.eviction_policy, self.tick
         )
         self.device_cache = DeviceCache(capacity, bounds.eviction_policy, self.tick, self.wanted_order)
-        self.preloads: dict[int, None] = {}  # copies on the host that a client wants filled, by id
-        self.opportunistic_fills: dict[int, None] = {}  # copies that are filled only into free pages, by id
-        self.suspect_fills: set[int] = set()  # copies whose fill was in flight when a runner died: not opportunistic
+        self.preloads: dict[int, None] = {}  # ids of copies on the host that have a preload
+        self.opportunistic_fills: dict[int, None] = {}  # ids of copies that are filled only into free pages
+        self.suspect_fills: set[int] = set()  # ids of copies whose fill was in flight when a runner died
         self.loads_due = False  # True if a table changed since DiskLoader.start_loads last ran
         # messages to be sent
         self.updates: list[Update] = []  # updates of requests, to be sent in Progress messages

@@ -48,7 +48,7 @@ class HostCopy:
     """The host cache's fields of a copy. Only HostCache writes them."""
 
     state: HostState = HostState.DISK
-    held_since: int = 0  # the tick at which its last load ended; fifo eviction goes by it
+    held_since: int = 0  # the tick at which its last load ended, by which fifo eviction sorts
     known_to_runner: bool = False  # a load was sent to the present runner, so an unload must be sent to it too
     tried_paths: list[str] = field(default_factory=list)  # the paths that its current load was sent with
 
@@ -61,7 +61,7 @@ class DeviceCopy:
     pages: GroupPages = field(default_factory=dict)  # its rank pages by group; empty in state NONE
     lanes: int = 0  # how many lanes contain the copy; it is evicted only if there are none
     last_step: int = 0  # the last step that names its pages: once this step is done, the pages may be filled again
-    filled_since: int = 0  # the tick at which it became resident; fifo eviction goes by it
+    filled_since: int = 0  # the tick at which it became resident, by which fifo eviction sorts
     last_used: int = 0  # the tick at which it became resident or was last released by a lane, whichever is later
     fills_in_flight: int = 0  # fills whose end the runner has not reported yet: they read the host copy
 
@@ -96,52 +96,52 @@ class AdapterCopy:
 
     @property
     def identity(self) -> str:
-        """The key of its KV pages: its revision, so that they stay valid when its adapters are unloaded."""
+        """The key of the copy's KV pages: its revision, so that the pages stay valid when its adapters are unloaded."""
         return self.info.revision or f"copy {self.id}"
 
     @property
     def pages_needed(self) -> Mapping[str, int]:
-        """Its footprint: rank pages by group."""
+        """The copy's footprint: rank pages by group."""
         return self.info.footprint.pages
 
     @property
     def last_used(self) -> int:
-        """The tick of its last use, by which lru eviction sorts."""
+        """The tick of the copy's last use, by which lru eviction sorts."""
         return max(self.references.last_used, self.device.last_used, self.host.held_since)
 
     @property
     def is_wanted(self) -> bool:
-        """Whether a request or a preload needs it."""
+        """Whether a request or a preload needs the copy."""
         return self.references.requests > 0 or self.references.preload_order is not None
 
     @property
     def on_device(self) -> bool:
-        """Whether it holds rank pages."""
+        """Whether the copy holds rank pages."""
         return self.device.state is not DeviceState.NONE
 
     @property
     def on_host(self) -> bool:
-        """Whether it counts against the limits of the host cache."""
+        """Whether the copy counts against the limits of the host cache."""
         return self.host.state is not HostState.DISK
 
     @property
     def can_fill(self) -> bool:
-        """Whether a fill may begin: it is on the host and has no rank pages."""
+        """Whether a fill may begin: the copy is on the host and has no rank pages."""
         return self.device.state is DeviceState.NONE and self.host.state is HostState.HELD
 
     @property
     def needs_load(self) -> bool:
-        """Whether it must be loaded from disk before it can be used, and its load has not begun."""
+        """Whether the copy must be loaded from disk before it can be used, and its load has not begun."""
         return self.device.state is DeviceState.NONE and self.host.state is HostState.DISK
 
     @property
     def may_load(self) -> bool:
-        """Whether a load may begin: it needs one, has not failed, and is not being unloaded."""
+        """Whether a load may begin: the copy needs one, has not failed, and is not being unloaded."""
         return self.needs_load and self.error is None and not self.is_unloading
 
     @property
     def stage(self) -> AdapterStage:
-        """Its state as reported to the tokenizer process."""
+        """The copy's state as reported to the tokenizer process."""
         if self.error is not None:
             return "failed"
         if self.device.state is DeviceState.RESIDENT:
@@ -163,7 +163,10 @@ class Adapter:
     draining: bool = False  # it accepts no new requests, and is removed when its last request ends
 
     def to_message(self, seconds: float = 0.0, error: str | None = None) -> AdapterState:
-        """Returns its state as a message to the tokenizer process. `error`: a failure after which it can be served."""
+        """Returns the adapter's state as a message to the tokenizer process.
+
+        `error`: what failed, if the adapter can still be served.
+        """
         stage = self.copy.stage
         if self.draining and stage != "failed":
             stage = "draining"

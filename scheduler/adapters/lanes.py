@@ -16,7 +16,7 @@ from scheduler.types import BASE, LaneKey
 
 @dataclass(slots=True)
 class _Lane:
-    """A lane that a key holds."""
+    """The lane that a lane key holds."""
 
     number: int
     since: float  # when it was acquired, in seconds
@@ -24,7 +24,7 @@ class _Lane:
 
 
 class Lanes:
-    """Lane numbers 1 to `count`, by key."""
+    """The lane numbers 1 to `count`: which are free, and which lane key holds each of the others."""
 
     def __init__(self, count: int) -> None:
         self.count = count

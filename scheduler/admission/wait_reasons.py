@@ -62,7 +62,7 @@ def wait_report(state: SchedulerState) -> WaitReport:
 
 
 def _reason_of_runnable(state: SchedulerState) -> WaitReason:
-    """Returns what the requests wait for whose adapters lack nothing. It depends on the first of them in the queue."""
+    """Returns the wait reason of requests whose adapters lack nothing. The first of them in the queue determines it."""
     if not state.running.free:
         return "rows"
     runnable = (WaitState.ACTIVE, WaitState.READY) if state.lanes.free else (WaitState.ACTIVE,)

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from engine.messages import Step, StepDone
 from scheduler.batching.overlap_tuner import OverlapTuner
 
-LEAD_SECONDS = 0.003  # how long before the expected end of the step in flight the next step is planned, at least
-LEAD_SHARE = 0.2  # the same as a share of the expected time, if this is more: the times of long steps vary more
-LOOK_BACK = 4  # how many of the last decode steps, and of the last prefill steps, the expected time is the least of
+LEAD_SECONDS = 0.003  # the next step is planned at least this long before the expected end of the step in flight
+LEAD_SHARE = 0.2  # and at least this share of the step's expected time before it: the times of long steps vary more
+LOOK_BACK = 4  # the expected time of a step is the least of this many steps of its kind (decode only, or with prefill)
 
 
 @dataclass(frozen=True)

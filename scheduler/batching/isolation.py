@@ -27,8 +27,8 @@ from scheduler.state import InFlightStep, SchedulerState
 
 log = logging.getLogger(__name__)
 
-FAULTS_ALONE = 2  # faults in a row after which a fill is to blame that was the only one in flight at the last fault
-FAULTS_TOGETHER = 4  # faults in a row after which each of several fills in flight is to blame
+FAULTS_ALONE = 2  # after this many faults in a row a fill is to blame, if no other fill was in flight at the last one
+FAULTS_TOGETHER = 4  # after this many faults in a row a fill is to blame, even if other fills were in flight too
 POISON = "poison_request"
 RUNNABLE = (WaitState.ACTIVE, WaitState.READY)
 
@@ -93,7 +93,7 @@ class Isolation:
     # ------------------------------------------------------------------------------------- when a runner has died
 
     def runner_died(self, own_fault: bool) -> None:
-        """Finds the suspects and whatever is proved to blame after a runner died.
+        """Determines the suspects after a runner died, and the request and adapters that are proved to blame.
 
         `own_fault`: the runner failed, rather than being killed. Called while the tables still contain the dead
         runner's steps and fills in flight.

@@ -48,5 +48,5 @@ class LanePreemption:
 
 
 def _needed_pages(copies: list[AdapterCopy]) -> Counter[str]:
-    """Returns by group how many rank pages those copies need that are in no lane."""
+    """Returns by group how many rank pages the copies that are in no lane need."""
     return sum((Counter(copy.pages_needed) for copy in copies if not copy.device.lanes), Counter())

@@ -27,7 +27,7 @@ MOST_GAIN = 0.25  # the most that one pair of blocks adds to the evidence: a lar
 FIRST_EVIDENCE = -0.5  # the evidence at the start: in favor of planning late, no slower than a window of one step
 SETTLING_STEPS = 3  # steps at the beginning of a block that are not counted: the block before still affects them
 COUNTED_STEPS = 12  # steps of a block that are counted
-FIRST_PAUSE, LONGEST_PAUSE = 250, 2000  # steps between pairs at clear evidence: doubled each time, short during warm-up
+FIRST_PAUSE, LONGEST_PAUSE = 250, 2000  # steps between pairs at clear evidence: first short, then doubled each time
 OUTLIER = 3.0  # a step's time is cut to this multiple of the typical time
 TYPICAL_STEPS = 64  # steps in the moving average of a step's time
 LOAD_STEPS = 8  # steps in the moving average of the rows
@@ -55,7 +55,7 @@ class _Load:
 
     evidence: float = FIRST_EVIDENCE  # from -1 to 1
     pause: int = 0  # steps until the next pair of blocks
-    next_pause: int = FIRST_PAUSE
+    next_pause: int = FIRST_PAUSE  # the length of the next pause, in steps
     typical: dict[int, _TypicalTime] = field(default_factory=dict)  # by the bit length of the prompt tokens
 
 
@@ -98,7 +98,10 @@ class OverlapTuner:
         return known.evidence > 0 if known.pause else self._block.early
 
     def step_took(self, rows: int, prompt_tokens: int, period: float, computed: float) -> None:
-        """Records a step that ended `period` seconds after the previous one; `computed`: the runner's part of them."""
+        """Records the times of a step with `rows` rows.
+
+        The step ended `period` seconds after the previous step. The runner computed for `computed` of these seconds.
+        """
         self._track_load(rows)
         typical = self._known.typical.setdefault(prompt_tokens.bit_length(), _TypicalTime())
         kept = typical.learn(period / rows)

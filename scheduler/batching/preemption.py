@@ -40,12 +40,12 @@ class HeldLane:
 
     @property
     def all_decoding(self) -> bool:
-        """Whether each of its rows has sampled a token since it was admitted."""
+        """Whether each row of the lane has been planned up to its first sample since it was admitted."""
         return all(request.decoding for request in self.rows)
 
     @property
     def remaining(self) -> int:
-        """How many tokens its longest row may still generate."""
+        """The most tokens that a row of the lane may still generate."""
         return max(request.limit - len(request.tokens) for request in self.rows)
 
 

@@ -155,7 +155,7 @@ class DeviceLoader:
         )
 
     def _end_if_never_fits(self, key: LaneKey) -> bool:
-        """Ends the key's waiting requests if its copies never fit beside the pinned ones. Returns whether they don't."""
+        """Returns whether the key's copies never fit beside the pinned ones. If so, ends the key's waiting requests."""
         error = self._never_fits(self._state.copies(key))
         if error is not None:
             self._admission.fail_waiting(key, error)
