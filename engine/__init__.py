@@ -1,6 +1,6 @@
-"""The engine as a library: for programs that embed it, and for the three processes.
+"""The engine library, used by programs that embed the engine and by the three processes.
 
-Importing it is light (no torch). The names below are the public API.
+Importing it does not import torch. The names below are the public API.
 """
 
 from engine.client.completion import Completion

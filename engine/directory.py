@@ -1,13 +1,13 @@
-"""An open directory of an adapter, or of a model, whose files are opened beneath its handle, and under the roots only.
+"""An open directory of an adapter or a model: its files are opened relative to its handle, and only under the roots.
 
     Directory("/srv/adapters/sql", roots=["/srv/adapters"]).open("adapter_config.json")
       name    --> O_PATH handle: links are followed, but nothing is read, and no device or pipe is opened
       handle  --> a regular file, under a root by its path in /proc/self/fd?           no: FileRefused
               --> opened for reading through the handle
 
-The path that is checked is that of the file that is read. A link or a directory that is swapped at any moment changes
-which file a name leads to, but not which file a handle is. All files of an adapter come from one directory, even if its
-path is swapped between them. Knows nothing of formats.
+The check and the read use the same handle, so the file that is read is the file that was checked, even if a link or a
+directory is swapped meanwhile. All files of an adapter come from one directory, even if its path is swapped between two
+reads.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import BinaryIO
 from engine.errors import AdapterError
 
 CLOSED = -1
-"""No handle: a name beneath it cannot be opened."""
+"""The value of the handle of a closed directory; no file can be opened relative to it."""
 
 
 class FileRefused(AdapterError):
-    """A file, or a directory, that is not read. The message is its name and the `reason`."""
+    """A file or directory is refused. The message is its name and the `reason`."""
 
     def __init__(self, path: Path, name: str, reason: str) -> None:
         super().__init__(f"{name}: {reason}")
@@ -35,13 +35,14 @@ class FileRefused(AdapterError):
 
 
 class FileMissing(FileRefused):
-    """There is no such file."""
+    """The file or directory does not exist."""
 
 
 class Directory:
-    """The directory at `path`, until it is closed, with all files that were opened in it.
+    """The directory at `path`, held open until `close`, together with all files that were opened in it.
 
-    With `roots`, which are real paths, it and its files must lie under one of them by theirs. Raises FileRefused.
+    `roots` are real paths; unless it is empty, the real paths of the directory and of its files must lie under one of
+    them. Raises FileRefused.
     """
 
     def __init__(self, path: str | Path, roots: Sequence[str] = ()) -> None:
@@ -58,14 +59,14 @@ class Directory:
         self.close()
 
     def close(self) -> None:
-        """Closes the directory and the files."""
+        """Closes the directory and the files that were opened in it."""
         self._opened.close()
         if self._handle != CLOSED:
             os.close(self._handle)
             self._handle = CLOSED
 
     def names(self) -> list[str]:
-        """What is in it, sorted."""
+        """Returns the names of the directory's entries, sorted."""
         try:
             descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._handle)
         except OSError as error:
@@ -76,11 +77,11 @@ class Directory:
             os.close(descriptor)
 
     def check(self, name: str) -> None:
-        """Raises FileRefused for what `open` would not open."""
+        """Raises FileRefused if `open` would refuse `name`."""
         os.close(self._locate(name))
 
     def has(self, name: str) -> bool:
-        """Whether there is a file of this name that may be read."""
+        """Returns whether there is a file `name` that may be read."""
         try:
             self.check(name)
         except FileRefused:
@@ -88,11 +89,11 @@ class Directory:
         return True
 
     def open(self, name: str) -> BinaryIO:
-        """The regular file `name`, unbuffered; it is closed with the directory."""
+        """Opens the regular file `name`, unbuffered; it is closed with the directory."""
         return self._opened.enter_context(self._open(name))
 
     def read(self, name: str, limit: int) -> bytes:
-        """The content of the regular file `name`, which has at most `limit` bytes."""
+        """Returns the content of the regular file `name`, which may have at most `limit` bytes."""
         with self._open(name) as file:
             if os.fstat(file.fileno()).st_size <= limit:
                 data = read_exactly(file, limit + 1)
@@ -111,7 +112,7 @@ class Directory:
             os.close(handle)
 
     def _locate(self, name: str) -> int:
-        """A handle of the regular file that the name leads to now, which does not open it."""
+        """Returns an O_PATH handle of the regular file that `name` leads to, without opening it for reading."""
         if "/" in name:
             raise self._refused(name, "no name of a file")
         handle = self._handle_of(name)
@@ -121,7 +122,7 @@ class Directory:
         return handle
 
     def _handle_of(self, name: str, flags: int = 0) -> int:
-        """A handle of what the name leads to, if that lies under a root."""
+        """Returns an O_PATH handle of the file or directory that `name` leads to. Raises FileRefused outside the roots."""
         try:
             handle = os.open(name, os.O_PATH | os.O_CLOEXEC | flags, dir_fd=self._handle)
         except (OSError, ValueError) as error:
@@ -143,9 +144,12 @@ class Directory:
         return self._refused(name, f"lies outside of --lora-root and the hub cache ({', '.join(self._roots)})")
 
     def _unreadable(self, name: str, error: OSError | ValueError) -> FileRefused:
-        """Why a name could not be opened. What is outside of the roots is not told from what does not exist there."""
+        """Returns the error for a name that could not be opened.
+
+        Outside of the roots the error is the same whether or not the file exists.
+        """
         path = self.path / name
-        if isinstance(error, ValueError):  # a NUL or half a surrogate pair
+        if isinstance(error, ValueError):  # the name contains a NUL or half a surrogate pair
             return self._refused(name, "no name of a file")
         if not lies_under(real_path(path), self._roots):
             return self._outside(name)
@@ -155,7 +159,7 @@ class Directory:
 
 
 def real_path(path: str | Path) -> str:
-    """The path without links, also of what does not exist; empty where a link vanished while it was followed."""
+    """Returns the path with links resolved, even if nothing exists there; empty if a link vanishes meanwhile."""
     try:
         return os.path.realpath(path)
     except OSError:
@@ -163,12 +167,12 @@ def real_path(path: str | Path) -> str:
 
 
 def lies_under(real: str, roots: Sequence[str]) -> bool:
-    """Whether a real path is one of the roots or under one. No roots: any path is."""
+    """Returns whether the path `real` is one of the roots or under one; True for any path if `roots` is empty."""
     return not roots or any(real == root or real.startswith(root.rstrip(os.sep) + os.sep) for root in roots)
 
 
 def read_exactly(file: BinaryIO, count: int) -> bytes:
-    """`count` bytes, or fewer at the end of the file."""
+    """Reads and returns `count` bytes, or fewer at the end of the file."""
     parts, left = [], count
     while left and (part := file.read(left)):
         parts.append(part)

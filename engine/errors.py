@@ -1,4 +1,4 @@
-"""All errors that a caller of the engine can get, as one tree.
+"""All errors that a caller of the engine can get, as one class hierarchy.
 
     EngineError                 the root; the message says what to do
      +- ConfigError             a flag, a config file or a model that cannot be served
@@ -9,11 +9,11 @@
      +- NotFound         404    no such model, adapter or request
      +- RateLimited      429    the key's rate is used up; try again after `retry_after` seconds
      +- Overloaded       503    a limit is reached; try again after `retry_after` seconds
-     +- EngineDead       503    the engine does not run any more
+     +- EngineDead       503    the engine is no longer running
      +- TimedOut         504    the request exceeded --request-timeout
      +- InternalError    500    a fault of the engine
 
-The classes know nothing of HTTP except their status code; the HTTP and ZeroMQ servers turn them into answers.
+The classes hold their HTTP status code and nothing else of HTTP; the HTTP and ZeroMQ servers build the responses.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import ClassVar
 
 
 class EngineError(Exception):
-    """The root. `message` is for people, `code` for programs, `param` names the invalid field."""
+    """The base class. `message` is for people, `code` for programs, `param` names the invalid field."""
 
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "server_error"
@@ -42,7 +42,7 @@ class ConfigError(EngineError):
 
 
 class InvalidRequest(EngineError):
-    """The request is not valid."""
+    """The request is not valid; `param` names the field."""
 
     status = 400
     kind = "invalid_request_error"
@@ -67,14 +67,14 @@ class Forbidden(EngineError):
 
 
 class NotFound(EngineError):
-    """No such model, adapter, route or request."""
+    """There is no such model, adapter, route or request."""
 
     status = 404
     kind = "not_found_error"
 
 
 class Overloaded(EngineError):
-    """A limit is reached. `retry_after` is in seconds."""
+    """A limit of the engine is reached. The client may try again after `retry_after` seconds."""
 
     status = 503
     kind = "overloaded_error"
@@ -85,7 +85,7 @@ class Overloaded(EngineError):
 
 
 class RateLimited(EngineError):
-    """The key's rate is used up. `retry_after` is in seconds."""
+    """The API key's rate is used up. The client may try again after `retry_after` seconds."""
 
     status = 429
     kind = "rate_limit_error"
@@ -96,7 +96,7 @@ class RateLimited(EngineError):
 
 
 class EngineDead(EngineError):
-    """The engine does not run any more."""
+    """The engine is no longer running."""
 
     status = 503
     kind = "service_unavailable"
@@ -110,7 +110,7 @@ class TimedOut(EngineError):
 
 
 class InternalError(EngineError):
-    """A fault of the engine."""
+    """An error inside the engine, which the request did not cause."""
 
     status = 500
     kind = "server_error"
@@ -123,7 +123,7 @@ _BY_KIND: dict[str, type[EngineError]] = {
 
 
 def error_from_wire(kind: str, message: str, param: str | None, code: str | None) -> EngineError:
-    """The exception for an error that was sent as (kind, message, param, code)."""
+    """Returns the exception for an error that was sent between processes as (kind, message, param, code)."""
     if kind == Overloaded.kind:
         return Overloaded(message)
     return _BY_KIND.get(kind, InternalError)(message, param=param, code=code)

@@ -1,7 +1,7 @@
 """Resolves a path or a hub id (`org/name` or `org/name@revision`) to a local directory.
 
-Only weights, tokenizer and config files are downloaded, by huggingface_hub with its progress bars and its cache, so
-that an offline machine that has the files works. Knows nothing of what is in the files.
+Only weights, tokenizer and config files are downloaded, by huggingface_hub with its progress bars. Files in its cache
+are used without a network.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
 def tokenizer_directory(source: str, what: str) -> Path:
-    """Like `local_directory`, for the tokenizer files only. Raises ConfigError without a tokenizer.json."""
+    """Like `local_directory`, for the tokenizer files only. Raises ConfigError if there is no tokenizer.json."""
     directory = local_directory(source, what, TOKENIZER_FILES)
     if not (directory / TOKENIZER).is_file():
         raise ConfigError(f"{what}: {source} cannot be used, it has no {TOKENIZER}")
@@ -31,9 +31,9 @@ def tokenizer_directory(source: str, what: str) -> Path:
 
 
 def local_directory(source: str, what: str, patterns: Sequence[str] = MODEL_FILES) -> Path:
-    """The directory that `source` names; downloads it if `source` is a hub id.
+    """Returns the directory that `source` refers to; downloads it if `source` is a hub id.
 
-    `what` ("model", "adapter 'sql'") begins the message of a ConfigError, `patterns` are the files to download.
+    `what` ("model", "adapter 'sql'") begins the message of a ConfigError, `patterns` select the files to download.
     """
     path = Path(source).expanduser()
     if path.is_dir() and (real := real_path(path)):

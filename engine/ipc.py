@@ -1,9 +1,8 @@
-"""Typed inboxes over ZeroMQ: each process incarnation binds one PULL socket; the other processes connect a PUSH.
+"""Typed inboxes over ZeroMQ: each process incarnation binds a PULL socket; the others connect PUSH sockets to it.
 
 An inbox decodes one union of messages; any other frame is refused and logged. Sockets have no high-water mark (bounded
 queues in both directions can deadlock; the HTTP and ZeroMQ servers bound the requests instead). Frames have a size
-limit that is checked before sending, because libzmq drops oversized frames silently. Knows nothing of what the messages
-mean.
+limit that is checked before sending, because libzmq drops oversized frames silently.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ log = logging.getLogger(__name__)
 MAX_FRAME_BYTES = 64 << 20
 
 DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, MemoryError)
-"""What decoding a frame or a file may raise: not such a message, not UTF-8, nested too deeply, too large."""
+"""The errors that decoding a frame or a file may raise: wrong structure, not UTF-8, nested too deeply, too large."""
 
 
 class Outbox:
-    """A PUSH socket to one inbox. Sending never blocks; the peer may not be bound yet."""
+    """A PUSH socket to one inbox. Sending never blocks, even if the inbox is not bound yet."""
 
     def __init__(self, context: zmq.Context[Any], address: str, max_frame: int = MAX_FRAME_BYTES) -> None:
         self._context = context
@@ -37,14 +36,14 @@ class Outbox:
         self._connect(address)
 
     def send(self, message: msgspec.Struct) -> None:
-        """Queues one message. Raises InternalError when it exceeds the frame limit."""
+        """Queues one message. Raises InternalError if it exceeds the frame limit."""
         frame = self._encoder.encode(message)
         if len(frame) > self._max_frame:
             raise InternalError(f"a {type(message).__name__} of {len(frame)} bytes exceeds the frame bound")
         self._socket.send(frame, copy=False)
 
     def reconnect(self, address: str) -> None:
-        """Sends to another inbox from now on. Queued messages still go to the former one, as after `close`."""
+        """Sends to another inbox from now on. Queued messages are still delivered to the former one for up to a second."""
         self.close()
         self._connect(address)
 
@@ -61,7 +60,7 @@ class Outbox:
 
 
 class _FrameDecoder(Generic[T]):
-    """Decodes a frame into a message of the union; otherwise logs which field is wrong and returns None."""
+    """Decodes a frame into a message of the union. If that fails, logs which field is wrong and returns None."""
 
     def __init__(self, union: Any, name: str) -> None:
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)

@@ -5,8 +5,8 @@
       +- scheduler         rows, pages, lanes
       +- tokenizer_proc    HTTP, text, names              (starts last, stops first)
 
-With --embedded it is the child process of an `engine.Engine`: it reads ServerArgs as JSON from stdin and reports Ready
-on stdout.
+With --embedded the launcher is the child process of an `engine.Engine`: it reads ServerArgs as JSON from stdin and
+reports Ready on stdout.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DEAD_GRACE_SECONDS = 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command. Exit status: 0 after an orderly end, 1 when it could not serve, 2 for a bad flag."""
+    """Runs the command. Returns the exit status: 0 after an orderly end, 1 if it could not serve, 2 for a bad flag."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments == ["--embedded"]:
         return _embedded()
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _embedded() -> int:
     child = Child(on_orphaned=lambda: os.kill(os.getpid(), signal.SIGTERM))
-    child.begin_startup().idle()  # idle: a download may take long, and the three processes have limits of their own
+    child.begin_startup().idle()  # idle: a download may take long, and the three processes have their own limits
     try:
         _run(child.config(ServerArgs), child.ready)
     except EngineError as error:
@@ -73,7 +73,7 @@ def _embedded() -> int:
 
 
 def _run(args: ServerArgs, announce: Callable[[Facts], None]) -> None:
-    """Serves until a signal. Raises EngineError when it cannot start, or a process has died too often."""
+    """Serves until a signal arrives. Raises EngineError if the start fails, or if a process has died too often."""
     logs.setup("launch", args.log_level)
     with _run_directory() as directory, _listening(args) as listener:
         addresses = Addresses(directory)
@@ -98,20 +98,20 @@ async def _serve(incarnations: Incarnations, announce: Callable[[Facts], None]) 
             announce(reports["model_runner"].facts)
             death = await _run_until_stopped(stop, supervisor.run_until_unrecoverable())
             if death is not None:
-                await supervisor.stop(DEAD_GRACE_SECONDS)  # without that process no request can finish
+                await supervisor.stop(DEAD_GRACE_SECONDS)  # without the process that died no request can finish
                 raise EngineDead(f"{death}; its log is above")
         log.info("stopping: open requests may finish first; once more ends them")
 
 
 def _on_signal(stop: asyncio.Event, supervisor: Supervisor) -> None:
-    """The first signal stops the processes in order, the second kills them."""
+    """Handles SIGINT and SIGTERM: the first signal stops the processes in order, the second kills them."""
     if stop.is_set():
         supervisor.kill()
     stop.set()
 
 
 async def _run_until_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`, or None if `stop` is set first."""
+    """Runs `work` and returns its result, or cancels it and returns None if `stop` is set first."""
     tasks = [asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
@@ -122,7 +122,7 @@ async def _run_until_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) 
 
 @contextlib.contextmanager
 def _run_directory() -> Iterator[Path]:
-    """A fresh 0700 directory for the sockets. Its path is short: a socket's path has at most 107 bytes."""
+    """Yields a new directory (mode 0700) for the sockets. Its path is short: a socket path has at most 107 bytes."""
     parent = tempfile.gettempdir()
     directory = Path(tempfile.mkdtemp(prefix="chorus-", dir=parent if len(parent) < 64 else "/tmp"))
     try:
@@ -133,9 +133,10 @@ def _run_directory() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _listening(args: ServerArgs) -> Iterator[socket.socket | None]:
-    """The listening socket, or None without HTTP.
+    """Yields the listening socket, or None without HTTP.
 
-    Bound before anything slow, so that a port in use fails at once; open across restarts of the tokenizer process.
+    The socket is bound before anything slow, so that a port in use fails at once. It stays open while the tokenizer
+    process restarts.
     """
     if args.port is None:
         yield None

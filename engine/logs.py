@@ -1,4 +1,4 @@
-"""Logging to stderr, one line a record, with the name of the process. Knows nothing of what is logged."""
+"""Logging to stderr: one line for each record, with the name of the process."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def setup(process: str, level: str) -> None:
 
 
 def pairs(**values: object) -> str:
-    """`key=value key=value`, without the values that are None.
+    """Returns `key=value key=value ...`, without the values that are None.
 
-    A value that a client chose cannot break the line: long values are cut, and those with other characters than plain
-    words are quoted as in JSON.
+    A value that a client chose cannot break the line: long values are cut, and values that are not plain words are
+    quoted as in JSON.
     """
     return " ".join(f"{key}={_shown(value)}" for key, value in values.items() if value is not None)
 

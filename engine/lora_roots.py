@@ -1,12 +1,12 @@
-"""Where adapter files may lie: under one of the roots an operator named, or in the hub's cache. For every reader alike.
+"""Checks where adapter files lie: only under the roots that the operator named, or in the hub's cache.
 
     --lora-root /srv/adapters     /srv/adapters/sql/adapter_config.json          yes
                                   /srv/adapters/sql/adapter_config.json -> /etc  no: the real path counts
     hub cache                     snapshots/<commit>/x.json -> ../../blobs/<h>   yes: a snapshot links into blobs
 
-Devices, pipes and sockets are refused everywhere: reading them could block. These checks come before a load, and say
-what is wrong with a directory. What they saw may be swapped a moment later, so whatever reads the files opens them with
-`engine.directory`, under the same roots. Knows nothing of formats.
+Devices, pipes and sockets are refused everywhere: reading them could block. These checks come before a load and report
+what is wrong with a directory. Files may be swapped after the check, so every reader opens them with
+`engine.directory`, which checks the same roots again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ READ_SUFFIXES = (".json", ".safetensors", ".jinja")
 
 
 def allowed_roots(roots: Sequence[str]) -> list[str]:
-    """The real paths of the roots and of the hub's cache; empty without roots: then any place is allowed."""
+    """Returns the real paths of the roots and of the hub's cache. Without roots the list is empty: any path is allowed."""
     if not roots:
         return []
     paths = (os.path.realpath(os.path.expanduser(root)) for root in (*roots, _hub_cache()))
@@ -30,13 +30,13 @@ def allowed_roots(roots: Sequence[str]) -> list[str]:
 
 
 def check_path(path: str | Path, allowed: Sequence[str], what: str) -> None:
-    """Raises ConfigError unless the real path lies under an allowed root; without any it may lie anywhere."""
+    """Raises ConfigError unless the real path lies under one of `allowed`, or `allowed` is empty."""
     if not lies_under(real_path(path), allowed):
         raise ConfigError(f"{what}: {path} lies outside of --lora-root and the hub cache ({', '.join(allowed)})")
 
 
 def check_files(directory: Path, allowed: Sequence[str], what: str) -> list[str]:
-    """Checks the directory and every file in it that a loader would read; returns the names of these files.
+    """Checks the directory and every file in it that a loader would read. Returns the names of these files.
 
     `what` begins the message of a ConfigError.
     """
@@ -51,6 +51,6 @@ def check_files(directory: Path, allowed: Sequence[str], what: str) -> list[str]
 
 
 def _hub_cache() -> str:
-    from huggingface_hub import constants  # slow to import, and needed only where there are roots
+    from huggingface_hub import constants  # slow to import, and needed only with roots
 
     return str(constants.HF_HUB_CACHE)

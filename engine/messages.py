@@ -8,14 +8,14 @@
     model_runner   --RunnerReady/StepDone/AdapterState-->                scheduler, from rank 0
     a new incarnation of a process --Hello-->                            its neighbours
 
-A client is a program that embeds `engine.Engine`. HTTP requests enter inside the tokenizer process and cross no socket
-of this page before `Generate`.
+A client is a program that embeds `engine.Engine`. The tokenizer process is itself the HTTP server: for an HTTP request,
+the first of these messages is `Generate`.
 
-Structs are frozen, array-like msgspec; a tag names the message. An inbox decodes one union (at the end of this file)
-and refuses any other frame. Units: positions and lengths are in tokens, times in seconds, sizes in bytes. KV page, row,
-lane and rank page numbers are assigned by the scheduler; the runner does not choose any. Lane 0 is the base model. KV
-page 0 is never granted: padding writes there. `epoch` is the incarnation of the process whose state a message
-describes; the receiver drops messages of an older epoch.
+The messages are frozen msgspec structs, encoded as arrays with the class name as the tag. An inbox decodes one union
+(at the end of this file) and refuses any other frame. Units: positions and lengths are in tokens, times in seconds,
+sizes in bytes. KV page, row, lane and rank page numbers are assigned by the scheduler; the runner does not choose any.
+Lane 0 is the base model. KV page 0 is never granted: padding writes there. `epoch` is the incarnation of the process
+whose state a message describes; the receiver drops messages of an older epoch.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ import msgspec
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
-    """A part of a message; never sent alone."""
+    """Base class of structs that are sent only inside a message."""
 
 
 class Message(Part, tag=True, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
-    """A message: encoded with its class name as the tag."""
+    """Base class of messages, which are encoded with their class name as the tag."""
 
 
 # --------------------------------------------------------------------------------------- client -> tokenizer_proc
@@ -40,8 +40,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Sampling parameters as a client gives them. None means the model's default (generation_config.json), or, where
     the model has none, no effect.
 
-    `logprobs` and `prompt_logprobs` are how many alternatives to report beside the chosen token (0: only the chosen
-    one). The values are the model's raw log-softmax, before temperature, penalties and filters.
+    `logprobs` and `prompt_logprobs` are the numbers of alternatives to report beside the chosen token (0: only the
+    chosen one). The values are the model's raw log-softmax, before temperature, penalties and filters.
     """
 
     max_tokens: int | None = None
@@ -121,7 +121,7 @@ class Command(Message, frozen=True, kw_only=True):
 
 
 class Ping(Message, frozen=True):
-    """client -> tokenizer_proc, each second, and back: the sender is alive. `epoch` is the tokenizer process's."""
+    """client -> tokenizer_proc, each second, and back: the sender is alive. `epoch` is the tokenizer's incarnation."""
 
     epoch: int = 0
 
@@ -130,7 +130,7 @@ class Ping(Message, frozen=True):
 
 
 class TokenLogprob(Part, frozen=True):
-    """A token and the natural logarithm of its probability. `token` is its text, `bytes` its exact bytes."""
+    """A token and the natural logarithm of its probability. `token` is the token's text, `bytes` its exact bytes."""
 
     token_id: int
     logprob: float
@@ -180,10 +180,11 @@ class Delta(Message, frozen=True, kw_only=True):
 class AdapterCard(Part, frozen=True, kw_only=True):
     """One adapter as clients see it, in Answers and at /v1/models.
 
-    `path` is as the caller gave it, `root` the resolved directory, `parent` the base model's name, `created` Unix
-    seconds, `bytes` the size in host memory, `running` the number of its open requests. `vocab_size` is the size of the
-    adapter's own vocabulary, 0 where it uses the base's. `brings` lists the text files that replace the base's:
-    tokenizer, chat_template, generation. `invocation` are the tokens that activate an activated LoRA (aLoRA).
+    `path` is the path that the caller gave, `root` the resolved directory, `parent` the base model's name, `created`
+    the load time in Unix seconds, `bytes` the size in host memory, `running` the number of the adapter's open requests.
+    `vocab_size` is the size of the adapter's own vocabulary, 0 where it uses the base's. `brings` lists the text files
+    that replace the base's: tokenizer, chat_template, generation. `invocation` are the tokens that activate an
+    activated LoRA (aLoRA).
     """
 
     name: str
@@ -232,7 +233,7 @@ class Sampling(Part, frozen=True, kw_only=True):
     """Sampling parameters as the runner's sampler reads them: every value is resolved, and `seed` is always set.
 
     `temperature` 0 is greedy, `top_k` 0 is off. `end_ids` are masked until `min_tokens` tokens were generated.
-    `logprobs` -1 is off; k >= 0 reports the sampled token and the k most likely ones; `prompt_logprobs` likewise.
+    `logprobs` and `prompt_logprobs`: -1 is off; k >= 0 reports the sampled or prompt token and the k most likely ones.
     """
 
     temperature: float = 1.0
@@ -309,8 +310,8 @@ class LoadAdapter(Message, frozen=True, kw_only=True):
 class EvictAdapter(Message, frozen=True):
     """scheduler -> every rank: drop the adapter's copy in host memory. Answered by AdapterState disk.
 
-    It is loaded from disk again when it is next needed. Never sent while the adapter is loading or a fill of it runs;
-    rank pages it holds on the device stay as they are.
+    The adapter is loaded from disk again when it is next needed. The message is never sent while the adapter is loading
+    or being filled; the rank pages that the adapter holds on the device stay as they are.
     """
 
     adapter_id: int
@@ -326,7 +327,7 @@ class UnloadAdapter(Message, frozen=True):
 
 
 class PinAdapter(Message, frozen=True):
-    """tokenizer_proc -> scheduler: pin or unpin an adapter; a pinned one is evicted neither from device nor host."""
+    """tokenizer_proc -> scheduler: pin or unpin an adapter; a pinned one is not evicted from device or host memory."""
 
     adapter_id: int
     pinned: bool
@@ -375,7 +376,7 @@ class Progress(Message, frozen=True):
 
 
 class Footprint(Part, frozen=True):
-    """Rank pages that an adapter occupies when it is resident on the device, by group (qkv, o, gate_up, down, ...)."""
+    """The rank pages that an adapter occupies while it is resident, by group (qkv, o, gate_up, down, ...)."""
 
     pages: dict[str, int]
 
@@ -384,7 +385,7 @@ AdapterStage = Literal["loading", "disk", "host", "resident", "draining", "gone"
 
 
 class AdapterState(Message, frozen=True, kw_only=True):
-    """rank 0 -> scheduler -> tokenizer_proc: the state of an adapter, and what loading it has shown.
+    """rank 0 -> scheduler -> tokenizer_proc: the state of an adapter, and the properties found by loading it.
 
     States: loading (from disk), disk (no copy in memory), host (in host memory), resident (in rank pages on the
     device), draining (unloaded, requests still open), gone (unloaded, memory free), failed (cannot be served). With
@@ -392,8 +393,8 @@ class AdapterState(Message, frozen=True, kw_only=True):
 
     `bytes` is the size of the copy in host memory. `seconds` is the time taken to reach this state: the load from disk
     for host, the fill for resident. `epoch` is the runner's. `vocab_size` is the size of the adapter's own vocabulary,
-    0 where it uses the base's. `invocation` are the tokens that activate it: it applies from their last occurrence in
-    the prompt on; where empty, it applies from the first token on.
+    0 where it uses the base's. `invocation` are the tokens that activate the adapter: it applies from their last
+    occurrence in the prompt on; where `invocation` is empty, it applies from the first token on.
     """
 
     adapter_id: int
@@ -413,10 +414,11 @@ class AdapterState(Message, frozen=True, kw_only=True):
 class Capacity(Message, frozen=True, kw_only=True):
     """rank 0 -> scheduler (inside RunnerReady) -> tokenizer_proc: what the runner measured and allocated at start.
 
-    `kv_pages` grantable KV pages of `page_size` tokens, numbered 1..kv_pages. `rows` numbered 0..rows-1. `rank_pages`
-    by group, numbered from 0 in each. Lanes are numbered 1..max_loras; each holds up to `max_lane_pages` rank pages of
-    a group. `max_length` is the context in tokens, `max_batched_tokens` the most tokens in a step. `host_bytes` is the
-    host memory for adapters. `*_backend`, `device` and `dtype` are the resolved choices.
+    There are `kv_pages` grantable KV pages of `page_size` tokens, numbered 1..kv_pages, and `rows` rows, numbered
+    0..rows-1. `rank_pages` are the numbers of rank pages by group; in each group they are numbered from 0. Lanes are
+    numbered 1..max_loras; each holds up to `max_lane_pages` rank pages of a group. `max_length` is the longest context
+    and `max_batched_tokens` the largest step, in tokens. `host_bytes` is the host memory for adapters. `*_backend`,
+    `device` and `dtype` are the resolved choices.
     """
 
     kv_pages: int
@@ -445,7 +447,9 @@ WaitReason = Literal["load", "fill", "rank_pages", "lanes", "rows", "pages", "tu
 
 
 class WaitingRequest(Part, frozen=True):
-    """A waiting request: `seconds` since it last entered the queue, what it waits for, and its `generated` tokens."""
+    """A waiting request: `seconds` since it last entered the queue, what it waits for, and its number of `generated`
+    tokens.
+    """
 
     request_id: int
     seconds: float
@@ -496,9 +500,9 @@ class Stats(Message, frozen=True, kw_only=True):
 class Fill(Part, frozen=True):
     """Copy an adapter from host memory into these rank pages, by group. Answered by AdapterState resident.
 
-    With `at_once` the whole copy happens before the forward of this step, whose lanes may already name the pages;
-    earlier steps may still be reading them. Without it the copy runs beside the steps, in slices, and no lane names
-    the pages before the answer.
+    With `at_once` the whole copy happens before the forward of this step, whose lanes may already use the pages;
+    earlier steps may still be reading them. Without `at_once` the copy runs beside the steps, in slices, and no lane
+    uses the pages before AdapterState resident has arrived.
     """
 
     adapter_id: int
@@ -507,7 +511,9 @@ class Fill(Part, frozen=True):
 
 
 class LanePages(Part, frozen=True):
-    """Lane `lane` (>= 1) from this step on: (rank page, scale) pairs by group. A group left out has no delta."""
+    """The content of lane `lane` (>= 1) from this step on: (rank page, scale) pairs by group. A missing group has no
+    delta.
+    """
 
     lane: int
     pages: dict[str, list[tuple[int, float]]]
@@ -533,7 +539,7 @@ class Chunk(Part, frozen=True, kw_only=True):
     `tokens` are the input tokens of those positions; empty for a decode (length 1), whose input is the row's last
     sampled token, still on the device. `pages` are KV pages appended to the row's page table before the step.
     `samples`: a token is sampled at the last position. `scores`: every position yields the log-probability of the token
-    after it; `tokens` then also holds the token after the last position, unless the chunk samples that one.
+    after it; with `scores`, `tokens` also holds the token after the last position, unless the chunk samples it.
 
         position    start ............ start+length-1 | start+length
         tokens      t0 t1 ...          t(length-1)    | (target, only for `scores` without `samples`)
@@ -582,7 +588,7 @@ class StepDone(Message, frozen=True, kw_only=True):
 class RunnerReady(Message, frozen=True, kw_only=True):
     """rank 0 -> scheduler: the model is loaded and `capacity` allocated.
 
-    `after_fault`: the former runner ended by itself, so the steps it was running may be the cause.
+    `after_fault`: the former runner ended by itself, so the steps that it was running may be the cause.
     """
 
     epoch: int

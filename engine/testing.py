@@ -1,8 +1,8 @@
-"""A fake engine for the tests of embedding programs: Engine's calls and errors, without processes, models or delays.
+"""A fake engine for tests of programs that embed Engine: the same calls and errors, without processes or models.
 
     engine = FakeEngine({"What is the capital of France?": "Paris."}, adapters=["pirate"])
 
-A token is a word of the answer. Knows nothing of sockets.
+Each word of a reply counts as one token.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ Reply = Callable[[str, str | None], str]
 
 
 class FakeEngine(Engine):
-    """Answers from `replies`: a mapping from the prompt's text, or a function of (prompt text, adapter name or None).
+    """An Engine that generates texts from `replies`.
 
-    A prompt without a reply is echoed. The text of a prompt of token ids is its numbers, that of a chat its last
-    message. An adapter that was neither listed nor loaded is NotFound; any path can be loaded. The name of a mix is its
+    `replies` is a mapping from prompt text to reply, or a function of (prompt text, adapter name or None). A prompt
+    that the mapping lacks is echoed. The text of a prompt of token ids is its numbers, that of a chat its last message.
+    An adapter that was neither listed nor loaded raises NotFound; any path can be loaded. The name of a mix is its
     adapters joined with "+". `requests` records the calls.
     """
 
@@ -45,7 +46,7 @@ class FakeEngine(Engine):
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, lora: Lora = None, **options: Any
     ) -> AsyncIterator[Delta]:
-        """Like Engine.generate: one delta for each word, up to `max_tokens`, the n choices one after the other."""
+        """Like Engine.generate: yields a delta for each word, up to `max_tokens`; the n choices follow one another."""
         params = params or SamplingParams()
         adapter = self._named(await self._adapter(lora))
         text = _text(prompt)

@@ -1,1 +1,1 @@
-"""The embedded client: Engine, and the connection to a running server that it uses."""
+"""The client library: Engine, and the connection to an engine's processes that it uses."""

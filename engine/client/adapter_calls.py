@@ -1,8 +1,8 @@
 """The adapter calls of an engine, built on one method that sends a Command. Engine and FakeEngine share them.
 
-A LoRARequest whose adapter is not loaded loads it; concurrent calls with the same LoRARequest wait for one load. The
-engine is asked each time what the name stands for, because other clients may load and unload adapters too. Knows
-nothing of sockets.
+A request with a LoRARequest whose adapter is not loaded loads it first; concurrent calls with the same LoRARequest wait
+for one load. Each call asks the engine which adapter the name refers to, because other clients may load and unload
+adapters too.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ class AdapterCalls(ABC):
 
     @abstractmethod
     async def _command(self, call: CommandName, **fields: Any) -> Answer:
-        """Sends one Command and returns its answer."""
+        """Sends one Command and returns the engine's Answer."""
 
     async def load_lora_adapter(
         self, lora_name: str, lora_path: str, pinned: bool = False, preload: bool = False, load_inplace: bool = False
     ) -> AdapterCard:
-        """Loads an adapter from a directory or hub id. Returns when it can be used, with `preload` when it is resident.
+        """Loads an adapter from a directory or hub id. Returns when the adapter can be used; with `preload`, when it is
+        resident.
 
         With `load_inplace` a name in use is pointed at the new files; requests in flight finish with the old ones.
         Raises NotFound where there is no adapter, InvalidRequest for one that cannot be served.
@@ -49,7 +50,7 @@ class AdapterCalls(ABC):
     async def unload_lora_adapter(self, lora_name: str) -> None:
         """Removes the name at once. Returns when the adapter's memory is free, or after a minute if requests still run.
 
-        Raises NotFound.
+        Raises NotFound if no adapter has this name.
         """
         await self._command("unload", lora_name=lora_name)
 
@@ -62,11 +63,11 @@ class AdapterCalls(ABC):
         return (await self._command("unpin", lora_name=lora_name)).adapters[0]
 
     async def adapters(self) -> list[AdapterCard]:
-        """The adapters that have a name, and those that drain."""
+        """Returns the adapters that have a name, and those that are draining."""
         return (await self._command("list")).adapters
 
     async def _first_use(self, lora: LoRARequest) -> None:
-        """Loads the adapter unless it is loaded. Raises InvalidRequest if the name stands for another path."""
+        """Loads the adapter unless it is loaded. Raises InvalidRequest if the name is loaded from another path."""
         key = (lora.lora_name, lora.lora_path)
         task = self._loading.get(key)
         if task is None:
@@ -86,7 +87,7 @@ class AdapterCalls(ABC):
             await self._command("load", lora_name=lora.lora_name, lora_path=lora.lora_path)
         except InvalidRequest as error:
             if error.code != "adapter_already_loaded" or not await self._is_loaded(lora):
-                raise  # otherwise another client has loaded it meanwhile
+                raise  # else another client has loaded the same adapter meanwhile
 
     async def _is_loaded(self, lora: LoRARequest) -> bool:
         listed = (await self._command("list", lora_name=lora.lora_name)).adapters
@@ -102,5 +103,5 @@ class AdapterCalls(ABC):
 
 
 def not_found(name: str) -> NotFound:
-    """The error for a name without an adapter."""
+    """Returns the error for a name that no adapter has."""
     return NotFound(f"no adapter is called {name}", param="lora", code="model_not_found")

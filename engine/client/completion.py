@@ -1,4 +1,4 @@
-"""A finished answer, and joining a stream of deltas to one. Knows nothing of where the deltas come from."""
+"""Completion: the finished result of one choice, joined from its deltas."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine.messages import Delta, FinishReason, PositionLogprobs, Usage
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """One finished answer. `stop_reason` is the stop string or token id that ended it."""
+    """The finished result of one choice. `stop_reason` is the stop string or token id that ended it."""
 
     text: str
     token_ids: list[int]
@@ -22,7 +22,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def join(deltas: Sequence[Delta]) -> Completion:
-    """Joins all deltas of one choice, in order, to one answer."""
+    """Joins all deltas of one choice, in order, into a Completion."""
     last = deltas[-1]
     assert last.finish_reason is not None
     assert last.usage is not None

@@ -8,7 +8,7 @@
       |                                      |   another epoch: the engine restarted and the open calls are lost
 
 A reply that cannot be decoded ends its call; a frame without a call id is ignored. An error in the connection itself
-ends all calls. Knows nothing of processes or prompts.
+ends all calls.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Call:
         self._replies.put_nowait(reply)
 
     async def next(self) -> Delta | Answer:
-        """The next reply. Raises the error that the engine answered with, or EngineDead."""
+        """Waits for the next reply and returns it. Raises the error that the engine sent, or EngineDead."""
         reply = await self._replies.get()
         if isinstance(reply, EngineDead):
             raise reply
@@ -56,7 +56,7 @@ class Call:
 
 
 class Connection:
-    """A DEALER socket to one engine. Created and closed inside a running event loop."""
+    """A DEALER socket to one engine. It must be created and closed inside a running event loop."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -71,19 +71,19 @@ class Connection:
         self._socket.connect(address)
         self._last_heard = asyncio.get_running_loop().time()
         self._epoch: int | None = None
-        self._dead: EngineDead | None = None  # until the engine is heard again
+        self._dead: EngineDead | None = None  # set until the next Ping arrives
         self._closed: EngineDead | None = None  # once set, it stays
         self._tasks = [asyncio.ensure_future(self._run(task)) for task in (self._receive(), self._ping())]
 
     def new_id(self) -> int:
-        """An id that no call of this connection has had."""
+        """Returns an id that no call of this connection has used."""
         return next(self._ids)
 
     @contextlib.asynccontextmanager
     async def call(self, message: Submit | Command) -> AsyncIterator[Call]:
-        """Sends a call and yields it for reading replies; leaving early or with an exception cancels it.
+        """Sends a call and yields its Call, from which replies are read; leaving early or with an exception cancels it.
 
-        Raises InvalidRequest for a message that cannot be encoded or is too large, and EngineDead.
+        Raises InvalidRequest for a message that cannot be encoded or is too large, and EngineDead if the engine is.
         """
         if (gone := self._closed or self._dead) is not None:
             raise gone
@@ -95,10 +95,10 @@ class Connection:
         finally:
             del self._calls[message.id]
             if isinstance(message, Submit) and self._closed is None:
-                self._socket.send(self._encode(Cancel(message.id)))  # ignored there if the call is finished
+                self._socket.send(self._encode(Cancel(message.id)))  # the engine ignores it if the call is finished
 
     async def close(self) -> None:
-        """Ends the connection, and its open calls with EngineDead. The engine aborts them when it misses the pings."""
+        """Closes the connection and ends its open calls with EngineDead; without pings the engine aborts their requests."""
         self._closed = EngineDead("the engine was closed")
         self._end_calls(self._closed)
         for task in self._tasks:
@@ -107,7 +107,7 @@ class Connection:
         self._context.destroy(linger=500)
 
     def _encode(self, message: Submit | Cancel | Command | Ping) -> bytes:
-        """The frame. A larger one than MAX_FRAME_BYTES is refused here: the engine would drop the connection."""
+        """Returns the encoded frame. Refuses one above MAX_FRAME_BYTES, for which the engine would drop the connection."""
         try:
             frame = self._encoder.encode(message)
         except (OverflowError, UnicodeEncodeError, TypeError, msgspec.MsgspecError) as error:
@@ -139,7 +139,7 @@ class Connection:
                 continue
             if isinstance(message, Ping):
                 self._check_epoch(message.epoch)
-            elif message.id in self._calls:  # otherwise the caller has left the call
+            elif message.id in self._calls:  # else the caller has already left the call
                 self._calls[message.id].put(message)
 
     def _decode(self, frame: bytes) -> ToClient | None:
@@ -152,7 +152,7 @@ class Connection:
             return None if id is None else Failure(id, InternalError.kind, f"an answer cannot be read: {error}")
 
     def _check_epoch(self, epoch: int) -> None:
-        """Ends all open calls when the epoch has changed: a restarted front end does not know them."""
+        """Ends all open calls if the epoch has changed: a restarted tokenizer process does not know them."""
         if self._epoch is not None and epoch != self._epoch:
             lost = EngineDead("the engine's front end was restarted and this call was lost: send it again")
             self._end_calls(lost)
@@ -169,7 +169,7 @@ class Connection:
 
 
 def _call_id(frame: bytes) -> int | None:
-    """The call id of a reply that cannot be decoded as a message, or None if the frame has none."""
+    """Returns the call id of a reply that cannot be decoded as a message, or None if the frame has no call id."""
     with contextlib.suppress(*DECODE_ERRORS):
         match msgspec.msgpack.decode(frame):
             case ["Delta" | "Answer" | "Failure", int(id), *_] if not isinstance(id, bool):

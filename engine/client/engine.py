@@ -1,11 +1,10 @@
-"""The embedded engine: the whole server as a child process, behind one class, without importing torch.
+"""The embedded engine: one class that starts the whole server as a child process, without importing torch.
 
     async with Engine(model_path=..., lora_paths=[...]) as engine:
         async for delta in engine.generate("Hello", lora="pirate"):
             print(delta.text, end="")
 
-`Engine.connect(address)` joins a running engine. Requests go to the same front end as those over HTTP. Knows nothing of
-text or tensors.
+`Engine.connect(address)` connects to a running engine. Requests go to the tokenizer process, like those over HTTP.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ STOP_SECONDS = 30.0
 
 
 class Engine(AdapterCalls):
-    """A running engine: started and stopped by `async with`, or joined with `connect`.
+    """An engine: started and stopped by `async with`, or already running and reached with `connect`.
 
     The keyword arguments are the command line's flags with underscores (engine.config.server_args); without a `port`
-    there is no HTTP server. Raises ConfigError for a bad flag, and, on entering, the error that kept the engine from
-    serving.
+    there is no HTTP server. Raises ConfigError for a bad flag. Entering `async with` raises the error that kept the
+    engine from serving.
     """
 
     def __init__(self, model_path: str | None = None, **flags: Any) -> None:
@@ -48,7 +47,7 @@ class Engine(AdapterCalls):
 
     @classmethod
     def connect(cls, address: str) -> Engine:
-        """Joins a running engine. `address` is the one its banner shows as Engine.connect(...)."""
+        """Returns a client of a running engine. `address` is the one its banner shows as Engine.connect(...)."""
         engine = cls()
         engine._args, engine._address = None, address
         return engine
@@ -74,13 +73,13 @@ class Engine(AdapterCalls):
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, lora: Lora = None, **options: Any
     ) -> AsyncIterator[Delta]:
-        """Streams the answer to a prompt; leaving the loop early cancels the request.
+        """Streams the completion of a prompt; leaving the loop early cancels the request.
 
         `prompt` is text, token ids, or a chat (messages as dicts or ChatMessage). `lora` is an adapter's name, a
         LoRARequest (loaded on first use), a weighted mix {name: scale}, or None for the base. `options` are further
         fields of messages.Submit. With n > 1 the deltas of the choices are interleaved. A slow consumer does not block
-        other requests: deltas that it has not read yet are kept, at most the whole answer. Raises InvalidRequest,
-        NotFound, Overloaded, EngineDead.
+        other requests: unread deltas are kept, at most the whole completion. Raises InvalidRequest, NotFound,
+        Overloaded, EngineDead.
         """
         connection = self._open()
         submit = Submit(
@@ -92,7 +91,7 @@ class Engine(AdapterCalls):
         )
         async with connection.call(submit) as call:
             unfinished = submit.params.n
-            while True:  # an invalid n is answered with a Failure
+            while True:  # ends by return, or by the Failure for an invalid n
                 delta = await call.next()
                 assert isinstance(delta, Delta)
                 unfinished -= delta.finish_reason is not None
@@ -108,7 +107,10 @@ class Engine(AdapterCalls):
         lora: Lora | Sequence[Lora] = None,
         **options: Any,
     ) -> list[Completion]:
-        """Answers a list of prompts concurrently, in order. `params` and `lora` are one for all, or a list as long."""
+        """Generates from all prompts concurrently and returns the completions in the prompts' order.
+
+        `params` and `lora` are either one value for all prompts or a list with one for each.
+        """
         each_params = _each(params, len(prompts), "params")
         each_lora = _each(lora, len(prompts), "lora")
         try:
@@ -122,7 +124,7 @@ class Engine(AdapterCalls):
         return [task.result() for task in tasks]
 
     async def info(self) -> dict[str, Any]:
-        """Configuration, capacity and counters of the engine."""
+        """Returns configuration, capacity and counters of the engine."""
         answer = await self._command("info")
         return {name: msgspec.msgpack.decode(value) for name, value in answer.info.items()}
 

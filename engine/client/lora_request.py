@@ -1,4 +1,4 @@
-"""LoRARequest: an adapter with the fields of vLLM's class of this name. Knows nothing of engines."""
+"""LoRARequest: an adapter's name, number and path, with the fields of vLLM's class of the same name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine.errors import InvalidRequest
 class LoRARequest(msgspec.Struct, frozen=True):
     """An adapter's name, a number chosen by the caller (>= 1) and its path. Raises InvalidRequest for invalid fields.
 
-    The name selects the adapter; the number is only kept for the caller.
+    The name selects the adapter; the engine does not use the number.
     """
 
     lora_name: str
@@ -27,7 +27,7 @@ class LoRARequest(msgspec.Struct, frozen=True):
 
     @property
     def adapter_id(self) -> int:
-        """The caller's number."""
+        """The number chosen by the caller."""
         return self.lora_int_id
 
     @property
@@ -37,5 +37,5 @@ class LoRARequest(msgspec.Struct, frozen=True):
 
     @property
     def path(self) -> str:
-        """Where its files are."""
+        """The path or hub id of the adapter's files."""
         return self.lora_path

@@ -3,7 +3,7 @@
     --api-key KEY ...        or CHORUS_API_KEY / VLLM_API_KEY: keys without rules, all of one tenant
     --api-key-file FILE      one JSON object a line, with rules; not visible in a process list
 
-Knows nothing of HTTP. Keys appear neither in logs nor in /server_info.
+Keys do not appear in logs or in /server_info.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     adapters             patterns of allowed names, with * as in file names; all adapters of a mix must be allowed
     base                 whether the base model may be used without an adapter
     requests_per_minute  a rate; unused requests are kept for at most a minute
-    tokens_per_minute    the same for tokens of prompt and answer
+    tokens_per_minute    the same for the tokens of prompt and completion
     """
 
     key: str
@@ -45,7 +45,7 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def read_keys(given: Sequence[str], file: str | None, environment: Mapping[str, str] = os.environ) -> list[ApiKey]:
-    """The keys of flags, file and environment. Raises ConfigError for an invalid key or one given twice."""
+    """Returns the keys of flags, file and environment. Raises ConfigError for an invalid key or one given twice."""
     plain = [*given, *(key for name in VARIABLES for key in re.split(r"[\s,]+", environment.get(name, "")) if key)]
     keys = [ApiKey(key=key) for key in dict.fromkeys(plain)] + ([] if file is None else _from_file(Path(file)))
     for number, one in enumerate(keys):

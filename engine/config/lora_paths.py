@@ -1,7 +1,7 @@
 """Parses the items of --lora-paths, the adapters given at start, and checks that their names differ.
 
 An item is `path`, `name=path`, or a JSON object in SGLang's form {"lora_name", "lora_path", "pinned"} or vLLM's
-{"name", "path", "base_model_name"}. Knows nothing of the files at a path.
+{"name", "path", "base_model_name"}. The files at a path are not read here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from engine.errors import ConfigError
 
 
 class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One parsed item. `path` is as given, `base` the base model's name in vLLM's form."""
+    """One parsed item. `path` is the path as given, `base` the base model's name (only in vLLM's form)."""
 
     name: str
     path: str
@@ -42,12 +42,12 @@ class _VllmForm(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def parse_adapter(item: str) -> AdapterSpec:
-    """Parses one item. Raises ConfigError that quotes it."""
+    """Parses one item of --lora-paths. Raises a ConfigError that quotes the item."""
     if item.lstrip().startswith("{"):
         spec = _parse_json(item)
     else:
         name, equals, path = item.partition("=")
-        if not equals or Path(item).expanduser().is_dir():  # a directory whose name holds a "=" is a path
+        if not equals or Path(item).expanduser().is_dir():  # an existing directory whose name contains "=" is a path
             name = path = item
         spec = AdapterSpec(name=name, path=path)
     if not spec.name or not spec.path:
@@ -65,7 +65,7 @@ def _parse_json(item: str) -> AdapterSpec:
 
 
 def adapter_specs(args: ServerArgs) -> list[AdapterSpec]:
-    """The adapters given at start; without any, the demo model gets its own adapters. Raises ConfigError."""
+    """Returns the adapters given at start; the demo model without any gets the demo adapters. Raises ConfigError."""
     specs = [parse_adapter(item) for item in args.lora_paths]
     if args.model_path is None and not specs and args.enable_lora is not False:
         directories = sorted(path for path in (DEMO / "adapters").iterdir() if path.is_dir())

@@ -1,7 +1,7 @@
-"""The config of each process, which it reads from its stdin: resolved once by the launcher and frozen.
+"""The config of each process: resolved once by the launcher, frozen, and read by the process from its stdin.
 
-Paths are local directories. Knows nothing of flags (engine.config.flags), of how the values are derived
-(engine.config.resolve), or of the hub (engine.hub).
+Paths are local directories. The values are derived from the flags in engine.config.resolve; hub ids are resolved in
+engine.hub.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from engine.config.server_args import CpuKernels, Dtype, LogLevel
 class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
     """Where an adapter comes from.
 
-    `path` is as the user gave it, `root` the resolved directory, `base` the base model's name that came with it.
-    With `roots` the real path of every file must lie under one of them, each time that it is read.
+    `path` is the path that the user gave, `root` the resolved directory, `base` the base model's name given with it.
+    With `roots` the real path of every file must lie under one of them, each time the file is read.
     """
 
     adapter_id: int
@@ -42,13 +42,13 @@ class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The tokenizer process. `listen_fd` is the launcher's listening socket; None: no HTTP server (embedded).
+    """Config of the tokenizer process. `listen_fd` is the launcher's listening socket; None: no HTTP server (embedded).
 
     Tokenizer and chat template are read from `tokenizer_path`, generation_config.json from `model_path`.
-    `runtime_loads`: adapters may be loaded over HTTP without `admin_key`. With `lora_roots`, the hub's cache among
-    them, the real path of every adapter file must lie under one. `priorities`: requests may have one other than 0.
-    `journal` is the path of the journal of adapters. `max_stream_buffer`: bytes that may be buffered for a client,
-    which must read some within `stream_stall_timeout` seconds.
+    `runtime_loads`: adapters may be loaded over HTTP without `admin_key`. With `lora_roots`, which then include the
+    hub's cache, the real path of every adapter file must lie under one of them. `priorities`: requests may have a
+    priority other than 0. `journal` is the path of the journal of adapters. `max_stream_buffer`: bytes that may be
+    buffered for a client, which must read some of them within `stream_stall_timeout` seconds.
     """
 
     endpoints: Endpoints
@@ -80,11 +80,12 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The scheduler process. `window` is the number of steps in flight; `prefix_cache` shares KV pages of prefixes.
+    """Config of the scheduler process. `window` is the number of steps in flight. `prefix_cache`: requests share the KV
+    pages of common prefixes.
 
     `lora_max_wait`: seconds during which later requests may pass a request that waits for a lane or rank pages.
-    `max_prefill_tokens`: prompt tokens in a step that also decodes; None: a quarter of the runner's
-    `max_batched_tokens`. `tenant_weights`: shares under the policy fair; a tenant without one has 1.
+    `max_prefill_tokens`: the most prompt tokens in a step that also decodes; None: a quarter of the runner's
+    `max_batched_tokens`. `tenant_weights`: the tenants' shares under the policy fair; a tenant not listed has 1.
     `max_loaded_loras` and `lora_host_bytes` bound the host cache of adapters; None: no limit on the number, and the
     bytes of the runner's Capacity.
     """
@@ -105,17 +106,19 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank of the model runner. `adapters` are loaded at start; they size the LoRA pools where no flag does.
+    """Config of one rank of the model runner. `adapters` are loaded at start; they size the LoRA pools where no flag
+    does.
 
     `max_lora_rank` and `lora_targets` None: inferred from `adapters` (without adapters: 64 and all sites).
     `lora_extra_vocab`: tokens an adapter may have beyond the base's vocabulary; None: the most that `adapters` have.
-    The pool holds `lora_pool_adapters` of the largest rank, or `lora_pool_bytes`; both None: sized from memory.
+    The pool holds `lora_pool_adapters` adapters of the largest rank, or `lora_pool_bytes`; both None: sized from
+    memory.
     Decode steps of up to `cuda_graph_max_rows` rows (None: 256) are captured on CUDA, unless `cuda_graphs` is False.
-    `cpu_kernels`: C++ kernels for a CPU; auto: in bfloat16, compiled while serving; on: compiled before Ready.
-    `cpu_threads` None: OMP_NUM_THREADS, or all cores up to four, then all but one.
+    `cpu_kernels`: C++ kernels for a CPU; auto: used in bfloat16, compiled while serving; on: compiled before Ready.
+    `cpu_threads` None: OMP_NUM_THREADS; where that is unset, all cores of up to four, else all but one.
     `device` auto: cuda where there is one. `max_batched_tokens` None: 512 on a CPU, 8192 on CUDA.
-    `max_running_requests` and `max_total_tokens` None: from memory; `context_length` None: the model's.
-    `after_fault`: the former incarnation ended by itself, perhaps because of its work.
+    `max_running_requests` and `max_total_tokens` None: sized from memory; `context_length` None: the model's.
+    `after_fault`: the former incarnation ended by itself, perhaps because of the steps it ran.
     """
 
     endpoints: Endpoints

@@ -1,6 +1,6 @@
-"""Derives the config of each process from ServerArgs and from what the launcher resolved: directories and sockets.
+"""Derives the config of each process from ServerArgs and from the directories and sockets that the launcher resolved.
 
-Knows nothing of argv (engine.config.flags) nor of the hub (engine.hub).
+Flags are parsed in engine.config.flags, hub ids resolved in engine.hub.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def resolve(
     adapters: list[AdapterSource],
     listen_fd: int | None,
 ) -> ProcessConfigs:
-    """The configs of the three processes. `tokenizer` None: the tokenizer files are in the model's directory.
+    """Returns the configs of the three processes. `tokenizer` None: the tokenizer files are in the model's directory.
 
     Raises ConfigError for a size, weight or key that cannot be parsed.
     """
@@ -132,7 +132,7 @@ def _runner_config(args: ServerArgs, **resolved: Any) -> RunnerConfig:
 
 
 def _is_lora_enabled(args: ServerArgs, adapters: list[AdapterSource]) -> bool:
-    """--enable-lora; without it, whether adapters are given or a flag that has an effect only with adapters."""
+    """Returns --enable-lora; where it is not given, whether adapters or a flag that needs adapters are given."""
     if args.enable_lora is not None:
         return args.enable_lora
     flags = (args.max_lora_rank, args.lora_target_modules, args.lora_pool_size, args.lora_resolve_root)
@@ -140,12 +140,12 @@ def _is_lora_enabled(args: ServerArgs, adapters: list[AdapterSource]) -> bool:
 
 
 def _is_loopback(args: ServerArgs) -> bool:
-    """Whether only this machine can connect."""
+    """Returns whether the server listens on a loopback address only, so that only this machine can connect."""
     return args.port is None or args.host in ("localhost", "::1") or args.host.startswith("127.")
 
 
 def _lora_pool_size(size: str | None) -> tuple[int | None, int | None]:
-    """--lora-pool-size as (adapters, bytes); at most one of them is not None."""
+    """Returns --lora-pool-size as (adapters, bytes); at most one of the two is not None."""
     if size is None:
         return None, None
     if has_unit(size):

@@ -1,6 +1,6 @@
-"""ServerArgs: one field for each flag, with the flag's default. Checked on construction.
+"""ServerArgs: one field for each flag, with the flag's default. The values are checked on construction.
 
-Knows nothing of argv (engine.config.flags), nor of what is derived from the values (engine.config.resolve).
+The command line is parsed in engine.config.flags; values are derived from the flags in engine.config.resolve.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DEMO_NAME = "chorus-demo"
 
 
 class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the user asked for, on the command line or as keyword arguments of `Engine`.
+    """The launch options, from the command line or the keyword arguments of `Engine`.
 
     Items of `lora_paths` are `path`, `name=path` or a JSON object; see `parse_adapter`. `port` None: no HTTP server.
     """
@@ -154,5 +154,5 @@ def _check_contradictions(args: ServerArgs) -> None:
 
 
 def served_names(args: ServerArgs) -> list[str]:
-    """The base model's names; answers show the first."""
+    """Returns the base model's names; responses show the first."""
     return list(args.served_model_name) or [args.model_path or DEMO_NAME]

@@ -1,4 +1,4 @@
-"""Parses sizes such as `2GiB`, `500 MB`, `1073741824`. Knows nothing of what they limit."""
+"""Parses sizes such as `2GiB`, `500 MB`, `1073741824`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 
 
 def parse_bytes(text: str, flag: str) -> int:
-    """The size in bytes (>= 1). Raises ConfigError that names the flag."""
+    """Returns the size in bytes (>= 1). Raises a ConfigError that names the flag."""
     match = _SIZE.fullmatch(text.strip())
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
@@ -25,5 +25,5 @@ def parse_bytes(text: str, flag: str) -> int:
 
 
 def has_unit(text: str) -> bool:
-    """Whether `text` has a unit; a bare number counts something else than bytes."""
+    """Returns whether `text` has a unit; a flag may take a number without a unit as a count instead of bytes."""
     return not text.strip().isdigit()

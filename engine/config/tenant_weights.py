@@ -1,4 +1,4 @@
-"""Parses the weights of tenants on the command line: `alice=2`. Knows nothing of scheduling."""
+"""Parses the weights of tenants on the command line: `alice=2`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from engine.errors import ConfigError
 
 
 def parse_weights(items: Sequence[str], flag: str) -> dict[str, float]:
-    """The weight of each tenant, above 0. Raises ConfigError that names `flag`."""
+    """Returns the weight (> 0) of each tenant. Raises a ConfigError that names `flag`."""
     weights: dict[str, float] = {}
     for item in items:
         name, _, text = item.rpartition("=")

@@ -1,1 +1,1 @@
-"""Starts, watches and stops processes: both sides of a child process, and the supervisor of all of them."""
+"""Starts, watches and stops processes: the parent's and the child's side, and the supervisor of all children."""

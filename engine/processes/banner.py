@@ -1,4 +1,4 @@
-"""The lines printed when the engine is ready. Knows only the facts it is given."""
+"""The lines printed when the engine is ready."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ _WIDTH = 96
 
 
 def banner(facts: Facts, seconds: float) -> str:
-    """The lines, from the launcher's facts (url, address, model, adapters) and the runner's. `seconds`: the startup."""
+    """Returns the lines, made of the launcher's facts (url, address, model, adapters) and the runner's.
+
+    `seconds` is the duration of the startup.
+    """
     address = facts.get("url") or facts["address"]
     lines = [f"Chorus is ready at {address} after {seconds:.1f} s"]
     lines += [f"  {name:<9} {text}" for name, text in _rows(facts) if text]

@@ -1,4 +1,4 @@
-"""How long a process has been at one piece of work, so that its parent can tell a busy process from a stuck one."""
+"""Measures how long a process has been busy with one piece of work; after too long its parent treats it as stuck."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 
 class BusyTimer:
-    """Restarted by the thread that works, read by the thread that sends heartbeats."""
+    """A timer that is restarted by the thread that works and read by the thread that sends heartbeats."""
 
     def __init__(self) -> None:
         self._since: float | None = None
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """The body is one piece of work."""
+        """Counts the body of the `with` statement as one piece of work; the timer is idle afterwards."""
         self.tick()
         try:
             yield
@@ -23,11 +23,11 @@ class BusyTimer:
             self.idle()
 
     def tick(self) -> None:
-        """The former piece of work is done and the next one begins now."""
+        """Ends the current piece of work and begins the next one."""
         self._since = time.monotonic()
 
     def idle(self) -> None:
-        """There is no work at the moment."""
+        """Marks the process as having no work."""
         self._since = None
 
     @property

@@ -6,8 +6,6 @@
       |<-- Ready or Failed, once ------------|   does not reach
       |<-- Heartbeat, each second -----------|   while it serves
       |<-- logs on stderr -------------------|
-
-Knows nothing of what the process does.
 """
 
 from __future__ import annotations
@@ -35,20 +33,20 @@ Facts = dict[str, str | int | float | bool | list[str] | None]
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The child serves. `facts` are values for the banner and for the embedding program."""
+    """Report that the child serves. `facts` are values for the banner and for the embedding program."""
 
     facts: Facts = {}
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The child cannot serve. `message` is one line for people, `kind` that of the EngineError."""
+    """Report that the child cannot serve. `message` is one line for people, `kind` the kind of the EngineError."""
 
     message: str
     kind: str = "server_error"
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """The child is alive. `busy`: for how many seconds it has been at its present piece of work."""
+    """Report that the child is alive. `busy`: seconds for which it has been at its current piece of work."""
 
     busy: float = 0.0
 
@@ -70,10 +68,10 @@ class Child:
     def config(self, type_: type[C]) -> C:
         """Reads the config line. From then on EOF on stdin, or a new parent process, ends this process.
 
-        Raises ConfigError for a line that is no `type_`.
+        Raises ConfigError if the line does not decode to `type_`.
         """
         line = self._stdin.readline()
-        if not line.endswith(b"\n"):  # the parent died while writing it
+        if not line.endswith(b"\n"):  # the parent died while it wrote the line
             self._on_orphaned()
         try:
             config = msgspec.json.decode(line, type=type_)

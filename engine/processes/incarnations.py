@@ -1,11 +1,11 @@
 """The config and the inbox address of each incarnation of the three processes. A socket path is never bound twice.
 
-    <directory>/runner.0  runner.1  ...   on its predecessor's path a process would inherit a queue, or lose its own
-    <directory>/door.0                    where clients connect; the same path for every tokenizer process
+    <directory>/runner.0  runner.1  ...   on a reused path a process could get its predecessor's queue, or lose its own
+    <directory>/door.0                    where clients connect; the same path for every tokenizer incarnation
     <directory>/adapters.jsonl            the journal of adapters
 
-A new incarnation gets the current addresses of its neighbours and sends them Hello. Knows nothing of how processes are
-started.
+A new incarnation gets the current addresses of its neighbours and sends them Hello. The processes are started by
+engine.processes.supervisor.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Addresses:
         self._current = {"tokenizer": 0, "scheduler": 0, "runner": 0}
 
     def start_incarnation(self, process: str, incarnation: int) -> Endpoints:
-        """Gives a process's new incarnation its address. Returns the endpoints it reads."""
+        """Assigns the address of a process's new incarnation. Returns the endpoints for its config."""
         self._current[process] = incarnation
         return self.endpoints(incarnation)
 
     def endpoints(self, epoch: int = 0) -> Endpoints:
-        """The current addresses, for a process of incarnation `epoch`."""
+        """Returns the current addresses, for a process of incarnation `epoch`."""
         tokenizer, scheduler, runner = (f"ipc://{self._directory}/{name}.{n}" for name, n in self._current.items())
         zmq_server = f"ipc://{self._directory}/door.0"
         return Endpoints(epoch=epoch, tokenizer=tokenizer, scheduler=scheduler, runner=runner, zmq_server=zmq_server)
@@ -50,7 +50,7 @@ class Incarnations:
 
     @property
     def spec_factories(self) -> list[SpecFactory]:
-        """One for each process, in the order in which they depend on one another."""
+        """Returns one factory for each process, in start order: a process may depend on those before it."""
         return [self._runner, self._scheduler, self._tokenizer]
 
     def _runner(self, incarnation: int, after_fault: bool) -> ProcessSpec:
@@ -75,7 +75,7 @@ class Incarnations:
 
 
 def runner_environment() -> dict[str, str]:
-    """Environment variables for the runner's OpenMP threads and memory; those the user has set are left alone.
+    """Returns environment variables for the runner's OpenMP threads and memory, except those the user has set.
 
     OpenMP threads spin for about 50 us, longer than the gap between two operations, then sleep. Threads that keep
     spinning compete with the other two processes for cores: with two cores and other load, a decode step of a 0.5B

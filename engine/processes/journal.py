@@ -1,7 +1,7 @@
-"""The journal of adapters: one JSON line for each name that was bound to an adapter or unbound since the start.
+"""The journal of adapters: a JSON line each time a name was bound to an adapter or unbound since the start.
 
-The tokenizer process writes it; after that process died the launcher reads it for the next incarnation. A line cut off
-by the writer's death is skipped. Knows nothing of what adapters contain.
+The tokenizer process writes the journal; when that process has died, the launcher reads it for the next incarnation. A
+line that was cut off because the writer died is skipped.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ log = logging.getLogger(__name__)
 
 
 class NameBound(msgspec.Struct, frozen=True, tag=True):
-    """`source.name` names this adapter from now on."""
+    """Entry: `source.name` is bound to this adapter from now on."""
 
     source: AdapterSource
 
 
 class NameUnbound(msgspec.Struct, frozen=True, tag=True):
-    """`name` names no adapter from now on."""
+    """Entry: `name` is bound to no adapter from now on."""
 
     name: str
 
@@ -40,11 +40,11 @@ class Journal:
         self._path = path
 
     def bind(self, source: AdapterSource) -> None:
-        """Records that `source.name` names this adapter."""
+        """Records that `source.name` is bound to this adapter."""
         self._write(NameBound(source))
 
     def unbind(self, name: str) -> None:
-        """Records that `name` names no adapter."""
+        """Records that `name` is no longer bound to an adapter."""
         self._write(NameUnbound(name))
 
     def _write(self, entry: NameBound | NameUnbound) -> None:
@@ -54,7 +54,7 @@ class Journal:
 
 
 def replay(path: Path, sources: Sequence[AdapterSource]) -> list[AdapterSource]:
-    """The adapters by name now, given the `sources` at the start."""
+    """Returns the adapters that have a name now: the `sources` given at the start, changed by the journal's entries."""
     bound = {source.name: source for source in sources}
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:

@@ -4,8 +4,6 @@
                                      |--> Heartbeat, each second: a process that is silent or stuck is killed, while it
                                      |    starts (with longer limits) as while it serves
                                      '--> ProcessExit
-
-Knows nothing of what the processes do, nor of the flags.
 """
 
 from __future__ import annotations
@@ -35,13 +33,13 @@ _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 MAX_REPORT_BYTES = 1 << 20
 SILENT_SECONDS = 5
 START_SILENT_SECONDS = 60  # importing a large library from a slow disk blocks all threads of the interpreter
-START_BUSY_SECONDS = 600.0  # for one part of the startup: a tensor, a kernel, an adapter
+START_BUSY_SECONDS = 600.0  # limit for one part of the startup: a tensor, a kernel, an adapter
 EXTERNAL_EXIT_CODES = (0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """What to run: `python -P -m module arguments`, the config for its stdin, and the descriptors it inherits."""
+    """The command `python -P -m module arguments`, the config for its stdin, and the descriptors it inherits."""
 
     name: str
     module: str
@@ -53,7 +51,7 @@ class ProcessSpec:
 
 @functools.cache
 def _python_path() -> str | None:
-    """None if a child finds this same package by itself, else the directory to add to its PYTHONPATH."""
+    """Returns the directory to add to a child's PYTHONPATH, or None if the child finds this same package without it."""
     probe = "import importlib.util as u; s = u.find_spec('engine'); print(s.origin if s else '')"
     found = subprocess.run([sys.executable, "-P", "-c", probe], capture_output=True, text=True, check=False, cwd="/")
     return None if found.stdout.strip() == str(_PACKAGE_ROOT / "engine" / "__init__.py") else str(_PACKAGE_ROOT)
@@ -105,11 +103,14 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The process id."""
         return self._process.pid
 
     async def report(self) -> Ready:
-        """Its Ready. Raises the error it failed with, or EngineDead when it died before, or was silent or stuck."""
+        """Waits for the child's Ready and returns it.
+
+        Raises the error that the child reports, or EngineDead if the child exits first or is silent or stuck.
+        """
         report = await self._next_report(START_SILENT_SECONDS, START_BUSY_SECONDS)
         match report:
             case Ready():
@@ -123,7 +124,7 @@ class Process:
         raise self._start_error(f"{await self._wait_or_kill()} while starting")
 
     async def watch(self, max_busy: float) -> ProcessExit:
-        """Waits for its exit. Kills it when it is silent, or at one piece of work for over `max_busy` seconds."""
+        """Waits for the exit. Kills the process if it is silent, or at one piece of work for over `max_busy` seconds."""
         unhealthy = asyncio.ensure_future(self._wait_unhealthy(max_busy))
         exited = asyncio.ensure_future(self._process.wait())
         try:
@@ -151,7 +152,7 @@ class Process:
     async def _wait_unhealthy(self, max_busy: float) -> ProcessExit:
         """Waits until the process is silent or stuck."""
         while not isinstance(report := await self._next_report(SILENT_SECONDS, max_busy), ProcessExit):
-            if report is None:  # stdout is closed: it exits, which `watch` notices, unless it hangs on the way
+            if report is None:  # stdout is closed: the process exits, which `watch` notices, or it hangs
                 await asyncio.sleep(SILENT_SECONDS)
                 return _silent(SILENT_SECONDS)
         return report
@@ -159,9 +160,9 @@ class Process:
     async def _next_report(self, max_silence: int, max_busy: float) -> Ready | Failed | ProcessExit | None:
         """The next report other than a heartbeat, or None at the end of stdout.
 
-        A ProcessExit, of a process to be killed, when nothing arrives for `max_silence` seconds, or a heartbeat says it
-        has been busy for over `max_busy`. Silence is counted in seconds that this process was running: after it was
-        stopped itself and continued, it first reads what the child wrote meanwhile.
+        Returns a ProcessExit, and the child must be killed, if nothing arrives for `max_silence` seconds or a heartbeat
+        reports more than `max_busy` busy seconds. Silence is counted only while the parent itself runs: after the
+        parent was stopped and continued, it first reads what the child wrote meanwhile.
         """
         silent, line = 0, asyncio.ensure_future(self._read_line())
         try:
@@ -183,7 +184,7 @@ class Process:
         return _silent(max_silence)
 
     async def _read_line(self) -> bytes:
-        """The next line of its stdout, empty at the end."""
+        """Returns the next line of the child's stdout, empty at its end."""
         assert self._process.stdout is not None
         try:
             return await self._process.stdout.readline()
@@ -198,11 +199,11 @@ class Process:
             return None
 
     async def wait_exit(self) -> str:
-        """Waits for its exit and describes it."""
+        """Waits for the exit and returns a description of it."""
         return _describe(await self._process.wait())
 
     async def stop(self, timeout: float) -> None:
-        """Sends SIGTERM and waits for its exit; after `timeout` seconds sends SIGKILL."""
+        """Sends SIGTERM and waits for the exit; after `timeout` seconds sends SIGKILL."""
         if self._process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):

@@ -3,7 +3,7 @@
     incarnation 0 --exits--> pause --> incarnation 1 --exits--> longer pause --> ...
                                                      too many exits in a row --> unrecoverable
 
-Knows nothing of what the processes do, nor of how a new incarnation finds its neighbours.
+A new incarnation gets its neighbours' addresses from engine.processes.incarnations.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from engine.processes.process import Process, ProcessSpec
 
 log = logging.getLogger(__name__)
 
-STABLE_SECONDS = 10.0  # a process that served this long starts a new row of deaths
+STABLE_SECONDS = 10.0  # after a process has served this long, its count of deaths starts again
 MAX_DEATHS = 16
 MAX_FAILED_STARTS = 3
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
 
 SpecFactory = Callable[[int, bool], ProcessSpec]
-"""Makes the spec of incarnation n (from 0); the second argument: whether the last one that served ended by itself."""
+"""Returns the spec of an incarnation. Arguments: its number, from 0; whether the last one that served ended by its own
+fault."""
 
 
 class _Supervised:
-    """One process of the group: its current incarnation, and how often incarnations died in a row."""
+    """One process of the group: its current incarnation, and the number of incarnations that died in a row."""
 
     def __init__(self, make: SpecFactory) -> None:
         self.make = make
@@ -46,11 +47,11 @@ class _Supervised:
         return self.process
 
     def mark_ready(self) -> None:
-        """The current incarnation serves from now on."""
+        """Records that the current incarnation serves from now on."""
         self.failed_starts, self._since = 0, time.monotonic()
 
     def count_death(self) -> bool:
-        """Counts a death. Returns True when there were too many in a row."""
+        """Counts a death. Returns whether there were too many in a row."""
         if time.monotonic() - self._since > STABLE_SECONDS:
             self.deaths = 0
         self.deaths += 1
@@ -58,15 +59,15 @@ class _Supervised:
 
     @property
     def pause(self) -> float:
-        """Seconds before the next incarnation."""
+        """The seconds to wait before the next incarnation is started."""
         return min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** (self.deaths - 1))
 
 
 class Supervisor:
-    """A group of processes. `async with` starts them in order; leaving stops them in reverse order.
+    """A group of processes. Entering `async with` starts them in order; leaving it stops them in reverse order.
 
-    A later process may depend on an earlier one. `grace` are the seconds a process has to stop, `max_busy` the seconds
-    it may be busy with one piece of work.
+    A later process may depend on an earlier one. A process has `grace` seconds to stop, and may be busy with one piece
+    of work for `max_busy` seconds.
     """
 
     def __init__(self, spec_factories: Sequence[SpecFactory], grace: float = 15.0, max_busy: float = 120.0) -> None:
@@ -87,12 +88,15 @@ class Supervisor:
         await self.stop(self._grace)
 
     async def ready(self) -> dict[str, Ready]:
-        """The reports of all processes, by name. Raises the error of one that failed; a first start is not retried."""
+        """Waits for the Ready reports of all processes and returns them by name.
+
+        Raises the error of a process that failed; a first start is not retried.
+        """
         reports: list[tuple[str, Ready]] = []
         starts = [asyncio.ensure_future(self._first_start(process, reports)) for process in self._processes()]
         try:
             done, _ = await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
-            if any(task.exception() for task in done):  # the cause may be the failure of another, about to arrive
+            if any(task.exception() for task in done):  # the cause may be another process's failure, about to arrive
                 await asyncio.wait(starts, timeout=0.2)
         finally:
             for task in starts:
@@ -106,9 +110,10 @@ class Supervisor:
         return dict(reports)
 
     async def _first_start(self, process: Process, reports: list[tuple[str, Ready]]) -> None:
-        """Appends the process's report, then watches it until all have reported.
+        """Appends the process's report, then watches the process until all processes have reported.
 
-        Raises the error it failed with, or EngineDead when it ends while another process, which may need it, starts.
+        Raises the error that the process reports, or EngineDead if it ends while another process, which may need it,
+        is starting.
         """
         reports.append((process.spec.name, await process.report()))
         if len(reports) < len(self._supervised):
@@ -118,7 +123,7 @@ class Supervisor:
             )
 
     async def run_until_unrecoverable(self) -> str:
-        """Restarts each process that exits, until one has died too often in a row. Returns which one, and how."""
+        """Restarts each process that exits, until one has died too often in a row. Returns a description of its end."""
         keepers = [asyncio.ensure_future(self._keep_running(each)) for each in self._supervised]
         try:
             done, _ = await asyncio.wait(keepers, return_when=asyncio.FIRST_COMPLETED)
@@ -155,7 +160,7 @@ class Supervisor:
             how = f"the {process.spec.name} process {end.description}"
             if supervised.count_death():
                 return f"{how}, and that too often in a row"
-            if served:  # an incarnation that never served did no work: the fault of the one before it still counts
+            if served:  # an incarnation that never served ran no steps, so the former one's fault still counts
                 own_fault = end.own_fault
             log.warning("%s; the next one starts", how)
             await asyncio.sleep(supervised.pause)
@@ -163,7 +168,7 @@ class Supervisor:
             served = await self._becomes_ready(supervised, process)
 
     async def _becomes_ready(self, supervised: _Supervised, process: Process) -> bool:
-        """Waits for the report of a restarted process; stops the process if its start fails."""
+        """Waits for the report of a restarted process and returns whether it serves; stops it if its start fails."""
         try:
             await process.report()
         except EngineError as error:

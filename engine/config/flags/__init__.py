@@ -1,1 +1,1 @@
-"""The command line: its parser, and the flags by group, with help texts that end with the default in parentheses."""
+"""The command line: its parser, and the flags by group. Each help text ends with the default in parentheses."""

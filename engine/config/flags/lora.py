@@ -1,4 +1,4 @@
-"""The flags of LoRA: the adapters, their computation, pools and order; and of loading adapters at run time."""
+"""The LoRA flags: adapters, backends, pools, admission and eviction, host memory, and loading at run time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The flags of the model: what is served, how it is computed, sizes of steps and KV cache, CUDA graphs."""
+"""The flags of the model: its path and name, backends and dtype, sizes of steps and KV cache, CUDA graphs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Parses the command line into ServerArgs. Flags have SGLang's names and vLLM's as aliases, so that a command line
-moves over unchanged.
+"""Parses the command line into ServerArgs. Flags have SGLang's names, with vLLM's as aliases, so that a command line
+for either engine works unchanged.
 
-A flag of SGLang or vLLM that is not available ends the launch with one line, like any other mistake. Imports nothing
-heavy, so --help is quick.
+A flag of SGLang or vLLM that is not available ends the launch with a one-line message, like any other invalid flag.
+The module imports no large library, so that --help is quick.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def parse(argv: Sequence[str]) -> ServerArgs:
 
 
 def _from_environment() -> dict[str, object]:
-    """Fields set by environment variables: the admin key, which a process list must not show, and vLLM's switch."""
+    """Returns the fields set by environment variables: the admin key, which a process list must not show, and vLLM's
+    switch for loading adapters at run time.
+    """
     fields: dict[str, object] = {}
     if key := os.environ.get("CHORUS_ADMIN_API_KEY"):
         fields["admin_api_key"] = key
@@ -47,7 +49,7 @@ def _from_environment() -> dict[str, object]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command line. Each help text ends with the flag's default in parentheses."""
+    """Returns the parser of the command line. Each help text ends with the flag's default in parentheses."""
     parser = _Parser(
         prog="python -m engine.launch",
         description="Chorus: serve one base model and many LoRA adapters. Without a model it serves a small demo.",

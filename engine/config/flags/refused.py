@@ -1,4 +1,4 @@
-"""Flags of SGLang and vLLM that are known and not available: each ends the launch with a line that says why."""
+"""Flags of SGLang and vLLM that are recognised but not available: each ends the launch with a one-line reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REFUSED = {
 
 
 class Refuse(argparse.Action):
-    """A known flag that is not available; the error says why."""
+    """The argparse action of a flag that is not available: raises an error that says why."""
 
     def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
         flag = str(option_string)

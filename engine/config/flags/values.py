@@ -1,4 +1,5 @@
-"""Parses flag values with aliases, and values of SGLang and vLLM that are not available."""
+"""Parses the values of flags whose values have aliases, and refuses values of SGLang and vLLM that are not available.
+"""
 
 from __future__ import annotations
 
