@@ -122,7 +122,7 @@ class Directory:
         return handle
 
     def _handle_of(self, name: str, flags: int = 0) -> int:
-        """Returns an O_PATH handle of the file or directory that `name` leads to. Raises FileRefused outside the roots."""
+        """Returns an O_PATH handle of the file or directory that `name` leads to. Outside the roots: FileRefused."""
         try:
             handle = os.open(name, os.O_PATH | os.O_CLOEXEC | flags, dir_fd=self._handle)
         except (OSError, ValueError) as error:

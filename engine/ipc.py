@@ -43,7 +43,7 @@ class Outbox:
         self._socket.send(frame, copy=False)
 
     def reconnect(self, address: str) -> None:
-        """Sends to another inbox from now on. Queued messages are still delivered to the former one for up to a second."""
+        """Sends to another inbox from now on. Queued messages still go to the former one for up to a second."""
         self.close()
         self._connect(address)
 

@@ -22,7 +22,7 @@ READ_SUFFIXES = (".json", ".safetensors", ".jinja")
 
 
 def allowed_roots(roots: Sequence[str]) -> list[str]:
-    """Returns the real paths of the roots and of the hub's cache. Without roots the list is empty: any path is allowed."""
+    """Returns the real paths of the roots and of the hub's cache; an empty list, which allows any path, without roots."""
     if not roots:
         return []
     paths = (os.path.realpath(os.path.expanduser(root)) for root in (*roots, _hub_cache()))

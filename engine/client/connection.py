@@ -71,8 +71,8 @@ class Connection:
         self._socket.connect(address)
         self._last_heard = asyncio.get_running_loop().time()
         self._epoch: int | None = None
-        self._dead: EngineDead | None = None  # set until the next Ping arrives
-        self._closed: EngineDead | None = None  # once set, it stays
+        self._dead: EngineDead | None = None  # set while the engine is silent; the next frame clears it
+        self._closed: EngineDead | None = None  # set for good when this connection is closed or failed
         self._tasks = [asyncio.ensure_future(self._run(task)) for task in (self._receive(), self._ping())]
 
     def new_id(self) -> int:
@@ -83,7 +83,7 @@ class Connection:
     async def call(self, message: Submit | Command) -> AsyncIterator[Call]:
         """Sends a call and yields its Call, from which replies are read; leaving early or with an exception cancels it.
 
-        Raises InvalidRequest for a message that cannot be encoded or is too large, and EngineDead if the engine is.
+        Raises InvalidRequest for a message that cannot be encoded or is too large, and EngineDead if the engine is dead.
         """
         if (gone := self._closed or self._dead) is not None:
             raise gone
@@ -98,7 +98,7 @@ class Connection:
                 self._socket.send(self._encode(Cancel(message.id)))  # the engine ignores it if the call is finished
 
     async def close(self) -> None:
-        """Closes the connection and ends its open calls with EngineDead; without pings the engine aborts their requests."""
+        """Closes the connection and ends its open calls with EngineDead. Without pings the engine aborts the requests."""
         self._closed = EngineDead("the engine was closed")
         self._end_calls(self._closed)
         for task in self._tasks:
@@ -107,7 +107,7 @@ class Connection:
         self._context.destroy(linger=500)
 
     def _encode(self, message: Submit | Cancel | Command | Ping) -> bytes:
-        """Returns the encoded frame. Refuses one above MAX_FRAME_BYTES, for which the engine would drop the connection."""
+        """Returns the encoded frame. Refuses one above MAX_FRAME_BYTES: the engine would drop the connection."""
         try:
             frame = self._encoder.encode(message)
         except (OverflowError, UnicodeEncodeError, TypeError, msgspec.MsgspecError) as error:

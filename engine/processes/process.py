@@ -124,7 +124,7 @@ class Process:
         raise self._start_error(f"{await self._wait_or_kill()} while starting")
 
     async def watch(self, max_busy: float) -> ProcessExit:
-        """Waits for the exit. Kills the process if it is silent, or at one piece of work for over `max_busy` seconds."""
+        """Waits for the exit. Kills the process if it is silent, or busy with one task for over `max_busy` seconds."""
         unhealthy = asyncio.ensure_future(self._wait_unhealthy(max_busy))
         exited = asyncio.ensure_future(self._process.wait())
         try:

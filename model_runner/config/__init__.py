@@ -1,7 +1,7 @@
-"""What a model is, as numbers: the translation of each family's config.json into one ModelConfig.
+"""The configuration of a model: each family's config.json is translated into one type, ModelConfig.
 
-A family is one translation: the layers read a ModelConfig and never a config.json. FAMILIES is the table of all
-families that are served.
+Each family has one translating function; the layers read a ModelConfig and never a config.json. FAMILIES is the table
+of all families that are served.
 """
 
 from model_runner.config.model_config import Experts, ModelConfig

@@ -1,6 +1,6 @@
-"""A model's config.json as typed fields: every field that is read is checked, and an error names it.
+"""A model's config.json as typed fields: every field that is read is checked, and errors name the field.
 
-Knows nothing of families. JSON null counts as absent, except in `nullable`.
+Does not depend on any model family. JSON null counts as absent, except in `nullable`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ MAX_CONFIG_BYTES = 16 << 20
 
 
 class ConfigJson:
-    """One JSON object (the file, or one inside it); `where` is its place, for errors; `seen` are the keys read."""
+    """One JSON object: the file's, or one inside it. `where` is its place, for errors; `seen` are the keys read so far.
+
+    The methods return the value of a key. They raise ConfigError if it has the wrong type or range.
+    """
 
     def __init__(self, where: str, fields: Mapping[str, Any]) -> None:
         self.where = where
@@ -28,67 +31,67 @@ class ConfigJson:
         return key in self.fields
 
     def wrong(self, key: str, why: str) -> ConfigError:
-        """An error about `key`, with its value and what is wrong with it."""
+        """Returns an error about `key`, with its value and the reason `why` it is wrong."""
         return ConfigError(f"{self.where}: {key}={json.dumps(self.fields.get(key))[:200]}: {why}")
 
     def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        """A whole number >= least; absent without a default is an error."""
+        """Returns a whole number >= `least`. A missing key without a default is an error."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self.wrong(key, f"must be a whole number of at least {least}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number > 0; absent without a default is an error."""
+        """Returns a finite number > 0. A missing key without a default is an error."""
         value = self._get(key, default)
         if not _finite(value) or value <= 0:
             raise self.wrong(key, "must be a positive number")
         return float(value)
 
     def nullable(self, key: str, default: float | None) -> float | None:
-        """A finite number > 0; null is None, absent is the default."""
+        """Returns a finite number > 0, None for null, or the default if the key is missing."""
         if key in self.fields and self.fields[key] is None:
             self.seen.add(key)
             return None
         return None if key not in self.fields and default is None else self.number(key, default)
 
     def flag(self, key: str, default: bool) -> bool:
-        """true or false."""
+        """Returns a boolean, or the default if the key is missing."""
         value = self._get(key, default)
         if not isinstance(value, bool):
             raise self.wrong(key, "must be true or false")
         return value
 
     def text(self, key: str, default: str) -> str:
-        """A string."""
+        """Returns a string, or the default if the key is missing."""
         value = self._get(key, default)
         if not isinstance(value, str):
             raise self.wrong(key, "must be a string")
         return value
 
     def texts(self, key: str) -> list[str]:
-        """A list of strings; absent is empty."""
+        """Returns a list of strings, empty if the key is missing."""
         value = self._get(key, [])
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self.wrong(key, "must be a list of strings")
         return value
 
     def numbers(self, key: str) -> tuple[float, ...]:
-        """A list of finite numbers; absent is an error."""
+        """Returns a list of finite numbers. A missing key is an error."""
         value = self._get(key, None)
         if not isinstance(value, list) or not all(_finite(item) for item in value):
             raise self.wrong(key, "must be a list of numbers")
         return tuple(float(item) for item in value)
 
     def integers(self, key: str) -> list[int]:
-        """A list of whole numbers; absent is empty."""
+        """Returns a list of whole numbers, empty if the key is missing."""
         value = self._get(key, [])
         if not isinstance(value, list) or not all(type(item) is int for item in value):
             raise self.wrong(key, "must be a list of whole numbers")
         return value
 
     def inner(self, key: str) -> ConfigJson:
-        """An object inside this one; absent is empty."""
+        """Returns the object at `key`, empty if the key is missing."""
         value = self._get(key, {})
         if not isinstance(value, dict):
             raise self.wrong(key, "must be an object")
@@ -109,7 +112,7 @@ def _finite(value: Any) -> bool:
 
 
 def read_config_json(directory: Path) -> ConfigJson:
-    """The config.json of a model directory. Raises ConfigError if it is missing, too large or not a JSON object."""
+    """Reads the config.json of a model directory. Raises ConfigError if it is missing, too large or no JSON object."""
     path = directory / "config.json"
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:

@@ -1,6 +1,6 @@
-"""The fields that all families share, read into a ModelConfig; a family replaces what differs.
+"""Reads the config.json fields that all families share into a ModelConfig, in which each family replaces what differs.
 
-Knows nothing of families.
+Does not depend on any family's module.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def read_plain(
     rope: Rope | None = None,
     theta: float = 10000.0,
 ) -> ModelConfig:
-    """The ModelConfig of a Llama without biases and windows; the keywords are the family's defaults.
+    """Reads the ModelConfig of a Llama without biases and windows; the keyword arguments are the family's defaults.
 
     `kv_heads` None: as many as query heads; `head_dim` None: hidden_size / heads; `rope` None: read with base `theta`.
     """
@@ -65,7 +65,7 @@ def read_plain(
 
 
 def check_rope(config: ConfigJson, rope: Rope, head_dim: int) -> None:
-    """Raises ConfigError where the rope does not fit the head size."""
+    """Raises ConfigError if the rope does not fit the head size."""
     rotary_dim = rope.rotary_dim(head_dim)
     if rotary_dim < 2 or rotary_dim % 2:
         raise config.wrong(
@@ -77,7 +77,7 @@ def check_rope(config: ConfigJson, rope: Rope, head_dim: int) -> None:
 
 
 def uniform_windows(config: ConfigJson, layers: int, default: int | None) -> Windows:
-    """`sliding_window` for all layers; null is none."""
+    """Returns `sliding_window` as the window of every layer; null: no window."""
     window = None
     if "sliding_window" not in config:
         window = default
@@ -90,7 +90,7 @@ def uniform_windows(config: ConfigJson, layers: int, default: int | None) -> Win
 
 
 def windows_by_type(config: ConfigJson, kinds: list[str], layers: int, window: int | None) -> Windows:
-    """A window in the layers that are `sliding_attention` in `kinds`."""
+    """Returns the windows by layer: `window` in the layers that `kinds` calls `sliding_attention`, None elsewhere."""
     if len(kinds) != layers:
         raise config.wrong("layer_types", f"must name {layers} layers")
     for kind in kinds:
@@ -102,14 +102,14 @@ def windows_by_type(config: ConfigJson, kinds: list[str], layers: int, window: i
 
 
 def check_activation(config: ConfigJson, key: str, served: str, default: str) -> None:
-    """Raises ConfigError for another activation than the family's."""
+    """Raises ConfigError if field `key` is not `served`, the family's activation."""
     names = (served, "swish") if served == "silu" else (served,)
     if config.text(key, default) not in names:
         raise config.wrong(key, f"only {served} is served for this family")
 
 
 def _dtype(config: ConfigJson) -> torch.dtype:
-    """`dtype`, or `torch_dtype` in older files."""
+    """Reads the field `dtype`, or `torch_dtype` in older files."""
     key = "dtype" if "dtype" in config else "torch_dtype"
     name = config.text(key, "float32").removeprefix("torch.")
     if name not in DTYPES:

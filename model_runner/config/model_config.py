@@ -1,4 +1,4 @@
-"""One decoder-only model as numbers. Knows nothing of files and weights."""
+"""ModelConfig: the sizes and options of one decoder-only model. Does not depend on files or weights."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Experts:
     """A mixture of experts in place of the MLP.
 
     layers       per layer: whether it has experts; the others have an MLP
-    count        experts of a layer, of which a token uses `per_token`
+    count        number of experts of a layer, of which a token uses `per_token`
     width        intermediate size of one expert
     renormalize  whether the chosen experts' weights sum to one
-    block        their module in the checkpoint, below the layer: "mlp"
-    names        gate, up and down of one expert in the checkpoint
+    block        the name of the experts' module below the layer in the checkpoint, for example "mlp"
+    names        the names of gate, up and down of one expert in the checkpoint
     """
 
     layers: tuple[bool, ...]
@@ -35,19 +35,19 @@ class Experts:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One decoder-only model.
+    """The sizes and options of one decoder-only model.
 
     windows         per layer: how many positions a token attends to, itself included; None = all before it
     ropes           per layer: how positions rotate q and k; None = not at all
-    max_length      the longest request the model is made for, with its rope scaling
-    dtype           of the weights in the checkpoint (what `--dtype auto` means)
-    scale           of q k^T before the softmax, and what caps it (attention_cap)
-    norm            which RMSNorm: plain, wide, or gemma (ops/base.py)
+    max_length      the longest request that the model supports, with its rope scaling
+    dtype           dtype of the weights in the checkpoint, which `--dtype auto` selects
+    scale           factor on q k^T before the softmax; attention_cap is the softcap on the product
+    norm            the kind of RMSNorm: plain, wide, or gemma (ops/base.py)
     qk_norm         whether q and k are normed before they are rotated
-    activation      of the MLP's gate: silu or gelu_tanh
+    activation      activation of the MLP's gate: silu or gelu_tanh
     fused           whether the checkpoint holds qkv_proj and gate_up_proj instead of their parts
-    embed_scale     factor on embeddings; residual_scale on what a layer adds; logit_scale and logit_cap on logits
-    decoder_class   the class that computes it, "module:name"
+    embed_scale     factor on embeddings; residual_scale on a layer's addends; logit_scale and logit_cap on logits
+    decoder_class   the class that computes the model, "module:name"
     """
 
     family: str
@@ -82,11 +82,11 @@ class ModelConfig:
 
     @property
     def widest(self) -> int:
-        """Activations of a token between the linears of an MLP, or of all its experts; for sizing memory."""
+        """The most intermediate values of a token in an MLP or in all its experts; used to size memory."""
         if self.experts is None:
             return self.intermediate_size
         return max(self.intermediate_size, self.experts.per_token * (self.experts.width + self.hidden_size))
 
     def serving(self, length: int) -> ModelConfig:
-        """The config for a server whose longest request is `length` tokens: some ropes depend on it."""
+        """Returns the config for a server whose longest request is `length` tokens: some ropes depend on `length`."""
         return replace(self, ropes=tuple(None if rope is None else rope.serving(length) for rope in self.ropes))

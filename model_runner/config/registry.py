@@ -1,4 +1,4 @@
-"""The families that are served, by the name in their config.json, and what is refused for all of them."""
+"""The table of families that are served, by the name in config.json, and the checks that apply to all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from model_runner.config.model_config import ModelConfig
 
 @dataclass(frozen=True)
 class Family:
-    """A family: `title` and `note` are shown in tables and errors, `read` translates its config.json."""
+    """A model family. `title` and `note` are shown in tables and errors; `read` translates its config.json."""
 
     title: str
     model_type: str
@@ -79,12 +79,12 @@ FOREIGN: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu", "swish"),
     "hidden_activation": ("silu", "swish"),
 }
-"""Fields that change what a model computes, and the values with which they do not. A family that does not read such a
-field refuses its other values: a model with it must not be served as one without."""
+"""Fields that may change what a model computes, each with the values that change nothing. Where a family does not read
+a field, any other value of the field is refused: otherwise the model would be computed wrongly."""
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """The config of the model directory `path`. Raises ConfigError naming what cannot be served."""
+    """Reads the config of the model directory `path`. Raises a ConfigError that names what cannot be served."""
     config = read_config_json(path)
     family = _find_family(config)
     _refuse_quantized(config)

@@ -1,8 +1,8 @@
-"""Rotary frequencies: read from a config.json (old and new keys), and computed as transformers computes them.
+"""Rotary frequencies: their parameters are read from a config.json (old and new keys); the values are transformers'.
 
-Knows nothing of layers. Sources: RoFormer (2104.09864), YaRN (2309.00071), LongRoPE (2402.13753), the Llama 3.1 model
-card; position interpolation (2306.15595) for `linear`. `dynamic` does not change the frequencies up to
-max_position_embeddings, and longer requests are not served.
+Sources: RoFormer (2104.09864), YaRN (2309.00071), LongRoPE (2402.13753), the Llama 3.1 model card; position
+interpolation (2306.15595) for `linear`. `dynamic` does not change the frequencies up to max_position_embeddings, and
+longer requests are not served.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ KEYS = {
 
 @dataclass(frozen=True)
 class Rope:
-    """A rope type and its numbers; those of other types keep their defaults.
+    """A rope type and its parameters; parameters of other types keep their defaults.
 
-    rotary_share    the part of a head's dimensions that is rotated
-    original        positions of the pretraining (llama3, yarn, longrope)
+    rotary_share    the share of a head's dimensions that is rotated
+    original        the context length of the pretraining, in tokens (llama3, yarn, longrope)
     attention       factor on cos and sin (yarn, longrope)
     divisors        divisor of each frequency (longrope)
-    short_divisors  those for a server of no more than `original` positions (longrope)
+    short_divisors  the divisors for a server whose requests have at most `original` positions (longrope)
     """
 
     kind: str = "default"
@@ -49,13 +49,13 @@ class Rope:
     short_divisors: tuple[float, ...] = ()
 
     def rotary_dim(self, head_dim: int) -> int:
-        """How many dimensions of a head are rotated."""
+        """Returns the number of dimensions of a head that are rotated."""
         return int(head_dim * self.rotary_share)
 
     def serving(self, length: int) -> Rope:
-        """For a server whose longest request is `length`: longrope's short factors if they reach that far.
+        """Returns the rope for a server whose longest request is `length`: longrope uses its short factors if they suffice.
 
-        One set of factors is for all requests, as the keys in the KV cache are rotated by it.
+        All requests use one set of factors, because the keys in the KV cache are rotated with it.
         """
         return (
             replace(self, divisors=self.short_divisors) if self.kind == "longrope" and length <= self.original else self
@@ -71,9 +71,10 @@ def read_rope(
     original: int | None = None,
     aliases: Mapping[str, str] | None = None,
 ) -> Rope:
-    """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before). Raises ConfigError.
+    """Reads the rope from `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (earlier versions).
 
-    `theta`, `original` and `aliases` of rope types are the family's; `partial`: it may rotate a part of a head.
+    `theta` and `original` are the family's defaults, `aliases` its names of rope types. `partial`: the family may
+    rotate only a part of each head. Raises ConfigError.
     """
     key = "rope_scaling" if config.fields.get("rope_scaling") else "rope_parameters"
     given = config.inner(key)
@@ -96,7 +97,7 @@ def parse_rope(
     original: int | None = None,
     aliases: Mapping[str, str] | None = None,
 ) -> Rope:
-    """One rope from its JSON object; the arguments are its defaults. Raises ConfigError."""
+    """Parses one rope from its JSON object; the arguments are defaults for missing fields. Raises ConfigError."""
     named = given.text("rope_type", given.text("type", "default"))
     kind = (aliases or {}).get(named, named)
     if kind not in KINDS:
@@ -153,12 +154,12 @@ def _read_longrope(given: ConfigJson, rope: Rope, positions: int) -> Rope:
 
 
 def extended_length(rope: Rope, positions: int) -> int:
-    """The longest request: yarn reaches factor times its original length, even if the config was not changed for it."""
+    """Returns the longest request in tokens: with yarn, `factor` times the original length, whatever the config says."""
     return max(positions, int(rope.original * rope.factor)) if rope.kind == "yarn" else positions
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
-    """[rotary_dim / 2] float32, on the host: the angle per position of each pair of rotated dimensions."""
+    """Returns the angle per position of each pair of rotated dimensions: [rotary_dim / 2], float32, on the host."""
     size = rope.rotary_dim(head_dim)
     powers = rope.theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
     if rope.kind == "longrope":
@@ -174,7 +175,7 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
 
 
 def _llama3(frequencies: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Frequencies of short waves stay, those of long waves are divided by the factor, those between are blended.
+    """Keeps the frequencies of short waves, divides those of long waves by the factor, and blends those in between.
 
     wavelength   0 ...... original/high ...... original/low ......
     frequency    as it is |      blend        | divided by factor
@@ -188,7 +189,7 @@ def _llama3(frequencies: torch.Tensor, rope: Rope) -> torch.Tensor:
 
 
 def _yarn(rope: Rope, dim: int) -> torch.Tensor:
-    """A ramp over the dimensions from unchanged frequencies to those divided by the factor."""
+    """Blends along a ramp over the dimensions, from unchanged frequencies to frequencies divided by the factor."""
 
     def dimension(rotations: float) -> float:
         return dim * math.log(rope.original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -198,7 +199,7 @@ def _yarn(rope: Rope, dim: int) -> torch.Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
-        high += 0.001  # a ramp needs a width
+        high += 0.001  # avoids a division by zero where both ends of the ramp coincide
     powers = rope.theta ** (torch.arange(0, dim, 2).float() / dim)
     keep = 1 - torch.clamp((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
     return 1.0 / (rope.factor * powers) * (1 - keep) + 1.0 / powers * keep

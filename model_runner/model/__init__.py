@@ -1,1 +1,1 @@
-"""The decoder: layers, families, and loading."""
+"""The decoder: its layers, the variants of model families, and loading."""

@@ -1,4 +1,4 @@
-"""Builds the Decoder of a model directory, of the class that its ModelConfig names, and loads its weights."""
+"""Builds the decoder of a model directory, of the class that its ModelConfig names, and loads its weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from model_runner.weights.checkpoint import load_checkpoint
 
 
 def build_decoder(config: ModelConfig, weights: Weights) -> Decoder:
-    """The decoder of `config`, its weights uninitialised."""
+    """Builds the decoder of `config`, with uninitialised weights."""
     module, _, name = config.decoder_class.partition(":")
     decoder: Decoder = getattr(importlib.import_module(module), name)(config, weights)
     return decoder
@@ -33,9 +33,9 @@ def load_model(
     method: str = "plain",
     progress: BusyTimer | None = None,
 ) -> Decoder:
-    """The decoder of `config` with the directory's weights, cast to `dtype`, its linears stored by `method`.
+    """Builds the decoder of `config` and loads the directory's weights, cast to `dtype`, linears stored by `method`.
 
-    Raises ConfigError naming what is wrong.
+    Raises a ConfigError that says what is wrong with the weights.
     """
     decoder = build_decoder(config, Weights(device, dtype, shard or Shard(), find(method)))
     harmless = ["lm_head.weight"] if config.tie_embeddings else []

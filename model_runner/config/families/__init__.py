@@ -1,1 +1,1 @@
-"""One module for each family of models: its config.json translated into a ModelConfig."""
+"""One module for each group of related model families, which translates their config.json into a ModelConfig."""

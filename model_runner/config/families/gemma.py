@@ -1,4 +1,4 @@
-"""Gemma 2 and Gemma 3 (text): norms before and after, scaled embeddings, alternating windows, softcaps."""
+"""Gemma 2 and Gemma 3 (text): norms before and after attention and MLP, scaled embeddings, windows, softcaps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOCAL_THETA, GLOBAL_THETA = 10000.0, 1000000.0
 
 
 def gemma2(config: ConfigJson) -> ModelConfig:
-    """Gemma2ForCausalLM: every other layer has a sliding window."""
+    """Reads the config of Gemma2ForCausalLM: every other layer has a sliding window."""
     model = read_plain(config, "gemma2", max_length=POSITIONS["gemma2"], kv_heads=4, head_dim=256, tie=True)
     return replace(
         _gemma(config, model),
@@ -25,7 +25,10 @@ def gemma2(config: ConfigJson) -> ModelConfig:
 
 
 def gemma3(config: ConfigJson) -> ModelConfig:
-    """Gemma3ForCausalLM: five of six layers have a sliding window and a rope of their own; q and k are normed."""
+    """Reads the config of the text model of Gemma 3 (Gemma3ForCausalLM).
+
+    Five of six layers have a sliding window and a separate rope; q and k are normed.
+    """
     positions = config.integer("max_position_embeddings", POSITIONS["gemma3"])
     global_rope, local_rope = _ropes(config, positions)
     model = read_plain(config, "gemma3", max_length=positions, kv_heads=4, head_dim=256, tie=True, rope=global_rope)
@@ -43,7 +46,7 @@ def gemma3(config: ConfigJson) -> ModelConfig:
 
 def _gemma(config: ConfigJson, model: ModelConfig) -> ModelConfig:
     check_activation(config, "hidden_activation", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
-    config.seen.add("hidden_act")  # older files have both, and transformers reads hidden_activation
+    config.seen.add("hidden_act")  # older files have it beside hidden_activation, which is read
     bias = config.flag("attention_bias", False)
     return replace(
         model,
@@ -58,7 +61,7 @@ def _gemma(config: ConfigJson, model: ModelConfig) -> ModelConfig:
 
 
 def _windows(config: ConfigJson, layers: int, *, pattern: int) -> Windows:
-    """Without `layer_types` every `pattern`-th layer has full attention."""
+    """Reads the windows from `layer_types`; without it, every `pattern`-th layer has full attention."""
     kinds = ["sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(layers)]
     null = "sliding_window" in config and config.fields["sliding_window"] is None
     window = None if null else config.integer("sliding_window", 4096)
@@ -66,7 +69,10 @@ def _windows(config: ConfigJson, layers: int, *, pattern: int) -> Windows:
 
 
 def _ropes(config: ConfigJson, positions: int) -> tuple[Rope, Rope]:
-    """The ropes of layers with full attention and with windows: nested (transformers 5), or in separate fields."""
+    """Reads the ropes of the layers with full attention and with windows, in this order.
+
+    They are nested objects (transformers 5) or separate fields.
+    """
     global_theta, local_theta = (
         config.number("rope_theta", GLOBAL_THETA),
         config.number("rope_local_base_freq", LOCAL_THETA),

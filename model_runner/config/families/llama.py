@@ -1,4 +1,4 @@
-"""Llama 2 and 3.x, models of the same architecture (SmolLM 1 and 2), and Granite and SmolLM3, which differ little."""
+"""Llama 2 and 3.x, models of the same architecture (SmolLM 1 and 2), and two close variants: Granite and SmolLM3."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from model_runner.config.model_config import ModelConfig
 
 
 def llama(config: ConfigJson) -> ModelConfig:
-    """LlamaForCausalLM."""
+    """Reads the config of LlamaForCausalLM."""
     config.seen.add("sliding_window")  # exports of other families have it; a Llama has no sliding window
     return _biased(config, read_plain(config, "llama", max_length=2048))
 
 
 def granite(config: ConfigJson) -> ModelConfig:
-    """GraniteForCausalLM: a Llama with four multipliers."""
+    """Reads the config of GraniteForCausalLM: a Llama with four multipliers."""
     return replace(
         _biased(config, read_plain(config, "granite", max_length=2048)),
         scale=config.number("attention_multiplier", 1.0),
@@ -28,7 +28,7 @@ def granite(config: ConfigJson) -> ModelConfig:
 
 
 def smollm3(config: ConfigJson) -> ModelConfig:
-    """SmolLM3ForCausalLM: every fourth layer has no rope."""
+    """Reads the config of SmolLM3ForCausalLM: every fourth layer has no rope."""
     model = read_plain(config, "smollm3", max_length=32768, kv_heads=4, tie=True, theta=2000000.0)
     has_rope = _layers_with_rope(config, model.num_layers)
     return replace(
@@ -45,7 +45,7 @@ def _biased(config: ConfigJson, model: ModelConfig) -> ModelConfig:
 
 
 def _layers_with_rope(config: ConfigJson, layers: int) -> list[bool]:
-    """Per layer: whether it has a rope."""
+    """Returns for each layer whether it has a rope."""
     interval = config.integer("no_rope_layer_interval", 4)
     given = config.integers("no_rope_layers")
     if not given:

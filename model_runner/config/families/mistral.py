@@ -12,14 +12,14 @@ POSITIONS = 4096 * 32
 
 
 def mistral(config: ConfigJson) -> ModelConfig:
-    """MistralForCausalLM."""
+    """Reads the config of MistralForCausalLM."""
     check_activation(config, "hidden_act", "silu", "silu")
     model = read_plain(config, "mistral", max_length=POSITIONS, kv_heads=8)
     return replace(model, windows=uniform_windows(config, model.num_layers, 4096))
 
 
 def mixtral(config: ConfigJson) -> ModelConfig:
-    """MixtralForCausalLM."""
+    """Reads the config of MixtralForCausalLM."""
     check_activation(config, "hidden_act", "silu", "silu")
     model = read_plain(config, "mixtral", max_length=POSITIONS, kv_heads=8, eps=1e-5, theta=1e6)
     count, chosen = config.integer("num_local_experts", 8), config.integer("num_experts_per_tok", 2)

@@ -10,7 +10,7 @@ from model_runner.config.model_config import ModelConfig
 
 
 def olmo2(config: ConfigJson) -> ModelConfig:
-    """Olmo2ForCausalLM."""
+    """Reads the config of Olmo2ForCausalLM."""
     check_activation(config, "hidden_act", "silu", "silu")
     bias = config.flag("attention_bias", False)
     return replace(

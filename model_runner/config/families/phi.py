@@ -11,11 +11,11 @@ from model_runner.config.rope import read_rope
 
 POSITIONS = 4096
 ROPES = {"su": "longrope", "yarn": "longrope"}
-"""Names of LongRoPE in the first files of this family."""
+"""The names that the first config files of this family use for LongRoPE."""
 
 
 def phi3(config: ConfigJson) -> ModelConfig:
-    """Phi3ForCausalLM."""
+    """Reads the config of Phi3ForCausalLM (Phi-3 and Phi-4)."""
     check_activation(config, "hidden_act", "silu", "silu")
     rope = read_rope(
         config,

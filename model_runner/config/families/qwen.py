@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5 and Qwen3, dense and with experts."""
+"""Qwen2, Qwen2.5 and Qwen3, and Qwen3 with experts."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from model_runner.config.model_config import Experts, ModelConfig
 
 
 def qwen2(config: ConfigJson) -> ModelConfig:
-    """Qwen2ForCausalLM."""
+    """Reads the config of Qwen2ForCausalLM."""
     check_activation(config, "hidden_act", "silu", "silu")
     model = read_plain(config, "qwen2", max_length=32768, kv_heads=32)
     return replace(model, qkv_bias=True, windows=_windows(config, model.num_layers))
 
 
 def qwen3(config: ConfigJson) -> ModelConfig:
-    """Qwen3ForCausalLM: q and k are normed."""
+    """Reads the config of Qwen3ForCausalLM: q and k are normed."""
     model = _normed(config, read_plain(config, "qwen3", max_length=32768, kv_heads=32, head_dim=128))
     return replace(model, windows=_windows(config, model.num_layers))
 
 
 def qwen3_moe(config: ConfigJson) -> ModelConfig:
-    """Qwen3MoeForCausalLM: every `decoder_sparse_step`-th layer has experts, except `mlp_only_layers`."""
+    """Reads the config of Qwen3MoeForCausalLM.
+
+    Every `decoder_sparse_step`-th layer has experts, except the `mlp_only_layers`.
+    """
     model = _normed(config, read_plain(config, "qwen3_moe", max_length=32768, kv_heads=4))
     window = config.integer("sliding_window", 4096) if config.flag("use_sliding_window", False) else None
     return replace(
@@ -58,7 +61,9 @@ def _experts(config: ConfigJson, layers: int) -> Experts:
 
 
 def _windows(config: ConfigJson, layers: int) -> Windows:
-    """`layer_types` says which layers have a window; without it those from `max_window_layers` on."""
+    """Reads the windows: `layer_types` lists the layers with a window; without it, layers from `max_window_layers` on
+    have one.
+    """
     null = "sliding_window" in config and config.fields["sliding_window"] is None
     sliding = config.flag("use_sliding_window", False) and not null
     window = config.integer("sliding_window", 4096) if sliding else None

@@ -1,1 +1,1 @@
-"""The decoder, and a module for each family whose forward differs."""
+"""The decoder, and a module for each group of families whose forward differs from it."""

@@ -1,5 +1,5 @@
-"""The decoder: the model of most families, built from a ModelConfig; the others subclass it. The attention backend and
-LoRA are attached later.
+"""The decoder: the model of most families, built from a ModelConfig; other families subclass it. The attention backend
+and LoRA are attached later.
 
     x = embed(tokens)
     each layer:  x = x + attention(norm(x));  x = x + mlp(norm(x))
@@ -10,7 +10,7 @@ adds it:
 
     x, added  ->  norm(x + added)  ->  attention  ->  norm(x + its output)  ->  mlp  ->  x, the mlp's output
 
-Knows nothing of files, requests or sampling. Legend: T tokens of the step, S rows that need logits, H hidden size,
+Does not depend on files, requests or sampling. Legend: T tokens of the step, S rows that need logits, H hidden size,
 V vocabulary.
 """
 
@@ -38,7 +38,7 @@ from model_runner.step.batch import Batch
 from model_runner.step.kv_pool import KvPool
 
 Stream = tuple[torch.Tensor, torch.Tensor | None]
-"""x [T, H], and what is still to be added to it; None: nothing."""
+"""The residual x [T, H], and the addend that is still to be added to it (None: nothing)."""
 
 
 class Layer:
@@ -58,32 +58,32 @@ class Layer:
         self.read_norms(norm)
 
     def feed_forward(self, config: ModelConfig, index: int, weights: Weights) -> FeedForward:
-        """The part after attention."""
+        """Creates the part after attention; subclasses may override it."""
         return MLP(config, index, weights)
 
     def read_norms(self, norm: Callable[[str], RMSNorm]) -> None:
-        """Creates its norms; `norm` takes their names in the checkpoint."""
+        """Creates the layer's norms by calling `norm` with their names in the checkpoint."""
         self.attention_norm = norm("input_layernorm")
         self.mlp_norm = norm("post_attention_layernorm")
 
     def linears(self) -> Iterator[Linear]:
-        """qkv, o, and the linears of the MLP."""
+        """Yields qkv, o, and the linears of the MLP or experts."""
         yield from (self.attention.qkv, self.attention.o, *self.mlp.linears())
 
     def __call__(
         self, x_TH: torch.Tensor, added_TH: torch.Tensor | None, rotate: Rotation | None, batch: Batch
     ) -> Stream:
-        """A Stream in, the next one out."""
+        """Computes the layer: takes the former layer's Stream and returns its own."""
         normed_TH, x_TH = self.attention_norm.add(x_TH, added_TH, batch)
         normed_TH, x_TH = self.mlp_norm.add(x_TH, self.attention(normed_TH, rotate, batch), batch)
         return x_TH, self.mlp(normed_TH, batch)
 
 
 class Decoder:
-    """A model, at first with uninitialised weights; `weights.placements` says what a checkpoint fills.
+    """A model. It is built with uninitialised weights; `weights.placements` lists the checkpoint tensors that fill them.
 
-    A family whose forward differs has a subclass, with layers of its own (`layer_type`) or another treatment of
-    embeddings and logits (`adjust_embeddings`, `adjust_logits`).
+    A family whose forward differs has a subclass with its own layers (`layer_type`) or its own treatment of embeddings
+    and logits (`adjust_embeddings`, `adjust_logits`).
     """
 
     layer_type: type[Layer] = Layer
@@ -102,18 +102,18 @@ class Decoder:
 
     @property
     def sites(self) -> list[Site]:
-        """What adapters may change, in the order of the forward; the norms after all others."""
+        """Returns the sites, the modules that adapters may change, in the order of the forward; norms come last."""
         linears = [linear.site for layer in self.layers for linear in layer.linears()]
         return [self.embed.site, *linears, self.head.site, *(norm.site for norm in self.norms)]
 
     @property
     def norms(self) -> list[RMSNorm]:
-        """All norms, in the order of the forward."""
+        """Returns all norms, in the order of the forward."""
         return [*(norm for layer in self.layers for norm in layer.norms), self.norm]
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights on this rank."""
+        """The bytes of the weights on this rank."""
         return self.weights.bytes
 
     @property
@@ -122,15 +122,16 @@ class Decoder:
         return True
 
     def finish_loading(self) -> None:
-        """Brings the loaded weights into the form they are served in, one linear after the other, so that memory holds
-        at most one twice. Nothing can be loaded afterwards.
+        """Converts the loaded weights into the form in which they are served. No weights can be loaded afterwards.
+
+        The linears are converted one after the other, so that at most one is in memory twice.
         """
         self.weights.placements.clear()
         for site in self.sites:
             site.base.finish_loading()
 
     def attach(self, attention: AttentionBackend, pool: KvPool, lora: LoraBackend | None = None) -> None:
-        """Gives every layer its attention backend, its cache and, where there is one, the LoRA backend."""
+        """Attaches the attention backend and the KV cache to every layer, and the LoRA backend where there is one."""
         self.embed.lora = self.head.lora = lora
         for index, layer in enumerate(self.layers):
             layer.attention.attach(attention, pool.layer(index))
@@ -140,7 +141,7 @@ class Decoder:
             norm.attach(lora.pages.norms if lora else None)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """[T, H]: the normed hidden state of every token of the step; stores K and V."""
+        """Returns the normed hidden state [T, H] of every token of the step. Stores K and V in the cache."""
         rotations = [rotary(batch.positions_T) for rotary in self.rotaries]
         x_TH = self.adjust_embeddings(self.embed(batch.tokens_T, batch.lora, batch.lanes_T))
         added_TH: torch.Tensor | None = None
@@ -149,13 +150,13 @@ class Decoder:
         return self.norm.add(x_TH, added_TH, batch)[0]
 
     def adjust_embeddings(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """The input of the first layer."""
+        """Returns the input of the first layer, made from the embeddings; here they are unchanged."""
         return x_TH
 
     def logits(self, hidden_SH: torch.Tensor, lora: Any = None, lanes_S: LaneIndices | None = None) -> torch.Tensor:
-        """[S, V] float32 for these rows of `forward`'s output.
+        """Returns the logits [S, V], in float32, for these rows of `forward`'s output.
 
-        `lora` is planned for these rows; `lanes_S` are their lanes, where a lane has a full head, else None.
+        `lora` is the backend's plan for these rows. `lanes_S` are their lanes if a lane has a full head, else None.
         """
         logits_SV = self.adjust_logits(self.head(hidden_SH, lora, lanes_S))
         if lanes_S is not None:
@@ -163,5 +164,5 @@ class Decoder:
         return logits_SV
 
     def adjust_logits(self, logits_SV: torch.Tensor) -> torch.Tensor:
-        """The logits as the sampler takes them."""
+        """Returns the logits for the sampler, made from the head's output; here they are unchanged."""
         return logits_SV

@@ -21,7 +21,7 @@ from model_runner.step.batch import Batch
 
 
 class GemmaLayer(Layer):
-    """Attention and MLP, each between two norms."""
+    """Attention and MLP, each with a norm before and a norm after it."""
 
     def read_norms(self, norm: Callable[[str], RMSNorm]) -> None:
         self.attention_norm = norm("input_layernorm")
@@ -39,13 +39,13 @@ class GemmaLayer(Layer):
 
 
 class Gemma(Decoder):
-    """The decoder with such layers."""
+    """The decoder with Gemma's layers, embeddings and logits."""
 
     layer_type = GemmaLayer
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         super().__init__(config, weights)
-        self.scale = float(torch.tensor(config.embed_scale, dtype=weights.dtype))  # as the model was trained: rounded
+        self.scale = float(torch.tensor(config.embed_scale, dtype=weights.dtype))  # rounded to the dtype, as in training
         self.cap = config.logit_cap
 
     def adjust_embeddings(self, x_TH: torch.Tensor) -> torch.Tensor:

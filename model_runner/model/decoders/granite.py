@@ -1,4 +1,4 @@
-"""Granite: a Llama with multipliers on embeddings, on what each layer adds, and on logits.
+"""Granite: a Llama with multipliers on embeddings, on the addends of each layer, and on logits.
 
 Legend: T tokens of the step, S rows that need logits, H hidden size, V vocabulary.
 """
@@ -15,7 +15,7 @@ from model_runner.step.batch import Batch
 
 
 class GraniteLayer(Layer):
-    """Attention and MLP, each scaled before it is added."""
+    """Attention and MLP, each scaled before it is added to the residual."""
 
     def __init__(self, config: ModelConfig, index: int, weights: Weights) -> None:
         super().__init__(config, index, weights)
@@ -30,7 +30,7 @@ class GraniteLayer(Layer):
 
 
 class Granite(Decoder):
-    """The decoder with such layers."""
+    """The decoder with Granite's layers, embeddings and logits."""
 
     layer_type = GraniteLayer
 

@@ -10,10 +10,10 @@ from model_runner.model.layers.weights import Weights
 
 
 class MoeLayer(Layer):
-    """Attention, and experts in the layers that have them."""
+    """A layer with experts where the config gives it experts, else with an MLP."""
 
     def feed_forward(self, config: ModelConfig, index: int, weights: Weights) -> FeedForward:
-        """The layer's experts, or its MLP."""
+        """Creates the layer's experts, or its MLP."""
         assert config.experts is not None
         return (
             SparseMLP(config, index, weights)
@@ -23,7 +23,7 @@ class MoeLayer(Layer):
 
 
 class Moe(Decoder):
-    """The decoder with such layers."""
+    """The decoder whose layers may have experts."""
 
     layer_type = MoeLayer
 

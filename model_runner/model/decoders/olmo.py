@@ -22,12 +22,12 @@ from model_runner.step.batch import Batch
 
 
 class Olmo2Attention(Attention):
-    """Attention whose norms are over all heads at once."""
+    """Attention whose norms of q and k are each over all heads at once."""
 
     norms_by_head = False
 
     def read_norms(self, config: ModelConfig, weights: Weights, path: str) -> tuple[RMSNorm, RMSNorm]:
-        """The norms of q and k, each over all heads."""
+        """Creates the norms of q and k, each over all heads."""
         if weights.shard.size > 1:
             raise ConfigError(f"--tp-size {weights.shard.size}: OLMo 2 norms q and k over all heads; use --tp-size 1")
         return (
@@ -36,7 +36,7 @@ class Olmo2Attention(Attention):
         )
 
     def norm(self, qk_TND: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm, batch: Batch) -> torch.Tensor:
-        """q and k side by side, each normed as one vector."""
+        """Norms q and k, which are side by side in `qk_TND`, each as one vector over all heads."""
         q, k = qk_TND[:, : self.heads].flatten(1), qk_TND[:, self.heads :].flatten(1)
         return torch.cat((q_norm(q, batch), k_norm(k, batch)), dim=1).view(qk_TND.shape)
 
@@ -59,6 +59,6 @@ class Olmo2Layer(Layer):
 
 
 class Olmo2(Decoder):
-    """The decoder with such layers."""
+    """The decoder with OLMo 2's layers."""
 
     layer_type = Olmo2Layer

@@ -1,11 +1,11 @@
 """Self-attention with grouped key/value heads: fused qkv, optional norm of q and k, rotation, the backend, o.
 
-Where the backend gives its slots, the steps between qkv and attention are one operation:
+Where the backend gives the step's KV slots, everything between qkv and attention is one operation (first line):
 
     qkv -> norm of heads, rotation, K and V to their slots -> q -> attend_stored -> o
-    qkv -> norm -> rotation -> q, k, v -> attend -> o          else, and in layers without a rotation
+    qkv -> norm -> rotation -> q, k, v -> attend -> o          otherwise, and in layers without a rotation
 
-Legend: T tokens, H hidden size, N query heads, K key/value heads, J = N + 2 K, D head size, all of this rank.
+Legend: T tokens, H hidden size, N query heads, K key/value heads, J = N + 2 K, D head size; heads are those of this rank.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from model_runner.step.batch import Batch
 
 
 class Attention:
-    """One layer's attention; `attach` gives it a backend and its cache."""
+    """One layer's attention; `attach` sets its backend and its part of the KV cache."""
 
     norms_by_head = True  # whether the norms of q and k are over one head at a time
 
@@ -66,17 +66,17 @@ class Attention:
         self.norms = self.read_norms(config, weights, path) if config.qk_norm else None
 
     def read_norms(self, config: ModelConfig, weights: Weights, path: str) -> tuple[RMSNorm, RMSNorm]:
-        """The norms of q and k, over each head."""
+        """Creates the norms of q and k, each over one head at a time."""
         q_norm, k_norm = (read_norm(config, weights, f"{path}.{which}_norm", config.head_dim) for which in "qk")
         return q_norm, k_norm
 
     def attach(self, backend: AttentionBackend, cache: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Sets the backend, and this layer's cache of K and V."""
+        """Sets the attention backend and this layer's cache of K and V."""
         self.backend = backend
         self.cache = cache
 
     def __call__(self, x_TH: torch.Tensor, rotate: Rotation | None, batch: Batch) -> torch.Tensor:
-        """[T, H] -> [T, H]; without a rotation the positions have no effect."""
+        """Computes the attention's output: [T, H] -> [T, H]. `rotate` None: a layer without rotary embedding."""
         qkv_TJD = self.qkv(x_TH, batch).reshape(len(x_TH), self.heads + 2 * self.kv_heads, self.head_dim)
         slots = self.backend.slots(batch.attention)
         if slots is None or rotate is None or not self.norms_by_head:
@@ -101,7 +101,7 @@ class Attention:
         )
 
     def norm(self, qk_TND: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm, batch: Batch) -> torch.Tensor:
-        """q and k side by side, each head normed."""
+        """Norms each head of q and k, which are side by side in `qk_TND`."""
         return torch.cat((q_norm(qk_TND[:, : self.heads], batch), k_norm(qk_TND[:, self.heads :], batch)), dim=1)
 
     def _head_norms(self, batch: Batch) -> HeadNorms | None:

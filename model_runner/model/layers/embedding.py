@@ -1,6 +1,6 @@
-"""The embedding table and the head, which may be one tensor (tied). Both are sites.
+"""The embedding table and the head, which may share one tensor (tied). Adapters can change both.
 
-Every rank has all of both. Legend: T tokens, S rows that are asked for, H hidden size, V vocabulary.
+Neither is cut by rank. Legend: T tokens, S rows whose logits are computed, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from model_runner.quantization.plain import Plain
 
 
 class Embedding:
-    """A table [V, H], looked up by token."""
+    """The embedding table [V, H], looked up by token."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight
@@ -33,9 +33,9 @@ class Embedding:
         self.lora: LoraBackend | None = None
 
     def __call__(self, tokens_T: torch.Tensor, lora: Any = None, lanes_T: LaneIndices | None = None) -> torch.Tensor:
-        """[T] -> [T, H]; `lora` is the backend's plan for these tokens, `lanes_T` as in the batch."""
+        """Looks up tokens: [T] -> [T, H]. `lora` is the backend's plan for these tokens, `lanes_T` is that of the batch."""
         known_T = tokens_T
-        if lanes_T is not None:  # tokens beyond the base's vocabulary are in their lanes' tables
+        if lanes_T is not None:  # tokens beyond the base's vocabulary are looked up in their lanes' tables
             known_T = tokens_T.clamp(max=self.site.vocabulary - 1)
         y_TH = embedding(known_T, self.weight)
         if self.lora is not None and lora is not None:
@@ -46,16 +46,16 @@ class Embedding:
 
 
 class Head:
-    """A linear [V, H] whose outputs are float32 logits."""
+    """The head: a linear [V, H] whose outputs are float32 logits."""
 
     def __init__(self, base: LinearMethod, tied: bool = False) -> None:
         self.site = Site("head", "", -1, HEAD, (Slice("lm_head", 0, base.shape[0]),), base, tied=tied)
         self.lora: LoraBackend | None = None
 
     def __call__(self, hidden_SH: torch.Tensor, lora: Any = None, lanes_S: LaneIndices | None = None) -> torch.Tensor:
-        """[S, H] -> [S, V] float32; `lora` is the backend's plan for these rows, `lanes_S` their lanes.
+        """Computes logits: [S, H] -> [S, V] float32. `lora` is the backend's plan for these rows, `lanes_S` their lanes.
 
-        V is the largest vocabulary of these rows; `mask` sets the columns beyond a row's own to -inf.
+        V is the largest vocabulary of these rows; columns beyond a row's own vocabulary are set to -inf (`mask`).
         """
         y_SV = self.site.base.apply(hidden_SH)
         if self.lora is not None and lora is not None:
@@ -66,13 +66,13 @@ class Head:
         return y_SV.float()
 
     def mask(self, logits_SV: torch.Tensor, lanes_S: LaneIndices) -> None:
-        """-inf in the columns beyond each row's own vocabulary, in place."""
+        """Sets the columns beyond each row's own vocabulary to -inf, in place."""
         if self.lora is not None:
             mask_beyond_vocabulary(logits_SV, vocabularies(self.site, self.lora.pages, lanes_S))
 
 
 def read_head(weights: Weights, vocabulary: int, hidden: int) -> Head:
-    """A head that is not tied: the checkpoint has its weight."""
+    """Creates a head that is not tied: its weight is in the checkpoint."""
     base = weights.linear(vocabulary, hidden)
     for kind, parameter in base.parameters().items():
         weights.place(f"lm_head.{kind}", parameter.tensor)

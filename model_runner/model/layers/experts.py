@@ -2,11 +2,12 @@
 
     router probabilities of a token   [0.1  0.6  0.1  0.2]  ->  experts 1 and 3, weights 0.6 and 0.2 (or 0.75 and 0.25)
 
-A token is repeated for each of its experts, sorted by expert, so that one grouped matmul computes all; the number of
-tokens of each expert stays on the device. Where a lane of the step has pages of experts, the experts are computed one
-by one instead, each with a LoRA plan for its own tokens. Nothing of one token reaches another.
+Each token is repeated once for each of its experts (a repetition is a pick), and the picks are sorted by expert, so that
+one grouped matmul computes all experts; the number of picks of each expert stays on the device. Where a lane of the step
+has rank pages of experts, the experts are computed one by one instead, each with a LoRA plan for its own picks. The
+result of a token does not depend on the other tokens of the step.
 
-Legend: T tokens, H hidden size, E experts, K experts of a token, n = T * K, I intermediate size of an expert on this
+Legend: T tokens, H hidden size, E experts, K experts of a token, n = T * K picks, I intermediate size of an expert on this
 rank, O out features.
 """
 
@@ -73,20 +74,23 @@ class SparseMLP:
         )
 
     def linears(self) -> Iterator[Linear]:
-        """The router, and two linears of each expert."""
+        """Yields the router and the two linears of each expert."""
         yield self.router
         for expert in self.experts:
             yield from (expert.gate_up, expert.down)
 
     @property
     def needs_host_sync(self) -> bool:
-        """Whether it waits for the device: only Hopper and later multiply groups whose sizes the host does not know."""
+        """Whether the forward waits for the device.
+
+        Only Hopper and later GPUs, in bfloat16, have a grouped matmul whose group sizes stay on the device.
+        """
         weight = self.down_EHI
         on_host = weight.device.type != "cuda" or weight.dtype != torch.bfloat16
         return on_host or torch.cuda.get_device_capability(weight.device) < (9, 0)
 
     def __call__(self, x_TH: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """[T, H] -> [T, H]."""
+        """Computes the experts' output: [T, H] -> [T, H]."""
         weights_TK, experts_TK = self.route(x_TH, batch)
         experts_n, order_n = experts_TK.flatten().sort(stable=True)
         x_nH = x_TH[order_n // self.per_token]
@@ -101,7 +105,7 @@ class SparseMLP:
         return self.shard.all_reduce(mixed_TH.to(x_TH.dtype))
 
     def route(self, x_TH: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weights [T, K], in float32, and the indices [T, K] of the experts of each token."""
+        """Returns the weights [T, K], in float32, and the indices [T, K] of the experts of each token."""
         probabilities_TE = self.router(x_TH, batch).float().softmax(-1)
         weights_TK, experts_TK = probabilities_TE.topk(self.per_token, dim=-1)
         if self.renormalize:
@@ -113,14 +117,14 @@ class SparseMLP:
         return lora is not None and lora.pages.any_lane_uses(set(lanes_T.tolist()), EXPERTS)
 
     def _compute_grouped(self, x_nH: torch.Tensor, experts_n: torch.Tensor) -> torch.Tensor:
-        """[n, H]: each pick through its expert, by grouped matmuls; picks are sorted by expert."""
+        """Computes each pick's output [n, H] by grouped matmuls; the picks are sorted by expert."""
         ends_E = torch.searchsorted(experts_n, self._numbers_E, right=True, out_int32=True)
         return _grouped(self.gate(_grouped(x_nH, self.gate_up_EIH, ends_E)), self.down_EHI, ends_E)
 
     def _compute_by_expert(
         self, x_nH: torch.Tensor, experts_n: torch.Tensor, lanes_n: NDArray[np.int32], batch: Batch
     ) -> torch.Tensor:
-        """[n, H]: the same expert by expert, with the LoRA of each pick's lane."""
+        """Computes each pick's output [n, H] one expert after the other, with the LoRA of each pick's lane."""
         y_nH = torch.empty_like(x_nH)
         numbers, begins = np.unique(experts_n.cpu().numpy(), return_index=True)
         for number, begin, end in zip(numbers, begins, [*begins[1:], len(lanes_n)], strict=True):
@@ -132,11 +136,11 @@ class SparseMLP:
 
 
 def _grouped(x_nI: torch.Tensor, weight_EOI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    """[n, I] -> [n, O]: the picks from ends_E[e - 1] to ends_E[e] through expert e."""
+    """Multiplies the picks from ends_E[e - 1] to ends_E[e] by the weight of expert e: [n, I] -> [n, O]."""
     return grouped_mm(x_nI, weight_EOI.transpose(1, 2), offs=ends_E)
 
 
 def _layout(lanes_n: NDArray[np.int32]) -> Layout:
-    """A layout of rows with these lanes, for a LoRA plan, which reads no KV pages."""
+    """Returns a layout of one-token rows in these lanes, for a LoRA plan; its other fields are dummies."""
     nothing = np.zeros_like(lanes_n)
     return Layout(nothing, nothing, np.ones_like(lanes_n), lanes_n, np.zeros((1, 1), np.int32), 1)

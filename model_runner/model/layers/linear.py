@@ -1,7 +1,7 @@
-"""Linears as sites: the base linear of one or more checkpoint modules, cut by rank, and the LoRA attached to it.
+"""Linears that adapters can change: a base linear of one or more checkpoint modules, cut by rank, and its LoRA.
 
-    column  y = [x Wq^T | x Wk^T | x Wv^T]   each rank has some outputs of every slice
-    row     y = all_reduce(x W^T)            each rank has some inputs; the sum comes after the LoRA delta
+    column  y = [x Wq^T | x Wk^T | x Wv^T]   each rank has some out features of every slice
+    row     y = all_reduce(x W^T)            each rank has some in features; the LoRA delta is added before the sum
 
 Legend: T tokens, I in features, O out features of this rank.
 """
@@ -19,14 +19,14 @@ from model_runner.step.batch import Batch
 
 
 class Linear:
-    """A site and, once attached, the LoRA backend that adapts the answer of its base linear."""
+    """A site with its base linear and, once attached, the LoRA backend that adds the deltas to the linear's output."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
         self.lora: LoraBackend | None = None
 
     def __call__(self, x_TI: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """[T, I] -> [T, O]."""
+        """Returns the output of the base linear with the LoRA deltas: [T, I] -> [T, O]."""
         y_TO = self.site.base.apply(x_TI)
         if self.lora is not None and batch.lora is not None:
             self.lora.adapt(y_TO, x_TI, self.site, batch.lora)
@@ -34,7 +34,7 @@ class Linear:
 
 
 class RowLinear(Linear):
-    """A linear whose inputs are spread over the ranks: one all-reduce, after base and delta."""
+    """A linear whose in features are spread over the ranks: one all-reduce, after base output and LoRA delta."""
 
     def __init__(self, site: Site, shard: Shard) -> None:
         super().__init__(site)
@@ -56,10 +56,10 @@ def column_linear(
     bias: bool,
     fused: str | None = None,
 ) -> Linear:
-    """The modules of `outs` (checkpoint name -> out features over all ranks) side by side in one base linear.
+    """Creates one base linear of the modules of `outs` (checkpoint name -> out features over all ranks), side by side.
 
-    `fused`: the checkpoint holds them so under this one name. Then the site has one slice, as an adapter has one A for
-    all of it.
+    `fused`: the name of the one module under which the checkpoint holds all of `outs`. The site then has one slice,
+    because an adapter has one A for the whole module.
     """
     slices: list[Slice] = []
     for module, out in outs.items():
@@ -75,7 +75,10 @@ def column_linear(
 def row_linear(
     weights: Weights, name: str, path: str, layer: int, group: str, module: str, inputs: int, out: int, *, bias: bool
 ) -> RowLinear:
-    """One module whose `inputs` (over all ranks) are cut by rank. The bias is rank 0's, so that it is added once."""
+    """Creates the linear of one module, its `inputs` in features (over all ranks) cut by rank.
+
+    Only rank 0 has the bias, so that the sum contains it once.
+    """
     base = weights.linear(out, weights.shard.share(inputs, f"{module} inputs"), bias=bias)
     for kind, parameter in base.parameters().items():
         whole = None if parameter.in_dim is None else inputs
@@ -95,7 +98,7 @@ def _place_columns(
     fused: str | None,
 ) -> None:
     """Places each module's tensor, or its part of the fused one, into its slice of the parameter. `out_sizes` are the
-    modules' out features over all ranks.
+    out features of the modules over all ranks.
     """
     assert parameter.out_dim is not None, f"{kind} cannot be cut by out features"
     begin, dim = 0, parameter.out_dim

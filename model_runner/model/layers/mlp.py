@@ -1,4 +1,4 @@
-"""The gated MLP: down(act(gate(x)) * up(x)), gate and up fused. Legend: T tokens, H hidden size."""
+"""The gated MLP: down(act(gate(x)) * up(x)), with gate and up fused. Legend: T tokens, H hidden size."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from model_runner.step.batch import Batch
 
 
 def gated_activation(ops: Ops, activation: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The operation act(gate) * up on gate and up side by side."""
+    """Returns the operation act(gate) * up, whose input is gate and up side by side in the last dimension."""
     return {"silu": ops.silu_mul, "gelu_tanh": ops.gelu_tanh_mul}[activation]
 
 
 class FeedForward(Protocol):
-    """The part of a layer after attention: an MLP, or experts."""
+    """The part of a layer after attention: an MLP or experts."""
 
     def linears(self) -> Iterator[Linear]:
-        """Its linears."""
+        """Yields the linears."""
 
     def __call__(self, x_TH: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[T, H] -> [T, H]."""
@@ -51,7 +51,7 @@ class MLP:
         )
 
     def linears(self) -> Iterator[Linear]:
-        """gate_up and down."""
+        """Yields gate_up and down."""
         yield from (self.gate_up, self.down)
 
     def __call__(self, x_TH: torch.Tensor, batch: Batch) -> torch.Tensor:

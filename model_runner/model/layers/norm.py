@@ -1,7 +1,7 @@
-"""RMSNorm (1910.07467) as a layer: a weight and the model's kind of norm. The ops compute it.
+"""RMSNorm (1910.07467) as a layer: holds a weight and the kind of norm; the ops compute the norm.
 
-Where adapters bring norm weights, each row has the weight of its lane.
-Legend: T tokens, H hidden size, L lanes and the base.
+Where adapters have their own norm weights, each row is normed with the weight of its lane.
+Legend: T tokens, H hidden size, N heads, D head size, L lanes including lane 0, the base.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ class RMSNorm:
         self._table_LH: torch.Tensor | None = None
 
     def attach(self, norms: NormPool | None) -> None:
-        """Sets the pool of the lanes' norm weights, if adapters may bring any."""
+        """Sets the pool of the lanes' norm weights, or None if adapters may not have any."""
         self._table_LH = None if norms is None else norms.table(self.site)
 
     def __call__(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """[T, H], or heads [T, N, D] with a weight [D]."""
+        """Returns the norm of `x`: [T, H] with a weight [H], or heads [T, N, D] with a weight [D]."""
         return self._ops.norm(x, self.weights(batch), self.eps, self.kind, batch.norm_lanes_T)
 
     def add(self, x_TH: torch.Tensor, added_TH: torch.Tensor | None, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the norm of x + added, x + added) in one operation; None adds nothing."""
+        """Returns (the norm of x + added, x + added), computed in one operation; `added_TH` None adds nothing."""
         if added_TH is None:
             return self(x_TH, batch), x_TH
         return self._ops.add_norm(added_TH, x_TH, self.weights(batch), self.eps, self.kind, batch.norm_lanes_T)
 
     def weights(self, batch: Batch) -> torch.Tensor:
-        """The weight [H], or, where a row of the step has one of its own, those of all lanes [L, H]."""
+        """Returns the base's weight [H], or the weights of all lanes [L, H] where a row's adapter has its own."""
         if batch.norm_lanes_T is None:
             return self.weight
         assert self._table_LH is not None, "rows with norms of their own, and no table of them"
@@ -51,7 +51,7 @@ class RMSNorm:
 
 
 def read_norm(config: ModelConfig, weights: Weights, module: str, size: int) -> RMSNorm:
-    """The model's kind of norm, its weight [size] from the checkpoint's `module`."""
+    """Creates a norm of the model's kind, with the weight [size] of the checkpoint's `module`."""
     path, _, leaf = module.rpartition(".")
     inside = path.split(".")[1:3]
     layer = int(inside[1]) if inside[:1] == ["layers"] else -1

@@ -1,6 +1,6 @@
-"""Rotary position embedding: the angles of a step's positions, computed once a step for all layers.
+"""Rotary position embedding: the angles of a step's positions, computed once in a step for all layers.
 
-Legend: T tokens, E the rotary dimensions of a head, its first ones.
+Legend: T tokens, E the number of rotated dimensions of a head, which are its first ones.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from model_runner.config.rope import Rope, inverse_frequencies
 
 
 class Rotation(NamedTuple):
-    """cos and sin of a step's angles, [T, 1, E/2], in the model's dtype."""
+    """The cos and sin of a step's angles, each [T, 1, E/2] in the model's dtype."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
 
 class Rotary:
-    """The frequencies of the layers that have this rope."""
+    """The frequencies of one rope, shared by the layers that have this rope."""
 
     def __init__(self, rope: Rope, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
         self._frequencies = inverse_frequencies(rope, head_dim).to(device)
@@ -28,6 +28,6 @@ class Rotary:
         self._dtype = dtype
 
     def __call__(self, positions_T: torch.Tensor) -> Rotation:
-        """The rotation of each token, computed in float32."""
+        """Returns the rotation of each token; the angles are computed in float32."""
         angles = (positions_T.float()[:, None] * self._frequencies)[:, None, :]
         return Rotation((angles.cos() * self._scale).to(self._dtype), (angles.sin() * self._scale).to(self._dtype))

@@ -1,6 +1,6 @@
-"""Gives layers their weights: empty tensors on the device, and a list of placements for the checkpoint loader to fill.
+"""Creates the layers' weights: uninitialised tensors on the device, and a list of the checkpoint tensors to copy in.
 
-Also holds the ops of the device. Knows nothing of files. Names are the checkpoint's.
+It does not read files: the checkpoint loader works off the list of placements. Tensor names are the checkpoint's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from model_runner.weights.checkpoint import Placement
 
 
 class Weights:
-    """Allocates the tensors of one model, uninitialised, and keeps their placements and total size."""
+    """Allocates the uninitialised tensors of one model and holds their placements, their total size and the ops."""
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, shard: Shard, method: type[LinearMethod] = Plain
@@ -29,17 +29,19 @@ class Weights:
         self.bytes = 0
 
     def empty(self, *shape: int) -> torch.Tensor:
-        """An uninitialised tensor; `place` says what fills it."""
+        """Allocates an uninitialised tensor; `place` adds the placement that fills it."""
         tensor = torch.empty(shape, device=self.device, dtype=self.dtype)
         self.bytes += tensor.numel() * tensor.element_size()
         return tensor
 
     def linear(self, out_features: int, in_features: int, *, bias: bool = False) -> LinearMethod:
-        """A base linear of these sizes on this rank, stored by the model's method; the caller places its parameters."""
+        """Creates a base linear of this rank's sizes, stored by the model's method; the caller places its parameters."""
         return self.method.create(self.empty, out_features, in_features, bias=bias)
 
     def place(self, name: str, into: torch.Tensor, *, whole: int | None = None, dim: int = 0) -> None:
-        """Tensor `name` fills `into`; with `whole`, dimension `dim` is `whole` long in the file and cut by rank."""
+        """Adds a placement: tensor `name` fills `into`. With `whole`, its dimension `dim` has that size in the file, and
+        this rank's part is copied.
+        """
         shape = list(into.shape)
         cut = [slice(None)] * into.dim()
         if whole is not None:
@@ -48,8 +50,9 @@ class Weights:
         self.placements.append(Placement(name, into, tuple(shape), tuple(cut)))
 
     def place_part(self, name: str, into: torch.Tensor, start: int, part: int, whole: int, *, dim: int = 0) -> None:
-        """A part of tensor `name` fills `into`: in dimension `dim`, `whole` long in the file, `part` from `start` on,
-        cut by rank.
+        """Adds a placement: this rank's share of a part of tensor `name` fills `into`.
+
+        In dimension `dim`, the tensor has size `whole` in the file; the part begins at `start` and has size `part`.
         """
         span = self.shard.span(part, f"size of a part of {name}")
         shape = list(into.shape)
@@ -59,7 +62,7 @@ class Weights:
         self.placements.append(Placement(name, into, tuple(shape), tuple(cut)))
 
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
-        """A tensor that every rank has all of."""
+        """Allocates and places a tensor that is not cut: every rank has all of it."""
         tensor = self.empty(*shape)
         self.place(name, tensor)
         return tensor
