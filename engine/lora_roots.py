@@ -22,7 +22,7 @@ READ_SUFFIXES = (".json", ".safetensors", ".jinja")
 
 
 def allowed_roots(roots: Sequence[str]) -> list[str]:
-    """Returns the real paths of the roots and of the hub's cache; an empty list, which allows any path, without roots."""
+    """Returns the real paths of the roots and of the hub's cache, or [], which allows any path, if `roots` is empty."""
     if not roots:
         return []
     paths = (os.path.realpath(os.path.expanduser(root)) for root in (*roots, _hub_cache()))

@@ -1,1 +1,1 @@
-"""The model runner: weights, KV cache, adapters and sampling as tensors. It obeys the scheduler's steps."""
+"""The model runner process: it holds weights, KV cache and adapters, and executes the scheduler's steps."""

@@ -1,4 +1,4 @@
-"""`python -P -m model_runner`: one rank of the model runner, as its parent starts it."""
+"""`python -P -m model_runner`: the entry point of one rank of the model runner, started by the launcher."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from engine.processes.child import Child
 
 
 def main() -> None:
-    """Reads the config, then serves; torch is imported only once the lifeline is watched and stdout is safe."""
+    """Reads the config, then serves. Torch is imported only after the child watches its parent and print() is
+    redirected to the log.
+    """
     child = Child()
     busy_timer = child.begin_startup()
     config = child.config(RunnerConfig)

@@ -1,8 +1,7 @@
-"""`python -m model_runner.inspect PATH --model-path BASE`: what an adapter contains, and why it would be refused.
+"""`python -m model_runner.inspect PATH --model-path BASE`: shows what an adapter contains, and why it is refused.
 
-Reads the adapter as a loader does. Of the base model it reads config.json, and the weights that DoRA or a trained bias
-depend on. Starts no process.
-Exit status 0: it would be served; 1: it would not.
+Reads the adapter like a loader process, without starting one. Of the base model it reads config.json, and the weights
+that DoRA or a trained bias depends on. Exit status 0: the adapter can be served; 1: it cannot.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from model_runner.platform.device import DTYPES, resolve_device, resolve_dtype
 from model_runner.platform.shard import Shard
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-"""Files of an adapter that replace the model's tokenizer or chat template."""
+"""Files in an adapter's directory that replace the model's tokenizer or chat template."""
 
 
 class Group(msgspec.Struct, frozen=True):
@@ -42,7 +41,7 @@ class Group(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """The report on an adapter. `refused` is why it would not be served; None: it would be."""
+    """The report on an adapter. `refused` is why the adapter cannot be served, or None if it can."""
 
     path: str
     format: str = ""
@@ -63,14 +62,17 @@ class Report(msgspec.Struct, kw_only=True):
 
 
 def sites_of(model: Path, dtype: str) -> tuple[list[Site], torch.dtype]:
-    """The sites of a model directory, without weights, and the dtype that `--dtype` means. Raises ConfigError."""
+    """Returns the sites of a model directory, without weights, and the dtype that `dtype` (--dtype) resolves to.
+
+    Raises ConfigError.
+    """
     model_config = read_model_config(model)
     resolved = resolve_dtype(dtype, model_config.dtype, resolve_device("auto"))
     return build_decoder(model_config, Weights(torch.device("meta"), resolved, Shard())).sites, resolved
 
 
 def examine(root: Path, sites: list[Site], dtype: torch.dtype, limits: Limits, model: Path | None = None) -> Report:
-    """The report on the adapter in `root`. Values are read and checked too, with the weights in `model`."""
+    """Returns the report on the adapter in `root`. Tensor values are checked too; `model` has the weights they need."""
     report = Report(path=str(root), dtype=str(dtype).removeprefix("torch."))
     reader = AdapterReader(Catalogue(sites), dtype, Limits(), model)
     try:
@@ -107,7 +109,7 @@ def _describe(report: Report, survey: AdapterSurvey, page: dict[str, int], dtype
 
 
 def show(report: Report) -> str:
-    """The report for people."""
+    """Formats the report as text for people."""
     lines = [("adapter", report.path)]
     if report.format:
         ranks = [f"{module} {', '.join(map(str, found))}" for module, found in report.ranks.items()]
@@ -129,7 +131,7 @@ def show(report: Report) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the report; the exit status."""
+    """Prints the report. Returns the exit status."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""A step on the device: what was sampled and scored, on its way to the host, and the answer made of it."""
+"""A step that was launched on the device: its results are being copied to the host, and become a StepDone."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from model_runner.platform.device import DeviceEvent
 
 @dataclass(frozen=True)
 class LaunchedStep:
-    """`sampled` and `scores` are on the host once `done` is.
+    """A launched step. `sampled` and `scores` are on the host once the event `done` has occurred.
 
     sampling      the indices of the chunks that sample
     scores        log-probabilities of prompt tokens, in parts, by chunk index
-    score_widths  how many alternatives are reported for them, by chunk index
+    score_widths  the number of alternatives that are reported for each of these tokens, by chunk index
     """
 
     epoch: int
@@ -29,7 +29,7 @@ class LaunchedStep:
     score_widths: dict[int, int] = field(default_factory=dict)
 
     def answer(self) -> StepDone:
-        """The message for the scheduler, without `seconds`; the step is done."""
+        """Returns the message for the scheduler, without `seconds`. The step must have ended."""
         sampled = self.sampled
         reported = sampled.messages() if sampled else {}
         return StepDone(

@@ -1,9 +1,9 @@
 """The runner executes the scheduler's steps: fills, lanes, new rows, one forward over the chunks, and sampling.
 
-`launch` puts a step on the device, and what the host is to read of it on its way, without waiting; `finish` waits for
-that alone and makes the answer. So a step that was launched behind it delays no answer. A step that contradicts what
-the rows hold raises InternalError: the scheduler and this process disagree, and only a restart mends that. Knows
-nothing of sockets, requests or text.
+`launch` queues a step on the device, and the copy of its results to the host, without waiting; `finish` waits for this
+step only and returns its StepDone, so that steps launched later do not delay the results. A step that contradicts the
+state of the rows raises InternalError: the scheduler and the runner disagree, which only a restart repairs. Does not
+depend on sockets, requests or text.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from model_runner.platform.device import DeviceEvent, device_memory
 from model_runner.step_forward import StepForward
 
 FILL_SHARE = 0.1
-"""The part of a step's time that fills may take after it."""
+"""The share of a step's time that fills may take after the step."""
 
 FILL_SHARE_WITHOUT_DECODES = 1.0
-"""The same after a step in which no row decodes: no request waits for its next token."""
+"""The same share after a step in which no row decodes: no request waits for its next token."""
 
 
 class Runner:
-    """One rank: a model, its caches and pools, and the rows of its scheduler."""
+    """One rank of the model runner: the model, its caches and pools, and the state of the scheduler's rows."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
@@ -43,9 +43,9 @@ class Runner:
 
     @classmethod
     def load(cls, config: RunnerConfig, *, progress: BusyTimer | None = None) -> Runner:
-        """Loads model and start-up adapters and sizes everything. Raises ConfigError or AdapterError.
+        """Loads model and start-up adapters and sizes caches and pools. Raises ConfigError or AdapterError.
 
-        `progress` is ticked as it goes on, and bars show how far it is; without it nothing is shown.
+        With `progress`, the timer is ticked after each part of the work, and progress bars are shown.
         """
         with torch.inference_mode():
             parts = assemble(config, progress=progress)
@@ -58,11 +58,11 @@ class Runner:
 
     @property
     def capacity(self) -> Capacity:
-        """What this runner can hold."""
+        """The sizes of this runner's caches and pools, and its resolved backends."""
         return self.parts.capacity
 
     def memory(self) -> dict[str, int]:
-        """Bytes of the device by what holds them; `rest` is what the computation has allocated so far."""
+        """Returns the bytes of the device's memory by use; `rest` is what the computation has allocated so far."""
         total, free = device_memory(self.parts.device)
         c = self.capacity
         known = {"weights": c.weight_bytes, "KV": c.kv_bytes, "rank pages": c.lora_bytes, "graphs": self._graph_bytes}
@@ -74,11 +74,11 @@ class Runner:
         return [] if self.parts.graphs is None else self.parts.graphs.sizes
 
     def execute(self, step: Step) -> StepDone:
-        """Launches the step and waits for it. Its fills only begin: `advance` goes on with them."""
+        """Launches the step and waits for its results. Fills without `at_once` only begin; `advance` continues them."""
         return self.finish(self.launch(step))
 
     def launch(self, step: Step) -> LaunchedStep:
-        """Puts the step on the device, behind the steps before it."""
+        """Queues the step on the device, after the steps launched before."""
         began = time.perf_counter()
         self._has_decodes = any(not chunk.tokens for chunk in step.chunks)
         with torch.inference_mode():
@@ -94,7 +94,10 @@ class Runner:
             return self._forward.launch(step, began)
 
     def finish(self, launched: LaunchedStep) -> StepDone:
-        """Waits for the step's tokens. Its seconds run from its launch, or from the end of the step before it."""
+        """Waits for the step and returns its StepDone.
+
+        `seconds` is the time since the step's launch, or since the end of the step before it if that was later.
+        """
         launched.done.wait()
         answer = launched.answer()
         now = time.perf_counter()
@@ -102,8 +105,10 @@ class Runner:
         return replace(answer, seconds=self._step_seconds)
 
     def advance(self) -> list[AdapterState]:
-        """Continues fills and loads, for at most a tenth of the last step's time (all of it, if no row decoded), and
-        takes over kernels compiled meanwhile. The states of adapters whose fill or load has ended. Never waits.
+        """Continues fills and loads and takes over kernels compiled meanwhile, without waiting.
+
+        Fills take at most a tenth of the last step's time, or all of its time if no row decoded in it. Returns the
+        states of the adapters whose fill or load has ended.
         """
         self.parts.kernels.poll()
         share = FILL_SHARE if self._has_decodes else FILL_SHARE_WITHOUT_DECODES
@@ -112,19 +117,19 @@ class Runner:
 
     @property
     def poll_seconds(self) -> float | None:
-        """For how many seconds `advance` need not be called unless the adapters' `descriptor` is readable; None: no
-        limit.
+        """The seconds within which `advance` must be called again (None: no limit). It must be called earlier if the
+        adapters' `descriptor` becomes readable.
         """
         waits = [self.parts.kernels.poll_seconds, self.adapters.poll_seconds]
         return min((seconds for seconds in waits if seconds is not None), default=None)
 
     def reset(self) -> None:
-        """Forgets rows, lanes and fills; adapters in the host cache stay."""
+        """Clears rows, lanes and fills; adapters in the host cache stay."""
         self.parts.rows.reset()
         self.parts.sampler.reset()
         self.adapters.reset()
 
     def close(self) -> None:
-        """Ends the loader processes and the kernel builder."""
+        """Ends the loader processes and the compilation of kernels."""
         self.parts.kernels.close()
         self.adapters.close()

@@ -1,12 +1,12 @@
 """The runner process: loads the model, then handles messages in order until its parent ends.
 
-A step is launched as soon as it comes and answered as soon as it has ended, whatever was launched behind it:
+A step is launched as soon as it arrives, and its StepDone is sent as soon as it has ended, even if later steps run:
 
-    GPU     launch n | launch n+1 | ... n ends: answer n | launch n+2 | ... n+1 ends: answer n+1
-    CPU     a launch computes: n | answer n | n+1, which waits in the inbox | answer n+1
+    GPU     launch n | launch n+1 | ... n ends: send n | launch n+2 | ... n+1 ends: send n+1
+    CPU     launch n, which computes it; meanwhile n+1 waits in the inbox | send n | launch n+1 | send n+1
 
-An error in a step ends the process: its state can no longer be trusted, and the scheduler can rebuild it in a new one.
-An adapter that cannot be loaded fails alone.
+An error in a step ends the process: its state may be wrong, and the scheduler can rebuild the state in a new process.
+An adapter that cannot be loaded is reported as failed and affects nothing else.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ from model_runner.warmup import warm_up
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.00005
-"""Between two polls of the inbox and the device while a step runs."""
+"""The seconds between two polls of the inbox and the device while a step runs."""
 
 SCHEDULER_EPOCHS = 1 << 20
-"""An epoch is the runner's incarnation times this, plus the scheduler's incarnation that it serves."""
+"""The factor in an epoch: the runner's incarnation * SCHEDULER_EPOCHS + the incarnation of the scheduler it serves."""
 
 
 def serve(child: Child, config: RunnerConfig, starting: BusyTimer) -> None:
-    """Loads, reports, and handles messages for ever. Exits with 0 on SIGTERM, with 1 on an error.
+    """Loads the model, reports Ready, and handles messages until the process ends: 0 on SIGTERM, 1 on an error.
 
-    `starting` is the busy_timer until the report.
+    `starting` is the busy timer of the startup.
     """
     signal.signal(signal.SIGTERM, _exit)
     context: zmq.Context[Any] = zmq.Context()
@@ -83,11 +83,11 @@ def serve(child: Child, config: RunnerConfig, starting: BusyTimer) -> None:
         server.loop()
     except Exception:
         log.exception("the model runner ends by its own fault")
-        os._exit(1)  # an orderly end may hang on a broken device, and the cause would look like another process's
+        os._exit(1)  # an orderly exit may hang on a broken device, and hide the cause
 
 
 def _load_runner(config: RunnerConfig, starting: BusyTimer) -> Runner:
-    """A runner that is ready to serve: on a GPU, warmed up."""
+    """Loads the runner and, on a GPU, warms it up."""
     set_threads(config.cpu_threads)
     runner = Runner.load(config, progress=starting)
     if runner.capacity.device == "cuda":
@@ -101,7 +101,7 @@ def _exit(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 
 def facts(runner: Runner, seconds: float) -> Facts:
-    """What the launch banner shows."""
+    """Returns the runner's values for the launch banner; `seconds` is the duration of the startup."""
     c = runner.capacity
     return {
         "family": runner.parts.decoder.config.family,
@@ -127,10 +127,10 @@ def facts(runner: Runner, seconds: float) -> Facts:
 
 
 class Server:
-    """A loaded runner behind its inbox, and the scheduler it answers.
+    """Connects a loaded runner to its inbox and to the scheduler's.
 
-    Each scheduler that it is reset for has its own epoch. Steps of a dead scheduler that are still in the inbox have an
-    old epoch and are dropped.
+    Each Reset by a new scheduler begins a new epoch. Steps of a dead scheduler that are still in the inbox have an old
+    epoch and are dropped.
     """
 
     def __init__(self, runner: Runner, inbox: Inbox[Any], context: zmq.Context[Any], config: RunnerConfig) -> None:
@@ -144,14 +144,14 @@ class Server:
         self._launched: deque[LaunchedStep] = deque()
 
     def announce(self) -> None:
-        """Sends the scheduler this process's address and what the runner can hold."""
+        """Sends the scheduler Hello, with this process's address, and RunnerReady, with the runner's capacity."""
         endpoints = self._config.endpoints
         self._scheduler.send(Hello("runner", endpoints.epoch, endpoints.runner, self._config.rank))
         after_fault = self._config.after_fault
         self._scheduler.send(RunnerReady(epoch=self._epoch, capacity=self._runner.capacity, after_fault=after_fault))
 
     def loop(self) -> NoReturn:
-        """Handles messages in order, and continues fills and loads after each and while idle, for ever."""
+        """Handles messages in order, for ever; continues fills and loads after each message and while idle."""
         if self._runner.adapters.descriptor is not None:
             self._inbox.watch(self._runner.adapters.descriptor)
         while True:
@@ -165,7 +165,7 @@ class Server:
                 time.sleep(POLL_SECONDS)
 
     def handle(self, message: ToRunner) -> None:
-        """Handles one message and answers it."""
+        """Handles one message. Steps are only launched: `_answer` sends their results."""
         match message:
             case Step():
                 self._launch(message)
@@ -195,7 +195,7 @@ class Server:
             raise
 
     def _answer(self) -> None:
-        """Sends the answers of steps that have ended; never waits."""
+        """Sends StepDone for the steps that have ended, without waiting."""
         while self._launched and self._launched[0].done.is_done:
             launched = self._launched.popleft()
             try:
@@ -209,7 +209,7 @@ class Server:
             self.busy_timer.idle()
 
     def _drain_launched(self) -> None:
-        """Waits for the launched steps, whose answers no scheduler needs."""
+        """Waits for the launched steps and discards their results: the scheduler that sent them is gone."""
         while self._launched:
             self._runner.finish(self._launched.popleft())
 
@@ -226,14 +226,14 @@ class Server:
         self._scheduler.send(replace(state, epoch=self._epoch))
 
     def _reset(self, message: Reset) -> None:
-        """Starts the next epoch, for another scheduler: forgets the rows and steps of the one before."""
+        """Starts the epoch of a new scheduler: clears the rows and discards the steps of the former scheduler."""
         self._drain_launched()
         self._epoch = self._config.endpoints.epoch * SCHEDULER_EPOCHS + message.epoch
         self._runner.reset()
         self._scheduler.send(RunnerReady(epoch=self._epoch, capacity=self._runner.capacity))
 
     def _greet(self, hello: Hello) -> None:
-        """A scheduler with another inbox address is a new one: connects to it."""
+        """Connects to the sender of `hello` if it is a scheduler with another inbox address, i.e. a new scheduler."""
         if hello.process == "scheduler" and hello.inbox != self._scheduler.address:
             self._scheduler.close()
             self._scheduler = self._connect(hello.inbox)

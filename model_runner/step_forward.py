@@ -1,8 +1,8 @@
-"""One step through the model: the forward over its chunks, a token for each chunk that samples, scores of prompts.
+"""Computes one step: the forward over its chunks, a token for each chunk that samples, and the scores of prompts.
 
-Nothing here waits for the device: what the host is to read is a LaunchedStep. A step that contradicts the rows raises
-InternalError. Knows nothing of fills and messages. Legend: C chunks, T tokens of the step, S rows that need logits, H
-hidden size, V vocabulary.
+Nothing here waits for the device: the results are a LaunchedStep. A step that contradicts the rows raises
+InternalError. Legend: C chunks, T tokens of the step, S rows that need logits, n scored positions, H hidden size, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from model_runner.step.chunks import check_numbers, inputs_of, layout_of
 from model_runner.step.layout import Layout
 
 SCORED_ELEMENTS = 1 << 25
-"""Logits of a prompt that are held at once; 128 MiB in float32."""
+"""The most logits that are in memory at once when a prompt is scored: 128 MiB in float32."""
 
 
 class StepForward:
-    """Computes steps over a runner's parts."""
+    """Computes steps with a runner's parts."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
 
     def launch(self, step: Step, began: float) -> LaunchedStep:
-        """Puts the step's chunks on the device, behind the steps before it."""
+        """Queues the computation of the step's chunks on the device, after the steps launched before."""
         parts, chunks = self._parts, step.chunks
         known_lanes = parts.lora.pages.lanes if parts.lora else ()
         for chunk in chunks:
@@ -57,7 +57,7 @@ class StepForward:
         return upload(values, self._parts.device)
 
     def _hidden(self, layout: Layout, inputs_4T: NDArray[np.int64]) -> torch.Tensor:
-        """[T, H]: replays a captured step if there is one for it, else runs the forward eagerly."""
+        """Computes the hidden states [T, H]: replays a CUDA graph if one fits the step, else runs eagerly."""
         parts = self._parts
         lanes_T = self._lanes(layout, EXPERTS, full_weights_of(EMBED))
         lanes = set(layout.lanes_C.tolist()) if layout.lanes_C.any() else set()
@@ -76,7 +76,7 @@ class StepForward:
         return parts.decoder.forward(batch)
 
     def _lanes(self, layout: Layout, *groups: str) -> NDArray[np.int32] | None:
-        """Each token's lane, if one of the lanes uses such a group; else None, and the step takes the faster path."""
+        """Returns each token's lane [T] if a lane of the step uses one of `groups`, else None (the faster path)."""
         lora = self._parts.lora
         if lora is None:
             return None
@@ -86,7 +86,10 @@ class StepForward:
         return np.repeat(layout.lanes_C, layout.lengths_C)
 
     def _sample(self, chunks: Sequence[Chunk], last: NDArray[np.int32], hidden_TH: torch.Tensor) -> Sampled | None:
-        """Samples a token for each of these chunks, from the hidden state of its last token, and stores it by row."""
+        """Samples a token for each of `chunks` from the hidden state of its last token, and stores the token by row.
+
+        `last` are the indices of these last tokens in the step.
+        """
         if not chunks:
             return None
         rows = np.array([chunk.row for chunk in chunks], np.int64)
@@ -100,8 +103,9 @@ class StepForward:
     def _score(
         self, chunks: Sequence[Chunk], offsets: NDArray[np.int32], hidden_TH: torch.Tensor
     ) -> tuple[dict[int, list[Logprobs]], dict[int, int]]:
-        """By index of the chunks that score: log-probabilities of their tokens after the first, and how many
-        alternatives are wanted.
+        """Returns two dicts, keyed by the index of each chunk that scores.
+
+        They hold the log-probabilities of the chunk's tokens after the first, and the number of alternatives to report.
         """
         scores: dict[int, list[Logprobs]] = {}
         widths: dict[int, int] = {}
@@ -115,7 +119,7 @@ class StepForward:
         return scores, widths
 
     def _score_chunk(self, hidden_nH: torch.Tensor, targets_n: torch.Tensor, top: int, lane: int) -> list[Logprobs]:
-        """Scores some positions at a time, so that the memory of their logits is bounded for any prompt."""
+        """Scores the positions in pieces, so that the memory for logits is bounded for any prompt length."""
         size = max(1, SCORED_ELEMENTS // self._parts.capacity.vocab_size)
         found = []
         for begin in range(0, len(targets_n), size):
@@ -126,8 +130,10 @@ class StepForward:
         return found
 
     def _plan_head(self, runs: list[tuple[int, int]]) -> tuple[Any, NDArray[np.int32] | None]:
-        """LoRA of the head for runs of (lane, rows): the backend's plan if a lane uses the head, and each row's lane if
-        a lane has a full head.
+        """Returns the LoRA arguments of Decoder.logits for `runs` of (lane, number of rows).
+
+        These are the backend's plan if a lane uses the head, else None, and each row's lane if a lane has a full head,
+        else None.
         """
         lora = self._parts.lora
         if lora is None:

@@ -1,11 +1,11 @@
-"""Synthetic steps before the first request, so that every kernel variant is launched, and compiled, before Ready.
+"""Runs synthetic steps before the first request, so that every kernel variant is compiled before Ready.
 
-    lanes     the base | one lane of one page | all lanes, of one page and of as many as a lane may have
+    lanes     the base | one lane of one page | all lanes, with one page and with the most pages of a lane
     sizes     1, 2, 4, .. rows that decode | 1, 2, 4, .. tokens of prefill | both together
     sampling  greedy, drawn, filtered, penalised, with log-probabilities of tokens and prompts
 
 All rows use KV page 0, which is scratch, and rank pages of zeros whose units are marked as used, so the outputs are
-meaningless. The runner is reset afterwards. Names no kernel: it only executes steps of all shapes.
+meaningless. The runner is reset afterwards. No kernel is called directly: the steps of all shapes launch them.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ SAMPLINGS = (
     Sampling(temperature=0.0, min_tokens=9, end_ids=[0], logprobs=5),
 )
 NOT_CAPTURED = (EXPERTS, full_weights_of(EMBED))
-"""Groups that keep a step from being captured."""
+"""Groups whose use by a lane prevents a step from being captured as a CUDA graph."""
 
 SAMPLED_ROWS = 32
-"""The most rows of the steps that try the kinds of sampling."""
+"""The most rows in the steps that cover the kinds of sampling."""
 
 
 def warm_up(runner: Runner, *, progress: BusyTimer | None = None) -> None:
@@ -53,14 +53,14 @@ def warm_up(runner: Runner, *, progress: BusyTimer | None = None) -> None:
 
 
 class StepMaker:
-    """Makes steps over rows 0, 1, ..., with a new request in each row."""
+    """Creates steps over rows 0, 1, ..., with a new request in each row."""
 
     def __init__(self, capacity: Capacity) -> None:
         self._capacity = capacity
         self._ids = count(1)
 
     def sizes(self, lanes: list[LanePages]) -> Iterator[Step]:
-        """Decodes, prefills and both, of all sizes; the rows use the lanes in turn (none: the base)."""
+        """Yields decode, prefill and mixed steps of all sizes; the rows use `lanes` in turn (empty: the base)."""
         rows, most = self._capacity.rows, self._capacity.max_batched_tokens
         for number in _powers_of_two(min(rows, most)):
             yield self._step([1] * number, lanes)
@@ -70,12 +70,12 @@ class StepMaker:
         yield self._step(both if sum(both) <= most else [1], lanes)
 
     def sampled(self, sampling: Sampling) -> Step:
-        """Some rows that all have these sampling parameters."""
+        """Returns a step of some rows that all have these sampling parameters."""
         number = min(SAMPLED_ROWS, self._capacity.rows, self._capacity.max_batched_tokens)
         return self._step([1] * number, [], sampling)
 
     def scored(self) -> Step:
-        """A prompt whose log-probabilities are wanted."""
+        """Returns a step with a prompt whose log-probabilities are computed."""
         length = max(1, min(8, self._longest, self._capacity.max_batched_tokens))
         return self._step([length], [], Sampling(temperature=0.0, prompt_logprobs=1), scores=length > 1)
 
@@ -85,7 +85,7 @@ class StepMaker:
         return max(1, self._capacity.max_length - 1)
 
     def _split(self, tokens: int) -> list[int]:
-        """The lengths of the fewest rows that hold so many tokens."""
+        """Splits `tokens` tokens over as few rows as possible and returns the length of each row."""
         whole, rest = divmod(tokens, self._longest)
         return [self._longest] * whole + [rest] * bool(rest)
 
@@ -119,9 +119,10 @@ class StepMaker:
 
 
 def _lane_sets(pages: RankPagePool | None, capacity: Capacity) -> list[list[LanePages]]:
-    """The sets of lanes that steps use: none; one lane of a page a group; all lanes, of one page and of the most pages.
+    """Returns the sets of lanes that steps use.
 
-    All are without the NOT_CAPTURED groups; where the model has such groups, one more set has them too.
+    These are no lanes, one lane with one page of each group, all lanes with one page, and all lanes with the most pages
+    a lane may have. They leave out the NOT_CAPTURED groups; if the pool has any of these, one more set includes them.
     """
     if pages is None or not pages.page_counts:
         return [[]]
@@ -137,20 +138,20 @@ def _lane_sets(pages: RankPagePool | None, capacity: Capacity) -> list[list[Lane
 
 
 def _first_pages(pages: RankPagePool, groups: list[str], held: int) -> dict[str, list[tuple[int, float]]]:
-    """The first pages of these groups, or their first slot."""
+    """Returns the first `held` pages of each group, or its first slot, each with its scale."""
     slots = (vectors_of(""), full_weights_of(""))
     counts = {group: 1 if group.endswith(slots) else min(held, pages.page_counts[group]) for group in groups}
     return {group: [(page, 1.0) for page in range(count)] for group, count in counts.items()}
 
 
 def _powers_of_two(most: int) -> list[int]:
-    """1, 2, 4, .. and `most` itself."""
+    """Returns 1, 2, 4, ... below `most`, and `most` itself."""
     return [*(1 << bit for bit in range(most.bit_length()) if 1 << bit < most), most]
 
 
 @contextmanager
 def _full_units(pages: RankPagePool | None) -> Iterator[None]:
-    """While entered, every rank page and vector slot counts as used at all of its sites."""
+    """Marks every rank page and vector slot as used at all of its sites, for the duration of the `with` block."""
     if pages is None:
         yield
         return

@@ -81,9 +81,9 @@ class Connection:
 
     @contextlib.asynccontextmanager
     async def call(self, message: Submit | Command) -> AsyncIterator[Call]:
-        """Sends a call and yields its Call, from which replies are read; leaving early or with an exception cancels it.
+        """Sends a call and yields the Call from which to read replies; leaving early or with an exception cancels it.
 
-        Raises InvalidRequest for a message that cannot be encoded or is too large, and EngineDead if the engine is dead.
+        Raises InvalidRequest for a message that cannot be encoded or is too large, EngineDead for a dead engine.
         """
         if (gone := self._closed or self._dead) is not None:
             raise gone
@@ -98,7 +98,7 @@ class Connection:
                 self._socket.send(self._encode(Cancel(message.id)))  # the engine ignores it if the call is finished
 
     async def close(self) -> None:
-        """Closes the connection and ends its open calls with EngineDead. Without pings the engine aborts the requests."""
+        """Closes the connection and ends open calls with EngineDead. The engine aborts them when no pings arrive."""
         self._closed = EngineDead("the engine was closed")
         self._end_calls(self._closed)
         for task in self._tasks:

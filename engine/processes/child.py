@@ -1,11 +1,11 @@
 """The child's side of a child process: reads its config, reports Ready or Failed, ends when the parent is gone.
 
-    parent                                child
-      | -- config, one JSON line on stdin -->|   stdin then stays open: EOF means that the parent is gone
-      |<-- Heartbeat, each second -----------|   while it starts; JSON lines on the real stdout, which print()
-      |<-- Ready or Failed, once ------------|   does not reach
-      |<-- Heartbeat, each second -----------|   while it serves
-      |<-- logs on stderr -------------------|
+parent                                child
+  | -- config, one JSON line on stdin -->|   stdin then stays open: EOF means that the parent is gone
+  |<-- Heartbeat, each second -----------|   while it starts; JSON lines on the real stdout, which print()
+  |<-- Ready or Failed, once ------------|   does not reach
+  |<-- Heartbeat, each second -----------|   while it serves
+  |<-- logs on stderr -------------------|
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The parent's side of a child process: starts it, reads its report and heartbeats, waits for its exit, stops it.
 
-    ProcessSpec (what to run) --start--> Process (one incarnation) --> Ready | Failed, once
-                                     |--> Heartbeat, each second: a process that is silent or stuck is killed, while it
-                                     |    starts (with longer limits) as while it serves
-                                     '--> ProcessExit
+ProcessSpec (what to run) --start--> Process (one incarnation) --> Ready | Failed, once
+                                 |--> Heartbeat, each second: a process that is silent or stuck is killed, while it
+                                 |    starts (with longer limits) as while it serves
+                                 '--> ProcessExit
 """
 
 from __future__ import annotations

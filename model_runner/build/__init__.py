@@ -1,1 +1,1 @@
-"""How a runner is built from its config: what fits into memory, and the parts, attached to one another."""
+"""Builds a runner from its config: plans what fits into memory, then creates the parts and connects them."""

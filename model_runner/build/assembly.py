@@ -1,9 +1,7 @@
 """Builds the parts of a runner from its config, in the order in which their sizes become known.
 
-    config -> device, model config, dtype -> weights -> start-up adapters -> largest rank, targets -> rank pages
-                                                     -> free memory -> KV pages, rows
-
-Knows nothing of steps.
+config -> device, model config, dtype -> weights -> start-up adapters -> largest rank, targets -> rank pages
+                                                 -> free memory -> KV pages, rows
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a runner is made of. `lora` is None without LoRA, `graphs` where nothing is captured."""
+    """All parts of a runner. `lora` is None without LoRA, `graphs` is None if no CUDA graphs are captured."""
 
     device: torch.device
     dtype: torch.dtype
@@ -61,7 +59,7 @@ class Parts:
 
 
 def assemble(config: RunnerConfig, *, progress: BusyTimer | None) -> Parts:
-    """All parts, attached to one another. Raises ConfigError or AdapterError, one line that says what to change."""
+    """Creates all parts and connects them. Raises ConfigError or AdapterError, whose one line says what to change."""
     device, model_config = resolve_device(config.device), read_model_config(Path(config.model_path))
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
     kernels = KernelSet(cpu_kernels.resolve(config.cpu_kernels, device, dtype), log_level=config.log_level)
@@ -99,7 +97,7 @@ def _load_decoder(
 def _plan_kv(
     config: RunnerConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> memory_plan.KvPlan:
-    """What the memory that is free now holds beside activations and graphs."""
+    """Plans the KV cache for the memory that is free now, except what activations and graphs need."""
     shard = Shard(config.rank, config.tp_size)
     total, free = device_memory(device)
     reserved = _reserved_bytes(config, model_config, dtype, device)
@@ -115,7 +113,7 @@ def _plan_kv(
 
 
 def _reserved_bytes(config: RunnerConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes to keep free for activations and CUDA graphs."""
+    """Returns the bytes to keep free for activations and CUDA graphs."""
     rows, tokens = config.max_running_requests or memory_plan.MAX_ROWS, batched_tokens(config, device)
     hidden, widest = model_config.hidden_size, model_config.widest
     reserved = memory_plan.activation_margin(tokens, rows, hidden, widest, model_config.vocab_size, dtype.itemsize)
@@ -128,7 +126,10 @@ def _reserved_bytes(config: RunnerConfig, model_config: ModelConfig, dtype: torc
 def _create_graphs(
     config: RunnerConfig, decoder: Decoder, backend: AttentionBackend, lora: Adapters | None, rows: RowTable
 ) -> DecodeGraphs | None:
-    """The decode steps to capture; None where the config or device does without, or a backend cannot be captured."""
+    """Creates the CUDA graphs of decode steps, to be captured later.
+
+    Returns None if the config or the device excludes graphs, or the decoder or a backend cannot be captured.
+    """
     capture = capture_for(decoder.weights.device) if config.cuda_graphs else None
     if capture is None:
         return None
@@ -147,7 +148,7 @@ def _create_graphs(
 
 
 def _request_kernels(kernels: KernelSet, users: list[KernelUser], decoder: Decoder, progress: BusyTimer | None) -> None:
-    """Gives all users the compiled kernels, and asks for those that they want."""
+    """Gives all users of kernels the KernelSet, and requests the compilation of the kernels that they use."""
     for user in users:
         user.use_kernels(kernels)
     wanted = [key for user in users for key in user.wanted_kernels(decoder.config, decoder.weights.dtype)]

@@ -1,4 +1,4 @@
-"""What a built runner can hold, as it tells the scheduler."""
+"""Computes the Capacity message: what a built runner can hold."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from model_runner.platform.device import dtype_name, host_memory
 from model_runner.step.kv_pool import KvPool
 
 BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
-"""Tokens of a step where the config names no number, by type of device."""
+"""The most tokens in a step if the config has no `max_batched_tokens`, by type of device."""
 
 
 def batched_tokens(config: RunnerConfig, device: torch.device) -> int:
-    """The most tokens of a step."""
+    """Returns the most tokens in a step."""
     return config.max_batched_tokens or BATCHED_TOKENS[device.type]
 
 
 def capacity_of(config: RunnerConfig, decoder: Decoder, pool: KvPool, kv: KvPlan, lora: Adapters | None) -> Capacity:
-    """The sizes of these parts, and the backends that were resolved."""
+    """Returns the Capacity with the sizes of these parts and the resolved backends."""
     device, dtype = decoder.weights.device, decoder.weights.dtype
     return Capacity(
         kv_pages=kv.pages,
@@ -53,6 +53,9 @@ def capacity_of(config: RunnerConfig, decoder: Decoder, pool: KvPool, kv: KvPlan
 
 
 def _host_bytes(lora: Adapters, pool: KvPool, device: torch.device) -> int:
-    """Half of the free host memory, counting start-up adapters as free. The pools of a CPU are not yet in memory."""
+    """Returns the host memory for adapters in bytes: half of the free memory, counting start-up adapters as free.
+
+    On a CPU the bytes of the pools are subtracted first: they are allocated, but not yet in physical memory.
+    """
     pools = pool.bytes + lora.pages.bytes if device.type == "cpu" else 0
     return max(0, host_memory()[1] - pools + sum(adapter.bytes for adapter in lora.store)) // 2

@@ -1,6 +1,6 @@
-"""How many rank pages and full-weight slots fit: numbers in, numbers out, nothing is allocated.
+"""Plans how many rank pages and full-weight slots fit into memory. Pure arithmetic: nothing is allocated.
 
-Of adapters it knows only their footprints.
+Adapters are represented by their footprints only.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from model_runner.lora.site import EMBED, HEAD, NORMS, full_weights_of, vectors_
 log = logging.getLogger(__name__)
 
 LORA_SHARE = 0.1
-"""The part of the device's memory that a pool of the default size takes at most."""
+"""The largest share of the device's memory that a pool of the default size takes."""
 
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes of the device: all of them, and those that pools may still take."""
+    """Memory of the device in bytes: the total, and what pools may still take."""
 
     total: int
     free: int
@@ -30,14 +30,14 @@ class Room:
 
 @dataclass(frozen=True)
 class PoolSize:
-    """What `--lora-pool-size` says: adapters of the largest rank, or bytes, or neither."""
+    """The value of `--lora-pool-size`: a number of adapters of the largest rank, or bytes, or neither."""
 
     adapters: int | None = None
     bytes: int | None = None
 
 
 def pool_room(device: str, total: int, free: int, fraction: float) -> Room:
-    """What rank pages may take; `free` is measured with the weights loaded."""
+    """Returns the memory that rank pages may take; `free` is measured after the weights are loaded."""
     if device == "cuda":
         return Room(total, max(0, int(total * fraction) - (total - free)))
     return Room(total, int(free * fraction))
@@ -46,11 +46,11 @@ def pool_room(device: str, total: int, free: int, fraction: float) -> Room:
 def plan_rank_pages(
     page_bytes: dict[str, int], groups: Iterable[str], *, max_rank: int, default: int, room: Room, asked: PoolSize
 ) -> dict[str, int]:
-    """Rank pages of each group: those of as many adapters of `max_rank` as asked for, or of at most `default`.
+    """Returns the number of rank pages of each group, for the number of adapters of rank `max_rank` that `asked` gives.
 
-    A group's vector slots, one an adapter, come with it where `page_bytes` names them, and so do slots for norms.
-    Where no size was asked for, the pool takes at most a tenth of the memory, but holds one adapter at least. Raises
-    ConfigError when one adapter, or the size that was asked for, does not fit.
+    Without a size in `asked`, the pool holds up to `default` adapters and takes at most a tenth of the memory, but
+    holds at least one adapter. Where `page_bytes` contains them, one vector slot for each group and one norm slot are
+    added for each adapter. Raises ConfigError if one adapter, or the size in `asked`, does not fit.
     """
     each = _pages_of_one(page_bytes, sorted(set(groups)), max_rank)
     one = sum(count * page_bytes[group] for group, count in each.items())
@@ -66,14 +66,14 @@ def plan_rank_pages(
 
 
 def _pages_of_one(page_bytes: dict[str, int], groups: list[str], max_rank: int) -> dict[str, int]:
-    """What one adapter of `max_rank` needs in each group."""
+    """Returns the pages and slots that one adapter of `max_rank` needs, by group."""
     each = dict.fromkeys(groups, pages_for(max_rank))
     each |= {vectors: 1 for vectors in map(vectors_of, groups) if vectors in page_bytes}
     return each | ({full_weights_of(NORMS): 1} if groups and full_weights_of(NORMS) in page_bytes else {})
 
 
 def _count_adapters(one: int, max_rank: int, default: int, room: Room, asked: PoolSize) -> int:
-    """How many adapters of `one` bytes the pool is to hold."""
+    """Returns how many adapters the pool will hold; each takes `one` bytes."""
     count = asked.adapters if asked.adapters is not None else _fitting(asked.bytes, one, max_rank)
     if count is None:
         count = max(1, min(default, int(room.total * LORA_SHARE) // one))
@@ -90,9 +90,10 @@ def _count_adapters(one: int, max_rank: int, default: int, room: Room, asked: Po
 def plan_full_weights(
     sizes: dict[str, int], footprints: Iterable[Footprint], most: int, room: Room
 ) -> tuple[dict[str, int], Room]:
-    """Full-weight slots by group, one for each start-up adapter that brings one and at most `most`; the room left.
+    """Returns the number of full-weight slots by group, and the remaining room.
 
-    They are large, so none is kept for adapters that are loaded later. Raises ConfigError where they do not fit.
+    Each start-up adapter with a full embedding or head gets a slot, up to `most` slots in a group. The slots are large,
+    so none is reserved for adapters that are loaded later. Raises ConfigError if the slots do not fit.
     """
     counts: dict[str, int] = {}
     for footprint in footprints:
@@ -108,7 +109,7 @@ def plan_full_weights(
 
 
 def _fitting(asked: int | None, one: int, max_rank: int) -> int | None:
-    """How many adapters of `one` bytes fit the bytes asked for."""
+    """Returns how many adapters of `one` bytes fit into `asked` bytes; None if `asked` is None."""
     if asked is None:
         return None
     if asked < one:

@@ -1,6 +1,6 @@
-"""The modules that adapters may touch, and the groups that get rank pages: from the flags, or from start-up adapters.
+"""Resolves the modules that adapters may change, and the groups that get rank pages.
 
-Knows nothing of memory.
+Both come from the flags and the start-up adapters.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from model_runner.lora.peft.survey import AdapterSurvey
 from model_runner.lora.site import EMBED, EXPERTS, HEAD, NORMS, Site
 
 LARGE = (EMBED, HEAD, EXPERTS)
-"""Groups whose pages are large: made only where a start-up adapter or the flag names their modules."""
+"""Groups whose rank pages are large: they are allocated only if a start-up adapter or the flag names their modules."""
 
 
 def check_targets(given: list[str] | None, sites: Sequence[Site]) -> None:
@@ -29,9 +29,9 @@ def check_targets(given: list[str] | None, sites: Sequence[Site]) -> None:
 def resolve_targets(
     given: list[str] | None, adapters: Sequence[NormalForm | AdapterSurvey], sites: Sequence[Site]
 ) -> list[str]:
-    """The modules adapters may touch, in the model's order.
+    """Returns the modules that adapters may change, in the model's order.
 
-    "all" is the linears of the layers, without the modules of the LARGE groups.
+    "all" selects the linears of the layers, without the modules of the LARGE groups. It also is the default.
     """
     found = {target for adapter in adapters for target in adapter.targets}
     wanted = found | set(given or ())
@@ -43,10 +43,11 @@ def resolve_targets(
 def groups_of(
     targets: list[str], named: set[str], adapters: Sequence[NormalForm | AdapterSurvey], sites: Sequence[Site]
 ) -> set[str]:
-    """The groups of these targets; the LARGE ones only where a module of theirs is named, or an adapter has such pages.
+    """Returns the groups of `targets`.
 
-    A module of an expert may have the name of another layer's linear, and an adapter may bring a full embedding or
-    head, which needs no rank pages: so the target alone does not decide.
+    A LARGE group is included only if one of its modules is in `named` or an adapter has rank pages of the group. The
+    targets do not suffice to decide this: a module of an expert may have the name of another layer's linear, and an
+    adapter may have a full embedding or head, which needs no rank pages.
     """
     groups = {site.group for site in sites if any(piece.module in targets for piece in site.slices)} - {NORMS}
     for large in LARGE:
@@ -57,5 +58,5 @@ def groups_of(
 
 
 def _modules(sites: Sequence[Site]) -> list[str]:
-    """The names of all modules, each once, in the model's order."""
+    """Returns the names of all modules, without duplicates, in the model's order."""
     return list(dict.fromkeys(piece.module for site in sites for piece in site.slices))

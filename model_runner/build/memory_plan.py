@@ -1,9 +1,9 @@
-"""How much of the KV cache, of rows and of CUDA graphs fits: numbers in, numbers out, nothing is allocated.
+"""Plans how many KV pages, rows and CUDA graphs fit into memory. Pure arithmetic: nothing is allocated.
 
     CUDA    total * mem_fraction = weights and other memory in use | activations, graphs | rank pages | KV pages
     CPU     rank pages: at most a tenth of the memory                KV: min(4 GiB, a quarter of the memory)
 
-Rank pages are planned in lora_plan.py. Knows nothing of tensors.
+Rank pages are planned in lora_plan.py.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ CPU_KV_BYTES = 4 * GIB
 DEFAULT_FRACTION = 0.9
 MAX_ROWS = 256
 GRAPH_ROWS = 256
-GRAPH_BYTES = 8 << 20  # of one graph of some thousand kernels, with what the driver keeps beside it
-TYPICAL_LENGTH = 512  # tokens a request is expected to hold when the rows are counted from memory
+GRAPH_BYTES = 8 << 20  # estimate for one graph of some thousand kernels, with the driver's data
+TYPICAL_LENGTH = 512  # expected tokens of a request, for deriving the number of rows from memory
 
 
 @dataclass(frozen=True)
 class KvPlan:
-    """What the KV cache holds: grantable pages, rows, and the longest request in tokens."""
+    """The size of the KV cache: grantable pages, rows, and the longest request in tokens."""
 
     pages: int
     rows: int
@@ -34,21 +34,25 @@ class KvPlan:
 
 
 def kv_budget(device: str, total: int, free: int, fraction: float, reserved: int) -> int:
-    """Bytes for the KV cache. `free` is measured with the weights loaded; `reserved` is what is allocated later."""
+    """Returns the bytes for the KV cache. `free` is measured after loading the weights; `reserved` is needed later."""
     if device == "cuda":
         return max(0, int(total * fraction) - (total - free) - reserved)
     return int(min(CPU_KV_BYTES, total // 4) * fraction / DEFAULT_FRACTION)
 
 
 def activation_margin(tokens: int, rows: int, hidden: int, intermediate: int, vocab: int, itemsize: int) -> int:
-    """Bytes a step may need beside weights and caches: a few activations a token, and four copies of float32 logits."""
+    """Returns the bytes that a step may need beside weights and caches.
+
+    These are some activations for each token, four copies of the float32 logits, and 1 GiB of margin.
+    """
     return GIB + tokens * (8 * hidden + 4 * intermediate) * itemsize + rows * vocab * 4 * 4
 
 
 def graph_sizes(rows: int, asked: int | None) -> list[int]:
-    """The numbers of rows that decode steps are padded to, up to `asked` or 256, and to all rows at most.
+    """Returns the numbers of rows that decode steps are padded to, up to `asked` (None: 256) and at most `rows`.
 
-    The spacing grows, so that little is padding and few graphs are kept: 1 2 4 8, by 8 to 64, by 16 to 128, by 32.
+    The spacing grows, so that there is little padding and few graphs are captured: 1, 2, 4, 8, then in steps of 8 up to
+    64, of 16 up to 128, and of 32.
     """
     most = min(rows, asked or GRAPH_ROWS)
     usual = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, most, 32)]
@@ -56,13 +60,15 @@ def graph_sizes(rows: int, asked: int | None) -> list[int]:
 
 
 def graph_bytes(sizes: list[int], kinds: int, hidden: int, intermediate: int, itemsize: int) -> int:
-    """Bytes to keep for graphs: the graphs themselves, and the widest step's activations, in their pool and outside."""
+    """Returns the bytes to reserve for graphs: the graphs, and twice the widest step's activations (in and outside of
+    the graphs' memory pool).
+    """
     widest = sizes[-1] * (8 * hidden + 4 * intermediate) * itemsize
     return kinds * len(sizes) * GRAPH_BYTES + 2 * widest
 
 
 def resolve_length(model: int, asked: int | None) -> int:
-    """The longest request in tokens. Raises ConfigError where `--context-length` is above the model's."""
+    """Returns the longest request in tokens. Raises ConfigError if `--context-length` is above the model's."""
     if asked is not None and asked > model:
         raise ConfigError(f"--context-length {asked}: the model's own limit is {model}; choose at most that")
     return model if asked is None else asked
@@ -78,10 +84,10 @@ def plan_kv(
     asked_rows: int | None,
     asked_tokens: int | None = None,
 ) -> KvPlan:
-    """Pages and rows for `budget` bytes: `asked_tokens` where they fit, else at most as many as all rows can fill.
+    """Plans pages and rows for `budget` bytes: pages for `asked_tokens`, or as many as fit and all rows can fill.
 
-    Without an asked length, `length` shrinks to what fits. Raises ConfigError when a request of the asked length, or
-    any request at all, does not fit.
+    Without `asked_length`, `length` is reduced to what fits. Raises ConfigError if a request of `asked_length` tokens,
+    or any request at all, does not fit.
     """
     pages, cause = _kv_pages(budget, page_bytes, page_size, asked_tokens)
     tokens = pages * page_size
@@ -99,7 +105,7 @@ def plan_kv(
 
 
 def _kv_pages(budget: int, page_bytes: int, page_size: int, asked_tokens: int | None) -> tuple[int, str]:
-    """The pages that fit and are asked for, and the flag that bounds them."""
+    """Returns the number of pages that fit and are asked for, and the name of the flag that bounds the number."""
     fits = budget // page_bytes
     if fits < 1:
         raise ConfigError(
@@ -117,5 +123,5 @@ def _kv_pages(budget: int, page_bytes: int, page_size: int, asked_tokens: int | 
 
 
 def describe_bytes(held: dict[str, int]) -> str:
-    """Bytes by holder, in words for a log line."""
+    """Formats `held`, the bytes by what they are used for, as text for a log line."""
     return ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in held.items())

@@ -1,6 +1,6 @@
-"""Builds the LoRA part of a runner: loads the start-up adapters, then sizes the pools by the flags or by them.
+"""Builds the LoRA part of a runner: loads the start-up adapters, then sizes the pools by the flags or these adapters.
 
-Knows nothing of the KV cache, which gets what memory is left.
+The KV cache is sized later, from the memory that is left.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from model_runner.lora.store import AdapterStore
 from model_runner.platform.device import DTYPES, device_memory, dtype_name, host_memory
 
 DEFAULT_LORA_RANK = 64
-MANY_ADAPTERS = 16  # start-up adapters: from here on a progress bar is shown
+MANY_ADAPTERS = 16  # a progress bar is shown for at least this many start-up adapters
 
 
 def build_adapters(
     config: RunnerConfig, sites: list[Site], dtype: torch.dtype, device: torch.device, *, progress: BusyTimer | None
 ) -> Adapters:
-    """The start-up adapters in the host cache, and pools for them and for others like them.
+    """Loads the start-up adapters into the host cache and creates pools for adapters of their sizes.
 
     Raises ConfigError or AdapterError.
     """
@@ -71,7 +71,7 @@ def _create_store(config: RunnerConfig, sites: list[Site], dtype: torch.dtype) -
 def _load_given(
     sources: list[AdapterSource], store: AdapterStore, *, progress: BusyTimer | None
 ) -> list[NormalForm | AdapterSurvey]:
-    """Loads start-up adapters into the host cache, up to half of the free memory; the rest are only checked."""
+    """Loads start-up adapters into the host cache, up to half of the free memory, and only checks those left over."""
     room = host_memory()[1] // 2
     given: list[NormalForm | AdapterSurvey] = []
     for source in tqdm(sources, "adapters", disable=progress is None or len(sources) < MANY_ADAPTERS, leave=False):
@@ -95,7 +95,7 @@ def _create_pages(
     dtype: torch.dtype,
     device: torch.device,
 ) -> RankPagePool:
-    """The rank pages and slots of the groups of these targets."""
+    """Creates the pool with the rank pages and slots of the groups of `targets`."""
     extra_vocab = max(config.lora_extra_vocab or 0, *(_added_tokens(adapter, sites) for adapter in given), 0)
     sizes = page_bytes(sites, dtype, extra_vocab)
     room = lora_plan.pool_room(device.type, *device_memory(device), config.mem_fraction)
@@ -118,7 +118,7 @@ def _create_backend(config: RunnerConfig, pages: RankPagePool, max_rank: int) ->
 
 
 def _loader_config(config: RunnerConfig, store: AdapterStore, pages: RankPagePool) -> LoaderConfig:
-    """What loader processes check adapters against: the limits of the flags, and the vocabulary that fits the pool."""
+    """Returns the config of loader processes: the sites, the limits from the flags, and the pool's extra vocabulary."""
     limits = msgspec.structs.replace(store.limits, extra_vocab=pages.extra_vocab)
     shapes = [SiteShape.of(site) for site in pages.sites]
     name = dtype_name(pages.dtype)
@@ -126,6 +126,6 @@ def _loader_config(config: RunnerConfig, store: AdapterStore, pages: RankPagePoo
 
 
 def _added_tokens(adapter: NormalForm | AdapterSurvey, sites: list[Site]) -> int:
-    """How many tokens more than the base the adapter has."""
+    """Returns how many tokens the adapter's vocabulary has beyond the base's."""
     base = next(site.vocabulary for site in sites if site.group == EMBED)
     return max(0, adapter.vocab_size - base)

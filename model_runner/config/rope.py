@@ -53,7 +53,7 @@ class Rope:
         return int(head_dim * self.rotary_share)
 
     def serving(self, length: int) -> Rope:
-        """Returns the rope for a server whose longest request is `length`: longrope uses its short factors if they suffice.
+        """Returns the rope for a server whose longest request is `length`; longrope uses its short factors if they do.
 
         All requests use one set of factors, because the keys in the KV cache are rotated with it.
         """
@@ -154,7 +154,7 @@ def _read_longrope(given: ConfigJson, rope: Rope, positions: int) -> Rope:
 
 
 def extended_length(rope: Rope, positions: int) -> int:
-    """Returns the longest request in tokens: with yarn, `factor` times the original length, whatever the config says."""
+    """Returns the longest request in tokens: `positions`, or with yarn `factor` * `original` where that is more."""
     return max(positions, int(rope.original * rope.factor)) if rope.kind == "yarn" else positions
 
 

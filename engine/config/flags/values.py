@@ -1,5 +1,4 @@
-"""Parses the values of flags whose values have aliases, and refuses values of SGLang and vLLM that are not available.
-"""
+"""Parses the values of flags whose values have aliases, and refuses values of SGLang and vLLM that are not available."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class Layer:
 
 
 class Decoder:
-    """A model. It is built with uninitialised weights; `weights.placements` lists the checkpoint tensors that fill them.
+    """A model, built with uninitialised weights; `weights.placements` lists the checkpoint tensors that fill them.
 
     A family whose forward differs has a subclass with its own layers (`layer_type`) or its own treatment of embeddings
     and logits (`adjust_embeddings`, `adjust_logits`).
@@ -102,13 +102,13 @@ class Decoder:
 
     @property
     def sites(self) -> list[Site]:
-        """Returns the sites, the modules that adapters may change, in the order of the forward; norms come last."""
+        """The sites (modules that adapters may change), in the order of the forward, with the norms last."""
         linears = [linear.site for layer in self.layers for linear in layer.linears()]
         return [self.embed.site, *linears, self.head.site, *(norm.site for norm in self.norms)]
 
     @property
     def norms(self) -> list[RMSNorm]:
-        """Returns all norms, in the order of the forward."""
+        """All norms, in the order of the forward."""
         return [*(norm for layer in self.layers for norm in layer.norms), self.norm]
 
     @property

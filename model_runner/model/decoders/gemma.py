@@ -45,7 +45,7 @@ class Gemma(Decoder):
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         super().__init__(config, weights)
-        self.scale = float(torch.tensor(config.embed_scale, dtype=weights.dtype))  # rounded to the dtype, as in training
+        self.scale = float(torch.tensor(config.embed_scale, dtype=weights.dtype))  # rounded to the dtype
         self.cap = config.logit_cap
 
     def adjust_embeddings(self, x_TH: torch.Tensor) -> torch.Tensor:

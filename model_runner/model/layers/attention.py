@@ -3,9 +3,9 @@
 Where the backend gives the step's KV slots, everything between qkv and attention is one operation (first line):
 
     qkv -> norm of heads, rotation, K and V to their slots -> q -> attend_stored -> o
-    qkv -> norm -> rotation -> q, k, v -> attend -> o          otherwise, and in layers without a rotation
+    qkv -> norm -> rotation -> q, k, v -> attend -> o          else, and in layers without a rotation
 
-Legend: T tokens, H hidden size, N query heads, K key/value heads, J = N + 2 K, D head size; heads are those of this rank.
+Legend: T tokens, H hidden size, N query heads, K key/value heads, J = N + 2 K, D head size; all on this rank.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Embedding:
         self.lora: LoraBackend | None = None
 
     def __call__(self, tokens_T: torch.Tensor, lora: Any = None, lanes_T: LaneIndices | None = None) -> torch.Tensor:
-        """Looks up tokens: [T] -> [T, H]. `lora` is the backend's plan for these tokens, `lanes_T` is that of the batch."""
+        """Looks up tokens: [T] -> [T, H]. `lora` is the backend's plan for these tokens; `lanes_T` as in Batch."""
         known_T = tokens_T
         if lanes_T is not None:  # tokens beyond the base's vocabulary are looked up in their lanes' tables
             known_T = tokens_T.clamp(max=self.site.vocabulary - 1)
@@ -53,9 +53,9 @@ class Head:
         self.lora: LoraBackend | None = None
 
     def __call__(self, hidden_SH: torch.Tensor, lora: Any = None, lanes_S: LaneIndices | None = None) -> torch.Tensor:
-        """Computes logits: [S, H] -> [S, V] float32. `lora` is the backend's plan for these rows, `lanes_S` their lanes.
+        """Computes logits: [S, H] -> [S, V] float32. `lora` is the backend's plan for the rows, `lanes_S` their lanes.
 
-        V is the largest vocabulary of these rows; columns beyond a row's own vocabulary are set to -inf (`mask`).
+        V is the largest vocabulary of these rows; call `mask` to set the columns beyond a row's own vocabulary to -inf.
         """
         y_SV = self.site.base.apply(hidden_SH)
         if self.lora is not None and lora is not None:

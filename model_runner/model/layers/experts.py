@@ -2,13 +2,13 @@
 
     router probabilities of a token   [0.1  0.6  0.1  0.2]  ->  experts 1 and 3, weights 0.6 and 0.2 (or 0.75 and 0.25)
 
-Each token is repeated once for each of its experts (a repetition is a pick), and the picks are sorted by expert, so that
-one grouped matmul computes all experts; the number of picks of each expert stays on the device. Where a lane of the step
-has rank pages of experts, the experts are computed one by one instead, each with a LoRA plan for its own picks. The
-result of a token does not depend on the other tokens of the step.
+Each token is repeated once for each of its experts (a repetition is a pick), and the picks are sorted by expert, so
+that one grouped matmul computes all experts; the number of picks of each expert stays on the device. Where a lane of
+the step has rank pages of experts, the experts are computed one by one instead, each with a LoRA plan for its own
+picks. The result of a token does not depend on the other tokens of the step.
 
-Legend: T tokens, H hidden size, E experts, K experts of a token, n = T * K picks, I intermediate size of an expert on this
-rank, O out features.
+Legend: T tokens, H hidden size, E experts, K experts of a token, n = T * K picks, I intermediate size of an expert on
+this rank, O out features.
 """
 
 from __future__ import annotations

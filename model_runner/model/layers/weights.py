@@ -35,12 +35,13 @@ class Weights:
         return tensor
 
     def linear(self, out_features: int, in_features: int, *, bias: bool = False) -> LinearMethod:
-        """Creates a base linear of this rank's sizes, stored by the model's method; the caller places its parameters."""
+        """Creates a base linear of these sizes, stored by the model's method; the caller places its parameters."""
         return self.method.create(self.empty, out_features, in_features, bias=bias)
 
     def place(self, name: str, into: torch.Tensor, *, whole: int | None = None, dim: int = 0) -> None:
-        """Adds a placement: tensor `name` fills `into`. With `whole`, its dimension `dim` has that size in the file, and
-        this rank's part is copied.
+        """Adds a placement: tensor `name` fills `into`.
+
+        With `whole`, the tensor has size `whole` in dimension `dim` in the file, and this rank's part is copied.
         """
         shape = list(into.shape)
         cut = [slice(None)] * into.dim()
