@@ -69,7 +69,7 @@ class _FrameDecoder(Generic[T]):
     def __call__(self, frame: bytes) -> T | None:
         try:
             return self._decoder.decode(frame)
-        except DECODE_ERRORS as error:  # ValidationError carries the path of the bad field
+        except DECODE_ERRORS as error:  # a ValidationError contains the path of the invalid field
             log.warning("%s refused a frame of %d bytes: %s", self._name, len(frame), error)
             return None
 

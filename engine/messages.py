@@ -139,7 +139,7 @@ class TokenLogprob(Part, frozen=True):
 
 
 class PositionLogprobs(Part, frozen=True):
-    """The chosen token of one position and the most likely tokens, most likely first."""
+    """Log-probabilities of one position: the chosen token, and the most likely tokens, most likely first."""
 
     chosen: TokenLogprob
     top: list[TokenLogprob]
@@ -334,7 +334,7 @@ class PinAdapter(Message, frozen=True):
 
 
 class LogprobIds(Part, frozen=True):
-    """Log-probabilities of one position, by token id: the chosen token, then the most likely, best first."""
+    """Log-probabilities of one position by token id: the chosen token, then the most likely ones, most likely first."""
 
     token_id: int
     logprob: float
@@ -603,7 +603,7 @@ class Reset(Message, frozen=True):
 
 
 class Hello(Message, frozen=True):
-    """A new incarnation -> its neighbours: which process it is, and the address its inbox is bound to."""
+    """A new incarnation of a process -> its neighbours: the process's name, and the address of its inbox."""
 
     process: Literal["tokenizer", "scheduler", "runner"]
     epoch: int

@@ -81,7 +81,7 @@ class StepMaker:
 
     @property
     def _longest(self) -> int:
-        """The longest chunk after which a row still has room for a token."""
+        """The length of the longest chunk after which a row still has room for a token."""
         return max(1, self._capacity.max_length - 1)
 
     def _split(self, tokens: int) -> list[int]:

@@ -19,7 +19,7 @@ CommandName = Literal["load", "unload", "pin", "unpin", "list", "info"]
 
 
 class AdapterCalls(ABC):
-    """Loads, unloads, pins and lists adapters."""
+    """Base class of Engine and FakeEngine: loads, unloads, pins and lists adapters."""
 
     def __init__(self) -> None:
         self._loading: dict[tuple[str, str], asyncio.Task[None]] = {}
@@ -55,7 +55,7 @@ class AdapterCalls(ABC):
         await self._command("unload", lora_name=lora_name)
 
     async def pin_lora_adapter(self, lora_name: str) -> AdapterCard:
-        """Keeps an adapter in memory until it is unpinned. Raises NotFound, and InvalidRequest at the limit of pins."""
+        """Keeps an adapter in memory until it is unpinned. Raises NotFound, or InvalidRequest at the limit of pins."""
         return (await self._command("pin", lora_name=lora_name)).adapters[0]
 
     async def unpin_lora_adapter(self, lora_name: str) -> AdapterCard:

@@ -117,7 +117,7 @@ class Connection:
         return frame
 
     async def _run(self, task: Coroutine[Any, Any, NoReturn]) -> None:
-        """Runs one of the connection's endless tasks. An exception in it ends all open calls."""
+        """Runs one of the connection's endless tasks. An exception in the task ends all open calls."""
         try:
             await task
         except Exception as error:

@@ -31,7 +31,7 @@ class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
-    """ZeroMQ addresses of the inboxes and of the server for clients. `epoch`: this process's incarnation, from 0."""
+    """ZeroMQ addresses of the inboxes and of the server for clients. `epoch` is this process's incarnation, from 0."""
 
     epoch: int = 0
     tokenizer: str

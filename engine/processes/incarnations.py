@@ -42,7 +42,7 @@ class Addresses:
 
 
 class Incarnations:
-    """Makes the process specs of one launch."""
+    """Creates the ProcessSpec of each incarnation of the three processes of one launch."""
 
     def __init__(self, resolved: ProcessConfigs, addresses: Addresses) -> None:
         self._resolved = resolved

@@ -82,7 +82,7 @@ class Process:
 
     @classmethod
     async def start(cls, spec: ProcessSpec) -> Process:
-        """Starts the child and writes its config to its stdin. It shares this process's stderr."""
+        """Starts the child and writes its config to its stdin. The child shares the parent's stderr."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",
@@ -96,7 +96,7 @@ class Process:
             limit=MAX_REPORT_BYTES,
         )
         assert process.stdin is not None
-        with contextlib.suppress(ConnectionError):  # it has died already, which report() raises
+        with contextlib.suppress(ConnectionError):  # the child has died already; report() raises this
             process.stdin.write(msgspec.json.encode(spec.config) + b"\n")
             await process.stdin.drain()
         return cls(spec, process)
@@ -150,7 +150,7 @@ class Process:
         return await self.wait_exit()
 
     async def _wait_unhealthy(self, max_busy: float) -> ProcessExit:
-        """Waits until the process is silent or stuck."""
+        """Waits until the process is silent or busy for too long. Returns the ProcessExit that describes this."""
         while not isinstance(report := await self._next_report(SILENT_SECONDS, max_busy), ProcessExit):
             if report is None:  # stdout is closed: the process exits, which `watch` notices, or it hangs
                 await asyncio.sleep(SILENT_SECONDS)

@@ -145,7 +145,7 @@ class Supervisor:
             process.kill()
 
     def pids(self) -> list[int]:
-        """The process ids of the current incarnations."""
+        """Returns the process ids of the current incarnations."""
         return [process.pid for process in self._processes()]
 
     def _processes(self) -> list[Process]:

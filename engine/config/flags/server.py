@@ -1,4 +1,4 @@
-"""The flags of the server: addresses, keys, limits on requests and clients, names, logs."""
+"""The server flags: addresses, API keys, limits on requests and clients, model names, logs."""
 
 from __future__ import annotations
 

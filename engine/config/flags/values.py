@@ -1,4 +1,4 @@
-"""Parses the values of flags whose values have aliases, and refuses values of SGLang and vLLM that are not available."""
+"""Parses flag values that have aliases, and refuses values of SGLang and vLLM that are not available."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ class Decoder:
 
     @property
     def capturable(self) -> bool:
-        """Whether its decode steps can be captured as CUDA graphs: nothing in them waits for the device."""
+        """Whether the decode steps can be captured as CUDA graphs, that is, nothing in them waits for the device."""
         return True
 
     def finish_loading(self) -> None:

@@ -1,4 +1,4 @@
-"""Gemma 2 and 3: norms on both sides of attention and MLP, embeddings scaled, logits capped.
+"""Gemma 2 and 3: norms before and after attention and MLP, scaled embeddings, and logits with a softcap.
 
     each layer:  x = x + norm(attention(norm(x)));  x = x + norm(mlp(norm(x)))
     logits = cap * tanh(head(norm(x)) / cap)

@@ -29,5 +29,5 @@ class Moe(Decoder):
 
     @property
     def capturable(self) -> bool:
-        """Whether its decode steps can be captured as CUDA graphs."""
+        """Whether the decode steps can be captured as CUDA graphs: no layer's experts wait for the device."""
         return not any(isinstance(layer.mlp, SparseMLP) and layer.mlp.needs_host_sync for layer in self.layers)

@@ -33,14 +33,14 @@ from model_runner.step.layout import Layout
 
 @dataclass(frozen=True)
 class Expert:
-    """The linears of one expert, over its part of the layer's stacked weights."""
+    """The linears of one expert, whose weights are views of the layer's stacked weights."""
 
     gate_up: Linear
     down: Linear
 
 
 class SparseMLP:
-    """One layer's router and experts."""
+    """One layer's router and experts, used in place of an MLP."""
 
     def __init__(self, config: ModelConfig, layer: int, weights: Weights) -> None:
         assert config.experts is not None

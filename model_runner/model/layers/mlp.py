@@ -26,11 +26,11 @@ class FeedForward(Protocol):
         """Yields the linears."""
 
     def __call__(self, x_TH: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """[T, H] -> [T, H]."""
+        """Computes the output: [T, H] -> [T, H]."""
 
 
 class MLP:
-    """One layer's MLP."""
+    """One layer's gated MLP."""
 
     def __init__(self, config: ModelConfig, layer: int, weights: Weights) -> None:
         path, inner, hidden = f"model.layers.{layer}.mlp", config.intermediate_size, config.hidden_size
@@ -55,5 +55,5 @@ class MLP:
         yield from (self.gate_up, self.down)
 
     def __call__(self, x_TH: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """[T, H] -> [T, H]."""
+        """Computes the output: [T, H] -> [T, H]."""
         return self.down(self.gate(self.gate_up(x_TH, batch)), batch)

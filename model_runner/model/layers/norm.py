@@ -18,7 +18,7 @@ from model_runner.step.batch import Batch
 
 
 class RMSNorm:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension."""
+    """An RMSNorm layer: weight * x / sqrt(mean(x^2) + eps) over the last dimension."""
 
     def __init__(self, site: Site, eps: float, kind: NormKind, ops: Ops) -> None:
         self.site = site
