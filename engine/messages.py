@@ -37,8 +37,8 @@ class Message(Part, tag=True, frozen=True, array_like=True, gc=False, forbid_unk
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Sampling parameters as a client gives them. None means the model's default (generation_config.json), or, where
-    the model has none, no effect.
+    """Sampling parameters as a client gives them. None selects the model's default (generation_config.json); where the
+    model has no default either, the parameter has no effect.
 
     `logprobs` and `prompt_logprobs` are the numbers of alternatives to report beside the chosen token (0: only the
     chosen one). The values are the model's raw log-softmax, before temperature, penalties and filters.
@@ -230,7 +230,7 @@ class Failure(Message, frozen=True):
 
 
 class Sampling(Part, frozen=True, kw_only=True):
-    """Sampling parameters as the runner's sampler reads them: every value is resolved, and `seed` is always set.
+    """Sampling parameters for the runner's sampler: every default is resolved, and `seed` is always set.
 
     `temperature` 0 is greedy, `top_k` 0 is off. `end_ids` are masked until `min_tokens` tokens were generated.
     `logprobs` and `prompt_logprobs`: -1 is off; k >= 0 reports the sampled or prompt token and the k most likely ones.

@@ -1,4 +1,4 @@
-"""The adapter calls of an engine, built on one method that sends a Command. Engine and FakeEngine share them.
+"""The adapter calls that Engine and FakeEngine share, built on one abstract method that sends a Command.
 
 A request with a LoRARequest whose adapter is not loaded loads it first; concurrent calls with the same LoRARequest wait
 for one load. Each call asks the engine which adapter the name refers to, because other clients may load and unload

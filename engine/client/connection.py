@@ -98,7 +98,7 @@ class Connection:
                 self._socket.send(self._encode(Cancel(message.id)))  # the engine ignores it if the call is finished
 
     async def close(self) -> None:
-        """Closes the connection and ends open calls with EngineDead. The engine aborts them when no pings arrive."""
+        """Closes the connection and ends open calls with EngineDead. Without pings, the engine aborts them."""
         self._closed = EngineDead("the engine was closed")
         self._end_calls(self._closed)
         for task in self._tasks:

@@ -96,7 +96,7 @@ class Supervisor:
         starts = [asyncio.ensure_future(self._first_start(process, reports)) for process in self._processes()]
         try:
             done, _ = await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
-            if any(task.exception() for task in done):  # the cause may be another process's failure, about to arrive
+            if any(task.exception() for task in done):  # the cause may be another process, whose error arrives next
                 await asyncio.wait(starts, timeout=0.2)
         finally:
             for task in starts:

@@ -31,7 +31,8 @@ def resolve_targets(
 ) -> list[str]:
     """Returns the modules that adapters may change, in the model's order.
 
-    "all" selects the linears of the layers, without the modules of the LARGE groups. It also is the default.
+    "all" selects the linears of the layers, without the modules of the LARGE groups. It is the default
+    if neither the flag nor an adapter names a module.
     """
     found = {target for adapter in adapters for target in adapter.targets}
     wanted = found | set(given or ())

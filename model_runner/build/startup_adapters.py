@@ -71,7 +71,7 @@ def _create_store(config: RunnerConfig, sites: list[Site], dtype: torch.dtype) -
 def _load_given(
     sources: list[AdapterSource], store: AdapterStore, *, progress: BusyTimer | None
 ) -> list[NormalForm | AdapterSurvey]:
-    """Loads start-up adapters into the host cache, up to half of the free memory, and only checks those left over."""
+    """Loads start-up adapters into the host cache, up to half of the free memory, and checks the others."""
     room = host_memory()[1] // 2
     given: list[NormalForm | AdapterSurvey] = []
     for source in tqdm(sources, "adapters", disable=progress is None or len(sources) < MANY_ADAPTERS, leave=False):

@@ -1,4 +1,5 @@
-"""Rotary frequencies: their parameters are read from a config.json (old and new keys); the values are transformers'.
+"""Rotary frequencies: reads their parameters from a config.json (old and new keys), and computes them as transformers
+does.
 
 Sources: RoFormer (2104.09864), YaRN (2309.00071), LongRoPE (2402.13753), the Llama 3.1 model card; position
 interpolation (2306.15595) for `linear`. `dynamic` does not change the frequencies up to max_position_embeddings, and
@@ -53,7 +54,8 @@ class Rope:
         return int(head_dim * self.rotary_share)
 
     def serving(self, length: int) -> Rope:
-        """Returns the rope for a server whose longest request is `length`; longrope uses its short factors if they do.
+        """Returns the rope for a server whose longest request is `length`: with longrope and a `length` of at most
+        `original`, the rope with the short divisors.
 
         All requests use one set of factors, because the keys in the KV cache are rotated with it.
         """
