@@ -1,4 +1,4 @@
-"""The tokenizer process: text, adapter names and tenants. HTTP and ZeroMQ servers on top of one front end.
+"""The tokenizer process: tokenizing, adapter names and tenants, with an HTTP and a ZeroMQ server on one front end.
 
-It knows text and clients; it knows no KV pages, rows or tensors.
+It handles text and clients; KV pages, rows and tensors are left to the scheduler and the model runner.
 """

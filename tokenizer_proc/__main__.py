@@ -1,4 +1,4 @@
-"""`python -m tokenizer_proc`: started by the launcher, config on stdin."""
+"""The entry point `python -m tokenizer_proc`: the launcher starts it and writes the config to its stdin."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from engine.processes.child import Child
 
 
 def main() -> int:
-    """Runs the process; returns its exit status."""
+    """Runs the process until it ends. Returns its exit status."""
     child = Child()
     busy_timer = child.begin_startup()
     try:

@@ -1,4 +1,4 @@
-"""The commands of an embedding host: adapter calls and information. Knows no socket."""
+"""Runs the commands of an embedding host: adapter calls and requests for information."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenizer_proc.frontend import Frontend
 
 
 async def run_command(frontend: Frontend, command: Command) -> Answer:
-    """Runs `command`, which may take as long as a load does. Raises the EngineError that fits."""
+    """Runs `command` and returns its Answer. A load may take long. Raises the EngineError of a command that fails."""
     adapters, lifecycle, name = frontend.adapters, frontend.lifecycle, command.lora_name
     match command.call:
         case "list":
@@ -29,7 +29,7 @@ async def run_command(frontend: Frontend, command: Command) -> Answer:
 
 
 def _list(frontend: Frontend, command: Command) -> Answer:
-    """All adapters, or the one that the command names."""
+    """Returns an Answer with all adapters, or with the one that the command names."""
     if not command.lora_name:
         return Answer(id=command.id, adapters=frontend.adapters.cards())
     card = frontend.adapters.card(command.lora_name)

@@ -1,6 +1,6 @@
 """The front end, which both servers (HTTP and ZeroMQ) use: submits in, streams of deltas out.
 
-The scheduler's messages come in by `handle`. Knows names and text; knows nothing of HTTP, sockets or KV pages.
+Messages from the scheduler are passed to `Frontend.handle`. Does not depend on HTTP or sockets.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ADAPTER_WAITS: tuple[WaitReason, ...] = ("load", "fill")
 
 
 class Frontend:
-    """One engine as its servers see it. `send` queues a message for the scheduler."""
+    """The engine's interface for its HTTP and ZeroMQ servers. `send` queues a message for the scheduler."""
 
     def __init__(
         self,
@@ -84,7 +84,10 @@ class Frontend:
 
     @classmethod
     def load(cls, config: TokenizerConfig, send: Callable[[msgspec.Struct], None]) -> Frontend:
-        """With the tokenizer, chat template and generation config of the config's directories. Raises ConfigError."""
+        """Returns a front end with the tokenizer, chat template and generation config in the config's directories.
+
+        Raises ConfigError if these cannot be read.
+        """
         tokenizer = Tokenizer.load(config.tokenizer_path)
         chat = ChatTemplate.load(config.tokenizer_path, config.chat_template, tokenizer.special_tokens)
         return cls(config, send, tokenizer, chat, GenerationConfig.load(config.model_path, tokenizer.eos_id))
@@ -92,18 +95,18 @@ class Frontend:
     # ----------------------------------------------------------------------------------------- for the servers
 
     def open(self, submit: Submit, deadline: Deadline | None = None) -> Stream:
-        """A stream for `submit`; entering it validates the submit and raises the EngineError that fits.
+        """Returns a stream for `submit`. Entering it validates the submit, and raises an EngineError to refuse it.
 
-        `deadline` is that of the call which the submit belongs to; without one the submit arrives now.
+        `deadline` is the deadline of the call that the submit belongs to; by default it counts from now.
         """
         return Stream(submit, self._prepare, self.router, self.metrics, deadline or self.deadline())
 
     def deadline(self, arrived: float | None = None) -> Deadline:
-        """When a call that arrived at `arrived` (monotonic seconds; by default now) must be done."""
+        """Returns the deadline of a call that arrived at `arrived` (monotonic seconds; by default now)."""
         return Deadline(self._config.request_timeout, arrived)
 
     def check_size(self, choices: int) -> None:
-        """Raises InvalidRequest for a call with more choices than can ever be open at once."""
+        """Raises InvalidRequest if a call has more choices than may be open at once (--max-open-requests)."""
         if choices > self._config.max_open_requests:
             raise InvalidRequest(
                 f"one call asks for {choices} answers; at most {self._config.max_open_requests} can be open: split it",
@@ -116,40 +119,44 @@ class Frontend:
         *loras: str | AdapterMix | None,
         may_use: Callable[[str], bool] = lambda name: True,
     ) -> None:
-        """Loads the named adapters that are unknown and lie under --lora-resolve-root. Raises why a load failed.
+        """Loads the adapters that `model` and `loras` name, if they are unknown and lie under --lora-resolve-root.
 
-        Of the adapters that `model` could mean, those that the caller may use are looked for.
+        Of the adapters that `model` may refer to, only those for which `may_use` returns True are looked for. Raises
+        the EngineError of a load that failed.
         """
         if self.resolver is not None:
             await self.resolver.fetch_named(model, *loras, may_use=may_use)
 
     def text_tools_for(self, lora: str | AdapterMix | None) -> TextTools:
-        """The tokenizer, chat template and generation config that go with a selection of adapters."""
+        """Returns the tokenizer, chat template and generation config that requests with the adapters `lora` use."""
         return self._preparer.text_tools_of(self.adapters.resolve(lora))
 
     @property
     def is_ready(self) -> bool:
-        """Requests can be served: capacity is known, every start-up adapter is loaded, no shutdown has begun."""
+        """Whether requests can be served: capacity is known, start-up adapters are loaded, no shutdown has begun."""
         return self.capacity is not None and self.adapters.is_ready and not self.is_draining
 
     @property
     def is_stuck(self) -> bool:
-        """Requests are open, and nothing moved for STUCK_SECONDS: the scheduler is silent, or a step does not end."""
+        """Whether open requests have made no progress for STUCK_SECONDS.
+
+        In that case the scheduler is silent, or a step does not end.
+        """
         return self.router.open > 0 and time.monotonic() - max(self._moved, self.router.began) > STUCK_SECONDS
 
     @property
     def max_length(self) -> int:
-        """Tokens that one request may have, prompt and answer together; 0 before capacity is known."""
+        """The largest number of tokens of a request, prompt and output together; 0 before capacity is known."""
         return 0 if self.capacity is None else max_request_length(self.capacity)
 
     def info(self) -> dict[str, Any]:
-        """The facts of /server_info, of plain JSON types."""
+        """Returns the content of /server_info as plain JSON types."""
         return self._info.collect(self.capacity, self.stats, self.max_length)
 
     # ---------------------------------------------------------------------------------------- for the scheduler
 
     def handle(self, message: ToTokenizer) -> None:
-        """Takes in one message of the scheduler."""
+        """Handles one message from the scheduler."""
         if not isinstance(message, Stats) or _shows_progress(self.stats, message):
             self._moved = time.monotonic()
         match message:
@@ -169,28 +176,29 @@ class Frontend:
                 pass
 
     def recover(self, scheduler: int) -> None:
-        """Tells a new scheduler of the adapters, then of every open request, then of the adapters that drain.
+        """Sends a new scheduler all adapters, then every open request, then the unloads of the draining adapters.
 
-        In this order a request still finds its adapter when the adapter's name was taken from it.
+        In this order an open request still finds its adapter even if the adapter is draining. `scheduler` is the new
+        scheduler's epoch.
         """
         self.adapters.load(self._send)
         self.router.resubmit(scheduler)
         self.adapters.unload(self._send)
 
     async def drain(self, seconds: float) -> None:
-        """Refuses new requests, lets open streams finish for up to `seconds`, then ends them with EngineDead."""
+        """Refuses new requests, waits up to `seconds` for open streams to finish, and ends the rest with EngineDead."""
         self.is_draining = True
         await self.lifecycle.close()
         if not await self.router.wait_idle(seconds):
             log.info("%d answers did not finish in time and are aborted", self.router.open)
             self.router.fail_all(EngineDead("the server is shutting down"))
-            await self.router.wait_idle(1.0)  # for the streams' readers to take the error
+            await self.router.wait_idle(1.0)  # gives the streams' readers time to take the error
         self.tokenizer_library.close()
 
     def _handle_adapter(self, state: AdapterState) -> None:
         entry = self.adapters.entry(state.adapter_id)
         before = None if entry is None else entry.state
-        if entry is None and state.state != "gone":  # a load that the tokenizer process before this one began
+        if entry is None and state.state != "gone":  # a former tokenizer process began this load
             self._send(UnloadAdapter(state.adapter_id))
             return
         self.adapters.handle(state)
@@ -211,7 +219,11 @@ class Frontend:
                 self.metrics.load_failed()  # a reload by the scheduler; Lifecycle counts first loads
 
     async def _prepare(self, submit: Submit) -> PreparedRequest:
-        """Raises Overloaded while the model is loading or the server shuts down, and what RequestPreparer raises."""
+        """Prepares `submit` for its stream.
+
+        Raises Overloaded while the model is loading or the server is shutting down, and the errors of
+        `RequestPreparer.prepare`.
+        """
         if self.is_draining:
             raise Overloaded("the server is shutting down")
         if self.capacity is None:
@@ -232,9 +244,10 @@ class Frontend:
 
 
 def _shows_progress(before: Stats, now: Stats) -> bool:
-    """Whether steps were done between two Stats, or none is due: nothing runs, and nothing waits but for adapters.
+    """Returns whether steps were done between two Stats, or no step was due.
 
-    A request may wait for its adapter for as long as the load takes.
+    No step is due while no request runs and either none waits or one waits for its adapter, for as long as the load
+    takes.
     """
     is_loading = any(now.waiting_reasons.get(reason) for reason in ADAPTER_WAITS)
     return now.steps != before.steps or (not now.running and (is_loading or not now.waiting))

@@ -1,6 +1,6 @@
-"""The scheduler's messages, read one after the other and given to the front end.
+"""Reads the scheduler's messages one after the other and passes them to the front end.
 
-When another scheduler takes over, it is first told of the adapters and of every open request.
+When another scheduler takes over, the adapters and all open requests are sent to it first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class SchedulerInbox:
-    """Reads `inbox` for one front end; `outbox` follows the scheduler that says Hello."""
+    """Reads `inbox` for one front end. `outbox` reconnects to each new scheduler that sends a Hello."""
 
     def __init__(self, frontend: Frontend, outbox: SchedulerOutbox, inbox: AsyncInbox[ToTokenizer]) -> None:
         self.frontend = frontend
@@ -27,10 +27,10 @@ class SchedulerInbox:
         self._inbox = inbox
 
     async def until_ready(self, stopping: asyncio.Event, forgiving: bool) -> bool:
-        """Reads until requests can be served; False if `stopping` is set before that.
+        """Reads messages until requests can be served. Returns False if `stopping` is set before that, else True.
 
-        Raises AdapterError for a start-up adapter that cannot be loaded. With `forgiving` such an adapter is left out
-        and logged: a tokenizer process that takes over serves the adapters that still load.
+        Raises AdapterError if a start-up adapter cannot be loaded. With `forgiving`, that adapter is logged and left
+        out instead: a restarted tokenizer process serves the adapters that still load.
         """
         stop = asyncio.ensure_future(stopping.wait())
         try:
@@ -47,7 +47,7 @@ class SchedulerInbox:
             stop.cancel()
 
     async def read(self) -> NoReturn:
-        """Reads until cancelled. The event loop turns after each message, however many there are."""
+        """Reads messages until cancelled, and yields to the event loop after each one."""
         async for message in self._inbox:
             self._handle(message)
             await asyncio.sleep(0)

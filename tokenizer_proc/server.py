@@ -1,4 +1,4 @@
-"""The process: its sockets and servers, and the order in which they open and close.
+"""Runs the tokenizer process: its sockets and servers, and the order in which they open and close.
 
 open     inbox -> Hello -> Capacity -> adapters loaded -> HTTP and ZeroMQ servers -> Ready
 close    SIGTERM -> no new connections -> open streams end, or are cancelled after DRAIN_SECONDS -> exit 0
@@ -31,7 +31,10 @@ BEAT_SECONDS = 0.5
 
 
 async def serve(child: Child, config: TokenizerConfig, busy_timer: BusyTimer) -> None:
-    """Runs until SIGTERM. Raises EngineError when it cannot start. `busy_timer` shows that the event loop turns."""
+    """Runs the process until SIGTERM. Raises EngineError if it cannot start.
+
+    `busy_timer` is ticked regularly, to show that the event loop is not blocked.
+    """
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     context = zmq.asyncio.Context()
@@ -60,7 +63,7 @@ async def _run_servers(
     stopping: asyncio.Event,
     busy_timer: BusyTimer,
 ) -> None:
-    """Serves from the moment the front end is ready until its last stream has ended."""
+    """Runs both servers, from when the front end is ready until its last stream has ended after a SIGTERM."""
     frontend, reading = messages.frontend, asyncio.ensure_future(messages.read())
     try:
         async with _zmq_server(config, context, frontend) as serving, http_server(config, frontend) as http:
@@ -71,7 +74,7 @@ async def _run_servers(
             ended.cancel()
             for task in (reading, serving):
                 if task.done():
-                    task.result()  # raises the error that ended it
+                    task.result()  # raises the error that ended the task
             await http.stop_listening()
             await frontend.drain(DRAIN_SECONDS)
     finally:
@@ -79,7 +82,7 @@ async def _run_servers(
 
 
 async def _beat(busy_timer: BusyTimer) -> NoReturn:
-    """Shows the launcher that the event loop turns."""
+    """Ticks `busy_timer` every BEAT_SECONDS, which shows the launcher that the event loop is not blocked."""
     while True:
         busy_timer.tick()
         await asyncio.sleep(BEAT_SECONDS)
@@ -89,7 +92,7 @@ async def _beat(busy_timer: BusyTimer) -> NoReturn:
 async def _zmq_server(
     config: TokenizerConfig, context: zmq.asyncio.Context, frontend: Frontend
 ) -> AsyncIterator[asyncio.Future[None]]:
-    """The task that serves embedding hosts, while entered."""
+    """Runs the ZeroMQ server while entered. Yields its task."""
     server = ZmqServer(context, config.endpoints.zmq_server, frontend, config.endpoints.max_frame_bytes)
     task = asyncio.ensure_future(server.serve())
     try:

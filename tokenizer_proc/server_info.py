@@ -1,4 +1,4 @@
-"""The facts of /server_info and of an embedding host's info call, of plain JSON types. Knows nothing of HTTP."""
+"""Collects the content of /server_info, and of an embedding host's info call, as plain JSON types."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenizer_proc.upstream.router import Router
 
 
 class ServerInfo:
-    """Collects facts of one front end; the server's uptime counts from here."""
+    """Collects the information about one front end. The server's uptime counts from the creation of this object."""
 
     def __init__(self, config: TokenizerConfig, adapters: AdapterRegistry, router: Router) -> None:
         self._config = config
@@ -23,7 +23,7 @@ class ServerInfo:
         self._started = time.time()
 
     def collect(self, capacity: Capacity | None, stats: Stats, max_length: int) -> dict[str, Any]:
-        """Configuration, capacity, counts, and the requests that wait for more than a second."""
+        """Returns the configuration, capacity, counts, and the requests that have waited for more than a second."""
         return {
             **self._config.server_info,
             "model_path": self._config.model_path,
@@ -57,7 +57,7 @@ class ServerInfo:
 
 
 def _lora_pool(capacity: Capacity | None, stats: Stats) -> dict[str, dict[str, int]]:
-    """Rank pages by group: how many there are, how many are in use, and the bytes of one."""
+    """Returns, by group, the number of rank pages, the number in use, and the bytes of one page."""
     if capacity is None:
         return {}
     return {
@@ -71,7 +71,10 @@ def _lora_pool(capacity: Capacity | None, stats: Stats) -> dict[str, dict[str, i
 
 
 def _named_fields(value: Capacity | Stats | None) -> dict[str, Any] | None:
-    """A struct, which is an array on the wire, with the names of its fields. `long_waiting` has `oldest_waiting`."""
+    """Returns the struct as a dict by field name, since it would be encoded as an array without names.
+
+    `oldest_waiting` is left out, because /server_info shows it as `long_waiting`.
+    """
     if value is None:
         return None
     return {name: field for name, field in msgspec.structs.asdict(value).items() if name != "oldest_waiting"}

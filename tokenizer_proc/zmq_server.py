@@ -1,11 +1,11 @@
-"""The ZeroMQ server of embedding hosts, its clients: a ROUTER socket with the same streams as over HTTP.
+"""The ZeroMQ server for embedding hosts, which are its clients: a ROUTER socket with the same streams as over HTTP.
 
     client --Submit--> a task that reads the stream --Delta ... Delta | Failure--> client
     client --Cancel--> its stream is cancelled        client --Ping each second--> Ping in return
 
-A client that is silent for five seconds counts as gone: its requests are aborted, and answered with a Failure in case
-it was only stopped for a while. A frame that cannot be decoded is refused with a log line, and with a Failure if its id
-can be read. Knows nothing of text or adapters.
+A client that is silent for five seconds counts as gone: its requests are aborted, and a Failure is sent for each, in
+case the client was only stopped for a while. A frame that cannot be decoded is logged and dropped; if its id can be
+read, a Failure is sent too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CHECK_SECONDS = 1.0
 
 
 class _Client:
-    """One embedding host: when its last frame came, its streams by its own ids, and its tasks."""
+    """One embedding host: the time of its last frame, its streams by the host's own ids, and its tasks."""
 
     def __init__(self) -> None:
         self.heard = time.monotonic()
@@ -43,14 +43,14 @@ class _Client:
         self.tasks: set[asyncio.Task[None]] = set()
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Runs `work` until it ends or the client is gone."""
+        """Runs `work` in a task, which is cancelled if the client is gone."""
         task = asyncio.ensure_future(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
 
 class ZmqServer:
-    """Serves `address` until `close`. Made and run inside a running event loop."""
+    """Serves embedding hosts at `address` until `close`. Must be created inside a running event loop."""
 
     def __init__(
         self, context: zmq.asyncio.Context, address: str, frontend: Frontend, max_frame: int = MAX_FRAME_BYTES
@@ -67,7 +67,7 @@ class ZmqServer:
         self._socket.bind(address)
 
     async def serve(self) -> None:
-        """Serves until cancelled. Raises the error that ends its reading or watching."""
+        """Serves until cancelled. Raises the error of reading the socket or of watching for silent clients."""
         tasks = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._watch())]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -78,14 +78,14 @@ class ZmqServer:
                 task.cancel()
 
     def close(self) -> None:
-        """Aborts the open calls and drops the socket."""
+        """Aborts the open calls and closes the socket."""
         for identity in list(self._clients):
             self._forget(identity)
         self._socket.close()
 
     @property
     def open_calls(self) -> int:
-        """How many calls are open."""
+        """The number of open calls."""
         return sum(len(client.tasks) for client in self._clients.values())
 
     async def _read(self) -> NoReturn:
@@ -147,7 +147,7 @@ class ZmqServer:
             del client.streams[id]
 
     async def _answer(self, identity: bytes, command: Command) -> None:
-        """Runs a command and sends its answer."""
+        """Runs a command and sends its Answer or Failure."""
         try:
             answer: Answer | Failure = await run_command(self._frontend, command)
         except EngineError as error:
@@ -159,7 +159,7 @@ class ZmqServer:
         self._send(identity, answer)
 
     def _refuse(self, identity: bytes, frame: bytes, reason: str) -> None:
-        """Answers a frame that is not a message, if its id can be read: [tag, id, ...]."""
+        """Sends a Failure for a frame that is not a message, if its id can be read: [tag, id, ...]."""
         try:
             match msgspec.msgpack.decode(frame):
                 case [str(), int(id), *_] if not isinstance(id, bool):
@@ -172,7 +172,7 @@ class ZmqServer:
         if len(frame) > self._max_frame and not isinstance(message, Failure | Ping):
             error = InternalError(f"an answer of {len(frame)} bytes exceeds the frame bound")
             frame = self._encoder.encode(_failure(message.id, error))
-        # without a high-water mark this does not block; frames for a client that is gone are dropped
+        # without a high-water mark sending does not block; frames for a client that is gone are dropped
         self._socket.send_multipart([identity, frame])
 
     async def _watch(self) -> NoReturn:

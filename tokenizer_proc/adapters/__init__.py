@@ -1,1 +1,1 @@
-"""Adapters by name: registry, selection, loading and unloading, sources, and their tokenizers."""
+"""Adapters: the registry of their names, loading and unloading, and the tokenizers that they bring."""

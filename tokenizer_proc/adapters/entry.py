@@ -1,7 +1,4 @@
-"""One adapter under its id: its source, its last known state, and how many requests use it.
-
-Knows nothing of selections, HTTP or the scheduler's link.
-"""
+"""The entry of one adapter: its id and source, its last known state, and the number of requests that use it."""
 
 from __future__ import annotations
 
@@ -15,10 +12,11 @@ from tokenizer_proc.adapters.tokenizers import TextTools
 
 
 class Entry:
-    """One adapter under its id, which is never reused. `draining`: its name was taken, and its requests finish.
+    """One adapter, identified by an id that is never reused.
 
-    `preload`: the load call waits until the adapter is resident. `vocab_size` is the size of a vocabulary of its own,
-    0: the base's vocabulary. `text_tools` None: the base's.
+    `draining` is True once the adapter has lost its name; its open requests still finish. With `preload` the load call
+    waits until the adapter is resident. `vocab_size` is the size of the adapter's own vocabulary, or 0 if it uses the
+    base's. With `text_tools` None the adapter uses the base's text tools.
     """
 
     def __init__(self, source: AdapterSource, preload: bool = False, text_tools: TextTools | None = None) -> None:
@@ -35,22 +33,22 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """The adapter's name, also after the name was taken from it."""
+        """The name that the adapter was loaded under, even if that name has since been removed or re-pointed."""
         return self.source.name
 
     @property
     def is_loaded(self) -> bool:
-        """The weights are on the host or on the device, or were, and can be read from disk again."""
+        """Whether the weights are on the host or the device, or were there and can be read from disk again."""
         state = self.state
         return state.state in ("host", "resident") or (state.state == "disk" and state.revision != "")
 
     @property
     def stage(self) -> AdapterStage:
-        """The state that clients are shown."""
+        """The state that clients see: `draining` while a nameless adapter's requests finish, else the last state."""
         return "draining" if self.draining and self.state.state not in ("gone", "failed") else self.state.state
 
     def update(self, state: AdapterState) -> None:
-        """Stores a new state and wakes the calls that wait for one."""
+        """Stores a new state and wakes the calls that wait for a state change."""
         self.state = state
         if state.revision:
             self.vocab_size = state.vocab_size
@@ -58,7 +56,7 @@ class Entry:
         changed.set()
 
     async def settled(self) -> AdapterState:
-        """Waits until the load has succeeded or failed, and returns the state."""
+        """Waits until the load has succeeded or failed. Returns the state."""
         while not self.is_loaded and self.state.state not in ("failed", "gone"):
             await self._changed.wait()
         return self.state
@@ -72,11 +70,11 @@ class Entry:
         return self.state.state == stage
 
     def release(self) -> None:
-        """Marks that the name was taken from the adapter."""
+        """Marks the adapter as draining, because its name was removed or re-pointed."""
         self.draining, self.released = True, time.monotonic()
 
     def card(self, parent: str) -> AdapterCard:
-        """The facts that clients are shown. `parent` is the base's name where the adapter's files name none."""
+        """Returns the adapter's description for clients. `parent` is used if the adapter's files name no base model."""
         state = self.state
         return AdapterCard(
             name=self.source.name,

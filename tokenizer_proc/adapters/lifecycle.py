@@ -1,11 +1,11 @@
 """Loading, re-pointing, pinning and unloading adapters while requests run.
 
-    load     source found -> LoadAdapter -> on the host -> the name means the new entry -> the old entry drains
-                                         -> failed: the name means what it meant before
-    unload   the name is removed -> UnloadAdapter -> its requests finish -> gone
+    load     source found -> LoadAdapter -> on the host -> the name refers to the new entry -> the old entry drains
+                                         -> failed: the name keeps its old entry, if it had one
+    unload   the name is removed -> UnloadAdapter -> the adapter's requests finish -> gone
 
-Calls about one name run in the order they came, those about different names side by side. A call that has begun runs to
-its end, also when its caller no longer waits. Knows nothing of HTTP or of callers' rights.
+Calls for the same name run one after the other, in order of arrival; calls for different names run concurrently. A call
+that has begun runs to its end, even if its caller is cancelled. Callers' rights are checked elsewhere.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ log = logging.getLogger(__name__)
 LOADS_AT_ONCE = 8
 CALLS_AT_ONCE = 1024
 LONGEST_NAME = 256
-FREED_SECONDS = 60.0  # an unload's answer waits this long for memory to be free
-PRELOAD_SECONDS = 60.0  # a preload's answer waits this long for the adapter to be resident
+FREED_SECONDS = 60.0  # the longest time that an unload call waits for the adapter's memory to be free
+PRELOAD_SECONDS = 60.0  # the longest time that a load call with `preload` waits for the adapter to be resident
 
 ALREADY_LOADED = "adapter_already_loaded"
 
 
 class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A load call. For a name that is taken: `load_inplace` re-points it, `if_missing` leaves it as it is."""
+    """A load call. If the name is taken, `load_inplace` re-points it, and `if_missing` keeps its present adapter."""
 
     name: str
     path: str
@@ -53,7 +53,7 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Lifecycle:
-    """Runs adapter calls: changes the registry, and tells the scheduler by `send`."""
+    """Runs adapter calls: changes the registry, and sends messages to the scheduler through `send`."""
 
     def __init__(
         self,
@@ -76,10 +76,11 @@ class Lifecycle:
         self._closed = False
 
     async def load(self, ask: LoadRequest, sources: Sources | None = None) -> Entry:
-        """Returns when the adapter is on the host and can be named; with `preload`, when it is resident.
+        """Loads an adapter and returns its entry, once requests can use its name.
 
-        Raises NotFound if there is no adapter at the path, AdapterError for one that cannot be served, InvalidRequest
-        for a name that is not valid or is taken.
+        By then the adapter is on the host; with `preload` this also waits, for up to PRELOAD_SECONDS, until the adapter
+        is resident. Raises NotFound if there is no adapter at the path, AdapterError if the adapter cannot be served,
+        and InvalidRequest if the name is invalid or taken.
         """
         self._check_name(ask)
         entry = await self._to_the_end(self._load(ask, sources or self._sources))
@@ -88,21 +89,27 @@ class Lifecycle:
         return entry
 
     async def unload(self, name: str, adapter_id: int | None = None) -> Entry:
-        """Removes the name at once and returns its entry. Raises NotFound, InvalidRequest for another `adapter_id`."""
+        """Removes the name at once and returns its entry; the adapter's open requests still finish.
+
+        Raises NotFound for an unknown name, and InvalidRequest if the name's adapter has an id other than `adapter_id`.
+        """
         self._check_enabled()
         return await self._to_the_end(self._unload(name, adapter_id))
 
     async def freed(self, entry: Entry) -> bool:
-        """Waits up to FREED_SECONDS until the adapter's memory is free. Returns whether it is."""
+        """Waits up to FREED_SECONDS for the adapter's memory to be free. Returns whether it is free."""
         return await entry.reaches("gone", FREED_SECONDS)
 
     async def pin(self, name: str, pinned: bool) -> Entry:
-        """Pins or unpins an adapter. Raises NotFound, AdapterError when no more may be pinned."""
+        """Pins or unpins an adapter and returns its entry.
+
+        Raises NotFound for an unknown name, and AdapterError if as many adapters are pinned as may be.
+        """
         self._check_enabled()
         return await self._to_the_end(self._pin(name, pinned))
 
     async def close(self) -> None:
-        """Refuses new calls and ends the open ones with EngineDead."""
+        """Refuses new calls, and ends the open ones with EngineDead."""
         self._closed = True
         tasks = list(self._tasks)
         for task in tasks:
@@ -112,7 +119,10 @@ class Lifecycle:
     # ----------------------------------------------------------------------------------------------------- private
 
     async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
-        """Returns what `work` returns; a caller that is cancelled does not end it."""
+        """Runs `work` in a task that goes on if the caller is cancelled. Returns the result of `work`.
+
+        Raises Overloaded if the server is shutting down or CALLS_AT_ONCE calls are open.
+        """
         if self._closed or len(self._tasks) >= CALLS_AT_ONCE:
             work.close()
             raise Overloaded("the server is shutting down" if self._closed else "too many adapter calls are open")
@@ -150,7 +160,10 @@ class Lifecycle:
             return entry
 
     async def _bring(self, ask: LoadRequest, pinned: bool, sources: Sources) -> Entry:
-        """A new entry on the host, not named yet. When it cannot be loaded, raises why and leaves nothing behind."""
+        """Loads the adapter to the host and returns its new entry, which `ask.name` does not refer to yet.
+
+        If the load fails, raises the reason and has the scheduler unload the adapter.
+        """
         if pinned:
             self._check_pin(ask.name)
         root = await sources.find(ask.name, ask.path)
@@ -210,7 +223,7 @@ class Lifecycle:
 
     def _known(self, name: str) -> Entry:
         entry = self._registry.find(name)
-        if entry is None:  # worded so that clients of SGLang and of vLLM recognise it
+        if entry is None:  # the wording is one that clients of SGLang and of vLLM recognise
             raise NotFound(
                 f"The lora adapter '{name}' cannot be found: it does not exist.",
                 param="lora_name",
@@ -260,7 +273,7 @@ class Lifecycle:
 
 
 def _already_loaded(name: str) -> InvalidRequest:
-    """Worded as vLLM does, because its clients match the text."""
+    """Returns the error for a name that is taken, in vLLM's wording, because vLLM's clients match the text."""
     return InvalidRequest(
         f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
         "'load_inplace' to True.",

@@ -1,4 +1,4 @@
-"""Locks by name. Knows nothing of adapters."""
+"""A set of asyncio locks, one for each name in use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 
 class NameLocks:
-    """One lock for each name that a call holds or waits for; `len` counts them."""
+    """One lock for each name that a call holds or waits for. `len` returns the number of these names."""
 
     def __init__(self) -> None:
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
@@ -18,7 +18,7 @@ class NameLocks:
 
     @contextlib.asynccontextmanager
     async def held(self, name: str) -> AsyncIterator[None]:
-        """Waits until no other call holds the name, and holds it while entered."""
+        """Waits until no other call holds the lock of `name`, and holds the lock while the context is entered."""
         lock, users = self._locks.get(name, (asyncio.Lock(), 0))
         self._locks[name] = lock, users + 1
         try:

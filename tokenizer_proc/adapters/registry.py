@@ -1,9 +1,9 @@
-"""Adapter names, and the entries that they stand for at the moment.
+"""The registry of adapters: which entry each name refers to at the moment.
 
     name --alias--> Entry(adapter_id, state, in_flight) <--held by-- open requests
 
-A request holds the entry it resolved, not the name: when a name is re-pointed or removed, requests in flight are not
-touched. Knows nothing of HTTP, text or the scheduler's link; messages go out through the functions it is given.
+A request holds the entry that its name resolved to, not the name: re-pointing or removing a name does not affect
+requests in flight. Messages to the scheduler are sent through functions that callers pass in.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tokenizer_proc.adapters.tokenizers import TextTools
 
 log = logging.getLogger(__name__)
 
-_IDS_BY_EPOCH = 1 << 32  # an id is never reused, not even after a restart
-MAX_SCALE = 100.0  # a larger scale makes the delta overflow, and the answer noise
+_IDS_BY_EPOCH = 1 << 32  # ids of each epoch (restart of the process), so that an id is never reused after a restart
+MAX_SCALE = 100.0  # a larger scale would make the LoRA delta overflow and the output noise
 
 
 class AdapterRegistry:
-    """All adapters by name and by id. `base_names` are the base model's names, the main one first."""
+    """All adapters by name and by id. `base_names` are the base model's names, the main name first."""
 
     def __init__(
         self,
@@ -48,9 +48,10 @@ class AdapterRegistry:
     # ---------------------------------------------------------------------------------------------------- changes
 
     def load(self, send: Callable[[LoadAdapter], None]) -> None:
-        """Asks the scheduler to load every adapter to the host; asking again is harmless. `unload` comes after.
+        """Sends a LoadAdapter for every adapter, which may be repeated without harm. Call `unload` afterwards.
 
-        An adapter that failed is left out: a new scheduler would try to load it again.
+        The scheduler then loads the adapters to the host. Failed adapters are left out, because a new scheduler would
+        try to load them again.
         """
         for entry in self._by_id.values():
             if entry.state.state == "failed":
@@ -69,13 +70,13 @@ class AdapterRegistry:
             )
 
     def unload(self, send: Callable[[UnloadAdapter], None]) -> None:
-        """Asks the scheduler again to unload the adapters that drain; asking again is harmless."""
+        """Sends an UnloadAdapter for every draining adapter, which may be repeated without harm."""
         for entry in self._by_id.values():
             if entry.draining:
                 send(UnloadAdapter(entry.source.adapter_id))
 
     def give_up_failed(self) -> list[str]:
-        """Forgets the start-up adapters that cannot be loaded; returns the reasons."""
+        """Removes the start-up adapters whose load failed. Returns the reasons."""
         failed = [self._by_id[number] for number in self._starting if self._by_id[number].state.state == "failed"]
         for entry in failed:
             number = entry.source.adapter_id
@@ -94,7 +95,7 @@ class AdapterRegistry:
         text_tools: TextTools | None = None,
         roots: Sequence[str] = (),
     ) -> Entry:
-        """Makes an entry with an id of its own; `point` gives it its name."""
+        """Adds and returns an entry with a new id. `name` refers to it only after `point`."""
         number = next(self._ids)
         source = AdapterSource(adapter_id=number, name=name, path=path, root=root, pinned=pinned, roots=list(roots))
         entry = Entry(source, preload, text_tools)
@@ -102,7 +103,7 @@ class AdapterRegistry:
         return entry
 
     def point(self, entry: Entry) -> Entry | None:
-        """Makes the entry's name mean it. Returns the entry that the name meant before, released."""
+        """Makes the entry's name refer to `entry`. Returns the name's former entry, now draining, or None."""
         old = self._by_name.get(entry.name)
         self._by_name[entry.name] = entry
         if old is not None:
@@ -110,7 +111,7 @@ class AdapterRegistry:
         return old
 
     def take_name(self, name: str) -> Entry | None:
-        """Removes a name. Returns the entry that it meant, released."""
+        """Removes a name. Returns the entry that the name referred to, now draining, or None for an unknown name."""
         entry = self._by_name.pop(name, None)
         if entry is not None:
             entry.release()
@@ -118,7 +119,7 @@ class AdapterRegistry:
 
     @contextlib.contextmanager
     def loading(self, name: str) -> Iterator[None]:
-        """While entered, a request for a name that means nothing yet is told that it is being loaded."""
+        """While entered, the NotFound error for the unknown `name` says that the adapter is still loading."""
         self._loading.add(name)
         try:
             yield
@@ -126,7 +127,7 @@ class AdapterRegistry:
             self._loading.discard(name)
 
     def handle(self, state: AdapterState) -> None:
-        """Stores the state of one adapter; an entry that is gone is forgotten."""
+        """Stores a new state of one adapter, and removes the adapter from the registry if the state is `gone`."""
         entry = self._by_id.get(state.adapter_id)
         if entry is None:
             log.warning("state %s of an unknown adapter %d", state.state, state.adapter_id)
@@ -143,7 +144,7 @@ class AdapterRegistry:
 
     @property
     def failure(self) -> AdapterError | None:
-        """An error that names the first adapter that could not be loaded; None: there is none."""
+        """The error of the first adapter that could not be loaded, or None if there is no such adapter."""
         for entry in self._by_id.values():
             if (text := AdapterSelection([(entry, 1.0)]).failure) is not None:
                 return AdapterError(text, param="lora_path")
@@ -151,19 +152,19 @@ class AdapterRegistry:
 
     @property
     def is_ready(self) -> bool:
-        """Every start-up adapter has reached the host."""
+        """Whether every start-up adapter has been loaded to the host."""
         return not self._starting
 
     def find(self, name: str) -> Entry | None:
-        """The entry that a name means now."""
+        """Returns the entry that `name` refers to at the moment, or None."""
         return self._by_name.get(name)
 
     def entry(self, adapter_id: int) -> Entry | None:
-        """The entry of an id, until its adapter is gone."""
+        """Returns the entry of an adapter id, or None if the id is unknown or the adapter is gone."""
         return self._by_id.get(adapter_id)
 
     def by_name(self, counts: Mapping[int, int]) -> dict[str, int]:
-        """Counts by adapter id turned into counts by name, without zeros."""
+        """Converts counts by adapter id to counts by adapter name, and leaves out zeros."""
         names: dict[str, int] = {}
         for adapter_id, count in counts.items():
             if count and adapter_id in self._by_id:
@@ -172,15 +173,15 @@ class AdapterRegistry:
         return names
 
     def names(self, lora: Iterable[tuple[int, float]]) -> list[str]:
-        """The adapters' names, also of those whose names were taken."""
+        """Returns the names of the adapters in `lora`, including draining adapters, which have lost their names."""
         return [self._by_id[adapter_id].name for adapter_id, _ in lora if adapter_id in self._by_id]
 
     def stages(self) -> dict[str, str]:
-        """The state of every adapter that can be named."""
+        """Returns the state of every adapter that a name refers to, by name."""
         return {name: entry.stage for name, entry in self._by_name.items()}
 
     def pinned(self) -> set[str]:
-        """The names that are pinned, or will be when their load has ended."""
+        """Returns the names of the adapters that are pinned, or will be once they are loaded."""
         return {
             entry.name
             for entry in self._by_id.values()
@@ -188,17 +189,20 @@ class AdapterRegistry:
         }
 
     def paths(self) -> dict[str, str]:
-        """The path of every name, as given, in the order of loading."""
+        """Returns the path of every name as the load call gave it, in the order of loading."""
         return {name: entry.source.path for name, entry in self._by_name.items()}
 
     def cards(self) -> list[AdapterCard]:
-        """The adapters in the order of loading, then the draining ones whose name means no other adapter."""
+        """Returns the cards of the named adapters in the order of loading, then those of draining adapters.
+
+        A draining adapter is left out if its name refers to another adapter by now.
+        """
         leaving = {entry.name: entry for entry in self._by_id.values() if entry.draining}
         entries = {**self._by_name, **{name: entry for name, entry in leaving.items() if name not in self._by_name}}
         return [entry.card(self.base_names[0]) for entry in entries.values()]
 
     def card(self, name: str) -> AdapterCard | None:
-        """The adapter of a name, or one that drains and had it last; None: there is none."""
+        """Returns the card of the adapter that `name` refers to, else of the draining one that had it last, or None."""
         if name in self._by_name:
             return self._by_name[name].card(self.base_names[0])
         return next((card for card in self.cards() if card.name == name), None)
@@ -206,15 +210,15 @@ class AdapterRegistry:
     # ------------------------------------------------------------------------------------------- resolving names
 
     def candidates(self, model: str | None, lora_path: str | AdapterMix | None) -> list[str]:
-        """The adapter names that `model` and `lora_path` could mean and that mean nothing yet."""
+        """Returns the adapter names that `model` and `lora_path` may refer to and that are unknown so far."""
         names = [] if lora_path is None else [lora_path] if isinstance(lora_path, str) else [*lora_path]
         return [name for name in (*names, *self.meanings(model)) if name and name not in self._by_name]
 
     def meanings(self, model: str | None) -> list[str]:
-        """The adapter names that `model` stands for; empty for the base.
+        """Returns the adapter names that `model` may refer to: an empty list for the base model.
 
-        An adapter is named by itself, or behind a base name and a colon. The longest known name wins; while none is
-        known, every name that could be meant is returned.
+        `model` is an adapter's name, or a base name, a colon and an adapter's name. If an adapter of such a name is
+        known, only the longest known name is returned; otherwise every possible name is.
         """
         if model is None or model in self.base_names:
             return []
@@ -224,9 +228,9 @@ class AdapterRegistry:
         return known[:1] or [name for name in names if name]
 
     def select(self, model: str | None, lora_path: str | AdapterMix | None = None) -> str | AdapterMix | None:
-        """The adapters that `model` and `lora_path` together name, as Submit.lora takes them; None is the base.
+        """Returns the adapters that `model` and `lora_path` name, in the form of Submit.lora; None is the base model.
 
-        Raises NotFound for unknown names, InvalidRequest where the two disagree.
+        Raises NotFound for unknown names, and InvalidRequest if `model` and `lora_path` name different adapters.
         """
         named = self._in_model(model)
         if lora_path is None:
@@ -240,7 +244,11 @@ class AdapterRegistry:
         return lora_path if named is None else named
 
     def resolve(self, lora: str | AdapterMix | None) -> AdapterSelection:
-        """The entries that the names in `lora` mean now. Raises NotFound or InvalidRequest with param lora_path."""
+        """Returns the entries that the names in `lora` refer to now, with their scales.
+
+        Raises NotFound for an unknown name, and InvalidRequest for an empty mix or a scale out of range; the error's
+        `param` is lora_path.
+        """
         if lora is None:
             return AdapterSelection()
         mix = {lora: 1.0} if isinstance(lora, str) else lora
@@ -261,7 +269,7 @@ class AdapterRegistry:
         return entry
 
     def _in_model(self, model: str | None) -> str | None:
-        """The adapter that `model` names; None is the base."""
+        """Returns the name of the adapter that `model` selects, or None for the base model. Raises NotFound."""
         if model is None or model in self.base_names:
             return None
         for name in self.meanings(model):

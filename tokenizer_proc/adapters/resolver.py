@@ -1,9 +1,10 @@
-"""Adapters that requests name without a load call: the directories right under --lora-resolve-root.
+"""Loads adapters on demand, when a request names one: the directories directly under --lora-resolve-root.
 
     request names "sql" --> ROOT/sql exists         --> loaded, once for all requests that name it meanwhile
                         --> ROOT/sql does not exist --> unknown, and not looked for again for MISS_SECONDS
 
-At most `most` of them stay loaded: the least recently used idle one is unloaded. Knows nothing of how loading works.
+At most `most` of these adapters stay loaded: beyond that, the least recently used idle ones are unloaded. `Lifecycle`
+does the loading itself.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ ATTEMPTS = 3
 
 
 class Resolver:
-    """Loads adapters from `root` when they are named. Raises ConfigError when `root` is no directory."""
+    """Loads adapters from directories under `root` when requests name them.
+
+    Raises ConfigError if `root` is not a directory. An adapter's files may also lie under one of `roots`.
+    """
 
     def __init__(
         self,
@@ -52,7 +56,7 @@ class Resolver:
 
     @property
     def loading(self) -> list[str]:
-        """The names that are being loaded for requests."""
+        """The names of the adapters that are being loaded because requests named them."""
         return [*self._loading]
 
     async def fetch_named(
@@ -61,9 +65,10 @@ class Resolver:
         *loras: str | AdapterMix | None,
         may_use: Callable[[str], bool] = lambda name: True,
     ) -> None:
-        """Loads the unknown adapters that a call names, of those that `model` could mean the ones it `may_use`.
+        """Loads the unknown adapters that a call names in `model` and `loras`.
 
-        An adapter that does not exist ends the search: the call will be refused by its name.
+        Of the names that `model` may refer to, only those for which `may_use` returns True are tried. The first name in
+        `loras` that cannot be found ends the search, because the call will be refused for it.
         """
         for name in filter(may_use, self._registry.candidates(model, None)):
             await self.fetch(name)
@@ -73,7 +78,10 @@ class Resolver:
                     return
 
     async def fetch(self, name: str) -> bool:
-        """Loads an adapter unless its name is known. Returns whether it is known now. Raises why a load failed."""
+        """Loads an adapter unless its name is known. Returns whether the name is known afterwards.
+
+        Raises the EngineError of a load that failed.
+        """
         for _ in range(ATTEMPTS):  # a loaded adapter may be unloaded before this task runs again
             if self._registry.find(name) is not None:
                 self.touch([name])
@@ -85,7 +93,7 @@ class Resolver:
         return False
 
     def touch(self, names: Sequence[str]) -> None:
-        """Marks adapters as used now."""
+        """Marks the adapters as most recently used."""
         for name in names:
             if name in self._used:
                 self._used.move_to_end(name)
@@ -100,7 +108,7 @@ class Resolver:
     def _ended(self, name: str, task: asyncio.Task[bool]) -> None:
         del self._loading[name]
         if not task.cancelled():
-            task.exception()  # was raised in the requests that wait for it; if none does, it is not logged
+            task.exception()  # marks the error as retrieved, so that asyncio does not log it if no request waits
 
     async def _load(self, name: str) -> bool:
         try:
@@ -120,7 +128,10 @@ class Resolver:
         return True
 
     async def _make_room(self) -> None:
-        """Unloads idle adapters beyond the bound. Names that were unloaded or re-pointed by a call no longer count."""
+        """Unloads the least recently used idle adapters while more than `most` are loaded.
+
+        Adapters whose names were unloaded or re-pointed by a call do not count.
+        """
         for name, entry in list(self._used.items()):
             if self._registry.find(name) is not entry:
                 del self._used[name]
@@ -133,7 +144,7 @@ class Resolver:
                 try:
                     await self._lifecycle.unload(name, entry.source.adapter_id)
                 except EngineError:
-                    continue  # an unload call came first
+                    continue  # a client's unload call was faster
 
     def _miss(self, name: str, error: EngineError | None) -> None:
         self._misses[name] = time.monotonic() + self.miss_seconds, error
@@ -142,7 +153,10 @@ class Resolver:
             self._misses.popitem(last=False)
 
     def _is_known_miss(self, name: str) -> bool:
-        """Whether the name was not found a moment ago. Raises the error again if its load failed then."""
+        """Returns whether `name` was not found within the last `miss_seconds`.
+
+        If its load failed within that time, raises the same error again.
+        """
         until, error = self._misses.get(name, (0.0, None))
         if time.monotonic() >= until:
             self._misses.pop(name, None)
@@ -153,7 +167,7 @@ class Resolver:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether it can name both a directory right under the root and an adapter."""
+    """Returns whether `name` is valid both as an adapter's name and as that of a directory directly under the root."""
     return (
         0 < len(name) <= LONGEST_NAME
         and name.isprintable()

@@ -1,6 +1,6 @@
-"""The adapters that one request runs through: entries with their scales, and whether they go together.
+"""The adapters that one request uses: entries with their scales, and checks whether they can be combined.
 
-A request holds the entries it resolved, not their names. Knows nothing of HTTP or the scheduler's link.
+A request holds the entries that its names resolved to, not the names.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from tokenizer_proc.adapters.tokenizers import TextTools
 
 
 class AdapterSelection(msgspec.Struct, frozen=True):
-    """Entries with their scales; an empty list stands for the base model."""
+    """The entries that a request uses, with their scales. An empty list selects the base model."""
 
     parts: list[tuple[Entry, float]] = []
 
     @property
     def lora(self) -> list[tuple[int, float]]:
-        """(adapter_id, scale) pairs, as the scheduler takes them."""
+        """The (adapter_id, scale) pairs that the scheduler expects."""
         return [(entry.source.adapter_id, scale) for entry, scale in self.parts]
 
     @property
@@ -32,24 +32,24 @@ class AdapterSelection(msgspec.Struct, frozen=True):
 
     @property
     def own_vocabulary(self) -> Entry | None:
-        """The adapter whose own vocabulary the request uses; None: it uses the base's."""
+        """The adapter whose own vocabulary the request uses, or None if the request uses the base's vocabulary."""
         sole = self._sole
         return sole if sole is not None and sole.vocab_size else None
 
     @property
     def text_tools(self) -> TextTools | None:
-        """The adapters' text tools where all of them have the same, else None: the base's."""
+        """The text tools that all the adapters share; None, which selects the base's, if they share none."""
         found = {id(entry.text_tools): entry.text_tools for entry, _ in self.parts}
         return next(iter(found.values())) if len(found) == 1 else None
 
     @property
     def is_current(self) -> bool:
-        """Every adapter is loaded, and its name was not taken from it."""
+        """Whether every adapter is loaded and still has its name."""
         return all(entry.is_loaded and not entry.draining for entry, _ in self.parts)
 
     @property
     def failure(self) -> str | None:
-        """Why one of the adapters can no longer be served."""
+        """The reason why one of the adapters cannot be served, or None if none has failed."""
         for entry, _ in self.parts:
             if entry.state.state == "failed":
                 return f"adapter `{entry.source.name}`: {entry.state.error or 'it could not be loaded'}"
@@ -57,7 +57,7 @@ class AdapterSelection(msgspec.Struct, frozen=True):
 
     @property
     def pages(self) -> dict[str, int]:
-        """Rank pages by group that one lane of these adapters takes, as far as their footprints are known."""
+        """The number of rank pages by group that one lane of these adapters needs, as far as footprints are known."""
         pages: dict[str, int] = {}
         for entry, _ in self.parts:
             for group, count in entry.state.footprint.pages.items():
@@ -65,7 +65,10 @@ class AdapterSelection(msgspec.Struct, frozen=True):
         return pages
 
     def check(self, max_lane_pages: int) -> None:
-        """Raises AdapterError for an adapter that failed, InvalidRequest for adapters that do not go together."""
+        """Raises AdapterError if an adapter failed, and InvalidRequest if the adapters cannot be combined.
+
+        `max_lane_pages` is the largest number of rank pages in one group that a request may need.
+        """
         if self.failure is not None:
             raise AdapterError(self.failure, param="lora_path")
         self._check_vocabularies()
@@ -74,7 +77,7 @@ class AdapterSelection(msgspec.Struct, frozen=True):
 
     @contextlib.contextmanager
     def held(self, count: int = 1) -> Iterator[None]:
-        """While entered, counts `count` requests as users of every entry."""
+        """While entered, adds `count` to the number of requests in flight of every entry."""
         for entry, _ in self.parts:
             entry.in_flight += count
         try:
@@ -85,7 +88,7 @@ class AdapterSelection(msgspec.Struct, frozen=True):
 
     @property
     def _sole(self) -> Entry | None:
-        """The one adapter, if its scale is 1; None for the base, a mix, and an adapter that is scaled."""
+        """The only adapter, if its scale is 1; None for the base model, a mix, or an adapter with another scale."""
         return self.parts[0][0] if len(self.parts) == 1 and self.parts[0][1] == 1.0 else None
 
     def _check_vocabularies(self) -> None:
@@ -97,7 +100,10 @@ class AdapterSelection(msgspec.Struct, frozen=True):
                 )
 
     def _check_invocations(self) -> None:
-        """Activated adapters act from a token of the prompt on, each from another one, so they are not mixed."""
+        """Raises InvalidRequest for a mix with an activated LoRA (aLoRA).
+
+        Each activated LoRA takes effect from its own invocation tokens in the prompt on.
+        """
         for entry, _ in self.parts if len(self.parts) > 1 else []:
             if entry.state.invocation:
                 raise InvalidRequest(

@@ -1,6 +1,6 @@
-"""Finds the local directory behind a path or a hub id, if it may be read. In threads, a few at a time.
+"""Finds the local directory of an adapter from a path or a hub id, and checks that it may be read.
 
-Knows nothing of the files' content, nor of callers.
+The work runs in threads, at most AT_ONCE at a time. Files are not parsed here.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from engine.errors import AdapterError, ConfigError, EngineError, NotFound
 
 T = TypeVar("T")
 
-AT_ONCE = 4  # downloads; and, apart from those, reads of local directories
+AT_ONCE = 4  # the largest number of downloads at a time, and, separately, of reads of local directories
 LONGEST_PATH = 4096
 CONFIG_NAME = "adapter_config.json"
 
-_LOCAL = re.compile(r"[/~.]")  # a hub id does not begin so
+_LOCAL = re.compile(r"[/~.]")  # first characters of a local path; a hub id begins with none of these
 
 
 class Sources:
-    """Finds directories. With `allowed` roots every file that is read must lie under one.
+    """Finds adapters' directories. If `allowed` is not empty, every file that is read must lie under one of its roots.
 
-    Whoever reads the files checks that again, as they may be swapped meanwhile.
+    The code that reads the files repeats this check, because files may be replaced in the meantime.
     """
 
     def __init__(self, allowed: Sequence[str] = ()) -> None:
         self.allowed = list(allowed)
         self._disk = asyncio.Semaphore(AT_ONCE)
-        self._downloads = asyncio.Semaphore(AT_ONCE)  # apart, so that a hanging download does not block local reads
+        self._downloads = asyncio.Semaphore(AT_ONCE)  # separate, so that a hanging download does not block local reads
 
     async def find(self, name: str, path: str) -> str:
-        """The directory behind `path`, for the adapter `name`; a hub id is downloaded.
+        """Returns the directory of the adapter `name`, given its `path`: a local path, or a hub id to download.
 
-        Raises NotFound when there is no adapter, AdapterError when it may not be read.
+        Raises NotFound if there is no adapter there, and AdapterError if the directory may not be read.
         """
         local = await _in_thread(self._disk, lambda: _local(name, path, self.allowed))
         if local is not None:
@@ -50,16 +50,19 @@ class Sources:
         return await _in_thread(self._downloads, lambda: _checked(name, path, self.allowed))
 
     async def below(self, root: str, name: str) -> str | None:
-        """The directory `name` right under `root`, if there is one. Raises AdapterError if it is a link out of it."""
+        """Returns the path of the directory `name` directly under `root`, or None if there is no such directory.
+
+        Raises AdapterError if it is a link to a directory elsewhere.
+        """
         return await _in_thread(self._disk, lambda: _below(root, name))
 
     async def read(self, work: Callable[[], T]) -> T:
-        """Runs `work`, which reads files of a directory that was found, in a thread."""
+        """Runs `work`, which reads files of an adapter's directory, in a thread. Returns its result."""
         return await _in_thread(self._disk, work)
 
 
 async def _in_thread(slots: asyncio.Semaphore, work: Callable[[], T]) -> T:
-    """Runs `work` in a daemon thread, which does not keep the process from ending if it hangs."""
+    """Runs `work` in a daemon thread, so that a hanging `work` does not keep the process from exiting."""
     async with slots:
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
@@ -79,7 +82,7 @@ async def _in_thread(slots: asyncio.Semaphore, work: Callable[[], T]) -> T:
 
 
 def _local(name: str, path: str, allowed: Sequence[str]) -> str | None:
-    """The directory at a path; None when it can only be a hub id."""
+    """Returns the checked directory at `path`, or None if `path` can only be a hub id."""
     what = f"adapter `{name}`"
     if len(path) > LONGEST_PATH or "\0" in path:
         raise AdapterError(f"{what}: this is no path", param="lora_path")
@@ -87,7 +90,7 @@ def _local(name: str, path: str, allowed: Sequence[str]) -> str | None:
         local = Path(path).expanduser()
         is_path = _LOCAL.match(path) is not None or local.exists()
         if is_path:
-            lora_roots.check_path(local, allowed, what)  # first: a directory outside of the roots is not even opened
+            lora_roots.check_path(local, allowed, what)  # comes first: a path outside of the roots is not even opened
         if local.is_file():
             raise AdapterError(f"{what}: {path} is a file; give the directory that holds it", param="lora_path")
     except ConfigError as error:
@@ -99,7 +102,7 @@ def _local(name: str, path: str, allowed: Sequence[str]) -> str | None:
 
 
 def _checked(name: str, path: str, allowed: Sequence[str]) -> str:
-    """The checked directory behind a path or a hub id; a hub id is downloaded."""
+    """Returns the directory of a path or a hub id, which it downloads, after checking the directory's files."""
     what = f"adapter `{name}`"
     try:
         directory = hub.local_directory(path, what)
@@ -124,5 +127,5 @@ def _below(root: str, name: str) -> str | None:
 
 
 def _nothing(name: str, path: str, reason: str) -> EngineError:
-    """Worded as vLLM does, because its clients match the text."""
+    """Returns the NotFound error in vLLM's wording, because vLLM's clients match the text."""
     return NotFound(f"Loading lora {name} failed: No adapter found for {path} ({reason})", param="lora_path")

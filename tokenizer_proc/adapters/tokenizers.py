@@ -1,16 +1,16 @@
 """The text tools of the model and of its adapters: tokenizer, chat template and generation config.
 
-An adapter's directory may bring its own tokenizer.json, tokenizer_config.json, chat template and
-generation_config.json; what it does not bring is the base's. Tools that are the same by content are one object, for as
-long as an adapter uses it:
+An adapter's directory may hold its own tokenizer.json, tokenizer_config.json, chat template and
+generation_config.json; for each file that is missing, the base's is used. Adapters with equal files share one TextTools
+object, which lives as long as one of them uses it:
 
     sha256 of tokenizer.json --> known   --> shared
                              --> unknown --> the base's model --> the base, or new small parts around its model
-                                         --> another model --> parsed --> equal but for its spelling --> shared
+                                         --> another model --> parsed --> equal but for formatting --> shared
                                                                       --> different --> kept, within bounds
 
-Only data is taken from these files. A regular expression that the base's tokenizer does not have is refused, because it
-could run without end; a template runs in a process of its own. Knows nothing of requests.
+These files cannot run code in this process: a regular expression that the base's tokenizer does not have is refused,
+because matching it might never end, and a chat template is rendered in a separate process.
 """
 
 from __future__ import annotations
@@ -43,22 +43,25 @@ log = logging.getLogger(__name__)
 
 MOST_TOKENIZERS = 64
 MOST_BYTES = 256 << 20
-"""Of all different tokenizer.json together; in memory they take several times as much."""
+"""The bound on the total size of all different tokenizer.json files; in memory they take several times as much."""
 MOST_FILES = 4096
-"""Files whose content is remembered by their hash."""
+"""The number of tokenizer.json files whose hashes are remembered, with the hash of the content that they parse to."""
 
 NAME = "tokenizer.json"
 BASE = b"base"
-"""Stands for the content of the base's tokenizer."""
+"""The key that stands for the base tokenizer's content, in place of a hash."""
 NOT_READ = ("tokenizer.model", "vocab.json", "added_tokens.json")
-"""Other ways to save a tokenizer. Without a tokenizer.json beside them the base's tokenizer is used, with a warning."""
+"""Tokenizer files in other formats, which are not read.
+
+If one of them is there without a tokenizer.json, the base's tokenizer is used and a warning logged.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class TextTools:
-    """How one adapter, or the base, turns text into tokens and back.
+    """The tokenizer, chat template and generation config of one adapter or of the base.
 
-    `brings` lists what differs from the base's: tokenizer, chat_template, generation.
+    `brings` lists which of the three differ from the base's: tokenizer, chat_template, generation.
     """
 
     tokenizer: Tokenizer
@@ -70,7 +73,8 @@ class TextTools:
 class TokenizerLibrary:
     """The text tools of the base and of every adapter, shared where their content is equal.
 
-    `directory` is the base tokenizer's. `fixed_template`: the operator's chat template is used for every adapter.
+    `directory` holds the base's tokenizer. With `fixed_template`, the base's chat template, which the operator gave, is
+    used for every adapter.
     """
 
     def __init__(self, base: TextTools, directory: str | Path, fixed_template: bool = False) -> None:
@@ -87,9 +91,10 @@ class TokenizerLibrary:
         self._base_sections: TokenizerSections | None = None
 
     def load_all(self, sources: Sequence[AdapterSource], skip_failed: bool) -> dict[int, TextTools]:
-        """The tools of the start-up adapters, by adapter id.
+        """Returns the text tools of the start-up adapters, by adapter id.
 
-        Raises AdapterError for files that cannot be used; with `skip_failed` such adapters are logged and left out.
+        Raises AdapterError for files that cannot be used; with `skip_failed`, adapters with such files are logged and
+        left out instead.
         """
         found = {}
         for source in sources:
@@ -103,9 +108,10 @@ class TokenizerLibrary:
         return found
 
     def load(self, name: str, root: str | Path, roots: Sequence[str] = ()) -> TextTools:
-        """The tools of adapter `name` from the files in `root`, which with `roots` must lie under one of them.
+        """Returns the text tools of the adapter `name`, read from its directory `root`.
 
-        Slow: run it in a thread. Raises AdapterError.
+        If `roots` are given, the files must lie under one of them. Slow: call it in a thread. Raises AdapterError if
+        the files cannot be used.
         """
         try:
             with files.open_directory(root, roots) as directory:
@@ -117,7 +123,7 @@ class TokenizerLibrary:
             raise AdapterError(text, param="lora_path", code="adapter_refused") from error
 
     def close(self) -> None:
-        """Ends the process that renders adapters' templates."""
+        """Ends the process that renders adapters' chat templates."""
         self.sandbox.close()
 
     def _read(self, name: str, directory: Directory) -> TextTools:
@@ -138,7 +144,7 @@ class TokenizerLibrary:
         return self._tools(tokenizer, source, generation_config)
 
     def _tools(self, tokenizer: Tokenizer, source: str | None, generation_config: GenerationConfig) -> TextTools:
-        """The one object for these three. `source` is a chat template's text."""
+        """Returns the shared TextTools object of these three parts. `source` is the chat template's text."""
         named = tuple(sorted(tokenizer.special_tokens.items()))
         key = tokenizer.origin, named, source, msgspec.json.encode(generation_config)
         known = self._text_tools.get(key)
@@ -163,7 +169,7 @@ class TokenizerLibrary:
         return base.chat if tokens == base.tokenizer.special_tokens else ChatTemplate(source, tokens)
 
     def _shared(self, raw: bytes, path: Path) -> Tokenizer:
-        """The tokenizer of a tokenizer.json; files of the same content share one."""
+        """Returns the tokenizer of the tokenizer.json with the content `raw`; files of equal content share one."""
         with self._lock:
             self._learn_base()
             found = hashlib.sha256(raw).digest()
@@ -181,7 +187,7 @@ class TokenizerLibrary:
             return known or made
 
     def _made(self, sections: TokenizerSections, raw: bytes, path: Path) -> tuple[bytes, Tokenizer, int]:
-        """(hash of the content, the tokenizer, bytes that it does not share with the base)."""
+        """Returns (hash of the content, the tokenizer, the number of bytes that it does not share with the base)."""
         base = self._base_sections
         if base is not None and bytes(sections.model) == bytes(base.model):
             if sections.small == base.small:
@@ -191,7 +197,7 @@ class TokenizerLibrary:
             except BaseException as error:
                 if not is_from_library(error):
                     raise
-                made = None  # parsing the whole file gives the error
+                made = None  # parsing the whole file below raises the error to show
             if made is not None:
                 size = len(raw) - len(bytes(sections.model))
                 return hashlib.sha256(msgspec.json.encode(sections.small)).digest(), made, size
@@ -201,7 +207,10 @@ class TokenizerLibrary:
         return BASE if content == self._base_content else content, made, len(raw)
 
     def _learn_base(self) -> None:
-        """Reads the base's own file, once; the library may write the same content in another way."""
+        """Reads the base's tokenizer.json on the first call, to compare adapters' files with it.
+
+        The file is read because the library may write the same content with another formatting.
+        """
         if self._base_sections is not None:
             return
         base = self.base.tokenizer
@@ -209,7 +218,7 @@ class TokenizerLibrary:
             raw = None if directory is None else files.read(directory, NAME, files.MAX_TOKENIZER)
         try:
             self._base_sections = TokenizerSections.read(raw or b"")
-        except DECODE_ERRORS:  # no file, or one with fields that only the library knows
+        except DECODE_ERRORS:  # there is no file, or it has fields that only the library can read
             self._base_sections = TokenizerSections.read(base.backend.to_str().encode())
         self._kept[BASE], self._sizes[BASE] = base, 0
         if raw is not None:
@@ -245,10 +254,10 @@ class TokenizerLibrary:
 
 
 def _same(token: int, one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether an id is the same token in both tokenizers."""
+    """Returns whether an id is the same token in both tokenizers."""
     return one.backend is other.backend or one.backend.id_to_token(token) == other.backend.id_to_token(token)
 
 
 def _content(backend: tokenizers.Tokenizer) -> bytes:
-    """A hash of the tokenizer as the library writes it, whatever its file looked like."""
+    """Returns a hash of the tokenizer as the library serializes it, which does not depend on the file's formatting."""
     return hashlib.sha256(backend.to_str().encode()).digest()

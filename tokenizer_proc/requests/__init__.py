@@ -1,1 +1,1 @@
-"""One request from validation to its last token: parameters, streams, output processing."""
+"""The handling of one request from validation to its last token: parameters, streams, output processing."""

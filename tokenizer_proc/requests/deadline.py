@@ -1,4 +1,4 @@
-"""When a call must be done: --request-timeout after its arrival. Knows nothing of the call."""
+"""The deadline of a call: --request-timeout seconds after its arrival."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNSENT = "It had not reached the scheduler"
 
 
 class Deadline:
-    """`seconds` after `arrived` (monotonic seconds; by default now); None: there is no bound."""
+    """The time `seconds` after `arrived` (monotonic seconds; by default now). With `seconds` None there is no bound."""
 
     def __init__(self, seconds: float | None = None, arrived: float | None = None) -> None:
         self.arrived = time.monotonic() if arrived is None else arrived
@@ -21,12 +21,12 @@ class Deadline:
 
     @property
     def left(self) -> float | None:
-        """Seconds that are left, negative after the deadline; None: there is no bound."""
+        """The seconds that are left until the deadline, negative after it; None if there is no bound."""
         return None if self._seconds is None else self.arrived + self._seconds - time.monotonic()
 
     @contextlib.asynccontextmanager
     async def kept(self) -> AsyncIterator[None]:
-        """Bounds the work before a request is sent: at the deadline the block is cancelled, and TimedOut raised."""
+        """Bounds the work before a request is sent: at the deadline, cancels the `async with` block and raises TimedOut."""
         left = self.left
         if left is not None and left <= 0:
             raise self.missed(_UNSENT)
@@ -39,6 +39,6 @@ class Deadline:
             raise self.missed(_UNSENT) from None
 
     def missed(self, progress: str) -> TimedOut:
-        """The error of a call that missed its deadline; `progress` says how far it came."""
+        """Returns the error for a call that missed its deadline. `progress` is a sentence that says how far it came."""
         bound = f"the request was not done after {self._seconds:g} seconds (--request-timeout), and is ended"
         return TimedOut(f"{bound}. {progress}")

@@ -1,4 +1,4 @@
-"""The output of one choice of a request: updates of token ids in, deltas of text out. Knows no sockets and no clock.
+"""The output of one choice of a request: updates with token ids in, deltas with text out. Uses no sockets and no clock.
 
 Update(index, tokens) -> duplicates dropped -> detokenizer -> stop strings -> Delta(text, token_ids, ...)
                          a gap is an error
@@ -25,7 +25,7 @@ from tokenizer_proc.text.tokenizer import Tokenizer
 
 
 class OutputProcessor:
-    """Makes the deltas of choice `index` of submit `submit_id`. The last delta sets `finish`."""
+    """Makes the deltas of choice `index` of the submit `submit_id`. `finish` is None until the last delta is made."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class OutputProcessor:
         self._scores_prompt = scores_prompt
         self._detokenizer = Detokenizer(tokenizer, prompt, options.skip_special_tokens)
         self._stops = StopFinder(options.stop, options.include_stop)
-        self._scored = 0  # positions of the prompt whose log-probabilities have come
+        self._scored = 0  # the number of prompt positions whose log-probabilities have arrived
         self._scores_begun = False
         self._cached = 0
         self._has_begun = False
@@ -53,11 +53,11 @@ class OutputProcessor:
 
     @property
     def matched_stop(self) -> bool:
-        """Whether a stop string ended the choice, which the scheduler may not know yet."""
+        """Whether a stop string ended the choice. The scheduler may still be generating for it."""
         return self._stops.matched is not None
 
     def process(self, update: Update) -> Delta | None:
-        """The delta of an update; None when it brings nothing new. Raises InternalError for a gap."""
+        """Returns the delta of an update, or None if the update has nothing new. Raises InternalError for a gap."""
         assert self.finish is None, "a finished choice gets no more updates"
         skip = len(self.generated) - update.index
         if skip < 0:
@@ -78,12 +78,15 @@ class OutputProcessor:
         return self._delta(text, tokens, stop_reason, scores, scored_prompt)
 
     def abort(self) -> Delta:
-        """Ends the choice early, and returns its last delta."""
+        """Ends the choice early with finish reason abort. Returns its last delta."""
         self.finish = "abort"
         return self._delta(self._stops.push(self._detokenizer.flush()) + self._stops.flush(), [], None, [], None)
 
     def _read_scores(self, update: Update) -> list[PositionLogprobs | None] | None:
-        """The log-probabilities of the prompt's next positions, of which the very first is None; None: nothing new."""
+        """Returns the log-probabilities of the prompt's next positions, or None if the update has no new ones.
+
+        The entry of the prompt's first position is None, because no token precedes it.
+        """
         if not self._scores_prompt:
             return None
         skip = self._scored - update.prompt_index
@@ -99,7 +102,10 @@ class OutputProcessor:
         return [None, *found]
 
     def _read(self, tokens: Sequence[int], ended_by: int | None) -> tuple[list[int], str]:
-        """Tokens up to the one that completes a stop string, and their text, without that of the end token."""
+        """Returns the tokens up to the one that completes a stop string, and their text.
+
+        `ended_by` is the end token that finished the choice, if any; its text is left out unless `include_stop` is set.
+        """
         text = ""
         for place, token in enumerate(tokens):
             number = len(self.generated)

@@ -1,7 +1,4 @@
-"""From a submit to a request that can be sent: adapters selected, prompt encoded, parameters validated.
-
-Knows nothing of streams, HTTP or sockets.
-"""
+"""Prepares a submit to be sent to the scheduler: selects its adapters, encodes its prompt, validates its parameters."""
 
 from __future__ import annotations
 
@@ -21,11 +18,14 @@ from tokenizer_proc.requests.validation import SEEDS, ValidatedParams, check_pri
 from tokenizer_proc.text.tokenizer import Tokenizer
 
 ATTEMPTS = 5
-"""How often a prompt is encoded anew because its adapter was re-pointed to one with another tokenizer or template."""
+"""How often a prompt is encoded at most.
+
+It is encoded again if its adapter's name was meanwhile re-pointed to an adapter with other text tools.
+"""
 
 
 class PreparedRequest(msgspec.Struct, frozen=True):
-    """A submit after validation: all that a stream needs to send it."""
+    """A validated submit, with all that a stream needs to send it to the scheduler."""
 
     prompt_ids: list[int]
     params: ValidatedParams
@@ -34,7 +34,7 @@ class PreparedRequest(msgspec.Struct, frozen=True):
 
 
 class RequestPreparer:
-    """Prepares submits. `base` is the base model's text tools; a `resolver` loads adapters that are not known yet."""
+    """Prepares submits. `base` are the base model's text tools. A `resolver`, if given, loads unknown adapters."""
 
     def __init__(
         self, config: TokenizerConfig, adapters: AdapterRegistry, base: TextTools, resolver: Resolver | None
@@ -46,7 +46,11 @@ class RequestPreparer:
         self._seeds = random.Random(config.seed)
 
     async def prepare(self, submit: Submit, capacity: Capacity) -> PreparedRequest:
-        """Raises InvalidRequest, NotFound, AdapterError, or Overloaded when adapters are re-pointed without end."""
+        """Returns the prepared submit.
+
+        Raises InvalidRequest, NotFound or AdapterError for a submit that is refused, and Overloaded if its adapter's
+        name was re-pointed during each of ATTEMPTS attempts to encode the prompt.
+        """
         check_priority(submit.priority, self._has_priorities)
         selection, text_tools, prompt_ids = await self._encode(submit, capacity)
         if self._resolver is not None:
@@ -55,20 +59,20 @@ class RequestPreparer:
         return PreparedRequest(prompt_ids, params, selection, text_tools.tokenizer)
 
     def text_tools_of(self, selection: AdapterSelection) -> TextTools:
-        """The tokenizer, chat template and generation config that requests of a selection use."""
+        """Returns the tokenizer, chat template and generation config that requests with this selection use."""
         return selection.text_tools or self._base
 
     async def _encode(self, submit: Submit, capacity: Capacity) -> tuple[AdapterSelection, TextTools, list[int]]:
-        """The prompt, encoded as the adapters of the returned selection read it.
+        """Returns the selected adapters, their text tools, and the prompt's ids as encoded with these tools.
 
-        While a prompt is encoded in a thread, its adapter may be re-pointed: then the names are resolved again, so that
-        the request is sent with the adapter that its name means at that moment.
+        An adapter's name may be re-pointed while the prompt is encoded in a thread. The names are therefore resolved
+        again after encoding, so that the request is sent with the adapter that its name refers to by then.
         """
         max_length = max_request_length(capacity)
         selection = await self._select(submit.lora, capacity)
         for _ in range(ATTEMPTS):
             text_tools = self.text_tools_of(selection)
-            with selection.held():  # an adapter in use is not unloaded as an idle one
+            with selection.held():  # keeps the resolver from unloading the adapter as idle
                 prompt_ids = await encode_prompt(submit, text_tools, max_length)
             if not selection.is_current:
                 selection = self._select_known(submit.lora, capacity)
@@ -77,7 +81,7 @@ class RequestPreparer:
         raise Overloaded("its adapter is being replaced all the time")
 
     async def _select(self, lora: str | AdapterMix | None, capacity: Capacity) -> AdapterSelection:
-        """The selection that `lora` names; an unknown adapter is loaded where there is a resolver."""
+        """Returns the selection that `lora` names. If there is a resolver, unknown adapters are loaded first."""
         try:
             return self._select_known(lora, capacity)
         except NotFound:
@@ -113,5 +117,5 @@ class RequestPreparer:
 
 
 def max_request_length(capacity: Capacity) -> int:
-    """Tokens that one request may have, prompt and answer together."""
+    """Returns the largest number of tokens that a request may have, prompt and output together."""
     return min(capacity.max_length, capacity.kv_pages * capacity.page_size)

@@ -1,7 +1,4 @@
-"""A submit's prompt as token ids: from text, from a chat through its template, or ids as they are.
-
-Knows nothing of adapters, sampling parameters or the scheduler.
-"""
+"""Encodes a submit's prompt: text, chat messages (rendered by the chat template first), or token ids as they are."""
 
 from __future__ import annotations
 
@@ -18,7 +15,11 @@ _NOT_TEMPLATE_ARGUMENTS = ("self", "messages", "add_generation_prompt", "continu
 
 
 async def encode_prompt(submit: Submit, text_tools: TextTools, max_length: int) -> list[int]:
-    """The prompt's token ids. Raises InvalidRequest for a prompt that cannot fit `max_length`, or makes no sense."""
+    """Returns the prompt's token ids.
+
+    Raises InvalidRequest for a prompt that certainly exceeds `max_length` tokens, that mixes ids and messages, or that
+    the chat template or the tokenizer refuses.
+    """
     prompt, tokenizer = submit.prompt, text_tools.tokenizer
     if isinstance(prompt, str):
         return await _encode_text(prompt, tokenizer, submit.add_special_tokens, max_length)
@@ -39,7 +40,10 @@ async def encode_prompt(submit: Submit, text_tools: TextTools, max_length: int) 
 
 
 def template_arguments(given: Mapping[str, Value]) -> dict[str, Any]:
-    """`given`, the chat_template_kwargs of a call. Raises InvalidRequest for a name that is a field of its own."""
+    """Returns a copy of `given`, the chat_template_kwargs of a call.
+
+    Raises InvalidRequest for an argument that has its own field in the body, such as `messages`.
+    """
     for name in _NOT_TEMPLATE_ARGUMENTS:
         if name in given:
             raise InvalidRequest(
@@ -49,7 +53,7 @@ def template_arguments(given: Mapping[str, Value]) -> dict[str, Any]:
 
 
 async def _encode_text(text: str, tokenizer: Tokenizer, add_special_tokens: bool, max_length: int) -> list[int]:
-    """Ids of `text`. A text that is too long by its characters alone is refused without being encoded."""
+    """Returns the ids of `text`. Refuses a text with too many characters for `max_length` tokens without encoding it."""
     if len(text) > max_length * tokenizer.longest_token:
         raise _too_long(
             f"the prompt has {len(text)} characters; this model's context is {max_length} tokens, "

@@ -1,7 +1,7 @@
-"""The stream of one submit: its choices, the queue that its reader waits on, and one place that releases everything.
+"""The stream of one submit: its choices, the queue of their deltas, and the release of everything the submit holds.
 
 async with stream:             prepares the submit (refusals are raised here), holds its adapters, sends it
-    async for delta in stream: ... of all choices, interleaved; the last of each has a finish reason
+    async for delta in stream: deltas of all choices, interleaved; the last one of each has a finish reason
                                on leaving, the choices that have not finished are aborted
 """
 
@@ -24,7 +24,7 @@ from tokenizer_proc.upstream.router import Router
 
 
 class _RunningChoice:
-    """A choice that was sent: its output processor, its request id, and when its last token came."""
+    """A choice that was sent to the scheduler: its output processor, its request id, the time of its last token."""
 
     def __init__(self, processor: OutputProcessor) -> None:
         self.processor = processor
@@ -33,7 +33,7 @@ class _RunningChoice:
 
 
 class Stream:
-    """Made by Frontend.open. `prompt_ids` are known after entering."""
+    """An async iterator over the deltas of one submit, made by Frontend.open. `prompt_ids` is set on entering."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Stream:
 
     @property
     def request_ids(self) -> list[int]:
-        """The choices' ids, as the scheduler knows them."""
+        """The scheduler's request ids of the choices."""
         return [running.request_id for running in self._running]
 
     async def __anext__(self) -> Delta:
@@ -102,7 +102,7 @@ class Stream:
         return item
 
     def cancel(self) -> None:
-        """Ends the unfinished choices with finish reason abort; may be called before the stream is entered."""
+        """Ends the unfinished choices with finish reason abort. May be called before the stream is entered."""
         self._cancelled = True
         for running in [] if self._failed else self._running:
             if running.processor.finish is None:
@@ -145,7 +145,7 @@ class Stream:
             self._release.close()
 
     def _receive(self, running: _RunningChoice, update: Update | EngineError) -> None:
-        """Handles an update of one choice, or the error that ends it; the router calls this."""
+        """Handles an update of one choice, or the error that ends the choice. The router calls this."""
         if isinstance(update, EngineError):
             self._fail(update)
             return
@@ -166,7 +166,10 @@ class Stream:
         self._tell(delta)
 
     def _refusal(self, reason: str, code: str | None) -> EngineError:
-        """The scheduler gives a request up because of its adapters; any other reason is an internal error."""
+        """Returns the error for a request that the scheduler gave up for `reason`.
+
+        Without a `code` the reason is the request's adapters, if it has any; everything else is an InternalError.
+        """
         if code is not None:
             return InternalError(reason, code=code)
         names = " + ".join(f"`{name}`" for name in self._selection.names)
@@ -189,13 +192,13 @@ class Stream:
         self._queue.put_nowait(delta)
 
     def _expire(self) -> None:
-        """Ends the submit with TimedOut, unless every choice has finished."""
+        """Ends the submit with TimedOut, unless all its choices have finished."""
         late = [running for running in self._running if running.processor.finish is None]
         if late:
             self._fail(self._deadline.missed(self._progress(late)))
 
     def _progress(self, late: list[_RunningChoice]) -> str:
-        """How many tokens were generated, and what the `late` choices wait for, as far as that is known."""
+        """Returns sentences that say how many tokens were generated and, if known, what the `late` choices wait for."""
         tokens = sum(len(running.processor.generated) for running in self._running)
         generated = f"{tokens or 'No'} {'tokens' if tokens > 1 else 'token'} had been generated"
         waits = [wait for running in late if (wait := self._router.wait_of(running.request_id)) is not None]
@@ -206,7 +209,7 @@ class Stream:
         return f"{generated}. It still waited{since} for {self._router.wait_reasons.describe(wait.reason)}"
 
     def _fail(self, error: EngineError) -> None:
-        """Ends the whole submit with the first `error`; its other choices are aborted."""
+        """Ends the whole submit with `error` and aborts its choices. Does nothing if the submit has failed before."""
         if self._failed:
             return
         self._failed = True

@@ -1,6 +1,6 @@
-"""Validation: a client's parameters, checked field by field, become those of the scheduler, the sampler and the text.
+"""Validation of a client's parameters, and their split by use: sampling, stopping and text options.
 
-After it no parameter is checked again. Every error names its field. Knows nothing of adapters or streams.
+Parameters are not checked again afterwards. Every error names the field it is about.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_LOGPROBS = 20
 MAX_BIAS = 100.0
-MAX_TEMPERATURE = 1000.0  # far beyond it all tokens are equally likely, and float32 overflows
-MAX_PENALTY = 1000.0  # of repetition, a factor; the smallest one is the inverse
+MAX_TEMPERATURE = 1000.0  # temperatures far above this make all tokens equally likely, and overflow float32
+MAX_PENALTY = 1000.0  # the largest repetition penalty, which is a factor; the smallest one is 1 / MAX_PENALTY
 PRIORITIES = 1 << 31
 SEEDS = 1 << 63
 
 
 class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The output processor's parameters. `stop` strings end an answer after `min_tokens` tokens."""
+    """The output processor's parameters. A `stop` string ends a choice only after `min_tokens` tokens."""
 
     stop: list[str] = []
     min_tokens: int = 0
@@ -35,7 +35,7 @@ class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ValidatedParams(msgspec.Struct, frozen=True, kw_only=True):
-    """Validated parameters, by reader; choice i of n samples with seed + i."""
+    """Validated parameters, grouped by the component that uses them. Choice i of `n` samples with seed + i."""
 
     n: int
     sampling: Sampling
@@ -43,7 +43,7 @@ class ValidatedParams(msgspec.Struct, frozen=True, kw_only=True):
     text: TextOptions
 
     def sampling_of(self, choice: int) -> Sampling:
-        """The sampling of one choice. Prompt log-probabilities are computed once, for the first choice."""
+        """Returns the sampling parameters of one choice. Only the first choice computes prompt log-probabilities."""
         return msgspec.structs.replace(
             self.sampling,
             seed=(self.sampling.seed + choice) % SEEDS,
@@ -62,11 +62,12 @@ def validate_params(
     default_max_tokens: int | None,
     adapter: str | None = None,
 ) -> ValidatedParams:
-    """Checks `params` for a prompt of token ids; `seed` is used if the client gives none.
+    """Checks `params` for a prompt of token ids, and returns the validated parameters.
 
-    `vocab_size` is that of `adapter` if it has a vocabulary of its own.
+    `seed` is used if the client gives none. `adapter` is the name of an adapter with its own vocabulary, whose size
+    `vocab_size` then is; None for the base's vocabulary.
 
-    Raises InvalidRequest that names the field.
+    Raises an InvalidRequest that names the field.
     """
     tokens = f"{vocab_size} tokens" if adapter is None else f"{vocab_size} tokens of adapter `{adapter}`"
     _check_prompt(prompt, max_length, vocab_size, tokens)
@@ -91,7 +92,10 @@ def validate_params(
 
 
 def check_priority(priority: int, has_meaning: bool) -> None:
-    """Raises InvalidRequest for a number that is out of range, or that would have no effect."""
+    """Raises InvalidRequest for a priority that is out of range, or that is not 0 and would have no effect.
+
+    `has_meaning` says whether the server's scheduling policy uses priorities.
+    """
     _within("priority", priority, -PRIORITIES, PRIORITIES - 1)
     if priority and not has_meaning:
         raise InvalidRequest(
@@ -150,7 +154,7 @@ def _check_ranges(params: SamplingParams) -> None:
 
 
 def _check_filters(params: SamplingParams) -> None:
-    """The ranges that exclude one end."""
+    """Raises InvalidRequest for a `top_p` or `top_k` out of range."""
     if params.top_p is not None and not 0 < params.top_p <= 1:
         raise InvalidRequest(f"top_p must be above 0 and at most 1, got {params.top_p}", param="top_p")
     if params.top_k is not None and params.top_k < -1:

@@ -1,4 +1,4 @@
-"""What the log shows of an error: kind, code, field and message, without a client's texts. Knows no server."""
+"""The fields of an error that the log shows: kind, code, field and message, without texts from the client."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _TEXTS = re.compile(r"(sampling_params\S*\.)?(messages|prompt|text|input_ids|tok
 
 
 def error_fields(error: EngineError) -> dict[str, object]:
-    """The fields for `logs.pairs`. A message about a text is cut where it would quote the text."""
+    """Returns the fields to pass to `logs.pairs`. A message about a client's text is cut before it quotes the text."""
     message = error.message
     if _TEXTS.match(error.param or ""):
         message = re.split(r": | = ", message, maxsplit=1)[0]

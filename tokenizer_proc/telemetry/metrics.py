@@ -1,7 +1,7 @@
-"""Prometheus metrics of one engine, in a registry of their own. Names are vLLM's where vLLM has one for the thing.
+"""Prometheus metrics of one engine, in a separate registry. A metric that vLLM has too has vLLM's name.
 
-Gauges are collected from the latest snapshot at each scrape, so a series ends with the thing that it measures. Knows
-nothing of requests: it is given times and counts.
+Gauges are collected from a new snapshot at each scrape, so the series of an adapter ends once the adapter is gone.
+Counters and histograms are updated by the caller, with times and counts.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 
 
 class MetricsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """The state that the gauges show. Adapters are given by name; `max_loras` None: LoRA is off.
+    """The state that the gauges show. Adapters are given by name; `max_loras` is None if LoRA is off.
 
-    `tiers` is each adapter's state; `wanted` are adapters that requests wait for and the scheduler does not know yet.
+    `tiers` holds each adapter's state. `wanted` are adapters that requests wait for while they are being loaded, and
+    that the scheduler does not know yet.
     """
 
     stats: Stats = Stats()
@@ -36,7 +37,7 @@ class MetricsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Live(Collector):
-    """Gauges of a snapshot that is taken at each scrape."""
+    """The gauges, and the counters that the scheduler keeps, collected from a snapshot that each scrape takes."""
 
     def __init__(self, model: str, snapshot: Callable[[], MetricsSnapshot]) -> None:
         self._model = model
@@ -88,7 +89,7 @@ def _cache_config(capacity: Capacity) -> Metric:
 
 
 def _lora_info(snapshot: MetricsSnapshot, max_loras: int) -> Metric:
-    """The one series that inference gateways route by: the resident adapters, and those that requests wait for."""
+    """Returns the series by which inference gateways route: the resident adapters, and those that requests wait for."""
     gauge = GaugeMetricFamily(
         "vllm:lora_requests_info",
         "Adapters that are ready, and adapters that requests wait for; the value is the time of the scrape.",
@@ -101,7 +102,7 @@ def _lora_info(snapshot: MetricsSnapshot, max_loras: int) -> Metric:
 
 
 def _lora_memory(snapshot: MetricsSnapshot) -> Iterable[Metric]:
-    """The adapters' tiers, the use of the pool and of host memory, and counts of loads, fills and evictions."""
+    """Returns the adapters' tiers, the use of the pool and of host memory, and counts of loads, fills and evictions."""
     stats, capacity = snapshot.stats, snapshot.capacity
     tiers = GaugeMetricFamily("chorus:adapter_tier", "1: where the adapter is now.", labels=["adapter", "tier"])
     for adapter, tier in sorted(snapshot.tiers.items()):
@@ -137,7 +138,7 @@ def _by_adapter(name: str, text: str, values: dict[str, int]) -> Metric:
 
 
 class Metrics:
-    """All metrics of one server. `snapshot` is called at each scrape."""
+    """All metrics of one server. Each scrape calls `snapshot`."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -173,7 +174,7 @@ class Metrics:
 
     def _histogram(self, name: str, text: str) -> Histogram:
         histogram = Histogram(name, text, ["model_name"], buckets=_SECONDS, registry=self._registry)
-        histogram.labels(self._model)  # shown from the first scrape on
+        histogram.labels(self._model)  # creates the series, so that the first scrape shows it already
         return histogram
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -183,53 +184,53 @@ class Metrics:
         return counter
 
     def began(self, adapters: Sequence[str], prompt_tokens: int) -> None:
-        """A request was handed to the scheduler; the prompt counts once for each of its choices."""
+        """Counts a request that was sent to the scheduler. `prompt_tokens` includes the prompt once for each choice."""
         self._prompt_tokens.labels(self._model).inc(prompt_tokens)
         for adapter in adapters:
             self._adapters[0].labels(adapter).inc()
             self._adapters[1].labels(adapter).inc(prompt_tokens)
 
     def generated(self, adapters: Sequence[str], tokens: int) -> None:
-        """One choice got so many more tokens."""
+        """Counts `tokens` generated tokens, in total and for each of `adapters`."""
         self._generated.labels(self._model).inc(tokens)
         for adapter in adapters:
             self._adapters[2].labels(adapter).inc(tokens)
 
     def first_token(self, seconds: float) -> None:
-        """Seconds from a request's arrival to the first token of a choice."""
+        """Records the seconds from a request's arrival to the first token of a choice."""
         self._ttft.labels(self._model).observe(seconds)
 
     def next_token(self, seconds: float) -> None:
-        """Seconds between two tokens of a choice."""
+        """Records the seconds between two tokens of a choice."""
         self._itl.labels(self._model).observe(seconds)
 
     def finished(self, reason: str, seconds: float) -> None:
-        """A choice ended after so many seconds."""
+        """Counts a choice that finished for `reason`, and records the seconds since its request's arrival."""
         self._finished.labels(self._model, reason).inc()
         self._e2e.labels(self._model).observe(seconds)
 
     def failed(self, kind: str) -> None:
-        """A request ended with an error of this kind."""
+        """Counts a request that ended with an error of this kind."""
         self._failed.labels(self._model, kind).inc()
 
     def load_failed(self) -> None:
-        """An adapter could not be loaded."""
+        """Counts a failed load of an adapter."""
         self._load_failures.labels(self._model).inc()
 
     def adapter_seconds(self, what: Literal["load", "fill", "unload"], seconds: float) -> None:
-        """An adapter's load, fill or unload took so long."""
+        """Records the duration of an adapter's load, fill or unload."""
         self._adapter_seconds[what].labels(self._model).observe(seconds)
 
     def steps(self, seconds: Iterable[float]) -> None:
-        """Durations of steps."""
+        """Records the durations of steps."""
         for each in seconds:
             self._step.labels(self._model).observe(each)
 
     def forget_adapter(self, adapter: str) -> None:
-        """Drops the series of an adapter."""
+        """Removes an adapter's series."""
         for counter in self._adapters:
             counter.remove(adapter)
 
     def render(self) -> bytes:
-        """The exposition text, of `content_type`."""
+        """Returns the metrics in Prometheus' text format; their content type is `content_type`."""
         return generate_latest(self._registry)

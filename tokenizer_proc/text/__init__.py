@@ -1,1 +1,1 @@
-"""Text to tokens and back: tokenizer, chat template, incremental detokenizer, stop strings. Knows no requests."""
+"""Text to tokens and back: tokenizer, chat templates, incremental detokenizer, stop strings."""

@@ -1,12 +1,12 @@
-"""Incremental detokenizer: token ids to text, whole characters only. Knows nothing of stop strings or requests.
+"""Incremental detokenizer: token ids to text, in whole characters only.
 
     ids    "▁caf" | 0xC3 | 0xA9 | "!"           the two bytes of é are two tokens
     emits  " caf" |  ""  | "é"  | "!"           held until the character is whole
 
 The text continues the prompt, so a leading space is kept, unless all tokens of the prompt are skipped special tokens.
-The emitted pieces together equal the decoded ids. (One deviation, on purpose: sentencepiece's decoder turns a whole run
-of byte tokens with one bad byte into U+FFFD, including the characters before the bad byte; those have been emitted by
-then, and stay.)
+The emitted pieces together equal the decoded ids, with one exception: sentencepiece's decoder turns a whole run of byte
+tokens with one bad byte into U+FFFD, including the whole characters before the bad byte. Here those characters have
+already been emitted, and are kept.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Sequence
 
 from tokenizer_proc.text.tokenizer import Tokenizer
 
-_CONTEXT = 6  # tokens of the prompt that a decoder may depend on
+_CONTEXT = 6  # the number of preceding tokens that are decoded together with the new ones
 
 
 class Detokenizer:
-    """One stream of generated ids. `push` returns the text that is complete, `flush` the rest."""
+    """The detokenizer of one stream of generated ids. `push` returns the complete text so far unreturned, `flush` the rest."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool = True) -> None:
         self._pieces = tokenizer.pieces
@@ -30,13 +30,13 @@ class Detokenizer:
         self._window = None if tokenizer.pieces.additive else _Window(tokenizer, prompt, skip_special_tokens)
 
     def push(self, ids: Sequence[int]) -> str:
-        """The text that `ids` complete, possibly empty."""
+        """Returns the text that `ids` complete, possibly empty."""
         if self._window is not None:
             return "".join(map(self._window.push, ids))
         return self._bytes.decode(b"".join([self._piece(token) for token in ids if token not in self._skipped]))
 
     def flush(self) -> str:
-        """The rest: U+FFFD where a character was never completed."""
+        """Returns the text that was held back, with U+FFFD for an incomplete character."""
         return self._window.flush() if self._window is not None else self._bytes.decode(b"", final=True)
 
     def _piece(self, token: int) -> bytes:
@@ -47,7 +47,7 @@ class Detokenizer:
 
 
 class _Window:
-    """The same for a decoder that only the library knows: decodes the last few ids again and emits the new text.
+    """The detokenizer for decoders that only the library can run: decodes the last few ids again, emits the new text.
 
     ids     ... context ... | held (its text ended in a broken character)
     text    <--- known ---->|<-- new, once it is whole -->

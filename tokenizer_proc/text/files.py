@@ -1,6 +1,6 @@
-"""Reads text files of model and adapter directories: regular files of bounded size, of one open directory.
+"""Reads files of model and adapter directories: only regular files, up to a bound on their size.
 
-A pipe does not block the reader, and at most the bound is read. Knows nothing of the files' meaning.
+A named pipe in such a directory does not block the reader. The files are not parsed here.
 """
 
 from __future__ import annotations
@@ -19,14 +19,20 @@ MAX_TEMPLATE = 1 << 20
 
 @contextlib.contextmanager
 def open_directory(path: str | Path, roots: Sequence[str] = ()) -> Iterator[Directory | None]:
-    """The directory, with files under `roots` only if there are any; None if there is none. Raises ConfigError."""
+    """Opens the directory at `path` while entered; yields None if there is no such directory.
+
+    If `roots` is not empty, the directory's files must lie under one of them. Raises ConfigError otherwise.
+    """
     directory = _opened(path, roots)
     with directory or contextlib.nullcontext():
         yield directory
 
 
 def read(directory: Directory, name: str, limit: int) -> bytes | None:
-    """The file's bytes; None if there is none. Raises ConfigError if it is larger than `limit`, or may not be read."""
+    """Returns the bytes of the file `name`, or None if there is no such file.
+
+    Raises ConfigError if it is larger than `limit` bytes, or may not be read.
+    """
     try:
         return directory.read(name, limit)
     except FileMissing:

@@ -1,7 +1,7 @@
-"""The model's own defaults of generation: generation_config.json, and the end ids of config.json.
+"""The model's default sampling parameters from generation_config.json, and the end ids, some of them from config.json.
 
-A value that a client leaves out is the file's, or else neutral (temperature 1, no filter, no penalty). The file's
-`do_sample: false` makes greedy decoding the default; else the default is sampling, as OpenAI's clients expect.
+If a client leaves a value out, the file's value is used, or else a neutral one (temperature 1, no filter, no penalty).
+`do_sample: false` in the file makes greedy decoding the default; otherwise sampling is, as OpenAI's clients expect.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Model(msgspec.Struct):
 
 
 class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Sampling values that a client leaves out, and the ids that end an answer."""
+    """The default sampling values, used where a client gives none, and the ids of the tokens that end the output."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -54,7 +54,10 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def load(cls, model_path: str | Path, eos_id: int | None = None) -> GenerationConfig:
-        """From the model's directory; `eos_id` is the tokenizer's. Raises ConfigError for files that cannot be read."""
+        """Reads the config from the model's directory. `eos_id` is the tokenizer's end-of-sequence id.
+
+        Raises ConfigError for files that cannot be read.
+        """
         with files.open_directory(model_path) as directory:
             generation = _read(directory, GENERATION_NAME, _Generation)
             model = _read(directory, "config.json", _Model)
@@ -67,9 +70,9 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         return cls(end_ids=list(dict.fromkeys(token for group in groups for token in group)), **_values(generation))
 
     def over(self, directory: Directory, kept: Sequence[int], eos_id: int | None) -> GenerationConfig:
-        """This config with the values of a generation_config.json in `directory`.
+        """Returns a copy of this config, overridden by the generation_config.json in `directory`, if there is one.
 
-        `kept` are the end ids that stay; `eos_id` is one more.
+        Its end ids are `kept`, those of that file, and `eos_id`.
         """
         generation = _read(directory, GENERATION_NAME, _Generation)
         end_ids = list(dict.fromkeys([*kept, *_ids(generation.eos_token_id), *_ids(eos_id)]))
@@ -77,7 +80,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _values(generation: _Generation) -> dict[str, Any]:
-    """The file's sampling values."""
+    """Returns the sampling values that the file gives."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     values = {name: value for name in names if (value := getattr(generation, name)) is not None}
     return values if generation.do_sample is not False else values | {"temperature": 0.0}

@@ -1,10 +1,10 @@
-"""Stop strings, found across increments of text. Knows nothing of tokens.
+"""Finds stop strings in text that arrives in increments.
 
     stop "END"      push "the E"  -> "the "    "E" may begin a stop string, and is held back
-                    push "ND of"  -> "", found  what follows the match is dropped
+                    push "ND of"  -> "", found  text after the match is dropped
 
-The match that is complete first wins; of two that end together, the longer one. So the result does not depend on how
-the text was cut into increments.
+The match that ends first wins; of two matches that end at the same place, the longer one. The result therefore does not
+depend on how the text is cut into increments.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 
 class StopFinder:
-    """One stream of text. Once `matched` is set, no more text is returned."""
+    """Finds stop strings in one stream of text. Once a stop string has matched, `push` returns no more text."""
 
     def __init__(self, stops: Sequence[str], include_match: bool = False) -> None:
         assert all(stops), "an empty stop string matches everywhere"
@@ -23,7 +23,7 @@ class StopFinder:
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
-        """The text that certainly belongs to the answer. Sets `matched` when a stop string is complete."""
+        """Returns the text that certainly belongs to the output. Sets `matched` once a stop string is complete."""
         if self.matched is not None:
             return ""
         text = self._held + text
@@ -36,12 +36,12 @@ class StopFinder:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """The text that was held back, at the end of the stream."""
+        """Returns the text that was held back. Called at the end of the stream."""
         held, self._held = self._held, ""
         return held
 
     def _find(self, text: str) -> tuple[int, str | None]:
-        """Where the first match ends, and its stop string."""
+        """Returns the end of the first match in `text`, and its stop string, which is None without a match."""
         best: tuple[int, str | None] = (len(text) + 1, None)
         for stop in self._stops:
             at = text.find(stop)
@@ -50,7 +50,7 @@ class StopFinder:
         return best
 
     def _beginning(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
+        """Returns the length of the longest suffix of `text` with which a stop string begins."""
         longest = min(len(text), len(self._stops[0]) - 1) if self._stops else 0
         for length in range(longest, 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stops if len(stop) > length):

@@ -1,11 +1,11 @@
-"""The exact bytes of every token, derived from the tokenizer's decoder. Knows nothing of streams.
+"""The exact bytes of every token, derived from the tokenizer's decoder.
 
-Two families cover the decoder-only models:
+Decoder-only models use one of two families of decoders:
 
-    byte level    "Ġcaf" "Ã©"           -> b" caf" b"\xc3\xa9"        a character stands for a byte
+    byte level    "Ġcaf" "Ã©"           -> b" caf" b"\xc3\xa9"        a character encodes a byte
     sentencepiece "▁caf" "<0xC3>" "<0xA9>" -> b" caf" b"\xc3" b"\xa9"  ▁ is a space, <0x..> a byte
 
-In both the text of a sequence is the concatenation of its tokens' bytes, but for a leading space that sentencepiece
+In both, the text of a sequence is the concatenation of its tokens' bytes, except for a leading space that sentencepiece
 adds and its decoder removes. Any other decoder is not `additive`: only the library itself can decode a sequence.
 """
 
@@ -22,7 +22,10 @@ _SPACE = "\u2581"  # ▁
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Character -> byte of the byte-level alphabet (GPT-2): printable bytes are themselves, the rest follow U+0100."""
+    """Returns the byte-level alphabet of GPT-2, from character to byte.
+
+    Printable bytes are written as themselves, the others as the characters from U+0100 on.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -48,7 +51,10 @@ def _is_strip_rule(part: dict[str, Any]) -> bool:
 
 
 class Pieces:
-    """Token id -> bytes. `additive`: the text of a sequence is the concatenation of its tokens' bytes."""
+    """A map from token id to the token's bytes.
+
+    `additive` is True if the text of a sequence is the concatenation of its tokens' bytes.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
@@ -68,14 +74,14 @@ class Pieces:
         self._shown: dict[int, tuple[str, list[int]]] = {}
 
     def __getitem__(self, token_id: int) -> bytes:
-        """The bytes that a token adds to a text that has begun; empty for an id without a token."""
+        """Returns the bytes that a token adds to a text when it is not the first token; empty for an unknown id."""
         piece = self._cache.get(token_id)
         if piece is None:
             piece = self._cache[token_id] = self._bytes(token_id)
         return piece
 
     def shown(self, token_id: int) -> tuple[str, list[int]]:
-        """A token's text, and its bytes as numbers. The list is shared: do not change it."""
+        """Returns a token's text, and its bytes as numbers. The list is shared: do not change it."""
         found = self._shown.get(token_id)
         if found is None:
             piece = self[token_id]
@@ -83,7 +89,7 @@ class Pieces:
         return found
 
     def first(self, token_id: int) -> bytes:
-        """The bytes that a token adds as the first one of a text."""
+        """Returns the bytes that a token adds as the first token of a text."""
         if self._drops_marks:
             token = self._backend.id_to_token(token_id) or ""
             return self._sentencepiece_bytes(token.replace(_SPACE, ""))

@@ -1,7 +1,6 @@
 """The model's tokenizer: tokenizer.json through the `tokenizers` library, special tokens from tokenizer_config.json.
 
-tokenizer.json's post-processor adds a beginning-of-sequence token, if any. Knows nothing of chat templates, requests or
-streams.
+A beginning-of-sequence token is added only if the post-processor in tokenizer.json adds one.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from engine.ipc import DECODE_ERRORS
 from tokenizer_proc.text import files
 from tokenizer_proc.text.token_bytes import Pieces
 
-THREAD_ABOVE_CHARACTERS = 8192  # about a millisecond of encoding; longer texts would stall the event loop's streams
+THREAD_ABOVE_CHARACTERS = 8192  # encoding these takes about a millisecond; longer texts would stall the event loop
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -41,9 +40,9 @@ class _TokenizerConfig(msgspec.Struct):
 
 
 def special_tokens(directory: Directory) -> dict[str, str]:
-    """The special tokens that the files of `directory` name. Raises ConfigError for files that cannot be read."""
+    """Returns the special tokens that the files of `directory` name. Raises ConfigError for files that cannot be read."""
     named: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the later one wins
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the later file overrides the earlier one
         raw = files.read(directory, name, files.MAX_CONFIG)
         if raw is None:
             continue
@@ -59,7 +58,10 @@ def special_tokens(directory: Directory) -> dict[str, str]:
 
 
 def is_from_library(error: BaseException) -> bool:
-    """Whether the `tokenizers` library may have raised it: an Exception, or a PanicException, which is none."""
+    """Returns whether the `tokenizers` library may have raised `error`.
+
+    The library raises Exceptions, and PanicException, which is only a BaseException.
+    """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
@@ -81,7 +83,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
-        """The tokenizer in `directory`. Raises ConfigError that says what to do when there is none that can be read."""
+        """Returns the tokenizer in `directory`.
+
+        Raises ConfigError if there is no tokenizer.json (the error says how to make one) or it cannot be read.
+        """
         with files.open_directory(directory) as opened:
             raw = None if opened is None else files.read(opened, "tokenizer.json", files.MAX_TOKENIZER)
             named = special_tokens(opened) if opened is not None else {}
@@ -95,7 +100,11 @@ class Tokenizer:
 
     @classmethod
     def parse(cls, raw: bytes, path: Path, named: dict[str, str]) -> Tokenizer:
-        """The tokenizer of a tokenizer.json, which lay at `path`. Raises ConfigError when it cannot be used."""
+        """Returns the tokenizer of a tokenizer.json with the content `raw`.
+
+        `path` is where the file was read, for errors; `named` are the special tokens. Raises ConfigError for a file
+        that cannot be used.
+        """
         try:
             made = cls(tokenizers.Tokenizer.from_str(raw.decode()), named)
             made.backend.decode(made.backend.encode("a").ids)  # parts that refer to missing tokens fail only in use
@@ -108,33 +117,36 @@ class Tokenizer:
         return made
 
     def named(self, special_tokens: dict[str, str]) -> Tokenizer:
-        """The same tokenizer with other special tokens."""
+        """Returns a copy of this tokenizer with other special tokens, or itself if they are the same."""
         if special_tokens == self.special_tokens:
             return self
         other = copy.copy(self)
-        other._origin = self.origin  # kept alive for as long as the copy
+        other._origin = self.origin  # keeps the original alive for as long as the copy
         other._name(special_tokens)
         return other
 
     def unnamed(self) -> Tokenizer:
-        """This tokenizer without names of special tokens, as its own origin."""
+        """Removes the names of special tokens, and makes this tokenizer its own origin. Returns this tokenizer."""
         self._origin = None
         self._name({})
         return self
 
     @property
     def origin(self) -> Tokenizer:
-        """The tokenizer that this one is a copy of, with other special tokens; else itself."""
+        """The tokenizer that this one was copied from to change its special tokens, or this tokenizer itself."""
         return self._origin or self
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`. Raises InvalidRequest when it is not valid Unicode (a lone surrogate)."""
+        """Returns the ids of `text`.
+
+        Raises InvalidRequest if the text is not valid Unicode (a lone surrogate) or the tokenizer cannot encode it.
+        """
         try:
-            # the batch calls release the interpreter's lock, so that a thread runs them in parallel
+            # unlike `encode`, the batch functions release the GIL, so that they can run in parallel in a thread
             [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidRequest("the text holds half of a surrogate pair, which is no character") from error
-        except BaseException as error:  # a character that a model without an unknown token does not know
+        except BaseException as error:  # e.g. a character outside the vocabulary of a model without an unknown token
             if not is_from_library(error):
                 raise
             raise InvalidRequest(f"the model's tokenizer cannot read this text: {error}") from error
@@ -142,28 +154,28 @@ class Tokenizer:
         return ids
 
     async def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The same as `encode`; a long text is encoded in a thread."""
+        """Does the same as `encode`, but encodes a long text in a thread."""
         if len(text) <= THREAD_ABOVE_CHARACTERS:
             return self.encode(text, add_special_tokens)
         return await asyncio.to_thread(self.encode, text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; invalid UTF-8 becomes U+FFFD."""
+        """Returns the text of `ids`. Invalid UTF-8 becomes U+FFFD."""
         texts: list[str] = self.backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
         return texts[0]
 
     async def decode_ids(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The same as `decode`; many ids are decoded in a thread."""
+        """Does the same as `decode`, but decodes many ids in a thread."""
         if len(ids) <= THREAD_ABOVE_CHARACTERS:
             return self.decode(ids, skip_special_tokens)
         return await asyncio.to_thread(self.decode, ids, skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The exact bytes of one token; empty for an id without a token."""
+        """Returns the exact bytes of one token; empty for an unknown id."""
         return self.pieces[token_id]
 
     def token_text(self, token_id: int) -> str:
-        """One token as text; a part of a character shows as U+FFFD."""
+        """Returns the text of one token. A part of a character becomes U+FFFD."""
         return self.pieces[token_id].decode("utf-8", "replace")
 
     def _name(self, special_tokens: dict[str, str]) -> None:

@@ -1,9 +1,9 @@
-"""The parts of a tokenizer.json, and a tokenizer that shares the largest part, the model, with another tokenizer.
+"""Splits a tokenizer.json into its parts, to make tokenizers that share the largest part, the model.
 
     {"added_tokens": [...], "normalizer", "pre_tokenizer", "post_processor", "decoder": small | "model": nearly all}
 
-Adapters that add tokens have the base's model, byte for byte, and other small parts: parsing the whole file again would
-hold the interpreter's lock for a second and take a hundred megabytes. Knows nothing of adapters.
+The tokenizer.json of an adapter that adds tokens has the same model as the base's, byte for byte, and other small
+parts. Parsing the whole file again would hold the GIL for a second and take a hundred megabytes.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class TokenizerSections(msgspec.Struct):
 
     @classmethod
     def read(cls, raw: bytes) -> TokenizerSections:
-        """Raises one of engine.ipc.DECODE_ERRORS if `raw` is not a tokenizer.json."""
+        """Decodes the content of a tokenizer.json. Raises one of engine.ipc.DECODE_ERRORS if `raw` is no such content."""
         return msgspec.json.decode(raw, type=cls)
 
     @property
     def small(self) -> list[Any]:
-        """All parts but the model."""
+        """All parts except the model."""
         return [self.added_tokens, *(getattr(self, name) for name in PIPELINE)]
 
     @property
     def patterns(self) -> frozenset[str]:
-        """All regular expressions in the small parts."""
+        """The regular expressions in the small parts."""
         found: set[str] = set()
         unread: list[Any] = [self.small]
         while unread:
@@ -56,9 +56,9 @@ class TokenizerSections(msgspec.Struct):
         return frozenset(found)
 
     def over(self, base: Tokenizer) -> Tokenizer | None:
-        """A tokenizer of these small parts and the model of `base`, which must equal this one's.
+        """Returns a tokenizer of these small parts and the model of `base`, which must equal the model here.
 
-        None if an added token would get another id that way. Raises what the library raises.
+        Returns None if an added token would get an id other than the file's. Raises the library's own errors.
         """
         parts = {name: getattr(self, name) for name in PIPELINE}
         skeleton = tokenizers.Tokenizer.from_str(msgspec.json.encode({"model": ANY_MODEL, **parts}).decode())
@@ -77,7 +77,7 @@ class TokenizerSections(msgspec.Struct):
 
 
 def _like(base: Tokenizer, backend: tokenizers.Tokenizer) -> Tokenizer:
-    """The same as `Tokenizer(backend)`, without reading every token of the model."""
+    """Returns the same as `Tokenizer(backend)`, but without reading every token of the model."""
     made, added = copy.copy(base), backend.get_added_tokens_decoder()
     made.backend, made.pieces = backend, Pieces(backend)
     made.special_ids = frozenset(number for number, token in added.items() if token.special)

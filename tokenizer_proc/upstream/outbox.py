@@ -1,4 +1,4 @@
-"""The outbox to the scheduler, which follows it when another scheduler takes over. Knows nothing of what is sent."""
+"""The outbox to the scheduler, which reconnects when another scheduler takes over."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ log = logging.getLogger(__name__)
 
 
 class SchedulerOutbox(Outbox):
-    """Sends to the scheduler that said Hello last; before the first Hello, to the one of the config."""
+    """Sends messages to the scheduler that sent the latest Hello; before the first Hello, to the config's address."""
 
     def __init__(self, context: zmq.Context[Any], endpoints: Endpoints) -> None:
         super().__init__(context, endpoints.scheduler, endpoints.max_frame_bytes)
         self.send(Hello("tokenizer", endpoints.epoch, endpoints.tokenizer))
 
     def follow(self, hello: Hello) -> bool:
-        """Whether `hello` comes from a new scheduler; messages go to that one from now on."""
+        """Connects to the sender of `hello` if that is a new scheduler. Returns whether it is."""
         if hello.inbox == self.address:
             return False
         log.warning("another scheduler is there: it is told of everything that is open")

@@ -1,11 +1,11 @@
-"""Request ids and their receivers: Generate and Abort go out, Progress comes in and is handed to its receiver.
+"""The router of requests: sends Generate and Abort to the scheduler, and passes each update to its request's receiver.
 
     stream --start--> id --Generate--> scheduler
     stream <--Update-- id <--Progress-- scheduler       an update for an id that is no longer open is dropped
 
-Counts open requests and prompt tokens, and refuses more than the bounds; the refusal says what the open requests wait
-for. When another scheduler takes over, `resubmit` tells it of every open request and the tokens it has, and messages of
-the former scheduler are dropped. Knows nothing of text.
+The router bounds the number of open requests and of their prompt tokens; the error beyond a bound says what the open
+requests wait for. When another scheduler takes over, `resubmit` sends it every open request with the tokens generated
+so far, and messages of the former scheduler are dropped.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from tokenizer_proc.upstream.wait_reasons import RequestWait, WaitReasons
 
 log = logging.getLogger(__name__)
 
-_IDS_BY_EPOCH = 1 << 40  # an id is never reused, not even after a restart
+_IDS_BY_EPOCH = 1 << 40  # ids of each epoch (restart of the process), so that an id is never reused after a restart
 
 Receiver = Callable[[Update | EngineError], None]
 
 
 class _OpenRequest(NamedTuple):
-    """A request that may bring more updates: its Generate, the receiver of its updates, and the tokens it has."""
+    """A request that may still receive updates: its Generate, its receiver, and the tokens generated so far."""
 
     message: Generate
     receiver: Receiver
@@ -41,7 +41,7 @@ class _OpenRequest(NamedTuple):
 
 
 class Router:
-    """The open requests of this incarnation (`epoch`)."""
+    """The open requests of this process. `epoch` is the number of the process's incarnation."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Router:
         self._requests: dict[int, _OpenRequest] = {}
         self._scheduler = 0
         self.began = 0.0
-        """When the first request was sent since none was open (monotonic seconds)."""
+        """The time at which the number of open requests last rose from 0 (monotonic seconds)."""
         self._max_tokens = max_tokens
         self._reserved = self._tokens = 0
         self._idle = asyncio.Event()
@@ -67,12 +67,12 @@ class Router:
 
     @property
     def open(self) -> int:
-        """The number of requests that were sent and have not ended: they may still receive updates."""
+        """The number of open requests: they were sent and have not ended, so they may still receive updates."""
         return len(self._requests)
 
     @contextlib.contextmanager
     def reserved(self, count: int) -> Iterator[None]:
-        """Holds room for `count` requests while entered. Raises Overloaded when there is none."""
+        """Reserves room for `count` requests while entered. Raises Overloaded if there is not enough room."""
         if self._reserved + count > self._max_open:
             raise self._full(f"{self._max_open} requests are open already, which is the bound (--max-open-requests)")
         self._reserved += count
@@ -86,7 +86,10 @@ class Router:
 
     @contextlib.contextmanager
     def queued(self, tokens: int) -> Iterator[None]:
-        """Holds room for so many prompt tokens while entered; the first prompt always fits. Raises Overloaded."""
+        """Reserves room for `tokens` prompt tokens while entered. Raises Overloaded if there is not enough room.
+
+        While no other prompt is held, any prompt fits.
+        """
         if self._max_tokens is not None and self._tokens and self._tokens + tokens > self._max_tokens:
             bound = f"{self._max_tokens} is the bound (--max-queued-tokens)"
             raise self._full(f"{self._tokens} prompt tokens are open already and {bound}")
@@ -97,7 +100,7 @@ class Router:
             self._tokens -= tokens
 
     async def wait_idle(self, seconds: float) -> bool:
-        """Waits up to `seconds` until no request is reserved. Returns whether none is."""
+        """Waits up to `seconds` until no room is reserved for requests. Returns whether none is."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), seconds)
         return self._idle.is_set()
@@ -114,7 +117,10 @@ class Router:
         priority: int = 0,
         cache_salt: str = "",
     ) -> int:
-        """Sends a Generate; returns its id. `receiver` gets updates until `stop`, and adds their tokens to `tokens`."""
+        """Sends a Generate. Returns its request id.
+
+        `receiver` is called with every update until `stop`; it must add the update's tokens to `tokens`.
+        """
         request_id = self._newest = next(self._ids)
         message = Generate(
             epoch=self._epoch,
@@ -133,26 +139,29 @@ class Router:
         return request_id
 
     def resubmit(self, scheduler: int) -> None:
-        """Tells the scheduler of this incarnation, which knows nothing, of every open request."""
+        """Sends every open request, with the tokens generated so far, to a new scheduler, whose epoch is `scheduler`."""
         self._scheduler = scheduler
         self.wait_reasons.forget()
         for request_id in list(self._requests):
             request = self._requests.get(request_id)
             if request is None:
-                continue  # it ended with another choice of its call
+                continue  # the request ended meanwhile, with a failed choice of the same submit
             try:
                 self._send(replace(request.message, generated=list(request.tokens)))
-            except EngineError as error:  # with its tokens it is larger than a frame: its call alone fails
+            except EngineError as error:  # with its tokens the request exceeds a frame: only its submit fails
                 self.stop(request_id, abort=False)
                 request.receiver(error)
 
     def stop(self, request_id: int, abort: bool) -> None:
-        """Forgets a request, and with `abort` tells the scheduler to; a second call does nothing."""
+        """Removes a request, and with `abort` sends an Abort for it. Does nothing if the request is not open."""
         if self._requests.pop(request_id, None) is not None and abort:
             self._send(Abort(self._epoch, request_id))
 
     def handle(self, progress: Progress) -> None:
-        """Hands every update to its receiver; a fault in one ends that request alone. Older epochs are dropped."""
+        """Passes every update to its request's receiver. An exception in a receiver ends only that request.
+
+        Messages of another epoch of this process, or of a former scheduler, are dropped.
+        """
         if progress.epoch != self._epoch or progress.scheduler < self._scheduler:
             return
         for update in progress.updates:
@@ -167,20 +176,20 @@ class Router:
                 request.receiver(InternalError(f"the answer could not be made: {type(error).__name__}: {error}"))
 
     def update_stats(self, stats: Stats) -> None:
-        """Takes over what waiting requests wait for."""
+        """Stores the reasons why requests wait, from new Stats."""
         listed = [self._requests.get(waiting.request_id) for waiting in stats.oldest_waiting]
         loras = {request.message.request_id: request.message.lora for request in listed if request is not None}
         self.wait_reasons.update(stats, self._newest, loras)
 
     def wait_of(self, request_id: int) -> RequestWait | None:
-        """What a request waits for; None: it runs, is not open, or its reason is not known."""
+        """Returns what a request waits for, or None if it runs, is not open, or waits for an unknown reason."""
         request = self._requests.get(request_id)
         return (
             None if request is None else self.wait_reasons.find(request_id, len(request.tokens), request.message.lora)
         )
 
     def lora(self, request_id: int) -> list[tuple[int, float]] | None:
-        """The adapters of an open request; None: it is not open."""
+        """Returns the adapters of an open request, or None if the request is not open."""
         request = self._requests.get(request_id)
         return None if request is None else request.message.lora
 
@@ -189,7 +198,7 @@ class Router:
         return Overloaded(f"{bound}: {waits}. Try again soon" if waits else f"{bound}: try again soon")
 
     def fail_all(self, error: EngineError) -> None:
-        """Ends every open request with an error, without telling the scheduler."""
+        """Ends every open request with `error`, without sending Aborts to the scheduler."""
         requests, self._requests = self._requests, {}
         for request in requests.values():
             request.receiver(error)

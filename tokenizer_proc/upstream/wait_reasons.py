@@ -1,7 +1,7 @@
-"""What requests wait for, from the scheduler's last Stats, in an operator's words. Knows nothing of streams or names.
+"""The reasons why requests wait, taken from the scheduler's latest Stats and worded for an operator.
 
-Stats are up to a second old and list only the oldest waiting requests. A reason that is told was true when the Stats
-were made; where that is not certain, no reason is told.
+Stats are up to a second old and list only the oldest waiting requests. A reason is reported only if it was certainly
+true when the Stats were made.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from engine.messages import Capacity, Stats, WaitingRequest, WaitReason
 
 Lora = list[tuple[int, float]]
 
-LONG = 1.0  # seconds: shorter waits are not listed
+LONG = 1.0  # seconds; `long_waiting` lists only longer waits
 
 _WANTS: Mapping[WaitReason, str] = {
     "load": "an adapter to be read",
@@ -40,28 +40,31 @@ _CAUSES: Mapping[WaitReason, str] = {
 
 
 class RequestWait(msgspec.Struct, frozen=True):
-    """What a request waits for, and for how many seconds it had; None: that is not known."""
+    """What a request waits for, and the seconds that it had waited when the Stats were made, or None if unknown."""
 
     reason: WaitReason
     seconds: float | None = None
 
 
 class WaitReasons:
-    """The reasons by request. `capacity` gives the numbers in the explanations."""
+    """The reasons why requests wait, by request. `capacity` provides the numbers in the explanations."""
 
     def __init__(self) -> None:
         self.capacity: Capacity | None = None
         self.forget()
 
     def forget(self) -> None:
-        """Drops what the former scheduler said; a new scheduler has the requests and has sent no Stats yet."""
+        """Drops the former scheduler's Stats. Called when a new scheduler, which has sent no Stats yet, takes over."""
         self._stats = Stats()
         self._listed: dict[int, WaitingRequest] = {}
         self._reasons: dict[tuple[tuple[int, float], ...], set[WaitReason]] = {}
         self._newest, self._heard = 0, time.monotonic()
 
     def update(self, stats: Stats, newest: int, loras: Mapping[int, Lora]) -> None:
-        """Takes over new Stats. `newest` is the last request sent; `loras` are those of the open listed requests."""
+        """Stores new Stats.
+
+        `newest` is the id of the last request sent; `loras` are the adapters of the listed requests that are open.
+        """
         self._stats, self._newest, self._heard = stats, newest, time.monotonic()
         self._listed = {waiting.request_id: waiting for waiting in stats.oldest_waiting}
         self._reasons = {}
@@ -69,13 +72,14 @@ class WaitReasons:
             self._reasons.setdefault(tuple(lora), set()).add(self._listed[request_id].reason)
 
     def find(self, request_id: int, generated: int, lora: Lora) -> RequestWait | None:
-        """What a request with so many generated tokens waits for; None: it runs, or the reason is not known.
+        """Returns what a request waits for, or None if it runs or the reason is not known.
 
-        A request that is newer than all listed ones waits for certain if none of its adapters runs; its reason is then
-        that of the listed requests with the same adapters, if they agree.
+        `generated` is the number of tokens that the request has. A request that is newer than all listed ones certainly
+        waits if none of its adapters runs. Its reason is then that of the listed requests with the same adapters, if
+        they all have the same reason.
         """
         waiting = self._listed.get(request_id)
-        if waiting is not None:  # with another number of tokens it has run since
+        if waiting is not None:  # if the number of tokens differs, the request has run since the Stats were made
             return RequestWait(waiting.reason, waiting.seconds) if waiting.generated == generated else None
         could_be_listed = len(self._listed) == self._stats.waiting or request_id < max(self._listed, default=0)
         if generated or could_be_listed or request_id > self._newest or not lora:
@@ -86,13 +90,16 @@ class WaitReasons:
         return RequestWait(next(iter(like))) if len(like) == 1 else None
 
     def long_waiting(self) -> list[WaitingRequest]:
-        """The listed requests that have waited for longer than LONG by now."""
+        """Returns the listed requests that have waited for more than LONG seconds by now."""
         age = time.monotonic() - self._heard
         now = (msgspec.structs.replace(each, seconds=each.seconds + age) for each in self._listed.values())
         return [each for each in now if each.seconds > LONG]
 
     def summary(self) -> str:
-        """How many requests wait for what, and the cause of the commonest reason; empty if none waits."""
+        """Returns a text with the number of waiting requests by reason, and the cause of the most frequent reason.
+
+        The text is empty if no request waits.
+        """
         counts = sorted(self._stats.waiting_reasons.items(), key=lambda item: -item[1])
         if not counts:
             return ""
@@ -103,11 +110,11 @@ class WaitReasons:
         return f"{found}. {cause[0].upper()}{cause[1:]}"
 
     def describe(self, reason: WaitReason) -> str:
-        """A reason in words: what is waited for, and the cause."""
+        """Returns a reason in words: what the request waits for, and the cause."""
         return f"{_WANTS[reason]}: {self.cause(reason)}"
 
     def cause(self, reason: WaitReason) -> str:
-        """Why the request has to wait for it, with the flag that helps."""
+        """Returns an explanation of `reason`, with the flags that change it."""
         capacity = self.capacity
         if capacity is None:
             return _CAUSES[reason].format(lanes="?", rows="?", tokens="?")

@@ -1,1 +1,1 @@
-"""Chat templates: the model's own in this process, those of adapters in a process of their own."""
+"""Chat templates. The model's own is rendered in this process, those of adapters in a separate process."""

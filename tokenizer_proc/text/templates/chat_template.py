@@ -1,6 +1,6 @@
-"""A chat template: messages to prompt text. Its output is encoded without added special tokens: it has them itself.
+"""A chat template: renders messages to prompt text.
 
-Knows nothing of tokens.
+The text already contains the special tokens, so it is encoded without adding any.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from tokenizer_proc.text.templates.template_files import given_template, templat
 
 Value = str | int | float | bool | None
 
-_MARK = "\u2063\u2063here the answer goes on\u2063\u2063"  # where the text is cut to continue the last message
+_MARK = "\u2063\u2063here the answer goes on\u2063\u2063"  # the text is cut here to continue the last message
 
 
 class ChatRenderer(ABC):
-    """Makes prompts of messages, in this process or in another one."""
+    """Renders chat messages to prompts, in this process or in another one."""
 
     source: str | None
 
@@ -37,7 +37,7 @@ class ChatRenderer(ABC):
         continue_final_message: bool = False,
         **kwargs: Value,
     ) -> str:
-        """The prompt text. Raises InvalidRequest when there is none for these messages."""
+        """Returns the prompt text. Raises InvalidRequest if the template cannot render or refuses the messages."""
 
 
 def check_messages(messages: Sequence[ChatMessage], add_generation_prompt: bool, continue_final_message: bool) -> None:
@@ -52,7 +52,7 @@ def check_messages(messages: Sequence[ChatMessage], add_generation_prompt: bool,
 
 
 class ChatTemplate(ChatRenderer):
-    """Messages to prompt text. `source` None: the model has no template, and every chat is refused with a reason."""
+    """A chat template with the text `source`. With None the model has no template, and every chat is refused."""
 
     def __init__(self, source: str | None, special_tokens: Mapping[str, str] | None = None) -> None:
         self.source = source
@@ -70,7 +70,10 @@ class ChatTemplate(ChatRenderer):
     def load(
         cls, directory: str | Path, given: str | None = None, special_tokens: Mapping[str, str] | None = None
     ) -> ChatTemplate:
-        """The template `given` (a file or literal), else the one of the tokenizer's directory."""
+        """Returns the template `given` (a file's name or the template's text), or else the one in `directory`.
+
+        `directory` is the tokenizer's.
+        """
         if given is not None:
             return cls(given_template(given), special_tokens)
         with files.open_directory(directory) as opened:
@@ -84,7 +87,7 @@ class ChatTemplate(ChatRenderer):
         continue_final_message: bool = False,
         **kwargs: Value,
     ) -> str:
-        """The same as `render`: the model's own template is trusted, and rendered in this process."""
+        """Returns the result of `render`: the model's own template is trusted, so it is rendered in this process."""
         return self.render(messages, add_generation_prompt, continue_final_message, **kwargs)
 
     def render(
@@ -94,7 +97,7 @@ class ChatTemplate(ChatRenderer):
         continue_final_message: bool = False,
         **kwargs: Value,
     ) -> str:
-        """The prompt text. Raises InvalidRequest with the template's own words when it refuses the messages."""
+        """Returns the prompt text. Raises InvalidRequest with the template's own message if it refuses the messages."""
         check_messages(messages, add_generation_prompt, continue_final_message)
         turns: list[dict[str, str]] = [msgspec.to_builtins(message) for message in messages]
         if not continue_final_message:
@@ -118,13 +121,16 @@ class ChatTemplate(ChatRenderer):
 
 
 def _reason(error: Exception) -> str:
-    """The error's message, cut to 500 characters, after the error's type unless the template raised it itself."""
+    """Returns the error's message, cut to 500 characters. The error's type comes first, unless it is jinja's own."""
     text = str(error)[:500]
     return text if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {text}"
 
 
 def _cut(text: str) -> str:
-    """The text before the mark. If the mark's space is gone, the template trims contents, and this text is trimmed."""
+    """Returns the text before the mark.
+
+    The mark was followed by a space. If the space is gone, the template trims contents, so the text is trimmed too.
+    """
     at = text.rfind(_MARK)
     if at < 0:
         raise InvalidRequest(

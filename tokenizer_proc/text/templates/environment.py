@@ -1,6 +1,6 @@
-"""The sandboxed jinja2 environment of chat templates, with the functions that templates of the hub expect.
+"""The sandboxed jinja2 environment of chat templates, with the functions that templates on the hub expect.
 
-A template may compute text and nothing else. Operators that make huge results are bounded here; loops are not.
+A template can only compute text. Operators with huge results are refused here; loops are not bounded here.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ _WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\*|\d{5})")
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}`, which marks the assistant's text for training, only shows it here."""
+    """The tag `{% generation %} ... {% endgeneration %}`, which only renders its content here.
 
-    tags = {"generation"}  # noqa: RUF012 - jinja declares it so
+    In training it marks the assistant's text.
+    """
+
+    tags = {"generation"}  # noqa: RUF012 - jinja declares `tags` without ClassVar
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         lineno = next(parser.stream).lineno
@@ -53,12 +56,12 @@ def _tojson(
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Also refuses operators whose results would take gigabytes."""
+    """Jinja's immutable sandbox, which here also refuses operators whose results would take gigabytes."""
 
     intercepted_binops = frozenset({"*", "**", "%"})
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        """The operator's result. Raises SecurityError when it would be too large."""
+        """Returns the operator's result. Raises SecurityError if it would be too large."""
         if _is_too_large(operator, left, right):
             raise jinja2.exceptions.SecurityError(f"the result of {operator} is too large")
         return super().call_binop(context, operator, left, right)
@@ -74,7 +77,7 @@ def _is_too_large(operator: str, left: Any, right: Any) -> bool:
 
 
 def template_environment() -> jinja2.Environment:
-    """A new environment."""
+    """Returns a new sandboxed environment for chat templates."""
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )

@@ -1,10 +1,10 @@
-"""Adapters' chat templates, rendered in a process of their own, which is killed when a job takes too much.
+"""Renders adapters' chat templates in a separate process, which is killed if a job takes too much time or memory.
 
     prompt() --> one job at a time, one waiting job per template --> renderer --> text
                                         killed: InvalidRequest, and a new process for the next job
 
 Templates take turns, so that a slow one delays another by one job at most. The model's own template is not rendered
-here. Knows nothing of adapters.
+here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ from tokenizer_proc.text.templates.sandbox_worker import (
 
 START_SECONDS = 60.0
 WALL_SECONDS = 30.0
-"""A second bound beside CPU_SECONDS, for jobs that wait instead of computing; long enough for a busy machine."""
+"""The bound on a job's wall time, beside CPU_SECONDS, for jobs that wait instead of computing.
+
+It is long enough for a busy machine.
+"""
 
 TOO_MUCH = (
     f"the adapter's chat template was stopped: it may take {CPU_SECONDS} seconds of computing and"
@@ -49,11 +52,11 @@ KEPT_VARIABLES = frozenset({"PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH
 
 
 class _RendererGone(Exception):
-    """The renderer process ended, or did not answer in time."""
+    """The renderer process ended, or did not reply in time."""
 
 
 class Sandbox:
-    """One renderer process, started when it is first needed. `close` ends it."""
+    """One renderer process, started by the first job. `close` ends the process."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -63,16 +66,19 @@ class Sandbox:
 
     @property
     def process_id(self) -> int | None:
-        """The id of the renderer process that was started last; None: there is none."""
+        """The id of the renderer process, or None if no process is running."""
         return None if self._process is None else self._process.pid
 
     async def render(self, job: RenderJob) -> str:
-        """The text. Raises InvalidRequest with the template's own message, or because the job takes too much."""
+        """Renders `job` and returns the text.
+
+        Raises InvalidRequest with the template's own message, or if the job takes too much time or memory.
+        """
         async with self._turn:
             return await asyncio.get_running_loop().run_in_executor(self._thread, self.render_in_thread, job)
 
     def render_in_thread(self, job: RenderJob) -> str:
-        """The same as `render`; blocks."""
+        """Does the same as `render`, but blocks the calling thread."""
         frame = msgspec.msgpack.encode(job)
         if len(frame) > MAX_FRAME:
             raise InvalidRequest(f"the messages are more than {MAX_FRAME >> 20} MiB", param="messages")
@@ -83,7 +89,7 @@ class Sandbox:
         return reply.text
 
     def close(self) -> None:
-        """Ends the process; the next job starts a new one."""
+        """Ends the renderer process. The next job starts a new one."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -131,7 +137,7 @@ class Sandbox:
 
 
 class SandboxedTemplate(ChatRenderer):
-    """An adapter's template. Raises InvalidRequest when it cannot be compiled."""
+    """An adapter's chat template, rendered in `sandbox`. Raises InvalidRequest if it cannot be compiled."""
 
     source: str
 
@@ -149,7 +155,10 @@ class SandboxedTemplate(ChatRenderer):
         continue_final_message: bool = False,
         **kwargs: Value,
     ) -> str:
-        """The prompt text. Raises InvalidRequest with the template's own message, or because the job takes too much."""
+        """Returns the prompt text.
+
+        Raises InvalidRequest with the template's own message, or if rendering takes too much time or memory.
+        """
         check_messages(messages, add_generation_prompt, continue_final_message)
         job = RenderJob(
             self.source, self._special_tokens, list(messages), add_generation_prompt, continue_final_message, kwargs
@@ -172,7 +181,7 @@ def _write(process: subprocess.Popen[bytes], data: bytes, deadline: float) -> No
 
 
 def _read(process: subprocess.Popen[bytes], deadline: float) -> bytes:
-    """The next frame."""
+    """Reads the next frame from the process. Raises _RendererGone if it does not arrive before `deadline`."""
     (length,) = LENGTH.unpack(_read_exactly(process, LENGTH.size, deadline))
     if length > MAX_FRAME:
         raise _RendererGone

@@ -2,9 +2,9 @@
 
     job on stdin --> rendered within CPU_SECONDS and MEMORY_BYTES --> reply on stdout
 
-Jinja's sandbox keeps a template from reaching other objects, but bounds neither its loops nor its memory; the kernel's
-resource limits do, and end the process. It can open no file and no socket. `sandbox` starts the process, and a new one
-after it ended. Knows nothing of adapters.
+Jinja's sandbox keeps a template from reaching other objects, but bounds neither its loops nor its memory. The kernel's
+resource limits do: they bound CPU time and memory, and keep the process from opening files and sockets. The module
+`sandbox` starts the process, and a new one after the process has ended.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ MEMORY_BYTES = 256 << 20
 MAX_CHARACTERS = 8 << 20
 MAX_FRAME = 64 << 20
 KEPT = 32
-"""Templates that stay compiled."""
+"""The number of compiled templates that are kept."""
 
 LENGTH = struct.Struct(">I")
 
 
 class RenderJob(msgspec.Struct, frozen=True, array_like=True):
-    """A template and the messages to render; without messages the template is only compiled."""
+    """A template and the messages to render. Without messages the template is only compiled."""
 
     source: str
     special_tokens: dict[str, str]
@@ -47,7 +47,10 @@ class RenderJob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RenderReply(msgspec.Struct, frozen=True, array_like=True):
-    """The text, or why the job was refused and because of which field. `last`: the process has grown, and ends."""
+    """The rendered text, or the reason why the job was refused and the body's field that caused it.
+
+    `last` is True if the process has grown so much that this must be its last job.
+    """
 
     text: str | None = None
     refused: str = ""
@@ -56,7 +59,7 @@ class RenderReply(msgspec.Struct, frozen=True, array_like=True):
 
 
 def main() -> None:
-    """Renders jobs until the input ends."""
+    """Renders jobs from stdin until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     jobs, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -78,7 +81,7 @@ def main() -> None:
 
 
 def read_frame(source: BinaryIO) -> bytes | None:
-    """The next frame; None at the end of the input."""
+    """Reads and returns the next frame, or None at the end of the input."""
     head = source.read(LENGTH.size)
     if len(head) < LENGTH.size:
         return None
@@ -119,7 +122,7 @@ def _encoded(reply: RenderReply) -> bytes:
 
 
 def _confine() -> None:
-    """Sets resource limits: no new files or sockets, no writing to disk, bounded memory."""
+    """Sets the process's resource limits: no new files or sockets, no writing to disk, bounded memory."""
     time.localtime()
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     bounds = {

@@ -1,4 +1,4 @@
-"""Where the text of a chat template comes from: files of a directory, or --chat-template. Knows nothing of jinja2."""
+"""Reads the text of a chat template from the files of a directory, or from --chat-template. Does not depend on jinja2."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _NamedTemplate(msgspec.Struct):
 
 
 class _TemplateField(msgspec.Struct):
-    """The field of tokenizer_config.json, or of chat_template.json in older checkpoints."""
+    """The `chat_template` field of tokenizer_config.json, or of chat_template.json in older checkpoints."""
 
     chat_template: str | list[_NamedTemplate] | None = None
 
@@ -42,7 +42,10 @@ def _from_json(directory: Directory, name: str) -> str | None:
 
 
 def given_template(template: str) -> str:
-    """The text of --chat-template, which names a file or is the template itself. Raises ConfigError."""
+    """Returns the template that --chat-template gives, which is a file's name or the template itself.
+
+    Raises ConfigError if it is neither, or if the file cannot be read.
+    """
     literal = "{%" in template or "{{" in template
     try:
         if Path(template).is_file():
@@ -56,7 +59,7 @@ def given_template(template: str) -> str:
 
 
 def template_of(directory: Directory) -> str | None:
-    """The text of the chat template in `directory`, if any. Raises ConfigError for files that cannot be read."""
+    """Returns the text of the chat template in `directory`, or None. Raises ConfigError for unreadable files."""
     path = directory.path / TEMPLATE_NAME
     raw = files.read(directory, TEMPLATE_NAME, files.MAX_TEMPLATE)
     if raw is not None:
