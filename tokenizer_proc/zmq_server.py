@@ -126,7 +126,7 @@ class ZmqServer:
         client.start(self._run(identity, client, submit.id, stream))
 
     async def _run(self, identity: bytes, client: _Client, id: int, stream: Stream) -> None:
-        """Sends one stream to a client, and logs in one line how it ended."""
+        """Sends one stream's deltas to a client, and writes one log line on how the stream ended."""
         tokens, finish = 0, set[str]()
         try:
             async with stream:

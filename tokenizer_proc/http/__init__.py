@@ -1,1 +1,1 @@
-"""The HTTP server: typed bodies in, answers and server-sent events out. Knows the front end, no scheduler."""
+"""The HTTP server: typed request bodies in, JSON responses and server-sent events out, on top of the front end."""

@@ -1,6 +1,6 @@
-"""Which adapters a call may name: those that its key may use. Loads the ones that are not known yet.
+"""Selects the adapters that a call names, after checking that the call's key may use them, and loads unknown ones.
 
-For a tenant, an adapter that its key may not use does not exist: it is in no list and in no error. Knows no dialect.
+An adapter that a tenant's key may not use is hidden from the tenant: no list and no error message shows it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from tokenizer_proc.http.service import Service, deadline_of
 
 
 async def fetch(service: Service, request: web.Request, model: str | None, *loras: str | AdapterMix | None) -> None:
-    """Loads the named adapters that are not known yet, if the tenant may use them and --lora-resolve-root has them."""
+    """Loads the named adapters that are unknown and lie under --lora-resolve-root.
+
+    Raises NotFound for an adapter that the tenant may not use, and TimedOut if the call's deadline passes meanwhile.
+    """
     tenant = tenant_of(request)
     _check(service, tenant, model, loras)
     async with deadline_of(service, request).kept():
@@ -27,7 +30,10 @@ async def fetch(service: Service, request: web.Request, model: str | None, *lora
 def select(
     service: Service, request: web.Request, model: str | None, lora: str | AdapterMix | None
 ) -> str | AdapterMix | None:
-    """The adapters that `model` and `lora_path` together name. Raises NotFound for one that the tenant may not use."""
+    """Returns the adapters that `model` and `lora_path` name, or None for the base model.
+
+    Raises NotFound for an adapter that does not exist or that the tenant may not use.
+    """
     tenant = tenant_of(request)
     _check(service, tenant, model, [lora])
     try:
@@ -39,13 +45,13 @@ def select(
 
 
 def visible(request: web.Request, cards: Iterable[AdapterCard]) -> list[AdapterCard]:
-    """The adapters that the tenant may use."""
+    """Returns those of `cards` whose adapters the tenant may use."""
     tenant = tenant_of(request)
     return [card for card in cards if tenant.may_use(card.name)]
 
 
 def _check(service: Service, tenant: Tenant, model: str | None, loras: Iterable[str | AdapterMix | None]) -> None:
-    """Raises NotFound, which quotes the client's own name, unless the tenant may use every adapter that is named."""
+    """Raises NotFound unless the tenant may use every named adapter. The error quotes only the name from the client."""
     for lora in loras:
         for name in [] if lora is None else [lora] if isinstance(lora, str) else lora:
             if not tenant.may_use(name):

@@ -20,7 +20,7 @@ from tokenizer_proc.http.service import Service
 
 
 class Route(NamedTuple):
-    """A call, the rights that it needs, and its handler."""
+    """A route: its method and path, the rights that it needs, and its handler."""
 
     method: str
     path: str
@@ -54,7 +54,10 @@ ROUTES = [
 
 
 def create_app(frontend: Frontend, config: TokenizerConfig) -> web.Application:
-    """The HTTP application of `frontend`. Serve it with handler cancellation, so that a disconnect ends the handler."""
+    """Returns the HTTP application of `frontend`.
+
+    It must be served with aiohttp's handler cancellation, so that a client's disconnect ends the handler.
+    """
     service = Service(frontend, config)
     middlewares = [
         access_log.middleware,

@@ -1,9 +1,9 @@
-"""The choices of one call: several submits opened together, their deltas merged, the output so far collected.
+"""The choices of one call: opens its submits together, merges their deltas, and collects the output so far.
 
     prompts   P0          P1            submits, in order
     choices   0   1   2   3   4   5     numbered prompt-major: submit 0 has n = 3, submit 1 too
 
-Used by every dialect, streaming or not. Knows no JSON.
+Every dialect uses it, streaming or not. A submit's place in the call is its item number.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from engine.messages import Delta, FinishReason, PositionLogprobs, Submit, Usage
 from tokenizer_proc.frontend import Frontend, Stream
 from tokenizer_proc.requests.deadline import Deadline
 
-LARGE = 512  # positions with log-probabilities: an answer with more of them takes long to encode
+LARGE = 512  # the number of positions with log-probabilities above which a response takes long to encode
 
 
 class Prompt:
-    """One submit's prompt as token ids. Its log-probabilities, if asked for, come in pieces."""
+    """One submit's prompt as token ids, with its log-probabilities, which arrive in pieces if they were requested."""
 
     def __init__(self, token_ids: list[int]) -> None:
         self.token_ids = token_ids
@@ -30,22 +30,25 @@ class Prompt:
 
     @property
     def logprobs(self) -> list[PositionLogprobs | None] | None:
-        """Those of every position, once all have come; None before."""
+        """The log-probabilities of every position, or None until all have arrived."""
         return self.scored if self.scored and len(self.scored) == len(self.token_ids) else None
 
     @property
     def awaits_logprobs(self) -> bool:
-        """Whether log-probabilities may still come, if they were asked for."""
+        """Whether log-probabilities of the prompt may still arrive, provided that they were requested."""
         return self.logprobs is None and not self._ended
 
     def add(self, delta: Delta) -> None:
-        """Adds a delta's log-probabilities, which come with the first choice alone."""
+        """Adds a delta's log-probabilities of the prompt. Only deltas of the first choice have any."""
         self.scored += delta.prompt_logprobs or []
         self._ended = self._ended or (delta.index == 0 and delta.finish_reason is not None)
 
 
 class Choice:
-    """The output of one choice so far. `number` counts over the whole call, `index` within its submit."""
+    """The output of one choice so far.
+
+    `number` is the choice's place in the whole call, `index` its place in its submit, `item` the submit's number.
+    """
 
     def __init__(self, number: int, index: int, item: int, prompt: Prompt) -> None:
         self.number = number
@@ -61,7 +64,7 @@ class Choice:
         self._usage: Usage | None = None
 
     def add(self, delta: Delta) -> None:
-        """Adds the output of `delta`."""
+        """Appends the output of `delta` to this choice."""
         self.deltas += 1
         self.text += delta.text
         self.token_ids += delta.token_ids
@@ -72,12 +75,15 @@ class Choice:
 
     @property
     def usage(self) -> Usage:
-        """The usage of the last delta; before it came, counted from the output so far."""
+        """The usage that the last delta reports; until that arrives, counted from the output so far."""
         return self._usage or Usage(len(self.prompt.token_ids), len(self.token_ids))
 
 
 class Batch:
-    """`async with Batch(...) as batch: async for choice, delta in batch.deltas()`; leaving it releases everything."""
+    """The streams of all submits of one call. Entering it opens the streams, leaving it releases everything.
+
+    Use: `async with Batch(...) as batch: async for choice, delta in batch.deltas(): ...`
+    """
 
     def __init__(self, frontend: Frontend, submits: Sequence[Submit], deadline: Deadline | None = None) -> None:
         self._frontend = frontend
@@ -88,7 +94,7 @@ class Batch:
         self.prompts: list[Prompt] = []
         self.choices: list[Choice] = []
         self._of_item: list[list[Choice]] = []
-        self._scored = 0  # positions with log-probabilities so far, of all prompts and choices
+        self._scored = 0  # the number of positions with log-probabilities so far, over all prompts and choices
 
     async def __aenter__(self) -> Batch:
         async with self._stack:
@@ -107,24 +113,25 @@ class Batch:
         await self._stack.__aexit__(kind, error, trace)
 
     def cancel(self, items: Iterable[int]) -> None:
-        """Ends the unfinished choices of these submits with finish reason abort."""
+        """Ends the unfinished choices of the submits `items` with finish reason abort."""
         for item in items:
             self._streams[item].cancel()
 
     def request_ids(self, items: Iterable[int]) -> list[int]:
-        """The scheduler's ids of these submits' choices."""
+        """Returns the scheduler's request ids of all choices of the submits `items`."""
         return [request_id for item in items for request_id in self._streams[item].request_ids]
 
     async def finish(self) -> None:
-        """Waits for the last delta of every choice."""
+        """Waits until every choice has received its last delta."""
         async with contextlib.aclosing(self.deltas()) as deltas:
             async for _ in deltas:
                 pass
 
     async def deltas(self) -> AsyncGenerator[tuple[Choice, Delta], None]:
-        """Every delta with its choice, to which it was added. Deltas with prompt log-probabilities alone are left out.
+        """Yields every delta with its choice, after adding the delta to the choice.
 
-        Raises the first EngineError of any stream.
+        Deltas that have only log-probabilities of the prompt are added to the prompt and not yielded. Raises the first
+        error of any stream.
         """
         async with contextlib.aclosing(self._merged()) as merged:
             async for item, delta in merged:
@@ -137,11 +144,11 @@ class Batch:
 
     @property
     def is_large(self) -> bool:
-        """Whether the answer may take long to encode."""
+        """Whether the response may take long to encode."""
         return self._scored > LARGE
 
     def usage(self) -> Usage:
-        """Tokens of the whole call: every choice's completion, and each prompt once."""
+        """Returns the usage of the whole call: the completion tokens of every choice, and each prompt's tokens once."""
         firsts = [choices[0].usage for choices in self._of_item]
         return Usage(
             sum(usage.prompt_tokens for usage in firsts),
@@ -179,7 +186,7 @@ class Batch:
 
 
 async def _pump(item: int, stream: Stream, inbox: asyncio.Queue[tuple[int, Delta | BaseException | None]]) -> None:
-    """Puts one stream's deltas into `inbox`, then None, or the error that ended the stream."""
+    """Puts one stream's deltas into `inbox`, and at the end None or the error that ended the stream."""
     try:
         async for delta in stream:
             inbox.put_nowait((item, delta))

@@ -1,7 +1,4 @@
-"""JSON answers. A large one is encoded in a thread and in slices, so that it does not stall the event loop's streams.
-
-Knows no dialect.
-"""
+"""JSON responses. A large one is encoded in a thread and in slices, so that it does not stall the event loop."""
 
 from __future__ import annotations
 
@@ -11,28 +8,31 @@ from collections.abc import Callable
 import msgspec
 from aiohttp import web
 
-SLICE = 256  # elements of a list that are encoded at once; the interpreter's lock is held for so long
+SLICE = 256  # the number of list elements that are encoded at once, during which the GIL is held
 
 
 def as_json(value: object) -> web.Response:
-    """A 200 with `value` as JSON."""
+    """Returns a response with status 200 and `value` encoded as JSON."""
     return json_response(msgspec.json.encode(value))
 
 
 def json_response(body: bytes) -> web.Response:
-    """A 200 with a body that is JSON."""
+    """Returns a response with status 200 and `body`, which is encoded JSON."""
     return web.Response(body=body, content_type="application/json")
 
 
 async def encoded(make: Callable[[], object], is_large: bool) -> bytes:
-    """The JSON of what `make` returns. `is_large`: making or encoding it may take long."""
+    """Returns the result of `make` encoded as JSON.
+
+    With `is_large`, making or encoding it may take long, so both are done in a thread.
+    """
     if not is_large:
         return msgspec.json.encode(make())
     return await asyncio.to_thread(lambda: in_slices(make()))
 
 
 def in_slices(value: object) -> bytes:
-    """The bytes that msgspec makes of `value`; between slices other threads can take the interpreter's lock."""
+    """Encodes `value` to the same bytes as msgspec, in slices, between which other threads can take the GIL."""
     if isinstance(value, dict):
         members = (msgspec.json.encode(str(name)) + b":" + in_slices(member) for name, member in value.items())
         return b"{" + b",".join(members) + b"}"

@@ -1,6 +1,6 @@
-"""The one way a generating call runs: open its submits, stream or collect the output, release everything.
+"""Runs a generating call of any dialect: opens its submits, streams or collects the output, releases everything.
 
-Knows no dialect: a `Writer` is one.
+Each dialect implements a `Writer`.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ from tokenizer_proc.http.service import Service, deadline_of
 
 
 class Writer(ABC):
-    """Writes a batch's output in one dialect."""
+    """Writes the output of a batch in one dialect."""
 
     @abstractmethod
     def events(self, batch: Batch, choice: Choice, delta: Delta) -> list[object]:
-        """The events for one delta, possibly none."""
+        """Returns the stream's events for one delta, possibly none."""
 
     @abstractmethod
     def last_events(self, batch: Batch) -> list[object]:
-        """The events after the last delta."""
+        """Returns the stream's events after the last delta."""
 
     @abstractmethod
     def whole(self, batch: Batch) -> object:
-        """The answer when every choice has finished."""
+        """Returns the body of a response that is not streamed. Called when every choice has finished."""
 
     def check(self, batch: Batch) -> None:  # noqa: B027 - most dialects have nothing to check
-        """Raises InvalidRequest for fields that can only be checked once the prompts are encoded."""
+        """Raises InvalidRequest for wrong fields that can only be checked once the prompts are encoded."""
 
 
 class GenerationCall(msgspec.Struct, frozen=True, kw_only=True):
-    """A decoded body: the submits that run together, and the items of them that each of `ids` aborts.
+    """A decoded body: the submits that run together, and the ids by which they can be aborted.
 
-    `names` are the client's names of fields, where they differ from those in the front end's errors.
+    `ids` maps each id to the places of its submits in `submits`. `names` maps fields as the front end's errors name
+    them to the client's own names, where the two differ.
     """
 
     submits: list[Submit]
@@ -56,7 +57,7 @@ class GenerationCall(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def answer(service: Service, request: web.Request, call: GenerationCall, writer: Writer) -> web.StreamResponse:
-    """Runs `call`. However it ends, by the client or an error too, everything is released."""
+    """Runs `call` and returns its response. Everything is released even after an error or a client's disconnect."""
     tenant = tenant_of(request)
     try:
         tenant.admit([submit.lora for submit in call.submits])
@@ -75,7 +76,7 @@ async def answer(service: Service, request: web.Request, call: GenerationCall, w
 
 @contextlib.asynccontextmanager
 async def _charged(request: web.Request, batch: Batch) -> AsyncIterator[None]:
-    """Charges the tenant for the tokens on leaving, however the call ends, and adds the facts to the access log."""
+    """On leaving, charges the tenant for the call's tokens and adds facts to the access log, even after an error."""
     tenant = tenant_of(request)
     try:
         yield
@@ -92,7 +93,7 @@ async def _charged(request: web.Request, batch: Batch) -> AsyncIterator[None]:
 
 
 def _names(batch: Batch) -> str | None:
-    """The adapters of a call, for the access log."""
+    """Returns the names of a call's adapters, joined by commas for the access log, or None without adapters."""
     loras = [submit.lora for submit in batch.submits]
     names = {name for lora in loras if lora is not None for name in ([lora] if isinstance(lora, str) else lora)}
     return ",".join(sorted(names)) or None
@@ -109,5 +110,5 @@ async def _events(batch: Batch, writer: Writer) -> AsyncGenerator[Sequence[objec
 
 
 def _large_events(batch: Batch, writer: Writer, choice: Choice, delta: Delta) -> list[object]:
-    """The events of a delta, encoded in slices."""
+    """Returns the events for one delta, already encoded, in slices."""
     return [msgspec.Raw(in_slices(event)) for event in writer.events(batch, choice, delta)]

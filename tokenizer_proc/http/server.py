@@ -1,4 +1,4 @@
-"""The HTTP server on the launcher's listening socket. Knows no route."""
+"""The HTTP server, which runs on a listening socket that the launcher opened."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class HttpServer:
-    """An aiohttp server; without a socket in the config there is none, and the methods do nothing."""
+    """An aiohttp server. Without arguments there is no server, and the methods do nothing."""
 
     def __init__(
         self,
@@ -35,7 +35,8 @@ class HttpServer:
     async def stop_listening(self) -> None:
         """Refuses new connections; the open ones go on.
 
-        The launcher holds the socket too: without a shutdown the kernel would go on accepting connections for it.
+        The launcher has the socket open too, so the kernel would go on accepting connections if this process only
+        closed it; therefore the socket is shut down.
         """
         if self._site is not None and self._listener is not None:
             await self._site.stop()
@@ -44,7 +45,7 @@ class HttpServer:
                 self._listener.shutdown(socket.SHUT_RDWR)
 
     async def close(self) -> None:
-        """Closes the open connections too."""
+        """Stops listening, and closes the open connections."""
         await self.stop_listening()
         if self._runner is not None:
             await self._runner.cleanup()
@@ -52,7 +53,7 @@ class HttpServer:
 
 @contextlib.asynccontextmanager
 async def http_server(config: TokenizerConfig, frontend: Frontend) -> AsyncIterator[HttpServer]:
-    """Serves `frontend` while entered, if the config has a listening socket."""
+    """Serves `frontend` over HTTP while entered, if the config has a listening socket."""
     if config.listen_fd is None:
         yield HttpServer()
         return
@@ -62,7 +63,7 @@ async def http_server(config: TokenizerConfig, frontend: Frontend) -> AsyncItera
     runner = web.AppRunner(
         create_app(frontend, config),
         handle_signals=False,
-        handler_cancellation=True,  # a disconnect ends the handler, and so its stream
+        handler_cancellation=True,  # a client's disconnect cancels the handler, and thereby its stream
         shutdown_timeout=1.0,
         access_log=access_log.log,
         access_log_class=access_log.MalformedRequestLogger,

@@ -1,4 +1,4 @@
-"""What every route is given: the front end, the config, the open calls; and the facts that a request carries."""
+"""The state that every route's handler receives: the front end, the config, and the open calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenizer_proc.requests.deadline import Deadline
 
 
 class Service:
-    """One HTTP server's state. `started` is in seconds since 1970."""
+    """The state of one HTTP server. `started` is the time of its start in seconds since 1970."""
 
     def __init__(self, frontend: Frontend, config: TokenizerConfig) -> None:
         self.frontend = frontend
@@ -24,5 +24,5 @@ class Service:
 
 
 def deadline_of(service: Service, request: web.Request) -> Deadline:
-    """When this call must be done."""
+    """Returns the call's deadline, which counts from the arrival of `request`."""
     return service.frontend.deadline(request[ACCESS_RECORD].arrived)

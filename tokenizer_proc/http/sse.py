@@ -1,4 +1,4 @@
-"""Server-sent events: one write for each batch of events, at most one error event, then the end. Knows no dialect."""
+"""Server-sent events: one write for each batch of events, and at the end [DONE] or an error event."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _DONE = b"data: [DONE]\n\n"
 
 
 def frame(event: object) -> bytes:
-    """The bytes of one event."""
+    """Returns the bytes of one event."""
     return b"data: " + msgspec.json.encode(event) + b"\n\n"
 
 
 async def respond(request: web.Request, batches: AsyncGenerator[Sequence[object], None]) -> web.StreamResponse:
-    """Sends every batch of events with one write, then [DONE]; after an error its event is the last.
+    """Sends each batch of events with one write, then [DONE], or an error event if `batches` raises.
 
-    A client that disconnects ends the stream without an error; a client that does not read is cut off. In any case
-    `batches` is closed before this returns.
+    Returns the response. If the client disconnects, the stream ends without an error; a client that reads too slowly is
+    disconnected. In any case `batches` is closed before this returns.
     """
     answer, buffer = web.StreamResponse(headers=_HEADERS), request[WRITE_BUFFER]
     async with contextlib.aclosing(batches):
@@ -47,7 +47,7 @@ async def respond(request: web.Request, batches: AsyncGenerator[Sequence[object]
 async def _send(
     answer: web.StreamResponse, buffer: WriteBuffer, batches: AsyncGenerator[Sequence[object], None]
 ) -> bytes:
-    """Sends the events; returns the frame that ends the stream."""
+    """Sends the events. Returns the last frame to send: [DONE], or the event of the error that `batches` raised."""
     try:
         async for events in batches:
             if events:

@@ -26,7 +26,7 @@ class Deadline:
 
     @contextlib.asynccontextmanager
     async def kept(self) -> AsyncIterator[None]:
-        """Bounds the work before a request is sent: at the deadline, cancels the `async with` block and raises TimedOut."""
+        """Bounds the work before a request is sent: at the deadline, cancels the entered block and raises TimedOut."""
         left = self.left
         if left is not None and left <= 0:
             raise self.missed(_UNSENT)

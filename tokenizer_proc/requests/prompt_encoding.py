@@ -53,7 +53,7 @@ def template_arguments(given: Mapping[str, Value]) -> dict[str, Any]:
 
 
 async def _encode_text(text: str, tokenizer: Tokenizer, add_special_tokens: bool, max_length: int) -> list[int]:
-    """Returns the ids of `text`. Refuses a text with too many characters for `max_length` tokens without encoding it."""
+    """Returns the ids of `text`. A text with too many characters for `max_length` tokens is refused before encoding."""
     if len(text) > max_length * tokenizer.longest_token:
         raise _too_long(
             f"the prompt has {len(text)} characters; this model's context is {max_length} tokens, "

@@ -20,7 +20,7 @@ _CONTEXT = 6  # the number of preceding tokens that are decoded together with th
 
 
 class Detokenizer:
-    """The detokenizer of one stream of generated ids. `push` returns the complete text so far unreturned, `flush` the rest."""
+    """The detokenizer of one stream of generated ids. `push` returns completed text, `flush` the rest at the end."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool = True) -> None:
         self._pieces = tokenizer.pieces

@@ -40,7 +40,7 @@ class _TokenizerConfig(msgspec.Struct):
 
 
 def special_tokens(directory: Directory) -> dict[str, str]:
-    """Returns the special tokens that the files of `directory` name. Raises ConfigError for files that cannot be read."""
+    """Returns the special tokens that the files of `directory` name. Raises ConfigError for unreadable files."""
     named: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the later file overrides the earlier one
         raw = files.read(directory, name, files.MAX_CONFIG)

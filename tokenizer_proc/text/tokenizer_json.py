@@ -33,7 +33,7 @@ class TokenizerSections(msgspec.Struct):
 
     @classmethod
     def read(cls, raw: bytes) -> TokenizerSections:
-        """Decodes the content of a tokenizer.json. Raises one of engine.ipc.DECODE_ERRORS if `raw` is no such content."""
+        """Decodes `raw`, the content of a tokenizer.json. Raises one of engine.ipc.DECODE_ERRORS if it is malformed."""
         return msgspec.json.decode(raw, type=cls)
 
     @property

@@ -139,7 +139,7 @@ class Router:
         return request_id
 
     def resubmit(self, scheduler: int) -> None:
-        """Sends every open request, with the tokens generated so far, to a new scheduler, whose epoch is `scheduler`."""
+        """Sends every open request, with the tokens generated so far, to the new scheduler of epoch `scheduler`."""
         self._scheduler = scheduler
         self.wait_reasons.forget()
         for request_id in list(self._requests):

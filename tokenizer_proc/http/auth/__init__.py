@@ -1,1 +1,1 @@
-"""Rights of calls: keys and their adapters, and where adapters may be changed from."""
+"""The rights of calls: API keys and the adapters they may use, and the checks for calls that change adapters."""

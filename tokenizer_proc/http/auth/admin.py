@@ -1,11 +1,9 @@
-"""Which HTTP calls may change adapters.
+"""Decides which HTTP calls may change adapters.
 
-    with an admin key   calls that carry it                                          else 401
-    without one         on a loopback bind, or where the operator opened it          else 403
-    on a loopback bind  the Host header names this machine, so that a web page       else 403
-                        whose own name resolves to it cannot call (DNS rebinding)
-
-Knows nothing of what a call does.
+with an admin key   calls that send the key                                      else 401
+without one         on a loopback bind, or where the operator allowed it         else 403
+on a loopback bind  the Host header must name this machine, so that a web page   else 403
+                    whose name resolves to it cannot call (DNS rebinding)
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ DEFAULT_HOST = "127.0.0.1"
 
 
 def admit(config: TokenizerConfig, request: web.Request) -> None:
-    """Raises Unauthorized or Forbidden unless this call may change adapters."""
+    """Raises Unauthorized or Forbidden if this call may not change adapters."""
     _check_host(config, request)
     if config.admin_key is not None:
         _check_key(config.admin_key, request.headers.get("Authorization", ""))
@@ -37,7 +35,7 @@ def admit(config: TokenizerConfig, request: web.Request) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this machine."""
+    """Returns whether a host name or address is a loopback one, which refers to this machine."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
@@ -47,7 +45,7 @@ def is_loopback(host: str) -> bool:
 
 
 def bound_host(config: TokenizerConfig) -> str:
-    """The host that the server was told to bind."""
+    """Returns the host that the server is configured to bind to."""
     return str(config.server_info.get("host") or DEFAULT_HOST)
 
 
@@ -70,7 +68,7 @@ def _check_host(config: TokenizerConfig, request: web.Request) -> None:
 
 
 def _host_name(header: str) -> str | None:
-    """The name or address in a Host header, without the port; None for a malformed header."""
+    """Returns the name or address in a Host header, without the port, or None for a malformed header."""
     if not header or any(character in header for character in "/@?#\\ \t"):
         return None
     try:

@@ -1,7 +1,7 @@
-"""Tenants: the holder of each API key, the adapters it may name, and its rates. Knows nothing of HTTP or text.
+"""Tenants: the holders of API keys, with the adapters that each may name, and its rate limits.
 
-A rate is a token bucket that holds a minute's worth and fills steadily. Generated tokens are charged when they are
-known, so a bucket can be overdrawn; then no call is admitted until it has filled again.
+A rate limit is a token bucket that holds a minute's worth and fills steadily. Tokens are charged only when a call ends,
+so a bucket can be overdrawn; no call of the tenant is admitted until the bucket has refilled to a positive level.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class _Bucket:
         self._filled = clock()
 
     def use(self, amount: float) -> None:
-        """Takes `amount` out, also if the bucket holds less."""
+        """Takes `amount` out of the bucket, even if the bucket holds less."""
         self._fill()
         self._level -= amount
 
     def wait(self, amount: float) -> float:
-        """Seconds until the bucket holds `amount`, or is full."""
+        """Returns the seconds until the bucket holds `amount`, or is full if it cannot hold that much."""
         self._fill()
         missing = min(amount, self._full) - self._level
         return 0.0 if self._rate is None or missing <= 0 else missing / self._rate
@@ -47,7 +47,7 @@ class _Bucket:
 
 
 class Tenant:
-    """The holder of one key; on a server without keys, the one tenant of all calls."""
+    """The holder of one API key. On a server without keys, all calls belong to one tenant without limits."""
 
     def __init__(self, rules: ApiKey | None = None, clock: Clock = time.monotonic) -> None:
         self._rules = rules or ApiKey(key="")
@@ -61,15 +61,19 @@ class Tenant:
 
     @property
     def is_restricted(self) -> bool:
-        """Whether there can be adapters that this tenant may not name."""
+        """Whether this tenant may name only some of the adapters."""
         return "*" not in self._rules.adapters
 
     def may_use(self, adapter: str) -> bool:
-        """Whether this tenant may name the adapter; one that it may not name does not exist for it."""
+        """Returns whether this tenant may name the adapter. Adapters that it may not name are hidden from it."""
         return any(fnmatchcase(adapter, pattern) for pattern in self._rules.adapters)
 
     def admit(self, loras: Sequence[str | AdapterMix | None]) -> None:
-        """Admits a call with these requests. Raises NotFound for the base where it is not allowed, or RateLimited."""
+        """Admits a call with one request for each item of `loras`, and charges the requests to the tenant's rate.
+
+        Raises NotFound for a request to the base model if the tenant may not use it, and RateLimited if the tenant has
+        used up a rate.
+        """
         if not self._rules.base and None in loras:
             raise NotFound("this key may not use the base model without an adapter", param="model")
         wait = max(self._requests.wait(len(loras)), self._tokens.wait(1))
@@ -78,19 +82,19 @@ class Tenant:
         self._requests.use(len(loras))
 
     def charge(self, tokens: int) -> None:
-        """Charges the tokens that a call used."""
+        """Charges `tokens`, which a call used, to the tenant's token rate."""
         self._tokens.use(tokens)
 
 
 class Tenants:
-    """The tenants by key. Keys are looked up by their hash, so that the time of a look-up tells nothing of a key."""
+    """The tenants by key. Keys are looked up by hash, so that the time of a look-up reveals nothing about a key."""
 
     def __init__(self, keys: Sequence[ApiKey]) -> None:
         self._keyless = None if keys else Tenant()
         self._by_hash = {_hash(one.key): Tenant(one) for one in keys}
 
     def authenticate(self, authorization: str) -> Tenant:
-        """The tenant of an `Authorization: Bearer KEY` header. Raises Unauthorized."""
+        """Returns the tenant of an `Authorization: Bearer KEY` header. Raises Unauthorized if there is no such key."""
         if self._keyless is not None:
             return self._keyless
         scheme, _, key = authorization.partition(" ")

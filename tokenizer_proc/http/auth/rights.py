@@ -1,7 +1,6 @@
-"""The rights of a call: which key its route needs. The middleware authenticates the key and finds its tenant.
+"""The rights that routes need, and the middleware that checks a call's key against them and finds its tenant.
 
-A route declares the rights that it needs; the middleware looks them up by the route, never by the text of a path.
-Knows no dialect.
+A route declares the rights that it needs. The middleware looks them up by the route object, never by the path's text.
 """
 
 from __future__ import annotations
@@ -18,27 +17,27 @@ from tokenizer_proc.http.auth.api_keys import Tenant, Tenants
 
 
 class Rights(enum.Enum):
-    """What a route needs of its caller, where the server has keys."""
+    """The key that a route needs from its caller, if the server has keys."""
 
     NONE = "none"
-    """No key: probes."""
+    """No key is needed. For probes such as /health."""
     INFERENCE = "inference"
-    """Any inference key."""
+    """Any API key for inference."""
     OPERATOR = "operator"
-    """An inference key that may name every adapter: the route shows, or ends, the calls of other tenants."""
+    """An inference key that may name every adapter, because the route shows or ends the calls of other tenants."""
     ADMIN = "admin"
-    """The admin key; where there is none, as OPERATOR. In both cases only from hosts that `admin.admit` accepts."""
+    """The admin key, or, on a server without one, the same key as OPERATOR. `admin.admit` must accept the call too."""
 
 
 TENANT = web.RequestKey("tenant", Tenant)
-"""Where an authenticated request carries its tenant."""
+"""The key under which an authenticated request stores its tenant."""
 
 RIGHTS: web.AppKey[dict[web.AbstractRoute, Rights]] = web.AppKey("rights", dict)
-"""Where an app keeps the rights that its routes declare."""
+"""The key under which an application stores the rights of its routes."""
 
 
 def middleware(config: TokenizerConfig) -> Middleware:
-    """The middleware that checks a route's rights. A path without a route needs an inference key."""
+    """Returns the middleware that checks a call's rights. A path without a route needs an inference key."""
     tenants = Tenants(config.api_keys)
 
     @web.middleware
@@ -57,5 +56,5 @@ def middleware(config: TokenizerConfig) -> Middleware:
 
 
 def tenant_of(request: web.Request) -> Tenant:
-    """The tenant whose call this is."""
+    """Returns the tenant that made this call."""
     return request[TENANT]

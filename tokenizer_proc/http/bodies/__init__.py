@@ -1,1 +1,1 @@
-"""Request bodies: decoding, field tables, chat messages and prompts."""
+"""Request bodies: decoding, the tables of fields, chat messages and prompts."""

@@ -1,9 +1,9 @@
-"""A request's body: bytes to fields, fields to typed structs, and errors that name the field.
+"""Decodes a request's body: bytes to fields, and fields to typed structs. Errors name the field.
 
     bytes --read--> fields (nulls dropped) --split--> sampling parameters | the route's own struct
                                                  `--> 400 that names the field
 
-fields.py has the tables of names.
+The tables of field names are in fields.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ _VALUE = re.compile(r"Invalid (?:enum )?value '([^']*)'$")
 
 
 async def read(request: web.Request) -> Fields:
-    """The JSON object of a body. Raises InvalidRequest; a body that is too large is aiohttp's 413."""
+    """Returns the fields of the body's JSON object, without nulls.
+
+    Raises InvalidRequest if the body is no JSON object. For a body that is too large, aiohttp raises its own error 413.
+    """
     if request.content_type != "application/json":
         raise InvalidRequest(f"send the body as Content-Type: application/json, not {request.content_type}")
     try:
@@ -49,18 +52,24 @@ async def read(request: web.Request) -> Fields:
 
 
 def present(fields: Mapping[str, object]) -> Fields:
-    """`fields` without those that are null, which means absent."""
+    """Returns `fields` without those that are null, because null means absent."""
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def decode(fields: Mapping[str, object], into: type[B], at: str = "") -> B:
-    """`fields` as the struct `into`. Raises InvalidRequest with the field's path, which `at` precedes."""
+    """Converts `fields` to the struct `into`.
+
+    Raises an InvalidRequest that names the wrong field by its path; `at` is the prefix of that path.
+    """
     own = set(into.__struct_fields__)
     return _convert(_accepted({name: name for name in own}, fields, at), into, at)
 
 
 def split(fields: Mapping[str, object], into: type[B], spellings: Mapping[str, str]) -> tuple[B, SamplingParams]:
-    """`fields` as the struct `into` and the sampling parameters that stand beside its fields."""
+    """Splits `fields` into the struct `into` and the sampling parameters. Raises InvalidRequest.
+
+    `spellings` maps the names that clients use for sampling parameters to those of SamplingParams.
+    """
     own = set(into.__struct_fields__)
     sampling = {name: value for name, value in fields.items() if name in spellings and name not in own}
     rest = {name: value for name, value in fields.items() if name not in sampling}
@@ -68,12 +77,15 @@ def split(fields: Mapping[str, object], into: type[B], spellings: Mapping[str, s
 
 
 def spelt(fields: Mapping[str, object], spellings: Mapping[str, str]) -> dict[str, str]:
-    """The client's names of the sampling parameters it sent."""
+    """Returns, by parameter of SamplingParams, the name under which the client sent it."""
     return {spellings[name]: name for name in fields if name in spellings}
 
 
 def params(fields: Mapping[str, object], spellings: Mapping[str, str], at: str = "") -> SamplingParams:
-    """Sampling parameters, each under any of its `spellings`; two with different values are refused."""
+    """Converts `fields` to sampling parameters; `spellings` maps the names that clients use to the parameters.
+
+    Raises InvalidRequest if one parameter is given under two names with different values.
+    """
     values: Fields = {}
     words: dict[str, str] = {}
     for name, value in _accepted(spellings, fields, at).items():
@@ -89,7 +101,7 @@ def params(fields: Mapping[str, object], spellings: Mapping[str, str], at: str =
 
 
 def _accepted(names: Mapping[str, str], fields: Mapping[str, object], at: str) -> Fields:
-    """The fields that are in `names`; refuses the others unless they cannot change the answer."""
+    """Returns the fields that are in `names`. Raises InvalidRequest for others that could change the output."""
     for name, value in fields.items():
         if name in names or name in table.IGNORED or any(_same(value, one) for one in table.NEUTRAL.get(name, ())):
             continue
@@ -112,7 +124,7 @@ def _convert(values: Fields, into: type[B], at: str, words: Mapping[str, str] | 
 
 
 def _located(message: str) -> tuple[str, str]:
-    """(path of the field, what is wrong with it) from msgspec's message."""
+    """Returns (the field's path, a description of its error), parsed from msgspec's message."""
     match = _PATH.search(message)
     path = match["path"] if match else ""
     text = message[: match.start()] if match else message

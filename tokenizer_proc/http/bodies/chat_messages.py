@@ -1,4 +1,4 @@
-"""The messages of a chat body: roles, text, and the fields that are refused. Knows no template."""
+"""The messages of a chat body: their types, and their conversion to ChatMessages."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class TextPart(msgspec.Struct, frozen=True, tag="text", tag_field="type", forbid
 
 
 class Turn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A message of the body.
+    """One message in the body.
 
-    The fields after `name` are those of answers, which clients send back unchanged; they must be empty, except a tool
-    message's `tool_call_id`, which no template shows.
+    Clients send a response's messages back unchanged, so the fields after `name` are those that responses have. They
+    must be empty, except `tool_call_id` of a tool message, which is ignored.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -42,7 +42,10 @@ _EMPTY = ("refusal", "tool_calls", "function_call", "audio", "annotations", "rea
 
 
 def chat_messages(turns: Sequence[Turn], param: str = "messages") -> list[ChatMessage]:
-    """The conversation, with text parts joined by newlines. Raises InvalidRequest with the field's path."""
+    """Converts the body's messages to ChatMessages, joining text parts by newlines.
+
+    Raises an InvalidRequest that names the field by its path, which begins with `param`.
+    """
     if not turns:
         raise InvalidRequest(f"{param} is empty; send at least one message", param=param)
     return [_chat_message(turn, f"{param}[{place}]") for place, turn in enumerate(turns)]

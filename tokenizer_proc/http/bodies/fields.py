@@ -1,8 +1,8 @@
-"""The tables of body fields: which are taken, which are ignored, and why the others are refused.
+"""The tables of body fields: which fields are accepted, which are ignored, and why the others are refused.
 
-A field is, in this order: a sampling parameter (`SPELLINGS`), a field of the route's body struct, ignored because it
-cannot change the answer (`IGNORED`), accepted while it asks for nothing (`NEUTRAL`), or refused by name. A field that
-is null is absent. Knows names alone; the routes know what they mean.
+A field is treated as the first of these that applies: a field of the route's body struct, a sampling parameter
+(`SPELLINGS_...`), ignored because it cannot change the output (`IGNORED`), accepted with a value that has no effect
+(`NEUTRAL`), or refused by name. A field that is null counts as absent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ IGNORED = frozenset(
         "safety_identifier",
         "prompt_cache_key",
         "prompt_cache_retention",
-        "parallel_tool_calls",  # `tools` is refused
+        "parallel_tool_calls",  # has no effect, because `tools` is refused
         "log_metrics",
     }
 )
@@ -85,7 +85,7 @@ REASONS = {
     "lora_id": "name the adapter with lora_path",
 }
 
-_NOT_SPELT = {"logprobs", "prompt_logprobs"}  # each dialect has its own fields for these
+_NOT_SPELT = {"logprobs", "prompt_logprobs"}  # each dialect has its own body fields for these two
 _SAME = {name: name for name in SamplingParams.__struct_fields__ if name not in _NOT_SPELT}
 
 SPELLINGS_OPENAI = _SAME | {"max_completion_tokens": "max_tokens"}
@@ -98,7 +98,7 @@ SPELLINGS_NATIVE = _SAME | {
 
 
 def refusal(name: str) -> str:
-    """Why the field `name` is refused, for the client."""
+    """Returns the message that tells a client why the field `name` is refused."""
     reason = REASONS.get(name)
     if reason is not None:
         return f"'{name}' is not supported here: {reason}"

@@ -1,4 +1,4 @@
-"""The prompts of a body, and values that are given once, or once for each prompt. Knows no dialect."""
+"""The prompts of a body, and fields whose value is given either once or once for each prompt."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from engine.errors import InvalidRequest
 T = TypeVar("T")
 
 TokenIds = list[int]
-PromptField = str | list[str | int | list[int]]  # a text, texts, token ids or lists of token ids
+PromptField = str | list[str | int | list[int]]  # one text, a list of texts, token ids, or lists of token ids
 
 
 def prompts(value: PromptField, name: str, most: int) -> list[str | TokenIds]:
-    """The prompts in the field `name`. Raises InvalidRequest for none, for more than `most`, or for mixed kinds."""
+    """Returns the prompts in `value`, the body's field `name`.
+
+    Raises InvalidRequest for an empty list, for more than `most` prompts, or for a list of mixed kinds.
+    """
     if isinstance(value, str):
         return [value]
     if not value:
@@ -29,12 +32,15 @@ def prompts(value: PromptField, name: str, most: int) -> list[str | TokenIds]:
 
 
 def is_single(value: PromptField) -> bool:
-    """Whether `value` is one prompt, not a list of prompts."""
+    """Returns whether `value` is one prompt, as opposed to a list of prompts."""
     return isinstance(value, str) or (len(value) > 0 and isinstance(value[0], int))
 
 
 def spread(value: T | list[T], size: int, name: str) -> list[T]:
-    """`value` for each of `size` prompts: one for all, or a list with one for each."""
+    """Returns a list with a value for each of `size` prompts. `value` is one for all prompts, or a list of values.
+
+    Raises InvalidRequest if the list's length is not `size`; `name` is the body's field.
+    """
     if not isinstance(value, list):
         return [value] * size
     if len(value) != size:

@@ -1,1 +1,1 @@
-"""Answers in the shapes of OpenAI and SGLang, and log-probabilities in both."""
+"""Response bodies in the formats of OpenAI and SGLang, with log-probabilities in both formats."""

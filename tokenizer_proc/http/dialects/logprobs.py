@@ -1,4 +1,4 @@
-"""Log-probabilities (raw log-softmax) in each dialect's shape. -9999 stands for minus infinity."""
+"""Log-probabilities (raw log-softmax) in each dialect's format. Minus infinity is written as -9999."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _FLOOR = -9999.0
 
 
 def as_raw_json(value: object) -> msgspec.Raw:
-    """One of many values of an answer, encoded already.
+    """Encodes `value`, one of many values of a response, ahead of the rest.
 
-    A hundred thousand small lists would make the garbage collector slow, and it stalls the event loop.
+    Kept as objects, a hundred thousand small lists would slow down the garbage collector, which stalls the event loop.
     """
     return msgspec.Raw(msgspec.json.encode(value))
 
 
 def floored(token: TokenLogprob) -> float:
-    """A log-probability as JSON can hold it."""
+    """Returns the token's log-probability, but at least -9999, because JSON has no minus infinity."""
     return max(token.logprob, _FLOOR)
 
 
 def chat(positions: Sequence[PositionLogprobs]) -> dict[str, object]:
-    """{"content": [{token, logprob, bytes, top_logprobs: [{token, logprob, bytes}]}]}."""
+    """Returns OpenAI's chat format: {"content": [{token, logprob, bytes, top_logprobs: [{token, logprob, bytes}]}]}."""
     content = [_token(one.chosen) | {"top_logprobs": [_token(top) for top in one.top]} for one in positions]
     return {"content": content, "refusal": None}
 
@@ -37,10 +37,10 @@ def _token(token: TokenLogprob) -> dict[str, object]:
 
 
 class LegacyLogprobs:
-    """One completion's {tokens, token_logprobs, top_logprobs, text_offset}, made in pieces.
+    """Makes one completion's {tokens, token_logprobs, top_logprobs, text_offset}, piece by piece.
 
-    `text_offset` is where a token's text begins in the choice's text, which includes an echoed prompt. A token that
-    completes no character, or that is not shown (a special one), does not advance it.
+    `text_offset` is the position at which a token's text begins in the choice's text, which includes an echoed prompt.
+    A token that completes no character, or that is a special token and not shown, does not advance it.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -51,7 +51,10 @@ class LegacyLogprobs:
     def prompt(
         self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None] | None, text: str
     ) -> dict[str, list[object]]:
-        """The piece of the echoed prompt, whose text is `text`. `positions` None: there are no log-probabilities."""
+        """Returns the piece for the echoed prompt, whose text is `text`.
+
+        With `positions` None, its log-probabilities are null.
+        """
         shape = empty()
         for token_id, position in zip(token_ids, positions or [None] * len(token_ids), strict=True):
             piece = self._bytes.decode(self._tokenizer.token_bytes(token_id))
@@ -60,13 +63,13 @@ class LegacyLogprobs:
             if text.startswith(piece, self._at):
                 self._at += len(piece)
             elif self._at == 0 and piece.startswith(" ") and text.startswith(piece[1:]):
-                self._at += len(piece) - 1  # a leading space that sentencepiece added
+                self._at += len(piece) - 1  # the text lacks the leading space that sentencepiece added
         self._at = len(text)
         self._bytes.reset()
         return shape
 
     def generated(self, positions: Sequence[PositionLogprobs]) -> dict[str, list[object]]:
-        """The piece of the next generated tokens."""
+        """Returns the piece for the next generated tokens."""
         shape = empty()
         for position in positions:
             token = position.chosen
@@ -77,12 +80,12 @@ class LegacyLogprobs:
 
 
 def joined(one: dict[str, list[object]], other: dict[str, list[object]]) -> dict[str, list[object]]:
-    """Two pieces, one after the other."""
+    """Returns the two pieces joined into one, `one` first."""
     return {name: one[name] + other[name] for name in one}
 
 
 def empty() -> dict[str, list[object]]:
-    """A piece without tokens."""
+    """Returns a piece without tokens."""
     return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 
@@ -94,7 +97,10 @@ def _append(shape: dict[str, list[object]], at: int, token: str, position: Posit
 
 
 def _best(position: PositionLogprobs) -> dict[str, float]:
-    """The best tokens and the chosen one, by name; of two tokens with the same name, the likelier one."""
+    """Returns the log-probabilities of the best tokens and the chosen one, by name.
+
+    If two tokens have the same name, the likelier one is kept.
+    """
     found: dict[str, float] = {}
     for token in [*position.top, position.chosen]:
         name = _name(token)
@@ -103,7 +109,7 @@ def _best(position: PositionLogprobs) -> dict[str, float]:
 
 
 def _name(token: TokenLogprob) -> str:
-    """The token's text, or, for a part of a character, its bytes as OpenAI writes them: `bytes:\\xe2\\x80`."""
+    """Returns the token's text, or for a part of a character its bytes as OpenAI writes them: `bytes:\\xe2\\x80`."""
     try:
         bytes(token.bytes).decode()
     except UnicodeDecodeError:
@@ -115,15 +121,18 @@ Triple = tuple[float | None, int, str | None]
 
 
 def triple(token: TokenLogprob, with_text: bool) -> Triple:
-    """The native (logprob, id, text or null)."""
+    """Returns a token in SGLang's format: (logprob, id, text), with text None unless `with_text` is set."""
     return floored(token), token.token_id, token.token if with_text else None
 
 
 def triples(positions: Sequence[PositionLogprobs], with_text: bool) -> list[Triple]:
-    """The chosen tokens."""
+    """Returns the chosen token of each position in SGLang's format."""
     return [triple(position.chosen, with_text) for position in positions]
 
 
 def top_triples(positions: Sequence[PositionLogprobs | None], with_text: bool) -> list[msgspec.Raw | None]:
-    """The best tokens of each position; null where nothing precedes it."""
+    """Returns the best tokens of each position in SGLang's format, and None for a position that is None.
+
+    The prompt's first position is None, because no token precedes it.
+    """
     return [None if one is None else as_raw_json([triple(top, with_text) for top in one.top]) for one in positions]

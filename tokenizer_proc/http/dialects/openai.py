@@ -1,4 +1,4 @@
-"""What chat and completions share: common body fields, and the envelope of their answers."""
+"""The parts that the routes for chat and for completions share: common body fields, and the response's envelope."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LoraField = str | AdapterMix
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`include_obfuscation` asks for padding against eavesdroppers; it is accepted and adds none."""
+    """OpenAI's `stream_options`. `include_obfuscation`, which requests padding against eavesdroppers, has no effect."""
 
     include_usage: bool | None = False
     include_obfuscation: bool | None = False
 
 
 class OpenAIBody(msgspec.Struct, frozen=True, kw_only=True):
-    """The body fields of both routes beside the sampling parameters."""
+    """The body fields that both routes have, without the sampling parameters."""
 
     model: str | None = None
     stream: bool = False
@@ -41,7 +41,7 @@ def check(body: OpenAIBody, params: SamplingParams) -> None:
 
 
 class Envelope:
-    """The fields around the choices of one answer: id, object, created, model, usage."""
+    """The fields around the choices of one response: id, object, created, model, usage."""
 
     def __init__(self, service: Service, body: OpenAIBody, prefix: str, kind: str, chunk_kind: str) -> None:
         self.id = f"{prefix}-{uuid.uuid4().hex}"
@@ -52,15 +52,15 @@ class Envelope:
         self._include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
 
     def whole(self, choices: Sequence[object], usage: Usage) -> dict[str, object]:
-        """An answer that does not stream."""
+        """Returns the body of a response that is not streamed."""
         return self._around(self._kind, choices) | {"usage": _usage(usage)}
 
     def chunk(self, choices: Sequence[object]) -> dict[str, object]:
-        """One event of a stream."""
+        """Returns one event of a stream."""
         return self._around(self._chunk_kind, choices) | ({"usage": None} if self._include_usage else {})
 
     def usage_chunks(self, usage: Usage) -> list[object]:
-        """The last event of a stream, if the client asked for the usage."""
+        """Returns a list with a stream's last event, which has the usage, or an empty list unless it was requested."""
         return [self.chunk([]) | {"usage": _usage(usage)}] if self._include_usage else []
 
     def _around(self, kind: str, choices: Sequence[object]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""The answers of /generate: cumulative text and ids, finish reasons as objects, log-probabilities as triples."""
+"""The responses of /generate: cumulative text and ids, finish reasons as objects, log-probabilities as triples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from tokenizer_proc.text.tokenizer import Tokenizer
 
 
 class LogprobOptions(msgspec.Struct, frozen=True):
-    """Which log-probabilities one prompt's answers have; the prompt's own from position `start` on (-1: none)."""
+    """The log-probabilities that were requested for one prompt and its outputs.
+
+    Each position has the `top` best tokens, with their texts if `with_text` is set. `start` is the first position of
+    the prompt to return; -1: none of the prompt.
+    """
 
     start: int
     top: int
@@ -25,7 +29,11 @@ class LogprobOptions(msgspec.Struct, frozen=True):
 
 
 class NativeWriter(Writer):
-    """One object for one choice, a list for several, whose events have the choice's index."""
+    """Writes responses in SGLang's format.
+
+    Without `is_list` the response is the object of the one choice; with it, a list with an object for each choice, and
+    each event has its choice's index. `rids` are the ids of the prompts.
+    """
 
     def __init__(
         self,
@@ -42,7 +50,7 @@ class NativeWriter(Writer):
         self._prompts: dict[int, dict[str, object]] = {}
 
     def check(self, batch: Batch) -> None:
-        """`logprob_start_len` must lie inside the prompt."""
+        """Raises InvalidRequest if a `logprob_start_len` is larger than its prompt's length."""
         for prompt, scoring in zip(batch.prompts, self._scoring, strict=True):
             length = len(prompt.token_ids)
             if scoring is not None and scoring.start > length:
@@ -52,17 +60,17 @@ class NativeWriter(Writer):
                 )
 
     def events(self, batch: Batch, choice: Choice, delta: Delta) -> list[object]:
-        """The choice's output so far."""
+        """Returns one event with all of the choice's output so far, or none if the delta is empty."""
         if not (delta.text or delta.token_ids or delta.finish_reason):
             return []
         return [self._choice(choice) | ({"index": choice.number} if self._is_list else {})]
 
     def last_events(self, batch: Batch) -> list[object]:
-        """None: the last event of each choice is complete."""
+        """Returns no events, because the last event of each choice already has its full output."""
         return []
 
     def whole(self, batch: Batch) -> object:
-        """The answer, or the list of them."""
+        """Returns the object of the one choice, or the list of the objects of all choices."""
         answers = [self._choice(choice) for choice in batch.choices]
         return answers if self._is_list else answers[0]
 
@@ -84,7 +92,10 @@ class NativeWriter(Writer):
         return meta if scoring is None else meta | self._of_prompt(choice, scoring) | _logprobs(choice, scoring)
 
     def _of_prompt(self, choice: Choice, scoring: LogprobOptions) -> dict[str, object]:
-        """The prompt's log-probabilities, which every event repeats: encoded once, when all have come."""
+        """Returns the fields with the prompt's log-probabilities.
+
+        Every event repeats these fields, so they are encoded only once, when all log-probabilities have arrived.
+        """
         if choice.prompt.logprobs is None:
             return _prompt_logprobs(choice, scoring, self._tokenizers[choice.item])
         found = self._prompts.get(choice.item)
@@ -123,7 +134,10 @@ def _prompt_logprobs(choice: Choice, scoring: LogprobOptions, tokenizer: Tokeniz
 
 
 def _input(choice: Choice, scoring: LogprobOptions, tokenizer: Tokenizer) -> list[logprobs.Triple]:
-    """The prompt's tokens from `start` on; nothing precedes the first, so its value is null."""
+    """Returns the triples of the prompt's tokens from `start` on.
+
+    The log-probability of the prompt's first token is None, because no token precedes it.
+    """
     prompt = choice.prompt
     if scoring.start < 0 or prompt.logprobs is None:
         return []

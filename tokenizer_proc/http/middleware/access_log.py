@@ -1,10 +1,10 @@
-"""The access log: one line for every call that ended, however it did, with the request id of its answer.
+"""The access log: one line for every call, however the call ended, with the request id that its response has.
 
     call id=5f2c method=POST path=/generate status=200 lora=sql prompt=12 tokens=40 finish=stop seconds=0.512
     call id=mine method=POST path=/generate status=400 kind=invalid_request_error param=text message="..." seconds=0.001
     call id=5f2d method=POST path=/generate status=200 end=gone prompt=12 tokens=7 seconds=0.100
 
-Of a client's request it shows the id, the method and the path, never a body or a key. Knows no route.
+Of a client's request, a line shows the id, the method and the path, but never a body or a key.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ LONGEST_ID = 256
 
 
 class AccessRecord:
-    """One call's line. Routes add `facts`; `cause` is the error that ended the call, if its answer lacks it.
+    """The access log line of one call. Routes add `facts`.
 
-    `arrived` is when the request's head had been read (monotonic seconds).
+    `cause` is the error that ended the call, if the response does not carry that error. `arrived` is the time at which
+    the request's head had been read (monotonic seconds).
     """
 
     def __init__(self, request: web.Request) -> None:
@@ -43,7 +44,7 @@ class AccessRecord:
         self.arrived = time.monotonic()
 
     def close(self, answer: web.StreamResponse | None) -> None:
-        """Writes the line. `answer` None: the client disconnected before there was one."""
+        """Writes the line. `answer` is the response, or None if the client disconnected before there was one."""
         error = self.cause or (None if answer is None else answer.get(errors.CAUSE))
         status = None if answer is None else answer.status
         fault = error.__cause__ if isinstance(error, InternalError) else None
@@ -65,12 +66,12 @@ class AccessRecord:
 
 
 ACCESS_RECORD = web.RequestKey("record", AccessRecord)
-"""Where a request carries its record."""
+"""The key under which a request stores its AccessRecord."""
 
 
 @web.middleware
 async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """The outermost middleware: every call ends in one line."""
+    """The outermost middleware, which writes the access log line when a call ends."""
     record = request[ACCESS_RECORD] = AccessRecord(request)
     answer = None
     try:
@@ -86,21 +87,21 @@ async def middleware(request: web.Request, handler: Handler) -> web.StreamRespon
 
 
 async def add_request_id(request: web.Request, answer: web.StreamResponse) -> None:
-    """Gives an answer its request's id: the client's own if it is sound, else a new one."""
+    """Sets the response's X-Request-Id header: the id that the client sent if it is valid, else a new one."""
     record = request.get(ACCESS_RECORD)
     answer.headers[REQUEST_ID] = record.id if record is not None else uuid.uuid4().hex
 
 
 class MalformedRequestLogger(AbstractAccessLogger):
-    """Writes the line of a malformed request, which aiohttp answers before any middleware runs."""
+    """Writes the line of a malformed request, to which aiohttp responds before any middleware runs."""
 
     @property
     def enabled(self) -> bool:
-        """Whether the line would be written."""
+        """Whether the log level lets the line be written."""
         return log.isEnabledFor(logging.INFO)
 
     def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
-        """Called by aiohttp for every answer; those of the application have their line already."""
+        """Writes the line. aiohttp calls this for every response; calls that reached the middleware are skipped."""
         if ACCESS_RECORD not in request:
             given = response.headers.get(REQUEST_ID)
             line = logs.pairs(id=given, status=response.status, kind="bad_http", seconds=time)

@@ -1,10 +1,10 @@
-"""Backpressure: how many bytes may wait for one client to read them, and for how long.
+"""Backpressure: bounds how many bytes may wait for a client to read them, and for how long.
 
     events --write--> [ write buffer in this process ] --> [ the kernel's buffers ] --> client
 
-Writing never blocks, so a slow client does not block the other calls; the bytes that wait for it are counted. A client
-is cut off when too many bytes wait, or when within `stall_timeout` it reads neither what waited at the beginning of
-that time nor 16 KiB of it. Knows no dialect.
+Writing never blocks, so a slow client does not block other calls; the bytes that wait for the client are counted. A
+client is disconnected if too many bytes wait, or if it reads too little within `stall_timeout` seconds: fewer bytes than
+16 KiB, and fewer than waited when that time began.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from aiohttp.typedefs import Handler, Middleware
 from engine.errors import EngineError
 from tokenizer_proc.http.middleware.access_log import ACCESS_RECORD
 
-LEAST_BYTES = 16 << 10  # that a client must read within the stall timeout
+LEAST_BYTES = 16 << 10  # the number of bytes that a client must read within the stall timeout, if as many wait
 UNBOUNDED = (1 << 31) - 1  # the largest high-water mark that uvloop takes
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 1.0  # seconds between two checks of the buffer while nothing is written
 
 
 class SlowReader(EngineError):
-    """A client does not read its answer. The error is logged and not sent, as it would not be read either."""
+    """A client does not read its response. The error is only logged, because the client would not read it either."""
 
     kind = "slow_reader"
 
 
 class WriteBuffer:
-    """The unread bytes of one answer. At most `max_buffered` bytes may wait, beside the largest write."""
+    """Counts the unread bytes of one response. At most `max_buffered` bytes plus the largest write may wait."""
 
     def __init__(self, transport: asyncio.WriteTransport, max_buffered: int, stall_timeout: float) -> None:
         transport.set_write_buffer_limits(high=UNBOUNDED)  # this class bounds the buffer instead
@@ -43,14 +43,14 @@ class WriteBuffer:
         self._began, self._due, self._taken = time.monotonic(), 0, 0
 
     async def write(self, answer: web.StreamResponse, data: bytes) -> None:
-        """Adds `data` to the buffer. Raises SlowReader if too much waits from before."""
+        """Writes `data` to the response without blocking. Raises SlowReader if the client reads too slowly."""
         self.check()
         await answer.write(data)
         self._waiting = self._transport.get_write_buffer_size()
         self._largest = max(self._largest, len(data))
 
     async def finish(self, answer: web.StreamResponse, request: web.Request) -> None:
-        """Ends the answer and waits until all of it is read. Raises SlowReader."""
+        """Ends the response and waits until all its bytes are read. Raises SlowReader for too slow a client."""
         await answer.prepare(request)
         await answer.write_eof()
         self._waiting = self._largest = self._transport.get_write_buffer_size()
@@ -61,7 +61,7 @@ class WriteBuffer:
             pause = min(2 * pause, LONGEST_PAUSE, self._stall_timeout / 2)
 
     def check(self) -> None:
-        """Counts the bytes that were read since the last check. Raises SlowReader if they are too few."""
+        """Counts the bytes read since the last check. Raises SlowReader if too few were read or too many wait."""
         waiting, now = self._transport.get_write_buffer_size(), time.monotonic()
         self._taken += self._waiting - waiting
         self._waiting = waiting
@@ -73,7 +73,10 @@ class WriteBuffer:
             raise SlowReader(f"of {waiting} bytes {self._taken} were read in {now - self._began:.1f} seconds")
 
     def cut(self, request: web.Request, error: SlowReader) -> None:
-        """Closes the connection and drops the bytes that wait, in the kernel too (SO_LINGER 0)."""
+        """Closes the connection at once, and drops the waiting bytes, including those in the kernel (SO_LINGER 0).
+
+        `error` goes to the access log.
+        """
         request[ACCESS_RECORD].cause = error
         sock = self._transport.get_extra_info("socket")
         if sock is not None:
@@ -82,11 +85,11 @@ class WriteBuffer:
 
 
 WRITE_BUFFER = web.RequestKey("buffer", WriteBuffer)
-"""Where a request carries its write buffer."""
+"""The key under which a request stores its WriteBuffer."""
 
 
 def middleware(max_buffered: int, stall_timeout: float) -> Middleware:
-    """The middleware that ends every answer within these bounds."""
+    """Returns the middleware that applies these bounds to every response."""
 
     @web.middleware
     async def bound_answer(request: web.Request, handler: Handler) -> web.StreamResponse:

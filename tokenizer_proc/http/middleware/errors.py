@@ -1,4 +1,4 @@
-"""Errors as OpenAI's error body {"error": {"message", "type", "param", "code"}}. Knows no route."""
+"""Turns errors into responses with OpenAI's error body {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from aiohttp.typedefs import Handler
 from engine.errors import EngineError, InternalError, InvalidRequest, NotFound, Overloaded, RateLimited
 
 CAUSE = web.ResponseKey("cause", EngineError)
-"""Where an answer that is an error, or ends with one, carries it for the access log."""
+"""The key under which a response that is an error, or ends with one, stores the error for the access log."""
 
 
 def body(error: EngineError) -> dict[str, object]:
-    """The error body."""
+    """Returns OpenAI's error body for `error`."""
     return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}
 
 
 def internal(error: BaseException) -> EngineError:
-    """The error that a client gets for an unexpected exception, whose traceback goes to the log alone."""
+    """Returns the error to send to a client for an unexpected exception. Only the log shows the exception's details."""
     hidden = InternalError(f"internal error ({type(error).__name__}); the server's log has the details")
     hidden.__cause__ = error
     return hidden
 
 
 def response(error: EngineError, *, status: int | None = None, headers: dict[str, str] | None = None) -> web.Response:
-    """The answer for `error`; `status` overrides that of its class."""
+    """Returns the response for `error`. `status` overrides the HTTP status of the error's class."""
     headers = dict(headers or {})
     if isinstance(error, Overloaded | RateLimited):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
@@ -44,14 +44,14 @@ def response(error: EngineError, *, status: int | None = None, headers: dict[str
 
 
 def is_server_fault(record: logging.LogRecord) -> bool:
-    """A filter of aiohttp's server log: malformed requests are the client's fault, and were answered as such."""
+    """Filters aiohttp's server log: returns False for malformed requests, which are the client's fault."""
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, HttpProcessingError | web.RequestPayloadError)
 
 
 @web.middleware
 async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turns every exception of a handler into an answer with an error body."""
+    """Turns every exception of a handler into a response with an error body."""
     try:
         return await handler(request)
     except EngineError as error:

@@ -1,1 +1,1 @@
-"""The handlers of the routes, one module for each group of them."""
+"""The handlers of the routes, one module for each group of routes."""

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions. Knows no template: the front end renders the messages."""
+"""The route POST /v1/chat/completions. The front end renders the messages by the chat template."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_TOP_LOGPROBS = 20  # OpenAI's own bound
 
 
 class ChatBody(OpenAIBody, frozen=True, kw_only=True):
-    """The body beside the sampling parameters."""
+    """The fields of the body, without the sampling parameters."""
 
     messages: list[Turn]
     lora_path: LoraField | None = None
@@ -34,7 +34,7 @@ class ChatBody(OpenAIBody, frozen=True, kw_only=True):
 
 
 async def chat_completions(service: Service, request: web.Request) -> web.StreamResponse:
-    """OpenAI's chat body, streamed or not; also `lora_path`, and vLLM's extras such as `top_k` and `ignore_eos`."""
+    """OpenAI's chat completions, streamed or not, with `lora_path` and vLLM's extras such as `top_k`, `ignore_eos`."""
     fields = await bodies.read(request)
     body, params = bodies.split(fields, ChatBody, SPELLINGS_OPENAI)
     check(body, params)
@@ -62,7 +62,7 @@ def _submit(body: ChatBody, lora: LoraField | None, params: SamplingParams) -> S
         chat_template_kwargs=body.chat_template_kwargs,
         add_generation_prompt=generates,
         continue_final_message=body.continue_final_message,
-        add_special_tokens=False,  # a chat template writes its own
+        add_special_tokens=False,  # a chat template writes the special tokens itself
         priority=body.priority,
     )
 
@@ -77,14 +77,14 @@ def _wanted_logprobs(body: ChatBody) -> int | None:
 
 
 class ChatWriter(Writer):
-    """Chat completions: a choice's first event has its role, the last one its finish reason."""
+    """Writes chat completions. A choice's first event has the role, its last event the finish reason."""
 
     def __init__(self, envelope: Envelope, with_logprobs: bool) -> None:
         self._envelope = envelope
         self._with_logprobs = with_logprobs
 
     def events(self, batch: Batch, choice: Choice, delta: Delta) -> list[object]:
-        """A delta's role, text and finish reason, in that order."""
+        """Returns the events for a delta: one each for the role (first delta only), the text and the finish reason."""
         events: list[object] = []
         if choice.deltas == 1:
             events.append(self._chunk(choice, {"role": "assistant", "content": ""}))
@@ -96,11 +96,11 @@ class ChatWriter(Writer):
         return events
 
     def last_events(self, batch: Batch) -> list[object]:
-        """The usage, if asked for."""
+        """Returns an event with the usage, if the client requested it."""
         return self._envelope.usage_chunks(batch.usage())
 
     def whole(self, batch: Batch) -> object:
-        """A chat.completion."""
+        """Returns the body of a response that is not streamed: a chat.completion object."""
         return self._envelope.whole([self._choice(choice) for choice in batch.choices], batch.usage())
 
     def _choice(self, choice: Choice) -> dict[str, object]:

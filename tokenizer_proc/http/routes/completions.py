@@ -1,4 +1,4 @@
-"""POST /v1/completions: one or more prompts, n choices each, echo and the legacy log-probabilities."""
+"""The route POST /v1/completions: one or more prompts with n choices each, echo, and legacy log-probabilities."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEFAULT_MAX_TOKENS = 16
 
 
 class CompletionBody(OpenAIBody, frozen=True, kw_only=True):
-    """The body beside the sampling parameters."""
+    """The fields of the body, without the sampling parameters."""
 
     prompt: PromptField
     lora_path: LoraField | list[LoraField | None] | None = None
@@ -34,7 +34,7 @@ class CompletionBody(OpenAIBody, frozen=True, kw_only=True):
 
 
 async def completions(service: Service, request: web.Request) -> web.StreamResponse:
-    """OpenAI's completion body, one prompt or several, streamed or not; also `lora_path` and vLLM's extras."""
+    """OpenAI's completions for one or more prompts, streamed or not, with `lora_path` and vLLM's extras."""
     fields = await bodies.read(request)
     body, params = bodies.split(fields, CompletionBody, SPELLINGS_OPENAI)
     check(body, params)
@@ -58,7 +58,7 @@ def _params(body: CompletionBody, params: SamplingParams) -> SamplingParams:
         return scored
     if not body.echo:
         raise InvalidRequest("max_tokens = 0 makes sense only with echo", param="max_tokens")
-    return replace(scored, max_tokens=1, min_tokens=0)  # the one token is not shown
+    return replace(scored, max_tokens=1, min_tokens=0)  # one token is generated, but not shown
 
 
 def _submits(
@@ -82,7 +82,10 @@ def _submits(
 
 
 class CompletionWriter(Writer):
-    """Completions. A choice that echoes has its first event when its prompt's log-probabilities have come."""
+    """Writes completions.
+
+    With echo and log-probabilities, a choice's first event is held until the prompt's log-probabilities have arrived.
+    """
 
     def __init__(
         self,
@@ -99,10 +102,10 @@ class CompletionWriter(Writer):
         self._silent = params.max_tokens == 0
         self._asked = asked
         self._cursors: dict[int, _Cursor] = {}
-        self._held: dict[int, dict[int, _Cursor]] = {}  # by prompt: the choices that wait for its log-probabilities
+        self._held: dict[int, dict[int, _Cursor]] = {}  # by prompt, the choices held for its log-probabilities
 
     def events(self, batch: Batch, choice: Choice, delta: Delta) -> list[object]:
-        """The new output of `choice`, and of choices that waited for the same prompt's log-probabilities."""
+        """Returns events with new output of `choice`, and of choices held for the same prompt's log-probabilities."""
         cursor = self._cursors.get(choice.number)
         if cursor is None:
             cursor = self._cursors[choice.number] = self._cursor(choice)
@@ -113,11 +116,11 @@ class CompletionWriter(Writer):
         return [self._envelope.chunk([self._choice(one)]) for one in due.values() if one.has_output]
 
     def last_events(self, batch: Batch) -> list[object]:
-        """The usage, if asked for."""
+        """Returns an event with the usage, if the client requested it."""
         return self._envelope.usage_chunks(self._usage(batch))
 
     def whole(self, batch: Batch) -> object:
-        """A text_completion."""
+        """Returns the body of a response that is not streamed: a text_completion object."""
         cursors = [self._cursor(choice) for choice in batch.choices]
         return self._envelope.whole([self._choice(cursor) for cursor in cursors], self._usage(batch))
 
@@ -129,7 +132,7 @@ class CompletionWriter(Writer):
         return Usage(usage.prompt_tokens, 0, usage.cached_tokens) if self._silent else usage
 
     def _choice(self, cursor: _Cursor) -> dict[str, object]:
-        """The output of a choice that was not sent yet."""
+        """Returns the part of a choice's output that was not sent yet, and advances the cursor over it."""
         choice, echoes = cursor.choice, self._echo and cursor.deltas == 0
         text, positions = cursor.advance()
         if self._silent:
@@ -155,7 +158,7 @@ class CompletionWriter(Writer):
 
 
 class _Cursor:
-    """How much of a choice's output was sent."""
+    """The position in a choice's output up to which it was sent."""
 
     def __init__(self, choice: Choice, tokenizer: Tokenizer) -> None:
         self.choice = choice
@@ -172,7 +175,7 @@ class _Cursor:
         return self.deltas < choice.deltas and (self.deltas == 0 or grew or choice.finish_reason is not None)
 
     def advance(self) -> tuple[str, list[PositionLogprobs]]:
-        """The text and positions since the last call."""
+        """Returns the text and the positions with log-probabilities that were added since the last call."""
         text, positions = self.choice.text[self._text :], self.choice.logprobs[self._positions :]
         self.deltas, self._text, self._positions = self.choice.deltas, len(self.choice.text), len(self.choice.logprobs)
         return text, positions

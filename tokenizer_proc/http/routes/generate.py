@@ -1,4 +1,4 @@
-"""POST /generate in SGLang's dialect: text or token ids, one prompt or a list, adapters by `lora_path`."""
+"""The route POST /generate in SGLang's dialect: text or token ids, one or more prompts, adapters by `lora_path`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ParamFields = dict[str, object]
 
 
 class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
-    """The body. `sampling_params` is decoded field by field, so that an error names its path."""
+    """The fields of the body. `sampling_params` is decoded separately, so that an error names its field by path."""
 
     text: str | list[str] | None = None
     input_ids: list[int | list[int]] | None = None
@@ -44,7 +44,7 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Params(msgspec.Struct, frozen=True):
-    """One prompt's share of `sampling_params`."""
+    """The part of `sampling_params` that applies to one prompt. `at` is its path in the body, for errors."""
 
     sampling: SamplingParams
     lora: LoraField | None
@@ -52,7 +52,10 @@ class _Params(msgspec.Struct, frozen=True):
 
 
 async def generate(service: Service, request: web.Request) -> web.StreamResponse:
-    """SGLang's body: `text` or `input_ids`, `sampling_params`, `lora_path`, each one or a list; streamed or not."""
+    """Generates from `text` or `input_ids` in SGLang's dialect, one prompt or a list, streamed or not.
+
+    `sampling_params` and `lora_path` are given once, or as a list with one for each prompt.
+    """
     body = bodies.decode(await bodies.read(request), GenerateBody)
     field = _prompt_field(body)
     asked = prompts(field, "input_ids" if body.text is None else "text", service.config.max_open_requests)
@@ -73,7 +76,7 @@ async def generate(service: Service, request: web.Request) -> web.StreamResponse
 
 
 def _names(body: GenerateBody) -> dict[str, str]:
-    """This dialect's names of the fields in the front end's errors."""
+    """Returns the client's names for fields, by the names that the front end's errors use."""
     several = [body.sampling_params] if isinstance(body.sampling_params, dict) else body.sampling_params
     words = {field: name for one in several for field, name in bodies.spelt(one, SPELLINGS_NATIVE).items()}
     return {field: f"sampling_params.{name}" for field, name in words.items()} | {
@@ -102,7 +105,7 @@ def _rids(rid: str | list[str] | None, size: int) -> list[str]:
 
 
 def _by_rid(given: str | list[str] | None, rids: Sequence[str]) -> dict[str, list[int]]:
-    """The prompts that each id stands for: its own, or all prompts for one id that was given for several."""
+    """Returns the items (prompts) that each id refers to. One id that was given for several prompts refers to all."""
     meant: dict[str, list[int]] = {given: [*range(len(rids))]} if isinstance(given, str) else {}
     for item, rid in enumerate(rids):
         if rid != given:
@@ -127,13 +130,13 @@ def _params(body: GenerateBody, size: int) -> list[_Params]:
 
 
 class _Lora(msgspec.Struct, frozen=True):
-    """The one field of `sampling_params` that is not a sampling parameter."""
+    """The only field in `sampling_params` that is not a sampling parameter."""
 
     lora_path: LorasField = None
 
 
 def _read(asked: Mapping[str, object], at: str) -> tuple[SamplingParams, LorasField]:
-    """One dict of sampling parameters, and the adapters that it may name."""
+    """Decodes one dict of `sampling_params`. Returns its sampling parameters and its `lora_path`, if it has one."""
     present = bodies.present(asked)
     lora = {name: present.pop(name) for name in ("lora_path",) if name in present}
     return bodies.params(present, SPELLINGS_NATIVE, at), bodies.decode(lora, _Lora, at).lora_path
@@ -183,7 +186,7 @@ def _submits(
 
 
 def _loras(body: GenerateBody, params: Sequence[_Params]) -> list[LoraField | None]:
-    """Every adapter name or mix of the body."""
+    """Returns every adapter name or mix that the body contains."""
     own = body.lora_path if isinstance(body.lora_path, list) else [body.lora_path]
     return [*own, *(one.lora for one in params)]
 

@@ -1,10 +1,10 @@
-"""Loading, unloading and pinning adapters over HTTP, in SGLang's dialect and in vLLM's.
+"""The routes that load, unload and pin adapters, in SGLang's dialect and in vLLM's.
 
     POST /load_lora_adapter, /unload_lora_adapter           {"success", "error_message", "loaded_adapters"}, 200 or 400
-    POST /pin_lora_adapter, /unpin_lora_adapter             this server's own, answered alike
+    POST /pin_lora_adapter, /unpin_lora_adapter             this server's own routes, with the same response
     POST /v1/load_lora_adapter, /v1/unload_lora_adapter     a sentence, or the error object
 
-Knows the bodies and the answers; the front end's lifecycle does the work.
+Only bodies and responses are handled here; the front end's `Lifecycle` does the work.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tokenizer_proc.http.service import Service
 
 
 class LoadBody(msgspec.Struct, frozen=True, kw_only=True):
-    """SGLang's body, and this server's own `preload`: answer when the adapter is resident."""
+    """SGLang's body, with this server's own field `preload`: respond only when the adapter is resident."""
 
     lora_name: str
     lora_path: str
@@ -35,13 +35,13 @@ class LoadBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NameBody(msgspec.Struct, frozen=True, kw_only=True):
-    """An adapter by its name."""
+    """A body that names an adapter."""
 
     lora_name: str
 
 
 class V1LoadBody(msgspec.Struct, frozen=True, kw_only=True):
-    """vLLM's body, and `preload`."""
+    """vLLM's body for a load, with this server's own field `preload`."""
 
     lora_name: str
     lora_path: str
@@ -51,16 +51,16 @@ class V1LoadBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class V1UnloadBody(msgspec.Struct, frozen=True, kw_only=True):
-    """vLLM's body."""
+    """vLLM's body for an unload."""
 
     lora_name: str
     lora_int_id: int | None = None
 
 
 async def load(service: Service, request: web.Request) -> web.StreamResponse:
-    """SGLang's load; answers when the adapter can be named, with `"preload": true` when it is resident.
+    """Loads an adapter; responds when requests can name it, or with `"preload": true` when it is resident.
 
-    A preload that takes longer than a minute is answered with the adapter's state.
+    If a preload takes longer than a minute, the response has the adapter's state.
     """
 
     async def work(fields: bodies.Fields) -> AdapterStage | None:
@@ -73,7 +73,7 @@ async def load(service: Service, request: web.Request) -> web.StreamResponse:
 
 
 async def unload(service: Service, request: web.Request) -> web.StreamResponse:
-    """SGLang's unload; answers when its memory is free, or after a minute with `"state": "draining"`."""
+    """Unloads an adapter; responds when its memory is free, or after a minute with `"state": "draining"`."""
 
     async def work(fields: bodies.Fields) -> AdapterStage | None:
         lifecycle = service.frontend.lifecycle
@@ -84,17 +84,17 @@ async def unload(service: Service, request: web.Request) -> web.StreamResponse:
 
 
 async def pin(service: Service, request: web.Request) -> web.StreamResponse:
-    """Keeps an adapter from being evicted; at most `--max-loras-per-batch` - 1 are pinned."""
+    """Pins an adapter, which keeps it from being evicted; at most `--max-loras-per-batch` - 1 can be pinned."""
     return await _pinned(service, request, True)
 
 
 async def unpin(service: Service, request: web.Request) -> web.StreamResponse:
-    """Makes a pinned adapter evictable again."""
+    """Unpins an adapter, which can then be evicted again."""
     return await _pinned(service, request, False)
 
 
 async def load_from_tensors(service: Service, request: web.Request) -> web.StreamResponse:
-    """SGLang's load from tensors in the body; always refused: save the adapter as a directory and load that."""
+    """Refuses SGLang's load of tensors in the body: save the adapter as a directory and load that."""
 
     async def work(fields: bodies.Fields) -> AdapterStage | None:
         raise InvalidRequest(
@@ -106,7 +106,7 @@ async def load_from_tensors(service: Service, request: web.Request) -> web.Strea
 
 
 async def v1_load(service: Service, request: web.Request) -> web.StreamResponse:
-    """vLLM's load, with `load_inplace`; answers with vLLM's sentence when the adapter can be named."""
+    """Loads an adapter as vLLM does, with `load_inplace`; responds with vLLM's sentence when requests can name it."""
     body = bodies.decode(await bodies.read(request), V1LoadBody)
     if body.is_3d_lora_weight:
         raise InvalidRequest("'is_3d_lora_weight' is not supported here, other than False", param="is_3d_lora_weight")
@@ -116,7 +116,7 @@ async def v1_load(service: Service, request: web.Request) -> web.StreamResponse:
 
 
 async def v1_unload(service: Service, request: web.Request) -> web.StreamResponse:
-    """vLLM's unload; answers with vLLM's sentence at once, and memory is freed when the last request has finished."""
+    """Unloads an adapter as vLLM does; responds at once, and memory is freed when its last request has finished."""
     body = bodies.decode(await bodies.read(request), V1UnloadBody)
     if not body.lora_name:
         raise InvalidRequest("'lora_name' needs to be provided to unload a LoRA adapter.", param="lora_name")
@@ -135,7 +135,10 @@ async def _pinned(service: Service, request: web.Request, pinned: bool) -> web.S
 async def _native(
     service: Service, request: web.Request, work: Callable[[bodies.Fields], Awaitable[AdapterStage | None]]
 ) -> web.StreamResponse:
-    """SGLang's answer to a call. `work` returns the adapter's state where the answer must show it."""
+    """Runs `work` with the body's fields, and returns its result as a response in SGLang's format.
+
+    `work` returns the adapter's state if the response must show it, else None.
+    """
     ignored = IGNORED_BY_ROUTE.get(request.path, frozenset())
     try:
         fields = await bodies.read(request)
@@ -147,7 +150,7 @@ async def _native(
 
 
 def _failure(service: Service, error: EngineError) -> web.Response:
-    """The error in SGLang's and in OpenAI's shape; NotFound is a 400 here."""
+    """Returns the error response, with the fields of SGLang's and of OpenAI's format. NotFound has status 400 here."""
     shown = {"success": False, "error_message": error.message, "loaded_adapters": _loaded(service)}
     answer = errors.response(error, status=HTTPStatus.BAD_REQUEST if isinstance(error, NotFound) else None)
     answer.body = msgspec.json.encode(shown | errors.body(error))

@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{id}: the base under each of its names, then the adapters."""
+"""The routes GET /v1/models and /v1/models/{id}, which show the base model and the adapters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OWNER = "chorus"
 
 
 async def list_models(service: Service, request: web.Request) -> web.StreamResponse:
-    """The base model under each of its names, then the adapters: path, parent, revision, rank and state."""
+    """Lists the base model under each of its names, then the adapters, with path, parent, revision, rank and state."""
     adapters = service.frontend.adapters
     cards = [_base_card(service, name) for name in adapters.base_names]
     cards += [_adapter_card(service, card) for card in adapter_access.visible(request, adapters.cards())]
@@ -23,9 +23,9 @@ async def list_models(service: Service, request: web.Request) -> web.StreamRespo
 
 
 async def retrieve_model(service: Service, request: web.Request) -> web.StreamResponse:
-    """One card of `/v1/models`; the id may hold slashes and colons.
+    """Returns one entry of `/v1/models`; the id may contain slashes and colons.
 
-    Raises NotFound.
+    Raises NotFound for an unknown id, and for an adapter that the call's key may not use.
     """
     name = request.match_info["id"]
     adapters = service.frontend.adapters
@@ -52,7 +52,7 @@ def _card(name: str, created: int, root: str, parent: str | None, max_length: in
 
 
 def _permission(name: str, created: int) -> dict[str, object]:
-    """OpenAI's former shape, which some clients still read."""
+    """Returns a permission object in OpenAI's former format, which some clients still read."""
     return {
         "id": f"modelperm-{name}",
         "object": "model_permission",

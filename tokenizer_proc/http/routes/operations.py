@@ -1,4 +1,4 @@
-"""The operator's routes: health, readiness, metrics, facts, and aborting calls by id."""
+"""The operator's routes: health, readiness, metrics, server information, and aborting requests by id."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tokenizer_proc.http.service import Service
 
 
 class AbortBody(msgspec.Struct, frozen=True, kw_only=True):
-    """One id (a /generate rid, or the id of an OpenAI answer), several, or all."""
+    """The requests to abort: one or more ids (a /generate rid, or the id of an OpenAI response), or all requests."""
 
     rid: str | list[str] | None = None
     abort_all: bool = False
 
 
 async def health(service: Service, request: web.Request) -> web.StreamResponse:
-    """200 while this process answers and the open requests make progress, else 503."""
+    """Responds with 200 while the open requests make progress, and with 503 when they are stuck."""
     if not service.frontend.is_stuck:
         return as_json({"status": "ok"})
     answer = as_json({"status": "stuck"})
@@ -30,7 +30,7 @@ async def health(service: Service, request: web.Request) -> web.StreamResponse:
 
 
 async def ready(service: Service, request: web.Request) -> web.StreamResponse:
-    """200 when requests can be served, else 503."""
+    """Responds with 200 when requests can be served, else with 503."""
     if service.frontend.is_ready:
         return as_json({"status": "ready"})
     answer = as_json({"status": "starting"})
@@ -39,13 +39,13 @@ async def ready(service: Service, request: web.Request) -> web.StreamResponse:
 
 
 async def metrics(service: Service, request: web.Request) -> web.StreamResponse:
-    """Metrics in Prometheus' text format."""
+    """Returns the metrics in Prometheus' text format."""
     metrics = service.frontend.metrics
     return web.Response(body=metrics.render(), headers={"Content-Type": metrics.content_type})
 
 
 async def server_info(service: Service, request: web.Request) -> web.StreamResponse:
-    """Configuration, capacity, counts; `long_waiting`: which requests wait longer than a second, and for what."""
+    """Returns configuration, capacity and counts; `long_waiting` lists requests that wait over a second, and why."""
     facts, names = service.frontend.info(), service.open.names()
     for waiting in facts.get("long_waiting", ()):
         waiting["ids"] = names.get(waiting["request_id"], [])
@@ -53,12 +53,12 @@ async def server_info(service: Service, request: web.Request) -> web.StreamRespo
 
 
 async def version(service: Service, request: web.Request) -> web.StreamResponse:
-    """The installed version."""
+    """Returns the installed version."""
     return as_json({"version": installed_version()})
 
 
 async def abort_request(service: Service, request: web.Request) -> web.StreamResponse:
-    """Ends requests by `rid`, one or several, or all with `abort_all`; an id that is not running is no error."""
+    """Aborts the requests of one or more ids in `rid`, or all with `abort_all`; ids that do not run are ignored."""
     body = bodies.decode(await bodies.read(request), AbortBody)
     if body.rid is None and not body.abort_all:
         raise InvalidRequest("send rid, or abort_all = true", param="rid")
@@ -69,7 +69,7 @@ async def abort_request(service: Service, request: web.Request) -> web.StreamRes
 
 
 def installed_version() -> str:
-    """The installed distribution's version; 0 where the packages run without being installed."""
+    """Returns the installed distribution's version, or "0" if the packages run without being installed."""
     try:
         return importlib.metadata.version("chorus-engine")
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize: text to tokens and back, without generating."""
+"""The routes POST /tokenize and /detokenize, which convert text to token ids and back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from tokenizer_proc.text.templates.chat_template import ChatRenderer
 
 
 class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
-    """One of `prompt`, `text` and `messages`. A chat template writes its own special tokens, so they default to off."""
+    """The body of /tokenize, with exactly one of `prompt`, `text` and `messages`.
+
+    `add_special_tokens` defaults to False for `messages`, since a chat template writes special tokens itself, and
+    otherwise to True.
+    """
 
     model: str | None = None
     lora_path: LoraField | None = None
@@ -32,7 +36,7 @@ class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
-    """Token ids, and the adapter whose tokenizer decodes them."""
+    """The body of /detokenize: token ids, and the model or adapter whose tokenizer decodes them."""
 
     tokens: list[int]
     model: str | None = None
@@ -41,7 +45,7 @@ class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def tokenize(service: Service, request: web.Request) -> web.StreamResponse:
-    """Text or chat messages to tokens: `{"tokens", "count", "max_model_len"}`."""
+    """Encodes text or chat messages; responds with `{"tokens", "count", "max_model_len"}`."""
     body = bodies.decode(await bodies.read(request), TokenizeBody)
     text_tools = await _text_tools(service, request, body)
     text = await _text(body, text_tools.chat)
@@ -51,7 +55,7 @@ async def tokenize(service: Service, request: web.Request) -> web.StreamResponse
 
 
 async def detokenize(service: Service, request: web.Request) -> web.StreamResponse:
-    """Tokens to text: `{"prompt", "text"}`, the same text under vLLM's name and SGLang's."""
+    """Decodes token ids; responds with `{"prompt", "text"}`, the same text under vLLM's name and SGLang's."""
     body = bodies.decode(await bodies.read(request), DetokenizeBody)
     tokenizer = (await _text_tools(service, request, body)).tokenizer
     _check(body.tokens, tokenizer.vocab_size)

@@ -66,7 +66,7 @@ class Sandbox:
 
     @property
     def process_id(self) -> int | None:
-        """The id of the renderer process, or None if no process is running."""
+        """The id of the current renderer process, or None if there is none."""
         return None if self._process is None else self._process.pid
 
     async def render(self, job: RenderJob) -> str:

@@ -1,4 +1,4 @@
-"""Reads the text of a chat template from the files of a directory, or from --chat-template. Does not depend on jinja2."""
+"""Reads the text of a chat template from the files of a directory, or from --chat-template, without parsing it."""
 
 from __future__ import annotations
 
