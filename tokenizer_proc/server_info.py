@@ -36,7 +36,8 @@ class ServerInfo:
             "open_requests": self._router.open,
             "lora_pool": _lora_pool(capacity, stats),
             "capacity": _named_fields(capacity),
-            "stats": _named_fields(msgspec.structs.replace(stats, step_seconds=[])),  # /metrics has their histogram
+            # without `step_seconds`, of which /metrics has a histogram
+            "stats": _named_fields(msgspec.structs.replace(stats, step_seconds=[])),
             "long_waiting": self._long_waiting(),
         }
 

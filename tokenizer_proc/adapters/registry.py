@@ -222,7 +222,7 @@ class AdapterRegistry:
         """
         if model is None or model in self.base_names:
             return []
-        bases = sorted(self.base_names, key=len)  # the shorter the base, the longer the adapter's name
+        bases = sorted(self.base_names, key=len)  # a shorter base name leaves a longer adapter name
         names = [model, *(model[len(base) + 1 :] for base in bases if model.startswith(base + ":"))]
         known = [name for name in names if name in self._by_name]
         return known[:1] or [name for name in names if name]

@@ -50,7 +50,7 @@ class Resolver:
         self._sources = Sources(allowed_roots([self._root, *roots]))
         self.most = MOST
         self.miss_seconds = MISS_SECONDS
-        self._used: OrderedDict[str, Entry] = OrderedDict()  # the least recently used first
+        self._used: OrderedDict[str, Entry] = OrderedDict()  # in the order of last use, the least recent first
         self._misses: OrderedDict[str, tuple[float, EngineError | None]] = OrderedDict()
         self._loading: dict[str, asyncio.Task[bool]] = {}
 

@@ -73,7 +73,7 @@ async def _in_thread(slots: asyncio.Semaphore, work: Callable[[], T]) -> T:
                 outcome.set_result(work())
             except Exception as error:
                 outcome.set_exception(error)
-            with contextlib.suppress(RuntimeError):  # the event loop is closed
+            with contextlib.suppress(RuntimeError):  # raised if the event loop is closed
                 loop.call_soon_threadsafe(ended.set)
 
         threading.Thread(target=run, name="adapter source", daemon=True).start()
@@ -95,7 +95,7 @@ def _local(name: str, path: str, allowed: Sequence[str]) -> str | None:
             raise AdapterError(f"{what}: {path} is a file; give the directory that holds it", param="lora_path")
     except ConfigError as error:
         raise AdapterError(error.message, param="lora_path") from error
-    except (OSError, RuntimeError) as error:  # a name that is too long, the home of an unknown user
+    except (OSError, RuntimeError) as error:  # e.g. the name is too long, or the path is the home of an unknown user
         reason = error.strerror if isinstance(error, OSError) else error
         raise AdapterError(f"{what}: the path cannot be used ({reason})", param="lora_path") from error
     return _checked(name, path, allowed) if is_path else None

@@ -16,7 +16,7 @@ from tokenizer_proc.http.middleware.backpressure import WRITE_BUFFER, SlowReader
 _HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # tells proxies to pass every event on at once
+    "X-Accel-Buffering": "no",  # makes proxies pass on every event at once
 }
 _DONE = b"data: [DONE]\n\n"
 

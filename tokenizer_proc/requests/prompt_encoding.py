@@ -23,7 +23,7 @@ async def encode_prompt(submit: Submit, text_tools: TextTools, max_length: int) 
     prompt, tokenizer = submit.prompt, text_tools.tokenizer
     if isinstance(prompt, str):
         return await _encode_text(prompt, tokenizer, submit.add_special_tokens, max_length)
-    if len(prompt) > max_length:  # each id is a token, and each message makes at least one
+    if len(prompt) > max_length:  # each id is one token, each message at least one
         raise _too_long(f"the prompt has {len(prompt)} parts; this model's context is {max_length} tokens")
     messages = [part for part in prompt if isinstance(part, ChatMessage)]
     if not messages:

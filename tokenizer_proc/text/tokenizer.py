@@ -66,7 +66,7 @@ def is_from_library(error: BaseException) -> bool:
 
 
 class Tokenizer:
-    """Text to ids and back. `special_tokens` maps bos_token, eos_token, ... to their text, for chat templates."""
+    """Encodes text to ids and decodes ids. `special_tokens` maps bos_token, eos_token, ... to their texts."""
 
     def __init__(self, backend: tokenizers.Tokenizer, special_tokens: dict[str, str] | None = None) -> None:
         backend.no_truncation()
@@ -77,7 +77,7 @@ class Tokenizer:
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
-        self.longest_token = max(map(len, vocab), default=0)  # characters of the longest token
+        self.longest_token = max(map(len, vocab), default=0)  # the number of characters of the longest token
         self._origin: Tokenizer | None = None
         self._name(special_tokens or {})
 
@@ -107,7 +107,7 @@ class Tokenizer:
         """
         try:
             made = cls(tokenizers.Tokenizer.from_str(raw.decode()), named)
-            made.backend.decode(made.backend.encode("a").ids)  # parts that refer to missing tokens fail only in use
+            made.backend.decode(made.backend.encode("a").ids)  # raises if parts of it refer to missing tokens
         except ConfigError:
             raise
         except BaseException as error:

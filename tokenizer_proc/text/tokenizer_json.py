@@ -72,7 +72,7 @@ class TokenizerSections(msgspec.Struct):
         found = {number: token.content for number, token in backend.get_added_tokens_decoder().items()}
         if found != {token["id"]: token["content"] for token in wanted}:
             return None
-        backend.decode(backend.encode("a").ids)  # parts that refer to missing tokens fail only in use
+        backend.decode(backend.encode("a").ids)  # raises if parts of it refer to missing tokens
         return _like(base, backend)
 
 

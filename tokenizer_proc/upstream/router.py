@@ -41,7 +41,7 @@ class _OpenRequest(NamedTuple):
 
 
 class Router:
-    """The open requests of this process. `epoch` is the number of the process's incarnation."""
+    """The open requests of this process. `epoch` grows with each restart of the process."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Router:
             self._tokens -= tokens
 
     async def wait_idle(self, seconds: float) -> bool:
-        """Waits up to `seconds` until no room is reserved for requests. Returns whether none is."""
+        """Waits up to `seconds` until no room is reserved for requests. Returns whether that was reached."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), seconds)
         return self._idle.is_set()

@@ -73,7 +73,7 @@ def _host_name(header: str) -> str | None:
         return None
     try:
         parts = urlsplit(f"//{header}")
-        _ = parts.port  # raises if it is not a number
+        _ = parts.port  # raises ValueError if the port is not a number
     except ValueError:
         return None
     return parts.hostname

@@ -3,8 +3,8 @@
     events --write--> [ write buffer in this process ] --> [ the kernel's buffers ] --> client
 
 Writing never blocks, so a slow client does not block other calls; the bytes that wait for the client are counted. A
-client is disconnected if too many bytes wait, or if it reads too little within `stall_timeout` seconds: fewer bytes than
-16 KiB, and fewer than waited when that time began.
+client is disconnected if too many bytes wait, or if within `stall_timeout` seconds it reads less than 16 KiB and less
+than the bytes that waited when that time began.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class ChatTemplate(ChatRenderer):
                 self._template = template_environment().from_string(source)
             except jinja2.TemplateSyntaxError as error:
                 raise ConfigError(f"the chat template is not valid jinja: line {error.lineno}: {error}") from error
-            except Exception as error:  # nested too deeply, or huge numbers: not a TemplateSyntaxError
+            except Exception as error:  # deep nesting and huge numbers raise errors other than TemplateSyntaxError
                 raise ConfigError(f"the chat template cannot be compiled: {_reason(error)}") from error
 
     @classmethod
