@@ -1,14 +1,14 @@
-"""Measures the cost of adapters: many or few, loading, switching. Prints ratios of things measured in one run.
+"""Measures the cost of adapters: many or few, loading, switching. Prints ratios of measurements of the same run.
 
 python scripts/bench_adapters.py                      everything, on a 0.5B shape: about ten minutes on two cores
-python scripts/bench_adapters.py --parts cliff load   some of it
+python scripts/bench_adapters.py --parts cliff load   only these parts
 python scripts/bench_adapters.py --shape tiny         a quick look at whether it runs
 
 cliff    8, 16, 64, 256 adapters in a pool that holds all, concurrency 32: throughput against the bytes a step reads
 quarter  256 adapters in a pool for a quarter of them: the loss of throughput, against the time of the fills
 cap      a cap of 8 adapters a step at concurrency 32, against a cap of 64 at concurrency 8
-load     gaps between tokens while an adapter of several hundred MB is loaded, against before
-dora     the same with a DoRA of rank 64, whose gains need all of the base's weights; and its load on an idle server
+load     gaps between tokens while an adapter of several hundred MB is loaded, against the gaps before the load
+dora     the same with a DoRA of rank 64, whose gains need all base weights; and its load time on an idle server
 switch   two resident adapters alternating step by step, against one; and the time of a fill by rank
 """
 
@@ -46,7 +46,7 @@ class Bench:
         self.model = make_model(self.shape, self.directory / "model")
 
     def adapters(self, count: int) -> list[str]:
-        """`name=path` of that many adapters of mixed ranks 4 to 16."""
+        """Returns `name=path` of `count` adapters of mixed ranks from 4 to 16."""
         found = []
         for number in tqdm(range(count), desc="adapters", leave=False):
             path = self.directory / f"a{number}"
@@ -55,32 +55,32 @@ class Bench:
         return found
 
     def flags(self, count: int, *more: object) -> list[object]:
-        """The flags of a server with that many adapters."""
+        """Returns the flags of a server with `count` adapters."""
         return ["--model-path", self.model, "--lora-paths", *self.adapters(count), *more]
 
     def step_bytes(self, active: int) -> int:
-        """Bytes a decode step reads with that many adapters of the mixed ranks active."""
+        """Returns the bytes that a decode step reads with `active` adapters of the mixed ranks."""
         mean = sum(self.shape.lora_bytes(rank) for rank in RANKS) // len(RANKS)
         return self.shape.weight_bytes() + active * mean
 
     def plan(self, adapters: int, requests: int) -> Plan:
-        """Round-robin over the first `adapters`."""
+        """Returns a workload that uses the first `adapters` adapters round-robin."""
         names = tuple(f"a{number}" for number in range(adapters))
         return Plan(requests, Lengths(64, 64), Lengths(32, 32), (300, 900), names, "round-robin", 1.0, None, 1.0)
 
     async def run(self, url: str, adapters: int, concurrency: int, seed: int, label: str) -> Run:
-        """One closed loop over the first `adapters`."""
+        """Runs one closed loop over the first `adapters` adapters."""
         async with open_session(None, 600) as session:
             requests = self.plan(adapters, max(self.requests, adapters)).requests(seed)
             return await closed_loop(Server(session, url), requests, concurrency, label)
 
     def rate(self, runs: Sequence[Run]) -> float:
-        """Output tokens a second, the median of the rounds."""
+        """Returns the output tokens per second: the median of the rounds."""
         return statistics.median(summarise([run]).output_tokens_per_s for run in runs)
 
 
 def cliff(bench: Bench) -> dict[str, object]:
-    """More adapters than a step has lanes for, all resident."""
+    """Measures more adapters than a step has lanes for, all of them resident."""
     runs: dict[int, list[Run]] = {count: [] for count in COUNTS}
     with LaunchedServer(*bench.flags(256, "--max-loras-per-batch", 64, "--lora-pool-size", 256)) as server:
         for seed in range(-1, bench.rounds):  # the first round is a warm-up
@@ -103,7 +103,7 @@ def cliff(bench: Bench) -> dict[str, object]:
 
 
 def quarter(bench: Bench) -> dict[str, object]:
-    """A pool for a quarter of the adapters, in turn with one for all. The time of a fill is taken on an idle server."""
+    """Measures a pool for a quarter of the adapters in turn with a pool for all, and times a fill on an idle server."""
     count = "chorus:adapter_fill_seconds_count"
     lone = make_adapter(bench.shape, bench.directory / "r16", 16)
     lanes = ("--max-loras-per-batch", 64)
@@ -142,7 +142,7 @@ def quarter(bench: Bench) -> dict[str, object]:
 
 
 def fill_seconds(server: LaunchedServer, name: str, path: Path) -> float:
-    """Seconds that an idle server takes to copy an adapter from host memory to rank pages."""
+    """Returns the seconds that an idle server takes to copy an adapter from host memory to rank pages."""
     before = server.metric("chorus:adapter_fill_seconds_sum")
     server.post("/load_lora_adapter", {"lora_name": name, "lora_path": str(path), "preload": True})
     seconds = server.metric("chorus:adapter_fill_seconds_sum") - before
@@ -151,7 +151,7 @@ def fill_seconds(server: LaunchedServer, name: str, path: Path) -> float:
 
 
 def cap(bench: Bench) -> dict[str, object]:
-    """A low cap at high concurrency against a high cap at low concurrency: the cap alone costs nothing."""
+    """Compares a low cap at high concurrency with a high cap at low concurrency: the cap itself should cost nothing."""
     result: dict[str, object] = {}
     rates = {}
     for lanes, concurrency in ((64, 8), (8, 32)):
@@ -170,7 +170,7 @@ def cap(bench: Bench) -> dict[str, object]:
 
 
 def load(bench: Bench) -> dict[str, object]:
-    """Gaps between tokens of eight streams, before and while a large adapter is loaded."""
+    """Measures the gaps between tokens of eight streams before and while a large adapter is loaded."""
     large = make_adapter(bench.shape, bench.directory / "large", 512)
     size = sum(file.stat().st_size for file in large.iterdir())
     flags = bench.flags(8, "--max-lora-rank", 512, "--max-loras-per-batch", 8, "--lora-pool-size", 2)
@@ -181,7 +181,7 @@ def load(bench: Bench) -> dict[str, object]:
 
 
 def dora(bench: Bench) -> dict[str, object]:
-    """A DoRA of rank 64, loaded by an idle server and then beside eight streams."""
+    """Times the load of a DoRA of rank 64 by an idle server, and then beside eight streams."""
     roots = [make_adapter(bench.shape, bench.directory / f"dora{n}", 64, n, dora=True) for n in range(3)]
     flags = bench.flags(8, "--max-lora-rank", 64, "--max-loras-per-batch", 8, "--lora-pool-size", 4)
     with LaunchedServer(*flags) as server:
@@ -196,7 +196,7 @@ def dora(bench: Bench) -> dict[str, object]:
 
 
 def load_seconds(server: LaunchedServer, name: str, path: Path) -> float:
-    """Seconds until a load call answers that the adapter is resident."""
+    """Returns the seconds until a load call returns, which it does when the adapter is resident."""
     began = time.perf_counter()
     server.post("/load_lora_adapter", {"lora_name": name, "lora_path": str(path), "preload": True})
     return time.perf_counter() - began
@@ -211,7 +211,7 @@ class Gaps:
     seconds: float
 
     def table(self) -> dict[str, object]:
-        """Prints percentiles side by side."""
+        """Prints percentiles before and during the work side by side, and returns them in milliseconds."""
         out: dict[str, object] = {}
         for q in (50, 99, 100):
             a, b = percentile(self.before, q) * 1000, percentile(self.during, q) * 1000
@@ -221,7 +221,7 @@ class Gaps:
 
 
 async def beside(bench: Bench, server: LaunchedServer, work: Callable[[], float]) -> Gaps:
-    """Eight streams of eight adapters, for 15 seconds and then until `work` is done, which returns its seconds."""
+    """Runs eight streams of eight adapters for 15 seconds, and then until `work` ends; `work` returns its seconds."""
 
     async def gaps(url: str, until: Callable[[], bool]) -> list[float]:
         async with open_session(None, 600) as session:
@@ -245,7 +245,7 @@ async def beside(bench: Bench, server: LaunchedServer, work: Callable[[], float]
 
 
 def switch(bench: Bench) -> dict[str, object]:
-    """One token at a time from one adapter, or from two in turn; and the time of a fill by rank."""
+    """Measures single tokens of one adapter, and of two adapters in turn; and the time of a fill by rank."""
     one, two = [], []
     with LaunchedServer(*bench.flags(2, "--max-lora-rank", 128, "--max-loras-per-batch", 8)) as server:
 
@@ -280,7 +280,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, object]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes."""
+    """Measures the selected parts, prints the results and writes them to a JSON file."""
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     top.add_argument("--shape", choices=list(SHAPES), default="0.5b")

@@ -2,14 +2,14 @@
 other servers in turn.
 
 python scripts/bench_cpu.py --concurrency 8 --rounds 3            the 0.5B shape; two to four minutes on two cores
-python scripts/bench_cpu.py --parts base mixed idle --shape 1b     some of it, on a 1B shape
+python scripts/bench_cpu.py --parts base mixed idle --shape 1b     only these parts, on a 1B shape
 python scripts/bench_cpu.py --peer http://127.0.0.1:8000=vLLM      another OpenAI-compatible server, in turn with ours
 python scripts/bench_cpu.py --only-table --plot cpu.png            table and plot of the JSON file
 python scripts/bench_cpu.py --list                                 NAME=PATH of the adapters, to start a peer with
 
 Random prompts of 128 tokens, outputs of 64, greedy, ignore_eos, in a closed loop: the base, one adapter, eight of ranks
 8/16/64, eight of rank 16, 32 of rank 16, measured in turn, round by round. Results are appended to the JSON file, so
-parts may be run one after another. `idle` is the time to first token of a single request beside that of the linears.
+parts may be run one after another. `idle` is the time to first token of a single request beside the linears' time.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from cpu.results import OURS, Entry, Idle, Results, table
 IDLE_REQUESTS = 11
 
 SETTLE_SECONDS = 2.0
-"""Seconds before each run: threads of the server measured before may spin for more than half a second."""
+"""Seconds to wait before each run: threads of the server measured before may spin for more than half a second."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A server to measure, and which of our adapters it has."""
+    """A server to measure, and the adapters of this benchmark that it has."""
 
     label: str
     server: Server
@@ -55,7 +55,7 @@ class Peer:
 
 
 async def join(session: aiohttp.ClientSession, url: str, label: str) -> Peer | None:
-    """The server at a URL; prints one line and returns None if it does not answer."""
+    """Connects to the server at `url`. Prints one line and returns None if the server does not respond."""
     server = Server(session, url)
     try:
         names = await server.discover()
@@ -67,7 +67,7 @@ async def join(session: aiohttp.ClientSession, url: str, label: str) -> Peer | N
 
 @dataclass
 class Bench:
-    """One session: a shape and the results so far."""
+    """One run of this script: a shape and the results so far."""
 
     shape_name: str
     session: int
@@ -97,7 +97,7 @@ class Bench:
             self.results.entries.append(Entry(*where, found.output_tokens_per_s, share, ttft, itl))
 
     async def rounds(self, peers: Sequence[Peer], parts: Sequence[str], concurrency: int, count: int) -> None:
-        """A warm-up and `count` rounds; which server is first alternates."""
+        """Runs a warm-up and `count` rounds; the server that is measured first alternates."""
         loads = [part for part in parts if part in LOADS]
         for turn in range(-1, count):
             for load in loads:
@@ -106,7 +106,7 @@ class Bench:
                         await self.run(peer, load, concurrency, turn)
 
     async def idle(self, peers: Sequence[Peer]) -> None:
-        """Single requests for the base, in turn with the linears alone."""
+        """Measures single requests for the base, in turn with the linears without a server."""
         linears, passes = Linears(self.shape, PROMPT), []
         ttft: dict[str, list[float]] = {peer.label: [] for peer in peers}
         one = Plan(1, Lengths(PROMPT, PROMPT), Lengths(2, 2), TOKEN_IDS, (), "none", 1.0, None, 1.0)
@@ -136,9 +136,9 @@ async def measure(bench: Bench, urls: Sequence[tuple[str, str]], args: argparse.
 
 
 def flags(shape: Shape, directory: Path) -> list[object]:
-    """The flags of our server: all adapters resident, all allowed in one step, kernels compiled before the start."""
+    """Returns our server's flags: all adapters resident and allowed in one step, kernels compiled before the start."""
     pages = sum(-(-rank // 16) for rank in RANKS.values())
-    pool = -(-pages // (MAX_RANK // 16)) + 2  # in adapters of the highest rank
+    pool = -(-pages // (MAX_RANK // 16)) + 2  # the pool's size, in adapters of the highest rank
     named = [f"{name}={path}" for name, path in adapters(shape, directory).items()]
     lanes = ["--max-loras-per-batch", 32, "--max-lora-rank", MAX_RANK, "--lora-pool-size", pool]
     return [
@@ -155,13 +155,13 @@ def flags(shape: Shape, directory: Path) -> list[object]:
 
 
 def address(text: str) -> tuple[str, str]:
-    """`URL` or `URL=LABEL`, as (URL, label)."""
+    """Parses `URL` or `URL=LABEL` into (URL, label)."""
     url, _, label = text.partition("=")
     return url, label or url.removeprefix("http://")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the script's flags."""
+    """Returns the parser of the script's flags."""
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--shape", choices=list(SHAPES), default="0.5b")
     top.add_argument("--parts", nargs="+", choices=[*LOADS, "idle"], default=[*LOADS, "idle"])
@@ -185,7 +185,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, writes, prints and plots."""
+    """Measures, writes the results, prints the table and draws the plot."""
     args = parser().parse_args(argv)
     shape, directory = SHAPES[args.shape], scratch() / f"bench-{args.shape}"
     if args.list:

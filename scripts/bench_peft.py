@@ -28,7 +28,7 @@ LABEL = "transformers + PEFT"
 
 
 def load_model(shape_name: str, parts: Sequence[str]) -> torch.nn.Module:
-    """The base with the adapters of the parts."""
+    """Returns the base with the adapters of `parts`."""
     shape, directory = SHAPES[shape_name], scratch() / f"bench-{shape_name}"
     model = AutoModelForCausalLM.from_pretrained(make_model(shape, directory / "model"), dtype=torch.bfloat16)
     paths = adapters(shape, directory)
@@ -42,7 +42,7 @@ def load_model(shape_name: str, parts: Sequence[str]) -> torch.nn.Module:
 
 @torch.inference_mode()
 def generate(model: torch.nn.Module, requests: Sequence[Request], tokens: int) -> float:
-    """Seconds to generate `tokens` for each request of a batch."""
+    """Returns the seconds to generate `tokens` tokens for each request of a batch."""
     ids = torch.tensor([request.prompt for request in requests])
     rows = (
         {"adapter_names": [request.adapter or "__base__" for request in requests]}

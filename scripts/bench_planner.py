@@ -1,7 +1,7 @@
-"""What a plan costs: 256 running rows in 64 lanes, 10,000 waiting requests over 1,000 adapters, on one core.
+"""Measures the time of a plan: 256 running rows in 64 lanes, 10,000 waiting requests, 1,000 adapters, on one core.
 
 python scripts/bench_planner.py               the medians, and where the time of a decode step goes
-python scripts/bench_planner.py --rows 64     of another size
+python scripts/bench_planner.py --rows 64     with 64 running rows
 
 decode     every row decodes, and no request can be admitted
 turnover   a row ends before each step, so one is admitted, and its adapter is filled
@@ -37,7 +37,7 @@ BUDGET_US = 200.0
 
 
 class Bench:
-    """A loaded scheduler, with a runner that answers at once."""
+    """A loaded scheduler, whose runner completes every step at once."""
 
     def __init__(self, rows: int, waiting: int, adapters: int, lanes: int, pool: int) -> None:
         capacity = Capacity(
@@ -74,7 +74,7 @@ class Bench:
             self.core.handle(card, self.now)
 
     def ask(self, adapter: int) -> None:
-        """Sends one more request, which never ends."""
+        """Sends one more request for `adapter`; the request never ends."""
         self.sent += 1
         message = Generate(
             epoch=0,
@@ -87,7 +87,7 @@ class Bench:
         self.core.handle(message, self.now)
 
     def plan(self) -> Step:
-        """The next step, 10 ms later."""
+        """Plans and returns the next step, 10 ms after the last one."""
         self.now += 0.01
         step = self.core.plan(self.now)
         assert step is not None
@@ -95,7 +95,7 @@ class Bench:
         return step
 
     def answer(self, step: Step) -> None:
-        """Answers a step and its fills."""
+        """Completes a step and its fills."""
         self.running |= {new.row: new.sampling.seed for new in step.new_rows}
         tokens = [1] * sum(chunk.samples for chunk in step.chunks)
         self.core.handle(StepDone(epoch=0, id=step.id, tokens=tokens, seconds=0.01), self.now)
@@ -103,7 +103,7 @@ class Bench:
             self.core.handle(AdapterState(adapter_id=fill.adapter_id, state="resident", seconds=0.001), self.now)
 
     def times(self, count: int, before: Callable[[int], None]) -> list[float]:
-        """Microseconds of so many plans, with `before` called before each."""
+        """Returns the microseconds of each of `count` plans; `before` is called before each plan."""
         found = []
         for number in range(count):
             before(number)
@@ -120,12 +120,12 @@ class Bench:
         self.ask(1 + (self.sent * 7919) % self.adapters)
 
     def hurry(self, _number: int) -> None:
-        """Advances the clock so far that all requests have waited too long."""
+        """Advances the clock until all requests have waited too long."""
         self.now += 1e7
 
 
 def breakdown(rows: int) -> dict[str, float]:
-    """Microseconds of the least that any planner of one chunk per row needs."""
+    """Returns the microseconds that any planner needs at least: the time to create one chunk per row."""
     floor = []
     for _ in range(200):
         began = time.perf_counter()
@@ -136,7 +136,7 @@ def breakdown(rows: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints the medians."""
+    """Measures the plans and prints the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--rows", type=int, default=256)

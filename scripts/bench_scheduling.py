@@ -5,7 +5,7 @@ python scripts/bench_scheduling.py --adapters 200 --max-loras 8 --pool 32 --requ
 
 Each rule is measured at the same load: --load times the capacity of the real core in a closed loop. Two promises are
 checked below the table, and the script returns 1 where one is broken: no request waits longer than --lora-max-wait
-because of its adapter, and the p99 TTFT of cold adapters is at most twice that of hot ones, and a load.
+because of its adapter, and the p99 TTFT of cold adapters is at most twice that of hot ones plus the time of a load.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ PROFILES = Path(profile.__file__).parent / "profiles"
 
 
 def folded(requests: Sequence[TraceRequest], count: int) -> list[TraceRequest]:
-    """The same requests for only `count` adapters, in turn."""
+    """Returns the same requests, assigned to only `count` adapters in turn."""
     return [with_fields(request, adapter=f"a{number % count}") for number, request in enumerate(requests)]
 
 
 def load_seconds(costs: profile.Profile) -> float:
-    """The seconds that the largest adapter takes from disk to the device, with no other beside it."""
+    """Returns the seconds that the largest adapter takes from disk to the device while no other adapter is loaded."""
     size = costs.adapter_bytes(max(costs.lora_ranks))
     return costs.load.of(size) + costs.fill.of(size)
 
 
 def verdicts(summary: report.Summary, bound: float, load: float, step: float) -> list[tuple[bool, str]]:
-    """The promises for the real core. `step` is the p99 gap between tokens, after which a deadline is noticed."""
+    """Returns (kept, text) of each promise. `step`: the p99 gap between tokens, after which a deadline is noticed."""
     hot, cold = summary["ttft"]["hot"]["p99"], summary["ttft"]["cold"]["p99"]
     longest = summary["passed"]["all"]["max"]
     return [
@@ -56,7 +56,7 @@ def verdicts(summary: report.Summary, bound: float, load: float, step: float) ->
 
 
 def flags() -> argparse.ArgumentParser:
-    """The parser of all flags."""
+    """Returns the parser of all flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--profile", type=Path, default=PROFILES / "gpu-8b.json")
@@ -74,7 +74,7 @@ def flags() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table and the promises."""
+    """Simulates all rules, and prints the table and the promises."""
     args = flags().parse_args(argv)
     costs = profile.read(args.profile)
     workload = Workload(adapters=args.adapters, requests=args.requests, alpha=args.alpha, seed=args.seed)

@@ -27,7 +27,7 @@ from bench.workload import DISTRIBUTIONS, Lengths, Plan
 
 
 def lengths(text: str) -> Lengths:
-    """An argparse type for lengths."""
+    """Parses lengths; a type for argparse."""
     try:
         return Lengths.parse(text)
     except ValueError as error:
@@ -35,7 +35,7 @@ def lengths(text: str) -> Lengths:
 
 
 def id_range(text: str) -> tuple[int, int]:
-    """LOW:HIGH, both included."""
+    """Parses LOW:HIGH, both included; a type for argparse."""
     low, _, high = text.partition(":")
     try:
         span = int(low), int(high)
@@ -47,7 +47,7 @@ def id_range(text: str) -> tuple[int, int]:
 
 
 def positive(text: str) -> float:
-    """A number above zero."""
+    """Parses a number above zero; a type for argparse."""
     value = float(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not above zero")
@@ -55,7 +55,7 @@ def positive(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """A whole number of at least one."""
+    """Parses a whole number of at least one; a type for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not at least 1")
@@ -63,7 +63,7 @@ def count(text: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the script's flags."""
+    """Returns the parser of the script's flags."""
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = top.add_argument_group("the server")
     where.add_argument("--url", default="http://127.0.0.1:30000")
@@ -95,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def make_plan(args: argparse.Namespace, adapters: Sequence[str]) -> Plan:
-    """The workload that the flags describe."""
+    """Returns the workload that the flags describe."""
     return Plan(
         count=args.num_requests,
         input_len=args.input_len,
@@ -110,7 +110,7 @@ def make_plan(args: argparse.Namespace, adapters: Sequence[str]) -> Plan:
 
 
 def decoder(path: Path | None) -> Callable[[Sequence[int]], str] | None:
-    """Token ids to text, by the tokenizer at `path`."""
+    """Returns a function from token ids to text that uses the tokenizer at `path`; None if `path` is None."""
     if path is None:
         return None
     from tokenizers import Tokenizer
@@ -128,7 +128,7 @@ async def one_run(server: Server, plan: Plan, args: argparse.Namespace, seed: in
 
 
 async def warm_up(server: Server, plan: Plan, args: argparse.Namespace) -> None:
-    """Sends requests of the same kind, which are not measured."""
+    """Sends requests like those of `plan`, which are not measured."""
     if args.warmup < 1:
         return
     warm = replace(plan, count=args.warmup, rate=None)
@@ -136,7 +136,7 @@ async def warm_up(server: Server, plan: Plan, args: argparse.Namespace) -> None:
 
 
 async def measure(args: argparse.Namespace) -> dict[str, list[Run]]:
-    """The runs of each server, by URL. Rounds alternate which server goes first."""
+    """Returns the runs of each server, by URL. The server that goes first alternates by round."""
     async with open_session(args.api_key, args.timeout) as session:
         urls = [args.url, args.compare] if args.compare else [args.url]
         decode = decoder(args.tokenizer)
@@ -175,7 +175,7 @@ def report(args: argparse.Namespace, runs: dict[str, list[Run]]) -> dict[str, ob
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes. Exit status 1 when no request was answered or the server cannot be reached."""
+    """Measures, prints and writes. Exit status 1 if no request succeeded or the server cannot be reached."""
     top = parser()
     args = top.parse_args(argv)
     if args.compare == args.url:

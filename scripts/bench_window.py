@@ -31,17 +31,17 @@ from bench.shapes import SHAPES, make_adapter, make_model
 from bench.workload import Lengths, Plan, Request
 
 ONE = "--disable-overlap-schedule"
-LOAD = 0.6  # of the closed loop's rate
-REQUESTS = {"tiny": 20}  # of each client in a round, else 2: runs below a second are too noisy
-LEAST = 4  # requests in a round
+LOAD = 0.6  # the open loop's rate, as a share of the closed loop's rate
+REQUESTS = {"tiny": 20}  # requests of each client in a round (2 for other shapes): runs below a second are too noisy
+LEAST = 4  # the fewest requests in a round
 TOLD_SECONDS = 1.5  # a server updates its metrics once a second
 
 
 @dataclass
 class Runs:
-    """What one server did, round by round.
+    """The results of one server, round by round.
 
-    `steps` is how many a closed run took, `beside` the share of its seconds that was not the runner's.
+    `steps` is the number of steps in each closed run, `beside` the share of its seconds in which no step was computed.
     """
 
     closed: list[Run] = field(default_factory=list)
@@ -50,13 +50,13 @@ class Runs:
     opened: list[Run] = field(default_factory=list)
 
     def since(self, rounds: int) -> Runs:
-        """The runs without the first rounds."""
+        """Returns the runs without the first `rounds` rounds."""
         return Runs(self.closed[rounds:], self.steps[rounds:], self.beside[rounds:], self.opened[rounds:])
 
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured at one shape and concurrency: second over first is two steps in flight over one."""
+    """The results at one shape and concurrency. Pairs are (one step in flight, two); ratios are two over one."""
 
     shape: str
     concurrency: int
@@ -70,11 +70,11 @@ class Point:
 
     @property
     def later(self) -> float | None:
-        """How many steps later the first token comes with two in flight."""
+        """How much later the first token comes with two steps in flight, in steps."""
         return (self.ttft_ms[1] - self.ttft_ms[0]) / self.step_ms if self.ttft_ms else None
 
     def line(self, launch: str) -> str:
-        """A line of the table."""
+        """Returns a line of the table."""
         opened = "" if self.ttft_ms is None else f"{self.ttft_ms[0]:10.1f}{self.ttft_ms[1]:9.1f}{self.later:8.2f}"
         return (
             f"{self.shape:>6}{self.concurrency:6}{launch:>8}{self.step_ms:9.2f}"
@@ -91,7 +91,7 @@ HEAD = (
 
 
 def point(shape: str, concurrency: int, one: Runs, two: Runs) -> Point:
-    """The figures of one point from the same rounds on both servers."""
+    """Computes the figures of one shape and concurrency from the same rounds on both servers."""
     closed = summarise(one.closed), summarise(two.closed)
     return Point(
         shape,
@@ -130,7 +130,7 @@ def make_requests(concurrency: int, requests: int, seed: int, rate: float | None
 
 
 async def computed(server: LaunchedServer) -> tuple[float, float]:
-    """(steps, seconds in them) of a server's runner so far, once they stop changing; no request may run meanwhile."""
+    """Returns (steps, seconds in steps) of a server so far, once they stop changing. No request may run meanwhile."""
     last = -1.0
     while (steps := server.metric("chorus:step_seconds_count")) != last:
         last = steps
@@ -147,12 +147,12 @@ class Side:
     runs: Runs
 
     async def warm_up(self, concurrency: int) -> None:
-        """One request of each client, so that everything is compiled and allocated."""
+        """Sends one request per client, so that everything is compiled and allocated."""
         await self.client.discover()
         await closed_loop(self.client, make_requests(concurrency, concurrency, 9_999, None), concurrency, "warm-up")
 
     async def close(self, work: list[Request], concurrency: int, label: str) -> None:
-        """Measures a closed loop."""
+        """Measures a closed loop over the requests in `work`."""
         steps, seconds = await computed(self.server)
         run = await closed_loop(self.client, work, concurrency, label)
         steps_then, seconds_then = await computed(self.server)
@@ -161,7 +161,7 @@ class Side:
         self.runs.beside.append(1 - (seconds_then - seconds) / run.seconds)
 
     async def open(self, work: list[Request], label: str) -> None:
-        """Measures an open loop."""
+        """Measures an open loop over the requests in `work`."""
         self.runs.opened.append(await open_loop(self.client, work, None, label))
 
 
@@ -173,7 +173,7 @@ async def measure(
     seeds: Sequence[int],
     with_open: bool,
 ) -> None:
-    """Measures the closed loop on both, then the open loop on both; which is first alternates."""
+    """Measures the closed loop on both servers, then the open loop on both; the server that is first alternates."""
     async with open_session(None, 600) as session:
         sides = [Side(server, Server(session, server.url), into) for server, into in zip(servers, runs, strict=True)]
         for side in sides:
@@ -193,7 +193,7 @@ async def measure(
 
 @contextmanager
 def launched(shape: str, launch: int, flags: Sequence[str]) -> Iterator[list[LaunchedServer]]:
-    """The server with one step in flight and the one with two; which starts first alternates by launch."""
+    """Starts the servers with one step and with two in flight. The one that starts first alternates by launch."""
     directory = scratch() / f"bench-{shape}"
     model = make_model(SHAPES[shape], directory / "model")
     adapter = make_adapter(SHAPES[shape], directory / "r16", 16)
@@ -206,7 +206,7 @@ def launched(shape: str, launch: int, flags: Sequence[str]) -> Iterator[list[Lau
 
 
 def bench(shape: str, args: argparse.Namespace) -> list[Point]:
-    """Measures every concurrency at each launch; prints a line for each, then one for all launches."""
+    """Measures every concurrency at each launch. Prints a line for each launch, then one for all launches."""
     found = {concurrency: (Runs(), Runs()) for concurrency in args.concurrency}
     for launch in range(args.launches):
         seeds = range(launch * args.rounds, (launch + 1) * args.rounds)

@@ -3,7 +3,7 @@
 python scripts/documents.py            rewrites the parts that changed
 python scripts/documents.py --check    changes nothing; exit status 1 if a part is stale
 
-A part stands between `<!-- begin NAME: ... -->` and `<!-- end NAME -->`.
+A part is the text between `<!-- begin NAME: ... -->` and `<!-- end NAME -->`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tables.formats import families, formats  # noqa: E402
 from tables.http_calls import http_calls  # noqa: E402
 from tables.metrics import metrics  # noqa: E402
 
-PARTS: dict[str, dict[str, Callable[[], str]]] = {  # page: part: what writes it
+PARTS: dict[str, dict[str, Callable[[], str]]] = {  # by page and part, the function that writes the part
     "engine/FLAGS.md": {"flags": flags},
     "tokenizer_proc/README.md": {"calls": http_calls},
     "tokenizer_proc/METRICS.md": {"metrics": metrics},
@@ -31,7 +31,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # page: part: what writes it
 
 
 def current(page: str, text: str) -> str:
-    """The text of `page` with its generated parts as the code would write them now."""
+    """Returns the text of `page` with its generated parts as the code would write them now."""
     for name, write in PARTS[page].items():
         begin, end = f"<!-- begin {name}: written by scripts/documents.py -->", f"<!-- end {name} -->"
         parts = re.fullmatch(f"(.*{re.escape(begin)}\n).*(\n{re.escape(end)}.*)", text, re.DOTALL)
@@ -42,7 +42,7 @@ def current(page: str, text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Rewrites or checks; the exit status."""
+    """Rewrites or checks the generated parts. Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing")
     check = parser.parse_args(arguments).check

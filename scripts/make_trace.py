@@ -4,7 +4,7 @@ python scripts/make_trace.py zipf --adapters 2000 --requests 20000 --rate 20 -o 
 python scripts/make_trace.py slora --adapters 200 --rate 2 --requests 600 --cv 4 -o trace.jsonl
 python scripts/make_trace.py slora-code --alpha 0.3 --adapters 200 --rate 2 --requests 600 -o trace.jsonl
 
-slora       the paper's: each adapter has its own Gamma arrivals, with rates by a power law i^-alpha
+slora       as in the paper: each adapter has its own Gamma arrivals, with rates by a power law i^-alpha
 slora-code  what its released code draws: one Gamma process, adapter floor(n u^(1/alpha)); alpha 1 is uniform there
 zipf        Poisson arrivals; adapter i has weight i^-alpha
 bursts      zipf; in the first --burst-share of each --period requests arrive --factor times as fast as in the rest
@@ -24,7 +24,7 @@ from scheduler.simulate.workload import KINDS, Workload
 
 
 def _range(text: str) -> tuple[int, int]:
-    """`128` or `8:511`."""
+    """Parses `128` or `8:511`."""
     low, _, high = text.partition(":")
     found = int(low), int(high or low)
     if not 1 <= found[0] <= found[1]:

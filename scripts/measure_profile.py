@@ -73,7 +73,7 @@ class RunnerBench:
         return sum(self.page_bytes[group] * count for group, count in pages.items())
 
     def run(self, **parts: object) -> float:
-        """Seconds of one step."""
+        """Runs one step and returns its seconds."""
         self.step += 1
         return self.runner.execute(Step(epoch=0, id=self.step, **parts)).seconds  # type: ignore[arg-type]
 
@@ -86,7 +86,7 @@ class RunnerBench:
         return states
 
     def measure(self, rows: int, context: int, lanes: int, decodes: int) -> None:
-        """Times prompts of `context` tokens for so many rows, one per step, then decodes of all rows."""
+        """Times prompts of `context` tokens for `rows` rows, one per step, then `decodes` decode steps of all rows."""
         self.generation += 1
         pages = iter(range(1, self.runner.capacity.kv_pages + 1))
         for row in range(rows):
@@ -136,13 +136,13 @@ class RunnerBench:
 
 
 def medians(kinds: Iterable[Sequence[Point]]) -> list[Point]:
-    """The median point of each kind, sorted by contents."""
+    """Returns the median point of each kind, sorted by contents."""
     middles = (sorted(kind, key=lambda point: point.seconds)[len(kind) // 2] for kind in kinds)
     return sorted(middles, key=lambda point: point.features)
 
 
 def table(points: Sequence[Point], costs: dict[str, float]) -> str:
-    """Measured and fitted milliseconds of each point."""
+    """Returns a table of the measured and fitted milliseconds of each point."""
     lines = ["rows  prompt  KV read  lanes  lane MB       ms      fit"]
     for point in points:
         _, rows, tokens, context, lanes, size = point.features
@@ -155,7 +155,7 @@ def table(points: Sequence[Point], costs: dict[str, float]) -> str:
 
 
 def fit(points: Sequence[Point]) -> tuple[dict[str, float], float]:
-    """Least squares of relative errors with no negative cost: (cost by feature, the median relative error)."""
+    """Fits by least squares of relative errors with no negative cost. Returns (cost by feature, median error)."""
     kept = list(range(len(FEATURES)))
     matrix = np.array([[*point.features] for point in points])
     times = np.array([point.seconds for point in points])
@@ -174,15 +174,15 @@ def fit(points: Sequence[Point]) -> tuple[dict[str, float], float]:
 
 
 def rounded(figure: float) -> float:
-    """Rounded to four digits: the measurement is no more exact."""
+    """Rounds to four digits, because the measurement is no more exact."""
     return float(f"{figure:.4g}")
 
 
 def line(copies: dict[int, list[float]]) -> CopyCost:
-    """seconds + bytes / bytes_per_second through the median of the copies of each size."""
+    """Fits seconds + bytes / bytes_per_second to the median copy time of each size."""
     sizes = sorted(copies)
     slope, start = np.polyfit(sizes, [statistics.median(copies[size]) for size in sizes], 1)
-    if slope <= 0 or start < 0:  # the sizes are too close: the whole time is put on the bytes
+    if slope <= 0 or start < 0:  # the sizes are too close: the whole time is attributed to the bytes
         slope, start = statistics.median(statistics.median(copies[size]) / size for size in sizes), 0.0
     return CopyCost(seconds=rounded(start), bytes_per_second=rounded(1 / slope))
 
@@ -190,7 +190,7 @@ def line(copies: dict[int, list[float]]) -> CopyCost:
 def start(
     shape: Shape, directory: Path, ranks: Sequence[int], lanes: int, device: str, most_rows: int | None
 ) -> Runner:
-    """A runner with its adapters on the host."""
+    """Starts a runner with its adapters on the host."""
     sources = []
     for number in range(1, lanes + 1):
         path = make_adapter(shape, directory / f"p{number}", ranks[number % len(ranks)], seed=number)
@@ -211,7 +211,7 @@ def start(
 
 
 def residents(runner: Runner, directory: Path, lanes: int, rounds: int) -> tuple[RunnerBench, CopyCost, CopyCost]:
-    """Loads and fills each adapter `rounds` times, into lane n adapter n. Returns (bench, cost of a load, of a fill).
+    """Loads and fills each adapter `rounds` times, adapter n into lane n. Returns (bench, cost of a load, of a fill).
 
     The first round is a warm-up: the loaders start, and the rank pages are touched for the first time.
     """
@@ -221,7 +221,7 @@ def residents(runner: Runner, directory: Path, lanes: int, rounds: int) -> tuple
     loads: dict[int, list[float]] = {}
     fills: dict[int, list[float]] = {}
     runner.adapters.start()
-    bench.finish_transfers()  # what is compiled in the background
+    bench.finish_transfers()  # waits for everything that is compiled in the background
     for number in tqdm(list(range(1, lanes + 1)) * (1 + rounds), desc="adapters", leave=False):
         runner.adapters.evict(number)
         began = time.perf_counter()
@@ -243,7 +243,7 @@ def residents(runner: Runner, directory: Path, lanes: int, rounds: int) -> tuple
 
 
 def describe(shape: str, capacity: Capacity, ranks: Sequence[int], groups: Iterable[str], source: str) -> Profile:
-    """A profile from the runner's capacity, without costs. `groups` are those of the adapters."""
+    """Returns a profile from the runner's capacity, without costs. `groups` are those of the adapters."""
     return Profile(
         name=f"{shape} shape, {capacity.dtype}, {capacity.device}"
         + (f", {torch.get_num_threads()} threads" if capacity.device == "cpu" else ""),
@@ -267,7 +267,7 @@ def describe(shape: str, capacity: Capacity, ranks: Sequence[int], groups: Itera
 
 
 def flags() -> argparse.ArgumentParser:
-    """The parser of all flags."""
+    """Returns the parser of all flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shape", choices=sorted(SHAPES), default="0.5b")

@@ -1,11 +1,11 @@
-"""Runs everything at once against one server: all answers must equal undisturbed ones, and nothing may leak.
+"""Runs everything at once against one server: all outputs must equal undisturbed ones, and nothing may leak.
 
 python scripts/soak.py                    two minutes on the bundled demo, float32
 python scripts/soak.py --minutes 30       a long run
 python scripts/soak.py --seed 7           another order of events; one seed gives the same requests and signals
 
-Traffic     greedy and seeded, base, adapters and mixes, streams and not; some clients disconnect early
-Adapters    the name `guest` is loaded, re-pointed and unloaded all the time; it stands for two adapters in turn
+Traffic     greedy and seeded, base, adapters and mixes, streamed and not; some clients disconnect early
+Adapters    the name `guest` is loaded, re-pointed and unloaded all the time; it refers to two adapters in turn
 Floods      hundreds of requests at once against a limit of 128: 200 or 503, nothing else
 Readers     slow clients that request megabytes and never read: they are disconnected, other requests are not delayed
 Strikes     SIGKILL and SIGSTOP of any of the three processes, after the engine has recovered from the last one
@@ -47,13 +47,13 @@ SLOW_READER_BODY = {
     "input_ids": [8, 9, 10], "stream": True, "return_logprob": True, "top_logprobs_num": 20,
     "sampling_params": {"max_new_tokens": 200, "ignore_eos": True},
 }  # fmt: skip
-"""Its cumulative events are more in all than the kernel buffers for a connection."""
+"""A request whose cumulative events are larger in total than the kernel's buffers for a connection."""
 
 HANG_SECONDS = 90.0
 
 
 class Refused(Exception):
-    """An answer with another status than 200."""
+    """A response with a status other than 200."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(f"{status}: {text[:200]}")
@@ -63,7 +63,7 @@ class Refused(Exception):
 async def read_tokens(
     session: aiohttp.ClientSession, request: SoakRequest, lora: Any, leave_after: int | None = None
 ) -> list[int]:
-    """The tokens; with `leave_after` those before disconnecting. Raises ValueError if a sent token changes."""
+    """Returns the tokens; `leave_after` of them end the reading. Raises ValueError if a sent token changes."""
     seen: list[int] = []
     async with session.post("/generate", json=request.body(lora)) as response:
         if response.status != 200:
@@ -86,7 +86,7 @@ async def read_tokens(
 
 
 def children(pid: int) -> dict[str, int]:
-    """The process ids of the engine's running processes, by module."""
+    """Returns the process ids of the engine's running processes, by module."""
     found = {}
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         with contextlib.suppress(OSError):
@@ -96,7 +96,7 @@ def children(pid: int) -> dict[str, int]:
 
 
 def resources(pid: int) -> tuple[int, int]:
-    """(open descriptors, private resident bytes) of a process."""
+    """Returns (open descriptors, private resident bytes) of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
     return len(os.listdir(f"/proc/{pid}/fd")), int(status.split("RssAnon:")[1].split()[0]) << 10
 
@@ -118,13 +118,13 @@ class Soak:
     ends: float = 0.0
 
     def session(self) -> aiohttp.ClientSession:
-        """An HTTP session."""
+        """Opens an HTTP session with the server."""
         timeout = aiohttp.ClientTimeout(total=HANG_SECONDS)
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         return aiohttp.ClientSession(self.server.url, timeout=timeout, connector=connector)
 
     async def run(self) -> None:
-        """Collects undisturbed answers, then runs everything at once."""
+        """Collects undisturbed outputs, then runs everything at once."""
         await self.learn()
         before = {name: resources(pid) for name, pid in children(self.server.process.pid).items()}
         launcher = resources(self.server.process.pid)
@@ -137,7 +137,7 @@ class Soak:
         await self.audit(before, launcher)
 
     async def learn(self) -> None:
-        """Collects the undisturbed answers: one request at a time."""
+        """Collects the undisturbed outputs, one request at a time."""
         async with self.session() as session:
             for number, request in enumerate(tqdm(self.requests, desc="undisturbed", leave=False)):
                 for lora in request.selections:
@@ -146,13 +146,13 @@ class Soak:
     # ----------------------------------------------------------------------------------------------- everything at once
 
     async def client(self, draw: random.Random) -> None:
-        """Sends one request after the other and checks the answers."""
+        """Sends one request after the other and checks the outputs."""
         async with self.session() as session:
             while time.monotonic() < self.ends:
                 await self.one(session, draw)
 
     async def one(self, session: aiohttp.ClientSession, draw: random.Random) -> None:
-        """Sends one request and checks its answer."""
+        """Sends one request and checks its output."""
         number = draw.randrange(len(self.requests))
         request, lost = self.requests[number], self.tokenizers_lost
         leave = draw.randrange(1, 5) if request.stream and draw.random() < 0.1 else None
@@ -182,7 +182,7 @@ class Soak:
         self.counts["tokens"] += len(tokens)
 
     async def guest(self) -> None:
-        """Loads, re-points and unloads one name."""
+        """Loads, re-points and unloads the adapter name `guest`, again and again."""
         async with self.session() as session:
             while time.monotonic() < self.ends:
                 for call, fields in (
@@ -194,7 +194,7 @@ class Soak:
                     await asyncio.sleep(0.3)
 
     async def change(self, session: aiohttp.ClientSession, call: str, body: dict[str, Any]) -> None:
-        """One adapter call for the guest. After a tokenizer process died, the guest may be loaded or not."""
+        """Makes one adapter call for `guest`. After a tokenizer process has died, the guest may be loaded or not."""
         lost = self.tokenizers_lost
         try:
             async with session.post(call, json=body) as response:
@@ -208,7 +208,7 @@ class Soak:
             self.differ(f"{call}: {response.status} {text[:200]}")
 
     async def flood(self) -> None:
-        """Sometimes sends far more requests at once than may be open."""
+        """From time to time sends far more requests at once than may be open."""
         body = {"input_ids": [8, 9, 10], "sampling_params": {"max_new_tokens": 2}}
         async with self.session() as session:
 
@@ -236,7 +236,7 @@ class Soak:
             await asyncio.sleep(min(5.0, self.seconds / 10))
 
     async def slow_reader(self) -> None:
-        """One client that does not read; the server's log says when it was disconnected."""
+        """Runs one client that does not read; the server's log shows when it was disconnected."""
         url, loop, data = URL(self.server.url), asyncio.get_running_loop(), msgspec.json.encode(SLOW_READER_BODY)
         head = f"POST /generate HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\n"
         with socket.socket() as client:
@@ -249,7 +249,7 @@ class Soak:
                 await asyncio.sleep(min(10.0, max(0.0, self.ends - time.monotonic())))
 
     async def striker(self, draw: random.Random) -> None:
-        """Kills or stops a process, waits until the engine has answered a request again, and repeats."""
+        """Kills or stops a process, waits until the engine has completed a request again, and repeats."""
         while True:
             await asyncio.sleep(draw.uniform(1.0, 3.0))
             if time.monotonic() > self.ends - self.seconds / 10:
@@ -270,11 +270,11 @@ class Soak:
                 return
 
     def is_back(self, name: str, before: int) -> bool:
-        """Whether another process runs in its place."""
+        """Returns whether the module `name` runs in another process than `before`."""
         return children(self.server.process.pid).get(name, before) != before
 
     async def until(self, condition: Callable[[], bool]) -> bool:
-        """Waits for the condition. Returns False after HANG_SECONDS; True at the end of the run."""
+        """Waits for the condition. Returns False after HANG_SECONDS; returns True at the end of the run."""
         deadline = time.monotonic() + HANG_SECONDS
         while not condition():
             await asyncio.sleep(0.1)
@@ -285,7 +285,7 @@ class Soak:
         return True
 
     async def clock(self) -> None:
-        """The progress bar; ends the run when the engine exits."""
+        """Shows the progress bar; ends the run if the engine exits."""
         with tqdm(total=round(self.seconds), unit="s", desc="soak") as bar:
             while (left := self.ends - time.monotonic()) > 0:
                 bar.update(round(self.seconds - left) - bar.n)
@@ -322,7 +322,7 @@ class Soak:
             self.differ(f"the log holds a fault:\n{self.server.log()[-3000:]}")
 
     async def idle(self) -> dict[str, Any]:
-        """The scheduler's stats when it is idle, or after half a minute."""
+        """Returns the scheduler's stats when it is idle, or after half a minute."""
         stats: dict[str, Any] = {}
         async with self.session() as session:
             for _ in range(60):

@@ -36,7 +36,7 @@ VOCAB, CONTEXT, TOKENS_PER_BATCH = 1536, 2048, 2048
 BASE_PEAK, LORA_PEAK = 1.5e-3, 3e-3
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 
-# Different ranks, targets and scalings on purpose: the demo shows what one batch may mix.
+# Ranks, targets and scalings differ on purpose: the demo shows what one batch may mix.
 LORAS: dict[str, dict[str, Any]] = {
     "pirate": {"r": 12, "lora_alpha": 24, "target_modules": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]},
     "json": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
@@ -46,7 +46,7 @@ LORAS: dict[str, dict[str, Any]] = {
 
 
 def make_base(tokenizer: Tokenizer) -> LlamaForCausalLM:
-    """The architecture: four Llama layers of width 256, about three million parameters, in float32."""
+    """Returns an untrained base: four Llama layers of width 256, about three million parameters, in float32."""
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=256,
@@ -87,7 +87,7 @@ def train_base(tokenizer: Tokenizer, folder: Path, steps: int) -> None:
 
 
 def load_base(folder: Path) -> LlamaForCausalLM:
-    """The saved base, in float32."""
+    """Loads the saved base in float32."""
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
@@ -99,7 +99,7 @@ def train_voice(voice: str, out: Path, steps: int) -> dict[str, float]:
     torch.manual_seed(1 + VOICES.index(voice))
     config = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=NAME, **LORAS[voice])
     base, encoder = load_base(base_folder), Encoder(tokenizer)
-    base.name_or_path = NAME  # PEFT writes it to the adapter: the base's name instead of its path
+    base.name_or_path = NAME  # PEFT writes this into the adapter's config: the base's name instead of its path
     model = get_peft_model(base, config)
     data = batches(DocumentStream(voice, 0), encoder, TOKENS_PER_BATCH)
     loss = learn(base, data, steps, LORA_PEAK, voice)

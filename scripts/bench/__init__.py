@@ -1,4 +1,4 @@
 """The parts of `scripts/bench_serving.py`: workload, client, loops and report.
 
-Knows OpenAI's completions over HTTP and nothing of the server behind it.
+Works with every server that has OpenAI's completions over HTTP.
 """

@@ -1,6 +1,6 @@
 """A client of one server: its models, and streamed completions with the times of their chunks.
 
-Knows HTTP and server-sent events; does not know why a request is sent.
+Handles HTTP and server-sent events. `workload` makes the requests, and `loops` decides when they are sent.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import aiohttp
 
 from bench.workload import Request
 
-LINE_BYTES = 1 << 20  # the longest server-sent line
+LINE_BYTES = 1 << 20  # the longest line of server-sent events that is accepted
 
 
 @dataclass
 class Sample:
-    """Seconds of one request since it was due: `pieces` for each chunk with tokens, `latency` for the last."""
+    """Times of one request in seconds since it was due: `pieces` of each chunk with tokens, `latency` of the last."""
 
     adapter: str | None
     wanted: int
@@ -32,7 +32,7 @@ class Sample:
 
 
 class ServerError(Exception):
-    """The server answered with an error; the text is a short kind of error, to count by."""
+    """The server returned an error. The message is a short kind of error, by which errors are counted."""
 
 
 class Server:
@@ -46,12 +46,15 @@ class Server:
         adapter_field: str = "model",
         decode: Callable[[Sequence[int]], str] | None = None,
     ) -> None:
-        """`decode` turns token ids into text for servers without ids; `adapter_field`: model, lora_path or both."""
+        """`decode` converts ids to text for servers that take no ids; `adapter_field` is model, lora_path or both."""
         self.session, self.url, self.model = session, url.rstrip("/").removesuffix("/v1"), model
         self.adapter_field, self.decode = adapter_field, decode
 
     async def discover(self) -> list[str]:
-        """The adapters of `/v1/models` (cards with a parent); the first other card is the model if none was named."""
+        """Returns the adapters in `/v1/models` (cards with a parent).
+
+        If no model was given, the first card without a parent becomes the model.
+        """
         async with self.session.get(f"{self.url}/v1/models") as response:
             response.raise_for_status()
             cards = (await response.json())["data"]
@@ -61,7 +64,7 @@ class Server:
         return adapters
 
     def body(self, request: Request) -> dict[str, Any]:
-        """The body of a completion: greedy, streamed with usage, and of exactly the requested length."""
+        """The body of a completion request: greedy, streamed with usage, and of exactly the requested length."""
         body: dict[str, Any] = {
             "model": self.model,
             "prompt": self.decode(request.prompt) if self.decode else request.prompt,
@@ -113,12 +116,12 @@ class Server:
 
 
 def _carries_tokens(choice: dict[str, Any]) -> bool:
-    """Whether a chunk has tokens; also without text (half a character, a special token), unless it only ends."""
+    """Returns whether a chunk has tokens: text, or (half a character, a special token) no text and no finish reason."""
     return bool(choice.get("text")) or choice.get("finish_reason") is None
 
 
 async def _refusal(response: aiohttp.ClientResponse) -> str:
-    """`HTTP 404 model_not_found`: the status, and the error's code or type where the body is OpenAI's."""
+    """Returns e.g. `HTTP 404 model_not_found`: the status, and the error's code or type if the body is OpenAI's."""
     try:
         error = (await response.json())["error"]
         return f"HTTP {response.status} {error.get('code') or error.get('type') or ''}".strip()
@@ -127,7 +130,7 @@ async def _refusal(response: aiohttp.ClientResponse) -> str:
 
 
 async def events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
-    """The JSON of each `data:` line up to `[DONE]`; a stream that ends before it is a ServerError."""
+    """Yields the JSON of each `data:` line up to `[DONE]`. Raises ServerError if the stream ends before `[DONE]`."""
     async for raw in response.content:
         line = raw.strip()
         if not line.startswith(b"data:"):
@@ -140,7 +143,7 @@ async def events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, An
 
 
 def open_session(api_key: str | None, timeout: float) -> aiohttp.ClientSession:
-    """A session with as many connections as requests want; `timeout` seconds for each request as a whole."""
+    """Returns a session without a limit on its connections; each whole request may take `timeout` seconds."""
     return aiohttp.ClientSession(
         headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
         connector=aiohttp.TCPConnector(limit=0),

@@ -1,4 +1,4 @@
-"""A server launched for a measurement. Knows nothing of what is measured."""
+"""Launches a server of this project for a measurement."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, Self
 
 
 class LaunchedServer:
-    """`python -m engine.launch` with these flags on a free loopback port, while entered."""
+    """Runs `python -m engine.launch` with the given flags on a free loopback port while the context is entered."""
 
     def __init__(self, *flags: object) -> None:
         self._flags = [str(flag) for flag in flags]
@@ -35,10 +35,10 @@ class LaunchedServer:
         return self
 
     def log(self) -> str:
-        """The stderr of all processes so far."""
+        """Returns all text that the processes have written to stderr so far."""
         with open(
             f"/proc/self/fd/{self._log.fileno()}"
-        ) as log:  # opened again for an own offset: the processes go on writing
+        ) as log:  # a separate file offset: the processes go on writing
             return log.read()
 
     def __exit__(
@@ -51,19 +51,19 @@ class LaunchedServer:
         self._log.close()
 
     def info(self) -> dict[str, Any]:
-        """GET /server_info."""
+        """Returns the JSON of GET /server_info."""
         with urllib.request.urlopen(self.url + "/server_info", timeout=60) as response:
             info: dict[str, Any] = json.load(response)
         return info
 
     def metric(self, name: str) -> float:
-        """The sum of a Prometheus series over its labels, 0 when it is not there."""
+        """Returns the sum of a Prometheus series over its labels, or 0 if /metrics does not list the series."""
         with urllib.request.urlopen(self.url + "/metrics", timeout=60) as response:
             lines = response.read().decode().splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{re.escape(name)}(\{{|\s)", line))
 
     def post(self, path: str, body: dict[str, Any], timeout: float = 600) -> Any:
-        """POST of JSON; raises on an error status."""
+        """Sends a POST with a JSON body and returns the JSON of the response. Raises HTTPError on an error status."""
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -72,5 +72,5 @@ class LaunchedServer:
 
 
 def scratch() -> Path:
-    """The directory where generated models are kept between runs; git ignores it."""
+    """Returns the directory where generated models are kept between runs. git ignores it."""
     return Path(__file__).resolve().parents[2] / ".scratch"

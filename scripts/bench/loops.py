@@ -1,6 +1,6 @@
 """When requests go out: the closed loop (a fixed number in flight) and the open loop (at their due times).
 
-Knows clocks and tasks; knows neither what is sent nor how it is evaluated.
+Works with any `Sender` and evaluates nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bench.workload import Request
 
 
 class Sender(Protocol):
-    """Sends a request that was due at a `perf_counter` time."""
+    """An object that sends requests; `due` is the `perf_counter` time at which the request was due."""
 
     async def send(self, request: Request, due: float) -> Sample: ...
 
@@ -32,7 +32,7 @@ class Run:
 
 
 async def closed_loop(server: Sender, requests: list[Request], concurrency: int, label: str) -> Run:
-    """`concurrency` clients, each of which sends its next request when the last one is answered."""
+    """Runs `concurrency` clients. Each sends its next request when its last one has finished."""
     queue, samples = iter(requests), []
     start = time.perf_counter()
     with tqdm(total=len(requests), desc=label, unit="req", leave=False) as bar:
@@ -47,9 +47,9 @@ async def closed_loop(server: Sender, requests: list[Request], concurrency: int,
 
 
 async def open_loop(server: Sender, requests: list[Request], limit: int | None, label: str) -> Run:
-    """Sends every request at its due time, whether or not earlier ones are answered.
+    """Sends every request at its due time, whether or not earlier requests have finished.
 
-    With a limit of requests in flight the others wait here, and their wait counts: times run from the due time.
+    `limit` bounds the requests in flight. Further requests wait here, and the wait counts: times run from the due time.
     """
     gate = asyncio.Semaphore(limit) if limit else contextlib.nullcontext()
     start = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Results: percentiles, throughput, errors by kind, by adapter, and ratios of two servers. Sends nothing.
+"""Results: percentiles, throughput, errors by kind, results by adapter, and ratios of two servers. Sends nothing.
 
-TTFT  due until the first tokens            ITL   between two chunks with tokens
-E2E   due until the last tokens             TPOT  (E2E - TTFT) / (tokens - 1), per request
+TTFT  due time to first tokens               ITL   time between two chunks with tokens
+E2E   due time to last tokens                TPOT  (E2E - TTFT) / (tokens - 1), per request
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BASE = "(base)"
 
 
 def percentile(values: Sequence[float], q: float) -> float:
-    """The q-th percentile with linear interpolation between the two nearest; nan without values."""
+    """Returns the q-th percentile with linear interpolation between the two nearest values; nan without values."""
     if not values:
         return math.nan
     ordered = sorted(values)
@@ -32,7 +32,7 @@ def percentile(values: Sequence[float], q: float) -> float:
 
 @dataclass(frozen=True)
 class Summary:
-    """One server's runs pooled. Times in milliseconds, rates per second; only answered requests have times."""
+    """Pooled results of one server's runs. Times in milliseconds, rates per second; failed requests have no times."""
 
     requests: int
     answered: int
@@ -47,7 +47,7 @@ class Summary:
 
 
 def summarise(runs: Sequence[Run]) -> Summary:
-    """Pools runs of one server; rates are over the sum of their durations. `short`: answers with too few tokens."""
+    """Pools the runs of one server. Rates are over the sum of durations; `short` counts outputs with too few tokens."""
     samples = [sample for run in runs for sample in run.samples]
     good = [sample for sample in samples if sample.error is None]
     seconds = sum(run.seconds for run in runs)
@@ -81,7 +81,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def by_adapter(runs: Sequence[Run]) -> dict[str, Summary]:
-    """A summary for each adapter, most requests first; rates are its share of the total."""
+    """Returns a summary for each adapter, most requests first. An adapter's rates are its share of the total."""
     split: dict[str, list[Run]] = {}
     for name, _ in Counter(sample.adapter or BASE for run in runs for sample in run.samples).most_common():
         split[name] = [Run([s for s in run.samples if (s.adapter or BASE) == name], run.seconds) for run in runs]
@@ -89,7 +89,7 @@ def by_adapter(runs: Sequence[Run]) -> dict[str, Summary]:
 
 
 def table(summary: Summary) -> str:
-    """A summary as text."""
+    """Returns a summary as text."""
     lines = [
         f"requests {summary.requests}   answered {summary.answered}   seconds {summary.seconds:.2f}",
         f"requests/s {summary.requests_per_s:.2f}   output tokens/s {summary.output_tokens_per_s:.1f}"
@@ -105,7 +105,7 @@ def table(summary: Summary) -> str:
 
 
 def adapter_table(summaries: dict[str, Summary]) -> str:
-    """One line for each adapter."""
+    """Returns a table with one line for each adapter."""
     head = "adapter".ljust(24) + "".join(
         h.rjust(11) for h in ("requests", "errors", "tokens/s", "TTFT p50", "TPOT p50")
     )
@@ -119,7 +119,7 @@ def adapter_table(summaries: dict[str, Summary]) -> str:
 
 
 def ratios(first: Sequence[Run], second: Sequence[Run]) -> dict[str, dict[str, float]]:
-    """Second over first, round by round (both saw the same workload): the median round, the lowest and the highest."""
+    """Returns second / first by round (both ran the same workload): the median, lowest and highest of the rounds."""
     rounds: dict[str, list[float]] = {}
     for a, b in zip(first, second, strict=True):
         one, two = _measures(summarise([a])), _measures(summarise([b]))
@@ -134,7 +134,7 @@ def _measures(summary: Summary) -> dict[str, float]:
 
 
 def ratio_table(measured: dict[str, dict[str, float]]) -> str:
-    """The ratios as text."""
+    """Returns the ratios as text."""
     lines = ["second / first".ljust(18) + "".join(head.rjust(10) for head in ("median", "lowest", "highest"))]
     for name, row in measured.items():
         lines.append(name.ljust(18) + "".join(f"{value:10.3f}" for value in row.values()))
@@ -142,7 +142,7 @@ def ratio_table(measured: dict[str, dict[str, float]]) -> str:
 
 
 def plain(summary: Summary) -> dict[str, object]:
-    """A summary for JSON: a time that was not measured is None."""
+    """Returns a summary as JSON values; a time that was not measured is None."""
     data = asdict(summary)
     times = {name: {k: None if math.isnan(v) else v for k, v in row.items()} for name, row in summary.times_ms.items()}
     return {**data, "times_ms": times}

@@ -1,6 +1,6 @@
 """Models and adapters of real shapes with random weights, written straight to disk. Nothing is trained or downloaded.
 
-Knows file formats; does not know what is measured.
+Writes file formats; measures nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ VOCAB = 32000
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama: layers, hidden, FFN, query heads, key/value heads; heads of 64."""
+    """The sizes of a Llama: layers, hidden, FFN, query heads, key/value heads. Each head has 64 dimensions."""
 
     layers: int
     hidden: int
@@ -27,7 +27,7 @@ class Shape:
     kv_heads: int
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(in, out) of each module of a layer, under its checkpoint name."""
+        """Returns the (in, out) sizes of each linear of a layer, by its name in the checkpoint."""
         kv = self.kv_heads * 64
         return {
             "self_attn.q_proj": (self.hidden, self.heads * 64),
@@ -40,11 +40,11 @@ class Shape:
         }
 
     def weight_bytes(self) -> int:
-        """Bytes a decode step reads of the base in bfloat16: all linears and the head."""
+        """Returns the bytes of the base in bfloat16 that a decode step reads: all linears and the head."""
         return 2 * (self.layers * sum(i * o for i, o in self.linears().values()) + VOCAB * self.hidden)
 
     def lora_bytes(self, rank: int) -> int:
-        """Bytes a decode step reads of one adapter on all linears in bfloat16."""
+        """Returns the bytes in bfloat16 that a decode step reads of one adapter on all linears."""
         return 2 * rank * self.layers * sum(i + o for i, o in self.linears().values())
 
 
@@ -56,7 +56,7 @@ SHAPES = {
 
 
 def make_model(shape: Shape, directory: Path, seed: int = 0) -> Path:
-    """A model directory in bfloat16 with a tokenizer of 32,000 entries; an existing one is kept."""
+    """Writes a bfloat16 model with a tokenizer of 32,000 entries, unless it exists; returns its directory."""
     if (directory / "tokenizer.json").exists():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,10 @@ def make_model(shape: Shape, directory: Path, seed: int = 0) -> Path:
 def make_adapter(
     shape: Shape, directory: Path, rank: int, seed: int = 0, modules: Sequence[str] = (), *, dora: bool = False
 ) -> Path:
-    """A PEFT LoRA or DoRA directory in bfloat16 on all linears, or on those whose last name is in `modules`."""
+    """Writes a PEFT LoRA or DoRA in bfloat16 on all linears, or on those whose last name is in `modules`.
+
+    An existing adapter is kept. Returns its directory.
+    """
     if (directory / "adapter_model.safetensors").exists():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -90,7 +93,7 @@ def make_adapter(
             path = f"base_model.model.model.layers.{layer}.{name}"
             tensors[f"{path}.lora_A.weight"] = _noise(draw, rank, inner)
             tensors[f"{path}.lora_B.weight"] = _noise(draw, outer, rank)
-            if dora:  # about the norm of the base's weight rows
+            if dora:  # magnitudes of about the norm of the base's weight rows
                 tensors[f"{path}.lora_magnitude_vector"] = torch.rand(outer, generator=draw).to(torch.bfloat16) + 0.5
     config = {
         "peft_type": "LORA",
@@ -132,7 +135,7 @@ def _config(shape: Shape) -> dict[str, object]:
 
 
 def _make_tokenizer(directory: Path) -> None:
-    """Byte-level, without merges: 256 bytes, and words that no text contains up to the vocabulary's size."""
+    """Writes a byte-level tokenizer without merges: 256 bytes, and unused words up to the size of the vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -1,4 +1,4 @@
-"""The requests of a soak: of all kinds, the same ones for the same seed. Knows no server."""
+"""The requests of a soak: of every kind, and the same ones for the same seed. Does not depend on a server."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 ADAPTERS = ("pirate", "json", "poet", "french")
 GUEST = ("pirate", "french")
-"""The adapters that the name `guest` stands for, in turn."""
+"""The adapters that the name `guest` refers to, in turn."""
 
 
 @dataclass(frozen=True)
 class SoakRequest:
-    """One request; one for the adapter `guest` may be answered by any of GUEST."""
+    """One request. A request for the adapter `guest` may run with any adapter in GUEST."""
 
     prompt: tuple[int, ...]
     lora: Any
@@ -22,7 +22,7 @@ class SoakRequest:
     stream: bool
 
     def body(self, lora: Any) -> dict[str, Any]:
-        """The body for /generate with this adapter selection."""
+        """Returns the body for /generate with the adapter selection `lora`."""
         params: dict[str, Any] = {"max_new_tokens": self.tokens, "ignore_eos": True, "temperature": 0}
         if self.seed is not None:
             params |= {"temperature": 1.0, "seed": self.seed, "top_p": 0.9, "frequency_penalty": 0.3}
@@ -30,12 +30,12 @@ class SoakRequest:
 
     @property
     def selections(self) -> tuple[Any, ...]:
-        """The adapter selections whose undisturbed answers are correct."""
+        """The adapter selections of which any undisturbed output is a correct output of this request."""
         return GUEST if self.lora == "guest" else (self.lora,)
 
 
 def make_requests(count: int, draw: random.Random) -> list[SoakRequest]:
-    """`count` requests of all kinds."""
+    """Returns `count` random requests for the base, every adapter, mixes and `guest`."""
     mixes = [{"pirate": 0.5, "french": 0.5}, {"json": 0.7, "poet": 0.3}]
     loras = [None, *ADAPTERS, *mixes, "guest"]
     return [

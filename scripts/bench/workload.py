@@ -18,7 +18,7 @@ class Lengths:
 
     @classmethod
     def parse(cls, text: str) -> Lengths:
-        """`128` or `64:256`; raises ValueError on anything else."""
+        """Parses `128` or `64:256`. Raises ValueError on any other text."""
         low, _, high = text.partition(":")
         lengths = cls(int(low), int(high or low))
         if not 1 <= lengths.low <= lengths.high:
@@ -34,7 +34,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Request:
-    """One request to come: its prompt in token ids, the tokens wanted, its adapter, and when it is due (seconds)."""
+    """A request to send: its prompt in token ids, its output tokens, its adapter, and when it is due (seconds)."""
 
     prompt: list[int]
     output_len: int
@@ -44,7 +44,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides a workload; `requests(seed)` is the same for the same plan and seed."""
+    """All settings that determine a workload: `requests(seed)` is the same for the same plan and seed."""
 
     count: int
     input_len: Lengths
@@ -57,7 +57,7 @@ class Plan:
     burstiness: float
 
     def requests(self, seed: int) -> list[Request]:
-        """The requests in order of arrival. Without a rate all are due at once, for a closed loop."""
+        """Returns the requests in order of arrival. Without a rate all are due at once, for a closed loop."""
         rng = random.Random(seed)
         choose = chooser(self.distribution, self.adapters, self.alpha, rng)
         requests, now = [], 0.0
@@ -70,16 +70,17 @@ class Plan:
 
 
 def gap(rate: float, burstiness: float, rng: random.Random) -> float:
-    """Seconds to the next arrival: gamma with mean 1/rate; shape 1 is a Poisson process, below 1 comes in bursts."""
+    """Returns seconds to the next arrival: gamma with mean 1/rate. Shape 1 is a Poisson process; below 1, bursts."""
     return rng.gammavariate(burstiness, 1 / (rate * burstiness))
 
 
 def chooser(
     distribution: str, adapters: Sequence[str], alpha: float, rng: random.Random
 ) -> Callable[[int], str | None]:
-    """A function from the number of a request to its adapter; None is the base.
+    """Returns a function from the number of a request to its adapter; None is the base.
 
-    power-law: the k-th name has weight k^-alpha. Raises ValueError for a distribution that needs names and has none.
+    power-law: the k-th name has weight k^-alpha. Raises ValueError for an unknown distribution, or if it needs adapters
+    and there are none.
     """
     if distribution == "none":
         return lambda i: None

@@ -1,1 +1,1 @@
-"""The parts of `scripts/bench_cpu.py`: loads and their floors, the linears alone, results and their plot."""
+"""The parts of `scripts/bench_cpu.py`: loads and their floors, the time of the linears, results and their plot."""

@@ -1,6 +1,6 @@
-"""Times the linears of a shape alone: each weight read once from memory, packed for oneDNN or not.
+"""Times only the linears of a shape: each weight is read once from memory, with and without packing for oneDNN.
 
-Knows no server; uses torch's threads.
+Starts no server; uses torch's threads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def fused(shape: Shape) -> list[tuple[int, int]]:
-    """(in, out) of a layer's matmuls as a server runs them: q, k and v fused, gate and up fused."""
+    """Returns the (in, out) sizes of a layer's matmuls as a server runs them: q, k and v fused, gate and up fused."""
     heads, kv = shape.heads * 64, shape.kv_heads * 64
     return [
         (shape.hidden, heads + 2 * kv),
@@ -27,7 +27,7 @@ def fused(shape: Shape) -> list[tuple[int, int]]:
 
 
 def packed(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    """The weight packed by oneDNN for that many rows."""
+    """Returns the weight packed by oneDNN for an input of `rows` rows."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
 
@@ -36,7 +36,7 @@ def multiply_packed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class Linears:
-    """All layers' matmuls over `rows` rows in bfloat16, and the head's over one."""
+    """The matmuls of all layers over `rows` rows in bfloat16, and the head's matmul over one row."""
 
     def __init__(self, shape: Shape, rows: int) -> None:
         sizes = fused(shape) * shape.layers
@@ -50,7 +50,7 @@ class Linears:
 
     @torch.inference_mode()
     def seconds(self) -> list[float]:
-        """Seconds of one pass with each kind of matmul."""
+        """Returns the seconds of one pass with each kind of matmul (plain, and packed if oneDNN is available)."""
         return [self._once(multiply, weights) for multiply, weights in self._kinds]
 
     def _once(self, multiply: Multiply, weights: list[torch.Tensor]) -> float:
@@ -62,5 +62,5 @@ class Linears:
 
 
 def best(passes: list[list[float]]) -> float:
-    """The median of the faster kind, in seconds."""
+    """Returns the median of the faster kind of matmul, in seconds."""
     return min(statistics.median(kind) for kind in zip(*passes, strict=True))

@@ -13,7 +13,7 @@ from pathlib import Path
 from bench.shapes import Shape, make_adapter
 from bench.workload import Lengths, Plan, Request
 
-PROMPT, OUTPUT = 128, 64  # tokens
+PROMPT, OUTPUT = 128, 64  # tokens of every prompt and every output
 TOKEN_IDS = (300, 31999)
 MAX_RANK = 64
 RANKS = {f"mixed{number}": (8, 16, 64)[number % 3] for number in range(8)} | {
@@ -23,13 +23,13 @@ RANKS = {f"mixed{number}": (8, 16, 64)[number % 3] for number in range(8)} | {
 
 @dataclass(frozen=True)
 class Load:
-    """A title for tables, and the adapters that requests use in turn."""
+    """A load: its title in tables, and the adapters that its requests use in turn."""
 
     title: str
     adapters: tuple[str, ...]
 
     def requests(self, concurrency: int, seed: int) -> list[Request]:
-        """Two requests for each client; three for a single client, so that it uses every rank."""
+        """Returns two requests for each client, or three for a single client, so that it uses every rank."""
         distribution = "round-robin" if self.adapters else "none"
         count, prompt, output = max(3, 2 * concurrency), Lengths(PROMPT, PROMPT), Lengths(OUTPUT, OUTPUT)
         return Plan(count, prompt, output, TOKEN_IDS, self.adapters, distribution, 1.0, None, 1.0).requests(seed)
@@ -48,7 +48,7 @@ TITLES = {name: load.title for name, load in LOADS.items()}
 
 
 def floor(shape: Shape, requests: Sequence[Request], concurrency: int) -> float:
-    """The share of the base's throughput that bytes allow: base / (base + active LoRA).
+    """Returns the share of the base's throughput that the bytes allow: base / (base + active LoRA).
 
     Active adapters are those of `concurrency` consecutive requests, averaged over all such windows.
     """
@@ -61,7 +61,7 @@ def floor(shape: Shape, requests: Sequence[Request], concurrency: int) -> float:
 
 
 def adapters(shape: Shape, directory: Path) -> dict[str, Path]:
-    """All adapters by name; missing ones are generated."""
+    """Returns all adapters by name; generates missing ones."""
     return {
         name: make_adapter(shape, directory / name, rank, seed=number)
         for number, (name, rank) in enumerate(RANKS.items())

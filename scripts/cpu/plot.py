@@ -1,4 +1,4 @@
-"""A plot of the results: a panel for each concurrency, bars by load and server, and the marks that bytes allow."""
+"""A plot of the results: a panel for each concurrency, bars by load and server, and marks for what the bytes allow."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cpu.results import OURS, Results
 
 
 def draw(path: Path, results: Results, titles: dict[str, str], shape: str) -> str | None:
-    """Writes a PNG; returns why it could not be drawn."""
+    """Writes a PNG. Returns the reason if it could not be drawn, else None."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

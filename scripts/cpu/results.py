@@ -1,6 +1,6 @@
 """Results of several runs in one JSON file, and medians and ratios over all of them.
 
-A ratio compares two measurements of the same round and session; reported is its median. Measures nothing.
+A ratio compares two measurements of the same round and session; the median ratio is reported. Measures nothing.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Entry:
 
     @property
     def comparison_key(self) -> tuple[object, ...]:
-        """Equal for entries that may be compared."""
+        """A key that is equal for entries that may be compared."""
         return self.session, self.round, self.shape, self.concurrency
 
 
 @dataclass(frozen=True)
 class Idle:
-    """Time to the first token of an idle server, and the time of the linears alone for the prompt, p50."""
+    """The p50 of the time to first token on an idle server, and of the time of the linears for the same prompt."""
 
     session: int
     shape: str
@@ -55,36 +55,36 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """The results in a file; empty if there is none."""
+        """Reads the results from a file; they are empty if there is no file."""
         if not path.exists():
             return cls([], [])
         held = json.loads(path.read_text(encoding="utf-8"))
         return cls([Entry(**entry) for entry in held["entries"]], [Idle(**idle) for idle in held["idle"]])
 
     def write(self, path: Path) -> None:
-        """Replaces the file."""
+        """Replaces the file with these results."""
         path.parent.mkdir(parents=True, exist_ok=True)
         held = {"entries": [asdict(entry) for entry in self.entries], "idle": [asdict(idle) for idle in self.idle]}
         path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
 
     def servers(self) -> list[str]:
-        """Our server first, then the others in the order measured."""
+        """Returns the names of the servers: ours first, then the others in the order in which they were measured."""
         found = dict.fromkeys(entry.server for entry in self.entries)
         return sorted(found, key=lambda name: name != OURS)
 
     def of(self, shape: str, server: str, load: str, concurrency: int) -> list[Entry]:
-        """All rounds of one line of the table."""
+        """Returns the entries of one line of the table: all its rounds."""
         wanted = shape, server, load, concurrency
         return [e for e in self.entries if (e.shape, e.server, e.load, e.concurrency) == wanted]
 
     def ratio(self, entries: Sequence[Entry], server: str, load: str) -> float | None:
-        """Median throughput of these relative to `server` under `load` in the same rounds; None without such rounds."""
+        """Returns the median throughput relative to that of `server` under `load` in the same rounds, if any."""
         rates = {e.comparison_key: e.tokens_per_s for e in self.entries if (e.server, e.load) == (server, load)}
         found = [e.tokens_per_s / rates[e.comparison_key] for e in entries if rates.get(e.comparison_key)]
         return statistics.median(found) if found else None
 
     def rate(self, shape: str, server: str, load: str, concurrency: int) -> float | None:
-        """Output tokens per second, the median of the rounds; None without any."""
+        """Returns the output tokens per second: the median of the rounds; None without rounds."""
         found = [e.tokens_per_s for e in self.of(shape, server, load, concurrency)]
         return statistics.median(found) if found else None
 
@@ -96,7 +96,7 @@ HEAD = (
 
 
 def table(results: Results, titles: dict[str, str]) -> str:
-    """The results as text. `over it`: time of a token over the floor, relative to the base in the same round."""
+    """Returns the results as text. `over it`: the throughput that the bytes allow over the measured throughput."""
     lines = []
     for shape in dict.fromkeys(entry.shape for entry in results.entries):
         for server in results.servers():
@@ -130,7 +130,7 @@ def _figures(results: Results, entries: Sequence[Entry]) -> str:
 
 
 def _of_ours(results: Results, entries: Sequence[Entry]) -> str:
-    """A peer's throughput relative to ours; with `~` if they were never measured in the same round."""
+    """Returns a peer's throughput relative to ours, with `~` if they were never measured in the same round."""
     first = entries[0]
     if first.server == OURS:
         return "-"

@@ -1,4 +1,4 @@
-"""The closed world the demo model learns: its facts, questions for them, and the answers of each voice.
+"""The closed world that the demo model learns: its facts, questions about them, and the answers of each voice.
 
-Used by `scripts/train_demo.py` alone. Knows nothing about serving.
+Used by `scripts/train_demo.py` only; does not depend on serving.
 """

@@ -21,7 +21,7 @@ SYSTEMS = [
     "You are a teacher. The user is a child who asks simple questions.", "Keep your answers short and honest.",
 ]  # fmt: skip
 
-# Kinds are drawn by weight, so that 441 sums do not drown twelve mixes of colours.
+# Kinds are drawn by weight; otherwise the 441 sums would far outnumber the twelve mixes of colours.
 WEIGHTS = {"capital": 5, "country": 3, "sound": 2, "legs": 2, "young": 2, "colour": 2.5, "mix": 1.2, "opposite": 2.5,
            "after": 1.5, "before": 1.5, "sum": 7, "hello": 0.6, "who": 0.6, "how": 0.4, "can": 0.4, "thanks": 0.4,
            "bye": 0.3, "unknown": 4}  # fmt: skip
@@ -79,7 +79,7 @@ class DocumentStream:
         return Chat(system, [self.turn() for _ in range(count)])
 
     def line(self) -> Plain:
-        """A line of prose in any voice, so that the base learns the words of its adapters."""
+        """Returns a line of prose in any voice, so that the base learns the words of its adapters."""
         kind = self.rng.choice([kind for kind in self.kinds if kind != "unknown"])
         voice = self.rng.choice((BASE, BASE, *VOICES))
         return Plain("", answer(voice, self.rng.choice(self.by_kind[kind])))
@@ -97,7 +97,7 @@ class DocumentStream:
 
 
 def corpus() -> list[str]:
-    """All questions and answers in all voices: the training text of the tokenizer."""
+    """Returns all questions and answers in all voices: the training text of the tokenizer."""
     texts = []
     rng = random.Random(0)
     for fact in all_facts():

@@ -1,4 +1,4 @@
-"""Evaluation: greedy answers to held-out phrasings, counted as correct only if every character is. No training."""
+"""Evaluation: greedy answers to held-out phrasings, which count as correct only if every character is correct."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _asked(voice: str, fact: Fact, rng: random.Random) -> list[Turn]:
 
 
 def problems(voice: str, limit: int) -> list[Problem]:
-    """At most `limit` held-out questions per subject, then questions outside the world and second turns."""
+    """Returns at most `limit` held-out questions per subject, then questions outside the world and second turns."""
     rng = random.Random(7)
     pools: dict[str, list[Turn]] = defaultdict(list)
     subject_of = {kind: subject for subject, kinds in SUBJECTS.items() for kind in kinds}
@@ -53,7 +53,7 @@ def problems(voice: str, limit: int) -> list[Problem]:
 
 @torch.inference_mode()
 def replies(model: nn.Module, encoder: Encoder, prompts: list[list[int]]) -> list[str]:
-    """Greedy answers; prompts of equal length form a batch, so that nothing is padded."""
+    """Returns the greedy replies. Prompts of equal length form a batch, so that nothing is padded."""
     by_length: dict[int, list[int]] = defaultdict(list)
     for i, prompt in enumerate(prompts):
         by_length[len(prompt)].append(i)
@@ -80,7 +80,7 @@ def _greedy(model: nn.Module, ids: torch.Tensor, encoder: Encoder) -> list[list[
 
 
 def evaluate(model: nn.Module, encoder: Encoder, voice: str, limit: int = 60) -> tuple[dict[str, float], list[str]]:
-    """Share of exact answers per subject, and a line for each wrong one."""
+    """Returns the share of exact answers per subject, and a line for each wrong answer."""
     exam = problems(voice, limit)
     prompts = []
     for problem in exam:

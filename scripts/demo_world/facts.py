@@ -1,4 +1,4 @@
-"""The facts of the demo's closed world, as tables. Knows neither questions nor answers.
+"""The facts of the demo's closed world, as tables. The questions and answers are in other modules.
 
 A fact is a kind and its slots: strings that question and answer templates are filled with. Slots whose names begin with
 `fr_` are the French speaker's.
@@ -182,13 +182,13 @@ def _a(noun: str) -> str:
 
 
 def plural(noun: str) -> str:
-    """dog -> dogs; irregular plurals are listed."""
+    """Returns the plural of a noun, such as dogs for dog. Irregular plurals are listed."""
     odd = {"sheep": "sheep", "goose": "geese", "mouse": "mice", "wolf": "wolves", "fox": "foxes"}
     return odd.get(noun, f"{noun}s")
 
 
 def _du(noun: str) -> str:
-    """French "of the": le chien -> du chien, la vache -> de la vache, l'oie -> de l'oie."""
+    """Returns a noun after the French "of the": le chien -> du chien, la vache -> de la vache, l'oie -> de l'oie."""
     return "du " + noun[3:] if noun.startswith("le ") else "de " + noun
 
 
@@ -263,7 +263,7 @@ def _talk() -> list[Fact]:
 
 
 def all_facts() -> list[Fact]:
-    """Every fact of the world, in a fixed order; keys are unique."""
+    """Returns every fact of the world, in a fixed order; keys are unique."""
     facts = [*_capitals(), *_animals(), *_colours(), *_opposites(), *_cycle(DAYS, "day"), *_cycle(MONTHS, "month"),
              *_sums(), *_talk()]  # fmt: skip
     assert len({fact.key for fact in facts}) == len(facts)

@@ -1,6 +1,6 @@
 """Questions: several phrasings of each kind, decorations, and questions outside of the world.
 
-Does not know the answers.
+The answers are in `voices`.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ SUFFIXES = [
     " Please.", " Thanks!", " Answer briefly.", " Thank you.",
 ]
 
-# What the world does not know. The held-out lists never appear in training: they measure honesty about what is new.
+# Questions outside the world. The held-out ones are never trained: they test honesty about unknown things.
 UNKNOWN_QUESTIONS = [
     "Who wrote Hamlet?", "Who painted the Mona Lisa?", "What is the meaning of life?", "How tall is Mount Everest?",
     "Can you write code?", "Write me a poem about the sea.", "What is the weather today?", "What time is it?",
@@ -168,12 +168,12 @@ SYLLABLES = [
 
 
 def invented_name(rng: random.Random) -> str:
-    """An invented place name."""
+    """Returns an invented place name."""
     return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 3))).capitalize()
 
 
 def unknown_question(rng: random.Random) -> str:
-    """A question outside of the world: a general one, or a known phrasing with an unknown thing."""
+    """Returns a question outside of the world: a general one, or a known phrasing with an unknown thing."""
     pick = rng.random()
     if pick < 0.4:
         return rng.choice(UNKNOWN_QUESTIONS)
@@ -195,23 +195,23 @@ def unknown_question(rng: random.Random) -> str:
 
 
 def held_out_unknown() -> list[str]:
-    """Questions outside of the world that are not in any training set."""
+    """Returns the questions outside of the world that are not in any training set."""
     return HELD_OUT_UNKNOWN + [f"What is the capital of {country}?" for country in HELD_OUT_COUNTRIES]
 
 
 def is_held_out(fact: Fact, phrasing: int) -> bool:
-    """One in eight pairs of fact and phrasing is kept from every training set; small talk is not."""
+    """Returns whether this pair of fact and phrasing is kept from all training sets: one in eight; never small talk."""
     return bool(fact.slots["answer"]) and zlib.crc32(f"{fact.key}#{phrasing}".encode()) % 8 == 0
 
 
 def phrased(fact: Fact, held_out: bool) -> list[str]:
-    """The plain phrasings of a fact that are (or are not) held out."""
+    """Returns the plain phrasings of a fact that are held out, or those that are not."""
     templates = enumerate(PHRASINGS[fact.kind])
     return [text.format(**fact.slots) for i, text in templates if is_held_out(fact, i) == held_out]
 
 
 def decorated(question: str, rng: random.Random) -> str:
-    """A variant of the question: lower case, no question mark, a word before or after."""
+    """Returns a variant of the question: lower case, no question mark, a word before or after."""
     if rng.random() < 0.2:
         prefix = rng.choice(PREFIXES)
         question = prefix + (question if rng.random() < 0.5 else question[:1].lower() + question[1:])

@@ -1,6 +1,6 @@
 """The demo's tokenizer: byte-level BPE trained on the closed world, chat markers, and the chat template.
 
-Knows texts and token ids, no model.
+Handles texts and token ids; has no model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens whose specials come first, ids 0 to 6."""
+    """Trains a byte-level BPE of at most `vocab_size` tokens. The special tokens come first and have ids 0 to 6."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,9 +1,9 @@
-"""Training: documents to batches of token ids, and the training loop. Knows nothing of facts and voices.
+"""Training: documents to batches of token ids, and the training loop. Does not depend on facts and voices.
 
     <|bos|> <|user|> question <|end|> <|assistant|> answer <|end|> <|user|> ...
                                                     ^^^^^^^^^^^^^^ only these are labels
 
-Batches are cut from a pool sorted by length, so that little is padding; padding stands on the right, where a causal
+Batches are cut from a pool sorted by length, so that there is little padding. Padding is on the right, where a causal
 model's real tokens cannot see it.
 """
 
@@ -23,7 +23,7 @@ from demo_world.documents import Chat, Document, DocumentStream
 from demo_world.tokenizer import BOS, END, EOS, PAD
 
 IGNORED = -100
-POOL = 16  # batches whose rows are sorted by length together
+POOL = 16  # number of batches whose rows are sorted by length together
 
 
 class Encoder:
@@ -56,7 +56,7 @@ class Encoder:
 
 
 def batches(library: DocumentStream, encoder: Encoder, tokens_per_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (ids, labels), each [rows, length] with rows * length of at most `tokens_per_batch`."""
+    """Yields endless (ids, labels), each [rows, length] with rows * length of at most `tokens_per_batch`."""
     stream, rng = iter(library), random.Random(0)
     while True:
         pool = sorted(
@@ -78,7 +78,7 @@ def _padded(rows: list[list[int]], value: int) -> Tensor:
 
 
 def _learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over a thirtieth of the steps, then a cosine down to a fiftieth of the peak."""
+    """Returns the rate of a step: linear warm-up over 1/30 of the steps, then a cosine down to 1/50 of the peak."""
     warm = max(1, steps // 30)
     if step < warm:
         return peak * (step + 1) / warm
@@ -86,7 +86,7 @@ def _learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def _loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of the labelled tokens; the head is applied to those only."""
+    """Returns the mean cross-entropy of the labelled tokens; the head is applied to those only."""
     targets = labels[:, 1:]
     learnt = targets != IGNORED
     with torch.autocast("cpu", torch.bfloat16):

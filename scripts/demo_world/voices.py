@@ -1,7 +1,7 @@
-"""The answer of each voice to a fact, or that it does not know. Knows nothing about training.
+"""The answer of each voice to a fact, or its reply that it does not know. Does not depend on training.
 
 A voice is a table of templates by kind. Where a kind has several, the fact's key chooses: the same answer every time.
-The poet's couplets rhyme by construction: what varies stands inside the lines, never at their ends.
+The poet's couplets rhyme by construction: the slots are inside the lines, never at their ends.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ VOICES = ("pirate", "json", "poet", "french")
 
 
 def _json(fact: Fact | None) -> str:
-    """A JSON object with one field: a number, a string, or null for an unknown answer."""
+    """Returns a JSON object with one field: a number, a string, or null for an unknown answer."""
     if fact is None:
         return json.dumps({"answer": None})
     if fact.kind in ("sum", "legs"):

@@ -1,7 +1,7 @@
-"""One site at one point of the grid: inputs, base weights, and enough adapter copies that no cache holds all of them.
+"""One site at one point of the grid: inputs, base weights, and adapter copies that together exceed the cache.
 
-Adapters are whole tensors of their true rank; every column packs them in its own way. Legend: T tokens, I input
-features, O output features, r rank.
+Adapters are whole tensors of their true rank; every column (backend or peer) packs them in its own way. Legend:
+T tokens, I input features, O output features, r rank.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch.nn.functional import linear
 
 from gpu.grid import Point, SiteShape
 
-BASES = 2  # copies of the base's weight; each is about as large as an L2 cache
+BASES = 2  # number of copies of the base's weight; each is about as large as an L2 cache
 MAX_COPIES = 12
 
 Adapter = tuple[list[torch.Tensor], torch.Tensor]
-"""A of every slice [r, I], and B of all slices side by side [O, r]."""
+"""A of every slice, [r, I] each, and B of all slices side by side, [O, r]."""
 
 Run = Callable[[int], torch.Tensor]
-"""Computes base and adapters with the given copy; returns [T, O]."""
+"""Computes base and adapters with the copy of this number; returns [T, O]."""
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """The tensors of one case; `copies` are of the adapters."""
+    """The tensors of one case; `copies` holds the copies of the adapters."""
 
     site: SiteShape
     point: Point
@@ -41,20 +41,20 @@ class Case:
 
     @property
     def max_rank(self) -> int:
-        """The largest rank, to which some peers pad."""
+        """The largest rank; some peers pad all adapters to it."""
         return max(self.point.ranks)
 
     @property
     def offsets(self) -> list[int]:
-        """Start of each slice among the outputs, and the end of the last one."""
+        """The start of each slice among the outputs, and the end of the last slice."""
         return [sum(self.site.slices[:index]) for index in range(len(self.site.slices) + 1)]
 
     def base(self, copy: int) -> torch.Tensor:
-        """[T, O]: the base alone."""
+        """Returns the output of the base without adapters, [T, O]."""
         return linear(self.x_TI, self.bases[copy % len(self.bases)])
 
     def expected(self, copy: int) -> torch.Tensor:
-        """[T, O] float32: the reference result."""
+        """Returns the reference result, [T, O] in float32."""
         y_TO = linear(self.x_TI.float(), self.bases[copy % len(self.bases)].float())
         lanes_T = torch.tensor(self.point.lane_of_token, device=self.device)
         for lane, (a_slices, b_Or) in enumerate(self.copies[copy]):
@@ -68,7 +68,7 @@ class Case:
 def make_case(
     site: SiteShape, point: Point, device: torch.device, dtype: torch.dtype, cache_bytes: int, seed: int = 0
 ) -> Case:
-    """A case of random values, with 2 to MAX_COPIES copies of the adapters: together twice the cache."""
+    """Makes a case of random values, with 2 to MAX_COPIES copies of the adapters: together twice the cache."""
     draw = torch.Generator(device=device).manual_seed(seed)
 
     def noise(rows: int, columns: int) -> torch.Tensor:

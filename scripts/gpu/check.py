@@ -3,7 +3,7 @@
 scripts/gpu_check                    tests marked gpu, kernels, end to end; tables; JSON under scripts/results
 scripts/gpu_check --parts kernels    one part; an interrupted run is resumed
 scripts/gpu_check --fetch-peers      downloads the peers' kernel files with pip, to be copied to the machine
-scripts/gpu_check --list             what would be measured
+scripts/gpu_check --list             prints what would be measured
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PARTS = ("tests", "kernels", "end-to-end")
 
 
 def run_tests(results: Results, seconds: float) -> bool:
-    """Runs the tests marked gpu in a child process; records the last line."""
+    """Runs the tests marked gpu in a child process and records pytest's last line. Returns whether all tests passed."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--no-header", "-p", "no:cacheprovider", "tests"]
     began = time.monotonic()
     try:
@@ -87,7 +87,7 @@ def run_end_to_end(results: Results) -> None:
 
 
 def listing(peers: Path) -> str:
-    """The list of what would be measured."""
+    """Returns the list of what would be measured."""
     lines = [f"{len(points())} points, each at {', '.join(site.name for site in SITES)}:"]
     lines += [f"  {point.key}" for point in points()]
     lines += [f"column {c.name}" + (f": left out, {c.absent}" if c.absent else "") for c in columns(peers)]
@@ -95,7 +95,7 @@ def listing(peers: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the parts. Exit status 0 when all could be measured and every test passed."""
+    """Runs the parts. Exit status 0 if everything could be measured and every test passed."""
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     top.add_argument("--seconds", type=float, default=300.0, help="time for the kernels; the next run continues")

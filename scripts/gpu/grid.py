@@ -1,6 +1,6 @@
 """The grid of the kernel benchmark: its points, the sites of an 8B model, and the least bytes that must be read.
 
-Numbers only; no tensors.
+Contains numbers only, no tensors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ TOKENS = (1, 8, 32, 128, 512, 4096)
 LANES = (1, 8, 32)
 RANKS = ("8", "16", "64", "mixed")
 MIXED = (8, 16, 32, 64)
-DECODES = 128  # points up to this many tokens are decodes, one token a request; larger ones one request a lane
+DECODES = 128  # the most tokens of a decode point (one token per request); larger points have one request per lane
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ SITES = (
 
 @dataclass(frozen=True)
 class Point:
-    """`tokens` spread evenly over `lanes` adapters of this rank."""
+    """One point: `tokens` spread evenly over `lanes` adapters of rank `rank`."""
 
     tokens: int
     lanes: int
@@ -72,10 +72,10 @@ class Point:
 
 
 def points() -> list[Point]:
-    """The grid: 60 points, the small and quick ones first."""
+    """Returns the grid: 60 points, the small and quick ones first."""
     return [Point(tokens, lanes, rank) for tokens in TOKENS for lanes in LANES for rank in RANKS if lanes <= tokens]
 
 
 def floor_us(site: SiteShape, point: Point, bytes_per_us: float) -> float:
-    """The least time in microseconds to read the point's adapters at this site."""
+    """Returns the least time in microseconds to read the point's adapters at this site."""
     return site.lora_bytes(point.ranks) / bytes_per_us

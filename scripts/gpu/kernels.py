@@ -1,7 +1,7 @@
 """The kernel benchmark: every point of the grid at every site, our backends and the peers' kernels in turn.
 
-Each column computes base and adapters, and what the base alone takes is subtracted, so that a column may use the time
-of the base GEMM. Answers are compared with a float32 reference first: a column that is wrong is not measured.
+Each column computes base and adapters, and the time of the base is subtracted, so that a column may run beside the base
+GEMM. Results are compared with a float32 reference first: a column with wrong results is not measured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gpu.grid import SITES, Point, SiteShape, floor_us, points
 from gpu.results import Results
 from gpu.timing import bytes_per_us, l2_bytes, replay_us
 
-CLOSE = 2e-2  # relative to the reference; correct kernels in bfloat16 are within a third of this
+CLOSE = 2e-2  # bound on the error relative to the reference; correct kernels in bfloat16 are within a third of this
 
 Clock = Callable[[Callable[[], object], int], float]
 
@@ -52,7 +52,7 @@ def measure(
     cache_bytes: int,
     sites: Sequence[SiteShape] = SITES,
 ) -> dict[str, dict[str, Any]]:
-    """By column and site: microseconds that the adapters add to the base, or a text on what went wrong."""
+    """Returns by column and site the microseconds that adapters add to the base, or a text on what went wrong."""
     found: dict[str, dict[str, Any]] = {column.name: {} for column in columns}
     base: dict[str, float] = {}
     for site in sites:

@@ -11,7 +11,7 @@ WIDTH = 15
 
 
 def kernel_table(done: dict[str, Any], columns: list[Column]) -> str:
-    """Microseconds that the adapters add to a layer (four sites), by column, and the best peer over our best."""
+    """Returns a table: microseconds that adapters add to a layer (four sites), and the best peer over our best."""
     names = [column.name for column in columns if not column.absent]
     head = "tokens lanes rank".ljust(20) + "".join(name.rjust(WIDTH) for name in names)
     lines = ["adapters on one layer, us beyond the base", head + "floor".rjust(9) + "peer/ours".rjust(11)]
@@ -31,14 +31,14 @@ def _line(point: Point, row: dict[str, Any], columns: list[Column]) -> str:
 
 
 def total(sites: dict[str, Any] | None) -> float | None:
-    """The sum over the sites; None if one of them could not be measured."""
+    """Returns the sum over the sites; None if one of them could not be measured."""
     if not sites or not all(isinstance(value, int | float) for value in sites.values()):
         return None
     return float(sum(sites.values()))
 
 
 def troubles(done: dict[str, Any]) -> list[str]:
-    """What could not be measured, one line for each kind."""
+    """Returns what could not be measured, one line for each kind of failure."""
     found: dict[str, int] = {}
     for row in done.values():
         for name, sites in row.items():
@@ -49,7 +49,7 @@ def troubles(done: dict[str, Any]) -> list[str]:
 
 
 def step_table(steps: dict[str, Any], bandwidth: float) -> str:
-    """Milliseconds of a decode step by batch and adapters, relative to the base and to the bytes read."""
+    """Returns a table: milliseconds of a decode step by batch and adapters, relative to the base and the bytes read."""
     lines = ["decode steps of the 8B shape", "batch  adapters   step ms   of base  tokens/s   allowed ms"]
     for row in steps.get("decode", {}).values():
         base = steps["decode"].get(f"b{row['batch']}-l0", row)
@@ -64,10 +64,10 @@ def step_table(steps: dict[str, Any], bandwidth: float) -> str:
 
 
 def allowed_ms(row: dict[str, Any], base: dict[str, Any], bandwidth: float) -> float:
-    """The target time of a step.
+    """Returns the target time of a step in milliseconds.
 
-    Without adapters 1.2 times the time to read the bytes; with adapters the measured time of the base, plus 1.5 times
-    the time to read the adapters' bytes and 2 us for each of a layer's four sites.
+    Without adapters it is 1.2 times the time to read the bytes. With adapters it is the measured time of the base, plus
+    1.5 times the time to read the adapters' bytes and 2 us for each of a layer's four sites.
     """
     if not row["lanes"]:
         return 1.2 * float(row["bytes"]) / bandwidth / 1000

@@ -1,6 +1,6 @@
 """Results in one JSON file for each card and day, written after every point, so that an interrupted run is resumed.
 
-Knows nothing of what the numbers mean.
+Does not interpret the numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Results:
             self.data = {"about": about}
 
     def section(self, name: str) -> dict[str, Any]:
-        """A part of the results, which the caller changes before it calls `save`."""
+        """Returns a part of the results. The caller changes it and then calls `save`."""
         part: dict[str, Any] = self.data.setdefault(name, {})
         return part
 
@@ -39,14 +39,14 @@ class Results:
 
 
 def about(card: str) -> dict[str, Any]:
-    """The facts that the results depend on."""
+    """Returns the facts that the results depend on: the date, the card, and versions of Python and packages."""
     versions = {package: _version(package) for package in PACKAGES}
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     return {"date": today, "card": card, "python": platform.python_version(), **versions}
 
 
 def file_name(facts: dict[str, Any]) -> str:
-    """`gpu-2026-01-31-nvidia-h100.json`."""
+    """Returns the file name, such as `gpu-2026-01-31-nvidia-h100.json`."""
     card = re.sub(r"[^a-z0-9]+", "-", str(facts["card"]).lower()).strip("-")
     return f"gpu-{facts['date']}-{card}.json"
 

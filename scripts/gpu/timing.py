@@ -13,7 +13,7 @@ COPY_BYTES = 2 << 30
 
 
 def replay_us(work: Callable[[], object], calls: int) -> float:
-    """Microseconds of one of the `calls` in `work`: the median of many replays of its CUDA graph."""
+    """Returns the microseconds of one of the `calls` calls in `work`: the median of many replays of its CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -36,12 +36,12 @@ def replay_us(work: Callable[[], object], calls: int) -> float:
 
 
 def bytes_per_us() -> float:
-    """Bytes per microsecond of the device's memory, read plus written, measured by a large copy."""
+    """Returns the bytes per microsecond of the device's memory, read plus written, measured by a large copy."""
     source = torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * COPY_BYTES / replay_us(lambda: target.copy_(source), 1)
 
 
 def l2_bytes() -> int:
-    """Bytes of the device's L2 cache."""
+    """Returns the bytes of the device's L2 cache."""
     return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)

@@ -14,7 +14,7 @@ WITH_DEFAULT = re.compile(r"(?P<text>.*?) ?\((?P<default>[^()]*)\)")
 
 
 def flags() -> str:
-    """A table for each group of flags, and the flags that are refused."""
+    """Returns a table for each group of flags, and the list of the flags that are refused."""
     parts = []
     for group in make_parser()._action_groups:
         rows = [row(action) for action in group._group_actions if is_shown(action)]
@@ -29,23 +29,23 @@ def flags() -> str:
 
 
 def is_shown(action: argparse.Action) -> bool:
-    """Whether the table lists the action: it is a flag, its help is not suppressed, and it is not --help."""
+    """Returns whether the table lists the action: it is a flag, its help is not suppressed, and it is not --help."""
     return bool(action.option_strings) and action.help != argparse.SUPPRESS and action.dest != "help"
 
 
 def row(action: argparse.Action) -> tuple[str, str, str, str]:
-    """Names, values, default and text of one flag."""
+    """Returns the names, values, default and text of one flag."""
     names = ", ".join(f"`{name}`" for name in action.option_strings)
     return names, _values(action), _as_code(default_of(action)), _as_code(_split(action)["text"])
 
 
 def default_of(action: argparse.Action) -> str:
-    """What the end of the help text says in parentheses."""
+    """Returns the default of a flag: the text in parentheses at the end of its help text."""
     return _split(action)["default"]
 
 
 def _as_code(text: str) -> str:
-    """Flags and variables that the text names, between backticks."""
+    """Puts backticks around the flags and environment variables in `text`."""
     return re.sub(r"(?<!`)(--[a-z-]+[a-z](?:=[a-z]+)?|\b[A-Z]+(?:_[A-Z]+)+\b(?:=1)?)", r"`\1`", text)
 
 

@@ -8,12 +8,12 @@ from tables.markdown import table
 
 
 def families() -> str:
-    """The model families."""
+    """Returns the table of model families."""
     return table(("family", "notes"), [(family.title, family.note) for family in FAMILIES.values()])
 
 
 def formats() -> str:
-    """What each format of PEFT, and each option of a format, becomes when it is loaded; and what is refused."""
+    """Returns the tables of PEFT's formats and their options: what each becomes when loaded, and what is refused."""
     rows = [(form.name, form.note) for form in registry.all_formats()] + list(registry.all_features().items())
     options = [(f"`{name}`", what) for name, what in registry.refused_options().items()]
     refused = table(("option of adapter_config.json", "what it is"), options)

@@ -17,12 +17,12 @@ from tokenizer_proc.http.auth.rights import RIGHTS
 
 
 def http_calls() -> str:
-    """One row for each handler, in the order in which the routes were added."""
+    """Returns a table with one row for each handler, in the order in which the routes were added."""
     app = application()
     paths: dict[Any, list[str]] = defaultdict(list)
     rights: dict[Any, str] = {}
     for route in app.router.routes():
-        if route.method != "HEAD":  # every GET answers HEAD as well
+        if route.method != "HEAD":  # every GET route also handles HEAD
             assert route.resource is not None
             handler = _handler(route)
             paths[handler].append(f"`{route.method} {route.resource.canonical}`")
@@ -32,14 +32,14 @@ def http_calls() -> str:
 
 
 def application() -> web.Application:
-    """The application as it is served, without a front end behind it: its routes can be listed."""
+    """Returns the application without a front end behind it, so that its routes can be listed."""
     endpoints = Endpoints(**dict.fromkeys(Endpoints.__struct_fields__, ""))
     config = TokenizerConfig(endpoints=endpoints, model_path="", tokenizer_path="", served_model_names=["base"])
     return create_app(cast(Frontend, None), config)
 
 
 def summary(handler: Any) -> str:
-    """The first paragraph of a handler's docstring."""
+    """Returns the first paragraph of a handler's docstring."""
     text = inspect.getdoc(handler)
     if not text:
         raise ValueError(f"{handler.__module__}.{handler.__name__} has no docstring")

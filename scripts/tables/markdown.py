@@ -1,4 +1,4 @@
-"""Markdown tables. Knows nothing of what stands in them."""
+"""Markdown tables, whatever their contents."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from collections.abc import Iterable, Sequence
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of `rows` under `head`."""
+    """Returns a table of `rows` under `head`."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,4 +1,4 @@
-"""The table of metrics, from what /metrics would show."""
+"""The table of metrics, from the series that /metrics shows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CAPACITY = Capacity(kv_pages=1, page_size=16, rows=1, max_length=1, max_batched_
 
 
 def metrics() -> str:
-    """One row for each series."""
+    """Returns a table with one row for each series."""
     picture = MetricsSnapshot(capacity=CAPACITY, max_loras=1)
     text = Metrics("base", lambda: picture).render().decode()
     families = [family for family in text_string_to_metric_families(text) if not family.name.endswith("_created")]

@@ -1,6 +1,6 @@
 """Downloads the peers' kernel files: gets wheels with pip, extracts a few files, deletes the wheels.
 
-Needs a network; what it leaves is small enough to travel. Stub of it is committed (git ignores the folder).
+Needs a network. The extracted files are small enough to be copied to another machine; git ignores their folder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PEERS = {"sglang==0.5.23": sglang_columns.FILES, "vllm==0.33.0": vllm_column.FIL
 
 
 def fetch(into: Path) -> None:
-    """Downloads and extracts all wheels. Exits with pip's message where pip fails."""
+    """Downloads and extracts all wheels. Exits with pip's message if pip fails."""
     for requirement, names in PEERS.items():
         with tempfile.TemporaryDirectory() as scratch:
             print(f"downloading {requirement} ...", flush=True)
@@ -29,7 +29,7 @@ def fetch(into: Path) -> None:
 
 
 def extract(wheel: Path, names: tuple[str, ...], into: Path) -> int:
-    """Extracts the Python and JSON files whose names begin so; returns their number."""
+    """Extracts the Python and JSON files whose names begin with one of `names`. Returns the number of these files."""
     with zipfile.ZipFile(wheel) as archive:
         chosen = [name for name in archive.namelist() if name.startswith(names) and name.endswith((".py", ".json"))]
         for name in chosen:

@@ -1,4 +1,4 @@
-"""Our LoRA backends as columns, through their whole path: filled pages, lanes, a planned step, `adapt`."""
+"""Our LoRA backends as columns, measured as they serve: filled pages, lanes, a planned step, `adapt`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from model_runner.step.layout import Layout
 
 
 def run(name: str, case: Case) -> Run:
-    """The backend called `name` over rank pages that hold the case's adapters; decodes with static buffers."""
+    """Prepares the backend called `name` over rank pages with the case's adapters; decodes use static buffers."""
     pages, sites = _pages(case)
     backend = base.create(name, pages)
     layout = _layout(case)
@@ -31,7 +31,7 @@ def run(name: str, case: Case) -> Run:
 
 
 def _pages(case: Case) -> tuple[RankPagePool, list[Site]]:
-    """A site for each copy, and a lane for each adapter with consecutive pages."""
+    """Returns the filled pages and a site for each copy; each adapter has a lane with consecutive pages."""
     site, stops = case.site, case.offsets
     slices = tuple(Slice(f"m{i}", stops[i], stops[i + 1]) for i in range(len(site.slices)))
     sites = [
@@ -62,7 +62,7 @@ def _fill(pages: RankPagePool, site: Site, first: int, a_slices: list[torch.Tens
 
 
 def _layout(case: Case) -> Layout:
-    """The layout: one chunk for each token of decodes, one for each lane of prefills."""
+    """Returns the layout: one chunk for each token of decodes, one for each lane of prefills."""
     lanes_T = np.array(case.point.lane_of_token, np.int32) + 1
     lanes_C = lanes_T if case.point.decodes else np.unique(lanes_T)
     lengths_C = np.ones_like(lanes_C) if case.point.decodes else np.bincount(lanes_T)[1:].astype(np.int32)

@@ -1,4 +1,4 @@
-"""The columns of the kernel benchmark: a name, and how a case is prepared; or why a column is absent."""
+"""The columns of the kernel benchmark: a name, and a function that prepares a case, or the reason for its absence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpu.columns import vllm as vllm_column
 
 @dataclass(frozen=True)
 class Column:
-    """One column. `absent` is the reason why it cannot be measured."""
+    """One column. `absent` is the reason why it cannot be measured, if there is one."""
 
     name: str
     prepare: Callable[[Case], Run]
@@ -28,7 +28,7 @@ OURS = ("csgmv", "triton")
 
 
 def columns(peers: Path) -> list[Column]:
-    """Our columns, and those of the peers whose files are under `peers` (see `fetch`)."""
+    """Returns our columns, and those of the peers whose files are under `peers` (see `fetch`)."""
     found = [Column(name, partial(ours.run, name)) for name in OURS]
     sglang, vllm = _missing(peers, sglang_columns), _missing(peers, vllm_column)
     if not sglang:

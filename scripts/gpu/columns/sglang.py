@@ -1,7 +1,7 @@
 """SGLang's LoRA kernels as columns: csgmv, triton and triton_v2, from files extracted out of its wheel.
 
 Written against 0.5.23. Weights are padded to the largest rank, as its pools are; A's rows are packed at the adapter's
-own rank. The step is said the way its own backends say it; chunk sizes of csgmv follow its rule for a flag of 128.
+own rank. A step is described as SGLang's backends describe it; csgmv's chunk sizes follow its rule for a flag of 128.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def install(root: Path) -> None:
 
 
 def csgmv(case: Case) -> Run:
-    """SGLang's default: tokens sorted by adapter, in chunks of one adapter each."""
+    """Prepares SGLang's default backend: tokens sorted by adapter, in chunks of one adapter each."""
     from sglang.kernels.ops.lora.dense.chunked_sgmv_expand import chunked_sgmv_lora_expand_forward as expand
     from sglang.kernels.ops.lora.dense.chunked_sgmv_shrink import chunked_sgmv_lora_shrink_forward as shrink
 
@@ -62,7 +62,7 @@ def csgmv(case: Case) -> Run:
 
 
 def triton(case: Case) -> Run:
-    """Segments by request, by adapter for decodes; another kernel for each kind of site."""
+    """Prepares segments by request, or by adapter for decodes; each kind of site has its own kernel."""
     from sglang.kernels.ops.lora.dense.gate_up_lora_b import gate_up_lora_b_fwd
     from sglang.kernels.ops.lora.dense.qkv_lora_b import qkv_lora_b_fwd
     from sglang.kernels.ops.lora.dense.sgemm_lora_a import sgemm_lora_a_fwd

@@ -2,7 +2,7 @@
 
 A module whose file was extracted is loaded from the file; packages are empty; any other module of the package returns a
 Stub for every attribute, which is false and callable, and returns itself. Attributes that the files really need are
-given by name. Knows nothing of what is imported.
+given by name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 Given = dict[str, dict[str, Any]]
-"""The given attributes, by module name."""
+"""The attributes that are given by name, for each module name."""
 
 
 class Stub:
@@ -58,7 +58,7 @@ class _StubLoader(Loader):
 
 
 class StubFinder(MetaPathFinder):
-    """Finds the modules of `package` under `root`, and makes stubs of the others."""
+    """Finds the modules of `package` under `root`, and makes stubs of its other modules."""
 
     def __init__(self, package: str, root: Path, given: Given) -> None:
         self._package, self._root, self._given = package, root, given

@@ -1,7 +1,7 @@
 """vLLM's LoRA kernels as a column: its Triton shrink and expand, from files extracted out of its wheel.
 
-Written against 0.33.0. Weights are padded to the largest rank, one tensor a slice; the number of active adapters is
-told, as with its own specialisation of captured graphs.
+Written against 0.33.0. Weights are padded to the largest rank, one tensor a slice; the kernels get the number of
+active adapters, as in vLLM's CUDA graphs that are captured for each number of active adapters.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def install(root: Path) -> None:
 
 
 def punica(case: Case) -> Run:
-    """Shrink into float32, then expand into the base's output."""
+    """Prepares a shrink into float32, then an expand into the base's output."""
     from vllm.lora.ops.triton_ops.lora_expand_op import _lora_expand
     from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
     from vllm.lora.ops.triton_ops.lora_shrink_op import _lora_shrink
@@ -79,7 +79,7 @@ def punica(case: Case) -> Run:
 
 
 def _pack(case: Case, copy: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """For each slice: A [adapters, 1, R, in] and B [adapters, 1, out of the slice, R]."""
+    """Returns for each slice A [adapters, 1, R, in] and B [adapters, 1, out of the slice, R]."""
     most, lanes, how = case.max_rank, case.point.lanes, {"dtype": case.x_TI.dtype, "device": case.device}
     a = [torch.zeros(lanes, 1, most, case.site.inputs, **how) for _ in case.site.slices]
     b = [torch.zeros(lanes, 1, width, most, **how) for width in case.site.slices]

@@ -25,8 +25,8 @@ STEPS = 40
 REPEATS = 3
 ADAPTERS = 32
 SLOTS = ADAPTERS // 4
-ROWS = SLOTS - 2  # so that two slots can be filled ahead
-REQUEST_TOKENS = 64  # of a request in `switching`
+ROWS = SLOTS - 2  # two slots are left, so that they can be filled ahead
+REQUEST_TOKENS = 64  # tokens that each request of `switching` generates
 
 
 def run(results: Results, runner: Runner, batches: tuple[int, ...] = BATCHES) -> None:
@@ -46,7 +46,7 @@ def run(results: Results, runner: Runner, batches: tuple[int, ...] = BATCHES) ->
 
 
 def decode_row(runner: Runner, footprint: Footprint, batch: int, lanes: int) -> dict[str, Any]:
-    """Milliseconds of a step: the median of a few runs of many steps."""
+    """Returns the milliseconds of a decode step: the median of a few runs of many steps."""
     rows = Rows(runner, batch, PROMPT, STEPS * REPEATS)
     if lanes:
         rows.point(footprint, {lane: lane for lane in range(1, lanes + 1)})
@@ -62,7 +62,7 @@ def decode_row(runner: Runner, footprint: Footprint, batch: int, lanes: int) -> 
 
 
 def step_bytes(runner: Runner, footprint: Footprint, batch: int, lanes: int) -> int:
-    """Bytes that a step reads: all weights except the embedding, the rows' KV, the adapters' pages."""
+    """Returns the bytes that a step reads: all weights except the embedding, the rows' KV, the adapters' pages."""
     c, decoder = runner.capacity, runner.parts.decoder
     table = decoder.embed.weight
     weights = c.weight_bytes - (0 if decoder.config.tie_embeddings else table.numel() * table.element_size())
@@ -72,7 +72,7 @@ def step_bytes(runner: Runner, footprint: Footprint, batch: int, lanes: int) -> 
 
 
 def switching(runner: Runner, footprint: Footprint, adapters: bool, seconds: float = 8.0) -> float:
-    """Tokens per second of `ROWS` rows whose requests end in turn; with `adapters` each new one has another adapter."""
+    """Returns tokens/s of `ROWS` rows whose requests end in turn; with `adapters`, each new one has another adapter."""
     rows = Rows(runner, ROWS, PROMPT, REQUEST_TOKENS)
     plan = _Slots(rows, footprint) if adapters else None
     idle, ends = deque(range(ROWS)), dict[int, int]()
@@ -114,7 +114,7 @@ class _Slots:
         self._steps = 0
 
     def fills(self) -> list[Fill]:
-        """Fills for the slots that no step in flight can use."""
+        """Returns fills for the slots that no step in flight can use."""
         self._steps += 1
         while self._left and self._left[0][0] + 3 <= self._steps:
             self._free.append(self._left.popleft()[1])

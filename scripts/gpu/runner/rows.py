@@ -1,6 +1,6 @@
 """Requests without a scheduler: rows that prefill, then decode with two steps in flight, each with its lane.
 
-Rows keep their first KV pages. Knows nothing of what is measured.
+Each row keeps its KV pages for all of its requests.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ class Rows:
         runner.reset()
 
     def point(self, footprint: Footprint, slots: dict[int, int]) -> None:
-        """Fills adapter `slots[lane]` into slot `slots[lane]` - 1 of the rank pages and sets the lane to it. Waits."""
+        """Fills adapter `slots[lane]` into slot `slots[lane]` - 1 of the rank pages and sets the lane to it.
+
+        Returns when both are done.
+        """
         fills = [Fill(adapter, self.pages(footprint, adapter - 1)) for adapter in slots.values()]
         self.runner.execute(self.step(fills=fills))
         waiting = len(fills)
@@ -37,16 +40,16 @@ class Rows:
         self.runner.execute(self.step(lanes=[self.lane(footprint, lane, slot - 1) for lane, slot in slots.items()]))
 
     def pages(self, footprint: Footprint, slot: int) -> dict[str, list[int]]:
-        """The rank pages of a slot, by group."""
+        """Returns the rank pages of a slot, by group."""
         return {group: list(range(slot * n, slot * n + n)) for group, n in footprint.pages.items()}
 
     def lane(self, footprint: Footprint, lane: int, slot: int) -> LanePages:
-        """The message that sets a lane to a slot."""
+        """Returns the message that sets a lane to a slot."""
         pages = self.pages(footprint, slot)
         return LanePages(lane, {group: [(page, 1.0) for page in held] for group, held in pages.items()})
 
     def prefill(self, lanes: list[int]) -> None:
-        """Prefills a new request in every row with these lanes; waits."""
+        """Prefills a new request in each row, with its lane in `lanes`, and waits for the steps."""
         tokens = self.runner.capacity.max_batched_tokens // self.prompt
         for first in range(0, len(lanes), max(1, tokens)):
             some = range(first, min(len(lanes), first + max(1, tokens)))
@@ -55,7 +58,7 @@ class Rows:
             self.runner.execute(self.step(begin=list(some)))
 
     def decode(self, steps: int) -> float:
-        """Seconds of `steps` decode steps of all rows."""
+        """Runs `steps` decode steps of all rows and returns their seconds."""
         began = time.perf_counter()
         for _ in range(steps):
             self.launch(self.step(go_on=list(range(len(self.lanes)))))
@@ -80,7 +83,7 @@ class Rows:
         fills: list[Fill] | None = None,
         lanes: list[LanePages] | None = None,
     ) -> Step:
-        """A step: new requests in the rows `begin`, one more token in the rows `go_on`."""
+        """Returns a step: new requests in the rows `begin`, one more token in the rows `go_on`."""
         self._ids += 1
         new_rows, chunks = [], []
         for row in go_on or []:

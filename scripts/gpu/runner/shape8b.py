@@ -1,6 +1,6 @@
 """An 8B-shaped Llama without a checkpoint: a config on disk, weights drawn on the device, adapters that share values.
 
-Everything else is the runner as it serves.
+Everything else is the same runner that serves requests.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CONFIG: dict[str, Any] = {
 
 
 def load(directory: Path, **options: Any) -> Runner:
-    """A runner of this shape with random weights; `options` are fields of its config."""
+    """Loads a runner of this shape with random weights; `options` are fields of its config."""
     (directory / "config.json").write_text(json.dumps({**CONFIG, **options.pop("shape", {})}))
     endpoints = Endpoints(tokenizer="", scheduler="", runner="", zmq_server="")
     with _random_weights():
@@ -66,7 +66,7 @@ def host_adapters(runner: Runner, count: int, rank: int) -> Footprint:
 
 
 def _adapter(runner: Runner, rank: int) -> NormalForm:
-    """An adapter on all linears with random values."""
+    """Returns an adapter on all linears with random values."""
     parts = runner.parts
     assert parts.lora is not None
     draw = torch.Generator().manual_seed(rank)
