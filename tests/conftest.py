@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which torch alone does not do
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read at the import of triton, which torch does not import at once
 torch.set_num_threads(1)
 settings.register_profile(
     "chorus",
@@ -33,7 +33,7 @@ settings.load_profile("chorus")
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`tiny_model("llama3")`: the directory of that family's tiny model (seed 0, float32), built once a session."""
+    """Returns `tiny_model`: `tiny_model("llama3")` is the directory of a tiny model (seed 0, float32), built once."""
     from fixtures.models.tiny_models import build
 
     built: dict[str, Path] = {}
@@ -47,7 +47,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is no CUDA device."""
+    """Skips tests marked `gpu` where there is no CUDA device."""
     if torch.cuda.is_available():
         return
     for item in items:

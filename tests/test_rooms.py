@@ -15,7 +15,7 @@ NOT_COUNTED = {"__init__.py", "__main__.py", "conftest.py"}
 MOST_MODULES = 9
 LONGEST_TEST_NAME = 60
 MOST_MODULES_OF_ONE_KIND = 12
-OF_ONE_KIND = {  # folder: what each of its modules is
+OF_ONE_KIND = {  # by folder, what each of its modules is
     "model_runner/compute/kernels/triton": "a triton kernel",
     "model_runner/compute/kernels/triton/lora": "a triton kernel",
     "model_runner/config/families": "a model family",
@@ -30,7 +30,7 @@ FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "m
 
 @cache
 def modules() -> list[PurePosixPath]:
-    """Every Python file of the project, relative to its root."""
+    """Returns every Python file of the project, relative to its root."""
     return [
         PurePosixPath(path.relative_to(ROOT).as_posix())
         for top in (*PACKAGES, "tests", "scripts")

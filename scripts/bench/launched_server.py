@@ -36,9 +36,7 @@ class LaunchedServer:
 
     def log(self) -> str:
         """Returns all text that the processes have written to stderr so far."""
-        with open(
-            f"/proc/self/fd/{self._log.fileno()}"
-        ) as log:  # a separate file offset: the processes go on writing
+        with open(f"/proc/self/fd/{self._log.fileno()}") as log:  # a separate file offset: the processes go on writing
             return log.read()
 
     def __exit__(

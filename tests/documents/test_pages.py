@@ -15,7 +15,7 @@ FRONT_PAGE_BYTES = 10_000
 
 
 def resolve(page: str, target: str) -> tuple[str, str]:
-    """The path that a link means, relative to the root, and its anchor."""
+    """Returns the path that a link refers to, relative to the root, and its anchor."""
     path, _, anchor = target.partition("#")
     return posixpath.normpath(posixpath.join(posixpath.dirname(page), path)) if path else page, anchor
 
@@ -38,7 +38,7 @@ def names_a_module(word: str) -> bool:
 
 
 def is_module(word: str) -> bool:
-    """Whether a dotted name, or all but its last part (a class, a function), is a module or a package."""
+    """Returns whether a dotted name, or all but its last part (a class, a function), is a module or a package."""
     whole = ROOT.joinpath(*word.split("."))
     return any(path.is_dir() or path.with_suffix(".py").is_file() for path in (whole, whole.parent))
 

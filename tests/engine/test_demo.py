@@ -20,7 +20,7 @@ Ask = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def ask() -> Ask:
-    """`ask(voice, question, ...)`: the greedy answer; more than one question is a conversation, its last answer."""
+    """Returns `ask(voice, *questions)`: the greedy reply to the last question of a conversation."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
     base = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
     model = PeftModel.from_pretrained(base, DEMO / "adapters" / VOICES[0], adapter_name=VOICES[0])
@@ -121,6 +121,6 @@ def test_files_are_small_and_name_no_machine() -> None:
 
 
 def _text_of(path: Path) -> bytes:
-    """The file, or the header alone of a safetensors file: its tensors are not text."""
+    """Returns the bytes of a file; of a safetensors file only the header, because its tensors are not text."""
     data = path.read_bytes()
     return data[8 : 8 + int.from_bytes(data[:8], "little")] if path.suffix == ".safetensors" else data

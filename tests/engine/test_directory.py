@@ -1,4 +1,4 @@
-"""Files are opened beneath an open directory: roots, links, names, what is no file, and paths that are swapped."""
+"""Files are opened beneath an open directory: roots, links, names, special files, and paths that are swapped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def content(directory: Path, *roots: Path, name: str = NAME) -> bytes:
 
 
 def recorded_flags(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The flags of every `os.open` from now on."""
+    """Records the flags of every `os.open` call from now on, and returns the list of them."""
     flags, plain_open = list[int](), os.open
 
     def recording(path: str, flag: int, **options: int | None) -> int:

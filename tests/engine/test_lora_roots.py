@@ -22,7 +22,7 @@ def adapter(directory: Path) -> Path:
 
 
 def cached(cache: Path, commit: str = "c0ffee") -> Path:
-    """A snapshot in huggingface_hub's layout: symlinks into blobs/."""
+    """Makes a snapshot in huggingface_hub's layout, with symlinks into blobs/, and returns it."""
     repo = cache / "models--org--sql"
     snapshot = repo / "snapshots" / commit
     (repo / "blobs").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""FakeEngine behaves like Engine, as far as an embedding program can see."""
+"""FakeEngine behaves like Engine in all that an embedding program can see."""
 
 from __future__ import annotations
 

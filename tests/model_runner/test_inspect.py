@@ -19,13 +19,13 @@ from model_runner.lora.store import AdapterStore
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Callable[[str], Path]) -> Path:
-    """The base."""
+    """The directory of the base model."""
     return tiny_model("llama3")
 
 
 @pytest.fixture(scope="module")
 def root(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter of two ranks."""
+    """The directory of an adapter with two different ranks."""
     out = tmp_path_factory.mktemp("adapter") / "fox"
     return make_adapter(model, out, r=20, targets=["q_proj", "v_proj", "down_proj"], rank_pattern={"v_proj": 3})
 

@@ -1,4 +1,4 @@
-"""The runner with hand-made steps, against transformers + PEFT in float32: any mix of rows, lanes, chunks and pages."""
+"""The runner with steps made by the test, against transformers + PEFT in float32: rows, lanes, chunks and pages."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def sources(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Adapt
 
 @pytest.fixture(scope="module")
 def oracle(model: Path, sources: list[AdapterSource]) -> Oracle:
-    """Transformers + PEFT with the same files."""
+    """Transformers + PEFT with the same model and adapters."""
     return Oracle(model, {source.name: source.root for source in sources})
 
 
@@ -59,7 +59,7 @@ def load(model: Path, sources: list[AdapterSource], **options: Any) -> Runner:
 
 @pytest.fixture(scope="module")
 def runner(model: Path, sources: list[AdapterSource]) -> Iterator[Runner]:
-    """One runner for all tests that leave nothing but rows of older generations."""
+    """One runner for all tests that leave nothing behind except rows of older generations."""
     runner = load(model, sources)
     yield runner
     runner.close()
@@ -67,7 +67,7 @@ def runner(model: Path, sources: list[AdapterSource]) -> Iterator[Runner]:
 
 @pytest.fixture
 def driver(runner: Runner, sources: list[AdapterSource]) -> Driver:
-    """The shared runner, reset."""
+    """A driver of the shared runner, which is reset."""
     runner.reset()
     return Driver(runner, host_states(runner, sources))
 
@@ -77,7 +77,7 @@ def host_states(runner: Runner, sources: list[AdapterSource]) -> dict[int, Adapt
 
 
 def asks(oracle: Oracle, count: int, adapter_ids: list[int], seed: int, tokens: int = 8) -> list[Ask]:
-    """Random requests over these adapters whose greedy tokens are unambiguous."""
+    """Returns random requests over these adapters whose greedy tokens are unambiguous."""
     draw, found = random.Random(seed), list[Ask]()
     while len(found) < count:
         prompt = [draw.randrange(VOCAB) for _ in range(draw.randint(1, 40))]
@@ -155,7 +155,7 @@ def test_seeded_draws_do_not_depend_on_the_batch(driver: Driver) -> None:
 
 @pytest.fixture(scope="module")
 def alone(runner: Runner, sources: list[AdapterSource], oracle: Oracle) -> list[tuple[Ask, list[int]]]:
-    """Twelve requests, unambiguous greedy ones and seeded ones, with the tokens that each has alone."""
+    """Twelve requests, unambiguous greedy ones and seeded ones, each with its tokens when it runs alone."""
     runner.reset()
     driver = Driver(runner, host_states(runner, sources))
     greedy = asks(oracle, 7, [0, 1, 2, 3, 4, 5, 6], seed=21, tokens=6)
@@ -167,7 +167,7 @@ def alone(runner: Runner, sources: list[AdapterSource], oracle: Oracle) -> list[
 
 
 def _fresh(ask: Ask) -> Ask:
-    """The same request, not started."""
+    """Returns the same request, not started."""
     return Ask(ask.prompt, ask.count, ask.adapter_id, ask.sampling)
 
 
@@ -278,7 +278,7 @@ def test_sizes_follow_the_adapters_and_the_flags(model: Path, sources: list[Adap
         "norms.full": 5
     }
     one = sum(pooled.rank_page_bytes[group] * count // 5 for group, count in pooled.rank_pages.items())
-    normed_with = 4 * 64 * 7 * 2  # the seven norms of the base and of its one lane
+    normed_with = 4 * 64 * 7 * 2  # bytes of the seven norms of the base and of its one lane
     assert pooled.lora_bytes == 5 * one + normed_with
     again = load(model, [], enable_lora=True, max_loras=1, max_lora_rank=20, lora_pool_bytes=7 * one - 1).capacity
     assert again.rank_pages["qkv"] == 12

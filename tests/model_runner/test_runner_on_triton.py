@@ -1,4 +1,4 @@
-"""The whole runner on the triton attention backend and ops has the oracle's tokens."""
+"""The whole runner with the triton attention backend and ops produces the oracle's tokens."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class CountedOps(TritonOps):
-    """Records for each fused store whether it normed heads."""
+    """Records for each fused store whether it normalised heads."""
 
     stores: ClassVar[list[bool]] = []
 

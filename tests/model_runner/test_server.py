@@ -64,7 +64,7 @@ class Child:
         self.process.stdin.flush()
 
     def report(self) -> Ready | Failed:
-        """The child's report on stdout, after its signs of life."""
+        """Returns the child's report on stdout, after its signs of life."""
         assert self.process.stdout is not None
         signs = 0
         while isinstance(
@@ -91,7 +91,7 @@ class Child:
         self._context.destroy(linger=0)
 
 
-EPOCH = 3 * SCHEDULER_EPOCHS  # of the third incarnation, before any reset
+EPOCH = 3 * SCHEDULER_EPOCHS  # the first epoch of the third incarnation, before any reset
 
 
 @pytest.fixture

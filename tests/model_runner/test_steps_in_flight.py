@@ -1,4 +1,4 @@
-"""Two steps in flight in the runner: launched in order, answered as each ends, with the tokens of one at a time."""
+"""Two steps in flight in the runner: launched in order, each reported as it ends, with the tokens of single steps."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class End(Exception):
 
 
 class FakeEvent:
-    """A device event that is done when the test says so."""
+    """A device event; the test sets whether it is done."""
 
     is_done = False
 
 
 class FakeRunner:
-    """A runner whose steps end when the script says so; it is its own inbox and outbox."""
+    """A runner whose steps end as the test's script says. It is also its own inbox and outbox."""
 
     poll_seconds: float | None = None
     adapters = AdaptersOff()
@@ -63,7 +63,7 @@ class FakeRunner:
         self.events.append("reset")
 
     def receive(self, timeout: float | None) -> Any:
-        """The next messages of the script; a number ends the step of that id."""
+        """Returns the next messages of the script. A number in the script ends the step with that id."""
         assert timeout == 0.0 or not any(not step.done.is_done for step in self.launched.values()), "it would block"
         while True:
             if not self.script:
@@ -114,7 +114,7 @@ def test_tokens_do_not_depend_on_the_step_behind(tiny_model: Callable[[str], Pat
     prompts = [[7, 8, 9 + row] for row in range(4)]
 
     def steps(generation: int) -> list[Step]:
-        """A prefill of four rows, then decodes; from step 7 on row 0 belongs to a new request."""
+        """Returns a prefill of four rows, then decodes; from step 7 on, row 0 belongs to a new request."""
 
         def new(row: int, generation: int) -> NewRow:
             history = prompts[row]

@@ -1,4 +1,4 @@
-"""Puts `scripts` on sys.path: the scripts import their parts from there."""
+"""Puts `scripts` on sys.path, because the scripts import their parts from there."""
 
 from __future__ import annotations
 

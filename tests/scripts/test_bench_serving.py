@@ -222,7 +222,7 @@ def test_closed_loop_keeps_its_concurrency() -> None:
 
 
 def test_open_loop_does_not_wait_for_answers() -> None:
-    """The server answers after the last request arrived: a loop that waited for answers would never end."""
+    """The server responds only after the last request has arrived: a loop that waited for responses would never end."""
     arrived, everybody = [], asyncio.Event()
 
     class Stuck:
@@ -237,7 +237,7 @@ def test_open_loop_does_not_wait_for_answers() -> None:
     run = asyncio.run(asyncio.wait_for(open_loop(Stuck(), requests, None, "test"), 30))
     assert len(run.samples) == 20
     start = arrived[0][1] - arrived[0][0].due
-    assert all(due - start == pytest.approx(request.due) for request, due in arrived)  # timed from its due time
+    assert all(due - start == pytest.approx(request.due) for request, due in arrived)  # timed from their due times
 
 
 def test_adapter_is_sent_in_the_selected_field() -> None:

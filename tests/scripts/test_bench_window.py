@@ -1,4 +1,4 @@
-"""The comparison of two windows: which rounds are compared, which server is first, and the time without a step."""
+"""The comparison of two windows: which rounds are compared, which server is first, and the time outside of steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench_window import ONE, Runs, computed, launched, main, make_requests, poi
 
 
 def run(tokens: int, seconds: float, ttft: float = 0.5, gap: float = 0.1) -> Run:
-    """A run of `seconds` with one answer of `tokens`."""
+    """Returns a run of `seconds` with one output of `tokens` tokens."""
     pieces = [ttft + gap * n for n in range(tokens)]
     return Run([Sample(None, tokens, pieces, tokens, 1, pieces[-1])], seconds)
 

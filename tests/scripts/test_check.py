@@ -1,4 +1,4 @@
-"""scripts/check says which steps failed, and fails with them. The steps' tools are stand-ins."""
+"""scripts/check names the steps that failed, and exits with an error then. The steps' tools are replaced by fakes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOOLS = ("ruff", "mypy", "lint-imports", "python")
 
 
 def check(directory: Path, *arguments: str, failing: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs the script in a directory whose tools do nothing; `failing` fails."""
+    """Runs the script in a directory whose tools do nothing, except that the tool `failing` fails."""
     (directory / "scripts").mkdir()
     tools = directory / ".venv" / "bin"
     tools.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The demo's closed world is consistent, evaluated on held-out questions, and encoded as it is served."""
+"""The demo's closed world is consistent, evaluated on held-out questions, and encoded as the server encodes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of the GPU check that need no GPU: grid, cases, our columns' results, resuming, tables, stubs."""
+"""The parts of the GPU check that need no GPU: grid, cases, results of our columns, resuming, tables, stubs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_our_columns_equal_the_reference(point: Point, tmp_path: Path) -> None:
     chosen = [column for column in columns(tmp_path) if not column.absent]
     assert [column.name for column in chosen] == ["csgmv", "triton"]
     found = kernels.measure(point, chosen, lambda work, calls: float(calls), CPU, torch.float32, 0, SMALL)
-    copies = 2.0  # of the adapters, without a cache to exceed
+    copies = 2.0  # the fewest copies of the adapters, because there is no cache to exceed
     assert found["base"] == {"qkv": copies, "gate_up": copies}
     assert found["csgmv"] == found["triton"] == {"qkv": 0.0, "gate_up": 0.0}
 
@@ -71,7 +71,7 @@ def test_wrong_or_failing_peer_is_not_measured(capsys: pytest.CaptureFixture[str
     assert found["fails"]["qkv"] == "RuntimeError: no such kernel"
     ours = kernels.measure(Point(2, 1, "8"), [Column("ours", fails)], lambda *_: 1.0, CPU, torch.float32, 0, SMALL[:1])
     assert ours["ours"] == found["fails"]
-    assert "no such kernel" in capsys.readouterr().err  # with its traceback, as our own columns must work
+    assert "no such kernel" in capsys.readouterr().err  # a traceback is printed, because our own columns must work
 
 
 def test_copies_exceed_the_cache() -> None:

@@ -1,4 +1,4 @@
-"""The trace writer: the file has what the printed line says."""
+"""The trace writer: the file has the requests that the printed line counts."""
 
 from __future__ import annotations
 

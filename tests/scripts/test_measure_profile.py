@@ -1,4 +1,4 @@
-"""The fit of measured steps finds the costs that made them."""
+"""The fit of measured steps finds the costs from which the times were computed."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def test_of_each_kind_of_step_its_median_counts_once() -> None:
 
 
 def test_copies_lie_on_a_line() -> None:
-    found = line({4_000_000: [0.006], 1_000_000: [0.9, 0.003, 0.001], 2_000_000: [0.004]})  # 2 ms, and 1 GB/s
+    found = line({4_000_000: [0.006], 1_000_000: [0.9, 0.003, 0.001], 2_000_000: [0.004]})  # 2 ms, plus bytes at 1 GB/s
     assert (found.seconds, found.bytes_per_second) == (pytest.approx(0.002), pytest.approx(1e9))
 
 
-@pytest.mark.parametrize("seconds", [(0.004, 0.003), (0.001, 0.003)])  # larger is faster; nothing takes less than 0
+@pytest.mark.parametrize("seconds", [(0.004, 0.003), (0.001, 0.003)])  # a falling line; a line below 0 at 0 bytes
 def test_copies_on_no_line_cost_by_their_bytes(seconds: tuple[float, float]) -> None:
     found = line({1_000_000: [seconds[0]], 2_000_000: [seconds[1]]})
     assert found.seconds == 0.0

@@ -1,4 +1,4 @@
-"""The soak script finds no difference in two minutes of everything, and reports a wrong answer."""
+"""The soak script finds no difference in two minutes of mixed traffic, and reports a wrong output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The front end: readiness, health, facts, metrics and adapters, with a scheduler that the test plays."""
+"""The front end: readiness, health, server information, metrics and adapters. The test plays its scheduler."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_an_activated_adapter_is_not_mixed_and_shows_its_tokens() -> None:
 
 
 def failures(fake: Fake) -> list[str]:
-    """The metrics of failures and aborts."""
+    """Returns the metrics of failures and aborts."""
     lines = fake.front.metrics.render().decode().splitlines()
     return [line for line in lines if line.startswith(("chorus:request_failures_total", "vllm:request_success_total"))]
 

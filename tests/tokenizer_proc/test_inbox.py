@@ -1,4 +1,4 @@
-"""The reader of the scheduler's messages shares the event loop."""
+"""The task that reads the scheduler's messages leaves time for the other tasks of the event loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real process, whose launcher and scheduler are the test."""
+"""tokenizer_proc as a real process; the test plays its launcher and its scheduler."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Process:
         self.popen.stdin.flush()
 
     def report(self) -> dict[str, Any]:
-        """Its report, after signs of life."""
+        """Returns the child's report, after its signs of life."""
         assert self.popen.stdout is not None
         signs = 0
         while (word := json.loads(self.popen.stdout.readline()))["type"] == "Heartbeat":
@@ -75,7 +75,7 @@ class Process:
         return word
 
     def receive(self, type_: type[Any]) -> Any:
-        """The next message from the child, which must be of this type."""
+        """Returns the next message from the child, which must be of this type."""
         message = next(iter(self.inbox.receive(20)))
         assert isinstance(message, type_), message
         return message

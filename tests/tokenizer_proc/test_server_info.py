@@ -1,4 +1,4 @@
-"""The facts of /server_info."""
+"""The contents of /server_info."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class ScriptedServer:
 
 
 def _replies(message: Any) -> list[Any]:
-    """Two deltas for each choice, a list of adapters that may be changed, and failures for certain prompts."""
+    """Returns two deltas for each choice, a list of adapters that may be changed, and failures for certain prompts."""
     if isinstance(message, Command) and message.call != "list":
         if message.lora_path == "nowhere":
             return [Failure(message.id, "not_found_error", "No adapter found for nowhere", "lora_path")]

@@ -1,4 +1,4 @@
-"""API keys from flags, environment and files; lines that are no valid key."""
+"""API keys from flags, environment and files; and the errors for invalid lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes such as 2GiB, and what is no size."""
+"""Sizes such as 2GiB, and the errors for invalid sizes."""
 
 from __future__ import annotations
 

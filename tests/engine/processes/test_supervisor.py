@@ -27,7 +27,7 @@ def _spec(does: str) -> ProcessSpec:
 
 
 def _factory(*lives: str) -> SpecFactory:
-    """What each incarnation does; the last behaviour applies to all that follow."""
+    """Makes incarnation i behave as `lives[i]`; the last item applies to all later incarnations."""
     return lambda incarnation, _: _spec(lives[min(incarnation, len(lives) - 1)])
 
 
@@ -146,14 +146,14 @@ def test_failed_start_keeps_the_fault_of_the_one_before() -> None:
                 while len(after_faults) < 3:
                     await asyncio.sleep(0.05)
             keeper.cancel()
-            await asyncio.wait([keeper])  # a start that is cancelled with its loop would not end
+            await asyncio.wait([keeper])  # waits, because a start that is cancelled when its loop closes would not end
 
     asyncio.run(run())
     assert after_faults == [False, False, False], "a failed start is not the fault of requests in flight"
 
 
 async def _replaced(supervisor: Supervisor, first: int) -> int:
-    """The process id of the incarnation after `first`."""
+    """Waits for the incarnation after `first` and returns its process id."""
     keeper = asyncio.ensure_future(supervisor.run_until_unrecoverable())
     try:
         async with asyncio.timeout(20):
@@ -163,7 +163,7 @@ async def _replaced(supervisor: Supervisor, first: int) -> int:
         return now
     finally:
         keeper.cancel()
-        await asyncio.wait([keeper])  # a start that is cancelled with its loop would not end
+        await asyncio.wait([keeper])  # waits, because a start that is cancelled when its loop closes would not end
 
 
 @pytest.mark.parametrize("life", ["serves, then dies", "serves, then is stuck", "serves, then falls silent"])
@@ -246,7 +246,7 @@ def test_hanging_restart_is_a_failed_start(
 
 
 def _shorten_start_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shortens the limits of a start."""
+    """Shortens the time limits of a start."""
     monkeypatch.setattr(process, "START_SILENT_SECONDS", 2)
     monkeypatch.setattr(process, "START_BUSY_SECONDS", 0.5)
 
@@ -269,7 +269,7 @@ def test_lines_that_are_no_report_are_skipped(caplog: pytest.LogCaptureFixture) 
             await asyncio.sleep(2.0)
             assert not keeper.done()
             keeper.cancel()
-            await asyncio.wait([keeper])  # a start that is cancelled with its loop would not end
+            await asyncio.wait([keeper])  # waits, because a start that is cancelled when its loop closes would not end
             return str(report.facts["pid"])
 
     assert int(asyncio.run(run())) > 0

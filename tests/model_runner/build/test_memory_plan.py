@@ -1,4 +1,4 @@
-"""Sizes: what fits, what shrinks, and the flag that an error names."""
+"""Sizes: which ones fit, which ones shrink, and the flag that an error names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""config.json to ModelConfig: the families' defaults as transformers has them, and refusals that name what is wrong."""
+"""config.json to ModelConfig: the families' defaults are those of transformers, and refusals name the fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captured steps against eager ones: on a CPU all but the capture itself, which needs a GPU."""
+"""Captured steps against eager ones. On a CPU everything but the capture itself is tested; that needs a GPU."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_prefills_and_wide_steps_run_eagerly(counting: CountingCapture, model: P
     driver = Driver(runner)
     assert driver.serve(requests) == expected(oracle, requests)
     assert counting.replayed < driver.step_id
-    few = asks(oracle, 2, [0], seed=9, tokens=30)  # over several pages; some steps leave a row out
+    few = asks(oracle, 2, [0], seed=9, tokens=30)  # long enough for several pages; some steps leave a row out
     before = counting.replayed
     assert driver.serve(few) == expected(oracle, few)
     assert counting.replayed > before + 20
@@ -162,7 +162,7 @@ def test_replays_of_the_triton_kernels_give_the_right_tokens(
     lora_backend: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Few steps, as triton's interpreter is slow: one size, and rows that join late or are left out."""
+    """Runs few steps, because triton's interpreter is slow: one size, and rows that join late or are left out."""
     monkeypatch.setattr(memory_plan, "graph_sizes", lambda rows, asked: [4])
     chosen = {"attention_backend": "triton", "lora_backend": lora_backend, "max_running_requests": 4}
     runner = load(model, sources, **chosen, context_length=64)

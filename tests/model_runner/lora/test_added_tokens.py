@@ -1,4 +1,4 @@
-"""Adapters with vocabularies of their own, in one batch with the base, against transformers + PEFT in float32."""
+"""Adapters with their own vocabularies, in one batch with the base, against transformers + PEFT in float32."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ SAVED: dict[str, tuple[int, dict[str, Any]]] = {
     "some tokens": (VOCAB, options(trainable_token_indices={"embed_tokens": [7, 5], "lm_head": [11]})),
     "some tokens of the embedding": (VOCAB, options(trainable_token_indices=[9, 4, 200])),
 }
-"""By name: the vocabulary, and how PEFT is configured."""
+"""By name: the size of the vocabulary, and the options of PEFT's config."""
 
 TIED = {"larger, embedding by LoRA": (VOCAB + 4, options(target_modules=["v_proj", "embed_tokens"]))}
-"""For a head that is tied to the embedding: for another, the config says nothing of the head."""
+"""Only for a base whose head is tied to the embedding: with an untied head the config would lack the head."""
 
 
 def save(base: Path, out: Path, name: str, seed: int) -> Any:
@@ -90,7 +90,7 @@ def logits(model: Any, tokens: list[int]) -> torch.Tensor:
 
 
 def clear(model: Any, prompt: list[int]) -> list[int] | None:
-    """The N greedy tokens; None if the two best logits of a step are too close to compare."""
+    """Returns the N greedy tokens, or None if the two best logits of a step are too close to compare."""
     tokens = list(prompt)
     for _ in range(N):
         best = logits(model, tokens)[-1].topk(2)
@@ -148,7 +148,7 @@ def test_vocabularies_on_kernels_equal_peft(backend: str, tiny_model: Callable[[
 
 
 def started(path: Path, roots: list[Path], **more: Any) -> tuple[Runner, dict[int, AdapterState]]:
-    """A runner launched with these adapters, with ids from 1 on."""
+    """Loads a runner with these adapters, whose ids begin at 1. Returns it and the adapters' states by id."""
     sources = [AdapterSource(adapter_id=i, name=root.name, path="", root=str(root)) for i, root in enumerate(roots, 1)]
     endpoints = Endpoints(tokenizer="", scheduler="", runner="", zmq_server="")
     config = RunnerConfig(
@@ -202,7 +202,7 @@ def test_sampling_uses_each_rows_vocabulary(tiny_model: Callable[[str], Path], t
 
 
 def penalised(model: Any, prompt: list[int], count: int) -> list[int]:
-    """Greedy with the penalties of the test above, token by token."""
+    """Returns the greedy tokens with the penalties of the test above, computed token by token."""
     tokens = list(prompt)
     for _ in range(count):
         scores = logits(model, tokens)[-1].clone()

@@ -70,7 +70,7 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 def save(root: Path, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
-    """A PEFT model with random A and B, saved to `root`."""
+    """Saves a PEFT model with random A and B to `root`, and returns the model."""
     model = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM", **config))
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
@@ -87,7 +87,7 @@ def store_for(model: Any, dtype: torch.dtype = torch.float32) -> AdapterStore:
 
 
 def llama_sites_of_wrapped(base: Any) -> list[Any]:
-    """PEFT replaces the linears in place; the plain model has the same shapes."""
+    """Returns the sites of a new model of the same shapes, because PEFT has replaced the linears in place."""
     return llama_sites(base.__class__(base.config))
 
 

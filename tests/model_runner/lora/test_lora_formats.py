@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match"),  # AdaLoRA's are module names
     pytest.mark.filterwarnings(
         "ignore:The following alpha_pattern keys did not match"
-    ),  # names of modules that are fused
+    ),  # by the names of fused modules
 ]
 
 
@@ -108,7 +108,7 @@ KERNEL_N = 3
 def everything(
     tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Path], list[list[int]], list[list[int]]]:
-    """A base with biases, an adapter of every format, a short prompt for the base and each, and the oracle's tokens."""
+    """A base with biases, an adapter of every format, a prompt for the base and for each, and the oracle's tokens."""
     path, root = tiny_model("llama-bias"), tmp_path_factory.mktemp("everything")
     adapters = {name: save(path, root / name, config(), seed) for seed, (name, config) in enumerate(ZOO.items())}
     draw, prompts, expected = random.Random(9), [], []

@@ -39,7 +39,7 @@ FUSED_ADAPTERS: dict[str, dict[str, Any]] = {
     "patterns": {"r": 4, "alpha": 8, "targets": ["qkv_proj", "o_proj"], "rank_pattern": {"qkv_proj": 17}},
     "last layer": {"r": 6, "alpha": 12, "targets": ["qkv_proj"], "layers_to_transform": [2]},
 }
-"""For a model whose checkpoint is fused: one A for q, k and v."""
+"""Adapters for a model whose checkpoint is fused: q, k and v share one A."""
 
 ATTENTION_ADAPTERS: dict[str, dict[str, Any]] = {
     "attention": {"r": 8, "alpha": 16, "targets": ATTENTION},
@@ -47,7 +47,7 @@ ATTENTION_ADAPTERS: dict[str, dict[str, Any]] = {
     "two pages": {"r": 20, "alpha": 30, "targets": ["k_proj", "o_proj"]},
     "last layer": {"r": 6, "alpha": 12, "targets": ATTENTION, "layers_to_transform": [2]},
 }
-"""For a model with experts, which no adapter touches."""
+"""Adapters for a model with experts: they change the attention only."""
 
 SETS = {"phi3": FUSED_ADAPTERS, "mixtral": ATTENTION_ADAPTERS, "qwen3-moe": ATTENTION_ADAPTERS}
 MODELS = (

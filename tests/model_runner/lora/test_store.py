@@ -1,4 +1,4 @@
-"""The host tier: limits, identity, and what is kept."""
+"""The store of adapters on the host: limits, identity, and which adapters are kept."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def draw_ids(seed: int, length: int) -> list[int]:
 
 
 def draw_prompts(oracle: Oracle, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
-    """One prompt of each length whose greedy tokens are unambiguous."""
+    """Returns one prompt of each length whose greedy tokens are unambiguous."""
     draw, prompts = random.Random(7), []
     for length in lengths:
         prompt = [draw.randrange(VOCAB) for _ in range(length)]

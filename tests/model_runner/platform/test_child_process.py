@@ -1,4 +1,4 @@
-"""A ChildProcess: its config and environment, how it ends, and the words for that."""
+"""A ChildProcess: its config and environment, how it ends, and the description of its end."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipe: tuple[int, int]) -> Callable[..., ChildProcess]:
-    """Starts a CHILD."""
+    """Returns a function that starts a child process from CHILD."""
     (tmp_path / "a_child.py").write_text(CHILD)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 

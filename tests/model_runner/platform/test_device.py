@@ -1,4 +1,4 @@
-"""Device, dtype, memory and threads: what auto means, and what is refused."""
+"""Device, dtype, memory and threads: what auto selects, and what is refused."""
 
 from __future__ import annotations
 

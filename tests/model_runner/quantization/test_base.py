@@ -1,4 +1,4 @@
-"""The seam of base linears, by a method of its own: how it is created, placed, loaded and applied over whole models."""
+"""The interface of linear methods, with a method of this test: created, placed, loaded and applied in whole models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LINEARS = ("_proj.weight", "lm_head.weight")
 
 
 class Transposed(LinearMethod):
-    """A format whose checkpoint holds [I, O] under another name, and negated values until loading is finished."""
+    """A method whose checkpoint holds [I, O] under another name, and negated values until loading is finished."""
 
     def __init__(self, weight_IO: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.weight_IO, self.bias = weight_IO, bias

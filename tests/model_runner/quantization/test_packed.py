@@ -1,4 +1,4 @@
-"""Packed linears: the products of plain ones, the plain values by dequantize, and whole models over them."""
+"""Packed linears have the products of plain ones, `dequantize` gives the plain values, and whole models use them."""
 
 from __future__ import annotations
 

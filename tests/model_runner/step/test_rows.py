@@ -1,4 +1,4 @@
-"""Rows: page tables grow and are reset, and a chunk that contradicts the row's state raises InternalError."""
+"""Rows: page tables grow and are reset, and a chunk that contradicts its row's state raises InternalError."""
 
 from __future__ import annotations
 

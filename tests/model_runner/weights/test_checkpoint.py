@@ -1,4 +1,4 @@
-"""Checkpoints: sharded and whole give the same weights, dtypes are cast, and errors name the tensor or file."""
+"""Checkpoints: sharded and single files give the same weights, dtypes are cast, and errors name the tensor or file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32, *, progress: BusyTimer 
 
 
 def filled(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor that the checkpoint fills, by its name in the files."""
+    """Returns every tensor that the checkpoint fills, by its name in the files."""
     decoder = build_decoder(read_model_config(path), Weights(torch.device("cpu"), torch.float32, Shard()))
     load_checkpoint(path, decoder.weights.placements)
     return {placement.name: placement.into for placement in decoder.weights.placements}
@@ -38,7 +38,7 @@ def filled(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def copy(tiny_model: TinyModel, tmp_path: Path) -> Path:
-    """A llama3 directory (tied) that a test may change."""
+    """Copies a llama3 directory (with a tied head), so that a test may change it."""
     shutil.copytree(tiny_model("llama3"), tmp_path / "model")
     return tmp_path / "model"
 

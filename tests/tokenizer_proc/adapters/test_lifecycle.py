@@ -1,4 +1,4 @@
-"""Loads, unloads and pins over a scheduler that carries them out: names, order, races, failures."""
+"""Loads, unloads and pins with a scheduler that carries them out: names, order, races, failures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def stages(world: LoadingFront) -> dict[str, str]:
 
 
 async def ask(world: LoadingFront, name: str) -> int:
-    """Which adapter id answered a request for the name."""
+    """Returns the id of the adapter with which a request for `name` was sent."""
     submit = Submit(id=1, prompt="hi", params=SamplingParams(max_tokens=1, temperature=0.0), lora=name)
     async with world.front.open(submit) as stream:
         (token,) = [token async for delta in stream for token in delta.token_ids]
@@ -69,7 +69,7 @@ def test_a_load_makes_a_name_and_an_unload_takes_it(tmp_path: Path) -> None:
 
 
 def test_roots_go_with_the_adapter_to_every_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the runner with the load, to the next scheduler when it is told again, and by the journal to a successor."""
+    """The runner gets the roots with the load, a new scheduler with the repeated load, a successor from the journal."""
     journal, roots = tmp_path / "journal", [str(tmp_path)]
     world = LoadingFront(lora_roots=roots, journal=str(journal))
     library, read = world.front.tokenizer_library, list[tuple[str, list[str]]]()
@@ -209,7 +209,7 @@ def test_a_taken_name_is_refused_or_re_pointed(tmp_path: Path) -> None:
         world.held = True
         load = asyncio.ensure_future(lifecycle.load(LoadRequest(name="a", path=one, load_inplace=True)))
         await until(lambda: world.open_loads)
-        assert await ask(world, "a") == 1  # until the new adapter is loaded
+        assert await ask(world, "a") == 1  # the name refers to the old adapter until the new one is loaded
         world.finish()
         entry = await load
         assert await ask(world, "a") == entry.source.adapter_id == 3
@@ -363,7 +363,7 @@ def test_pins_are_bounded_and_can_be_taken_off(tmp_path: Path) -> None:
         assert refusal.value.param == "pinned"
         moved = await lifecycle.load(LoadRequest(name="b", path=path, load_inplace=True))  # a name keeps its pin
         assert moved.source.pinned
-        await lifecycle.unload("b")  # also while it is pinned
+        await lifecycle.unload("b")  # a pinned adapter can be unloaded too
         await lifecycle.pin("c", True)
         await lifecycle.pin("c", False)
         assert adapters.pinned() == {"a"}
@@ -416,7 +416,7 @@ def test_a_restarted_scheduler_is_told_everything_again() -> None:
 
 
 def test_re_pointing_under_traffic_uses_the_old_or_the_new(tmp_path: Path) -> None:
-    """A request whose name is re-pointed while it is prepared is sent with the adapter that the name means then."""
+    """A request whose name is re-pointed during its preparation is sent with the adapter that the name gets."""
     world = LoadingFront("a")
     paths = [str(adapter_dir(tmp_path / name)) for name in ("one", "two")]
 
@@ -442,7 +442,7 @@ def test_re_pointing_under_traffic_uses_the_old_or_the_new(tmp_path: Path) -> No
 
 
 def test_a_name_that_moves_while_a_prompt_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The old adapter may be gone by the time the request is sent, so the request must not name it."""
+    """The old adapter may be unloaded before the request is sent, so the request must not name it."""
     world = LoadingFront("a")
     path = str(adapter_dir(tmp_path / "a"))
 

@@ -1,4 +1,4 @@
-"""Adapter names: the meaning of `model` and `lora_path`, held entries, and cards."""
+"""Adapter names: what `model` and `lora_path` select, held entries, and cards."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_pages_of_a_mix_add_up() -> None:
 
 
 def test_failed_adapter_is_not_asked_for_again() -> None:
-    """When a runner or a scheduler starts, it is told of the adapters."""
+    """When a runner or a scheduler starts, all adapters except failed ones are loaded again."""
     names, asked = registry("sql", "poet"), list[int]()
     names.handle(AdapterState(adapter_id=1, state="host", revision="r"))
     names.handle(AdapterState(adapter_id=1, state="failed", revision="r", error="it is set aside"))

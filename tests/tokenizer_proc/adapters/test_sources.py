@@ -70,7 +70,7 @@ def test_files_and_empty_directories_are_no_adapters(tmp_path: Path) -> None:
 
 
 def test_directories_outside_of_the_roots_stay_hidden(tmp_path: Path) -> None:
-    """The error for a path outside of the roots does not tell whether the path exists."""
+    """The error for a path outside of the roots does not reveal whether the path exists."""
     root = tmp_path / "root"
     adapter_dir(root / "sql")
     adapter_dir(tmp_path / "there")

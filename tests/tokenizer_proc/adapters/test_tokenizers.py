@@ -1,4 +1,4 @@
-"""Adapters' own text tools: shared where they are equal, bounded, and never run as code."""
+"""Adapters' own tokenizers, templates and end ids: shared if they are equal, bounded, and never run as code."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def started(base: Path, **options: Any) -> TokenizerLibrary:
 
 
 def adapter(base: Path, name: str, *, extra: str = "", template: str | None = None, eos: str = "</s>") -> Path:
-    """A directory with the base's tokenizer, and optionally another token, template or end id."""
+    """Writes a directory with the base's tokenizer, and optionally another token, template or end id."""
     root = base.parent / name
     shutil.copytree(base, root)
     if extra:
@@ -257,7 +257,7 @@ def test_unreadable_files_are_refused(name: str, base: Path, library: TokenizerL
 
 
 def front(base: Path, **directories: Path) -> Fake:
-    """A front end whose adapters lie in these directories; its tokenizer is the base's."""
+    """Returns a front end whose adapters are in these directories; its tokenizer is the base's."""
     fake = Fake(*directories)
     for name, root in directories.items():
         entry = fake.front.adapters.find(name)
@@ -267,7 +267,7 @@ def front(base: Path, **directories: Path) -> Fake:
 
 
 def ask(fake: Fake, lora: str | dict[str, float] | None, prompt: Any = "x<x>", **params: Any) -> Generate:
-    """The Generate that the scheduler is sent."""
+    """Returns the Generate message that the scheduler receives."""
 
     async def work() -> Generate:
         sampling = SamplingParams(max_tokens=4, **params)

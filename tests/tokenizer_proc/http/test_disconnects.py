@@ -27,9 +27,9 @@ async def _left(frontend: FakeFrontend, count: int) -> None:
 
 
 async def _hang_up(frontend: FakeFrontend, path: str, body: dict[str, Any], cancels: bool = True) -> None:
-    """Calls over a real socket, closes it while the answer is held back, and waits for the release.
+    """Sends a request over a real socket, closes it while the response is held back, and waits for the release.
 
-    Without `cancels` nobody tells the handler: it finds out when its next write fails.
+    Without `cancels` the handler is not cancelled: it notices the disconnect when its next write fails.
     """
     runner = web.AppRunner(create_app(frontend, config()), handler_cancellation=cancels)
     await runner.setup()
@@ -50,7 +50,7 @@ async def _hang_up(frontend: FakeFrontend, path: str, body: dict[str, Any], canc
     if not cancels:
         await asyncio.sleep(0.02)
         assert frontend.left == 0
-        frontend.streams[0].cancel()  # makes one more delta
+        frontend.streams[0].cancel()  # produces one more delta
     await asyncio.wait_for(_left(frontend, len(frontend.streams)), 5)
     await runner.cleanup()
 

@@ -1,4 +1,4 @@
-"""JSON of large answers: the same bytes, made in a thread."""
+"""JSON of large responses: the same bytes as msgspec's, encoded in a thread."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_large_answer_equals_a_small_one(path: str, body: dict[str, Any], monk
 
 
 def _timeless(value: Any) -> Any:
-    """The answer without the fields that differ from call to call."""
+    """Returns the response without the fields that differ from call to call."""
     if isinstance(value, dict):
         return {name: _timeless(each) for name, each in value.items() if name not in ("id", "created", "e2e_latency")}
     return [_timeless(each) for each in value] if isinstance(value, list | tuple) else value

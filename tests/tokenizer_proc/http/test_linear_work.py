@@ -1,4 +1,4 @@
-"""The work for a call of many choices grows linearly with their number, however they come and end."""
+"""The work for a call of many choices grows linearly with their number, however they are requested and ended."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Call = Callable[[TestClient, ScriptedScheduler, int], Awaitable[None]]
 
 
 class Operations:
-    """Counts the bytecode operations of the package while `counted` is entered."""
+    """Counts the bytecode operations of the package while the context `counted` is entered."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -50,7 +50,7 @@ class Operations:
 
 
 def operations(choices: int, call: Call, scheduler: ScriptedScheduler) -> int:
-    """How many operations `call` takes for so many choices."""
+    """Returns how many operations `call` takes for `choices` choices."""
     found, frontend = Operations(), scheduler.frontend()
 
     async def scenario(client: TestClient) -> None:
@@ -62,7 +62,7 @@ def operations(choices: int, call: Call, scheduler: ScriptedScheduler) -> int:
 
 
 def assert_linear(call: Call, hold_after: int | None = None) -> None:
-    """Four times the choices take four times the operations, as far as those grow with the choices."""
+    """Checks that four times the choices take at most four times the operations, plus five percent."""
     counts = []
     for choices in (FEW, 4 * FEW):
         scheduler = ScriptedScheduler("hi")

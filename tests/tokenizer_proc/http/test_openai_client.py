@@ -1,4 +1,4 @@
-"""The `openai` package against the app: its calls, types and exception classes."""
+"""The `openai` package as a client of the app: its calls, types and exception classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models, tokenize, detokenize, health, metrics, facts and aborts."""
+"""The routes for models, tokenize, detokenize, health, metrics, server information and aborts."""
 
 from __future__ import annotations
 

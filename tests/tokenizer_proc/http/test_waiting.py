@@ -1,4 +1,4 @@
-"""A request that waits for a lane says so over HTTP: the routes and the front end on the scheduler's real core."""
+"""A request that waits for a lane reports this over HTTP: the routes and the front end on the scheduler's real core."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Stalled(ScriptedScheduler):
         return time.monotonic() + self.late
 
     def send_stats(self, late: float) -> None:
-        """Sends the front end Stats of so many seconds later."""
+        """Sends the front end the Stats of `late` seconds later."""
         self.late = late
         self.core.plan(self.now)
         self.front.handle(self.core.stats())

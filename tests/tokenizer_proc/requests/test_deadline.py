@@ -33,7 +33,7 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
 
 @pytest.fixture
 def world(tmp_path: Path) -> LoadingFront:
-    """A front end whose adapter `one` is loaded only when the test says so, half a second later."""
+    """A front end whose adapter `one` is not loaded until the test sends the loaded state."""
     adapter_dir(tmp_path / "root" / "one")
     found = LoadingFront(lora_resolve_root=str(tmp_path / "root"), request_timeout=0.05)
     found.held = True

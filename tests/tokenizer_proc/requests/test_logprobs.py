@@ -14,7 +14,7 @@ from engine.messages import Delta, Update
 
 
 def _shown(deltas: list[Delta]) -> list[list[int | None] | None]:
-    """The prompt positions of each delta."""
+    """Returns the prompt positions of each delta."""
     return [
         None if each.prompt_logprobs is None else [p and p.chosen.token_id for p in each.prompt_logprobs]
         for each in deltas
@@ -48,7 +48,7 @@ def test_logprobs_carry_text_and_exact_bytes() -> None:
 
 
 def test_prompt_logprobs_come_in_pieces_and_once() -> None:
-    """A scheduler that takes over starts again, with pieces of another size."""
+    """A scheduler that takes over sends the prompt's log-probabilities again, in pieces of another size."""
     fake = Fake()
 
     async def work() -> None:

@@ -1,4 +1,4 @@
-"""Streams of a front end whose scheduler is the test: text, stop strings, choices, early ends."""
+"""Streams of a front end; the test plays its scheduler: text, stop strings, choices, early ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The series that a scrape shows."""
+"""The metrics that /metrics shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Increments together equal the decoded whole, for random ids, with broken UTF-8 too."""
+"""Increments joined together equal the text decoded at once, for random ids, also with broken UTF-8."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def whole(tokenizer: Tokenizer, prompt: list[int], ids: list[int], skip: bool) -
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "unigram"])
 def test_random_ids_without_broken_byte_runs_decode_the_same(kind: str, skip: bool) -> None:
-    """Byte fallback: any ids whose runs of byte tokens are valid UTF-8."""
+    """With byte fallback: random ids whose runs of byte tokens are valid UTF-8."""
     tokenizer = KINDS[kind]
     byte = {b: tokenizer.backend.token_to_id(f"<0x{b:02X}>") for b in range(256)}
     plain = [i for i in range(tokenizer.vocab_size) if i not in set(byte.values())]

@@ -1,4 +1,4 @@
-"""Stop strings are found wherever the text is cut; no part of them is sent, no text is held for long."""
+"""Stop strings are found wherever the text is cut; no part of one is sent, and no text is held longer than needed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STOPS = st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=4)
 
 
 def slow(text: str, stops: list[str], include: bool) -> tuple[str, str | None]:
-    """Character by character: the first position where any stop string ends; the longest of those."""
+    """Searches character by character for the first position where a stop string ends; the longest one there wins."""
     for end in range(1, len(text) + 1):
         ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:

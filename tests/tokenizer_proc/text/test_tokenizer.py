@@ -1,4 +1,4 @@
-"""Loading, encoding, and the exact bytes of tokens; transformers is the oracle."""
+"""Loading, encoding, and the exact bytes of tokens, compared with transformers."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ ADDED = ["<x>", " y", "hello"]
 
 
 def pair(kind: str) -> tuple[Tokenizer, Tokenizer]:
-    """(made around the base's model, parsed in full), with added tokens."""
+    """Returns two tokenizers with added tokens: (made around the base's model, parsed in full)."""
     base = Tokenizer(KINDS[kind]())
     more = tokenizers.Tokenizer.from_str(base.backend.to_str())
     more.add_special_tokens([ADDED[0]])

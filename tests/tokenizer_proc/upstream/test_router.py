@@ -1,4 +1,4 @@
-"""Open requests: their bounds, updates of other incarnations, and schedulers that take over."""
+"""Open requests: their bounds, updates from other incarnations, and schedulers that take over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wait reasons, alone and in the front end's refusals and time-outs."""
+"""Wait reasons, by themselves and in the front end's refusals and time-outs."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from model_runner.step.layout import Layout
 
 HALF, TOLERANCE = (
     (torch.float16, 4e-3) if KERNELS == CPU else (torch.bfloat16, 3e-2)
-)  # bfloat16 is wrong in the interpreter
+)  # triton's interpreter computes bfloat16 incorrectly
 CHUNKS = st.lists(st.tuples(st.integers(0, 90), st.integers(1, 9) | st.just(1)), min_size=1, max_size=4)
 
 
@@ -80,7 +80,7 @@ def test_keys_and_values_are_stored_at_their_slots() -> None:
     torch.testing.assert_close(flat[others], before.flatten(0, 1)[others], equal_nan=True, rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:invalid value:RuntimeWarning")  # numpy
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:invalid value:RuntimeWarning")  # by numpy
 @pytest.mark.parametrize("window", [None, 10])
 @pytest.mark.parametrize("chunks", [[(30, 1), (70, 1), (3, 1)], [(30, 1), (20, 6), (0, 8)]])
 def test_nan_in_one_row_leaves_the_others_bit_equal(chunks: list[tuple[int, int]], window: int | None) -> None:
@@ -124,14 +124,14 @@ def test_static_plans_of_all_sizes_share_one_buffer() -> None:
 
 
 def wide(layout: Layout) -> Layout:
-    """The same step with a page table for longer rows."""
+    """Returns the same step with a page table for longer rows."""
     tables = np.zeros((len(layout.tables), 256), np.int32)
     tables[:, : layout.tables.shape[1]] = layout.tables
     return Layout(layout.rows_C, layout.starts_C, layout.lengths_C, layout.lanes_C, tables, layout.page_size)
 
 
 def test_padding_of_a_captured_step_changes_no_row() -> None:
-    """Scratch rows: their table is all zeros, so they all write to the first slot of page 0."""
+    """Scratch rows have a page table of zeros, so all of them write to the first slot of page 0."""
     case = kernel_case([(40, 1), (7, 1)], 4, 4, 2, 0)
     expected = case.reference()
     layout = case.layout

@@ -209,7 +209,7 @@ def test_ops_of_a_cpu_extend_the_torch_reference() -> None:
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_compile_without_spills(capability: int) -> None:
-    """The sizes of an 8B model: hidden 4096, inner 14336, 32 and 8 heads of 128."""
+    """Compiles for the sizes of an 8B model: hidden 4096, inner 14336, 32 and 8 heads of 128."""
     pages = {"page_stride": "i32", "slot_stride": "i32"}
     caches = dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), "*bf16")
     names = ("x_ptr", "residual_ptr", "weight_ptr", "out_ptr", "total_ptr")

@@ -1,4 +1,4 @@
-"""Draws against splitmix64 in Python integers, and against the probabilities that they must follow."""
+"""Draws against splitmix64 in Python integers, and against the probabilities of the distribution."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def uniform(seed: int, position: int) -> float:
 
 
 def test_finaliser_is_that_of_splitmix64() -> None:
-    # the first outputs of splitmix64 from state 0, as published with the generator
+    # published with the generator: the first outputs of splitmix64 from state 0
     assert mix(GOLDEN) == 0xE220A8397B1DCDAF
     assert mix(2 * GOLDEN & WORD) == 0x6E789E6AA1B965F4
 

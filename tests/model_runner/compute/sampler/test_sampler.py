@@ -42,7 +42,7 @@ class Request:
 
 
 def processed(logits: np.ndarray, request: Request) -> np.ndarray:
-    """The logits after bias, min_tokens and penalties, token by token, in float64."""
+    """Returns the logits after bias, min_tokens and penalties, computed token by token in float64."""
     s, x = request.sampling, logits.astype(np.float64).copy()
     for token, value in s.logit_bias:
         x[token] += value
@@ -57,7 +57,7 @@ def processed(logits: np.ndarray, request: Request) -> np.ndarray:
 
 
 def cdf(x: np.ndarray, s: Sampling) -> np.ndarray:
-    """Cumulated probabilities in token-id order after temperature and filters."""
+    """Returns the cumulated probabilities in token-id order after temperature and filters."""
     x = x / s.temperature
     order = sorted(range(len(x)), key=lambda token: (-x[token], token))[: s.top_k or len(x)]
     weight = {token: math.exp(x[token] - x[order[0]]) for token in order}
@@ -84,7 +84,7 @@ def uniform(seed: int, position: int) -> float:
 
 
 def expected(logits: np.ndarray, request: Request) -> int | None:
-    """The reference's token; None where rounding could decide."""
+    """Returns the token of the reference, or None if rounding could decide between tokens."""
     x = processed(logits, request)
     if request.sampling.temperature == 0.0:
         return int(x.argmax())

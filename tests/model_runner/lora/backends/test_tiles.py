@@ -1,4 +1,4 @@
-"""Steps cut into tiles, and the records and tables of tiles: every row once, no tile of two lanes."""
+"""Steps cut into tiles, and the records and tables of tiles: every row is in one tile, and no tile has two lanes."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_units_are_packed_where_sites_agree() -> None:
     tables = LaneTables(world.pages, 64, Upload(CPU))
     tables.refresh()
     lanes = tables.groups["qkv"]
-    assert lanes.units_LK[5, 0] == -1  # adapter 5 has layer 0 alone
+    assert lanes.units_LK[5, 0] == -1  # adapter 5 has only layer 0
     for site in world.sites:
         held = tables.site_units(site.name)
         assert held.tolist() == world.pages.pools[site.name].units_PS.ravel().tolist()

@@ -1,4 +1,4 @@
-"""The torch backend against dense float64 arithmetic, on random steps; and that no lane reaches another's rows."""
+"""The torch backend against dense float64 arithmetic, on random steps; and no lane changes the rows of another lane."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ MIXES: list[dict[int, float]] = [
     {1: 0.0},
     {},
 ]
-"""What lanes 1, 2, ... run."""
+"""The adapters of lanes 1, 2, ..., each with its scale."""
 
 
 def resident(
     shuffle: int, dtype: torch.dtype, device: torch.device = CPU
 ) -> tuple[RankPagePool, dict[int, dict[str, list[int]]]]:
-    """Pools with every adapter in them; a shuffle scatters their pages."""
+    """Returns pools with every adapter, and the adapters' pages; a `shuffle` other than 0 scatters the pages."""
     groups = {"qkv": 48, "o": 12, "gate_up": 14, "down": 8}
     groups |= {vectors_of(group): 3 for group in groups}
     random = np.random.default_rng(shuffle)
@@ -87,7 +87,7 @@ def inputs(tokens: int, site: Site, seed: int = 0) -> torch.Tensor:
 
 
 def expected(x: torch.Tensor, site: Site, chunks: list[tuple[int, int]]) -> torch.Tensor:
-    """The result in dense float64, chunk by chunk."""
+    """Returns the result, computed chunk by chunk in dense float64."""
     y = x.double() @ site.base.weight.double().t() + (0 if site.base.bias is None else site.base.bias.double())
     begin = 0
     for lane, length in chunks:

@@ -44,11 +44,11 @@ MIXES: list[dict[int, float]] = [
     {3: 2.0, 4: -0.5},
     {1: 0.0},
 ]
-"""What lanes 1, 2, ... run."""
+"""The adapters of lanes 1, 2, ..., each with its scale."""
 
 
 class Eager(KernelSet):
-    """The kernels' torch references; keeps every call. `missing` kernels are not built yet."""
+    """Returns the kernels' torch references and records every call. Kernels in `missing` are not built yet."""
 
     def __init__(self, missing: Collection[KernelKey] = ()) -> None:
         super().__init__("before_serving")
@@ -69,7 +69,7 @@ class Eager(KernelSet):
 
 
 def backend(kernels: KernelSet | None = None, dtype: torch.dtype = torch.float32) -> TorchLora:
-    """The adapters in scattered pages, a lane for each mix."""
+    """Returns a backend with the adapters in scattered pages and a lane for each mix."""
     counts = dict.fromkeys(GROUPS, 12) | {vectors_of(group): 2 for group in GROUPS}
     random = np.random.default_rng(1)
     free = {group: random.permutation(count).tolist() for group, count in counts.items()}
@@ -95,7 +95,7 @@ def inputs(tokens: int, site: Site) -> torch.Tensor:
 
 
 def check(lora: TorchLora, chunks: list[tuple[int, int]]) -> None:
-    """Every site against dense arithmetic in float64, chunk by chunk."""
+    """Checks every site against dense arithmetic in float64, chunk by chunk."""
     meta = lora.plan(layout(chunks))
     for site in SITES:
         x, begin = inputs(sum(length for _, length in chunks), site), 0

@@ -74,7 +74,7 @@ def test_file_that_changes_after_its_header_is_refused(root: Path) -> None:
 
 
 def test_file_that_is_replaced_after_its_header_is_still_read(root: Path) -> None:
-    """The tensors are those of the file that was opened, whatever its name leads to by then."""
+    """The tensors are those of the file that was opened, even if its name refers to another file by then."""
     path, found = root / "adapter_model.safetensors", list[bytes]()
     expected, whole = load_file(path), path.read_bytes()
     with Directory(root) as directory:

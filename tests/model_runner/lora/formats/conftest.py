@@ -17,7 +17,7 @@ from model_runner.model.load import load_model
 
 @pytest.fixture(scope="session")
 def model(tiny_model: Callable[[str], Path]) -> Path:
-    """A base with biases everywhere and a head of its own."""
+    """A base with biases everywhere and an untied head."""
     return tiny_model("llama-bias")
 
 
@@ -36,5 +36,5 @@ def zoo(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
 
 @pytest.fixture
 def copy(zoo: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A copy of one of these adapters, to be changed."""
+    """Returns a function that copies one of these adapters, so that the test may change it."""
     return lambda name: Path(shutil.copytree(zoo[name], tmp_path / "copy"))

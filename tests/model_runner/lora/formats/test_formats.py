@@ -161,4 +161,4 @@ def test_gain_in_bfloat16_is_as_precise_as_in_float32(model: Path, zoo: dict[str
     ours, theirs = load(half.sites, zoo["dora"], torch.bfloat16), load(decoder.sites, zoo["dora"])
     for site, slices in theirs.deltas.items():
         for one, two in zip(ours.deltas[site], slices, strict=True):
-            torch.testing.assert_close(one.gain, two.gain, atol=0, rtol=2e-3)  # bfloat16 W has 8 bits
+            torch.testing.assert_close(one.gain, two.gain, atol=0, rtol=2e-3)  # W in bfloat16 has 8 significant bits

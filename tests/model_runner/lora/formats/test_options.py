@@ -36,7 +36,7 @@ CONFIGS = {
 
 
 OTHER_OPTIONS = ("use_tomorrow", "use_dora", "init_r", "use_rslora", "alpha")
-"""Options of some formats, and of none."""
+"""Options that some formats have, and one that no format has."""
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -27,7 +27,7 @@ MODULE = "base_model.model.model.layers.{}.self_attn.v_proj"
 
 
 class Gains(PeftFormat, frozen=True, kw_only=True):
-    """A gain alone, stored as a logarithm and multiplied with a temperature; biases may be trained."""
+    """A format with only a gain, stored as a logarithm and multiplied by a temperature; biases may be trained."""
 
     peft_type: ClassVar = "GAINS"
     name: ClassVar = "Gains"
@@ -44,28 +44,28 @@ class Gains(PeftFormat, frozen=True, kw_only=True):
     temperature: float = 1.0
 
     def scaling(self, alpha: float, rank: int) -> float:
-        """The temperature."""
+        """Returns the temperature."""
         return self.temperature
 
     def shapes(self, module: Module, found: Mapping[str, Shape]) -> dict[str, Shape]:
-        """[O]."""
+        """Returns the shape [O] of the logarithms."""
         return {"gains_log.weight": [module.out_features]}
 
     def rank(self, module: Module, found: Mapping[str, Shape]) -> int:
-        """0."""
+        """Returns 0, because a gain has no rank."""
         return 0
 
     def change(self, module: Module, tensors: Mapping[str, torch.Tensor]) -> Change:
-        """exp(temperature * log)."""
+        """Returns the gain, exp(temperature * log)."""
         return Change(gain=(tensors["gains_log.weight"] * module.target.scaling).exp())
 
     def revision(self) -> list[Any]:
-        """The temperature."""
+        """Returns the temperature, which the revision includes."""
         return [self.temperature]
 
 
 def clear_caches() -> None:
-    """Clears what was read from the table."""
+    """Clears the caches of functions that read the table of formats."""
     for reader in (*vars(registry).values(), names.markers, names.spellings):
         if hasattr(reader, "cache_clear"):
             reader.cache_clear()
@@ -73,7 +73,7 @@ def clear_caches() -> None:
 
 @pytest.fixture(autouse=True)
 def gains(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Adds the format to the table."""
+    """Adds the format to the table of formats during the test."""
     monkeypatch.setitem(registry.FORMATS, "GAINS", f"{__name__}:Gains")
     clear_caches()
     yield
@@ -82,7 +82,7 @@ def gains(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def save(root: Path, spare: str = "", **options: object) -> Path:
-    """An adapter of the format, with a `spare` tensor that does not belong to it."""
+    """Writes an adapter of the format; `spare` names an additional tensor that does not belong to it."""
     tensors = {f"{MODULE.format(layer)}.gains_log.fox.weight": torch.full((8,), 0.5) for layer in range(2)}
     if spare:
         tensors[spare] = torch.zeros(8)

@@ -1,4 +1,4 @@
-"""The same adapter with tensor names as other versions of PEFT write them."""
+"""The same adapter with the tensor names that other versions of PEFT write."""
 
 from __future__ import annotations
 

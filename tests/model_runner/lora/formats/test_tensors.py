@@ -1,4 +1,4 @@
-"""A tensor that is not used, is missing or holds a bad value is refused by its name."""
+"""A tensor that is unused, missing or holds a bad value is refused by its name."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_stray_tensor_beside_norms_is_refused_by_name(decoder: Decoder, copy: Ca
 
 def test_modules_to_save_means_norms_by_the_end_of_their_name(decoder: Decoder, copy: Callable[[str], Path]) -> None:
     root = copy("all norms")
-    assert sum("norm.weight" in name for name in load_file(root / WEIGHTS)) == 7  # PEFT takes every module that ends so
+    assert sum("norm.weight" in name for name in load_file(root / WEIGHTS)) == 7  # PEFT matches the end of the name
     held = load(decoder.sites, root)
     assert held.footprint.pages == {"down": 1, "norms.full": 1}
     assert set(held.targets) == {"down_proj", "input_layernorm", "norm", "post_attention_layernorm"}

@@ -43,7 +43,7 @@ def message(root: Path, adapter_id: int = 1, revision: str = "") -> LoadAdapter:
 
 
 def finish(loaders: LoaderPool, count: int = 1) -> list[LoadOutcome]:
-    """The next `count` outcomes."""
+    """Returns the next `count` outcomes."""
     found, deadline = list[LoadOutcome](), time.monotonic() + 60
     while len(found) < count:
         assert time.monotonic() < deadline
@@ -69,7 +69,7 @@ def loads(loaders: LoaderPool, root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[LoaderPool]:
-    """For tests that leave the children alive."""
+    """A pool that is shared by the tests that leave its children alive."""
     loaders = LoaderPool(CONFIG)
     loaders.start()
     yield loaders
@@ -80,7 +80,7 @@ def shared() -> Iterator[LoaderPool]:
 
 @pytest.fixture
 def own() -> Iterator[Callable[..., LoaderPool]]:
-    """For tests that kill them."""
+    """Makes pools for the tests that kill their children."""
     made: list[LoaderPool] = []
 
     def make(time_limit: TimeLimit = TimeLimit()) -> LoaderPool:  # noqa: B008
@@ -120,7 +120,7 @@ def test_child_is_niced_and_bounded_in_memory(shared: LoaderPool, tmp_path: Path
 
 
 def start(link: socket.socket, words: bytes) -> subprocess.Popen[bytes]:
-    """A child without a LoaderProcess, with `words` on its stdin."""
+    """Starts a child without a LoaderProcess, with `words` on its stdin."""
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", "model_runner.lora.loading"],
         stdin=subprocess.PIPE,
@@ -264,7 +264,7 @@ def test_killed_child_fails_its_load_only(own: Callable[..., LoaderPool], tmp_pa
     os.kill(pid, signal.SIGKILL)
     (outcome,) = finish(loaders)
     assert (outcome.message.adapter_id, outcome.reason) == (7, "the loader process was killed by signal 9")
-    assert descriptors() <= opened + 1  # the selector
+    assert descriptors() <= opened + 1  # one more for the selector
     assert pid not in children()
 
 

@@ -92,7 +92,7 @@ def test_empty_unknown_option_is_ignored(empty: object, root: Path) -> None:
 
 
 def change(tensors: dict[str, torch.Tensor], case: str) -> str:
-    """Breaks the tensors. Returns what the message must name."""
+    """Breaks the tensors. Returns the text that the error message must contain."""
     value = tensors[Q_A]
     if case == "no A":
         del tensors[Q_A]

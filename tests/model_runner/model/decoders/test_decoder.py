@@ -1,4 +1,4 @@
-"""The decoder's seams: LoRA at every site, one all-reduce after the delta, the KV pool's sizes, a rank's part."""
+"""The decoder: LoRA at every site, one all-reduce after the delta, the sizes of the KV pool, and a rank's shard."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_every_site_is_adapted_once(family: str, sites: int, tiny_model: TinyMod
     ours = Driver(decoder, lora=lora).step([(Row([5, 6, 7]), 3)])
     assert torch.equal(ours, plain)
     linears = [site for site in decoder.sites if site.group != "norms"]
-    asked = [site for site in linears if site.group != "experts"]  # these are computed by grouped matmuls
+    asked = [site for site in linears if site.group != "experts"]  # experts are computed by grouped matmuls instead
     assert lora.calls == [(site.name, "a plan of 3") for site in asked]
     assert len({site.name for site in decoder.sites}) == len(decoder.sites)
     assert len(linears) == sites
@@ -121,7 +121,7 @@ def test_row_parallel_bias_is_on_rank_0_alone(tiny_model: TinyModel) -> None:
     path = tiny_model("llama-bias")
     config = read_model_config(path)
     with pytest.raises(ConfigError, match="does not divide"):
-        Decoder(config, Weights(CPU, torch.float32, Shard(0, 2)))  # one key/value head
+        Decoder(config, Weights(CPU, torch.float32, Shard(0, 2)))  # one key/value head cannot be divided
     wide = dataclasses.replace(config, num_kv_heads=4)
     biases = [Decoder(wide, Weights(CPU, torch.float32, Shard(rank, 2))).sites[2].base.bias for rank in range(2)]
     assert biases[0] is not None

@@ -48,7 +48,7 @@ def experts_of(path: Path, layer: int, shard: Shard | None = None) -> SparseMLP:
 
 
 def slow(block: SparseMLP, x_TH: torch.Tensor) -> torch.Tensor:
-    """Every expert for every token in float64, weighted; most weights are zero."""
+    """Returns the weighted sum of every expert for every token in float64; most weights are zero."""
     x = x_TH.double()
     chances = (x @ block.router.site.base.weight.double().t()).softmax(-1)
     kept = torch.where(chances >= chances.topk(block.per_token).values[:, -1:], chances, 0.0)
@@ -100,7 +100,7 @@ def test_attention_adapters_keep_the_grouped_matmul(
         adapter = make_adapter(path, tmp_path / family, targets=["q_proj", "v_proj"])
         lora = attach_adapters(decoder, {"attention": adapter})
         assert lora.pages.page_counts == {"qkv": 1}
-        monkeypatch.setattr(SparseMLP, "_compute_by_expert", None)  # the grouped matmuls are used
+        monkeypatch.setattr(SparseMLP, "_compute_by_expert", None)  # a call would fail, so the grouped matmuls are used
         Driver(decoder, lora=lora).step([(Row([3, 4, 5], lane=1), 3), (Row([6]), 1)])
 
 
@@ -113,7 +113,7 @@ def test_expert_size_that_ranks_do_not_divide_is_refused(tiny_model: TinyModel) 
 
 
 def test_steps_that_wait_for_the_device_are_not_captured(tiny_model: TinyModel) -> None:
-    for family, capturable in (("llama2", True), ("mixtral", False)):  # on a CPU
+    for family, capturable in (("llama2", True), ("mixtral", False)):  # experts wait for the device
         path = tiny_model(family)
         assert load_model(path, read_model_config(path), device=CPU, dtype=torch.float32).capturable is capturable
 
@@ -138,7 +138,7 @@ MIXTRAL, QWEN = ("w1", "w2", "w3"), ("gate_proj", "up_proj", "down_proj")
 
 
 def check_against_peft(path: Path, adapters: dict[str, Path]) -> None:
-    """All adapters and the base in one batch, whole and in chunks. Each has its own PEFT model."""
+    """Checks all adapters and the base in one batch, whole and in chunks. Each adapter has its own PEFT model."""
     oracles = {name: Oracle(path, {name: directory}) for name, directory in adapters.items()}
     draw, names, first = random.Random(5), [None, *adapters], next(iter(adapters))
     asks: list[tuple[list[int], int]] = []

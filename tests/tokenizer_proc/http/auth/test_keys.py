@@ -20,7 +20,7 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 def ask(
     front: FakeFrontend, calls: list[tuple[str, str, str | None, Any]], *keys: ApiKey, **fields: Any
 ) -> list[tuple[int, Any]]:
-    """Status and answer of (method, path, key, body) calls, one after the other, of one server with these keys."""
+    """Returns status and body of each (method, path, key, body) call; one server with `keys` gets them in order."""
 
     async def scenario(client: TestClient) -> list[tuple[int, Any]]:
         found = []

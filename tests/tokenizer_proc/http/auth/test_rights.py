@@ -1,4 +1,4 @@
-"""Every route declares the rights it needs, and they hold for every caller."""
+"""Every route declares the rights that it needs, and the rights hold for every caller."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NEEDS = {
     "/v1/load_lora_adapter": "admin",
     "/v1/unload_lora_adapter": "admin",
 }
-REFUSED = {  # by caller: the status of the refusal; None: the call is admitted
+REFUSED = {  # by the rights of a route, the status of the refusal of each caller; None: the call is admitted
     "none": [None, None, None, None, None],
     "inference": [401, 401, None, None, 401],
     "operator": [401, 401, 403, None, 401],
@@ -50,7 +50,7 @@ REFUSED = {  # by caller: the status of the refusal; None: the call is admitted
 
 
 def routes() -> list[tuple[str, str]]:
-    """Method and path of every route that the app serves."""
+    """Returns the method and path of every route that the app serves."""
     app = create_app(FakeFrontend(), config())  # type: ignore[arg-type]
     return [(route.method, path_of(route)) for route in app.router.routes()]
 
@@ -61,7 +61,7 @@ def path_of(route: web.AbstractRoute) -> str:
 
 
 def refusals(method: str, path: str, **fields: Any) -> list[int | None]:
-    """How the app refuses each of the callers."""
+    """Returns the status with which the app refuses each of the callers; None: the call is admitted."""
 
     async def scenario(client: TestClient) -> list[int | None]:
         found: list[int | None] = []

@@ -29,7 +29,7 @@ def world(tmp_path: Path) -> LoadingFront:
 
 
 def asked(world: LoadingFront, path: str, key: str, *bodies: dict[str, Any]) -> list[tuple[int, Any]]:
-    """Status and answer of calls with these bodies, one after the other."""
+    """Returns status and body of calls with these bodies, sent one after the other."""
 
     async def scenario(client: TestClient) -> list[tuple[int, Any]]:
         found = []

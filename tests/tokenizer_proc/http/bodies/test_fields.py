@@ -1,4 +1,4 @@
-"""Every body field is taken, ignored because it cannot matter, or refused by name."""
+"""Every body field is used, ignored because it cannot change the output, or refused by name."""
 
 from __future__ import annotations
 

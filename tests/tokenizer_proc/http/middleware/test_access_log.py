@@ -1,4 +1,4 @@
-"""Every call ends in one log line with its answer's request id, and without the client's texts and keys."""
+"""Every call ends in one log line with its response's request id, and without the client's texts and keys."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def _ours_alone(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def fields(message: str) -> dict[str, str]:
-    """The fields of a line."""
+    """Returns the fields of a log line."""
     pairs = re.findall(r'(\w+)=("(?:[^"\\]|\\.)*"|\S+)', message)
     return {key: json.loads(value) if value.startswith('"') else value for key, value in pairs}
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, str]]:
-    """The lines of calls so far, which are then cleared."""
+    """Returns the access-log lines of the calls so far, and clears them."""
     found = [fields(each.getMessage()) for each in caplog.records if each.getMessage().startswith("call ")]
     caplog.clear()
     return found

@@ -1,4 +1,4 @@
-"""A client is cut off when too many bytes wait for it, or for too long; a client that reads, however late, is not."""
+"""A client is cut off if too many bytes wait for it, or wait for too long; a client that reads slowly is not."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from tokenizer_proc.http.middleware.backpressure import LEAST_BYTES, SlowReader,
 LOOPS = [asyncio.run, uvloop.run]
 SCORED = {"input_ids": [1, 2], "return_logprob": True, "top_logprobs_num": 2, "stream": True,
           "sampling_params": {"max_new_tokens": 400, "ignore_eos": True}}  # fmt: skip
-"""Its events are cumulative: some MB in all."""
+"""A request with cumulative events: some MB in total."""
 
 
 class Pipe:
-    """A transport whose bytes the test takes."""
+    """A transport from which the test takes the bytes."""
 
     def __init__(self) -> None:
         self.waiting = 0
@@ -41,7 +41,7 @@ class Pipe:
 
 
 class Sink:
-    """An answer that is written to a pipe."""
+    """A response that is written to a pipe."""
 
     def __init__(self, pipe: Pipe) -> None:
         self._pipe = pipe
@@ -51,7 +51,7 @@ class Sink:
 
 
 class Clock:
-    """A clock that the test sets."""
+    """A clock whose time the test sets."""
 
     now = 0.0
 
@@ -67,7 +67,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def made(max_buffered: int, stall_timeout: float) -> tuple[Pipe, Callable[[int], None]]:
-    """A pipe, and a function that writes so many bytes through a write buffer into it."""
+    """Returns a pipe, and a function that writes `size` bytes through a write buffer into it."""
     pipe = Pipe()
     way = WriteBuffer(cast(Any, pipe), max_buffered, stall_timeout)
 
@@ -143,7 +143,7 @@ def test_a_reader_that_keeps_up_is_never_cut_off(clock: Clock) -> None:
 
 @asynccontextmanager
 async def served(frontend: Frontend, **fields: Any) -> AsyncIterator[int]:
-    """The port of the app, with small kernel buffers."""
+    """Serves the app with small kernel buffers, and yields its port."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
     listener.bind(("127.0.0.1", 0))
@@ -157,7 +157,7 @@ async def served(frontend: Frontend, **fields: Any) -> AsyncIterator[int]:
 
 
 async def ask(port: int, body: dict[str, Any], name: str, room: int = 4096) -> socket.socket:
-    """A socket that has sent a request and reads nothing, with so many bytes of kernel buffer."""
+    """Returns a socket that has sent a request and reads nothing; the kernel buffers about `room` bytes for it."""
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
     client.setblocking(False)
@@ -172,7 +172,7 @@ async def ask(port: int, body: dict[str, Any], name: str, room: int = 4096) -> s
 
 
 async def read(client: socket.socket, pause: float = 0.0) -> bytes:
-    """Everything that is received; b"" for a connection that was cut."""
+    """Returns everything that is received; b"" if the connection was cut."""
     parts = []
     try:
         while part := await asyncio.get_running_loop().sock_recv(client, 1 << 16):
@@ -192,7 +192,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def slow(caplog: pytest.LogCaptureFixture) -> set[str]:
-    """The ids of the calls that were cut off."""
+    """Returns the ids of the calls that were cut off."""
     texts = [record.getMessage() for record in caplog.records]
     return {text.split("id=")[1].split()[0] for text in texts if "kind=slow_reader" in text}
 

@@ -1,4 +1,4 @@
-"""Every error is answered with OpenAI's error body and the right status."""
+"""Every error response has OpenAI's error body and the right status."""
 
 from __future__ import annotations
 

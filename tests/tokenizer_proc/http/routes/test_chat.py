@@ -1,4 +1,4 @@
-"""Chat completions: OpenAI's shapes, streamed and not."""
+"""Chat completions: responses in OpenAI's format, streamed and not."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ PATH = "/v1/completions"
 
 
 def _streamed(frontend: FakeFrontend, body: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """The choices of a stream, joined by index: text, logprobs, finish_reason."""
+    """Returns the choices of a stream, joined by index: text, logprobs, finish_reason."""
     events = stream(frontend, PATH, body)
     assert events.pop() == "[DONE]"
     choices: dict[int, dict[str, Any]] = {}

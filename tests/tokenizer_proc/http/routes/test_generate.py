@@ -1,4 +1,4 @@
-"""/generate: SGLang's shapes, one prompt and lists, streamed and not."""
+"""/generate: responses in SGLang's format, for one prompt and for lists, streamed and not."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_vllms_dialect(a: str, tmp_path: Path) -> None:
         assert (card["id"], card["root"], card["lora_int_id"], card["state"]) == ("a", two, 2, "host")
         status, refusal = await post(client, "/v1/unload_lora_adapter", {"lora_name": "a", "lora_int_id": 1})
         assert (status, refusal["error"]["param"]) == (400, "lora_int_id")
-        world.busy = {2}  # the answer does not wait for it
+        world.busy = {2}  # the response does not wait until the adapter is unused
         removed = 200, "Success: LoRA adapter 'a' removed successfully."
         assert await post(client, "/v1/unload_lora_adapter", {"lora_name": "a", "lora_int_id": 2}) == removed
         status, refusal = await post(client, "/v1/unload_lora_adapter", {"lora_name": "a"})

@@ -58,7 +58,7 @@ def test_echo_with_scores() -> None:
     ],
 )
 def test_an_abort_amid_the_prompts_scores(path: str, body: dict[str, Any], streams: bool) -> None:
-    """One of three positions has come: the answer ends without the prompt's log-probabilities."""
+    """One of three prompt positions was scored: the response ends without the prompt's log-probabilities."""
     scheduler = ScriptedScheduler("c")
     scheduler.hold_after = 0
     frontend = scheduler.frontend()

@@ -1,4 +1,4 @@
-"""Adapters' templates: whatever they do ends in bounded time, and other templates still work."""
+"""Adapters' templates: each rendering ends in bounded time, whatever it does, and other templates still work."""
 
 from __future__ import annotations
 

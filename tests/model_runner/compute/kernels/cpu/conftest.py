@@ -1,4 +1,4 @@
-"""A compiler that hangs: builders and runners must still end."""
+"""A compiler that hangs, for tests that builders and runners still end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KernelSet: kernels are compiled once, cached, checked before use, and torch computes where one fails."""
+"""KernelSet: kernels are compiled once, cached and checked before use, and torch replaces the ones that fail."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ needs_compiler = pytest.mark.skipif(compiler.find_compiler() is None, reason="no
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache directory with NORM and GATE, compiled; no other test here needs a compiler."""
+    """A cache directory with NORM and GATE compiled, so that the other tests here need no compiler."""
     root = tmp_path_factory.mktemp("cache") / "compiled"
     kernels = KernelSet("before_serving", root)
     kernels.request((NORM, GATE, NORM))
@@ -47,7 +47,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(root: Path, *wanted: KernelKey) -> KernelSet:
-    """A kernel set that finds its kernels in the cache and compiles nothing."""
+    """Returns a kernel set that finds its kernels in the cache and compiles nothing."""
     kernels = KernelSet("background", root)
     kernels.request(wanted)
     assert not kernels.building
@@ -130,7 +130,7 @@ def test_file_that_is_no_library_is_not_used(cached: Path, no_compiler: None, tm
 
 
 def other_reference(dtype: torch.dtype) -> KernelSpec:
-    """A spec whose reference differs from what the compiled gate computes."""
+    """Returns a spec whose reference differs from what the compiled gate computes."""
 
     def reference(gate_up_TJ: torch.Tensor, out_TI: torch.Tensor, tokens: int, inner: int) -> None:
         gate, up = gate_up_TJ.chunk(2, dim=-1)

@@ -1,6 +1,6 @@
 """The model with every kernel compiled, against transformers + PEFT in float32, and each row against a poisoned run.
 
-Calls of kernels are counted: a test that never called one would prove nothing.
+Calls of kernels are counted, because a test that never called a kernel would prove nothing.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ class World:
     expected: list[list[int]]
 
     def driver(self, kernels: KernelSet | None = None, names: Sequence[str] | None = None) -> Driver:
-        """Drives a freshly loaded model. `names`: the adapters in lanes 1, 2, ...; None: all of them, and the mixes."""
+        """Drives a newly loaded model. `names`: the adapters in lanes 1, 2, ... (None: all, and the mixes)."""
         decoder = load_model(self.path, read_model_config(self.path), device=torch.device("cpu"), dtype=torch.float32)
         adapters = self.adapters if names is None else {name: self.adapters[name] for name in names}
         lora = attach_adapters(decoder, adapters, MIXES if names is None else ())
         return Driver(decoder, lora=lora, pages=900, kernels=kernels)
 
     def wrong(self, found: list[list[int]]) -> set[str]:
-        """The adapters and mixes whose tokens are not the oracle's."""
+        """Returns the adapters and mixes whose tokens are not the oracle's."""
         names = ["base", *self.adapters, *map(str, MIXES)]
         triples = zip(self.lanes, found, self.expected, strict=True)
         return {names[lane] for lane, one, other in triples if one != other}
@@ -130,7 +130,7 @@ def write_mixes(path: Path, adapters: dict[str, Path], root: Path) -> list[Path]
 
 @pytest.fixture(scope="module")
 def compiled(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[KernelSet, list[KernelKey]]:
-    """The kernels that the model calls, which are all there are, compiled; and their keys."""
+    """Compiles the kernels that the model calls, which are all kernels that exist. Returns the set and their keys."""
     wanted = world.driver().wanted_kernels()
     assert {key.name for key in wanted} == set(SPECS)
     kernels = KernelSet("before_serving", tmp_path_factory.mktemp("compiled") / "cache")
@@ -186,7 +186,7 @@ def test_kernels_that_arrive_mid_stream_change_no_token(
 
 
 NAMES = ("lora", "dora", "dora rslora", "rslora", "lokr full", "head", "bias all", "lokr thin")
-"""The adapters in lanes 1, 2, ...; they have 1, 2 or 4 pages in a group."""
+"""The adapters in lanes 1, 2, ...; each has 1, 2 or 4 pages in a group."""
 
 PLACED = [(0, 20), (1, 5), (2, LONG), (3, 1), (3, 20), (4, 1), (5, 2), (6, LONG), (7, 5), (8, 1), (1, 3), (0, 1)]
 """Lane and prompt length of each row."""
@@ -204,7 +204,7 @@ STEPS = [
 def run_steps(
     world: World, kernels: KernelSet, plant: Callable[[Driver, list[Row], int], None] | None = None
 ) -> dict[tuple[int, int], torch.Tensor]:
-    """The logits of each (step, row); `plant` is called before each step and may poison caches or weights."""
+    """Returns the logits by (step, row). `plant` is called before each step and may poison caches or weights."""
     driver, draw = world.driver(kernels, NAMES), random.Random(2)
     total = [sum(step.get(row, 0) for step in STEPS) for row in range(len(PLACED))]
     rows = [Row([draw.randrange(VOCAB) for _ in range(total[row])], lane) for row, (lane, _) in enumerate(PLACED)]
@@ -221,7 +221,7 @@ def run_steps(
 def changed(
     clean: dict[tuple[int, int], torch.Tensor], found: dict[tuple[int, int], torch.Tensor]
 ) -> set[tuple[int, int]]:
-    """The (step, row) pairs whose logits are not bit-equal in both."""
+    """Returns the (step, row) pairs whose logits are not bit-equal in `clean` and `found`."""
     return {place for place, logits in clean.items() if not torch.equal(found[place], logits)}
 
 

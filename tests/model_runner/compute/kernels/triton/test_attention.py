@@ -31,7 +31,7 @@ CAPABILITIES = (80, 90, 100)
 def attend(
     case: Case, shape: Shape, spans: int, window: int | None = None, softcap: float | None = None
 ) -> torch.Tensor:
-    """[T, N, D] on the CPU, computed with tiles of this shape, each cut into about `spans` spans."""
+    """Returns [T, N, D] on the CPU, computed with tiles of this shape, each cut into about `spans` spans."""
     packed = PackedLayout(case.layout)
     host = torch.empty(packed.size, dtype=torch.int32)
     packed.write(host.numpy())
@@ -72,7 +72,7 @@ def test_group_wider_than_a_tile_is_split_among_programs() -> None:
     torch.testing.assert_close(out, case.reference(), atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:invalid value:RuntimeWarning")  # numpy
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:invalid value:RuntimeWarning")  # by numpy
 @pytest.mark.parametrize("window", [None, 30])
 def test_nan_stays_in_its_row_when_rows_are_cut(window: int | None) -> None:
     chunks = [(70, 1), (60, 5), (90, 1)]
@@ -103,7 +103,7 @@ def test_rows_are_cut_until_the_device_is_full() -> None:
     decode, prefill = (choose(4, 128, 2, 90) for choose in (decode_shape, prefill_shape))
     assert splits(1, 8, decode, 132) == 33
     assert splits(8, 8, decode, 132) == 4
-    assert splits(256, 8, decode, 132) == 4  # for a long row among short ones
+    assert splits(256, 8, decode, 132) == 4  # a long row among short ones is cut as well
     assert splits(256, 8, prefill, 132) == 1
     assert splits(1, 1, prefill, 132) == MAX_SPLITS
     assert splits(8, 8, decode, 1) == 1  # programs run one after another, so more of them do not help

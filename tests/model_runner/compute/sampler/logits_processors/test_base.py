@@ -1,4 +1,4 @@
-"""The interface of a logits processor, as the sampler uses it, with a fake that keeps the calls."""
+"""The interface of a logits processor, as the sampler uses it, with a fake that records the calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 class OneToken(LogitsProcessor):
-    """Allows only the token of each row's history; keeps the calls."""
+    """Allows only the token of each row's history; records the calls."""
 
     def __init__(self) -> None:
         self.tokens: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""The builder as a real process: it and its compiler end with their parent, and leave no files."""
+"""The builder as a real process: it and its compiler end with their parent and leave no files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The C++ kernels against their torch references, in every way they can be compiled; a row alone and in a batch."""
+"""The C++ kernels against their torch references, in every variant; and each token alone against the whole batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from model_runner.compute.kernels.cpu.functions.spec import (
 )
 
 DEFINES = {"float32": (), "bfloat16": ("BFLOAT16",), "bfloat16 without pairs": ("BFLOAT16", "NO_PAIRS")}
-"""What is defined for the compiler, by a name whose first word is the dtype."""
+"""The macros that are defined for the compiler, by variant; the first word of a variant is the dtype."""
 
 Built = tuple[KernelSpec, Kernel]
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(compiler.find_compiler() is None, reason="no C++
 
 @pytest.fixture(scope="module", params=DEFINES)
 def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
-    """Builds a kernel with one of the DEFINES, once."""
+    """Builds each kernel once, in one of the variants in DEFINES."""
     variant, directory, built = request.param, tmp_path_factory.mktemp("built"), dict[str, Built]()
 
     def build(name: str) -> Built:

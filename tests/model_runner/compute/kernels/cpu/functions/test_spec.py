@@ -1,4 +1,4 @@
-"""The comparison of a kernel with its reference: which errors it reports, and at which sizes."""
+"""`compare`, which compares a kernel with its reference: which errors it reports, and at which sizes."""
 
 from __future__ import annotations
 

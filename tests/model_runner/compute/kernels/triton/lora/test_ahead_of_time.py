@@ -19,7 +19,7 @@ TABLES = {"table": "*i32", "gather": "*i32", "site_units": "*i32"}
 
 @dataclass(frozen=True)
 class Shape:
-    """A site of an 8B Llama: inputs, outputs, the widest slice, slices."""
+    """A site of an 8B Llama: input size, output size, size of the widest slice, number of slices."""
 
     features: int
     outs: int
@@ -65,7 +65,7 @@ def compile_shrink(
 
 
 def compile_expand(capability: int, tiling: ExpandTiling, splits: int, kind: str, dtype: str = "bf16") -> Compiled:
-    """`kind`: "plain", "vectors" (gains, biases, and a bias of the base) or "embedding"."""
+    """Compiles an expand. `kind`: "plain", "vectors" (gains, biases, and a bias of the base) or "embedding"."""
     signature = {"y": f"*{dtype}", "b": f"*{dtype}", **TABLES}
     constants: dict[str, Any] = {"ROWS": tiling.rows, "BLOCK": tiling.block, "PAGES": tiling.pages, "SPLITS": splits}
     constants["PDL"] = capability >= 90 and kind != "embedding"
@@ -90,13 +90,13 @@ def compile_expand(capability: int, tiling: ExpandTiling, splits: int, kind: str
 
 
 def largest(expands: set[tuple[ExpandTiling, int]]) -> tuple[ExpandTiling, int]:
-    """The variant that needs most registers."""
+    """Returns the variant that needs the most registers."""
     return max(expands, key=lambda expand: (expand[0].block, expand[1]))
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_short_tiles_of_rank_64_compile_without_spills(capability: int) -> None:
-    """Decodes use short tiles, and prefills too with the default chunk size."""
+    """Decodes use short tiles; with the default chunk size, prefills do too."""
     shrinks, expands = variants(16, 8)
     assert len(shrinks) + len(expands) < 16
     for shrink in shrinks:

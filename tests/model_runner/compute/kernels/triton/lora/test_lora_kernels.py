@@ -87,7 +87,7 @@ def test_backend_equals_torch_with_32_lanes() -> None:
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_backend_equals_torch_with_the_tiles_of_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks of columns, several splits of I, long tiles."""
+    """Covers several blocks of columns, several splits of I, and long tiles."""
     monkeypatch.setattr(tiled_backend, "_device_properties", lambda device: (132, False))
     monkeypatch.setattr(tiled_backend, "expand_tiling", _narrow(tiled_backend.expand_tiling))
     backend.cache_clear()
@@ -97,7 +97,7 @@ def test_backend_equals_torch_with_the_tiles_of_a_gpu(name: str, monkeypatch: py
 
 
 def _narrow(choose):  # type: ignore[no-untyped-def]
-    """Makes blocks 16 columns wide, because the sites of this test are narrow."""
+    """Makes `choose` return blocks of 16 columns, because the sites of this test are narrow."""
 
     def narrow(*arguments):  # type: ignore[no-untyped-def]
         tiling = choose(*arguments)
@@ -110,13 +110,13 @@ def _narrow(choose):  # type: ignore[no-untyped-def]
 def test_step_of_the_base_alone_has_no_metadata(name: str) -> None:
     lora = backend(name, torch.float32)
     assert lora.plan(layout([(0, 3), (0, 1)])) is None
-    assert lora.plan(layout([(10, 3), (11, 1)])) is None  # scale 0, and no pages
+    assert lora.plan(layout([(10, 3), (11, 1)])) is None  # one lane has scale 0, the other has no pages
     for site in world(torch.float32).sites:
         x = world(torch.float32).inputs(site, 4)
         assert torch.equal(compute(lora, site, x, None), compute(create("torch", lora.pages), site, x, None))
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")  # numpy
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")  # by numpy
 @pytest.mark.parametrize("name", BACKENDS)
 def test_poisoned_row_leaves_other_rows_bit_equal(name: str) -> None:
     chunks = [(1, 1), (7, 1), (0, 1), (1, 1), (4, 18), (1, 1)]
@@ -136,7 +136,7 @@ def test_poisoned_row_leaves_other_rows_bit_equal(name: str) -> None:
             assert not torch.isfinite(y[row]).any()
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")  # numpy
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")  # by numpy
 @pytest.mark.parametrize("name", BACKENDS)
 def test_poisoned_pages_leave_other_lanes_bit_equal(name: str) -> None:
     own_world = World(torch.float32, DEVICE)
@@ -162,7 +162,7 @@ def test_poisoned_pages_leave_other_lanes_bit_equal(name: str) -> None:
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_unused_units_are_never_read(name: str) -> None:
-    """Neither are the results of an earlier step in the scratch buffer and in the tables."""
+    """Results of an earlier step in the scratch buffer and in the tables are not read either."""
     own_world = World(torch.float32, DEVICE)
     lora = create(name, own_world.pages)
     step = layout([(2, 1), (5, 3), (1, 1), (3, 1)])
