@@ -223,7 +223,7 @@ def bench(shape: str, args: argparse.Namespace) -> list[Point]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes."""
+    """Measures all shapes, prints the table and writes the results."""
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = top.add_argument
     add("--shapes", nargs="+", choices=list(SHAPES), default=["tiny", "0.5b"])

@@ -22,7 +22,7 @@ from tables.formats import families, formats  # noqa: E402
 from tables.http_calls import http_calls  # noqa: E402
 from tables.metrics import metrics  # noqa: E402
 
-PARTS: dict[str, dict[str, Callable[[], str]]] = {  # by page and part, the function that writes the part
+PARTS: dict[str, dict[str, Callable[[], str]]] = {  # page: part: the function that writes the part
     "engine/FLAGS.md": {"flags": flags},
     "tokenizer_proc/README.md": {"calls": http_calls},
     "tokenizer_proc/METRICS.md": {"metrics": metrics},

@@ -66,7 +66,7 @@ class RunnerBench:
     page_bytes: dict[str, int]
     step: int = 0
     generation: int = 0
-    points: dict[tuple[int, ...], list[Point]] = field(default_factory=dict)  # by kind of step
+    points: dict[tuple[int, ...], list[Point]] = field(default_factory=dict)  # keys: kinds of step
 
     def lane_bytes(self, adapter_id: int) -> int:
         pages = self.states[adapter_id].footprint.pages

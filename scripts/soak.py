@@ -103,7 +103,7 @@ def resources(pid: int) -> tuple[int, int]:
 
 @dataclass
 class Soak:
-    """One run against one server."""
+    """One run of the soak against one server."""
 
     server: LaunchedServer
     requests: list[SoakRequest]
@@ -296,7 +296,7 @@ class Soak:
                 await asyncio.sleep(0.5)
 
     def differ(self, what: str) -> None:
-        """Records a difference."""
+        """Records that `what` differs from what is expected."""
         self.differences.append(what)
 
     # ----------------------------------------------------------------------------------------------- the end

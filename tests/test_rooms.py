@@ -15,7 +15,7 @@ NOT_COUNTED = {"__init__.py", "__main__.py", "conftest.py"}
 MOST_MODULES = 9
 LONGEST_TEST_NAME = 60
 MOST_MODULES_OF_ONE_KIND = 12
-OF_ONE_KIND = {  # by folder, what each of its modules is
+OF_ONE_KIND = {  # folder: what each of its modules is
     "model_runner/compute/kernels/triton": "a triton kernel",
     "model_runner/compute/kernels/triton/lora": "a triton kernel",
     "model_runner/config/families": "a model family",

@@ -38,7 +38,7 @@ async def closed_loop(server: Sender, requests: list[Request], concurrency: int,
     with tqdm(total=len(requests), desc=label, unit="req", leave=False) as bar:
 
         async def client() -> None:
-            for request in queue:  # one iterator for all clients: a free client takes the next request
+            for request in queue:  # all clients share one iterator: a free client takes the next request
                 samples.append(await server.send(request, time.perf_counter()))
                 bar.update()
 

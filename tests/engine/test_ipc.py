@@ -62,7 +62,7 @@ def test_foreign_frames_are_refused_and_logged(
             msgspec.msgpack.encode(Abort(0, 1)),  # a message of another inbox
             msgspec.msgpack.encode(bad_chunk),
             b"",
-            msgspec.msgpack.encode(Ping()),  # only between clients and the ZeroMQ server
+            msgspec.msgpack.encode(Ping()),  # a message between clients and the ZeroMQ server only
             msgspec.msgpack.encode(Reset(1)),
         ):
             raw.send(frame)

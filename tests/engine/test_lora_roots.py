@@ -47,7 +47,7 @@ def test_path_under_a_root_is_allowed(tmp_path: Path) -> None:
     check_files(root / "a", [str(root / "a")], "it")
     link = tmp_path / "link"
     link.symlink_to(root)
-    check_files(link / "a", [str(root)], "it")  # only the real path counts
+    check_files(link / "a", [str(root)], "it")  # the real path is what is checked
     check_files(root / "a", allowed_roots([str(link)]), "it")
 
 

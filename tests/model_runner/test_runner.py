@@ -289,7 +289,7 @@ def test_max_rank_flag_is_a_limit_and_an_inferred_one_not(
     model: Path, sources: list[AdapterSource], tmp_path: Path
 ) -> None:
     roots = {rank: make_adapter(model, tmp_path / f"wide{rank}", r=rank, seed=rank) for rank in (32, 33, 512)}
-    inferred = load(model, sources[:1])  # of rank 8: a lane holds two pages
+    inferred = load(model, sources[:1])  # the adapter has rank 8: a lane holds two pages
     flagged = load(model, [], enable_lora=True, max_lora_rank=31)
     highest = load(model, [], enable_lora=True, max_lora_rank=512, max_loras=1)
     try:

@@ -160,9 +160,11 @@ def test_runner_serves_until_stdin_ends(
     child.outbox.send(
         Step(epoch=EPOCH - 1, id=9, chunks=[Chunk(row=3, generation=9, start=0, length=1)])
     )  # an older epoch
-    child.outbox.send(RunnerReady(epoch=0, capacity=ready.capacity))  # not for runners
+    child.outbox.send(RunnerReady(epoch=0, capacity=ready.capacity))  # a message that runners do not accept
     child.outbox.send(Reset(1))
-    child.outbox.send(step(2, chunks=[Chunk(row=1, generation=1, start=4, length=1)]))  # from a dead scheduler, late
+    child.outbox.send(
+        step(2, chunks=[Chunk(row=1, generation=1, start=4, length=1)])
+    )  # a late message of a dead scheduler
     assert child.next(RunnerReady) == msgspec.structs.replace(ready, epoch=EPOCH + 1)
     child.outbox.send(step(1, EPOCH + 1, **first_chunk()))
     assert child.next(StepDone).tokens == oracle.greedy([5, 6, 7], 1)
@@ -195,7 +197,7 @@ def test_steps_go_on_during_a_slow_load(
     child.outbox.send(LoadAdapter(adapter_id=1, path=root, name="voice"))
     child.outbox.send(step(1, **first_chunk()))
     assert child.next(StepDone).id == 1
-    for number in range(2, 14):  # one page
+    for number in range(2, 14):  # all positions are in one page
         child.outbox.send(step(number, chunks=[Chunk(row=1, generation=1, start=number + 1, length=1)]))
         assert child.next(StepDone).id == number
     child.outbox.send(LoadAdapter(adapter_id=2, path=root))  # another child reads it

@@ -22,7 +22,7 @@ def test_floor_counts_bytes_of_concurrent_adapters() -> None:
     for load, concurrency, units in (("base", 8, 0), ("one", 8, 16), ("mixed", 8, 200), ("sixteen", 32, 128)):
         requests = LOADS[load].requests(concurrency, seed=0)
         assert floor(SHAPE, requests, concurrency) == pytest.approx(base / (base + units * unit)), load
-    alone = LOADS["mixed"].requests(1, seed=0)  # one at a time, of ranks 8, 16, 64
+    alone = LOADS["mixed"].requests(1, seed=0)  # three requests one at a time; their adapters have ranks 8, 16, 64
     assert floor(SHAPE, alone, 1) == pytest.approx(base / (base + (8 + 16 + 64) / 3 * unit))
     eight_of_many = LOADS["many"].requests(8, seed=0)
     assert floor(SHAPE, eight_of_many, 8) == floor(SHAPE, LOADS["sixteen"].requests(8, seed=0), 8)

@@ -1,4 +1,4 @@
-"""scripts/check names the steps that failed, and exits with an error then. The steps' tools are replaced by fakes."""
+"""scripts/check names the steps that failed and returns a failure. Fakes replace the tools of the steps."""
 
 from __future__ import annotations
 

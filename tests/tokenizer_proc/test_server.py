@@ -126,7 +126,7 @@ def test_from_hello_to_an_orderly_end(tmp_path: Path) -> None:
         generate: Generate = child.receive(Generate)
         assert generate.lora == [(1, 1.0)]
 
-        child.popen.send_signal(signal.SIGTERM)  # the open request is still answered
+        child.popen.send_signal(signal.SIGTERM)  # the open request is still completed
         tokens = small_tokenizers.byte_level().encode(" world", add_special_tokens=False).ids
         update = Update(request_id=generate.request_id, index=0, tokens=tokens, finish="length")
         child.outbox.send(Progress(0, [update]))

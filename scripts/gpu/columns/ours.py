@@ -1,4 +1,4 @@
-"""Our LoRA backends as columns, measured as they serve: filled pages, lanes, a planned step, `adapt`."""
+"""Our LoRA backends as columns, run as in the server: filled pages, lanes, a planned step, `adapt`."""
 
 from __future__ import annotations
 

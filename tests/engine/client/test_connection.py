@@ -18,7 +18,7 @@ from engine.messages import AdapterCard, Answer, Cancel, Command, Delta, Failure
 
 
 class ScriptedServer:
-    """A ROUTER socket that answers with `replies` and records the messages it received."""
+    """A ROUTER socket that sends the `replies` to each message and records the messages."""
 
     def __init__(self, address: str, replies: Callable[[Any], list[Any]]) -> None:
         self._context = zmq.asyncio.Context()

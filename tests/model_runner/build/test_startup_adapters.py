@@ -1,4 +1,4 @@
-"""Start-up adapters are read under the roots that their sources name, even if only their headers are surveyed."""
+"""Start-up adapters are read under the roots that their sources name, also those that are only surveyed for lack of memory."""
 
 from __future__ import annotations
 

@@ -27,9 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),  # Llama's linears have no bias
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match"),  # AdaLoRA's are module names
-    pytest.mark.filterwarnings(
-        "ignore:The following alpha_pattern keys did not match"
-    ),  # by the names of fused modules
+    pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match"),  # patterns name fused modules
 ]
 
 

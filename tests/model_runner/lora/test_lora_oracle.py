@@ -1,4 +1,4 @@
-"""Whole models with adapters against transformers + PEFT: base and adapters, alone and in one batch."""
+"""Whole models with adapters against transformers + PEFT: base and adapters, one by one and in one batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every family's tokens and logits against transformers, in float32: alone, batched, chunked, over any page size."""
+"""Every family's tokens and logits against transformers, in float32: single, batched, chunked, with any page size."""
 
 from __future__ import annotations
 

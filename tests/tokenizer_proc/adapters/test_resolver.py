@@ -160,7 +160,7 @@ def test_loads_and_unloads_by_call_take_precedence(root: Path, tmp_path: Path) -
         await ask(world, "three")
         assert set(world.front.adapters.paths()) == {"one", "three"}  # adapters loaded by a call do not count
         await lifecycle.unload("three")
-        assert await ask(world, "three") == 4  # its directory is still there
+        assert await ask(world, "three") == 4  # loaded again, because its directory still exists
 
     run(work)
 

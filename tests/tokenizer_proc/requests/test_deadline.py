@@ -47,7 +47,7 @@ def test_a_request_in_preparation_is_ended_in_time(world: LoadingFront) -> None:
             await world.front.open(Submit(id=1, prompt="hi", lora="one")).__aenter__()
         assert raised.value.message == f"{TOO_LATE} It had not reached the scheduler"
         assert await world.front.router.wait_idle(0.01)
-        while not world.loads():  # until the load has begun
+        while not world.loads():  # waits until the load has begun
             await asyncio.sleep(0.005)
 
     run(work)

@@ -32,7 +32,7 @@ def test_updates_for_an_older_incarnation_are_dropped() -> None:
 
 
 def test_a_request_that_grew_larger_than_a_frame_fails_alone() -> None:
-    """Another scheduler takes over and is told the tokens of each request."""
+    """Another scheduler takes over, and the router sends it the tokens of each request."""
     fake = Fake()
 
     def refuse_large(message: msgspec.Struct) -> None:

@@ -136,7 +136,7 @@ def test_a_late_request_says_how_far_it_came(generated: int, listed: int | None,
 
 
 def test_requests_that_time_out_together_all_say_why() -> None:
-    """The listed request ends first; the other requests of its adapter still say what they waited for."""
+    """The listed request ends first; the errors of its adapter's other requests still name what they waited for."""
     fake = Fake("sql", request_timeout=0.05)
 
     async def work() -> None:

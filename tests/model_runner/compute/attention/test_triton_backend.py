@@ -80,7 +80,7 @@ def test_keys_and_values_are_stored_at_their_slots() -> None:
     torch.testing.assert_close(flat[others], before.flatten(0, 1)[others], equal_nan=True, rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:invalid value:RuntimeWarning")  # by numpy
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:invalid value:RuntimeWarning")  # numpy
 @pytest.mark.parametrize("window", [None, 10])
 @pytest.mark.parametrize("chunks", [[(30, 1), (70, 1), (3, 1)], [(30, 1), (20, 6), (0, 8)]])
 def test_nan_in_one_row_leaves_the_others_bit_equal(chunks: list[tuple[int, int]], window: int | None) -> None:

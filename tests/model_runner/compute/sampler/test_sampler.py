@@ -1,4 +1,4 @@
-"""The whole sampler against a slow reference in numpy and Python; a row alone against the same row in a batch."""
+"""The whole sampler against a slow reference in numpy and Python; and a single row against the same row in a batch."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def test_missing_tensor_is_named(name: str, decoder: Decoder, copy: Callable[[st
         assert " has no " in said, missing
 
 
-STRAY_BESIDE_NORMS = {  # with "post_attention_layernorm" in modules_to_save
+STRAY_BESIDE_NORMS = {  # stray tensors if "post_attention_layernorm" is in modules_to_save
     f"{NORM}.weight": "replaces a whole module",
     "base_model.model.model.norm.weight": "replaces a whole module",
     "base_model.model.model.layers.9.post_attention_layernorm.weight": "the model has no module",

@@ -68,7 +68,7 @@ def test_dropped_memory_is_freed_and_descriptors_closed(tmp_path: Path) -> None:
     assert shared_bytes() - shared >= size // 2
     assert descriptors() == opened
     del deltas
-    assert last.a.isfinite().all()  # one view keeps the mapping
+    assert last.a.isfinite().all()  # a single view keeps the memory mapped
     del last
     gc.collect()
     assert shared_bytes() <= shared

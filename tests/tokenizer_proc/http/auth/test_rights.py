@@ -40,7 +40,7 @@ NEEDS = {
     "/v1/load_lora_adapter": "admin",
     "/v1/unload_lora_adapter": "admin",
 }
-REFUSED = {  # by the rights of a route, the status of the refusal of each caller; None: the call is admitted
+REFUSED = {  # rights of a route: status of the refusal for each of CALLERS; None: the call is admitted
     "none": [None, None, None, None, None],
     "inference": [401, 401, None, None, 401],
     "operator": [401, 401, 403, None, 401],

@@ -72,7 +72,7 @@ def test_group_wider_than_a_tile_is_split_among_programs() -> None:
     torch.testing.assert_close(out, case.reference(), atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:invalid value:RuntimeWarning")  # by numpy
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:invalid value:RuntimeWarning")  # numpy
 @pytest.mark.parametrize("window", [None, 30])
 def test_nan_stays_in_its_row_when_rows_are_cut(window: int | None) -> None:
     chunks = [(70, 1), (60, 5), (90, 1)]

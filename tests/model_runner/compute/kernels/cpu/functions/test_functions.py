@@ -1,4 +1,4 @@
-"""The C++ kernels against their torch references, in every variant; and each token alone against the whole batch."""
+"""The C++ kernels against their torch references, in every variant; and single tokens against the whole batch."""
 
 from __future__ import annotations
 

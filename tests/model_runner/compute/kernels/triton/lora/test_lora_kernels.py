@@ -116,7 +116,7 @@ def test_step_of_the_base_alone_has_no_metadata(name: str) -> None:
         assert torch.equal(compute(lora, site, x, None), compute(create("torch", lora.pages), site, x, None))
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")  # by numpy
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")  # numpy
 @pytest.mark.parametrize("name", BACKENDS)
 def test_poisoned_row_leaves_other_rows_bit_equal(name: str) -> None:
     chunks = [(1, 1), (7, 1), (0, 1), (1, 1), (4, 18), (1, 1)]
@@ -136,7 +136,7 @@ def test_poisoned_row_leaves_other_rows_bit_equal(name: str) -> None:
             assert not torch.isfinite(y[row]).any()
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")  # by numpy
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")  # numpy
 @pytest.mark.parametrize("name", BACKENDS)
 def test_poisoned_pages_leave_other_lanes_bit_equal(name: str) -> None:
     own_world = World(torch.float32, DEVICE)
