@@ -52,7 +52,7 @@ class Bench:
             max_lane_pages=8,
         )
         self.adapters, self.now, self.sent = adapters, 0.0, 0
-        self.running: dict[int, int] = {}  # request by row
+        self.running: dict[int, int] = {}  # running request of each row
         self.core = Scheduler(capacity, Bounds(lanes, lora_max_wait=1e6))
         self._load()
         for number in range(rows):
@@ -114,7 +114,7 @@ class Bench:
         return found
 
     def end_one(self, _number: int) -> None:
-        """Aborts a running request, and sends another one."""
+        """Aborts a running request and sends a new one."""
         running = sorted(self.running.values())
         self.core.handle(Abort(0, running[len(running) // 2]), self.now)
         self.ask(1 + (self.sent * 7919) % self.adapters)

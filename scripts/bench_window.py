@@ -34,7 +34,7 @@ ONE = "--disable-overlap-schedule"
 LOAD = 0.6  # the open loop's rate, as a share of the closed loop's rate
 REQUESTS = {"tiny": 20}  # requests of each client in a round (2 for other shapes): runs below a second are too noisy
 LEAST = 4  # the fewest requests in a round
-TOLD_SECONDS = 1.5  # a server updates its metrics once a second
+TOLD_SECONDS = 1.5  # longer than the second between two updates of the metrics
 
 
 @dataclass

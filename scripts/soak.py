@@ -114,7 +114,7 @@ class Soak:
     undisturbed: dict[tuple[int, str], list[int]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     differences: list[str] = field(default_factory=list)
-    tokenizers_lost: int = 0  # signalled tokenizer processes, whose connections are lost
+    tokenizers_lost: int = 0  # number of signalled tokenizer processes; their connections are lost
     ends: float = 0.0
 
     def session(self) -> aiohttp.ClientSession:
@@ -302,7 +302,7 @@ class Soak:
     # ----------------------------------------------------------------------------------------------- the end
 
     async def audit(self, before: dict[str, tuple[int, int]], launcher: tuple[int, int]) -> None:
-        """Checks that an idle engine holds nothing."""
+        """Checks that the idle engine holds no request, page or leaked resource."""
         if self.server.process.poll() is not None:
             return
         stats = await self.idle()

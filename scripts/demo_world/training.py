@@ -27,7 +27,7 @@ POOL = 16  # number of batches whose rows are sorted by length together
 
 
 class Encoder:
-    """Encodes documents to (token ids, labels), exactly as chat template and tokenizer do."""
+    """Encodes documents to (token ids, labels), exactly as the chat template and the tokenizer do."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer

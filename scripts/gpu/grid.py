@@ -55,7 +55,7 @@ class Point:
 
     @property
     def decodes(self) -> bool:
-        """Whether each token belongs to another request."""
+        """Whether each token belongs to a different request."""
         return self.tokens <= DECODES
 
     @property

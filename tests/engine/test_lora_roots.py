@@ -99,7 +99,7 @@ def test_devices_and_pipes_are_never_opened(tmp_path: Path, name: str, roots: bo
     with pytest.raises(ConfigError, match="no regular file"):
         check_files(directory, allowed, "it")
     (directory / name).unlink()
-    (directory / name).symlink_to(directory / name)  # a loop
+    (directory / name).symlink_to(directory / name)  # a link to itself
     with pytest.raises(ConfigError, match="cannot be read"):
         check_files(directory, allowed, "it")
     (directory / name).unlink()

@@ -200,7 +200,7 @@ def test_steps_go_on_during_a_slow_load(
     for number in range(2, 14):  # all positions are in one page
         child.outbox.send(step(number, chunks=[Chunk(row=1, generation=1, start=number + 1, length=1)]))
         assert child.next(StepDone).id == number
-    child.outbox.send(LoadAdapter(adapter_id=2, path=root))  # another child reads it
+    child.outbox.send(LoadAdapter(adapter_id=2, path=root))  # a loader process reads it
     loaded = child.next(AdapterState)
     assert (loaded.adapter_id, loaded.state) == (2, "host")
     os.kill(loader, signal.SIGKILL)

@@ -88,7 +88,7 @@ def triton(case: Case) -> Run:
 
 
 def triton_v2(case: Case) -> Run:
-    """SGLang's newest: tiles from tuned tables; for decodes mostly with the shrink on a side stream beside the GEMM."""
+    """SGLang's newest backend: tiles from tuned tables; most decodes shrink on a side stream beside the GEMM."""
     from sglang.srt.lora.dense.plan import DenseLoraKind
     from sglang.srt.lora.dense.runner import DenseLoraRunner
     from sglang.srt.lora.utils import Phase
@@ -121,7 +121,7 @@ def triton_v2(case: Case) -> Run:
 
 
 def _pack(case: Case, copy: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [adapters, slices * R, in] with each adapter's slices concatenated, B [adapters, out, R]."""
+    """Returns A [adapters, slices * R, in] with each adapter's slices concatenated, B [adapters, out, R]."""
     most, slices, dtype = case.max_rank, len(case.site.slices), case.x_TI.dtype
     a = torch.zeros(case.point.lanes, slices * most, case.site.inputs, dtype=dtype, device=case.device)
     b = torch.zeros(case.point.lanes, case.site.outputs, most, dtype=dtype, device=case.device)
@@ -133,7 +133,7 @@ def _pack(case: Case, copy: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _batch(case: Case, chunk: int | None) -> Any:
-    """SGLang's batch info: runs of one adapter in sorted order, cut into chunks if a size is given."""
+    """Returns SGLang's batch info: runs of one adapter in sorted order, cut into chunks if a size is given."""
     lanes = torch.tensor(case.point.lane_of_token)
     order = torch.argsort(lanes, stable=True)
     counts = torch.bincount(lanes, minlength=case.point.lanes).tolist()

@@ -30,7 +30,7 @@ REQUEST_TOKENS = 64  # tokens that each request of `switching` generates
 
 
 def run(results: Results, runner: Runner, batches: tuple[int, ...] = BATCHES) -> None:
-    """Measures what is not in the results yet; the runner is warmed up and has `ADAPTERS` lanes and slots."""
+    """Measures what is not in the results yet; the runner must be warmed up and have `ADAPTERS` lanes and slots."""
     footprint = host_adapters(runner, ADAPTERS, RANK)
     steps = results.section("steps")
     decode = steps.setdefault("decode", {})

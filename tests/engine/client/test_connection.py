@@ -1,4 +1,4 @@
-"""The embedded client against a scripted server: routing, errors, cancels, silence."""
+"""The embedded client against a scripted server: routing, errors, cancels, and a silent server."""
 
 from __future__ import annotations
 

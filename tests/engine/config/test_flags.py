@@ -131,7 +131,7 @@ BAD_COMMAND_LINES = [
     (["one", "two"], "two"),
     (["one", "--model", "two"], "given twice"),
     (["--no-such-flag"], "--no-such-flag"),
-    (["--max-lora", "3"], "--max-lora"),  # no guessing from a prefix
+    (["--max-lora", "3"], "--max-lora"),  # a prefix of a flag is not accepted
 ]
 
 
@@ -176,7 +176,7 @@ def test_help_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert "HEAVY []" in done.stdout
     assert "--max-loras-per-batch" in done.stdout
-    assert time.monotonic() - started < 30  # a hang, not a benchmark
+    assert time.monotonic() - started < 30  # detects a hang; this is no benchmark
 
 
 def test_bad_flag_ends_the_launch_with_status_2() -> None:

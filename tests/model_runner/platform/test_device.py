@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file in place of /proc/cpuinfo."""
+    """A file that replaces /proc/cpuinfo."""
     info = tmp_path / "cpuinfo"
     monkeypatch.setattr(device, "CPU_INFO", info)
     return info

@@ -1,4 +1,4 @@
-"""Adapters that requests name without a load call."""
+"""Adapters that are loaded when a request names them, without a load call."""
 
 from __future__ import annotations
 
@@ -158,7 +158,10 @@ def test_loads_and_unloads_by_call_take_precedence(root: Path, tmp_path: Path) -
         assert await ask(world, "one") == 1
         await ask(world, "two")
         await ask(world, "three")
-        assert set(world.front.adapters.paths()) == {"one", "three"}  # adapters loaded by a call do not count
+        assert set(world.front.adapters.paths()) == {
+            "one",
+            "three",
+        }  # adapters loaded by a call do not count for the limit
         await lifecycle.unload("three")
         assert await ask(world, "three") == 4  # loaded again, because its directory still exists
 

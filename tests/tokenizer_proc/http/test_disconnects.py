@@ -1,4 +1,4 @@
-"""A client that disconnects releases its stream at once, without an error, whatever it waited for."""
+"""A client that disconnects releases its stream at once, without an error, whatever the client waited for."""
 
 from __future__ import annotations
 

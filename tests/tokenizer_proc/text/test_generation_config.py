@@ -1,4 +1,4 @@
-"""generation_config.json and the end ids."""
+"""The defaults that are read from generation_config.json, and the end ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The small operations: torch is bit-equal to transformers, the triton kernels are near torch, rows do not mix."""
+"""The small operations: torch is bit-equal to transformers, the triton kernels are near torch, rows do not affect each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A new PEFT format is one class and one line of the table: its options, tensor names and refusals."""
+"""A new PEFT format is one class and one line of the table of formats: its options, tensor names and refusals."""
 
 from __future__ import annotations
 

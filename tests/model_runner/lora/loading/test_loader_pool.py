@@ -254,7 +254,7 @@ def test_killed_child_fails_its_load_only(own: Callable[..., LoaderPool], tmp_pa
     opened = descriptors()
     loads(loaders, root)
     (pid,) = loaders.pids
-    os.kill(pid, signal.SIGKILL)  # idle: there is no outcome
+    os.kill(pid, signal.SIGKILL)  # the child is idle, so there is no outcome
     while loaders.pids:
         assert loaders.collect() == []
     loads(loaders, root)

@@ -1,4 +1,4 @@
-"""An adapter in shared memory: it opens as it was written, every number is checked, and nothing leaks."""
+"""An adapter in shared memory: it equals the written one when opened, its numbers are checked, and nothing leaks."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def test_lane_given_to_another_adapter_has_its_norms(pages: RankPagePool) -> Non
     pages.set_lane(LanePages(1, {FULL: [(0, 1.0)]}))
     assert pages.refresh_norms([1])
     other = adapter(6, "input_layernorm")
-    pages.fill(other, {FULL: [0]})  # the lane names the same slot as before
+    pages.fill(other, {FULL: [0]})  # the lane refers to the same slot as before
     assert pages.refresh_norms([1])
     assert torch.equal(table(pages, 0)[1], own(other, 0))
     assert torch.equal(table(pages, 1)[1], SITES[1].base.weight)

@@ -1,4 +1,4 @@
-"""Rank pages: what a fill writes and clears, and the lanes over the pages."""
+"""Rank pages: what a fill writes and clears, and how lanes refer to pages."""
 
 from __future__ import annotations
 

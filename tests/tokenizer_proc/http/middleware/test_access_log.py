@@ -27,7 +27,7 @@ JSON = {"Content-Type": "application/json"}
 
 @pytest.fixture(autouse=True)
 def _ours_alone(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("CRITICAL", "aiohttp.access")  # the log of the test's own server
+    caplog.set_level("CRITICAL", "aiohttp.access")  # silences the log of the test's own server
 
 
 def fields(message: str) -> dict[str, str]:

@@ -244,7 +244,7 @@ def test_a_load_goes_on_when_its_client_disconnects(a: str) -> None:
     serve(world, scenario)
 
 
-OPEN = {"lora_name": "nobody"}  # an admitted caller gets a 404
+OPEN = {"lora_name": "nobody"}  # an unknown adapter: an admitted caller gets a 404
 
 
 @pytest.mark.parametrize(

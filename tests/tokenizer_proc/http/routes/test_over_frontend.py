@@ -1,4 +1,4 @@
-"""The routes over the real front end and a scripted scheduler."""
+"""The routes with the real front end and a scripted scheduler."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_each_token_alone_gives_the_same_bits(build: Callable[[str], Built], nam
             numbers = [argument for argument in arguments if not isinstance(argument, torch.Tensor)]
             kernel(*cut, 1, *numbers[1:])  # the first number is the number of tokens
             for whole, one in zip(_tensors(together), cut, strict=True):
-                assert torch.equal(_row(whole, token, size), one) or len(whole) == 2 * size  # caches
+                assert torch.equal(_row(whole, token, size), one) or len(whole) == 2 * size  # or it is a cache
 
 
 def _row(tensor: torch.Tensor, token: int, size: int) -> torch.Tensor:
