@@ -162,9 +162,8 @@ def test_runner_serves_until_stdin_ends(
     )  # an older epoch
     child.outbox.send(RunnerReady(epoch=0, capacity=ready.capacity))  # a message that runners do not accept
     child.outbox.send(Reset(1))
-    child.outbox.send(
-        step(2, chunks=[Chunk(row=1, generation=1, start=4, length=1)])
-    )  # a late message of a dead scheduler
+    # a late message of a dead scheduler
+    child.outbox.send(step(2, chunks=[Chunk(row=1, generation=1, start=4, length=1)]))
     assert child.next(RunnerReady) == msgspec.structs.replace(ready, epoch=EPOCH + 1)
     child.outbox.send(step(1, EPOCH + 1, **first_chunk()))
     assert child.next(StepDone).tokens == oracle.greedy([5, 6, 7], 1)

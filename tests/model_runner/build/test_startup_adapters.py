@@ -1,4 +1,4 @@
-"""Start-up adapters are read under the roots that their sources name, also those that are only surveyed for lack of memory."""
+"""Start-up adapters are read under the roots in their sources, also if they are only surveyed for lack of memory."""
 
 from __future__ import annotations
 

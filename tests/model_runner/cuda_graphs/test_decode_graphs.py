@@ -133,9 +133,8 @@ def test_replays_give_the_oracles_tokens_for_any_lanes(
 ) -> None:
     runner = load(model, sources)
     driver = Driver(runner, states(runner, sources))
-    for number, adapter_ids in enumerate(
-        [[1, 0, 2], [0], [3, 4], [2, 1], [0, 4], [3, 0, 1]]
-    ):  # each batch needs at most two lanes
+    # each batch needs at most two lanes
+    for number, adapter_ids in enumerate([[1, 0, 2], [0], [3, 4], [2, 1], [0, 4], [3, 0, 1]]):
         requests = asks(oracle, 3 + 2 * number, adapter_ids, seed=number)
         before = counting.replayed
         assert driver.serve(requests, longest_chunk=50) == expected(oracle, requests)

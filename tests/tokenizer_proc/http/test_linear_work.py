@@ -99,9 +99,8 @@ def test_an_answer_takes_linear_work(path: str, body: Callable[[int], dict[str, 
 def test_an_end_takes_linear_work(path: str, body: Callable[[int], dict[str, Any]], end: str) -> None:
     async def call(client: TestClient, scheduler: ScriptedScheduler, choices: int) -> None:
         asked = asyncio.ensure_future(client.post(path, json=body(choices) | {"stream": False}))
-        while len(scheduler.generates) < choices // (
-            4 if "chat" in path else 1
-        ):  # polling the front end adds operations
+        # this polls the scheduler, because polling the front end would add operations
+        while len(scheduler.generates) < choices // (4 if "chat" in path else 1):
             await asyncio.sleep(0.001)
         if end == "abort":
             async with client.post("/abort_request", json={"abort_all": True}) as answer:

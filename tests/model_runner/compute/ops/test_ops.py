@@ -1,4 +1,4 @@
-"""The small operations: torch is bit-equal to transformers, the triton kernels are near torch, rows do not affect each other."""
+"""The small operations: torch is bit-equal to transformers, triton kernels are near torch, rows are independent."""
 
 from __future__ import annotations
 
