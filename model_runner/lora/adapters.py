@@ -1,9 +1,9 @@
-"""The adapters of one runner, behind the messages of a scheduler: load, unload, evict, fill, point a lane.
+"""The adapters of one runner: executes the scheduler's messages to load, unload, evict and fill, and to set lanes.
 
     LoadAdapter --> loaders --> host tier --> fills --> rank pages <-- lanes
                         '--- advance() -------'--> AdapterState
 
-No call blocks. The scheduler decides which pages an adapter is filled into. Knows nothing of rows and steps.
+No call blocks. The scheduler decides which pages an adapter is filled into. Does not depend on rows and steps.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Adapters:
-    """Loaders, host tier, fills, rank pages and backend of one runner.
+    """Loaders, host tier, fills, rank pages and LoRA backend of one runner.
 
-    The pages were sized for `max_rank` and `targets` (module names). `names` are the adapters' names for errors.
+    The rank pages were sized for `max_rank` and `targets` (module names). `names` maps adapter ids to names for errors.
     """
 
     store: AdapterStore
@@ -42,7 +42,10 @@ class Adapters:
     names: dict[int, str] = field(default_factory=dict)
 
     def load(self, message: LoadAdapter) -> AdapterState | None:
-        """Loads an adapter into the host tier. Returns its state if it is there; else `advance` returns it later."""
+        """Loads an adapter into the host tier.
+
+        Returns its state if it is loaded already or refused at once, else None: `advance` returns the state later.
+        """
         name = self.name(message)
         try:
             known = self.store.known(message.adapter_id, name, message.revision)
@@ -54,13 +57,13 @@ class Adapters:
         return None
 
     def unload(self, adapter_id: int) -> AdapterState:
-        """Frees the adapter's host memory and cancels its load; the scheduler frees its pages."""
+        """Frees the adapter's host memory and cancels its load. The scheduler frees the adapter's rank pages."""
         self.loaders.cancel(adapter_id)
         self.store.drop(adapter_id)
         return AdapterState(adapter_id=adapter_id, state="gone")
 
     def evict(self, adapter_id: int) -> AdapterState:
-        """Frees the adapter's host memory; it may be loaded again."""
+        """Frees the adapter's host memory. The adapter may be loaded again later."""
         adapter = self.store.get(adapter_id)
         self.store.drop(adapter_id)
         if adapter is None:
@@ -81,16 +84,16 @@ class Adapters:
             self.fills.add(adapter, fill.pages)
 
     def set_lane(self, lane: LanePages) -> None:
-        """Sets the pages of the lane."""
+        """Sets the pages of a lane and their scales."""
         self.pages.set_lane(lane)
 
     def reset(self) -> None:
-        """Clears lanes and fills; the host tier and loads under way stay."""
+        """Removes all lanes and fills. The host tier and the loads under way are kept."""
         self.fills.clear()
         self.pages.reset_lanes()
 
     def advance(self, seconds: float) -> list[AdapterState]:
-        """Copies fills for about so many seconds and collects finished loads. Returns the states that changed."""
+        """Copies fills for about `seconds` and collects finished loads. Returns the states that changed."""
         states = [_state(adapter, "resident", took) for adapter, took in self.fills.advance(seconds)]
         return states + [self._loaded(outcome) for outcome in self.loaders.collect()]
 
@@ -101,11 +104,11 @@ class Adapters:
 
     @property
     def descriptor(self) -> int:
-        """Readable when a loader has sent something."""
+        """The file descriptor that becomes readable when a loader has sent something."""
         return self.loaders.fileno()
 
     def start(self) -> None:
-        """Starts the process that reads adapters, before the first is asked for."""
+        """Starts a loader process ahead of the first load."""
         self.loaders.start()
 
     def close(self) -> None:
@@ -113,11 +116,11 @@ class Adapters:
         self.loaders.close()
 
     def name(self, message: LoadAdapter) -> str:
-        """The adapter's name for errors and logs."""
+        """Returns the adapter's name for errors and logs."""
         return message.name or self.names.get(message.adapter_id) or Path(message.path).name
 
     def refuse(self, adapter_id: int, reason: str) -> AdapterState:
-        """Drops the adapter. Returns its state, failed for this reason."""
+        """Drops the adapter and logs `reason`. Returns its state "failed" with this reason."""
         log.warning("%s", reason)
         self.store.drop(adapter_id)
         return AdapterState(adapter_id=adapter_id, state="failed", error=reason)
@@ -146,7 +149,7 @@ class Adapters:
                 )
 
     def _loaded(self, outcome: LoadOutcome) -> AdapterState:
-        """Keeps the adapter of a finished load, or refuses it in one line."""
+        """Keeps the adapter of a finished load, or refuses it with a one-line error. Returns its state."""
         message = outcome.message
         name = self.name(message)
         try:

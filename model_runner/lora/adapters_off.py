@@ -14,7 +14,7 @@ class AdaptersOff:
     poll_seconds = None
 
     def load(self, message: LoadAdapter) -> AdapterState:
-        """Fails, and names the flag."""
+        """Returns the state "failed" with an error that names the flag --enable-lora."""
         off = f"{message.path}: LoRA is off; launch with --enable-lora"
         return AdapterState(adapter_id=message.adapter_id, state="failed", error=off)
 
@@ -23,26 +23,26 @@ class AdaptersOff:
         return AdapterState(adapter_id=adapter_id, state="gone")
 
     def evict(self, adapter_id: int) -> AdapterState:
-        """There is none on the host."""
+        """Reports the adapter as on disk only: no adapter is ever in host memory."""
         return AdapterState(adapter_id=adapter_id, state="disk")
 
     def fill(self, fill: Fill) -> None:
-        """Raises InternalError: the scheduler knows that LoRA is off."""
+        """Raises InternalError: the scheduler never fills an adapter while LoRA is off."""
         raise InternalError(f"a fill of adapter {fill.adapter_id}, and LoRA is off")
 
     def set_lane(self, lane: LanePages) -> None:
-        """Raises InternalError, too."""
+        """Raises InternalError: the scheduler never sets a lane while LoRA is off."""
         raise InternalError(f"lane {lane.lane} is set, and LoRA is off")
 
     def advance(self, seconds: float) -> list[AdapterState]:
-        """Nothing is loaded or filled."""
+        """Returns no states, because nothing is loaded or filled."""
         return []
 
     def start(self) -> None:
-        """No loader process."""
+        """Does nothing: there is no loader process."""
 
     def reset(self) -> None:
-        """No lanes and fills."""
+        """Does nothing: there are no lanes and fills."""
 
     def close(self) -> None:
-        """No loader process."""
+        """Does nothing: there is no loader process."""

@@ -1,7 +1,8 @@
 """The weights of the base model, for formats whose normal form depends on them (DoRA, trained biases).
 
-Where the model is loaded in this process they are the loaded ones, else its checkpoint's: mapped, never copied, as all
-processes share the page cache. Knows nothing of adapters. Legend: I in features, O output columns of a slice.
+Where the model is loaded in this process, its loaded weights are used; elsewhere the checkpoint's files are mapped, so
+that all processes share them in the page cache. Does not depend on adapters. Legend: I in features, O output columns of
+a slice.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from model_runner.lora.variants.dora import row_squares
 from model_runner.weights.checkpoint import checkpoint_files
 
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
-"""The tensor to read instead of one that the checkpoint does not have, because the two are tied."""
+"""The tied tensor to read instead, for each tensor that a checkpoint may lack."""
 
 
 @dataclass(frozen=True, eq=False)
 class MappedFile:
-    """A file of the checkpoint: its header, and [bytes] of it, read-only."""
+    """A file of the checkpoint: its parsed header, and the whole file as a read-only tensor of bytes."""
 
     header: TensorFile
     content: torch.Tensor
 
 
 class BaseWeights:
-    """Reads them as they are asked for. `directory`: the model's, needed where the sites are on the meta device."""
+    """Reads the base's weights on demand. `directory`: the model's, needed where the sites are on the meta device."""
 
     def __init__(self, directory: Path | None = None) -> None:
         self._directory = directory
@@ -41,7 +42,7 @@ class BaseWeights:
         self._squares: dict[str, torch.Tensor] = {}
 
     def weight(self, ref: SiteRef) -> torch.Tensor:
-        """[O, I], for the embedding too. Raises AdapterError where the checkpoint does not have it."""
+        """Returns the slice's weight [O, I], also for the embedding. Raises AdapterError if the checkpoint lacks it."""
         site, piece = ref.site, ref.slice
         if site.base.device.type != "meta":
             return site.base.dequantize().t() if site.embeds else site.base.dequantize(slice(piece.start, piece.stop))
@@ -49,13 +50,13 @@ class BaseWeights:
         return weight.t() if site.embeds else weight
 
     def squares(self, ref: SiteRef) -> torch.Tensor:
-        """[O] float32: |W|^2 by row, computed once for all adapters."""
+        """Returns |W|^2 of each row, [O] float32, which is computed once for all adapters."""
         if ref.module not in self._squares:
             self._squares[ref.module] = row_squares(self.weight(ref))
         return self._squares[ref.module]
 
     def bias(self, ref: SiteRef) -> torch.Tensor | None:
-        """[O], or None where the model has none."""
+        """Returns the slice's bias [O], or None if the model has none."""
         site, piece = ref.site, ref.slice
         if site.base.device.type != "meta":
             return None if site.base.bias is None else site.base.bias[piece.start : piece.stop]
@@ -94,18 +95,18 @@ def _map_files(model: Path) -> list[MappedFile]:
 
 
 def _map(directory: Directory, name: str) -> MappedFile:
-    """The mapping outlives the directory."""
+    """Maps a file of the checkpoint. The mapping stays valid after the directory is closed."""
     file = directory.open(name)
     header = open_tensors(file, name)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of buffers that cannot be written
+        warnings.simplefilter("ignore")  # torch warns about read-only buffers
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return MappedFile(header, torch.frombuffer(mapped, dtype=torch.uint8))
 
 
 @dataclass(frozen=True, eq=False)
 class ModuleSlice:
-    """A slice of `module`, for what depends on the base's weights. `bias_tensor`: the adapter's, for messages."""
+    """The base's weights of one slice of `module`. `bias_tensor`: the name of the adapter's bias tensor, for errors."""
 
     base: BaseWeights
     ref: SiteRef
@@ -114,19 +115,19 @@ class ModuleSlice:
 
     @property
     def out_features(self) -> int:
-        """O."""
+        """O, the output columns of the slice."""
         return self.ref.out_features
 
     def weight(self) -> torch.Tensor:
-        """[O, I]."""
+        """Returns the base's weight of the slice, [O, I]. Raises AdapterError if the checkpoint lacks it."""
         return self.base.weight(self.ref)
 
     def row_squares(self) -> torch.Tensor:
-        """[O] float32."""
+        """Returns |W|^2 of each row of the slice, [O] float32."""
         return self.base.squares(self.ref)
 
     def bias(self) -> torch.Tensor:
-        """[O]. Raises AdapterError where the model has none."""
+        """Returns the base's bias of the slice, [O]. Raises AdapterError if the model has none."""
         bias = self.base.bias(self.ref)
         if bias is None:
             raise AdapterError(f"tensor {self.bias_tensor}: module {self.module} of the model has no bias")

@@ -3,7 +3,7 @@
     model.layers.3.self_attn.v_proj        slice 2 of site "layers.3.qkv"
     model.layers.3.self_attn.qkv_proj      all three slices, where an adapter was trained on a fused linear
 
-Knows nothing of adapters.
+Does not depend on adapters.
 """
 
 from __future__ import annotations
@@ -15,52 +15,52 @@ from dataclasses import dataclass
 from model_runner.lora.site import EXPERTS, NORMS, Site, Slice
 
 EMBEDDING_AND_HEAD = ("model.embed_tokens", "lm_head")
-"""The modules of every decoder that are outside of its layers."""
+"""The modules outside of the decoder layers that an adapter can target."""
 
 FUSED = {
     ("q_proj", "k_proj", "v_proj"): "qkv_proj",
     ("gate_proj", "up_proj"): "gate_up_proj",
     ("w1", "w3"): "gate_up_proj",
 }
-"""The name of one linear that is these modules side by side."""
+"""The name of the fused linear that some models have instead of these modules."""
 
 EXPERTS_BLOCK = ".block_sparse_moe."
-"""Stands in the names of experts in Mixtral's checkpoints."""
+"""A part of the module names of experts in Mixtral's checkpoints."""
 
 
 @dataclass(frozen=True, eq=False)
 class SiteRef:
-    """Where the delta of one module goes: one slice of a site."""
+    """One slice of a site: the place where the delta of one module is added."""
 
     site: Site
     index: int
 
     @property
     def slice(self) -> Slice:
-        """The slice."""
+        """The slice of the site."""
         return self.site.slices[self.index]
 
     @property
     def module(self) -> str:
-        """The full name of its module."""
+        """The full checkpoint name of the slice's module."""
         return f"{self.site.path}.{self.slice.module}" if self.site.path else self.slice.module
 
     @property
     def in_features(self) -> int:
-        """I."""
+        """I, the in features of the site."""
         return self.site.in_features
 
     @property
     def out_features(self) -> int:
-        """Columns of the slice."""
+        """The output columns of the slice."""
         return self.slice.width
 
 
 class Catalogue:
     """The slices of a model's sites by full module name, in the model's order.
 
-    `fused` are names that mean all slices of a site. `norms` are apart, as nothing can target them. `renamed` are the
-    names of experts in transformers 5.
+    `fused` maps the name of a fused linear to all slices of its site. `norms` are separate, because an adapter cannot
+    target norms, only replace them. `renamed` maps the names of experts in transformers 5 to the checkpoint's.
     """
 
     def __init__(self, sites: Sequence[Site]) -> None:
@@ -89,25 +89,25 @@ class Catalogue:
         return list(self.refs)
 
     def knows(self, module: str) -> bool:
-        """Whether the name is that of a module, a fused module or a norm."""
+        """Returns whether `module` is the name of a module, a fused module or a norm."""
         return module in self.refs or module in self.fused or module in self.norms
 
     def find(self, module: str) -> tuple[SiteRef, ...]:
-        """The slices that the module's delta goes to, side by side."""
+        """Returns the slices that the module's delta is added to, side by side."""
         return self.refs.get(module) or self.norms.get(module) or self.fused[module]
 
     def module_of(self, site: Site) -> str:
-        """The name of the module, fused or not, that is all of a site."""
+        """Returns the name of the module, fused or not, that covers all slices of a site."""
         name = FUSED.get(tuple(piece.module for piece in site.slices), site.slices[0].module)
         return f"{site.path}.{name}"
 
     @staticmethod
     def renamed_by_transformers(module: str) -> str:
-        """A module's name in transformers 5, which calls Mixtral's experts as those of other models."""
+        """Returns the module's name in transformers 5, which names Mixtral's experts like those of other models."""
         return module.replace(EXPERTS_BLOCK, ".mlp.")
 
     def with_fused(self, fused: AbstractSet[str]) -> list[str]:
-        """The modules, with these fused ones instead of their parts."""
+        """Returns the modules that can be targeted, with the names in `fused` instead of their parts."""
         if not fused:
             return self.modules
         stand_in = {ref.module: name for name in fused for ref in self.fused[name]}
@@ -115,10 +115,10 @@ class Catalogue:
 
 
 def leaf(module: str) -> str:
-    """The last part of a module's name, which is how target modules are usually given."""
+    """Returns the last part of a module's name, the usual form of a target module in configs and flags."""
     return module.rpartition(".")[2]
 
 
 def is_named(module: str, name: str) -> bool:
-    """Whether `name` is the module's full name, or its end after a dot."""
+    """Returns whether `name` is the module's full name, or its end after a dot."""
     return module == name or module.endswith("." + name)

@@ -1,10 +1,10 @@
-"""The normal form: every adapter format is converted to it, so that pages and kernels know nothing of formats.
+"""The normal form: every adapter format is converted to it, so that pages and kernels do not depend on formats.
 
     y = gain * (x W^T) + b + sum over slices (x A^T) B + bias        A [r, in], B [r, out of the slice]
 
-W and b are the base's. The scaling (alpha, rsLoRA, patterns) is folded into B. A lane's scale multiplies the difference
-that an adapter makes, so a mix is the weighted sum: b + x W^T + sum of scale * ((gain - 1) * (x W^T) + ...).
-The tensors are in host memory. Knows nothing of pages, lanes or files.
+W and b are the base's weight and bias. The scaling (alpha, rsLoRA, patterns) is folded into B. A lane's scale
+multiplies an adapter's difference from the base, so a mix is the weighted sum b + x W^T + sum of
+scale * ((gain - 1) * (x W^T) + ...). The tensors are in host memory. Does not depend on pages, lanes or files.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ MAX_RANK = 512
 class Delta:
     """The change that an adapter makes to one slice of one site; with rank 0, A and B are empty.
 
-    `gain` and `bias` are float32 [out of the slice]; None means 1 and 0. `full_weight` replaces the base's weight; its
-    rows are another number where the adapter has a vocabulary of its own.
+    `gain` and `bias` are float32 [out of the slice]; None means 1 and 0. `full_weight` replaces the base's weight; it
+    has another number of rows where the adapter has its own vocabulary.
     """
 
     a: torch.Tensor
@@ -40,23 +40,23 @@ class Delta:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """r, the rank of A and B."""
         return int(self.a.shape[0])
 
     @property
     def has_vectors(self) -> bool:
-        """Whether it has a gain or a bias, which need a vector slot."""
+        """Whether the delta has a gain or a bias, which need a vector slot."""
         return self.gain is not None or self.bias is not None
 
     @property
     def bytes(self) -> int:
-        """Bytes of all its tensors."""
+        """The bytes of all tensors of the delta."""
         parts = (self.a, self.b, self.gain, self.bias, self.full_weight)
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
 Deltas = Mapping[str, tuple[Delta | None, ...]]
-"""By site name: one entry for each slice of the site, None where the adapter does not change it."""
+"""Deltas by site name: one for each slice of the site, None where the adapter does not change the slice."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +65,10 @@ class NormalForm:
 
     revision   content hash: the bytes that were loaded and the settings that scale them
     rank       the highest rank of any slice
-    targets    sorted names of the modules it touches ("q_proj")
+    targets    sorted names of the modules that the adapter changes ("q_proj")
     cast_from  float dtypes of its files that differ from the serving dtype (empty: nothing was cast)
-    vocab_size tokens of its own vocabulary; 0: it has the base's
-    invocation the adapter acts from the last occurrence of these tokens in a prompt on (none: from the first token on)
+    vocab_size size of the adapter's own vocabulary; 0: it has the base's
+    invocation tokens from whose last occurrence in a prompt the adapter applies (empty: from the first token)
     """
 
     adapter_id: int
@@ -85,17 +85,17 @@ class NormalForm:
 
 
 def pages_for(rank: int) -> int:
-    """How many rank pages hold `rank` units."""
+    """Returns how many rank pages hold `rank` units."""
     return -(-rank // PAGE_RANK)
 
 
 def lane_pages(max_rank: int) -> int:
-    """Pages of one group in the longest lane: twice those of the largest adapter, so that two can be mixed."""
+    """Returns the most pages of one group in a lane: twice those of the largest adapter, so that two can be mixed."""
     return 2 * pages_for(max_rank)
 
 
 def vocabulary(deltas: Deltas, sites: Mapping[str, Site]) -> int:
-    """Tokens of an adapter's own vocabulary; 0: it has the base's."""
+    """Returns the size of the adapter's own vocabulary in tokens, or 0 if it has the base's."""
     for name, slices in deltas.items():
         for delta in slices:
             if delta is not None and delta.full_weight is not None:
@@ -106,7 +106,10 @@ def vocabulary(deltas: Deltas, sites: Mapping[str, Site]) -> int:
 
 
 def footprint(deltas: Deltas, sites: Mapping[str, Site]) -> Footprint:
-    """Rank pages by group, of its highest rank; vector slots for gains and biases; matrix slots."""
+    """Returns what the adapter occupies on the device, by group.
+
+    This is rank pages for the highest rank in the group, a vector slot for gains and biases, a slot for full weights.
+    """
     pages: dict[str, int] = {}
     for name, slices in deltas.items():
         group = sites[name].group

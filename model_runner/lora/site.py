@@ -1,7 +1,7 @@
-"""A site: a linear (or embedding, or head) that LoRA touches, as data. Slices are data too: qkv has three, gate_up two.
+"""A site: a linear, embedding or head that LoRA touches, described as data with its slices (qkv has three).
 
-The embedding is a linear of one-hot tokens: its in features are the vocabulary. A norm is a site too, whose weight an
-adapter can replace and not change otherwise. Knows nothing of adapters or steps.
+The embedding is a linear of one-hot tokens: its in features are the vocabulary. A norm is a site too: an adapter can
+only replace its weight. Does not depend on adapters or steps.
 Legend: I in features, O out features (all slices side by side), of this rank's shard.
 """
 
@@ -28,14 +28,14 @@ NORMS = "norms"
 
 
 def vectors_of(group: str) -> str:
-    """The group of the vector slots (gains and biases) of the sites of `group`."""
+    """Returns the group whose slots hold the vectors (gains and biases) of the sites of `group`."""
     return f"{group}.vectors"
 
 
 def full_weights_of(group: str) -> str:
-    """The group of the matrix slots of the site of `group`: full weights that replace the base's.
+    """Returns the group whose slots hold the full weights of `group`, which replace the base's.
 
-    All norms together have one slot.
+    All norms of an adapter share one slot.
     """
     return f"{group}.full"
 
@@ -50,7 +50,7 @@ class Slice:
 
     @property
     def width(self) -> int:
-        """Output columns."""
+        """The number of output columns."""
         return self.stop - self.start
 
 
@@ -61,11 +61,11 @@ class Site:
     name      unique, e.g. "layers.3.qkv"
     path      module path of the parent in a checkpoint, e.g. "model.layers.3.self_attn"; a slice's full checkpoint
               name is f"{path}.{slice.module}"
-    layer     index of the decoder layer, -1 outside of them
+    layer     index of the decoder layer, -1 outside of the layers
     group     sites whose rank pages go together: qkv, o, gate_up, down, embed, head, router, experts; norms
-    base      the base linear [O, I] (row-parallel: I is the shard); of the embedding its table [I, O], of a norm its
-              weight [O]
-    tied      of a head: its weight is the embedding's
+    base      the base linear [O, I] (row-parallel: I is the shard); for the embedding its table [I, O], for a norm
+              its weight [O]
+    tied      whether this is a head that shares the embedding's weight
     """
 
     name: str
@@ -78,27 +78,27 @@ class Site:
 
     @property
     def replaceable(self) -> bool:
-        """Whether an adapter may replace its weight in full."""
+        """Whether an adapter may replace the site's weight in full."""
         return self.group in (EMBED, HEAD, NORMS)
 
     @property
     def vocabulary(self) -> int:
-        """Tokens of the embedding or the head."""
+        """The size of the vocabulary of the embedding or the head."""
         return self.base.shape[0]
 
     @property
     def embeds(self) -> bool:
-        """Whether it is looked up by token."""
+        """Whether the site is the embedding, whose rows are looked up by token."""
         return self.group == EMBED
 
     @property
     def in_features(self) -> int:
-        """I; 0 of a norm."""
+        """I, the in features; 0 for a norm."""
         if self.group == NORMS:
             return 0
         return self.base.shape[0] if self.embeds else self.base.shape[1]
 
     @property
     def out_features(self) -> int:
-        """O."""
+        """O, the out features of all slices."""
         return self.base.shape[1] if self.embeds else self.base.shape[0]

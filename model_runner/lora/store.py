@@ -1,4 +1,4 @@
-"""The host tier: adapters by id in the normal form; equal files share one copy. Knows nothing of pages, processes."""
+"""The host tier: adapters by id in the normal form; equal files share one copy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ MAX_MESSAGE = 600
 
 
 class AdapterStore:
-    """Keeps adapters, and reads those that no loader child has to. `max_rank` and `targets` None: no limit."""
+    """The adapters in host memory. `load` reads one in this process, `keep` adds one that a loader child has read.
+
+    `max_rank` and `targets` are limits for adapters; None: no limit.
+    """
 
     def __init__(
         self,
@@ -45,7 +48,7 @@ class AdapterStore:
         """Reads the adapter in `root` in this process, unless `adapter_id` is in the store.
 
         `revision`, when not empty, must be the hash of the files; with `roots` they must lie under one of them. Raises
-        AdapterError: one line with the adapter's name, the part at fault and the reason.
+        AdapterError with one line: the adapter's name, the part at fault and the reason.
         """
         known = self.known(adapter_id, name, revision)
         if known is not None:
@@ -58,7 +61,7 @@ class AdapterStore:
         return self.keep(adapter_id, name, shm)
 
     def survey(self, name: str, root: Path, roots: Sequence[str] = ()) -> AdapterSurvey:
-        """Checks everything but the values of the adapter in `root`; keeps nothing. Raises AdapterError."""
+        """Checks everything but the tensor values of the adapter in `root`, and adds nothing. Raises AdapterError."""
         try:
             with Directory(root, roots) as directory:
                 return self.reader.survey(directory)
@@ -66,7 +69,7 @@ class AdapterStore:
             raise refusal(name, error) from error
 
     def known(self, adapter_id: int, name: str, revision: str) -> NormalForm | None:
-        """The adapter, or None if it is not in the store. Raises AdapterError if it has another revision."""
+        """Returns the adapter, or None if it is not in the store. Raises AdapterError if it has another revision."""
         adapter = self._adapters.get(adapter_id)
         if adapter is not None and revision and adapter.revision != revision:
             reason = AdapterError(f"its files have changed (revision {adapter.revision}, not {revision})")
@@ -74,7 +77,7 @@ class AdapterStore:
         return adapter
 
     def keep(self, adapter_id: int, name: str, shm: ShmAdapter) -> NormalForm:
-        """Adds an adapter that a reader made, here or in a child. Raises AdapterError if its memory is invalid."""
+        """Adds an adapter that was read here or in a child. Raises AdapterError if its memory is invalid."""
         try:
             manifest, opened = shm.open(self.catalogue, self.dtype)
         except AdapterError as error:
@@ -101,7 +104,7 @@ class AdapterStore:
         return adapter
 
     def get(self, adapter_id: int) -> NormalForm | None:
-        """The adapter, or None if it is not in the store."""
+        """Returns the adapter, or None if it is not in the store."""
         return self._adapters.get(adapter_id)
 
     def drop(self, adapter_id: int) -> None:
@@ -115,12 +118,12 @@ class AdapterStore:
         return len(self._adapters)
 
     def _shared(self, revision: str) -> Deltas | None:
-        """The deltas of another adapter with the same revision."""
+        """Returns the deltas of a stored adapter with this revision, or None if there is none."""
         return next((known.deltas for known in self._adapters.values() if known.revision == revision), None)
 
 
 def refusal(name: str, reason: Exception) -> AdapterError:
-    """The error in one line: which adapter cannot be served, and why."""
+    """Returns an error of one line, clipped to MAX_MESSAGE: which adapter cannot be served, and why."""
     text = reason.message if isinstance(reason, AdapterError) else str(reason)
     line = " ".join(f"adapter {name!r}: {text}".split())
     return AdapterError(line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 3] + "...")

@@ -1,6 +1,6 @@
-"""One module that an adapter changes, as formats and variants see it: sizes, rank and scaling, and the change itself.
+"""One module that an adapter changes, as formats and variants see it: sizes, rank, scaling and change.
 
-Knows nothing of tensor names, files and pages. Legend: I in features, O out features of the module, r its rank in the
+Does not depend on tensor names, files and pages. Legend: I in features, O out features of the module, r its rank in the
 config, R its rank in the normal form.
 """
 
@@ -22,7 +22,7 @@ Term = Literal["A", "B", "gain", "bias", "full weight"]
 
 @dataclass(frozen=True)
 class Target:
-    """One targeted module: its rank and the scaling to fold into B; `initial_rank`: that which training began with."""
+    """One targeted module: its rank and the scaling to fold into B. `initial_rank`: the rank before training."""
 
     module: str
     rank: int
@@ -32,7 +32,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Module:
-    """A targeted module: its rank and scaling by the config, and its sizes."""
+    """A module that an adapter changes: its rank and scaling from the config, and its sizes."""
 
     target: Target
     in_features: int
@@ -42,7 +42,7 @@ class Module:
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """The change to one module in float32: A [R, I], B [R, O] with the scaling in it, gain [O], bias [O]."""
+    """The change to one module in float32: A [R, I], B [R, O] already scaled, gain [O], bias [O]."""
 
     a: torch.Tensor | None = None
     b: torch.Tensor | None = None
@@ -52,20 +52,20 @@ class Change:
 
 
 class BaseSlice(Protocol):
-    """The base model's own weights of one slice of a module, read from its checkpoint when they are asked for."""
+    """The base model's weights of one slice of a module, which are read on demand."""
 
     @property
     def out_features(self) -> int:
         """Output columns of the slice."""
 
     def weight(self) -> torch.Tensor:
-        """[columns, I]."""
+        """Returns the base's weight, [columns, I]."""
 
     def row_squares(self) -> torch.Tensor:
-        """[columns] float32: |W|^2 by row."""
+        """Returns |W|^2 of each row of the weight, [columns] float32."""
 
     def bias(self) -> torch.Tensor:
-        """[columns]. Raises AdapterError where the model has none."""
+        """Returns the base's bias, [columns]. Raises AdapterError if the model has none."""
 
 
 BaseSlices = Sequence[BaseSlice]
@@ -73,6 +73,6 @@ BaseSlices = Sequence[BaseSlice]
 
 
 def missing(module: Module, part: str, found: Mapping[str, Shape]) -> AdapterError:
-    """The error for a module that lacks a part."""
+    """Returns the error for a module that lacks `part`; `found` are the parts that it has."""
     has = ", ".join(sorted(found)) or "nothing"
     return AdapterError(f"module {module.target.module} has no {part} (it has {has})")

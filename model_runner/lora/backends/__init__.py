@@ -1,1 +1,1 @@
-"""LoRA backends: one base class, and how each computes the deltas of a step."""
+"""LoRA backends: the base class, and the implementations that compute the deltas of a step."""

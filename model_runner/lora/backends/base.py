@@ -1,9 +1,9 @@
-"""The LoRA seam: one small base class and a lazy table of names.
+"""The interface of LoRA backends: one small base class and a lazy table of names.
 
-A backend turns a step's layout into metadata (`plan`), and puts every lane's change on what a site's base linear
-answered (`adapt`). The base linear is the site's LinearMethod, and the layer asks it; a backend that wants the base
-GEMM for itself finds it in `site.base`. The head is a linear too, over the rows that need logits, with metadata planned
-from a layout of those rows.
+A backend turns a step's layout into metadata (`plan`), and applies every lane's change to the output of a site's base
+linear (`adapt`). The base linear is the site's LinearMethod, which the layer calls; a backend that computes the base
+GEMM itself finds it in `site.base`. The head is a linear too, over the rows that need logits, with metadata planned
+from a layout of these rows.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ BACKENDS = {
 }
 
 LARGEST_LANE = 64
-"""The most pages that a lane may name in a group: twice what the highest rank needs."""
+"""The most pages that a lane may name in a group: twice those of the highest rank, so that two can be mixed."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """`chunk_size`: the most rows of a chunk of one lane. `lane_pages`: the most pages a lane may name in a group."""
+    """`chunk_size`: the most rows of a tile of csgmv. `lane_pages`: the most pages a lane may name in a group."""
 
     chunk_size: int = 16
     lane_pages: int = LARGEST_LANE
@@ -50,7 +50,7 @@ class LoraBackend(KernelUser, ABC):
         y = x W^T + b  +  sum over rank pages    scale * (x A^T) B
                        +  sum over vector slots  scale * (gain_less_one * (x W^T) + bias)
 
-    Built over the rank pages and lanes of one model; `plan` is called once a step, `adapt` once a site.
+    A backend uses the rank pages and lanes of one model. `plan` is called once a step, `adapt` once a site.
     """
 
     def __init__(self, pages: RankPagePool, options: Options = DEFAULTS) -> None:
@@ -59,34 +59,34 @@ class LoraBackend(KernelUser, ABC):
 
     @abstractmethod
     def plan(self, layout: Layout, into: Any | None = None) -> Any:
-        """The step's metadata, from host arrays, without a device sync.
+        """Returns the step's metadata, computed from host arrays without a device sync.
 
-        `into`: what `static` returned, for a layout of as many chunks of length 1: it is filled in place and returned.
-        Else None where no chunk has a lane.
+        `into`: metadata from `static` for a layout of as many chunks of length 1; it is filled in place and returned.
+        Without `into`, returns None if no chunk has a lane.
         """
 
     def static(self, tokens: int) -> Any:
-        """Metadata in buffers whose addresses never change, for CUDA graphs of decode steps of `tokens` chunks."""
+        """Returns metadata in buffers of fixed addresses, for CUDA graphs of decode steps of `tokens` chunks."""
         raise NotImplementedError(f"{type(self).__name__} has no static buffers")
 
     @abstractmethod
     def adapt(self, y_TO: torch.Tensor, x: torch.Tensor, site: Site, meta: Any) -> None:
         """Applies the gains, deltas and biases of each token's lane to the base's output y [T, O], in place.
 
-        Nothing of one row reaches another. x is [T, I], or the tokens [T] of the embedding, whose inputs are one-hot.
-        `meta` is what `plan` returned; where that was None, `adapt` is not called.
+        No row affects another. x is [T, I], or the tokens [T] of the embedding, whose inputs are one-hot.
+        `meta` is the result of `plan`; where `plan` returned None, `adapt` is not called.
         """
 
 
 def resolve(name: str, device: torch.device) -> str:
-    """What `auto` means on the device."""
+    """Returns the backend that `auto` selects on the device; any other name is returned unchanged."""
     if name != "auto":
         return name
     return "csgmv" if device.type == "cuda" else "torch"
 
 
 def create(name: str, pages: RankPagePool, options: Options = DEFAULTS) -> LoraBackend:
-    """The backend called `name`.
+    """Returns the backend called `name`.
 
     Raises ConfigError for a name that is not in the table, and for kernels that the device cannot run.
     """

@@ -1,7 +1,7 @@
 """LoRA by triton kernels, cut by lane: the tokens of a lane are grouped into tiles of at most --max-lora-chunk-size.
 
-A lane's pages are read once for up to that many tokens, of any request. Chunks are sorted, not tokens: only what
-remains of a chunk after its full tiles is gathered.
+A lane's pages are read once per tile, whose tokens may be of several requests. Chunks are sorted, not tokens: only the
+rows that remain of a chunk after its full tiles are gathered.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from model_runner.step.layout import Layout
 
 
 class CsgmvLora(TiledLora):
-    """Tiles by lane, with as many rows as the lane with most tokens needs and the flag allows."""
+    """Cuts steps into tiles by lane, of 16 rows, or --max-lora-chunk-size if a lane has more than 16 tokens."""
 
     name = "csgmv"
 
     def rows(self, layout: Layout) -> int:
-        """16 if no lane has more tokens, else --max-lora-chunk-size."""
+        """Returns 16 if no lane has more than 16 tokens, else --max-lora-chunk-size."""
         tokens_L = np.bincount(layout.lanes_C, weights=layout.lengths_C)[1:]
         return tile_rows(int(tokens_L.max(initial=1)), self.options.chunk_size)
 
@@ -29,5 +29,5 @@ class CsgmvLora(TiledLora):
         return by_lane(layout, rows)
 
     def most_tiles(self, tokens: int) -> int:
-        """The full tiles, and for each lane one tile that is not full; never more than tokens."""
+        """Returns the number of full tiles plus one partly filled tile for each lane, at most `tokens`."""
         return min(tokens, self.pages.max_lanes + tokens // DECODE_ROWS)

@@ -1,10 +1,10 @@
-"""The lanes as arrays, group by group: pages, scales and real units, built again only when lanes or pages changed.
+"""The lanes as arrays, group by group: pages, scales and used units, built again only when lanes or pages changed.
 
     group "qkv"     pages [lanes + 1, K]   scales [lanes + 1, K]   units [lanes + 1, K]   counts [lanes + 1]
 
-Row 0 is the base, which has no pages. `units` packs how many units of a page are real, eight bits a slice, or is -1
-where the sites of the group differ: then the kernels read `site_units`, a table on the device. Pages that no site uses
-and pages of scale 0 are left out. Knows nothing of steps.
+Row 0 is the base, which has no pages. `units` packs how many units of a page are in use, eight bits a slice. It is -1
+where the sites of the group differ: there the kernels read `site_units`, a table on the device. Pages that no site uses
+and pages of scale 0 are left out. Does not depend on steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from model_runner.lora.pool.upload import Upload
 from model_runner.lora.site import vectors_of
 
 ALIGNED = 4
-"""Every site's units begin at a multiple of so many int32: triton compiles another variant for unaligned pointers."""
+"""Every site's units begin at a multiple of ALIGNED int32: triton compiles another variant for unaligned pointers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,10 @@ class GroupLanes:
 
 
 class LaneTables:
-    """`most` is how many pages a lane may name in a group. Call `refresh` before `groups` is read."""
+    """The arrays of all groups. Call `refresh` before `groups` is read.
+
+    `most` is how many pages a lane may name in a group.
+    """
 
     def __init__(self, pages: RankPagePool, most: int, upload: Upload) -> None:
         self.groups: dict[str, GroupLanes] = {}
@@ -55,12 +58,12 @@ class LaneTables:
         self._site_units = torch.zeros(total, dtype=torch.int32, device=pages.device)
 
     def site_units(self, name: str) -> torch.Tensor:
-        """[P * S] int32 on the device: the real units of each page at one site. Its address never changes."""
+        """Returns the used units of each page at one site, [P * S] int32 on the device. The address never changes."""
         begin = self._offsets[name]
         return self._site_units[begin : begin + self._pages.pools[name].units_PS.size]
 
     def refresh(self) -> bool:
-        """Rebuilds the arrays if lanes or pages changed. Returns whether they did."""
+        """Rebuilds the arrays if lanes or pages changed. Returns whether it rebuilt them."""
         if self._version == self._pages.version:
             return False
         self._version = self._pages.version
@@ -98,12 +101,12 @@ class LaneTables:
 
 
 def _effective(lane: Lane, group: str, packed_P: NDArray[np.int32] | None) -> list[tuple[int, float]]:
-    """The lane's (page, scale) pairs that have an effect."""
+    """Returns the lane's (page, scale) pairs that have an effect: a scale other than 0, a page that a site uses."""
     return [(page, scale) for page, scale in lane.get(group, ()) if scale and (packed_P is None or packed_P[page] != 0)]
 
 
 def _pack(units: list[NDArray[np.int32]]) -> NDArray[np.int32]:
-    """[P]: the units of a page's slices, eight bits each; -1 where sites differ."""
+    """Returns the units of each page's slices, [P], eight bits each, or -1 where the sites differ."""
     units_NPS = np.stack(units)
     packed = (units_NPS[0] << (8 * np.arange(units_NPS.shape[2]))).sum(axis=1)
     return np.where((units_NPS == units_NPS[0]).all(axis=(0, 2)), packed, -1).astype(np.int32)

@@ -1,10 +1,10 @@
 """LoRA by triton kernels: one shrink and one expand a site, over the step's tiles.
 
     layout --cut--> tiles --records--> table on the host --one copy--> table on the device      once a step
-    x --shrink--> h [split, row, page, slice, 16] --expand--> y, in span                       once a site
+    x --shrink--> h [split, row, page, slice, 16] --expand--> y, in place                      once a site
 
-A plan is kept while lanes and layout stay the same, so that consecutive decode steps plan nothing. A subclass says how
-a step is cut. Legend: T tokens of the step, I in features, O out features.
+A plan is kept while lanes and layout stay the same, so that consecutive decode steps plan nothing. A subclass cuts
+the step into tiles. Legend: T tokens of the step, I in features, O out features.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ Key = tuple[int, bytes, bytes]
 
 @dataclass(eq=False)
 class TiledLoraMetadata:
-    """A step's work on the device. `h` is the scratch of static metadata; else the backend's is used.
+    """A step's work on the device. `h` is the scratch buffer of static metadata; None: the backend's is used.
 
-    `key` says which step the table was written for; it and the contents of the table change, the rest does not.
+    `key` identifies the step that the table was written for. Only `key` and the contents of the table change.
     """
 
     key: Key | None
@@ -61,7 +61,7 @@ class TiledLoraMetadata:
 
 
 class TiledLora(LoraBackend):
-    """A shrink and an expand over the tiles that `cut` makes."""
+    """Launches a shrink and an expand for each site, over the tiles that `cut` returns."""
 
     name: str
 
@@ -81,23 +81,23 @@ class TiledLora(LoraBackend):
 
     @abstractmethod
     def rows(self, layout: Layout) -> int:
-        """The most rows of a tile of this step: 16 to 128, a power of two."""
+        """Returns the most rows of a tile of this step: 16 to 128, a power of two."""
 
     @abstractmethod
     def cut(self, layout: Layout, rows: int) -> Tiles:
-        """The step's tiles, of at most so many rows."""
+        """Cuts the step into tiles of at most `rows` rows."""
 
     @abstractmethod
     def most_tiles(self, tokens: int) -> int:
-        """The most tiles of DECODE_ROWS rows that so many chunks of length 1 can be cut into."""
+        """Returns the most tiles of DECODE_ROWS rows into which `tokens` chunks of length 1 can be cut."""
 
     @property
     def gathers(self) -> bool:
-        """Whether the rows of a tile may be scattered over the batch; they are then listed in `gather`."""
+        """Whether the rows of a tile may be scattered over the batch and listed in `gather`."""
         return True
 
     def plan(self, layout: Layout, into: TiledLoraMetadata | None = None) -> TiledLoraMetadata | None:
-        """The step's records in a table on the device, or None when no chunk has a delta and `into` is None."""
+        """Returns the step's records in a table on the device, or None when no chunk has a delta and `into` is None."""
         self._lanes.refresh()
         key = (self.pages.version, layout.lanes_C.tobytes(), layout.lengths_C.tobytes())
         if into is None:
@@ -109,7 +109,7 @@ class TiledLora(LoraBackend):
         return into
 
     def static(self, tokens: int) -> TiledLoraMetadata:
-        """Buffers for any decode step of so many chunks of length 1, with no work in them until `plan` fills them."""
+        """Returns buffers for any decode step of `tokens` chunks of length 1; they are empty until `plan`."""
         table_layout = work_table.largest_layout(
             self._lanes.most, self.most_tiles(tokens), tokens if self.gathers else 0
         )
@@ -175,7 +175,7 @@ class TiledLora(LoraBackend):
         splits: int,
         tokens_T: torch.Tensor | None,
     ) -> None:
-        """`splits` 0: nothing was shrunk."""
+        """Launches the expand. `splits` 0: there was no shrink."""
         pool, vectors = self.pages.pools.get(site.name), self.pages.vectors.get(site.name)
         stops = tuple(piece.stop for piece in site.slices)
         tiling = self._expand_tiling(site, meta, span)
@@ -224,7 +224,7 @@ class TiledLora(LoraBackend):
         )
 
     def _scratch_floats(self, site: Site, meta: TiledLoraMetadata) -> int:
-        """How many floats of scratch the site needs."""
+        """Returns how many floats of scratch the site needs."""
         span = meta.layout.groups[site.group]
         if site.embeds or site.name not in self.pages.pools:
             return 0
@@ -240,7 +240,7 @@ class TiledLora(LoraBackend):
 
 
 def _device_properties(device: torch.device) -> tuple[int, bool]:
-    """The number of multiprocessors, and whether a kernel may start before the one ahead of it ends (PDL)."""
+    """Returns the number of multiprocessors, and whether a kernel may start before the one ahead of it ends (PDL)."""
     if interpreting() or device.type != "cuda":
         return INTERPRETED, False
     properties = torch.cuda.get_device_properties(device)

@@ -1,11 +1,11 @@
-"""A step cut into tiles of at most so many rows of one lane, by request or by lane.
+"""Cuts a step into tiles, by request or by lane. A tile has at most `rows` rows, all of one lane.
 
     by request     each chunk of the step is cut by itself            [AAAAAAAA][AAA]  [B]  [A]  [CC]
     by lane        full tiles as above; the remainders of all         [AAAAAAAA]  [AAA A]  [B]  [CC]
                    chunks are grouped by lane
 
-The rows of a tile are adjacent in the step, or are listed in `gather`; then the tile's start is -1 - the first entry.
-Rows of lane 0 are in no tile. The work grows with chunks and tiles, not with tokens. Knows nothing of pages.
+The rows of a tile are adjacent in the step, or are listed in `gather`; then the tile's start is -1 - the index
+of the first entry. Rows of lane 0 are in no tile. The work grows with chunks and tiles, not with tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Tiles:
 
 
 def by_request(layout: Layout, rows: int) -> Tiles:
-    """Tiles of one chunk each."""
+    """Returns tiles with rows of one chunk each."""
     chosen = np.flatnonzero(layout.lanes_C)
     begins = layout.offsets()[:-1][chosen]
     starts, counts, source = _cut(begins, layout.lengths_C[chosen], rows)
@@ -42,7 +42,7 @@ def by_request(layout: Layout, rows: int) -> Tiles:
 
 
 def by_lane(layout: Layout, rows: int) -> Tiles:
-    """Full tiles of each chunk, and tiles of what remains of the chunks of each lane."""
+    """Returns the full tiles of each chunk, and tiles of the rows that remain of the chunks of each lane."""
     chosen = np.flatnonzero(layout.lanes_C)
     chosen = chosen[np.argsort(layout.lanes_C[chosen], kind="stable")]
     lanes, lengths = layout.lanes_C[chosen], layout.lengths_C[chosen]
@@ -59,7 +59,7 @@ def by_lane(layout: Layout, rows: int) -> Tiles:
 
 
 def _cut(begins: Ints, lengths: Ints, rows: int) -> tuple[Ints, Ints, NDArray[np.intp]]:
-    """Cuts runs into pieces of at most `rows`: starts, counts, and the index of the run of each piece."""
+    """Cuts runs into pieces of at most `rows`. Returns the start, the count and the run index of each piece."""
     pieces = -(-lengths // rows)
     source = np.repeat(np.arange(len(lengths)), pieces)
     skipped = _within(pieces) * rows
@@ -69,7 +69,7 @@ def _cut(begins: Ints, lengths: Ints, rows: int) -> tuple[Ints, Ints, NDArray[np
 
 
 def _tile_remainders(begins: Ints, lengths: Ints, lanes: Ints, rows: int) -> tuple[Ints, Ints, Ints, Ints]:
-    """Groups short runs, in the order of their lanes: gathered rows, and the starts, counts, lanes of tiles."""
+    """Groups short runs by lane. Returns the gathered rows, and the starts, counts and lanes of the tiles."""
     gather = (np.repeat(begins, lengths) + _within(lengths)).astype(np.int32)
     lanes_n = np.repeat(lanes, lengths)
     firsts = np.flatnonzero(np.diff(lanes_n, prepend=0))
@@ -81,7 +81,7 @@ def _tile_remainders(begins: Ints, lengths: Ints, lanes: Ints, rows: int) -> tup
 
 
 def _within(counts: NDArray[np.integer]) -> NDArray[np.int64]:
-    """0, 1, .. up to each of `counts`, one after the other."""
+    """Returns 0, 1, .., count - 1 for each of `counts`, one after the other."""
     starts = np.cumsum(counts) - counts
     within: NDArray[np.int64] = np.arange(counts.sum()) - np.repeat(starts, counts)
     return within

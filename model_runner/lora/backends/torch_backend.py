@@ -3,11 +3,11 @@
 The plan of a step has, per group of sites, one part or a few:
 
     DeltaPlan    all lanes in one call of the compiled delta kernel, once it is compiled
-    LaneBatch    until then: batched matmuls over lanes with equally many pages and about equally many tokens
+    LaneBatch    until the kernel is compiled: batched matmuls over lanes with equally many pages and similar token
+                 counts
 
-A lane with a long prefill is a batch of its own; gains, biases and the embedding always go by LaneBatch. Nothing of one
-lane can reach a row of another. Knows nothing of adapters and formats. Legend: T tokens of the step, I in features, O
-out features.
+A lane with a long prefill is a separate batch; gains, biases and the embedding always use LaneBatch. No lane affects a
+row of another. Does not depend on adapters and formats. Legend: T tokens of the step, I in features, O out features.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from model_runner.lora.site import Site, Slice, vectors_of
 from model_runner.step.layout import Layout
 
 SHARED_TOKENS = (4, 16, 64)
-"""Lanes of at most so many tokens in a step share a LaneBatch; above the last, a lane is a batch of its own."""
+"""Upper bounds of tokens: lanes between the same two bounds share a LaneBatch, and a longer lane has its own."""
 
 MAX_TOUCHED = 1 << 14
-"""Entries of the cache of touched slices, by site and pages. The cache is cleared when it holds more."""
+"""The most entries of the cache of touched slices (by site and pages). The cache is cleared when it holds more."""
 
 TorchLoraMetadata = dict[str, list[LaneBatch | DeltaPlan]]
 
 
 class TorchLora(LoraBackend):
-    """Each part's vectors and delta are added to its rows. Rows of lane 0 are never touched."""
+    """Adds each part's vectors and deltas to its rows of y. Rows of lane 0 are never changed."""
 
     def __init__(self, pages: RankPagePool, options: Options = DEFAULTS) -> None:
         super().__init__(pages, options)
@@ -53,7 +53,7 @@ class TorchLora(LoraBackend):
         return self._deltas.wanted_kernels(dtype)
 
     def plan(self, layout: Layout, into: Any | None = None) -> TorchLoraMetadata | None:
-        """The step's parts by group, or None when no chunk has a delta."""
+        """Returns the step's parts by group, or None when no chunk has a delta."""
         if not layout.lanes_C.any():
             return None
         if self._version != self.pages.version or len(self._touched) > MAX_TOUCHED:
@@ -65,7 +65,7 @@ class TorchLora(LoraBackend):
         return {group: parts for group, parts in meta.items() if parts} or None
 
     def adapt(self, y_TO: torch.Tensor, x: torch.Tensor, site: Site, meta: TorchLoraMetadata) -> None:
-        """Adds gains and biases, then the deltas: a gain multiplies the base's answer alone."""
+        """Adds gains and biases, then the deltas, because a gain multiplies only the base's output."""
         for batch in meta.get(vectors_of(site.group), ()):
             assert isinstance(batch, LaneBatch)
             pool = self.pages.vectors[site.name]
@@ -91,7 +91,7 @@ class TorchLora(LoraBackend):
         return [plan_lane_batch(together, self.pages.device) for together in shared.values()]
 
     def _touched_slices(self, site: Site, part: LaneBatch | DeltaPlan) -> list[tuple[int, Slice]]:
-        """The slices of the site in which any of the part's pages has units."""
+        """Returns the slices of the site in which any of the part's pages has units."""
         key = (site.name, part.numbers)
         if key not in self._touched:
             units_S = self.pages.pools[site.name].units_PS[list(part.numbers)].max(axis=0).tolist()
@@ -100,5 +100,5 @@ class TorchLora(LoraBackend):
 
 
 def _bound(lane: int, tokens: int) -> int:
-    """The smallest of SHARED_TOKENS that holds `tokens`, else -lane. Lanes with the same value share a LaneBatch."""
+    """Returns the smallest of SHARED_TOKENS that holds `tokens`, else -lane. Lanes with equal values share a LaneBatch."""
     return next((bound for bound in SHARED_TOKENS if tokens <= bound), -lane)

@@ -1,6 +1,6 @@
 """LoRA by triton kernels, cut by request: no tile has rows of two chunks, even of the same lane.
 
-Nothing is gathered, so planning and addressing are simple; each request of a lane reads the lane's pages by itself.
+Nothing is gathered, so planning and addressing are simple; but each request of a lane reads the lane's pages again.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ MOST_ROWS = 64
 
 
 class TritonLora(TiledLora):
-    """Tiles by request, of 16 rows, or of MOST_ROWS if the longest chunk has more than 16 tokens."""
+    """Cuts steps into tiles by request, of 16 rows, or of MOST_ROWS if the longest chunk has more than 16 tokens."""
 
     name = "triton"
 
     def rows(self, layout: Layout) -> int:
-        """16 if no chunk with an adapter is longer, else MOST_ROWS."""
+        """Returns 16 if no chunk with an adapter has more than 16 tokens, else MOST_ROWS."""
         return tile_rows(int(layout.lengths_C[layout.lanes_C > 0].max(initial=1)), MOST_ROWS)
 
     def cut(self, layout: Layout, rows: int) -> Tiles:
@@ -27,7 +27,7 @@ class TritonLora(TiledLora):
         return by_request(layout, rows)
 
     def most_tiles(self, tokens: int) -> int:
-        """One tile for each token: every chunk of length 1 is a tile."""
+        """Returns one tile for each token: every chunk of length 1 is a tile."""
         return tokens
 
     @property

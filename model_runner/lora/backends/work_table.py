@@ -2,9 +2,9 @@
 
     | qkv: items .. | tiles .. | slots .. | o: items .. | tiles .. | .. | gathered rows |
 
-It is exactly as large as the step needs, or, for static buffers, as large as any step of so many tokens can need;
-unused records are zero. Writing it takes time in proportion to the tiles and their pages. The layout of a record is
-that of compute/kernels/triton/lora/segments.py.
+An item is a page of a tile, a slot is a vector slot of a tile. The table is exactly as large as the step needs, or, for
+static buffers, as large as any step with their number of tokens can need; unused records are zero. Writing it takes
+time in proportion to the tiles and their pages. The layout of a record is that of compute/kernels/triton/lora/segments.py.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ class TableLayout:
 
 
 def largest_layout(most: Mapping[str, int], tiles: int, rows: int) -> TableLayout:
-    """The layout for any step of so many tiles and gathered rows; `most` is pages or slots of a lane, by group."""
+    """Returns the layout for any step of `tiles` tiles and `rows` gathered rows.
+
+    `most` is the most pages or slots of a lane, by group.
+    """
     sizes = {
         group: (tiles * most.get(group, 0), tiles, tiles * most.get(vectors_of(group), 0), most.get(group, 0))
         for group in _groups(most)
@@ -53,7 +56,7 @@ def largest_layout(most: Mapping[str, int], tiles: int, rows: int) -> TableLayou
 
 
 def exact_layout(tiles: Tiles, groups: Mapping[str, GroupLanes]) -> TableLayout:
-    """The smallest layout for this step."""
+    """Returns the smallest layout for this step."""
     sizes = {}
     for group in _groups(groups):
         pages_t, slots_t = _counts(tiles, groups, group)
@@ -100,7 +103,7 @@ def _write_list(
 
 
 def _counts(tiles: Tiles, groups: Mapping[str, GroupLanes], group: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """How many pages and how many slots each tile has in a group."""
+    """Returns how many pages and how many slots each tile has in a group."""
     none = np.zeros(len(tiles), np.int32)
     pages, slots = groups.get(group), groups.get(vectors_of(group))
     return (
@@ -110,7 +113,7 @@ def _counts(tiles: Tiles, groups: Mapping[str, GroupLanes], group: str) -> tuple
 
 
 def _groups(names: Mapping[str, object]) -> list[str]:
-    """The groups of sites that have pages or vector slots."""
+    """Returns the groups of sites, given the names of groups of pages and of vector slots."""
     return list(dict.fromkeys(name.removesuffix(vectors_of("")) for name in names))
 
 

@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json as a JSON object, and the errors that name one of its options. Knows no option."""
+"""PEFT's adapter_config.json as a JSON object, and the errors that name one of its options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_CONFIG_BYTES = 4 << 20
 
 
 def read_options(directory: Directory) -> dict[str, Any]:
-    """The options in the config of the adapter. Raises AdapterError naming the file."""
+    """Returns the options in the config of the adapter. Raises AdapterError naming the file."""
     try:
         return msgspec.json.decode(directory.read(CONFIG_NAME, MAX_CONFIG_BYTES), type=dict[str, Any])
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
@@ -23,5 +23,5 @@ def read_options(directory: Directory) -> dict[str, Any]:
 
 
 def unsupported(option: str, value: object, reason: str) -> AdapterError:
-    """The error for an option that has a value which is not served."""
+    """Returns the error for an option whose value is not served."""
     return AdapterError(f"{CONFIG_NAME}: {option}={quoted_value(value)} is not supported yet ({reason})")

@@ -1,4 +1,4 @@
-"""Names and values from an adapter's files, quoted and clipped: fit for one line of an error."""
+"""Quotes and clips names and values from an adapter's files, for one-line errors."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import msgspec
 
 
 def quoted_name(name: str) -> str:
-    """The name of a tensor, a module or a file."""
+    """Returns the name of a tensor, a module or a file, quoted and clipped."""
     return repr(name if len(name) <= 200 else name[:197] + "...")
 
 
 def quoted_value(value: object) -> str:
-    """The value of an option, as JSON."""
+    """Returns the value of an option as JSON, clipped."""
     text = msgspec.json.encode(value).decode()
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,8 +1,8 @@
 """One safetensors file: the header is read and checked first, then the tensors one at a time, each read once.
 
-The header's size is bounded, and it is checked against the file's size before any tensor is read. The tensors are
-hashed as they are read, so the hash is that of the values that are used. The file is opened once, by its directory, and
-header and tensors are read from it: what its name leads to later does not matter. Knows nothing of adapters.
+The header's size is bounded, and the header is checked against the file's size before any tensor is read. The tensors
+are hashed as they are read, so the hash is that of the values that are used. The file is opened once, by its directory,
+and header and tensors are read from the open file: replacing the file under its name later has no effect.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from engine.directory import read_exactly
 from engine.errors import AdapterError
 
 SLICE_BYTES = 4 << 20
-"""Read and hashed at a time: fits the processor's cache."""
+"""Bytes that are read and hashed at a time; they fit the processor's cache."""
 
 MAX_HEADER_BYTES = 16 << 20
 
@@ -42,13 +42,13 @@ class Entry(msgspec.Struct, frozen=True):
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size of the tensor in bytes."""
         return self.data_offsets[1] - self.data_offsets[0]
 
 
 @dataclass(frozen=True, eq=False)
 class TensorFile:
-    """The header of a safetensors file; `tensors` reads the rest while its directory is open."""
+    """A safetensors file whose header has been read; `tensors` reads the tensors while its directory is open."""
 
     name: str
     file: BinaryIO = field(repr=False)
@@ -57,7 +57,7 @@ class TensorFile:
     entries: dict[str, Entry] = field(repr=False)
 
     def tensors(self, digest: Callable[[bytes], None]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor with its name, in the file's order, in one buffer: each is overwritten by the next.
+        """Yields every tensor with its name, in the file's order. All use one buffer: each overwrites the last.
 
         After the last one, `digest` is called with the sha256 of the whole file.
         """
@@ -81,7 +81,7 @@ class TensorFile:
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of the tensors."""
+        """The bytes of all tensors of the file."""
         return self.size - len(self.head)
 
     def _changed(self) -> AdapterError:
@@ -89,7 +89,7 @@ class TensorFile:
 
 
 def open_tensors(file: BinaryIO, name: str) -> TensorFile:
-    """The header of the file `name`, checked. Raises AdapterError for anything but a complete safetensors file."""
+    """Reads and checks the header of `file`. Raises AdapterError for anything but a complete safetensors file."""
     size = os.fstat(file.fileno()).st_size
     prefix = read_exactly(file, 8)
     length = int.from_bytes(prefix, "little")

@@ -15,9 +15,9 @@ PICKLE_NAME = "adapter_model.bin"
 EXTRA_TOKENS_NAME = "new_embeddings.safetensors"
 MAX_INDEX_BYTES = 16 << 20
 MAX_HEADERS_BYTES = 64 << 20
-"""Of all shards together."""
+"""The most bytes of the headers of all shards together."""
 MAX_SHARDS = 256
-"""All of them are open while an adapter is read."""
+"""The most shards of an adapter: all of them are open while the adapter is read."""
 
 CONVERSION = (
     'python -c "import torch, safetensors.torch as s; '
@@ -32,7 +32,7 @@ class ShardIndex(msgspec.Struct, frozen=True):
 
 
 def open_weight_files(directory: Directory) -> list[TensorFile]:
-    """The adapter's files with their headers, checked. Raises AdapterError naming the file at fault."""
+    """Opens the adapter's safetensors files and checks their headers. Raises AdapterError naming the file at fault."""
     present = set(directory.names())
     weights = sorted(name for name in present if name.startswith("adapter_model") and name.endswith(".safetensors"))
     if EXTRA_TOKENS_NAME in present:

@@ -1,4 +1,4 @@
-"""AdaLoRA (2303.10512): a singular value decomposition with pruned values, divided by the rank it began with.
+"""AdaLoRA (2303.10512): a singular value decomposition with pruned values, divided by the initial rank.
 
     A = lora_A [k, I]      B = scaling / (ranknum + 1e-5) * (lora_B * lora_E^T)^T      k <= init_r values were kept
 
@@ -24,7 +24,7 @@ EPSILON = 1e-5
 
 
 class AdaLora(PeftFormat, frozen=True, kw_only=True):
-    """Two matrices and the values between them. PEFT trains it without rsLoRA even where that option is set."""
+    """Two matrices and the singular values between them. PEFT trains it without rsLoRA even if `use_rslora` is set."""
 
     peft_type: ClassVar = "ADALORA"
     name: ClassVar = "AdaLoRA"
@@ -45,19 +45,19 @@ class AdaLora(PeftFormat, frozen=True, kw_only=True):
     init_lora_weights: bool | str = True
 
     def check(self) -> None:
-        """Refuses initialisations that changed the base."""
+        """Raises AdapterError for an initialisation that changed the base weights."""
         check_initialisation(self.init_lora_weights)
 
     def scaling(self, alpha: float, rank: int) -> float:
-        """Alpha; `change` divides it by the initial rank."""
+        """Returns alpha; `change` divides it by the initial rank."""
         return alpha
 
     def pattern_ranks(self, pattern: RankPattern) -> Mapping[str, int]:
-        """None: all modules begin with init_r."""
+        """Returns no ranks, because all modules begin with init_r."""
         return {}
 
     def final_ranks(self, pattern: RankPattern) -> Mapping[str, int]:
-        """How many values each module kept."""
+        """Returns how many singular values each module kept. Raises AdapterError for anything else in the pattern."""
         ranks: dict[str, int] = {}
         for key, kept in pattern.items():
             if not isinstance(kept, list):
@@ -66,7 +66,7 @@ class AdaLora(PeftFormat, frozen=True, kw_only=True):
         return ranks
 
     def shapes(self, module: Module, found: Mapping[str, Shape]) -> dict[str, Shape]:
-        """A [k, I], B [O, k], E [k, 1]; ranknum [1] or [] if there is one."""
+        """Returns the shapes: A [k, I], B [O, k], E [k, 1], and ranknum [1] or [] if the module has it."""
         kept = self.rank(module, found)
         shapes = {"lora_A": [kept, module.in_features], "lora_B": [module.out_features, kept], "lora_E": [kept, 1]}
         if "ranknum" in found:
@@ -74,18 +74,18 @@ class AdaLora(PeftFormat, frozen=True, kw_only=True):
         return shapes
 
     def rank(self, module: Module, found: Mapping[str, Shape]) -> int:
-        """k."""
+        """Returns k, the number of singular values kept. Raises AdapterError if lora_A is missing."""
         if "lora_A" not in found:
             raise missing(module, "lora_A", found)
         return module.target.rank
 
     def change(self, module: Module, tensors: Mapping[str, torch.Tensor]) -> Change:
-        """E goes into B, as the scaling does."""
+        """Returns A, and B with the singular values and the scaling folded in."""
         initial = float(tensors["ranknum"]) if "ranknum" in tensors else float(module.target.initial_rank)
         scaling = module.target.scaling / (initial + EPSILON)
         return Change(tensors["lora_A"], (tensors["lora_B"] * tensors["lora_E"].view(1, -1) * scaling).t())
 
 
 def _module_of(key: str) -> str:
-    """The module of a pattern's key, which ends in lora_E and may have the adapter's name behind it."""
+    """Returns the module of a pattern's key, which ends in lora_E, optionally followed by the adapter's name."""
     return key.rpartition(".lora_E")[0] or key

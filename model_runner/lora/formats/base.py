@@ -1,7 +1,7 @@
 """What a PEFT format declares: its options, its variants, the tensor parts of a module, and what they become.
 
-An instance holds the values of the format's own options, which are its fields, as one adapter has them. Knows nothing
-of files, module names and pages. Legend: I in features, O out features of the module, r its rank in the config, R its
+An instance holds the values of the format's own options, which are its fields, as one adapter has them. Does not depend
+on files, module names and pages. Legend: I in features, O out features of the module, r its rank in the config, R its
 rank in the normal form.
 """
 
@@ -20,46 +20,46 @@ from model_runner.lora.target_module import Change, Module, Shape, Term
 from model_runner.lora.variants.base import Variant
 
 RankPattern = Mapping[str, int | list[bool]]
-"""The option rank_pattern, as any format may have it."""
+"""The option rank_pattern of any format: ranks, or AdaLoRA's lists of kept values."""
 
 
 class PeftFormat(msgspec.Struct, frozen=True, kw_only=True):
-    """One format. Its fields are options of adapter_config.json with PEFT's defaults; all of them change the answer."""
+    """One format. Its fields are options of adapter_config.json with PEFT's defaults; all of them change the output."""
 
     peft_type: ClassVar[str]
     name: ClassVar[str]
 
     note: ClassVar[str]
-    """What it becomes, for people."""
+    """What the format becomes in the normal form, for the tables of the documentation."""
 
     becomes: ClassVar[frozenset[Term]]
-    """The terms of the normal form that its parts become."""
+    """The terms of the normal form that the format's parts become."""
 
     parts: ClassVar[frozenset[str]]
-    """Every part of a module that it may read."""
+    """The tensor parts of a module that the format may read."""
 
     unread_parts: ClassVar[frozenset[str]] = frozenset()
     """Parts that PEFT writes for layers which a decoder does not have."""
 
     refused_parts: ClassVar[Mapping[str, str]] = {}
-    """Components of a tensor's name that belong to something which is not served, and its name."""
+    """Components of tensor names that belong to a feature which is not served, with the feature's name."""
 
     variants: ClassVar[tuple[type[Variant], ...]] = ()
-    """What it can be combined with."""
+    """The variants that the format can be combined with."""
 
     harmless: ClassVar[frozenset[str]] = frozenset()
-    """Options about training or how to start; what they change is decided by another option or by the tensors."""
+    """Options about training or initialisation. Their effect follows from other options or from the tensors."""
 
     refused: ClassVar[Mapping[str, str]] = {}
-    """Options that change what an adapter computes and are not served, with the name that people know."""
+    """Options that change what an adapter computes and are not served, with the feature's usual name."""
 
     rank_option: ClassVar[str] = "r"
     alpha_option: ClassVar[str] = "alpha"
-    """Which of its options are the rank and alpha; "" for a format without, which has a scaling of its own."""
+    """The names of the options that hold rank and alpha; "" if the format has none and defines its own scaling."""
 
     @classmethod
     def used_options(cls) -> frozenset[str]:
-        """Its own options and those of its variants."""
+        """Returns the format's own options and those of its variants."""
         owners = (cls, *cls.variants)
         return frozenset(option for owner in owners for option in owner.__struct_fields__)
 
@@ -79,11 +79,11 @@ class PeftFormat(msgspec.Struct, frozen=True, kw_only=True):
         """Raises AdapterError for values of its options that are not served."""
 
     def scaling(self, alpha: float, rank: int) -> float:
-        """What the change of the weight is multiplied with, unless a variant decides it."""
+        """Returns the factor that the weight's change is multiplied with, unless a variant decides it."""
         return alpha / rank
 
     def pattern_ranks(self, pattern: RankPattern) -> Mapping[str, int]:
-        """The ranks in rank_pattern, by regular expression. Raises AdapterError for anything else in it."""
+        """Returns the ranks in rank_pattern, by regular expression. Raises AdapterError for anything else in it."""
         ranks: dict[str, int] = {}
         for key, rank in pattern.items():
             if not isinstance(rank, int):
@@ -92,26 +92,26 @@ class PeftFormat(msgspec.Struct, frozen=True, kw_only=True):
         return ranks
 
     def final_ranks(self, pattern: RankPattern) -> Mapping[str, int]:
-        """The ranks of modules, by full name, whose rank became smaller in training."""
+        """Returns the ranks of the modules, by full name, whose rank became smaller in training."""
         return {}
 
     def revision(self) -> list[Any]:
-        """Its options, beside rank and alpha, that change the delta and cannot be told from the tensors."""
+        """Returns the options, beside rank and alpha, that change the delta and are not visible in the tensors."""
         return []
 
     def shapes(self, module: Module, found: Mapping[str, Shape]) -> dict[str, Shape]:
-        """The parts that the module must have and their shapes, given those it has (which may decide between forms)."""
+        """Returns the shapes of the parts that the module must have. Those it has, `found`, may select a form."""
         raise NotImplementedError
 
     def rank(self, module: Module, found: Mapping[str, Shape]) -> int:
-        """R; 0 for a format that becomes neither A nor B."""
+        """Returns R, or 0 for a format that becomes neither A nor B."""
         raise NotImplementedError
 
     def change(self, module: Module, tensors: Mapping[str, torch.Tensor]) -> Change:
-        """The change to the module, scaled, from float32 tensors by part: of its weight, B^T A."""
+        """Returns the scaled change to the module, B^T A for its weight, from float32 tensors by part."""
         raise NotImplementedError
 
 
 def wrong_pattern(key: str, rank: object) -> AdapterError:
-    """The error for a value in rank_pattern that belongs to another format."""
+    """Returns the error for a value in rank_pattern that belongs to another format."""
     return AdapterError(f"{CONFIG_NAME}: rank_pattern[{key!r}]={quoted_value(rank)} is not of this peft_type")

@@ -1,4 +1,4 @@
-"""LoHa (2108.06098): the elementwise product of two low-rank matrices, exactly one matrix of rank r * r.
+"""LoHa (2108.06098): the elementwise product of two low-rank matrices, which equals one matrix of rank r * r.
 
 (W1a W1b) had (W2a W2b)       W1a, W2a [O, r]     W1b, W2b [r, I]
 unit (i, j)                   A = W1b[i] * W2b[j]           B = scaling * W1a[:, i] * W2a[:, j]
@@ -19,7 +19,7 @@ LYCORIS_TRAINING = frozenset({"rank_dropout", "module_dropout", "use_effective_c
 
 
 class LoHa(PeftFormat, frozen=True, kw_only=True):
-    """Four matrices. The Tucker form (hada_t1, hada_t2) is for convolutions, which a decoder does not have."""
+    """LoHa's four matrices. The Tucker form (hada_t1, hada_t2) is for convolutions, which a decoder does not have."""
 
     peft_type: ClassVar = "LOHA"
     name: ClassVar = "LoHa"
@@ -34,17 +34,17 @@ class LoHa(PeftFormat, frozen=True, kw_only=True):
     alpha: float = 8
 
     def shapes(self, module: Module, found: Mapping[str, Shape]) -> dict[str, Shape]:
-        """[O, r] and [r, I], twice."""
+        """Returns the shapes: [O, r] and [r, I] for each of the two factors."""
         rank = module.target.rank
         out, into = [module.out_features, rank], [rank, module.in_features]
         return {"hada_w1_a": out, "hada_w1_b": into, "hada_w2_a": out, "hada_w2_b": into}
 
     def rank(self, module: Module, found: Mapping[str, Shape]) -> int:
-        """r * r."""
+        """Returns r * r."""
         return module.target.rank**2
 
     def change(self, module: Module, tensors: Mapping[str, torch.Tensor]) -> Change:
-        """The row-wise Khatri-Rao products."""
+        """Returns A and B as row-wise Khatri-Rao products of the four matrices."""
         a = tensors["hada_w1_b"][:, None] * tensors["hada_w2_b"][None]
         b = tensors["hada_w1_a"].t()[:, None] * tensors["hada_w2_a"].t()[None]
         return Change(a.flatten(0, 1), b.flatten(0, 1) * module.target.scaling)

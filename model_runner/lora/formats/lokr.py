@@ -1,4 +1,4 @@
-"""LoKr (2309.14859): a Kronecker product, exactly one matrix of rank rank(W1) * rank(W2).
+"""LoKr (2309.14859): a Kronecker product, which equals one matrix of rank rank(W1) * rank(W2).
 
     W1 kron W2 = (U1 kron U2) (V1 kron V2)      W1 = U1 V1 [a, c]    W2 = U2 V2 [b, d]    O = a * b    I = c * d
 
@@ -22,7 +22,7 @@ from model_runner.lora.variants.saved_modules import SavedModules
 
 
 class LoKr(PeftFormat, frozen=True, kw_only=True):
-    """Two factors, each a full matrix or a product of two thin ones."""
+    """The two factors of LoKr, each a full matrix or a product of two thin ones."""
 
     peft_type: ClassVar = "LOKR"
     name: ClassVar = "LoKr"
@@ -38,7 +38,10 @@ class LoKr(PeftFormat, frozen=True, kw_only=True):
     alpha: float = 8
 
     def shapes(self, module: Module, found: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Read from the file, as the sizes of the factors are not in the config; they must make [O, I]."""
+        """Returns the shapes, taken from the file because the config lacks the sizes of the factors.
+
+        Raises AdapterError unless the factors make [O, I].
+        """
         (a, c), (b, d) = (_size(module, which, found) for which in ("lokr_w1", "lokr_w2"))
         if a * b != module.out_features or c * d != module.in_features:
             raise AdapterError(
@@ -58,18 +61,18 @@ class LoKr(PeftFormat, frozen=True, kw_only=True):
         return shapes
 
     def rank(self, module: Module, found: Mapping[str, Shape]) -> int:
-        """rank(W1) * rank(W2), as far as shapes tell."""
+        """Returns rank(W1) * rank(W2), with the highest rank that the shapes of the factors allow."""
         rank = module.target.rank
         return math.prod(min(found[which]) if which in found else rank for which in ("lokr_w1", "lokr_w2"))
 
     def change(self, module: Module, tensors: Mapping[str, torch.Tensor]) -> Change:
-        """The Kronecker products of the factors' factors."""
+        """Returns A = V1 kron V2 and B = scaling * (U1 kron U2)^T."""
         (u1, v1), (u2, v2) = (_thin(which, tensors) for which in ("lokr_w1", "lokr_w2"))
         return Change(torch.kron(v1, v2), torch.kron(u1, u2).t() * module.target.scaling)
 
 
 def _size(module: Module, which: str, found: Mapping[str, Shape]) -> tuple[int, int]:
-    """Rows and columns of a factor."""
+    """Returns the rows and columns of a factor. Raises AdapterError if one of its matrices is missing."""
     names = [which] if which in found else [f"{which}_a", f"{which}_b"]
     for name in names:
         if len(found.get(name, [])) != 2:
@@ -82,7 +85,7 @@ def _size(module: Module, which: str, found: Mapping[str, Shape]) -> tuple[int, 
 
 
 def _thin(which: str, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """U and V of a factor."""
+    """Returns U and V of a factor."""
     full = tensors.get(which)
     if full is None:
         u, v = tensors[f"{which}_a"], tensors[f"{which}_b"]

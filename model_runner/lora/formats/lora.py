@@ -1,4 +1,4 @@
-"""LoRA (2106.09685) and everything that is saved as such: rsLoRA, LoRA+, converted PiSSA, OLoRA and CorDA.
+"""LoRA (2106.09685) and the methods that are saved as LoRA: rsLoRA, LoRA+, converted PiSSA, OLoRA and CorDA.
 
 linear      A = lora_A [r, I]             B = scaling * lora_B^T            lora_B [O, r]
 embedding   A = lora_embedding_A [r, V]   B = scaling * lora_embedding_B^T  lora_embedding_B [H, r]
@@ -37,14 +37,17 @@ LORA_TRAINING = frozenset({
     "qalora_group_size",
     "runtime_config",
 })  # fmt: skip
-"""fan_in_fan_out is about Conv1D layers, which no served family has; PEFT switches it off on a linear."""
+"""Options about training.
+
+fan_in_fan_out is about Conv1D layers, which no served family has; PEFT switches it off on a linear.
+"""
 
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Values of init_lora_weights that change the base weights: the saved A and B fit another base than the served one."""
+"""Values of init_lora_weights that change the base weights: the saved A and B do not fit the served base."""
 
 
 class Lora(PeftFormat, frozen=True, kw_only=True):
-    """Two matrices."""
+    """The two matrices A and B of LoRA."""
 
     peft_type: ClassVar = "LORA"
     name: ClassVar = "LoRA"
@@ -85,21 +88,21 @@ class Lora(PeftFormat, frozen=True, kw_only=True):
     init_lora_weights: bool | str = True
 
     def check(self) -> None:
-        """Refuses initialisations that changed the base."""
+        """Raises AdapterError for an initialisation that changed the base weights."""
         check_initialisation(self.init_lora_weights)
 
     def shapes(self, module: Module, found: Mapping[str, Shape]) -> dict[str, Shape]:
-        """A [r, I], B [O, r]."""
+        """Returns the shapes: A [r, I], B [O, r]."""
         a, b = _part_names(module)
         rank = module.target.rank
         return {a: [rank, module.in_features], b: [module.out_features, rank]}
 
     def rank(self, module: Module, found: Mapping[str, Shape]) -> int:
-        """r."""
+        """Returns r."""
         return module.target.rank
 
     def change(self, module: Module, tensors: Mapping[str, torch.Tensor]) -> Change:
-        """The scaling goes into B."""
+        """Returns A, and B with the scaling folded in."""
         a, b = _part_names(module)
         return Change(tensors[a], (tensors[b] * module.target.scaling).t())
 

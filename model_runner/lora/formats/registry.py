@@ -1,4 +1,4 @@
-"""The PEFT formats by peft_type, and what all of them declare together. A format is imported when it is asked for."""
+"""The PEFT formats by peft_type, and the union of what they declare. A format is imported at its first use."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ FORMATS = {
     "LOHA": "model_runner.lora.formats.loha:LoHa",
     "LOKR": "model_runner.lora.formats.lokr:LoKr",
 }
-"""By PEFT's name of the type."""
+"""The class of each format, by peft_type."""
 
 
 def find_format(peft_type: str) -> type[PeftFormat]:
-    """The format of this type, which must be in the table."""
+    """Returns the format of `peft_type`, which must be in FORMATS."""
     module, _, attribute = FORMATS[peft_type].partition(":")
     found: type[PeftFormat] = getattr(importlib.import_module(module), attribute)
     return found
@@ -27,36 +27,36 @@ def find_format(peft_type: str) -> type[PeftFormat]:
 
 @cache
 def all_formats() -> tuple[type[PeftFormat], ...]:
-    """Every format, in the table's order."""
+    """Returns every format, in the order of FORMATS."""
     return tuple(find_format(peft_type) for peft_type in FORMATS)
 
 
 @cache
 def all_variants() -> tuple[type[Variant], ...]:
-    """Every variant that some format can be combined with, in the order in which the formats name them."""
+    """Returns every variant that some format can be combined with, in the order in which the formats name them."""
     return tuple(dict.fromkeys(variant for form in all_formats() for variant in form.variants))
 
 
 @cache
 def refused_options() -> Mapping[str, str]:
-    """Options that any format refuses, with the name that people know."""
+    """Returns the options that any format refuses, each with the usual name of its feature."""
     return {option: name for form in all_formats() for option, name in form.refused.items()}
 
 
 @cache
 def refused_parts() -> Mapping[str, str]:
-    """Components of tensor names that any format refuses, with the name that people know."""
+    """Returns the components of tensor names that any format refuses, each with the usual name of its feature."""
     return {part: name for form in all_formats() for part, name in form.refused_parts.items()}
 
 
 @cache
 def all_features() -> Mapping[str, str]:
-    """Name and note of everything that variants add to formats."""
+    """Returns the note of every feature that variants add to formats, by its name."""
     return {name: note for variant in all_variants() for name, note in variant.features.items()}
 
 
 @cache
 def known_parts() -> frozenset[str]:
-    """Every part of a module that belongs to a format or a variant."""
+    """Returns every part of a module that belongs to a format or a variant."""
     formats = [form.parts | form.unread_parts for form in all_formats()]
     return frozenset().union(*formats, *(variant.parts for variant in all_variants()))

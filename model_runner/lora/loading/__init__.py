@@ -1,1 +1,1 @@
-"""Loads adapters in niced children of the runner (`-m model_runner.lora.loading`), which return shared memory."""
+"""Loads adapters into shared memory, in low-priority children of the runner (`-m model_runner.lora.loading`)."""

@@ -1,4 +1,4 @@
-"""The entry of a loader child: niced, and the first process that the kernel kills when memory is short."""
+"""The entry point of a loader child: low priority, and the first process that the kernel kills when memory is short."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Reads an adapter's directory into shared memory: survey, limits, values, revision.
 
-The files are opened once, by the survey, and the values are read from them. Knows nothing of names and ids.
+The survey opens the files once, and the values are read from these open files. Does not depend on names and ids.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from model_runner.platform.device import host_memory
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What the operator allows; None: no limit. `targets` are module names, or "all"; `biases`: whether there may be
-    any; `extra_vocab`: tokens more than the base has.
+    """What the operator's flags allow an adapter to have; None: no limit.
+
+    `targets` are module names, or "all". `biases`: whether biases are allowed. `extra_vocab`: the most tokens that a
+    vocabulary may have beyond the base's.
     """
 
     max_rank: int | None = None
@@ -34,7 +36,7 @@ class Limits(msgspec.Struct, frozen=True):
     extra_vocab: int | None = None
 
     def check(self, survey: AdapterSurvey) -> None:
-        """Raises AdapterError naming the flag and its value."""
+        """Raises AdapterError, naming the flag and its value, if the adapter exceeds a limit."""
         if self.max_rank is not None and survey.rank > self.max_rank:
             served = max(survey.mappings, key=lambda mapping: mapping.rank)
             given = served.module.target.rank
@@ -56,7 +58,7 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 def _silent(size: int) -> None:
-    """Announces nothing."""
+    """Does nothing: the default of `announce`."""
 
 
 class AdapterReader:
@@ -69,17 +71,18 @@ class AdapterReader:
         self.limits = limits
 
     def survey(self, directory: Directory) -> AdapterSurvey:
-        """Reads and checks config and headers. Raises AdapterError or OSError."""
+        """Reads and checks the config and headers in `directory`. Raises AdapterError or OSError."""
         with bounded("matching the names in its config"):
             survey = read_survey(directory, self.catalogue)
         self.limits.check(survey)
         return survey
 
     def read(self, survey: AdapterSurvey, revision: str = "", announce: Callable[[int], None] = _silent) -> ShmAdapter:
-        """The adapter, whose directory is still open; `revision`, when not empty, must be the hash of its files.
+        """Reads the surveyed adapter, whose directory must still be open, into shared memory.
 
-        `announce` is called with the number of bytes to be read, once everything but the values is checked. Raises
-        AdapterError or OSError. Peak memory is the adapter and a few copies of one tensor.
+        `revision`, when not empty, must be the hash of its files. `announce` is called with the number of bytes
+        to be read, once everything but the values is checked. Raises AdapterError or OSError. Peak memory is the
+        adapter and a few copies of one tensor.
         """
         parts, size = shm_adapter.arrange(survey.mappings, self.dtype)
         _, free = host_memory()

@@ -1,7 +1,7 @@
 """A bound on processor time, for the regular expressions in an adapter's config, which may take very long to match.
 
 Python's `re` checks for signals while it matches, so a timer on this process's processor time can interrupt it. Only
-the main thread handles signals: in other threads nothing is bounded. Knows nothing of adapters.
+the main thread handles signals: in other threads nothing is bounded.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from types import FrameType
 from engine.errors import AdapterError
 
 SECONDS = 10.0
-"""The survey of an adapter for a deep model takes a fraction of a second."""
+"""The bound. The survey of an adapter for a deep model takes a fraction of a second."""
 
 
 @contextlib.contextmanager
 def bounded(what: str) -> Iterator[None]:
-    """Raises AdapterError in the body once it has used SECONDS of processor time."""
+    """Raises AdapterError in the `with` body once it has used SECONDS of processor time; `what` names the work."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,9 +1,9 @@
-"""Loads under way, in at most two children, so that a huge load does not delay a small one; each adapter's in order.
+"""Loads adapters in at most two child processes, so that a huge load does not delay a small one.
 
     submit --> queue --> idle child --> collect: an adapter in shared memory, or the reason why there is none
 
-When a child dies, or is killed because its load takes too long, that load fails and another child is started for the
-next. Knows nothing of what an adapter is.
+Loads of the same adapter are done in order. When a child dies, or is killed because its load takes too long, the load
+fails and another child is started for the next load.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from model_runner.lora.loading.shm_adapter import ShmAdapter
 MAX_CHILDREN = 2
 MAX_PATH = 4096
 MAX_ROOTS = 16 << 10
-"""Bytes of all roots together."""
+"""The most bytes of all roots of one load together."""
 POLL_SECONDS = 1.0
 """How often the time limits of loads under way are checked."""
 
 
 class TimeLimit(msgspec.Struct, frozen=True):
-    """How long a load may take: `seconds` until the headers are checked, then as many again and 1 / `rate` per byte."""
+    """How long a load may take: `seconds` until the headers are checked, then `seconds` + bytes / `rate`."""
 
     seconds: float = 60.0
     rate: float = 20e6
@@ -41,7 +41,7 @@ TIME_LIMIT = TimeLimit()
 
 @dataclass(frozen=True, eq=False)
 class LoadOutcome:
-    """The result of a load: an adapter in shared memory, which the caller must close, or the reason why not."""
+    """The result of a load: an adapter in shared memory, which the caller must close, or the `reason` why it failed."""
 
     message: LoadAdapter
     seconds: float
@@ -63,7 +63,7 @@ class _Load:
 
 @dataclass(eq=False)
 class _Worker:
-    """A child and its load, if it has one."""
+    """A child and the load that it is working on, if any."""
 
     loader: LoaderProcess
     load: _Load | None = None
@@ -71,7 +71,7 @@ class _Worker:
 
 @dataclass(eq=False)
 class LoaderPool:
-    """The children of one runner. `fileno` is readable when `collect` should be called."""
+    """The loader children of one runner. `fileno` is readable when `collect` should be called."""
 
     config: LoaderConfig
     time_limit: TimeLimit = TIME_LIMIT
@@ -90,7 +90,7 @@ class LoaderPool:
         return POLL_SECONDS if self._queue or self._busy else None
 
     def fileno(self) -> int:
-        """One descriptor for all children, which stays the same until `close`."""
+        """Returns one descriptor for all children, which stays the same until `close`."""
         return self._selector.fileno()
 
     @property
@@ -119,13 +119,13 @@ class LoaderPool:
         self._assign()
 
     def cancel(self, adapter_id: int) -> None:
-        """Drops the loads of this adapter; the result of one in a child is discarded."""
+        """Cancels the loads of this adapter. If a child is working on one, its result will be discarded."""
         self._queue = [load for load in self._queue if load.message.adapter_id != adapter_id]
         for load in self._busy:
             load.is_wanted = load.is_wanted and load.message.adapter_id != adapter_id
 
     def collect(self) -> list[LoadOutcome]:
-        """The loads that finished since the last call. Never blocks."""
+        """Returns the loads that finished since the last call. Never blocks."""
         for key, _ in self._selector.select(0):
             self._receive(key.data)
         now = self.clock()
@@ -199,7 +199,7 @@ class LoaderPool:
             self._lose(worker, f"the loader process {gone}")
 
     def _lose(self, worker: _Worker, reason: str) -> None:
-        """Removes a dead child; its load fails."""
+        """Removes a dead child. Its load, if any, fails with `reason`."""
         self._selector.unregister(worker.loader)
         self._workers.remove(worker)
         if worker.load is not None:

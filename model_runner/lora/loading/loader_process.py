@@ -1,6 +1,6 @@
-"""The runner's handle of one loader child: starts it, sends jobs, receives packets, kills it. Never blocks on it.
+"""The runner's handle of one loader child: starts it, sends jobs, receives packets, kills it.
 
-Knows nothing of adapters.
+Sending and receiving never block.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from model_runner.platform.child_process import ChildProcess
 Reply = Surveyed | Refused | Loaded
 _REPLY: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 END_SECONDS = 0.2
-"""How long a killed child is waited for; it may hang in the kernel for longer."""
+"""The longest wait for the end of a killed child, which may hang in the kernel for longer."""
 
 
 class LoaderGone(Exception):
-    """The child is dead, or was killed because its packet was invalid; `str` says how it ended."""
+    """The child is dead, or was killed because its packet was invalid. The message says how it ended."""
 
 
 class LoaderProcess:
-    """A running child. It is killed when this object is garbage collected, if not before."""
+    """A running loader child. It is killed when this object is garbage collected, if not before."""
 
     def __init__(self, config: LoaderConfig) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -47,15 +47,15 @@ class LoaderProcess:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The child's process id."""
         return self._child.pid
 
     def fileno(self) -> int:
-        """Readable when there is a packet."""
+        """Returns the descriptor that is readable when the child has sent a packet."""
         return self._socket.fileno()
 
     def send(self, job: LoadJob) -> bool:
-        """Sends a job; False if the child cannot take it."""
+        """Sends a job. Returns False if the child cannot receive it."""
         try:
             self._socket.send(msgspec.msgpack.encode(job))
         except OSError:
@@ -63,7 +63,7 @@ class LoaderProcess:
         return True
 
     def receive(self) -> Iterator[tuple[Reply, ShmAdapter | None]]:
-        """Every packet that has come, with its adapter, which the caller must close. Raises LoaderGone."""
+        """Yields every received packet, with its adapter, which the caller must close. Raises LoaderGone."""
         while True:
             descriptors = array.array("i")
             try:
@@ -82,7 +82,7 @@ class LoaderProcess:
             yield self._read(packet, list(descriptors))
 
     def kill(self) -> str:
-        """Kills it, if it runs. Returns how it ended."""
+        """Kills the child, if it is running. Returns how it ended."""
         self._end()
         return self._child.exit_text
 

@@ -3,10 +3,10 @@
     runner                                        loader
       | -- LoaderConfig, a JSON line on stdin ----->|   once; the end of stdin ends the child
       | -- LoadJob ------------------------------------>|
-      |<-- Surveyed --------------------------------|   config and headers are valid; so many bytes are to be read
+      |<-- Surveyed --------------------------------|   config and headers are valid; `bytes` are left to read
       |<-- Loaded, with the descriptor of the memory|   or Refused
 
-Packets are small; the manifest, which may be long, is in the shared memory behind the tensors.
+Packets are small; the manifest, which may be long, is in the shared memory after the tensors.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class SiteShape(msgspec.Struct, frozen=True, array_like=True):
 
     @classmethod
     def of(cls, site: Site) -> SiteShape:
-        """The shape of this site."""
+        """Returns the shape of `site`."""
         slices = [(piece.module, piece.start, piece.stop) for piece in site.slices]
         sizes = site.out_features, site.in_features
         return cls(site.name, site.path, site.layer, site.group, slices, *sizes, tied=site.tied)
 
     def site(self) -> Site:
-        """A site of this shape, its weight on the meta device."""
+        """Returns a site of this shape, with its weight on the meta device."""
         shape = (self.out_features,) if self.group == NORMS else (self.out_features, self.in_features)
         weight = torch.empty(shape[::-1] if self.group == EMBED else shape, device="meta")
         slices = tuple(Slice(*s) for s in self.slices)
@@ -50,7 +50,7 @@ class SiteShape(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LoaderConfig(msgspec.Struct, frozen=True):
-    """What a loader must know: the model's sites and directory, and the descriptor of its end of the socket pair."""
+    """The configuration of a loader: the model's sites and directory, and the descriptor of its socket."""
 
     sites: list[SiteShape]
     dtype: str
@@ -61,13 +61,13 @@ class LoaderConfig(msgspec.Struct, frozen=True):
 
 
 class Packet(msgspec.Struct, tag=True, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One message. `job` is the number of the job, counted by the runner."""
+    """One message. `job` is the number that the runner gave the job."""
 
     job: int
 
 
 class LoadJob(Packet, frozen=True):
-    """Read the adapter in `root`; `revision`, when not empty, must be the hash of its files.
+    """Orders a loader to read the adapter in `root`; `revision`, when not empty, must be the hash of its files.
 
     With `roots` the real path of every file must lie under one of them.
     """
@@ -78,19 +78,19 @@ class LoadJob(Packet, frozen=True):
 
 
 class Surveyed(Packet, frozen=True):
-    """Config and headers are valid; so many `bytes` are to be read."""
+    """Config and headers are valid, and `bytes` of tensors are left to read."""
 
     bytes: int
 
 
 class Loaded(Packet, frozen=True):
-    """Comes with the descriptor of the shared memory, which holds the tensors and then the manifest."""
+    """The adapter is loaded. The packet carries the descriptor of the shared memory: the tensors, then the manifest."""
 
     tensor_bytes: int
     manifest_bytes: int
 
 
 class Refused(Packet, frozen=True):
-    """The adapter cannot be served."""
+    """The adapter cannot be served, for the `reason` given."""
 
     reason: str

@@ -4,7 +4,7 @@
     |<------ `tensor_bytes` -------->|
 
 The memory has no name: the kernel frees it with its last mapping and descriptor. The receiver checks every number of
-the manifest before it makes a view. Knows nothing of processes.
+the manifest before it makes a view.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ VECTOR = torch.float32
 """The dtype of gains and biases."""
 
 FIXED_SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-"""Reading a mapping of memory that has shrunk kills the process, so the memory is sealed."""
+"""Seals that fix the size of the memory: reading a mapping of shrunk memory would kill the process."""
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Slice `index` of a site: its rank, and the byte offsets of A [rank, in] and B [rank, out of the slice].
 
-    Also the offsets of the gain and the bias, float32 [out of the slice], and of a full weight, where there are such. A
-    full weight has the base's shape, with `rows` rows where that is not 0.
+    `gain`, `bias` (float32 [out of the slice]) and `full_weight` are offsets too; None: the slice has none. A full
+    weight has the base's shape, but `rows` rows where `rows` is not 0.
     """
 
     site: str
@@ -52,7 +52,7 @@ class Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
 
 
 class Manifest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Where the parts are, and what they were read from."""
+    """Where the parts are in the memory, with the revision, source dtypes and invocation tokens of the adapter."""
 
     revision: str
     cast_from: list[str]
@@ -62,16 +62,17 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
 @dataclass
 class ShmAdapter:
-    """The descriptor of the memory, which `open` and `close` close, and the bytes of tensors and manifest."""
+    """The descriptor of the shared memory, which `open` and `close` close, and the sizes of tensors and manifest."""
 
     descriptor: int
     tensor_bytes: int
     manifest_bytes: int
 
     def open(self, catalogue: Catalogue, dtype: torch.dtype) -> tuple[Manifest, Deltas]:
-        """The manifest, and the adapter as views of the memory, which lives as long as one of them. Closes the file.
+        """Returns the manifest, and the adapter as views of the memory. Closes the descriptor.
 
-        Raises AdapterError for sizes and a manifest that do not fit the memory or the model.
+        The memory lives as long as one of the views. Raises AdapterError for sizes and a
+        manifest that do not fit the memory or the model.
         """
         try:
             size = os.fstat(self.descriptor).st_size
@@ -100,7 +101,7 @@ class ShmAdapter:
 
 
 def arrange(mappings: Iterable[TensorMapping], dtype: torch.dtype) -> tuple[list[Part], int]:
-    """Where each tensor of these modules goes, and how many bytes all of them take."""
+    """Returns the place of each tensor of these modules, and how many bytes all of them take."""
     parts, end = [], 0
 
     def reserve(elements: int, itemsize: int) -> int:
@@ -121,14 +122,14 @@ def arrange(mappings: Iterable[TensorMapping], dtype: torch.dtype) -> tuple[list
 
 
 def allocate(size: int) -> int:
-    """The descriptor of `size` zero bytes of shared memory."""
+    """Allocates `size` zero bytes of shared memory. Returns their descriptor."""
     descriptor = os.memfd_create("adapter", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, size)
     return descriptor
 
 
 def seal(descriptor: int, tensor_bytes: int, manifest: Manifest) -> ShmAdapter:
-    """Writes the manifest behind the tensors and fixes the size."""
+    """Writes the manifest after the tensors and seals the size of the memory."""
     raw = msgspec.msgpack.encode(manifest)
     written = os.pwrite(descriptor, raw, tensor_bytes)
     assert written == len(raw), "a write to memory is complete or raises"
@@ -137,13 +138,13 @@ def seal(descriptor: int, tensor_bytes: int, manifest: Manifest) -> ShmAdapter:
 
 
 def map_memory(descriptor: int, size: int) -> torch.Tensor:
-    """[size] bytes. The mapping outlives the descriptor; it lives as long as the tensor and its views."""
+    """Maps the memory as a tensor of [size] bytes. The mapping lives as long as the tensor and its views."""
     storage = torch.UntypedStorage.from_file(f"/proc/self/fd/{descriptor}", True, size)
     return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
 
 
 def views(memory: torch.Tensor, parts: Iterable[Part], catalogue: Catalogue, dtype: torch.dtype) -> Deltas:
-    """The parts as tensors. Raises AdapterError for a part that is outside of the memory or not of this model."""
+    """Returns the parts as tensors. Raises AdapterError for a part outside of the memory or not of this model."""
     values, wide = memory.view(dtype), memory.view(VECTOR)
     found: dict[str, list[Delta | None]] = {}
     for part in parts:
@@ -170,7 +171,7 @@ def _full_weight(values: torch.Tensor, part: Part, site: Site) -> torch.Tensor |
 
 
 def _shape(site: Site, rows: int) -> list[int]:
-    """The shape of a full weight: that of the base's weight, but with `rows` rows if `rows` is not 0."""
+    """Returns the shape of a full weight: that of the base's weight, but with `rows` rows if `rows` is not 0."""
     return [rows or site.base.shape[0], *site.base.shape[1:]]
 
 

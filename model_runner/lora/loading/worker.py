@@ -1,6 +1,6 @@
-"""The loader process: does one job after the other, within a memory limit.
+"""The main loop of a loader process: executes one load job after the other, within a memory limit.
 
-Knows nothing of ids, names, pages and steps.
+Does not depend on adapter ids, adapter names, pages and steps.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from model_runner.platform.device import DTYPES
 
 DATA_BYTES = 2 << 30
 BYTES_PER_ELEMENT = 16
-"""For each element of the model's largest matrix: a few copies of such a matrix.
+"""Bytes for each element of the model's largest matrix, enough for a few copies of the matrix.
 
-Together the private memory that a loader may use beyond that of an idle one. Headers are checked before anything is
-allocated, so it is a second line of defence. Shared memory does not count."""
+With DATA_BYTES this is the private memory that a loader may use beyond that of an idle loader. Headers are checked
+before anything is allocated, so this limit is a second line of defence. Shared memory does not count."""
 
 MAX_REASON = 2000
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def serve(config: LoaderConfig) -> None:
-    """Does jobs until the runner closes the socket or dies."""
+    """Executes load jobs until the runner closes the socket or dies."""
     torch.set_num_threads(1)
     catalogue = Catalogue([shape.site() for shape in config.sites])
     _bound_memory(max((math.prod(site.base.shape) for site in catalogue.sites.values()), default=0))
@@ -73,7 +73,7 @@ def _reason(error: Exception) -> str:
 
 
 def _bound_memory(largest: int) -> None:
-    """`largest`: elements of the largest matrix."""
+    """Limits the private memory of this process. `largest`: elements of the model's largest matrix."""
     data_pages = int(Path("/proc/self/statm").read_text().split()[5])
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     bound = data_pages * resource.getpagesize() + DATA_BYTES + BYTES_PER_ELEMENT * largest

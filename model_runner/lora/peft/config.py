@@ -1,7 +1,7 @@
 """adapter_config.json of a PEFT adapter: every option by name, as its format and its variants declare it.
 
-Names and meanings as of PEFT 0.21. A setting that would change the answer and that is not served is refused by its name
-and value; an option that is not declared anywhere is refused unless it is empty. Knows nothing of tensors.
+Names and meanings are those of PEFT 0.21. A setting that would change the output and is not served is refused with its
+name and value; an option that is not declared anywhere is refused unless it is empty. Does not depend on tensors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 
 class PeftOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The options that every format uses. Defaults are PEFT's."""
+    """The options that every format uses, with PEFT's defaults."""
 
     peft_type: str = "LORA"
     task_type: str | None = None
@@ -51,7 +51,7 @@ class PeftConfig(PeftOptions, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """The format's name, for people."""
+        """The usual name of the format, or of the variant that replaces it, such as "DoRA"."""
         return next((variant.format_name for variant in self.variants if variant.format_name), self.format.name)
 
     @property
@@ -61,7 +61,7 @@ class PeftConfig(PeftOptions, frozen=True, kw_only=True):
 
     @property
     def alphas(self) -> Mapping[str, float]:
-        """The option alpha_pattern."""
+        """The option alpha_pattern: alphas by regular expression."""
         return self.alpha_pattern or {}
 
     @property
@@ -70,16 +70,19 @@ class PeftConfig(PeftOptions, frozen=True, kw_only=True):
         return frozenset().union(*(variant.required_parts for variant in self.variants))
 
     def variant(self, kind: type[V]) -> V | None:
-        """The variant of this kind if it is on."""
+        """Returns the variant of class `kind`, or None if it is off."""
         return next((variant for variant in self.variants if isinstance(variant, kind)), None)
 
     def scaling(self, alpha: float, rank: int) -> float:
-        """What B A is multiplied with, as a variant decides it or else the format."""
+        """Returns the factor that B A is multiplied with, which a variant decides, or else the format."""
         decided = (variant.scaling(alpha, rank) for variant in self.variants)
         return next((scaling for scaling in decided if scaling is not None), self.format.scaling(alpha, rank))
 
     def scale_bytes(self) -> bytes:
-        """The options that change the delta and are not in the tensors, for the revision. Pattern order counts."""
+        """Returns the options that change the delta and are not in the tensors, as bytes of the revision.
+
+        The order of patterns counts.
+        """
         names = [variant.revision_name for variant in self.variants if variant.revision_name]
         is_rescaled = any(variant.scaling(1.0, 1) is not None for variant in self.variants)
         patterns = [list(self.ranks.items()), list(self.alphas.items())]
@@ -91,12 +94,12 @@ class PeftConfig(PeftOptions, frozen=True, kw_only=True):
 
 
 def read_config(directory: Directory) -> PeftConfig:
-    """The config of the adapter, checked. Raises AdapterError naming the file or the option."""
+    """Reads and checks the config of the adapter. Raises AdapterError naming the file or the option."""
     return parse_config(read_options(directory))
 
 
 def parse_config(options: dict[str, Any]) -> PeftConfig:
-    """The same from the decoded JSON object."""
+    """Checks the decoded JSON object of a config. Raises AdapterError naming the option."""
     form = _find_format(options)
     _refuse_options(options, form)
     common = _convert(options, PeftOptions)
@@ -119,7 +122,7 @@ def parse_config(options: dict[str, Any]) -> PeftConfig:
 
 
 def _find_format(options: Mapping[str, Any]) -> type[PeftFormat]:
-    """First of all, because each type has its own options."""
+    """Returns the format of the config. Called before all checks, because each format has its own options."""
     name = options.get("peft_type", "LORA")
     if not isinstance(name, str) or name not in registry.FORMATS:
         raise unsupported("peft_type", name, f"only {', '.join(registry.FORMATS)}")
@@ -140,7 +143,7 @@ def _refuse_options(options: Mapping[str, Any], form: type[PeftFormat]) -> None:
 
 
 def _convert(options: Mapping[str, Any], kind: type[S]) -> S:
-    """The options that are fields of this struct."""
+    """Returns a `kind` with the options that are its fields. Raises AdapterError for values of a wrong type."""
     fields = {name: options[name] for name in kind.__struct_fields__ if name in options}
     try:
         return msgspec.convert(fields, kind)

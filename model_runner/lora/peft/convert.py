@@ -1,6 +1,6 @@
 """Writes one module's tensors into the normal form, checked and cast to the serving dtype.
 
-What they become is decided by the format and its variants. Knows nothing of files and memory.
+The format and its variants decide what the tensors become. Does not depend on files and memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from model_runner.lora.variants.saved_modules import BASE_WEIGHT, FULL_WEIGHT, S
 
 
 def convert(mapping: TensorMapping, tensors: Mapping[str, torch.Tensor], into: Deltas, base: BaseWeights) -> None:
-    """Writes the module's change into its slices. `tensors` are by part.
+    """Writes the module's change into its slices. `tensors` are keyed by part.
 
     Raises AdapterError for values that are not finite, before or after the cast to the dtype of `into`.
     """
@@ -49,7 +49,7 @@ def _delta(ref: SiteRef, deltas: Deltas) -> Delta:
 def _write_full_weight(
     mapping: TensorMapping, tensors: Mapping[str, torch.Tensor], into: Deltas, base: BaseWeights
 ) -> None:
-    """A matrix of the embedding or the head, which has neither rank nor gain nor bias beside it."""
+    """Writes a full matrix of the embedding or the head, which has no rank, gain or bias in addition."""
     full_weight = _delta(mapping.refs[0], into).full_weight
     assert full_weight is not None
     if SAVED_COPY in tensors and not torch.equal(tensors[SAVED_COPY], tensors[FULL_WEIGHT]):
@@ -68,7 +68,7 @@ def _write_full_weight(
 def _change(
     mapping: TensorMapping, tensors: Mapping[str, torch.Tensor], base: BaseWeights, dtype: torch.dtype
 ) -> Change:
-    """What the format makes of the tensors, then each variant."""
+    """Returns the change that the format computes from the tensors, after each variant is applied to it."""
     change = Change(full_weight=tensors.get(FULL_WEIGHT))
     if mapping.format is not None:
         change = mapping.format.change(mapping.module, tensors)
@@ -96,7 +96,7 @@ def _check_untrained(mapping: TensorMapping, weight: torch.Tensor, base: BaseWei
 def _store(
     mapping: TensorMapping, change: Change, delta: Delta, columns: slice, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Copies the columns of one slice."""
+    """Copies the columns of one slice into its delta. Raises AdapterError for values that are not finite."""
     pairs = (
         (delta.a, change.a),
         (delta.b, None if change.b is None else change.b[:, columns]),
@@ -110,7 +110,7 @@ def _store(
 
 
 def _not_finite(mapping: TensorMapping, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> AdapterError:
-    """Names the tensor that holds such a value, or else the one with the largest."""
+    """Returns an error naming the tensor that holds NaN or infinity, or else the one with the largest value."""
     for part, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             return AdapterError(f"tensor {quoted_name(mapping.parts[part])} holds NaN or infinity")

@@ -1,10 +1,10 @@
-"""LoRA on parameters (PEFT's `target_parameters`): one A and one B for all experts of a layer, split by expert.
+"""LoRA on parameters (PEFT's `target_parameters`): splits the one A and B for all experts of a layer by expert.
 
     mlp.experts.base_layer.lora_A.weight  [E r, in]     rows e r to (e + 1) r are expert e's A
     mlp.experts.base_layer.lora_B.weight  [out, r E]    columns e, e + E, e + 2 E, ... are expert e's B
 
 transformers 5 fuses experts into the parameters gate_up_proj and down_proj. PEFT wraps one around the other, so the
-names do not tell the two apart; the shapes do. Knows nothing of values. Legend: E experts, r rank.
+two are distinguished by shape, not by name. Does not depend on values. Legend: E experts, r rank.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Stack:
     rank: int
 
     def names(self) -> list[str]:
-        """The names that the parts would have if each expert were saved alone."""
+        """Returns the names that the parts would have if each expert were saved separately."""
         return [f"{module}.lora_{self.half}.weight" for module in self.modules]
 
     def parts(self, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each expert's part by its name."""
+        """Yields each expert's part with its name."""
         experts = len(self.modules)
         by_expert = tensor.view(experts, self.rank, -1)
         if self.half == "B":
@@ -54,7 +54,7 @@ class Stack:
         yield from zip(self.names(), by_expert, strict=True)
 
     def entries(self, entry: Entry) -> dict[str, Entry]:
-        """The parts as a header would list them."""
+        """Returns the header entries that the parts would have if each expert were saved separately."""
         long, short = entry.shape if self.half == "B" else reversed(entry.shape)
         shape = [long, self.rank] if self.half == "B" else [self.rank, long]
         assert short == self.rank * len(self.modules)
@@ -70,7 +70,7 @@ class Unstacked:
     stacks: dict[str, Stack] = field(default_factory=dict)
 
     def parts(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """A stored tensor as the parts that are mapped to modules."""
+        """Yields the parts of a stored tensor, by name: one per expert for a stack, else the tensor itself."""
         if name in self.stacks:
             yield from self.stacks[name].parts(tensor)
         else:
@@ -78,7 +78,10 @@ class Unstacked:
 
 
 def unstack(entries: Mapping[str, Entry], config: PeftConfig, catalogue: Catalogue) -> Unstacked:
-    """Raises AdapterError for a parameter that the model does not have, and for a tensor that fits none."""
+    """Splits the stacked tensors by expert.
+
+    Raises AdapterError for a targeted parameter that the model does not have, and for a stack that fits no parameter.
+    """
     variant = config.variant(TargetParameters)
     if variant is None:
         return Unstacked(entries)
@@ -93,7 +96,7 @@ def unstack(entries: Mapping[str, Entry], config: PeftConfig, catalogue: Catalog
 
 @dataclass(frozen=True)
 class _Parameter:
-    """A fused parameter of one layer: the module of each expert in it, and the sizes of one."""
+    """A fused parameter of one layer: the module of each expert in it, and the sizes of one module."""
 
     modules: tuple[str, ...]
     in_features: int
@@ -104,7 +107,7 @@ class _Parameter:
 def _targets(
     names: Sequence[str], scales: Scales, catalogue: Catalogue
 ) -> tuple[dict[str, Target], dict[int, list[_Parameter]]]:
-    """All modules that these names target, by name, and the fused parameters among them by layer."""
+    """Returns the modules that `names` target, by name, and the targeted fused parameters, by layer."""
     used: set[str] = set()
     targets: dict[str, Target] = {}
     stacked: dict[int, list[_Parameter]] = {}
@@ -131,7 +134,7 @@ def _targets(
 
 
 def _fused_parameters(layer: int, target: Callable[[str], Target | None], catalogue: Catalogue) -> Iterator[_Parameter]:
-    """The targeted ones of a layer's two; an expert's sites are gate_up and down, one after the other."""
+    """Yields the layer's fused parameters that are targeted. The sites of an expert are gate_up, then down."""
     sites = catalogue.experts[layer]
     for index, name in enumerate(PARAMETERS):
         found = target(f"model.layers.{layer}.mlp.experts.{name}")
@@ -141,7 +144,7 @@ def _fused_parameters(layer: int, target: Callable[[str], Target | None], catalo
 
 
 def _pairs(entries: Mapping[str, Entry]) -> dict[tuple[int, str], dict[str, str]]:
-    """The stacked tensors by layer and wrapper: A and B."""
+    """Returns the names of the stacked tensors A and B, by layer and wrapper."""
     pairs: dict[tuple[int, str], dict[str, str]] = {}
     for tensor in entries:
         found = STACKED.fullmatch(tensor)
@@ -158,7 +161,7 @@ def _pairs(entries: Mapping[str, Entry]) -> dict[tuple[int, str], dict[str, str]
 def _stack(
     layer: int, halves: Mapping[str, str], entries: Mapping[str, Entry], stacked: Mapping[int, list[_Parameter]]
 ) -> Iterator[tuple[str, Stack]]:
-    """A and B as the stacks of the parameter that they fit."""
+    """Yields A and B as stacks of the parameter that their shapes fit. Raises AdapterError if none fits."""
     shapes = {half: entries[tensor].shape for half, tensor in halves.items()}
     for parameter in stacked.get(layer, []):
         units = parameter.target.rank * len(parameter.modules)

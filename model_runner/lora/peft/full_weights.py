@@ -1,10 +1,10 @@
-"""Full matrices of the embedding and the head: what was trained of them in other ways, merged into one matrix.
+"""Merges what was trained of the embedding or the head, in forms other than a full matrix, into a full matrix.
 
     LoRA or DoRA on another vocabulary    base_layer + B^T A, output columns scaled    no rank pages fit its tokens
     trained tokens                        the base's with some rows replaced
 
-Written in place, some rows at a time, since a matrix may take a gigabyte. Knows nothing of files and memory. Legend:
-V tokens of the vocabulary, H hidden size, R rank.
+The matrix is written in place, some rows at a time, because it may take a gigabyte. Does not depend on files and
+memory. Legend: V tokens of the vocabulary, H hidden size, R rank.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BLOCK_ROWS = 4096
 
 
 def merge(mapping: TensorMapping, tensors: Mapping[str, torch.Tensor], into_VH: torch.Tensor) -> None:
-    """The saved base with the delta in it, scaled by the variants."""
+    """Writes the saved base weight plus the delta, scaled by the variants, into `into_VH`."""
     assert mapping.format is not None
     small = {part: tensor.float() for part, tensor in tensors.items() if part != BASE_WEIGHT}
     change = mapping.format.change(mapping.module, small)
@@ -46,7 +46,7 @@ def merge(mapping: TensorMapping, tensors: Mapping[str, torch.Tensor], into_VH: 
 def replace_tokens(
     mapping: TensorMapping, tensors: Mapping[str, torch.Tensor], into_VH: torch.Tensor, base: BaseWeights
 ) -> None:
-    """The rows of the base, or of the saved base if there is one, and those of the trained tokens."""
+    """Writes the rows of the base (of the saved base if there is one) and those of the trained tokens."""
     known_VH = tensors.get(TOKENS_BASE)
     if known_VH is None:
         weight_OI = base.weight(mapping.refs[0])

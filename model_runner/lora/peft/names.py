@@ -4,7 +4,7 @@
     base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight      with the adapter's name in it
     model.layers.0.self_attn.q_proj.base_layer.bias                             a tensor of the base that was trained
 
-Parts are declared by formats and variants. Knows nothing of shapes and values.
+Parts are declared by formats and variants. Does not depend on shapes and values.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ WRAPPERS = frozenset({"base_layer", "modules_to_save", "original_module"})
 OWN_TENSORS = ("weight", "bias")
 
 TOKEN_MARKER = "token_adapter"
-"""Begins the parts of trained tokens, which have the adapter's name at their end."""
+"""The first component of the parts of trained tokens, which end with the adapter's name."""
 
 PREFIXES = ("base_model.model.", "base_model.", "module.", "")
 HEADS = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
-"""What stands before "layers" in files of wrapped, bare and multimodal models."""
+"""The text before "layers" in tensor names of wrapped, bare and multimodal models."""
 
 
 @dataclass(frozen=True)
 class TensorName:
-    """`module` as the model names it; `prefixed` and `named`: whether PEFT's prefix, the adapter's name are there."""
+    """A parsed tensor name, with the model's name of the module.
+
+    `prefixed` and `named`: whether it has PEFT's prefix and the adapter's name.
+    """
 
     module: str
     part: str
@@ -44,19 +47,19 @@ class TensorName:
 
 @cache
 def markers() -> frozenset[str]:
-    """The first components of the parts of formats; the adapter's name and "weight" or "bias" may follow."""
+    """Returns the first components of the parts of formats; the adapter's name and "weight" or "bias" may follow."""
     first = {part.partition(".")[0] for part in registry.known_parts()}
     return frozenset(first - {TOKEN_MARKER, *OWN_TENSORS})
 
 
 @cache
 def spellings() -> Mapping[str, str]:
-    """Other spellings of parts."""
+    """Returns the other spellings of parts, each with the part that it refers to."""
     return {other: part for variant in registry.all_variants() for other, part in variant.spellings.items()}
 
 
 def parse_name(tensor: str, catalogue: Catalogue) -> TensorName:
-    """What `tensor` is. Raises AdapterError for a name that nothing would use."""
+    """Parses the name of a tensor. Raises AdapterError for a name that no module or format uses."""
     pieces = tensor.split(".")
     for piece in pieces:
         if piece in registry.refused_parts():
@@ -73,7 +76,7 @@ def parse_name(tensor: str, catalogue: Catalogue) -> TensorName:
 
 
 def find_module(written: str, catalogue: Catalogue) -> str | None:
-    """The model's own name of a module as an adapter writes it."""
+    """Returns the model's own name of a module, given the adapter's name of it, or None if there is none."""
     for prefix in PREFIXES:
         if written.startswith(prefix):
             bare = written.removeprefix(prefix)
@@ -88,7 +91,7 @@ def find_module(written: str, catalogue: Catalogue) -> str | None:
 
 
 def adapted_modules(tensors: Iterable[str], catalogue: Catalogue) -> set[str]:
-    """The modules of the model, or fused ones, that have a format's tensors; other names are passed over."""
+    """Returns the modules, fused or not, that have a format's tensors; other tensors are ignored."""
     written = set()
     for tensor in tensors:
         pieces = tensor.split(".")
@@ -99,7 +102,7 @@ def adapted_modules(tensors: Iterable[str], catalogue: Catalogue) -> set[str]:
 
 
 def _split(pieces: list[str]) -> tuple[int, str, list[str]]:
-    """Where the part begins, the part ("" where it is none), and what is in the place of an adapter's name."""
+    """Returns the index where the part begins, the part ("": none), and the pieces in place of an adapter's name."""
     begins = markers() | WRAPPERS | {TOKEN_MARKER}
     at = next((index for index, piece in enumerate(pieces) if piece in begins), None)
     if at is None:
@@ -113,7 +116,7 @@ def _split(pieces: list[str]) -> tuple[int, str, list[str]]:
 
 
 def _token_part(pieces: list[str]) -> tuple[str, list[str]]:
-    """The part of trained tokens, and an adapter's name behind it."""
+    """Returns the part of trained tokens, and the adapter's name after it."""
     for part in (TOKENS, TOKENS_BASE):
         known = part.split(".")
         if pieces[: len(known)] == known:
@@ -122,7 +125,7 @@ def _token_part(pieces: list[str]) -> tuple[str, list[str]]:
 
 
 def _part(marker: str, own: str) -> str:
-    """lora_A.weight, lora_E, bias, base_layer.weight."""
+    """Returns the part, such as lora_A.weight, lora_E, bias or base_layer.weight."""
     if marker in WRAPPERS:
         return f"{marker}.{own}" if own == "weight" else own
     written = f"{marker}.{own}" if own else marker

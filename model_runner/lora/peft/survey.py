@@ -1,8 +1,8 @@
-"""PEFT directories of every format: adapter_config.json beside adapter_model.safetensors (or shards and an index).
+"""Reads PEFT directories of every format: adapter_config.json and adapter_model.safetensors (or shards with an index).
 
 Two steps, so that limits are checked and memory is measured before data is read: `read_survey` opens the files and
-reads the config and the headers, `AdapterSurvey.read` the tensors of these open files, into memory that the caller
-gives. Knows nothing of ids, limits and pages.
+reads the config and the headers, `AdapterSurvey.read` reads the tensors of these open files into memory that the
+caller gives. Does not depend on ids, limits and pages.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from model_runner.lora.variants.saved_modules import ORIGINAL
 
 @dataclass(frozen=True, eq=False)
 class AdapterSurvey:
-    """Config and headers of an adapter, checked; only the values are not. They are read while its directory is open."""
+    """The checked config and headers of an adapter. Its values are read later, while its directory is still open."""
 
     config: PeftConfig
     files: list[TensorFile]
@@ -43,13 +43,13 @@ class AdapterSurvey:
 
     @property
     def format(self) -> str:
-        """The format and its variants, for people."""
+        """The usual name of the format with its variants, such as "PEFT activated LoRA"."""
         labels = sorted(variant.label for variant in self.config.variants if variant.label)
         return " ".join(["PEFT", *labels, self.config.name])
 
     @property
     def invocation(self) -> list[int]:
-        """The adapter acts from these tokens on; none: from the first token on."""
+        """The tokens from which on the adapter acts; empty: from the first token of a prompt on."""
         activated = self.config.variant(ActivatedLora)
         return activated.invocation if activated is not None else []
 
@@ -60,27 +60,27 @@ class AdapterSurvey:
 
     @property
     def targets(self) -> list[str]:
-        """Sorted names of the modules it changes ("q_proj")."""
+        """The sorted names of the modules that the adapter changes ("q_proj")."""
         return sorted({ref.slice.module for mapping in self.mappings for ref in mapping.refs})
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of its own vocabulary; 0: it has the base's."""
+        """The size of the adapter's own vocabulary; 0: it has the base's."""
         return max(mapping.rows for mapping in self.mappings)
 
     @property
     def added_tokens(self) -> int:
-        """Tokens of its vocabulary minus those of the base's; 0 if it has no vocabulary of its own."""
+        """The size of the adapter's own vocabulary minus that of the base's; 0 if it has the base's."""
         return next((mapping.rows - mapping.refs[0].site.vocabulary for mapping in self.mappings if mapping.rows), 0)
 
     @property
     def biased_module(self) -> str | None:
-        """The first module that gets a bias, if there is one."""
+        """The first module that the adapter gives a bias, or None."""
         return next((mapping.name for mapping in self.mappings if mapping.has_bias), None)
 
     @property
     def footprint(self) -> Footprint:
-        """The rank pages, vector slots and matrix slots that it needs, by group."""
+        """The rank pages, vector slots and matrix slots that the adapter needs, by group."""
         pages: dict[str, int] = {}
         for mapping in self.mappings:
             group = mapping.refs[0].site.group
@@ -94,21 +94,21 @@ class AdapterSurvey:
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of the tensors in the files."""
+        """The bytes of all tensors in the files."""
         return sum(file.data_bytes for file in self.files)
 
     @property
     def tensors(self) -> int:
-        """Tensors in the files."""
+        """The number of tensors in the files."""
         return sum(len(file.entries) for file in self.files)
 
     def cast_from(self, dtype: torch.dtype) -> list[str]:
-        """The float dtypes in the files that are not the serving dtype."""
+        """Returns the float dtypes in the files that are not the serving dtype."""
         kinds = {FLOATS[entry.dtype] for file in self.files for entry in file.entries.values()}
         return sorted(str(kind).removeprefix("torch.") for kind in kinds if kind != dtype)
 
     def read(self, into: Deltas, base: BaseWeights) -> str:
-        """Reads, hashes and converts the tensors into those of `into`. Returns the revision.
+        """Reads, hashes and converts the tensors, and writes them into `into`. Returns the revision.
 
         A module is converted once all of its tensors are read, so files in which they follow one another, as PEFT
         writes them, need memory for one module only. Raises AdapterError for values that are not finite in the dtype of
@@ -148,7 +148,7 @@ def read_survey(directory: Directory, catalogue: Catalogue) -> AdapterSurvey:
 
 
 def _check_variants(config: PeftConfig, mappings: Iterable[TensorMapping], catalogue: Catalogue) -> None:
-    """Raises AdapterError where a variant does not fit the model or what another module becomes."""
+    """Raises AdapterError where a variant does not fit the model, or is not served with the change of a module."""
     vocabularies = [ref.site.vocabulary for ref in catalogue.refs.get(EMBEDDING_AND_HEAD[0], ())]
     for variant in config.variants:
         for vocabulary in vocabularies:
@@ -158,7 +158,7 @@ def _check_variants(config: PeftConfig, mappings: Iterable[TensorMapping], catal
 
 
 def _dialect(entries: Iterable[str], catalogue: Catalogue) -> str:
-    """The pattern of the tensors' names."""
+    """Returns the pattern of the tensors' names, such as "base_model.model.*.lora_A.weight"."""
     names = [parse_name(tensor, catalogue) for tensor in entries]
     part = min(name.part for name in names)
     if any(name.named for name in names):

@@ -1,12 +1,12 @@
-"""Which modules a PEFT config targets, with which rank and scaling: PEFT's matching rules on our catalogue.
+"""Which modules a PEFT config targets, with which rank and scaling: PEFT's matching rules applied to the catalogue.
 
     target_modules  a list: the full name, or its end after a dot; a string: a regular expression for the full name,
                     or "all-linear"
-    exclude_modules the same; it takes precedence
-    layers_...      for lists only: the first number in the name is the layer
+    exclude_modules the same rules; it takes precedence
+    layers_...      only for lists: the first number in the name is the layer
     rank_pattern    the first key that matches the name or its end after a dot, as a regular expression
 
-Knows nothing of tensors.
+Does not depend on tensors.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ V = TypeVar("V", int, float)
 def resolve_targets(
     config: PeftConfig, catalogue: Catalogue, adapted: AbstractSet[str] = frozenset()
 ) -> dict[str, Target]:
-    """Every module the config targets. Raises AdapterError for a target that the model does not have.
+    """Returns every module that the config targets. Raises AdapterError for a target that the model does not have.
 
-    `adapted` are the modules that have tensors: fused ones among them stand for several of the model's own, and with
-    `ensure_weight_tying` what PEFT saved for the tied head (or embedding) is targeted too.
+    `adapted` are the modules that have tensors. A fused module among them replaces its parts, and with
+    `ensure_weight_tying` the embedding or head among them is targeted too if the other one is.
     """
     fused = adapted & catalogue.fused.keys()
     targeted = [module for module in _selected(config, catalogue, fused) if not _excluded(config, module)]
@@ -59,7 +59,7 @@ class Scales:
         self._alphas = _patterns(config.alphas, "alpha_pattern")
 
     def target(self, name: str) -> Target:
-        """Rank and scaling of one module or parameter."""
+        """Returns the rank and scaling of the module or parameter `name`."""
         form = self._config.format
         initial = _by_pattern(self._ranks, name, form.default_rank)
         rank = self._final_ranks.get(name, initial)
@@ -105,7 +105,7 @@ def _layer(patterns: list[str] | str | None, module: str) -> int | None:
     expressions = [rf"(?:^|.*?\.){name}\.(?P<layer>\d+)\." for name in names if name]
     for expression in expressions or [r".*?\.[^.]*\.(?P<layer>\d+)\."]:
         found = _compiled(expression, "layers_pattern").match(module)
-        if found is not None and found["layer"] is not None:  # an alternative in the pattern may leave it out
+        if found is not None and found["layer"] is not None:  # an alternative in the pattern may leave out the layer
             return int(found["layer"])
     return None
 

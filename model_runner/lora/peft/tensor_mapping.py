@@ -1,13 +1,13 @@
-"""What the tensors of each module become: every name and shape of an adapter is checked before any data is read.
+"""Maps the tensors of each module to what they become, and checks all names and shapes before any data is read.
 
     q_proj    lora_A.weight, lora_B.weight     -> A and B, by the format
               lora_magnitude_vector            -> a gain (DoRA)
               lora_B.bias, bias                -> a bias (lora_bias; bias="all" or "lora_only")
     lm_head   weight                           -> a full matrix, which may be of another vocabulary
-              base_layer.weight, lora_A, ..    -> the same, where that is of another vocabulary
-              token_adapter...                 -> the same: the base's with some rows replaced
+              base_layer.weight, lora_A, ..    -> a full matrix, if the base_layer is of another vocabulary
+              token_adapter...                 -> a full matrix: the base's with some rows replaced
 
-Knows nothing of values.
+Does not depend on the values of tensors.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from model_runner.lora.variants.trained_tokens import TOKENS, TOKENS_BASE, Train
 
 @dataclass(frozen=True, eq=False)
 class TensorMapping:
-    """One module that the adapter changes: its tensors by part, the slices of sites that it is, and what it becomes.
+    """One module that the adapter changes: its tensors by part, the slices of its sites, and what it becomes.
 
-    `format` is None for a module that is not targeted; `variants` are those that have parts here. `rank` is that of the
-    normal form. `rows` are those of a full matrix with another vocabulary than the base's, else 0. `tokens` are those
-    that have rows of their own.
+    `format` is None for a module that is not targeted; `variants` are those that have parts here. `rank` is the rank
+    in the normal form. `rows` is the number of rows of a full matrix with another vocabulary than the base's, else 0.
+    `tokens` are the tokens with their own trained rows.
     """
 
     module: Module
@@ -57,17 +57,17 @@ class TensorMapping:
 
     @property
     def has_gain(self) -> bool:
-        """Whether output columns are scaled."""
+        """Whether the adapter scales output columns of the module."""
         return "gain" in self.becomes
 
     @property
     def has_bias(self) -> bool:
-        """Whether something is added to output columns."""
+        """Whether the adapter adds a bias to output columns of the module."""
         return "bias" in self.becomes
 
     @property
     def has_full_weight(self) -> bool:
-        """Whether it brings a weight of its own."""
+        """Whether the adapter brings a full weight that replaces the base's."""
         return "full weight" in self.becomes
 
 
@@ -81,7 +81,7 @@ class TensorMapper:
     catalogue: Catalogue
 
     def map(self) -> list[TensorMapping]:
-        """All modules of the adapter, in the model's order."""
+        """Returns the mappings of all modules of the adapter, in the model's order."""
         owned = TensorOwners(self.entries, self.config, self.targets, self.catalogue).group()
         known = [*self.catalogue.refs, *self.catalogue.fused, *self.catalogue.norms]
         modules = [module for module in known if module in owned or module in self.targets]
@@ -118,7 +118,7 @@ class TensorMapper:
         return TensorMapping(module, refs, form, variants, parts, becomes, 0 if rows else rank, rows, tokens)
 
     def _matrix(self, module: Module, found: Mapping[str, Shape]) -> tuple[Shape, int]:
-        """The shape of the module's weight in full, and its rows where they are of another vocabulary, else 0."""
+        """Returns the shape of the module's full weight, and its rows if it has another vocabulary, else 0."""
         name = module.target.module
         if name in self.catalogue.norms:
             return [module.out_features], 0
@@ -131,7 +131,7 @@ class TensorMapper:
     def _wanted_full(
         self, module: Module, parts: Mapping[str, str], matrix: Shape, tokens: tuple[int, ...]
     ) -> dict[str, Shape]:
-        """The shapes of weights in full and of trained tokens."""
+        """Returns the required shapes of full weights and of trained tokens."""
         name = module.target.module
         if name in self.targets and FULL_WEIGHT in parts:
             raise AdapterError(f"module {name} is targeted, and it is in modules_to_save: only one can be served")
@@ -146,13 +146,13 @@ class TensorMapper:
         return wanted
 
     def _wanted_of(self, form: PeftFormat, module: Module, found: Mapping[str, Shape]) -> dict[str, Shape]:
-        """The shapes of the parts of the format and its variants."""
+        """Returns the required shapes of the parts of the format and its variants."""
         if not form.parts & found.keys():
             raise AdapterError(f"module {module.target.module} is targeted by {CONFIG_NAME}, but it has no tensors")
         return form.shapes(module, found) | {part: [module.out_features] for part in self.config.required_parts}
 
     def _check_parts(self, module: Module, parts: Mapping[str, str], wanted: Mapping[str, Shape]) -> None:
-        """Raises AdapterError for a part that is missing, of another shape or dtype, or of no use."""
+        """Raises AdapterError for a part that is missing, of another shape or dtype, or not used."""
         for part, shape in wanted.items():
             if part not in parts:
                 raise missing(module, part, {found: self.entries[tensor].shape for found, tensor in parts.items()})
@@ -161,7 +161,7 @@ class TensorMapper:
             raise AdapterError(f"tensor {quoted_name(parts[part])} has no use beside the others of its module")
 
     def _tokens(self, module: Module, parts: Mapping[str, str], matrix: Shape) -> tuple[int, ...]:
-        """The tokens that have rows of their own. Raises AdapterError for what is no token of the vocabulary."""
+        """Returns the tokens that have their own rows. Raises AdapterError for one outside of the vocabulary."""
         variant = self.config.variant(TrainedTokens)
         if variant is None or TOKENS not in parts:
             return ()
@@ -169,7 +169,7 @@ class TensorMapper:
         return variant.tokens_of(module.target.module)
 
     def _check_vocabularies(self, mappings: list[TensorMapping]) -> None:
-        """Raises AdapterError where embedding and head are not of one vocabulary: a token would lack one of them."""
+        """Raises AdapterError if embedding and head differ in vocabulary: a token would lack one of them."""
         rows = {mapping.name: mapping.rows for mapping in mappings if mapping.rows}
         if not rows or {rows.get(module) for module in EMBEDDING_AND_HEAD} == set(rows.values()):
             return
@@ -186,7 +186,7 @@ class TensorMapper:
 def _becomes(
     form: PeftFormat | None, variants: Iterable[Variant], parts: Mapping[str, str], rows: int
 ) -> frozenset[Term]:
-    """The terms of the normal form. A matrix of another vocabulary takes in A, B and the gain."""
+    """Returns the terms of the normal form. A matrix of another vocabulary absorbs A, B and the gain."""
     terms = set(form.becomes if form is not None else ()).union(*(variant.becomes for variant in variants))
     if rows:
         terms -= {"A", "B", "gain"}
@@ -196,7 +196,7 @@ def _becomes(
 
 
 def _own_rows(found: Mapping[str, Shape], expected: Shape) -> int:
-    """The rows of a matrix of the embedding or the head that is of another vocabulary; 0: there is none."""
+    """Returns the rows of a matrix of another vocabulary, of the embedding or the head, or 0 if there is none."""
     shapes = [found[part] for part in (FULL_WEIGHT, BASE_WEIGHT, TOKENS_BASE) if part in found]
     others = [shape[0] for shape in shapes if len(shape) == 2 and shape[1] == expected[1] and shape[0] != expected[0]]
     return others[0] if others else 0

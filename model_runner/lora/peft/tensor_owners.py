@@ -1,4 +1,4 @@
-"""Which module each tensor of a PEFT adapter belongs to, by its name and the config. Knows nothing of shapes."""
+"""Which module each tensor of a PEFT adapter belongs to, by its name and the config."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from model_runner.lora.variants.saved_modules import BASE_WEIGHT, FULL_WEIGHT, O
 from model_runner.lora.variants.trained_tokens import TOKENS, TOKENS_BASE, TrainedTokens
 
 PartsByModule = dict[str, dict[str, str]]
-"""Module -> part -> tensor."""
+"""Tensor names by module, then by part."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,10 @@ class TensorOwners:
     catalogue: Catalogue
 
     def group(self) -> PartsByModule:
-        """The tensors by module and part; those of a tied embedding are the head's too."""
+        """Returns the tensors by module and part. Those of a tied embedding belong to the head too.
+
+        Raises AdapterError for tensors that the config does not cover, and options that lack their tensors.
+        """
         owned = self._owned()
         self._check_trained_tokens(owned)
         self._tie(owned)
@@ -39,7 +42,7 @@ class TensorOwners:
         return owned
 
     def _owned(self) -> PartsByModule:
-        """The tensors by module and part."""
+        """Returns the tensors by module and part, before the head is tied to the embedding."""
         owned: PartsByModule = {}
         for tensor in self.entries:
             name = parse_name(tensor, self.catalogue)
@@ -56,7 +59,7 @@ class TensorOwners:
         return owned
 
     def _check_belongs(self, tensor: str, module: str, part: str) -> None:
-        """Raises AdapterError for a tensor that the config does not speak of."""
+        """Raises AdapterError for a tensor that the config does not cover."""
         if part == BIAS:
             self._check_bias(tensor, module)
             return
@@ -80,7 +83,7 @@ class TensorOwners:
             raise AdapterError(f"tensor {quoted_name(tensor)}: {CONFIG_NAME} says bias='none'")
 
     def _is_full_weight(self, module: str, part: str) -> bool:
-        """Whether it is a weight in full that the module may have."""
+        """Returns whether the part is a full weight that the module may have."""
         saved, tokens = self.config.variant(SavedModules), self.config.variant(TrainedTokens)
         if part == BASE_WEIGHT and module in self.targets:
             return True
@@ -92,7 +95,7 @@ class TensorOwners:
         return part in (FULL_WEIGHT, SAVED_COPY) and is_saved_norm
 
     def _check_trained_tokens(self, owned: PartsByModule) -> None:
-        """Raises AdapterError for a module of `trainable_token_indices` that has no rows."""
+        """Raises AdapterError for a module of `trainable_token_indices` that has no trained rows in the files."""
         variant = self.config.variant(TrainedTokens)
         for trained in variant.modules if variant is not None else ():
             if not any(is_named(module, trained) for module in owned if TOKENS in owned[module]):
@@ -101,7 +104,7 @@ class TensorOwners:
                 )
 
     def _check_saved_modules(self, owned: PartsByModule) -> None:
-        """Raises AdapterError for a name in `modules_to_save`, or a norm that it means, without a tensor."""
+        """Raises AdapterError for a name in `modules_to_save`, or a norm that it selects, without a tensor."""
         variant = self.config.variant(SavedModules)
         if variant is None:
             return
@@ -113,7 +116,7 @@ class TensorOwners:
                 raise AdapterError(f"{CONFIG_NAME}: modules_to_save means {module} too, which has no tensor")
 
     def _tie(self, owned: PartsByModule) -> None:
-        """A tied head without tensors of its own gets the embedding's trained tokens or resized weight."""
+        """Gives a tied head without its own tensors the embedding's trained tokens or resized weight."""
         embedding, head = EMBEDDING_AND_HEAD
         parts = owned.get(embedding, {})
         if head not in self.catalogue.refs or head in owned or head in self.targets:

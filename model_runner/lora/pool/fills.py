@@ -1,15 +1,15 @@
-"""The queue of fills: adapters are copied into their pages a slice at a time, between steps, in the order they came.
+"""The queue of fills: adapters are copied into their pages a slice at a time, between steps, in the order of arrival.
 
-A fill at once is not queued: all of it is copied after what the computation was given before and ahead of what it is
-given next.
+A fill with `at_once` is not queued: the whole adapter is copied after the work that was launched before the fill and
+ahead of the work that is launched next.
 
     computation   step n-1 (reads page 7) |------- waits -------| step n (reads page 7, of another adapter)
     copies                                | page 7 <- adapter   |
 
-On a CPU the calls themselves are in that order. On CUDA the stream of copies waits for the computation's, then the
-computation's for the copies; the host waits for neither. So pages that earlier steps still read may be filled at once.
+On a CPU the calls are made in this order. On CUDA the copy stream waits for the compute stream, then the compute stream
+for the copy stream; the host waits for neither. So pages that earlier steps still read may be filled at once.
 
-Knows nothing of steps; the caller says how long `advance` may take.
+Does not depend on steps: the caller says how long `advance` may take.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from model_runner.lora.normal_form import NormalForm
 from model_runner.lora.pool.pages import CopyEvent, RankPagePool
 
 SLICE_BYTES = 4 << 20
-"""Copied before the clock is read: one `advance` takes at least this long, about a millisecond."""
+"""Bytes that are copied before the clock is read, so one `advance` takes about a millisecond at least."""
 
 
 @dataclass(eq=False)
 class FillTask:
-    """One adapter on its way into its pages. `sent` is set when all of it was sent, `seconds` if that was at once."""
+    """One fill under way. `sent` is set once the whole adapter was sent, `seconds` only if it was filled at once."""
 
     adapter: NormalForm
     pieces: Iterator[int]
@@ -50,15 +50,15 @@ class FillQueue:
 
     @property
     def poll_seconds(self) -> float:
-        """For how many seconds `advance` need not be called: 0 while something is left to copy."""
+        """The seconds for which `advance` need not be called: 0 while something is left to copy."""
         return 0.0 if self._waiting else 0.001
 
     def add(self, adapter: NormalForm, pages: dict[str, list[int]]) -> None:
-        """Queues a fill; the adapter is kept until it is done, even if the host cache drops it."""
+        """Queues a fill. The adapter is kept in memory until the fill is done, even if the host tier drops it."""
         self._waiting.append(FillTask(adapter, self._pages.copy_pieces(adapter, pages)))
 
     def fill_at_once(self, adapter: NormalForm, pages: dict[str, list[int]]) -> None:
-        """Fills ahead of whatever the computation is given next; `advance` reports it like any other."""
+        """Fills the pages ahead of the work that is launched next. `advance` reports the fill like any other."""
         task = FillTask(adapter, self._pages.copy_pieces(adapter, pages))
         with self._pages.ordered_with_compute():
             for _ in task.pieces:
@@ -67,14 +67,15 @@ class FillQueue:
         self._sent.append(task)
 
     def clear(self) -> None:
-        """Drops all fills: a new scheduler does not know them."""
+        """Drops all fills, because a new scheduler does not know them."""
         self._waiting.clear()
         self._pages.synchronize()
         self._sent.clear()
 
     def advance(self, seconds: float) -> list[tuple[NormalForm, float]]:
-        """Copies at least a slice, and more until `seconds` have passed; the fills that are complete, and how long each
-        took.
+        """Copies at least a slice, and more until `seconds` have passed.
+
+        Returns the fills that are complete, each as the adapter and the seconds that the fill took.
         """
         deadline = time.perf_counter() + seconds
         while self._waiting:

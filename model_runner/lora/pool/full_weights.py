@@ -1,16 +1,16 @@
 """Full weights that adapters bring in the place of the base's embedding or head, one slot an adapter.
 
-    y = y + sum over the lane's slots  scale * (answer of the slot's weight - answer of the base's)
+    y = y + sum over the lane's slots  scale * (output of the slot's weight - output of the base's)
 
-With scale 1 and no delta beside it that is the slot's own answer. A weight of another vocabulary than the base's is
-alone in its lane: its answer is taken as it is, and the logits of a row end where its vocabulary does:
+With one slot of scale 1 and no other delta, y is the slot's output. A weight of another vocabulary than the base's must
+be the only one in its lane: its output replaces y, and the logits of a row end where the row's vocabulary does:
 
     row of the base             | 0 .. 319 | -inf          |      as wide as the largest vocabulary in the step
     row of 330 tokens           | 0 .. 319 | 320 .. 329    |
     row of 300 tokens           | 0 .. 299 | -inf | -inf   |
 
-Such rows are computed lane by lane, outside captured steps: the weights are large, and few adapters have one. Knows
-nothing of steps. Legend: T tokens, O out features, n rows of one lane, S rows of the head, V columns of logits.
+These rows are computed lane by lane, outside captured steps: the weights are large, and few adapters have one. Does not
+depend on steps. Legend: T tokens, O out features, n rows of one lane, S rows of the head, V columns of logits.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LaneIndices = NDArray[np.int32]
 
 
 def vocabularies(site: Site, pages: RankPagePool, lanes_S: LaneIndices) -> NDArray[np.int64]:
-    """[S]: how many tokens the vocabulary of each row's lane has."""
+    """Returns the size of the vocabulary of each row's lane, [S]."""
     pool, group = pages.full_weights.get(site.name), full_weights_of(site.group)
     sizes_S = np.full(len(lanes_S), site.vocabulary)
     if pool is None:
@@ -46,7 +46,7 @@ def vocabularies(site: Site, pages: RankPagePool, lanes_S: LaneIndices) -> NDArr
 def replace_rows(y_TO: torch.Tensor, x: torch.Tensor, site: Site, pages: RankPagePool, lanes_T: LaneIndices) -> None:
     """Changes the rows of lanes that have full weights of this site, in place.
 
-    Of a head's y, the first columns are the base's.
+    The y of a head may be wider than the base's vocabulary; its first columns are the base's output.
     """
     pool = pages.full_weights.get(site.name)
     if pool is None:
@@ -68,13 +68,13 @@ def replace_rows(y_TO: torch.Tensor, x: torch.Tensor, site: Site, pages: RankPag
 
 
 def pad_vocabulary(y_SV: torch.Tensor, vocab_S: NDArray[np.int64]) -> torch.Tensor:
-    """y with a column for every token of the largest vocabulary; the values of new columns are not meaningful."""
+    """Returns y with a column for every token of the largest vocabulary. The values of new columns are undefined."""
     more = int(vocab_S.max(initial=0)) - y_SV.shape[1]
     return functional.pad(y_SV, (0, more)) if more > 0 else y_SV
 
 
 def mask_beyond_vocabulary(logits_SV: torch.Tensor, vocab_S: NDArray[np.int64]) -> None:
-    """-inf, in place, in the columns beyond each row's own vocabulary."""
+    """Writes -inf, in place, into the columns beyond each row's own vocabulary."""
     columns = logits_SV.shape[1]
     if (vocab_S < columns).any():
         ends_S1 = upload(vocab_S, logits_SV.device)[:, None]
@@ -85,17 +85,17 @@ def mask_beyond_vocabulary(logits_SV: torch.Tensor, vocab_S: NDArray[np.int64]) 
 def _add_changes(
     y_nO: torch.Tensor, x_n: torch.Tensor, site: Site, pool: FullWeightPool, pairs: Sequence[tuple[int, float]]
 ) -> None:
-    """Adds scale * (the slot's answer - the base's) for each slot, in float32, in place."""
+    """Adds scale * (the slot's output - the base's) for each slot, in float32, in place."""
     base_nO = _base_answer(site, x_n).float()
     for slot, scale in pairs:
         y_nO += scale * (_answer(site, pool.weight(slot), x_n).float() - base_nO)
 
 
 def _base_answer(site: Site, x_n: torch.Tensor) -> torch.Tensor:
-    """[n, O]: the answer of the base."""
+    """Returns the output of the base's weight, [n, O]."""
     return functional.embedding(x_n, site.base.dequantize()) if site.embeds else site.base.apply(x_n)
 
 
 def _answer(site: Site, weight: torch.Tensor, x_n: torch.Tensor) -> torch.Tensor:
-    """[n, O]: the answer of a weight in the place of the base's."""
+    """Returns the output of `weight` in the place of the base's weight, [n, O]."""
     return functional.embedding(x_n, weight) if site.embeds else functional.linear(x_n, weight)

@@ -1,11 +1,11 @@
 """Norm weights that adapters bring in the place of the base's: slots of full weights, and a table of weights by lane.
 
     slots [V, N] float32     every norm of the model side by side, as one adapter has them
-    table [lanes + 1, N]     row 0 the base's; of a lane  base + sum over its slots  scale * (slot - base)
+    table [lanes + 1, N]     row 0: the base; other rows: base + sum over the lane's slots  scale * (slot - base)
 
 The norm weights of a step's rows are rows of the table. Its address never changes, so a captured step reads it by lane
-as an eager step does. Knows nothing of steps. Legend: V slots, N numbers of all norms, L = lanes + 1, H numbers of one
-norm.
+as an eager step does. Does not depend on steps. Legend: V slots, N numbers of all norms, L = lanes + 1, H numbers of
+one norm.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from model_runner.lora.site import NORMS, Site
 
 Pairs = Sequence[tuple[int, float]]
-"""(slot, scale) of a lane."""
+"""The (slot, scale) pairs of a lane."""
 
 
 class NormPool:
-    """The slots and the table of one model; `refresh` before a step that has lanes."""
+    """The slots and the table of one model. Call `refresh` before a step that has lanes."""
 
     def __init__(self, sites: Sequence[Site], slots: int, max_lanes: int, device: torch.device) -> None:
         norms = [site for site in sites if site.group == NORMS]
@@ -44,19 +44,19 @@ class NormPool:
         return self.slots_VN.nbytes + self.table_LN.nbytes
 
     def table(self, site: Site) -> torch.Tensor:
-        """[L, H]: the weight of this norm for each lane."""
+        """Returns the weight of this norm for each lane, [L, H]."""
         return self.table_LN[:, self._spans[site.name]]
 
     def base(self, site: Site) -> torch.Tensor:
-        """[H] float32 on the host: the base's weight."""
+        """Returns the base's weight of this norm, [H] float32 on the host."""
         return self.host_base_N[self._spans[site.name]]
 
     def slot(self, site: Site, slot: int) -> torch.Tensor:
-        """[H] float32 on the device: where an adapter's weight goes."""
+        """Returns the place of an adapter's weight of this norm, [H] float32 on the device."""
         return self.slots_VN[slot, self._spans[site.name]]
 
     def refresh(self, lanes: Mapping[int, Pairs], version: int) -> None:
-        """Brings the table up to date with the lanes that have slots. The same `version` as before: nothing changed."""
+        """Updates the table for the lanes that have slots. Does nothing if `version` is the same as before."""
         if version == self._version:
             return
         self._version = version
@@ -67,7 +67,7 @@ class NormPool:
         self._lanes_with_slots = set(lanes)
 
     def _weights(self, pairs: Pairs) -> torch.Tensor:
-        """[N]: the weights of one adapter as they are; of a mix, the base plus the scaled change of each adapter."""
+        """Returns the norm weights of a lane, [N]: of one adapter as they are; of a mix, base plus scaled changes."""
         (slot, scale), *more = pairs
         if scale == 1 and not more:
             return self.slots_VN[slot]

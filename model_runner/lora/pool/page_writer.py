@@ -1,7 +1,7 @@
 """Writes an adapter's deltas into the pools of a site: a rank page, a vector slot or a part of a full weight at a time.
 
-What an adapter does not touch in a page becomes zero, so nothing of the page's last adapter remains. On CUDA a piece
-goes through the pinned buffers of `Staging`, elsewhere straight into the pool. Knows nothing of lanes.
+The parts of a page that an adapter does not use become zero, so nothing of the page's last adapter remains. On CUDA a
+piece is copied through the pinned buffers of `Staging`, elsewhere directly into the pool. Does not depend on lanes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Deltas = Sequence[Delta | None]
 
 
 class PageWriter:
-    """Copies into the pools, which are keyed by site name."""
+    """Copies adapters into the pools, which are keyed by site name."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class PageWriter:
                 yield from self._write_full_weight(site, deltas, slot)
 
     def _write_page(self, site: Site, deltas: Deltas, order: int, page: int) -> int:
-        """The adapter's `order`-th 16 units at this site go into `page`; the rest of the page becomes zero."""
+        """Writes the adapter's `order`-th 16 units at this site into `page`, and zeros. Returns the bytes written."""
         pool, first = self._pools[site.name], order * PAGE_RANK
         units_S = [0 if delta is None else max(0, min(PAGE_RANK, delta.rank - first)) for delta in deltas]
         a_SRI, b_RO = pool.a_PSRI[page], pool.b_PRO[page]
@@ -63,7 +63,7 @@ class PageWriter:
         return a_SRI.nbytes + b_RO.nbytes
 
     def _write_vectors(self, site: Site, deltas: Deltas, slot: int) -> int:
-        """The adapter's gains and biases at this site go into `slot`; columns without any become zero."""
+        """Writes the adapter's gains and biases at this site into `slot`, and zeros. Returns the bytes written."""
         pool = self._vectors[site.name]
         gain_O, bias_O = pool.gain_VO[slot], pool.bias_VO[slot]
         with self._staged(gain_O, bias_O) as (host_gain, host_bias):
@@ -72,7 +72,7 @@ class PageWriter:
         return gain_O.nbytes + bias_O.nbytes
 
     def _write_full_weight(self, site: Site, deltas: Deltas, slot: int) -> Iterator[int]:
-        """The adapter's full weight goes into `slot`, some rows at a time."""
+        """Writes the adapter's full weight into `slot`, some rows at a time, and yields the bytes of each piece."""
         source, pool = _full_weight(deltas), self._full_weights[site.name]
         assert source is not None, f"a full-weight slot of {site.name} for an adapter without a full weight"
         assert len(source) <= pool.weight_SVH.shape[1], f"{len(source)} rows in a slot of {pool.weight_SVH.shape[1]}"
@@ -86,7 +86,7 @@ class PageWriter:
             yield part.nbytes
 
     def _write_norm(self, site: Site, deltas: Deltas, slot: int) -> int:
-        """The adapter's weight of this norm, or the base's, goes into `slot`."""
+        """Writes the adapter's weight of this norm, or else the base's, into `slot`. Returns the bytes written."""
         assert self._norms is not None
         own_H, into_H = _full_weight(deltas), self._norms.slot(site, slot)
         source_H = self._norms.base(site) if own_H is None else own_H
@@ -97,7 +97,7 @@ class PageWriter:
     def _staged(
         self, first: torch.Tensor, second: torch.Tensor
     ) -> AbstractContextManager[tuple[torch.Tensor, torch.Tensor]]:
-        """Host tensors to write: pinned ones that are sent on leaving, or these two themselves."""
+        """Provides host tensors to write: pinned ones that are sent on leaving, or `first` and `second` themselves."""
         return nullcontext((first, second)) if self._staging is None else self._staging.into(first, second)
 
 
@@ -108,9 +108,9 @@ def _full_weight(deltas: Deltas) -> torch.Tensor | None:
 def _write_units(
     a_SRI: torch.Tensor, b_RO: torch.Tensor, site: Site, deltas: Deltas, units_S: list[int], first: int
 ) -> None:
-    """Writes the units of every slice from `first` on, and zeros.
+    """Writes the units of every slice from unit `first` on, and zeros elsewhere.
 
-    By numpy: torch spreads a copy over its threads and waits for the slowest of them, which costs milliseconds where
+    Uses numpy: torch spreads a copy over its threads and waits for the slowest of them, which costs milliseconds where
     the cores are busy.
     """
     raw_a, raw_b = _raw(a_SRI.transpose(1, 2) if site.embeds else a_SRI), _raw(b_RO)
@@ -124,7 +124,7 @@ def _write_units(
 
 
 def _write_gains_and_biases(gain_O: torch.Tensor, bias_O: torch.Tensor, site: Site, deltas: Deltas) -> None:
-    """Writes the gains less one and the biases of every slice, and zeros."""
+    """Writes the gains minus one and the biases of every slice, and zeros elsewhere."""
     raw_gain, raw_bias = gain_O.numpy(), bias_O.numpy()
     raw_gain[...] = raw_bias[...] = 0
     for piece, delta in zip(site.slices, deltas, strict=True):
@@ -135,6 +135,6 @@ def _write_gains_and_biases(gain_O: torch.Tensor, bias_O: torch.Tensor, site: Si
 
 
 def _raw(values: torch.Tensor) -> NDArray[Any]:
-    """The same memory as integers: numpy has no bfloat16, and a copy needs none."""
+    """Returns the same memory as integers: numpy has no bfloat16, and copying does not need it."""
     raw: NDArray[Any] = values.view(torch.int16 if values.itemsize == 2 else torch.int32).numpy()
     return raw

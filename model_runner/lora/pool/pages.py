@@ -5,8 +5,8 @@
     group "g.full"      full weights of the embedding or the head, one slot an adapter
     group "norms.full"  all norms of the model, one slot an adapter (pool/norms.py)
 
-Page p of a group means the same 16 units of rank at every site of that group. A slot is granted as a page is. The
-scheduler decides which adapter has which page; a lane names pages and their scales. Knows nothing of steps.
+Page p of a group holds the same 16 units of rank at every site of the group. Slots are granted as pages are. The
+scheduler decides which adapter has which page; a lane names pages and their scales. Does not depend on steps.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Lane = Mapping[str, Sequence[tuple[int, float]]]
 """Per group: (rank page or slot, scale) pairs."""
 
 CopyEvent = torch.cuda.Event | None
-"""A point in the stream of copies; None: copies are done at once."""
+"""A point in the copy stream; None where copies are synchronous."""
 
 
 class RankPagePool:
-    """The pools by site name, and the lanes. `page_counts` says how many pages each group has; without any, no pool.
+    """The pools by site name, and the lanes. `page_counts` is the number of pages by group: with 0 there is no pool.
 
     Full weights may have `extra_vocab` rows more than the base's. `version` grows with every change of lanes or pages.
     """
@@ -73,7 +73,7 @@ class RankPagePool:
         return total + (self.norms.bytes if self.norms else 0)
 
     def fill(self, adapter: NormalForm, pages: dict[str, list[int]]) -> None:
-        """Copies the adapter into these pages, by group, as many as its footprint says; nothing else changes."""
+        """Copies the adapter into `pages`, by group, as many as its footprint says, and waits for the copies."""
         for _ in self.copy_pieces(adapter, pages):
             pass
         self.synchronize()
@@ -81,7 +81,7 @@ class RankPagePool:
     def copy_pieces(self, adapter: NormalForm, pages: dict[str, list[int]]) -> Iterator[int]:
         """Copies the adapter piece by piece: each step of the iterator copies a page of a site and yields its bytes.
 
-        No lane may name the pages before the last piece was copied and `has_arrived` says so.
+        No lane may name the pages before the last piece is copied and `has_arrived` returns True.
         """
         granted = {group: len(numbers) for group, numbers in pages.items() if numbers}
         assert granted == adapter.footprint.pages, f"granted {granted}, footprint {adapter.footprint.pages}"
@@ -91,12 +91,12 @@ class RankPagePool:
         self.version += 1
 
     def record_copies(self) -> CopyEvent:
-        """An event after everything that was copied so far."""
+        """Returns an event that comes after everything copied so far."""
         return self._staging.record() if self._staging else None
 
     @contextmanager
     def ordered_with_compute(self) -> Iterator[None]:
-        """Copies made inside come after what the computation stream has been given, and ahead of what follows."""
+        """Orders the copies made inside after the work launched for computation so far, and ahead of later work."""
         if self._staging:
             self._staging.wait_for_compute()
         yield
@@ -104,7 +104,7 @@ class RankPagePool:
             self._staging.make_compute_wait()
 
     def has_arrived(self, event: CopyEvent) -> bool:
-        """Whether everything copied before `event` is in its pages."""
+        """Returns whether everything copied before `event` is in its pages."""
         return event is None or bool(event.query())  # type: ignore[no-untyped-call]
 
     def synchronize(self) -> None:
@@ -114,7 +114,7 @@ class RankPagePool:
             event.synchronize()
 
     def set_lane(self, lane: LanePages) -> None:
-        """Sets the pages of lane `lane.lane`; a group that is not named has no delta."""
+        """Sets the pages of lane `lane.lane`; a group that is not in `lane.pages` has no delta."""
         assert 1 <= lane.lane <= self.max_lanes, f"lane {lane.lane} of {self.max_lanes}"
         for group, pairs in lane.pages.items():
             count = self.page_counts.get(group, 0)
@@ -123,7 +123,7 @@ class RankPagePool:
         self.version += 1
 
     def any_lane_uses(self, lanes: Iterable[int], group: str) -> bool:
-        """Whether any of these lanes has pages or vector slots of `group`."""
+        """Returns whether any of these lanes has pages or vector slots of `group`."""
         vectors = vectors_of(group)
         return any(group in held or vectors in held for held in (self.lanes.get(lane, {}) for lane in lanes))
 
@@ -137,7 +137,7 @@ class RankPagePool:
         return any(lane in slots_by_lane for lane in lanes)
 
     def reset_lanes(self) -> None:
-        """Removes every lane; the pages keep what they hold."""
+        """Removes every lane. The contents of the pages stay."""
         self.lanes.clear()
         self.version += 1
 

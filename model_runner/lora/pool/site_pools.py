@@ -1,11 +1,11 @@
-"""The device memory of one site: its rank pages, its vector slots, its full-weight slots; and what one of each costs.
+"""The device memory of one site: its rank pages, its vector slots, its full-weight slots; and the bytes of one of each.
 
     rank pages      A [P, slices, 16, in]     B [P, 16, out]     units [P, slices]
     of embeddings   A [P, 1, vocabulary, 16]  B [P, 16, out]     a token's 16 units are adjacent
     vectors         gain less one [V, out]    bias [V, out]      float32, one slot an adapter
     full weights    [slots, vocabulary + extra, hidden]          embedding and head, one slot an adapter
 
-Knows nothing of lanes and adapters. Legend: P pages of the group, R = 16 units of a page, S slices, I in features, O
+Does not depend on lanes and adapters. Legend: P pages of the group, R = 16 units of a page, S slices, I in features, O
 out features, V vector slots; of full weights S slots, V vocabulary, H hidden size.
 """
 
@@ -23,8 +23,9 @@ from model_runner.lora.site import NORMS, Site, full_weights_of, vectors_of
 
 
 def page_bytes(sites: Iterable[Site], dtype: torch.dtype, extra_vocab: int = 0) -> dict[str, int]:
-    """Bytes of one rank page, one vector slot and one full-weight slot, by group. A full weight has room for
-    `extra_vocab` more tokens than the base.
+    """Returns the bytes of one rank page, one vector slot and one full-weight slot, by group.
+
+    A full weight has room for `extra_vocab` more tokens than the base.
     """
     sizes: dict[str, int] = {}
     for site in sites:
@@ -49,7 +50,7 @@ def _site_bytes(site: Site, dtype: torch.dtype, extra_vocab: int) -> dict[str, i
 
 @dataclass(frozen=True, eq=False)
 class SitePool:
-    """The rank pages of one site. `units_PS` says how many of a page's 16 units are real, by slice (0: untouched)."""
+    """The rank pages of one site. `units_PS`: how many of a page's 16 units are in use, by slice (0: no change)."""
 
     a_PSRI: torch.Tensor
     b_PRO: torch.Tensor
@@ -57,7 +58,7 @@ class SitePool:
 
     @classmethod
     def create(cls, site: Site, pages: int, dtype: torch.dtype, device: torch.device) -> SitePool:
-        """So many pages of zeros."""
+        """Returns a pool of `pages` pages of zeros."""
         units = (site.in_features, PAGE_RANK) if site.embeds else (PAGE_RANK, site.in_features)
         return cls(
             torch.zeros(pages, len(site.slices), *units, dtype=dtype, device=device),
@@ -73,7 +74,7 @@ class SitePool:
 
 @dataclass(frozen=True, eq=False)
 class VectorPool:
-    """The vector slots of one site, as float32. `held_V` says whether a slot holds anything here.
+    """The vector slots of one site, as float32. `held_V`: whether a slot holds a gain or bias of this site.
 
     y += scale * (gain_less_one * (x W^T) + bias), where x W^T is without the base's bias.
     """
@@ -84,7 +85,7 @@ class VectorPool:
 
     @classmethod
     def create(cls, site: Site, slots: int, device: torch.device) -> VectorPool:
-        """So many slots of zeros."""
+        """Returns a pool of `slots` slots of zeros."""
         gain, bias = (torch.zeros(slots, site.out_features, dtype=torch.float32, device=device) for _ in range(2))
         return cls(gain, bias, np.zeros(slots, dtype=np.bool_))
 
@@ -96,7 +97,7 @@ class VectorPool:
 
 @dataclass(frozen=True, eq=False)
 class FullWeightPool:
-    """The full-weight slots of one site. `vocab_S` says how many rows of a slot are real: its adapter's vocabulary."""
+    """The full-weight slots of one site. `vocab_S`: how many rows of a slot are in use, its adapter's vocabulary."""
 
     weight_SVH: torch.Tensor
     vocab_S: NDArray[np.int64]
@@ -105,7 +106,7 @@ class FullWeightPool:
     def create(
         cls, site: Site, slots: int, extra_vocab: int, dtype: torch.dtype, device: torch.device
     ) -> FullWeightPool:
-        """So many slots of zeros, each with room for `extra_vocab` more tokens than the base."""
+        """Returns a pool of `slots` slots of zeros, each with room for `extra_vocab` more tokens than the base."""
         rows = site.vocabulary + extra_vocab
         weight_SVH = torch.zeros(slots, rows, site.base.shape[1], dtype=dtype, device=device)
         return cls(weight_SVH, np.full(slots, site.vocabulary))
@@ -116,5 +117,5 @@ class FullWeightPool:
         return self.weight_SVH.nbytes
 
     def weight(self, slot: int) -> torch.Tensor:
-        """[vocabulary of its adapter, H]: the full weight in a slot."""
+        """Returns the full weight in a slot, [vocabulary of its adapter, H]."""
         return self.weight_SVH[slot, : int(self.vocab_S[slot])]

@@ -2,8 +2,8 @@
 
     host cache --memcpy--> pinned buffer 0..3 --asynchronous copy on the side stream--> page
 
-No adapter needs pinned memory of its own, and a copy waits for the device only when all buffers are in flight. Knows
-nothing of adapters.
+Adapters need no pinned memory themselves, and a copy waits for the device only when all buffers are in flight. Does not
+depend on adapters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BUFFERS = 4
 
 
 class Staging:
-    """The ring. A buffer grows to the largest pair of tensors it has held; its targets are allocated before it."""
+    """The ring of buffers. Each grows to its largest pair of tensors. Allocate the target tensors before the ring."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -29,7 +29,7 @@ class Staging:
 
     @contextmanager
     def into(self, a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Host tensors like these contiguous device tensors, for the caller to write; they are sent on leaving."""
+        """Yields pinned tensors shaped like `a` and `b` (contiguous, on the device) to write; sends them on leaving."""
         number, self._next = self._next, (self._next + 1) % BUFFERS
         self._sent[number].synchronize()
         buffer = self._buffers[number]
@@ -45,15 +45,15 @@ class Staging:
             self._sent[number].record()
 
     def wait_for_compute(self) -> None:
-        """Copies from now on wait for what the computation stream has been given so far."""
+        """Makes later copies wait for the work launched on the compute stream so far."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def make_compute_wait(self) -> None:
-        """What the computation stream is given from now on waits for the copies so far."""
+        """Makes work launched later on the compute stream wait for the copies so far."""
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def record(self) -> torch.cuda.Event:
-        """An event after everything that was sent so far."""
+        """Returns an event that comes after everything sent so far."""
         event = _event()
         event.record(self._stream)
         return event

@@ -1,7 +1,7 @@
 """Copies a step's tables to the device: one asynchronous copy each, from a ring of pinned buffers.
 
-A buffer is written again only after its copy has ended; with four buffers that never waits in practice. Without CUDA
-the copy is synchronous. Knows nothing of what the numbers mean.
+A buffer is written again only after its copy has ended; with four buffers this never blocks in practice. Without CUDA
+the copy is synchronous.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ BUFFERS = 4
 
 
 class Upload:
-    """The ring. `send` copies on the current stream."""
+    """The ring of pinned buffers. `send` copies on the current stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -24,7 +24,7 @@ class Upload:
         self._next = 0
 
     def buffer(self, numbers: int) -> NDArray[np.int32]:
-        """An unwritten host buffer of so many int32; `send` sends the last one asked for."""
+        """Returns an unwritten host buffer of `numbers` int32; `send` sends the buffer returned last."""
         self._next = (self._next + 1) % BUFFERS
         event = self._sent[self._next]
         if event is not None:
@@ -35,7 +35,7 @@ class Upload:
         return self._buffers[self._next][:numbers].numpy()
 
     def send(self, numbers: int, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Sends the first so many int32 of the last buffer; into the beginning of `into` where it is given."""
+        """Sends the first `numbers` int32 of the last buffer to `into` or a new tensor. Returns the device tensor."""
         source = self._buffers[self._next][:numbers]
         target = torch.empty(numbers, dtype=torch.int32, device=self._device) if into is None else into
         target[:numbers].copy_(source, non_blocking=True)

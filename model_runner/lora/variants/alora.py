@@ -1,7 +1,7 @@
 """Activated LoRA (2504.12397): an adapter that acts from its invocation tokens on.
 
-Before its invocation a request is the base's in everything, so what would change the whole of a request is refused, as
-PEFT refuses most of it. Knows nothing of where a prompt holds the invocation.
+Before the invocation a request is computed by the base model only, so options that change the whole request are
+refused, as PEFT refuses most of them. Does not search prompts for the invocation.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from model_runner.lora.variants.base import Variant
 OPTION = "alora_invocation_tokens"
 
 LONGEST_INVOCATION = 1024
-"""Tokens."""
+"""The most tokens of an invocation."""
 
 
 class ActivatedLora(Variant, frozen=True, kw_only=True):
-    """The invocation, as tokens."""
+    """The option `alora_invocation_tokens`: the adapter acts from the last occurrence of these tokens on."""
 
     features: ClassVar = {
         "activated": "`alora_invocation_tokens`: the adapter acts from the last invocation in the prompt on; the tokens"
@@ -34,12 +34,12 @@ class ActivatedLora(Variant, frozen=True, kw_only=True):
 
     @property
     def is_on(self) -> bool:
-        """Whether there is an invocation, even an empty one."""
+        """Whether the config gives invocation tokens, even an empty list."""
         return self.alora_invocation_tokens is not None
 
     @property
     def invocation(self) -> list[int]:
-        """The tokens from whose last occurrence in a prompt on the adapter acts."""
+        """The invocation tokens. The adapter acts from their last occurrence in a prompt on."""
         return self.alora_invocation_tokens or []
 
     def check_vocabulary(self, vocabulary: int) -> None:
@@ -58,10 +58,10 @@ class ActivatedLora(Variant, frozen=True, kw_only=True):
             raise AdapterError(f"{CONFIG_NAME}: {option} is not served together with {OPTION}")
 
     def check_module(self, module: Module, becomes: AbstractSet[Term]) -> None:
-        """A and B of linears, and a bias beside them, are all that can begin at a token."""
+        """Raises AdapterError for a change that cannot begin at a token: anything but A, B and bias of a linear."""
         if module.embeds or becomes & {"gain", "full weight"}:
             raise AdapterError(f"module {module.target.module}: its change is not served together with {OPTION}")
 
     def revision(self) -> list[Any]:
-        """The invocation."""
+        """Returns the invocation tokens, which are not in the tensors."""
         return [["alora", self.invocation]] if self.invocation else []

@@ -1,7 +1,7 @@
 """What a variant declares: the options and tensor parts that it adds to a format, and what they do to a module.
 
-An instance holds the values of the variant's options, which are its fields, as one adapter has them. Knows nothing of
-tensor names and files.
+An instance holds the values of the variant's options, which are its fields, as one adapter has them. Does not depend
+on tensor names and files.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ import torch
 from model_runner.lora.target_module import BaseSlices, Change, Module, Term
 
 Blocks = Callable[[], Iterator[tuple[slice, torch.Tensor]]]
-"""A matrix in float32, a block of rows at a time, computed anew by each call; blocks may be changed in place."""
+"""Yields a matrix in float32, a block of rows at a time. Each call computes the blocks anew: they may be changed."""
 
 
 class Variant(msgspec.Struct, frozen=True, kw_only=True):
     """One variant. Its fields are options of adapter_config.json with PEFT's defaults, all of them off by default."""
 
     features: ClassVar[Mapping[str, str]] = {}
-    """Name and note of each feature that people know, for tables; the note says what it becomes."""
+    """Notes by the usual name of each feature, for the documentation; a note says what the feature becomes."""
 
     label: ClassVar[str] = ""
-    """Stands before the format's name when the variant is on: "activated LoRA"."""
+    """The word before the format's name when the variant is on, such as "activated" in "activated LoRA"."""
 
     format_name: ClassVar[str] = ""
-    """Stands instead of the format's name when the variant is on: "DoRA"."""
+    """The name that replaces the format's name when the variant is on, such as "DoRA"."""
 
     parts: ClassVar[frozenset[str]] = frozenset()
-    """Every part of a module that belongs to it. They may have other spellings."""
+    """The tensor parts of a module that belong to the variant. Files may spell a part in other ways: `spellings`."""
 
     spellings: ClassVar[Mapping[str, str]] = {}
-    """Other spellings of its parts."""
+    """Other spellings of the variant's parts, each with the part that it refers to."""
 
     becomes: ClassVar[frozenset[Term]] = frozenset()
-    """The terms of the normal form that its parts become."""
+    """The terms of the normal form that the variant's parts become."""
 
     revision_name: ClassVar[str] = ""
-    """What it adds to the name of the format in an adapter's revision."""
+    """The name that the variant adds to the format's name in an adapter's revision."""
 
     @property
     def is_on(self) -> bool:
@@ -62,28 +62,28 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
         """Raises AdapterError for values of its options that are not served."""
 
     def check_vocabulary(self, vocabulary: int) -> None:
-        """Raises AdapterError for options that do not fit a model of so many tokens."""
+        """Raises AdapterError for options that do not fit a model with a vocabulary of `vocabulary` tokens."""
 
     def check_beside(self, others: Sequence[Variant]) -> None:
-        """Raises AdapterError where it is not served together with one of the other variants that are on."""
+        """Raises AdapterError if the variant is not served together with one of `others`, which are on too."""
 
     def check_module(self, module: Module, becomes: AbstractSet[Term]) -> None:
-        """Raises AdapterError where such a change of the module is not served together with the variant."""
+        """Raises AdapterError if a change of the module to the terms `becomes` is not served with the variant."""
 
     def scaling(self, alpha: float, rank: int) -> float | None:
-        """What B A is multiplied with, where the variant decides it."""
+        """Returns the factor that B A is multiplied with, or None if the variant does not decide it."""
         return None
 
     def revision(self) -> list[Any]:
-        """The options that change the delta and cannot be told from the tensors: part of the adapter's revision."""
+        """Returns the options, for the revision, that change the delta and are not visible in the tensors."""
         return []
 
     def apply(
         self, change: Change, module: Module, tensors: Mapping[str, torch.Tensor], base: BaseSlices, dtype: torch.dtype
     ) -> Change:
-        """The change with the variant's parts in it; `tensors` are float32 by part, `dtype` is the serving dtype."""
+        """Returns the change with the variant applied. `tensors`: float32 by part; `dtype`: the serving dtype."""
         return change
 
     def scale_merged(self, blocks: Blocks, tensors: Mapping[str, torch.Tensor], *, embeds: bool) -> Blocks:
-        """The same for a full matrix [V, H] that the delta was merged into; `embeds`: it is the embedding."""
+        """Applies the variant to a full matrix [V, H] with the delta merged in; `embeds`: it is the embedding's."""
         return blocks

@@ -1,4 +1,4 @@
-"""Biases: those of the base that were trained (`bias`), and one that B has of its own (`lora_bias`).
+"""Biases: those of the base that were trained (`bias`), and a separate bias of B (`lora_bias`).
 
 bias = scaling * lora_B.bias + (trained bias - the base's bias)
 """
@@ -22,7 +22,7 @@ LORA_BIAS = "lora_B.bias"
 
 
 class Biases(Variant, frozen=True, kw_only=True):
-    """`bias`: the base's biases were trained."""
+    """The option `bias`: the base's biases were trained."""
 
     features: ClassVar = {"biases": '`lora_bias`, `bias="all"`, `bias="lora_only"`: a bias for every output column'}
     parts: ClassVar = frozenset({BIAS})
@@ -53,19 +53,19 @@ class Biases(Variant, frozen=True, kw_only=True):
     def apply(
         self, change: Change, module: Module, tensors: Mapping[str, torch.Tensor], base: BaseSlices, dtype: torch.dtype
     ) -> Change:
-        """Adds what training changed of the base's bias."""
+        """Sets the bias of the change: the sum of what the trained biases add to the base's output."""
         added = self._added(module, tensors, base)
         return replace(change, bias=torch.stack(added).sum(0)) if added else change
 
     def _added(self, module: Module, tensors: Mapping[str, torch.Tensor], base: BaseSlices) -> list[torch.Tensor]:
-        """[O] each."""
+        """Returns the biases to sum, [O] each."""
         if BIAS not in tensors:
             return []
         return [tensors[BIAS] - torch.cat([part.bias().float().cpu() for part in base])]
 
 
 class LoraBiases(Biases, frozen=True, kw_only=True):
-    """`lora_bias` too: B has a bias of its own, scaled as B is."""
+    """The options `bias` and `lora_bias`. With `lora_bias`, B has a separate bias, which is scaled as B is."""
 
     parts: ClassVar = frozenset({BIAS, LORA_BIAS})
 
@@ -78,10 +78,10 @@ class LoraBiases(Biases, frozen=True, kw_only=True):
 
     @property
     def required_parts(self) -> frozenset[str]:
-        """B's bias."""
+        """The bias of B, if `lora_bias` is set."""
         return frozenset({LORA_BIAS}) if self.lora_bias else frozenset()
 
     def _added(self, module: Module, tensors: Mapping[str, torch.Tensor], base: BaseSlices) -> list[torch.Tensor]:
-        """[O] each."""
+        """Returns the biases to sum, [O] each."""
         own = [tensors[LORA_BIAS] * module.target.scaling] if LORA_BIAS in tensors else []
         return own + super()._added(module, tensors, base)

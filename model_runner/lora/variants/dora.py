@@ -2,7 +2,7 @@
 
     gain = magnitude / |W + B^T A|      y = gain * (x W^T) + (x A^T) (gain * B) + b
 
-The lengths are computed without that matrix, W a block at a time:
+The lengths are computed without forming this matrix, from one block of W at a time:
 
     |W|^2 + 2 * sum over r of B * (A W^T) + sum over r of B * (A A^T B)
 
@@ -28,11 +28,11 @@ from model_runner.lora.variants.biases import LoraBiases
 MAGNITUDE = "lora_magnitude_vector"
 
 BLOCK = 1 << 20
-"""Elements of W that are widened at a time: they stay in the processor's cache."""
+"""Elements of W that are widened to float32 at a time: they stay in the processor's cache."""
 
 
 class Dora(Variant, frozen=True, kw_only=True):
-    """`use_dora`: a magnitude beside A and B."""
+    """The option `use_dora`: a trained magnitude vector in addition to A and B."""
 
     features: ClassVar = {"DoRA": "`use_dora`: A, B and a gain for every output column"}
     format_name: ClassVar = "DoRA"
@@ -50,23 +50,23 @@ class Dora(Variant, frozen=True, kw_only=True):
 
     @property
     def required_parts(self) -> frozenset[str]:
-        """The magnitude."""
+        """The magnitude vector, which every targeted module must have."""
         return self.parts
 
     @property
     def whole_request_options(self) -> Sequence[str]:
-        """The option itself."""
+        """The option `use_dora`, whose effect cannot begin at a token."""
         return ["use_dora"]
 
     def check_beside(self, others: Sequence[Variant]) -> None:
-        """PEFT has no DoRA whose B has a bias."""
+        """Raises AdapterError for `lora_bias`: PEFT has no DoRA whose B has a bias."""
         if any(isinstance(other, LoraBiases) and other.lora_bias for other in others):
             raise unsupported("lora_bias", True, "not together with use_dora")
 
     def apply(
         self, change: Change, module: Module, tensors: Mapping[str, torch.Tensor], base: BaseSlices, dtype: torch.dtype
     ) -> Change:
-        """Sets the gain and multiplies B by it. A module without a magnitude is not targeted and stays as it is."""
+        """Sets the gain and multiplies B by it. A module without a magnitude is not targeted and is left unchanged."""
         if MAGNITUDE not in tensors:
             return change
         assert change.a is not None
@@ -75,7 +75,7 @@ class Dora(Variant, frozen=True, kw_only=True):
         return replace(change, b=change.b * gain, gain=gain)
 
     def scale_merged(self, blocks: Blocks, tensors: Mapping[str, torch.Tensor], *, embeds: bool) -> Blocks:
-        """The embedding's output columns are columns of the matrix [V, H], the head's are rows."""
+        """Scales the output columns: columns of the matrix [V, H] for the embedding, rows for the head."""
         if MAGNITUDE not in tensors:
             return blocks
         return partial(_scaled_columns if embeds else _scaled_rows, blocks, tensors[MAGNITUDE])
@@ -94,7 +94,7 @@ def _scaled_rows(blocks: Blocks, magnitude_V: torch.Tensor) -> Iterator[tuple[sl
 
 
 def _module_lengths(base: BaseSlices, a_rI: torch.Tensor, b_rO: torch.Tensor, *, split: bool) -> torch.Tensor:
-    """[O]: of the rows of the changed weight, slice by slice, computed on the device of the base's weight."""
+    """Returns the lengths [O] of the rows of W + B^T A, computed by slice on the device of the base's weight."""
     found, start = [], 0
     for part in base:
         weight, stop = part.weight(), start + part.out_features
@@ -105,14 +105,14 @@ def _module_lengths(base: BaseSlices, a_rI: torch.Tensor, b_rO: torch.Tensor, *,
 
 
 def row_squares(weight_OI: torch.Tensor) -> torch.Tensor:
-    """[O] float32: |W|^2 of every row."""
+    """Returns |W|^2 of every row, [O] float32."""
     return torch.cat([wide_nI.square_().sum(1) for wide_nI in _widened(weight_OI)])
 
 
 def lengths(
     weight_OI: torch.Tensor, squares_O: torch.Tensor, a_rI: torch.Tensor, b_rO: torch.Tensor, *, split: bool
 ) -> torch.Tensor:
-    """[O] float32: the length of every row of W + B^T A, given |W|^2. A and B are float32.
+    """Returns the length of every row of W + B^T A, [O] float32, given |W|^2. A and B are float32.
 
     `split`: a bfloat16 W is multiplied in bfloat16, by A in two terms.
     """
@@ -128,7 +128,7 @@ def lengths(
 
 
 def _widened(weight_OI: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Blocks of rows in float32, each overwritten by the next."""
+    """Yields blocks of rows in float32; each is overwritten by the next."""
     rows = max(1, BLOCK // weight_OI.shape[1])
     wide = torch.empty(min(rows, len(weight_OI)), weight_OI.shape[1], device=weight_OI.device)
     for begin in range(0, len(weight_OI), rows):
@@ -137,6 +137,6 @@ def _widened(weight_OI: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _halves(a_rI: torch.Tensor) -> torch.Tensor:
-    """[2r, I] bfloat16: A rounded, and the remainder of A."""
+    """Returns A as two bfloat16 terms, [2r, I]: A rounded, and the remainder of A."""
     rounded = a_rI.bfloat16()
     return torch.cat([rounded, (a_rI - rounded.float()).bfloat16()])

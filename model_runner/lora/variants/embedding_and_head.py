@@ -1,4 +1,4 @@
-"""The embedding and the head among the targets, which may be one weight: `ensure_weight_tying`."""
+"""`ensure_weight_tying`: the embedding and the head, which may share one weight, are targeted together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from model_runner.lora.variants.base import Variant
 
 
 class EmbeddingAndHead(Variant, frozen=True, kw_only=True):
-    """`ensure_weight_tying`: if the embedding or the head is targeted, so is the other if it has tensors."""
+    """The option `ensure_weight_tying`: if the embedding or head is targeted, so is the other if it has tensors."""
 
     features: ClassVar = {"embedding and head": "`embed_tokens` and `lm_head` among the targets, tied or not"}
 

@@ -9,7 +9,7 @@ from model_runner.lora.variants.base import Variant
 
 
 class RsLora(Variant, frozen=True, kw_only=True):
-    """`use_rslora`."""
+    """The option `use_rslora`."""
 
     features: ClassVar = {"rsLoRA": "`use_rslora`: the scaling is alpha / sqrt(r)"}
     label: ClassVar = "rank-stabilised"
@@ -22,5 +22,5 @@ class RsLora(Variant, frozen=True, kw_only=True):
         return self.use_rslora
 
     def scaling(self, alpha: float, rank: int) -> float:
-        """alpha / sqrt(r)."""
+        """Returns alpha / sqrt(rank)."""
         return alpha / math.sqrt(rank)

@@ -1,4 +1,4 @@
-"""`modules_to_save`: the embedding, the head and norms with weights of their own, which PEFT saves in full."""
+"""`modules_to_save`: embedding, head and norms whose trained weights PEFT saves in full."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import ClassVar
 from model_runner.lora.variants.base import Variant
 
 FULL_WEIGHT = "weight"
-"""The module's own weight in full."""
+"""The module's trained weight in full."""
 
 BASE_WEIGHT = "base_layer.weight"
 """The base's weight, which PEFT saves beside LoRA on an embedding or where the vocabulary was resized."""
 
 SAVED_COPY = "modules_to_save.weight"
-"""The trained weight once more, saved beside it where the vocabulary was resized."""
+"""A second copy of the trained weight, which PEFT saves where the vocabulary was resized."""
 
 ORIGINAL = "original_module.weight"
-"""The weight of the module before training, which PEFT saves in the same case. It is not used."""
+"""The weight of the module before training, which PEFT saves where the vocabulary was resized. It is not used."""
 
 
 class SavedModules(Variant, frozen=True, kw_only=True):
-    """Modules that are trained and saved in full."""
+    """The option `modules_to_save`: modules that are trained and saved in full."""
 
     features: ClassVar = {
         "full embedding and head": "`embed_tokens` and `lm_head` in `modules_to_save`, or saved because the vocabulary"
@@ -38,14 +38,14 @@ class SavedModules(Variant, frozen=True, kw_only=True):
 
     @property
     def names(self) -> Sequence[str]:
-        """What the option says."""
+        """The names in `modules_to_save`."""
         return self.modules_to_save or ()
 
     @property
     def whole_request_options(self) -> Sequence[str]:
-        """The option itself."""
+        """The option `modules_to_save`, whose effect cannot begin at a token."""
         return ["modules_to_save"]
 
     def means(self, module: str) -> bool:
-        """Whether `modules_to_save` selects this module: its name ends with one of them, as PEFT matches names."""
+        """Returns whether `modules_to_save` selects `module`: the name ends with one of `names`, as PEFT matches."""
         return module.endswith(tuple(self.names))

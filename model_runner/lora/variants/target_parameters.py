@@ -8,7 +8,7 @@ from model_runner.lora.variants.base import Variant
 
 
 class TargetParameters(Variant, frozen=True, kw_only=True):
-    """The parameters' names, in full or by their end after a dot."""
+    """The option `target_parameters`: parameter names, in full or only their end after a dot."""
 
     target_parameters: list[str] | None = None
 
@@ -19,10 +19,10 @@ class TargetParameters(Variant, frozen=True, kw_only=True):
 
     @property
     def names(self) -> Sequence[str]:
-        """The parameters' names."""
+        """The names in `target_parameters`."""
         return self.target_parameters or ()
 
     @property
     def whole_request_options(self) -> Sequence[str]:
-        """The option itself."""
+        """The option `target_parameters`, which is not served with an activated LoRA."""
         return ["target_parameters"]

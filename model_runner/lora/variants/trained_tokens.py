@@ -1,9 +1,9 @@
-"""`trainable_token_indices`: some tokens have rows of their own in the embedding, the head or both.
+"""`trainable_token_indices`: some tokens have their own trained rows in the embedding, the head or both.
 
     [5, 9]                         the embedding, and the head where it is tied to it
-    {"lm_head": [5]}               by module, by its full name or its end after a dot
+    {"lm_head": [5]}               by module, named in full or by its end after a dot
 
-A vocabulary of another size than the base's needs no option; it is part of the same feature.
+A vocabulary of another size than the base's belongs to the same feature but needs no option.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from model_runner.lora.target_module import Term
 from model_runner.lora.variants.base import Variant
 
 TOKENS = "token_adapter.trainable_tokens_delta"
-"""Rows that stand in for those of trained tokens."""
+"""The part with the rows of the trained tokens, which replace the base's rows."""
 
 TOKENS_BASE = "token_adapter.base_layer.weight"
-"""The whole matrix, whose rows of trained tokens are replaced by TOKENS: saved where the vocabulary was resized."""
+"""The whole matrix, in which TOKENS replaces rows. PEFT saves it where the vocabulary was resized."""
 
 
 class TrainedTokens(Variant, frozen=True, kw_only=True):
-    """The tokens, as PEFT writes them."""
+    """The option `trainable_token_indices`, as PEFT writes it."""
 
     features: ClassVar = {
         "added tokens": "a vocabulary larger or smaller than the base's, and `trainable_token_indices`: full weights of"
@@ -43,17 +43,17 @@ class TrainedTokens(Variant, frozen=True, kw_only=True):
 
     @property
     def whole_request_options(self) -> Sequence[str]:
-        """The option itself."""
+        """The option `trainable_token_indices`, whose effect cannot begin at a token."""
         return ["trainable_token_indices"]
 
     @property
     def modules(self) -> Sequence[str]:
-        """The modules that must have such rows; a list of tokens means the embedding."""
+        """The modules that must have rows of trained tokens; a list of tokens refers to the embedding."""
         indices = self.trainable_token_indices
         return list(indices) if isinstance(indices, dict) else ["embed_tokens"] if indices else []
 
     def tokens_of(self, module: str) -> tuple[int, ...]:
-        """The tokens of which `module` has rows of its own, in the order of these rows."""
+        """Returns the tokens that have their own rows in `module`, in the order of the rows."""
         indices = self.trainable_token_indices or []
         if isinstance(indices, list):
             return tuple(indices)
@@ -69,5 +69,5 @@ class TrainedTokens(Variant, frozen=True, kw_only=True):
             )
 
     def revision(self) -> list[Any]:
-        """The token ids, because the tensors hold only their rows."""
+        """Returns the token ids, because the tensors hold only their rows."""
         return [self.trainable_token_indices]
