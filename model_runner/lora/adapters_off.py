@@ -7,7 +7,7 @@ from engine.messages import AdapterState, Fill, LanePages, LoadAdapter
 
 
 class AdaptersOff:
-    """The interface of `Adapters`, without any adapter."""
+    """The interface of `Adapters` in a runner without LoRA."""
 
     pages = None
     descriptor = None

@@ -1,4 +1,4 @@
-"""The checkpoint module names that an adapter can change, and where each is: sites and their slices.
+"""The checkpoint names of the modules that an adapter can change, and the sites and slices of each module.
 
     model.layers.3.self_attn.v_proj        slice 2 of site "layers.3.qkv"
     model.layers.3.self_attn.qkv_proj      all three slices, where an adapter was trained on a fused linear

@@ -68,7 +68,7 @@ class NormalForm:
     targets    sorted names of the modules that the adapter changes ("q_proj")
     cast_from  float dtypes of its files that differ from the serving dtype (empty: nothing was cast)
     vocab_size size of the adapter's own vocabulary; 0: it has the base's
-    invocation tokens from whose last occurrence in a prompt the adapter applies (empty: from the first token)
+    invocation tokens from whose last occurrence in a prompt the adapter acts (empty: from the first token)
     """
 
     adapter_id: int

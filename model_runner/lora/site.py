@@ -1,4 +1,4 @@
-"""A site: a linear, embedding or head that LoRA touches, described as data with its slices (qkv has three).
+"""A site: a linear, embedding or head that LoRA touches, as data with its slices (qkv has three, gate_up two).
 
 The embedding is a linear of one-hot tokens: its in features are the vocabulary. A norm is a site too: an adapter can
 only replace its weight. Does not depend on adapters or steps.
@@ -42,7 +42,7 @@ def full_weights_of(group: str) -> str:
 
 @dataclass(frozen=True)
 class Slice:
-    """One projection inside a site: its checkpoint module name ("q_proj") and the columns it owns."""
+    """One projection inside a site: its checkpoint module name ("q_proj") and its output columns, `start` to `stop`."""
 
     module: str
     start: int

@@ -47,8 +47,8 @@ class AdapterStore:
     def load(self, adapter_id: int, name: str, root: Path, revision: str = "", roots: Sequence[str] = ()) -> NormalForm:
         """Reads the adapter in `root` in this process, unless `adapter_id` is in the store.
 
-        `revision`, when not empty, must be the hash of the files; with `roots` they must lie under one of them. Raises
-        AdapterError with one line: the adapter's name, the part at fault and the reason.
+        `revision`, when not empty, must be the hash of the files; with `roots` the files must lie under one of these
+        directories. Raises AdapterError with one line: the adapter's name, the part at fault and the reason.
         """
         known = self.known(adapter_id, name, revision)
         if known is not None:

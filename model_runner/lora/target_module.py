@@ -17,7 +17,7 @@ from engine.errors import AdapterError
 Shape = list[int]
 
 Term = Literal["A", "B", "gain", "bias", "full weight"]
-"""A term of the normal form. A format that rotates the inputs (OFT) would need another: an operator."""
+"""A term of the normal form. A format that rotates the inputs (OFT) would need another term: an operator."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class LoraBackend(KernelUser, ABC):
         y = x W^T + b  +  sum over rank pages    scale * (x A^T) B
                        +  sum over vector slots  scale * (gain_less_one * (x W^T) + bias)
 
-    A backend uses the rank pages and lanes of one model. `plan` is called once a step, `adapt` once a site.
+    A backend uses the rank pages and lanes of one model. `plan` is called once per step, `adapt` once per site.
     """
 
     def __init__(self, pages: RankPagePool, options: Options = DEFAULTS) -> None:

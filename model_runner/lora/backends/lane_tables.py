@@ -4,7 +4,7 @@
 
 Row 0 is the base, which has no pages. `units` packs how many units of a page are in use, eight bits a slice. It is -1
 where the sites of the group differ: there the kernels read `site_units`, a table on the device. Pages that no site uses
-and pages of scale 0 are left out. Does not depend on steps.
+and pages of scale 0 are left out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""LoRA by triton kernels: one shrink and one expand a site, over the step's tiles.
+"""LoRA by triton kernels: one shrink and one expand per site, over the step's tiles.
 
-    layout --cut--> tiles --records--> table on the host --one copy--> table on the device      once a step
-    x --shrink--> h [split, row, page, slice, 16] --expand--> y, in place                      once a site
+    layout --cut--> tiles --records--> table on the host --one copy--> table on the device      once per step
+    x --shrink--> h [split, row, page, slice, 16] --expand--> y, in place                       once per site
 
 A plan is kept while lanes and layout stay the same, so that consecutive decode steps plan nothing. A subclass cuts
 the step into tiles. Legend: T tokens of the step, I in features, O out features.

@@ -29,7 +29,7 @@ from model_runner.lora.site import Site, Slice, vectors_of
 from model_runner.step.layout import Layout
 
 SHARED_TOKENS = (4, 16, 64)
-"""Upper bounds of tokens: lanes between the same two bounds share a LaneBatch, and a longer lane has its own."""
+"""Bounds of a lane's tokens in a step. Lanes between the same bounds share a LaneBatch; a longer lane has its own."""
 
 MAX_TOUCHED = 1 << 14
 """The most entries of the cache of touched slices (by site and pages). The cache is cleared when it holds more."""
@@ -100,5 +100,5 @@ class TorchLora(LoraBackend):
 
 
 def _bound(lane: int, tokens: int) -> int:
-    """Returns the smallest of SHARED_TOKENS that holds `tokens`, else -lane. Lanes with equal values share a LaneBatch."""
+    """Returns the smallest of SHARED_TOKENS that holds `tokens`, else -lane. Lanes of equal bound share a LaneBatch."""
     return next((bound for bound in SHARED_TOKENS if tokens <= bound), -lane)

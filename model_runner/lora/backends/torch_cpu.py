@@ -3,7 +3,7 @@
     lane 4, pages 3 9   row 0, row 7         plan   2 lanes | 2 tokens 2 uses, 1 token 2 uses | 0 7  5 | 3 9  0 2
     lane 1, pages 0 2   row 5                scales                                                      1 1 .5 .5
 
-Does not depend on how the kernel is compiled. Legend: q uses of pages by lanes.
+Legend: q uses of pages by lanes.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 
 An item is a page of a tile, a slot is a vector slot of a tile. The table is exactly as large as the step needs, or, for
 static buffers, as large as any step with their number of tokens can need; unused records are zero. Writing it takes
-time in proportion to the tiles and their pages. The layout of a record is that of compute/kernels/triton/lora/segments.py.
+time in proportion to the tiles and their pages. The layout of a record is defined in
+model_runner/compute/kernels/triton/lora/segments.py.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Reading adapter files safely: regular files only, headers checked before data."""
+"""Reads adapter files safely: regular files only, headers checked before data."""

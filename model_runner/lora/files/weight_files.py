@@ -1,4 +1,4 @@
-"""Which safetensors files a PEFT directory holds: adapter_model.safetensors, or shards with an index beside them."""
+"""Finds and opens the safetensors files of a PEFT directory: adapter_model.safetensors, or shards with an index."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from types import FrameType
 from engine.errors import AdapterError
 
 SECONDS = 10.0
-"""The bound. The survey of an adapter for a deep model takes a fraction of a second."""
+"""The processor time that is allowed. The survey of an adapter for a deep model takes a fraction of a second."""
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ MAX_PATH = 4096
 MAX_ROOTS = 16 << 10
 """The most bytes of all roots of one load together."""
 POLL_SECONDS = 1.0
-"""How often the time limits of loads under way are checked."""
+"""Seconds between checks of the time limits of loads under way."""
 
 
 class TimeLimit(msgspec.Struct, frozen=True):

@@ -2,7 +2,7 @@
 
     runner                                        loader
       | -- LoaderConfig, a JSON line on stdin ----->|   once; the end of stdin ends the child
-      | -- LoadJob ------------------------------------>|
+      | -- LoadJob -------------------------------->|
       |<-- Surveyed --------------------------------|   config and headers are valid; `bytes` are left to read
       |<-- Loaded, with the descriptor of the memory|   or Refused
 

@@ -71,8 +71,8 @@ class ShmAdapter:
     def open(self, catalogue: Catalogue, dtype: torch.dtype) -> tuple[Manifest, Deltas]:
         """Returns the manifest, and the adapter as views of the memory. Closes the descriptor.
 
-        The memory lives as long as one of the views. Raises AdapterError for sizes and a
-        manifest that do not fit the memory or the model.
+        The memory lives as long as one of the views. Raises AdapterError for sizes and a manifest
+        that do not fit the memory or the model.
         """
         try:
             size = os.fstat(self.descriptor).st_size

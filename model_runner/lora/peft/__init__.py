@@ -1,1 +1,1 @@
-"""PEFT adapters from files to the normal form: config, targets, tensor names, conversion."""
+"""Converts PEFT adapters from files to the normal form: config, targets, tensor names, conversion."""

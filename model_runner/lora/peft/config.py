@@ -1,4 +1,4 @@
-"""adapter_config.json of a PEFT adapter: every option by name, as its format and its variants declare it.
+"""Reads adapter_config.json of a PEFT adapter: each option by name, as the format or one of its variants declares it.
 
 Names and meanings are those of PEFT 0.21. A setting that would change the output and is not served is refused with its
 name and value; an option that is not declared anywhere is refused unless it is empty. Does not depend on tensors.

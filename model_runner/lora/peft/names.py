@@ -1,4 +1,4 @@
-"""The names of an adapter's tensors, as PEFT's versions write them: the module, and the part of it.
+"""Parses the names of an adapter's tensors, as PEFT's versions write them, into a module and a part of it.
 
     base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight              a part "lora_A.weight"
     base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight      with the adapter's name in it

@@ -49,7 +49,7 @@ class AdapterSurvey:
 
     @property
     def invocation(self) -> list[int]:
-        """The tokens from which on the adapter acts; empty: from the first token of a prompt on."""
+        """The tokens from whose last occurrence in a prompt the adapter acts; empty: from the first token."""
         activated = self.config.variant(ActivatedLora)
         return activated.invocation if activated is not None else []
 
@@ -75,7 +75,7 @@ class AdapterSurvey:
 
     @property
     def biased_module(self) -> str | None:
-        """The first module that the adapter gives a bias, or None."""
+        """The first module that the adapter adds a bias to, or None."""
         return next((mapping.name for mapping in self.mappings if mapping.has_bias), None)
 
     @property

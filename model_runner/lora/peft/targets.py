@@ -1,4 +1,4 @@
-"""Which modules a PEFT config targets, with which rank and scaling: PEFT's matching rules applied to the catalogue.
+"""Resolves the modules that a PEFT config targets, their ranks and scalings, by PEFT's matching rules.
 
     target_modules  a list: the full name, or its end after a dot; a string: a regular expression for the full name,
                     or "all-linear"

@@ -1,4 +1,4 @@
-"""Which module each tensor of a PEFT adapter belongs to, by its name and the config."""
+"""Finds the module that each tensor of a PEFT adapter belongs to, by its name and the config."""
 
 from __future__ import annotations
 

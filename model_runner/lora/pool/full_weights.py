@@ -1,4 +1,4 @@
-"""Full weights that adapters bring in the place of the base's embedding or head, one slot an adapter.
+"""Full weights that adapters bring in the place of the base's embedding or head, one slot per adapter.
 
     y = y + sum over the lane's slots  scale * (output of the slot's weight - output of the base's)
 
@@ -9,8 +9,9 @@ be the only one in its lane: its output replaces y, and the logits of a row end 
     row of 330 tokens           | 0 .. 319 | 320 .. 329    |
     row of 300 tokens           | 0 .. 299 | -inf | -inf   |
 
-These rows are computed lane by lane, outside captured steps: the weights are large, and few adapters have one. Does not
-depend on steps. Legend: T tokens, O out features, n rows of one lane, S rows of the head, V columns of logits.
+These rows are computed lane by lane, outside captured steps: the weights are large, and few adapters have one.
+
+Legend: T tokens, O out features, n rows of one lane, S rows of the head, V columns of logits.
 """
 
 from __future__ import annotations

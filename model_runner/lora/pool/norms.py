@@ -4,8 +4,7 @@
     table [lanes + 1, N]     row 0: the base; other rows: base + sum over the lane's slots  scale * (slot - base)
 
 The norm weights of a step's rows are rows of the table. Its address never changes, so a captured step reads it by lane
-as an eager step does. Does not depend on steps. Legend: V slots, N numbers of all norms, L = lanes + 1, H numbers of
-one norm.
+as an eager step does. Legend: V slots, N numbers of all norms, L = lanes + 1, H numbers of one norm.
 """
 
 from __future__ import annotations

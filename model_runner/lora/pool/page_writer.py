@@ -1,6 +1,6 @@
 """Writes an adapter's deltas into the pools of a site: a rank page, a vector slot or a part of a full weight at a time.
 
-The parts of a page that an adapter does not use become zero, so nothing of the page's last adapter remains. On CUDA a
+The parts of a page that an adapter does not use become zero, so nothing of its previous adapter remains. On CUDA a
 piece is copied through the pinned buffers of `Staging`, elsewhere directly into the pool. Does not depend on lanes.
 """
 

@@ -1,9 +1,9 @@
 """The rank pages of all sites, and the table of lanes over them.
 
     group "g"           rank pages, A and B at every site of the group
-    group "g.vectors"   vector slots: gains and biases, one slot an adapter
-    group "g.full"      full weights of the embedding or the head, one slot an adapter
-    group "norms.full"  all norms of the model, one slot an adapter (pool/norms.py)
+    group "g.vectors"   vector slots: gains and biases, one slot per adapter
+    group "g.full"      full weights of the embedding or the head, one slot per adapter
+    group "norms.full"  all norms of the model, one slot per adapter (pool/norms.py)
 
 Page p of a group holds the same 16 units of rank at every site of the group. Slots are granted as pages are. The
 scheduler decides which adapter has which page; a lane names pages and their scales. Does not depend on steps.
@@ -25,7 +25,7 @@ from model_runner.lora.pool.staging import Staging
 from model_runner.lora.site import NORMS, Site, full_weights_of, vectors_of
 
 Lane = Mapping[str, Sequence[tuple[int, float]]]
-"""Per group: (rank page or slot, scale) pairs."""
+"""The (rank page or slot, scale) pairs of a lane, by group."""
 
 CopyEvent = torch.cuda.Event | None
 """A point in the copy stream; None where copies are synchronous."""

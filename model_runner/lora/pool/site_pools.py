@@ -2,8 +2,8 @@
 
     rank pages      A [P, slices, 16, in]     B [P, 16, out]     units [P, slices]
     of embeddings   A [P, 1, vocabulary, 16]  B [P, 16, out]     a token's 16 units are adjacent
-    vectors         gain less one [V, out]    bias [V, out]      float32, one slot an adapter
-    full weights    [slots, vocabulary + extra, hidden]          embedding and head, one slot an adapter
+    vectors         gain less one [V, out]    bias [V, out]      float32, one slot per adapter
+    full weights    [slots, vocabulary + extra, hidden]          embedding and head, one slot per adapter
 
 Does not depend on lanes and adapters. Legend: P pages of the group, R = 16 units of a page, S slices, I in features, O
 out features, V vector slots; of full weights S slots, V vocabulary, H hidden size.

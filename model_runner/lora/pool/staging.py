@@ -1,9 +1,8 @@
-"""Copies from the host to CUDA memory beside the computation: a ring of pinned buffers, and a side stream.
+"""Copies from the host to CUDA memory during the computation, by a ring of pinned buffers and a side stream.
 
-    host cache --memcpy--> pinned buffer 0..3 --asynchronous copy on the side stream--> page
+    host tier --memcpy--> pinned buffer 0..3 --asynchronous copy on the side stream--> page
 
-Adapters need no pinned memory themselves, and a copy waits for the device only when all buffers are in flight. Does not
-depend on adapters.
+Adapters need no pinned memory themselves, and a copy waits for the device only when all buffers are in flight.
 """
 
 from __future__ import annotations
