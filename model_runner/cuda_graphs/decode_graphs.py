@@ -6,9 +6,9 @@
 
 A scratch row's page table is all zeros: its K and V go to page 0, which no request reads. All tensors that a replay
 touches keep their addresses: inputs, hidden, the backends' static metadata, caches, pools, last sampled tokens. Lanes
-and their pages are metadata, so each replay may have other adapters.
+and their pages are metadata, so each replay may use different adapters.
 
-Does not know requests, sampling or what a backend's metadata holds. Legend: B padded rows, T tokens (= rows) of the
+Does not depend on requests, sampling or what a backend's metadata holds. Legend: B padded rows, T tokens (= rows) of the
 step, H hidden size.
 """
 
@@ -40,7 +40,7 @@ from model_runner.step.rows import RowTable
 
 @dataclass(frozen=True, eq=False)
 class CapturedStep:
-    """The captured steps of one padded size: its buffers, and a replay without (False) and with (True) LoRA."""
+    """The captured steps of one padded number of rows: static buffers, and replays without and with LoRA (the key)."""
 
     inputs_4B: torch.Tensor
     attention: Any
@@ -69,7 +69,7 @@ class DecodeGraphs:
         self._captured: dict[int, CapturedStep] = {}
 
     def capture(self, *, progress: BusyTimer | None = None) -> None:
-        """Captures every size, the largest first. No step may be in flight."""
+        """Captures a step for each of `sizes`, the largest first. Must not be called while a step is in flight."""
         order = self.sizes[::-1]
         with (
             _frozen_garbage_collector(),
@@ -82,13 +82,13 @@ class DecodeGraphs:
                 bar.update()
 
     def can_replay(self, layout: Layout) -> bool:
-        """Whether a captured step fits this one: every chunk has length 1, and there are not too many."""
+        """Whether a captured step fits this layout: all chunks have length 1, and at most `sizes[-1]` of them exist."""
         return layout.chunks <= self.sizes[-1] and layout.tokens == layout.chunks
 
     def replay(self, layout: Layout, inputs_4T: NDArray[np.int64]) -> torch.Tensor:
-        """The step's hidden states [T, H], valid until the next call.
+        """Replays the step and returns its hidden states [T, H], which are valid until the next call.
 
-        `inputs_4T`: rows, given tokens or -1, positions, lanes.
+        `inputs_4T`: each token's row, given token or -1, position and lane.
         """
         size = self.sizes[bisect_left(self.sizes, layout.chunks)]
         captured, with_lora = self._captured[size], self._lora is not None and bool(layout.lanes_C.any())
@@ -113,7 +113,7 @@ class DecodeGraphs:
         return captured
 
     def _run(self, captured: CapturedStep, with_lora: bool) -> None:
-        """The forward that is captured, from the static inputs to the hidden states. It must do device work only."""
+        """Runs the forward that is captured, from static inputs to hidden states. It must do only device work."""
         rows_B, given_B, positions_B, lanes_B = captured.inputs_4B
         tokens_B = torch.where(given_B < 0, self._rows.last_tokens_R[rows_B], given_B)
         own_norms = with_lora and self._lora is not None and self._lora.pages.norms is not None
@@ -127,7 +127,7 @@ class DecodeGraphs:
         self._hidden_BH[: len(tokens_B)].copy_(self._decoder.forward(batch))
 
     def _plan(self, captured: CapturedStep, layout: Layout, with_lora: bool) -> None:
-        """Fills the static metadata in place."""
+        """Plans the layout into the static metadata of `captured`, in place."""
         planned = self._attention.plan(layout, into=captured.attention)
         assert planned is captured.attention, "the attention backend did not plan into its static metadata"
         if with_lora and self._lora is not None:
@@ -135,7 +135,7 @@ class DecodeGraphs:
             assert planned is captured.lora, "the LoRA backend did not plan into its static metadata"
 
     def _pad(self, layout: Layout, size: int) -> Layout:
-        """The layout, with scratch rows of the base at position 0 up to `size`."""
+        """Returns the layout padded to `size` rows with scratch rows that use the base model at position 0."""
 
         def padded(values: Ints, filler: int) -> Ints:
             return np.pad(values, (0, size - len(values)), constant_values=filler)
@@ -152,7 +152,10 @@ class DecodeGraphs:
 
 @contextmanager
 def _frozen_garbage_collector() -> Iterator[None]:
-    """Hides all living objects from the garbage collector: each capture runs it, which would walk a whole model."""
+    """Hides all existing objects from the garbage collector, which every capture runs.
+
+    Otherwise each of these runs would walk all objects of the model.
+    """
     gc.collect()
     gc.freeze()
     try:

@@ -1,6 +1,6 @@
 """Captures device work for replay: as a CUDA graph, or, without CUDA, as the function itself.
 
-Captured work reads and writes buffers at fixed addresses; it branches on no values and waits for nothing.
+Captured work reads and writes buffers at fixed addresses. It must not branch on values or wait for the device.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ Work = Callable[[], None]
 
 
 class GraphCapture(ABC):
-    """Turns work into a replay of it."""
+    """Turns a function that does device work into a function that replays this work."""
 
     @abstractmethod
     def capture(self, work: Work) -> Work:
-        """Runs the work at least once; returns a function that repeats it on what the buffers then hold."""
+        """Runs `work` at least once and returns a function that repeats it on the current contents of its buffers."""
 
 
 class EagerCapture(GraphCapture):
-    """Replays by running the work again: for tests, and for debugging a step that a graph would hide."""
+    """Replays by calling the function again. Used in tests, and to debug a step whose operations a graph hides."""
 
     def capture(self, work: Work) -> Work:
         work()
@@ -30,11 +30,11 @@ class EagerCapture(GraphCapture):
 
 
 class CudaGraphCapture(GraphCapture):
-    """CUDA graphs that share one memory pool and are captured on one side stream.
+    """Captures CUDA graphs that share one memory pool, on one side stream.
 
     Sharing is safe: nothing that a graph allocates outlives its replay (results are copied to buffers outside the
-    pool), and replays follow one another on the runner's stream. Capture the largest first, so that the smaller ones
-    fit into its memory.
+    pool), and replays follow one another on the runner's stream. Capture the largest graph first, so that smaller
+    ones fit into the memory that it allocated.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -42,9 +42,11 @@ class CudaGraphCapture(GraphCapture):
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, work: Work) -> Work:
-        """Runs the work once before the capture: there kernels are compiled, modules loaded, workspaces allocated.
+        """Runs the work once before it captures it, so that kernels are compiled, modules loaded and workspaces
+        allocated outside the capture.
 
-        The mode is `thread_local`: what other threads do on the device (NCCL's watchdog, say) must not end a capture.
+        The capture mode is `thread_local`, so that the device calls of other threads (such as NCCL's watchdog) do not
+        invalidate a capture.
         """
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
@@ -58,5 +60,5 @@ class CudaGraphCapture(GraphCapture):
 
 
 def capture_for(device: torch.device) -> GraphCapture | None:
-    """How to capture on this device; None where eager steps are as fast."""
+    """Returns the `GraphCapture` for this device; None on a CPU, where eager steps are as fast."""
     return CudaGraphCapture(device) if device.type == "cuda" else None

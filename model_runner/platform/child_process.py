@@ -1,10 +1,10 @@
-"""A child process of a runner: started by module name, given its config, ended.
+"""A child process of a runner: starts it by module name, sends it its config and ends it.
 
     runner                                    child
-      | -- config, one JSON line on stdin ----->|   stdin then stays open: its end means the runner is gone
-      | == a file descriptor of both =========> |   for their messages, which the caller reads and writes
+      | -- config, one JSON line on stdin ----->|   stdin stays open, and ends when the runner has ended
+      | == a shared file descriptor ==========> |   carries their messages, which the caller reads and writes
 
-Does not know what the child does.
+Does not depend on what the child does.
 """
 
 from __future__ import annotations
@@ -19,14 +19,20 @@ import sys
 import msgspec
 
 PIPE_BYTES = 1 << 20
-"""The size of the stdin pipe: it holds the config of a deep model, so writing does not wait for the child to read."""
+"""The size of the stdin pipe. The config of a deep model fits, so writing does not wait for the child to read."""
 
 
 class ChildProcess:
-    """`python -P -m module`, on one thread and without a GPU; the caller must end it. Raises OSError."""
+    """A process `python -P -m module` with one OpenMP thread and no GPU. The caller must end it.
+
+    Raises OSError if the process cannot be started.
+    """
 
     def __init__(self, module: str, config: msgspec.Struct, descriptor: int, *, leads_group: bool = False) -> None:
-        """The child inherits `descriptor`. `leads_group`: `kill` also kills all processes that the child started."""
+        """Starts the process, which inherits `descriptor`.
+
+        With `leads_group`, `kill` also kills all processes that the child started.
+        """
         self._leads_group = leads_group
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", module],
@@ -40,13 +46,13 @@ class ChildProcess:
         self._lifeline = self._process.stdin
         with contextlib.suppress(OSError):
             fcntl.fcntl(self._lifeline, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        with contextlib.suppress(OSError):  # it died already: the end of the descriptor tells the caller
+        with contextlib.suppress(OSError):  # the child died already: the caller sees the end of `descriptor`
             self._lifeline.write(msgspec.json.encode(config) + b"\n")
             self._lifeline.flush()
 
     @property
     def pid(self) -> int:
-        """The child's process id, which is also that of its group if it leads one."""
+        """The child's process id; also the id of its process group if it leads one."""
         return self._process.pid
 
     @property
@@ -56,23 +62,23 @@ class ChildProcess:
 
     @property
     def exit_text(self) -> str:
-        """How the child ended, in words."""
+        """A phrase for messages that says how the child ended, such as "ended with status 1"."""
         code = self._process.returncode
         if code is None:
             return "does not end"
         return f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
 
     def wait(self, seconds: float | None = None) -> None:
-        """Waits until the child has ended, but at most so many seconds."""
+        """Waits until the child has ended, at most `seconds` (None: without limit)."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
 
     def terminate(self) -> None:
-        """Sends SIGTERM, so that the child can clean up first."""
+        """Sends SIGTERM, on which the child can clean up before it ends."""
         self._process.terminate()
 
     def kill(self, seconds: float) -> None:
-        """Kills the child if it runs. Waits at most `seconds` for its end, since it may hang in a system call."""
+        """Kills the child if it is running. Waits at most `seconds` for it to end: it may hang in a system call."""
         if self.is_running:
             with contextlib.suppress(OSError):
                 (os.killpg if self._leads_group else os.kill)(self.pid, signal.SIGKILL)

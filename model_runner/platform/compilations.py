@@ -1,6 +1,6 @@
 """Counts the kernels that triton compiles, and warns when one is compiled while serving.
 
-A compilation takes from tenths of a second to seconds, in which no step runs. Does not know what the kernels do.
+A compilation takes tenths of a second to several seconds, during which no step runs.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ log = logging.getLogger(__name__)
 
 
 class CompilationCounter:
-    """Installed once a process; `count` grows with each kernel variant, compiled or read from triton's cache."""
+    """Counts the kernel variants that triton compiles or reads from its cache. Installed once in a process."""
 
     def __init__(self) -> None:
         self.count = 0
         self.serving = False
 
     def install(self) -> CompilationCounter:
-        """Adds itself to triton's hook for compilations, if triton is installed; an earlier hook is still called."""
+        """Adds this counter to triton's hook for compilations, if triton is installed, and returns it.
+
+        A hook that was set before is still called.
+        """
         try:
             from triton import knobs
         except ImportError:
@@ -34,7 +37,7 @@ class CompilationCounter:
         return self
 
     def add(self, kernel: object) -> None:
-        """Counts one compilation."""
+        """Counts one compilation of `kernel`, and logs a warning if the runner is serving."""
         self.count += 1
         if self.serving:
             log.warning("a kernel was compiled while serving, which held up all requests: %.200s", kernel)

@@ -1,4 +1,4 @@
-"""Device, dtype, threads, memory, and copies between host and device. Does not know models.
+"""Device, dtype, threads, memory, and copies between host and device. Does not depend on models.
 
 On a CPU, `--dtype auto` chooses bfloat16 only if the processor multiplies it (AMX or AVX512_BF16): otherwise it is
 emulated and slower than float32.
@@ -26,7 +26,7 @@ MEMORY_INFO = Path("/proc/meminfo")
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that `--device` means. Raises ConfigError when cuda is asked for and there is none."""
+    """Returns the device that `--device` selects. Raises ConfigError if `name` is cuda and no CUDA device is usable."""
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
         raise ConfigError("--device cuda: no CUDA device is usable here; use --device cpu or check the driver")
@@ -34,7 +34,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, checkpoint: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that `--dtype` means: auto is the checkpoint's, or float32 on a CPU that is slow in it."""
+    """Returns the dtype that `--dtype` selects.
+
+    auto selects the checkpoint's dtype; on a CPU, float32 unless the checkpoint is bfloat16 and the processor
+    multiplies bfloat16.
+    """
     if name != "auto":
         dtype = DTYPES[name]
         if dtype is torch.bfloat16 and device.type == "cpu" and not cpu_has_bfloat16():
@@ -46,7 +50,7 @@ def resolve_dtype(name: str, checkpoint: torch.dtype, device: torch.device) -> t
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name that flags have for it."""
+    """Returns the dtype's name as flags spell it, such as bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -60,7 +64,10 @@ def cpu_has_bfloat16() -> bool:
 
 
 def set_threads(count: int | None = None) -> None:
-    """Sets torch's threads; None: keeps OMP_NUM_THREADS if set, else all cores up to four, of more all but one."""
+    """Sets the number of torch's threads to `count`.
+
+    None: keeps OMP_NUM_THREADS if it is set; otherwise uses all cores, or all but one if there are more than four.
+    """
     if count is not None:
         torch.set_num_threads(count)
     elif "OMP_NUM_THREADS" not in os.environ:
@@ -69,7 +76,7 @@ def set_threads(count: int | None = None) -> None:
 
 
 def upload(values: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """The array as a tensor on the device, without waiting. On a CPU the tensor shares the array's memory.
+    """Returns the array as a tensor on `device`, without waiting. On a CPU the tensor shares the array's memory.
 
     For CUDA the array is copied to pinned memory of torch's host allocator, which reuses a block only when the copy
     from it is done.
@@ -79,18 +86,21 @@ def upload(values: NDArray[Any], device: torch.device) -> torch.Tensor:
 
 
 def upload_into(values: NDArray[Any], into: torch.Tensor) -> None:
-    """Copies the array into a tensor of its shape on the device, without waiting, as `upload` does."""
+    """Copies the array into `into`, a tensor of the same shape on the device, without waiting, as `upload` does."""
     host = torch.from_numpy(values)
     into.copy_(host.pin_memory() if into.is_cuda else host, non_blocking=True)
 
 
 def download(tensor: torch.Tensor) -> torch.Tensor:
-    """Starts a copy to the host; on CUDA it may be read once a `DeviceEvent` recorded after it is done."""
+    """Starts a copy to the host and returns it.
+
+    The copy of a CUDA tensor may be read once a `DeviceEvent` that was created after this call is done.
+    """
     return tensor.to("cpu", non_blocking=True)
 
 
 class DeviceEvent:
-    """A point in the current stream that the host can query or wait for; on a CPU it is done at once."""
+    """A point in the current CUDA stream that the host can query or wait for; on a CPU it is done at once."""
 
     def __init__(self, device: torch.device) -> None:
         self._event: Any = None
@@ -100,17 +110,17 @@ class DeviceEvent:
 
     @property
     def is_done(self) -> bool:
-        """Whether all work before it is done."""
+        """Whether all work that was launched before the event is done."""
         return self._event is None or bool(self._event.query())
 
     def wait(self) -> None:
-        """Returns when all work before it is done."""
+        """Waits until all work that was launched before the event is done."""
         if self._event is not None:
             self._event.synchronize()
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
-    """(total, free) bytes of the device; for a CPU, see `host_memory`."""
+    """Returns (total, free) bytes of the device's memory; for a CPU, those of `host_memory`."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total, free
@@ -118,7 +128,10 @@ def device_memory(device: torch.device) -> tuple[int, int]:
 
 
 def host_memory() -> tuple[int, int]:
-    """(total, free) bytes of the machine, or of the container that limits it. Reclaimable page cache counts as free."""
+    """Returns (total, free) bytes of memory of the machine, or of its container if that has a limit.
+
+    Reclaimable page cache counts as free.
+    """
     kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in _lines(MEMORY_INFO))}
     total, free = kib["MemTotal"] << 10, kib["MemAvailable"] << 10
     limit = _number(CGROUP / "memory.max")

@@ -1,6 +1,6 @@
-"""A rank's shard of the model: which part of a dimension it holds, and the sum over ranks. One rank for now.
+"""One rank's shard of the model: the part of a dimension that the rank holds, and sums over all ranks.
 
-Does not know layers.
+Only one rank is supported so far. Does not depend on layers.
 """
 
 from __future__ import annotations
@@ -14,23 +14,26 @@ from engine.errors import ConfigError
 
 @dataclass(frozen=True)
 class Shard:
-    """Rank `rank` of a tensor-parallel group of `size`."""
+    """The shard of rank `rank` in a tensor-parallel group of `size` ranks."""
 
     rank: int = 0
     size: int = 1
 
     def share(self, whole: int, what: str) -> int:
-        """How much of a dimension of size `whole` this rank holds. Raises ConfigError if the ranks do not divide it."""
+        """Returns the size of this rank's part of a dimension of size `whole`, which is called `what` in errors.
+
+        Raises ConfigError if the number of ranks does not divide `whole`.
+        """
         if whole % self.size:
             raise ConfigError(f"--tp-size {self.size} does not divide the model's {what} ({whole})")
         return whole // self.size
 
     def span(self, whole: int, what: str) -> slice:
-        """Which part of a dimension of size `whole` this rank holds."""
+        """Returns the indices of this rank's part of a dimension of size `whole`. Raises ConfigError like `share`."""
         share = self.share(whole, what)
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
-        """The sum of every rank's `partial`; the identity for one rank."""
+        """Returns the sum of all ranks' `partial`; with one rank, `partial` itself."""
         assert self.size == 1, "the collective comes with tensor parallelism"
         return partial

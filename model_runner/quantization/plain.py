@@ -1,7 +1,7 @@
-"""A weight as the checkpoint has it, in the model's dtype, multiplied by torch.
+"""A linear with the checkpoint's weight unchanged, except for a cast to the model's dtype, multiplied by torch.
 
-Also what a site has that is looked up (an embedding's table) or multiplied by element (a norm's weight). Legend: T
-tokens, I in features, O out features.
+Also stores weights that are looked up (an embedding's table) or multiplied element by element (a norm's weight).
+Legend: T tokens, I in features, O out features.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from model_runner.quantization.base import ALL, Empty, LinearMethod, Parameter
 
 
 class Plain(LinearMethod):
-    """One weight [O, I]."""
+    """A linear with one weight [O, I] in the model's dtype."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.weight = weight

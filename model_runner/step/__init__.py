@@ -1,1 +1,1 @@
-"""One step on the host: layout, batch, rows, KV pool, and the capture of device work for replay."""
+"""The data of one step: chunks, layout, batch, the table of rows, and the KV pool."""

@@ -1,6 +1,6 @@
 """The input of one step's forward: flat tokens and positions, and the metadata that the backends planned.
 
-Does not know rows, chunks or requests. Legend: T tokens of the step.
+Does not depend on rows, chunks or requests. Legend: T tokens of the step.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Batch:
-    """One step on the device.
+    """The input of one step's forward.
 
     tokens_T     [T] int64
     positions_T  [T] int64, each token's position in its row
     attention    the result of AttentionBackend.plan
-    lora         the result of LoraBackend.plan, None for a step of the base alone
+    lora         the result of LoraBackend.plan, None for a step without adapters
     lanes_T      [T] on the host, each token's lane, if an adapter of the step adapts experts or has a full embedding,
                  which are computed lane by lane; else None
     norm_lanes_T [T] int64, each token's lane, if an adapter of the step has its own norms; else None

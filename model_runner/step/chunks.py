@@ -1,6 +1,6 @@
-"""The chunks of a step as arrays: its layout, and the forward's inputs. An impossible chunk raises InternalError.
+"""Converts a step's chunks to arrays: the layout and the forward's inputs. An invalid chunk raises InternalError.
 
-Knows nothing of tensors. Legend: C chunks, T tokens of the step.
+Uses numpy only, no tensors. Legend: C chunks, T tokens of the step.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from model_runner.step.layout import Layout
 
 
 def layout_of(chunks: Sequence[Chunk], tables: NDArray[np.int32], page_size: int) -> Layout:
-    """The layout of these chunks over the rows' page tables."""
+    """Returns the layout of `chunks`; `tables` are the page tables of all rows."""
     columns = np.array([(c.row, c.start, c.length, c.lane) for c in chunks], np.int32).T
     rows_C, starts_C, lengths_C, lanes_C = columns.copy()
     return Layout(rows_C, starts_C, lengths_C, lanes_C, tables, page_size)
 
 
 def inputs_of(chunks: Sequence[Chunk], layout: Layout) -> NDArray[np.int64]:
-    """[4, T]: each token's row, the token that came with its chunk or -1 (the row's own last sample), its position, and
-    its lane.
+    """Returns [4, T]: each token's row, its id as given in the chunk or -1 (the row's last sampled token), its
+    position, and its lane.
     """
     given_T: list[int] = []
     for chunk in chunks:
@@ -36,9 +36,9 @@ def inputs_of(chunks: Sequence[Chunk], layout: Layout) -> NDArray[np.int64]:
 
 
 def check_numbers(chunk: Chunk, lanes: Container[int], kv_pages: int) -> None:
-    """Raises InternalError for numbers that would index from the end, into other rows' pages, or an unknown lane.
+    """Raises InternalError if the chunk's start, a page or a token is out of range, or its lane is not in `lanes`.
 
-    Page 0 is scratch: no row owns it.
+    A negative number would index an array from its end. Pages 1 to `kv_pages` belong to rows; page 0 is scratch.
     """
     if chunk.start < 0 or (chunk.pages and not 0 <= min(chunk.pages) <= max(chunk.pages) <= kv_pages):
         raise InternalError(f"row {chunk.row}: start {chunk.start}, pages {chunk.pages[:8]} of {kv_pages}")

@@ -1,6 +1,6 @@
-"""The paged KV cache: two tensors a layer, [pages + 1, page_size, kv_heads, head_dim]; page 0 is scratch.
+"""The paged KV cache: two tensors per layer, [pages + 1, page_size, kv_heads, head_dim]; page 0 is scratch.
 
-Does not know rows: the scheduler assigns pages to requests.
+Does not depend on rows: the scheduler assigns pages to requests.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from model_runner.platform.shard import Shard
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype, shard: Shard) -> int:
-    """The bytes of one page on this rank: K and V of all layers."""
+    """Returns the bytes of one page on this rank: K and V of all layers."""
     heads = shard.share(config.num_kv_heads, "key/value heads")
     return 2 * config.num_layers * page_size * heads * config.head_dim * dtype.itemsize
 
@@ -33,5 +33,5 @@ class KvPool:
         ]
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of one layer."""
+        """Returns the K and the V cache of layer `index`."""
         return self._layers[index]

@@ -1,4 +1,4 @@
-"""The chunks of one step in order, as host arrays. No device tensors, no weights.
+"""The chunks of one step as host arrays, in the order of the batch. Uses numpy only, no tensors.
 
 Legend: C chunks of the step, T tokens of the step (sum of lengths).
 """
@@ -17,12 +17,12 @@ Ints = NDArray[np.int32]
 class Layout:
     """The chunks of one step, from which attention and LoRA backends plan their metadata.
 
-    rows_C     the row of each chunk (index into the page table)
-    starts_C   tokens of the row that are in the KV cache before the step
-    lengths_C  tokens of the chunk (>= 1)
+    rows_C     the row of each chunk (index into `tables`)
+    starts_C   for each chunk, the number of its row's tokens that are in the KV cache before the step
+    lengths_C  the number of tokens of each chunk (>= 1)
     lanes_C    the lane of each chunk (0 = base)
     tables     KV page numbers by row, [rows, max_pages]; entries past a row's length are 0
-    page_size  tokens in a page
+    page_size  the number of tokens in a page
     """
 
     rows_C: Ints
@@ -43,17 +43,17 @@ class Layout:
         return int(self.lengths_C.sum())
 
     def offsets(self) -> Ints:
-        """[C + 1]: the index of each chunk's first token in the flat batch; the last entry is T."""
+        """Returns [C + 1]: the index of each chunk's first token in the flat batch; the last entry is T."""
         return np.concatenate([[0], np.cumsum(self.lengths_C)]).astype(np.int32)
 
     def positions(self) -> Ints:
-        """[T]: the position of each token in its row."""
+        """Returns [T]: the position of each token in its row."""
         offsets = self.offsets()
         within = np.arange(offsets[-1], dtype=np.int32) - np.repeat(offsets[:-1], self.lengths_C)
         return (within + np.repeat(self.starts_C, self.lengths_C)).astype(np.int32)
 
     def slots(self) -> NDArray[np.int64]:
-        """[T]: the cache slot of each token's K and V: page number * page_size + offset in the page."""
+        """Returns [T]: the cache slot of each token's K and V: page number * page_size + offset in the page."""
         positions = self.positions()
         rows_T = np.repeat(self.rows_C, self.lengths_C)
         pages_T = self.tables[rows_T, positions // self.page_size].astype(np.int64)

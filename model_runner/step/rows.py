@@ -1,8 +1,8 @@
-"""The runner's rows: the request generation that each holds, its KV pages, its lane, and its last sampled token.
+"""The table of the runner's rows: each row's generation, KV pages, lane, and last sampled token.
 
-Pages and lanes are the scheduler's numbers, kept on the host. The last sampled tokens stay on the device, so a decode
-chunk carries no token and a step can be launched before the host has seen the result of the one before. Does not know
-what a page or a lane holds.
+Pages and lanes are numbers that the scheduler assigns, kept on the host. The last sampled tokens stay on the device,
+so a decode chunk carries no token, and a step can be launched before the host has the result of the previous step.
+Does not depend on what a page or a lane holds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from engine.messages import Chunk, NewRow
 
 
 class RowTable:
-    """All rows of a runner, as arrays indexed by row. A row that disagrees with the scheduler raises InternalError.
+    """All rows of a runner, as arrays indexed by row. A message that contradicts a row's state raises InternalError.
 
     tables         [rows + 1, max_pages] int32: KV page numbers, 0 past a row's page count
     last_tokens_R  [rows] int64 on the device: the last sampled token of each row
@@ -34,7 +34,7 @@ class RowTable:
         self.last_tokens_R = torch.zeros(rows, dtype=torch.int64, device=device)
 
     def begin(self, new: NewRow) -> None:
-        """Starts the row's next generation: forgets the pages and the lane of the one before."""
+        """Starts a new generation of row `new.row` and clears the pages and the lane of the previous one."""
         if not 0 <= new.row < len(self.generations):
             raise InternalError(f"row {new.row} is not one of {len(self.generations)} rows")
         if new.generation <= self.generations[new.row]:
@@ -46,7 +46,7 @@ class RowTable:
         self.lanes[new.row] = 0
 
     def add_chunk(self, chunk: Chunk) -> None:
-        """Appends the chunk's pages to its row's table and notes its lane."""
+        """Appends the chunk's pages to its row's page table, and sets the row's lane to the chunk's."""
         row = chunk.row
         if not 0 <= row < len(self.generations) or self.generations[row] != chunk.generation:
             raise InternalError(
@@ -64,7 +64,7 @@ class RowTable:
         self.lanes[row] = chunk.lane
 
     def reset(self) -> None:
-        """Forgets every row."""
+        """Clears the pages, generations and lanes of all rows."""
         self.tables.fill(0)
         self.page_counts.fill(0)
         self.generations.fill(-1)

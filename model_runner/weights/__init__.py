@@ -1,1 +1,1 @@
-"""Checkpoint files, and how their tensors fill the weights."""
+"""Reads checkpoint files and fills the model's weights from their tensors."""

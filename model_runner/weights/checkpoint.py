@@ -1,7 +1,7 @@
-"""Safetensors checkpoints of one file or several: copied tensor by tensor into weights that are allocated.
+"""Loads safetensors checkpoints of one or several files: copies each tensor into weights that are already allocated.
 
-Every placement must be filled, and every tensor of the files must have a placement or be known as harmless. Knows
-nothing of layers.
+Every placement must be filled, and every tensor of the files must have a placement or be known as harmless. Does not
+depend on layers.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 256 << 20
 FLOATS = {"F64", "F32", "F16", "BF16"}
-HARMLESS_SUFFIXES = (".rotary_emb.inv_freq",)  # buffers in old checkpoints; they are computed
+HARMLESS_SUFFIXES = (".rotary_emb.inv_freq",)  # buffers in old checkpoints; the model computes them itself
 
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Where a tensor goes: the part `cut` of `name`, of `shape` in the file, is copied and cast into `into`."""
+    """The destination of a checkpoint tensor: the part `cut` of the tensor `name` is cast and copied into `into`.
+
+    `shape` is the shape of the whole tensor, which the file must have.
+    """
 
     name: str
     into: torch.Tensor
@@ -43,7 +46,8 @@ def load_checkpoint(
 ) -> None:
     """Fills every placement from the directory's checkpoint.
 
-    `harmless` are names that may be in the files without being used. Raises ConfigError naming the file and tensor.
+    `harmless` are names of tensors that the files may contain although no placement uses them. Raises ConfigError,
+    which names the file and the tensor.
     """
     wanted: dict[str, list[Placement]] = {}
     for placement in placements:
@@ -57,14 +61,14 @@ def load_checkpoint(
         ends = itertools.accumulate(sizes)
         for file, end in zip(files, ends, strict=True):
             missing -= _load_file(file, wanted, missing, frozenset(harmless), bar, progress)
-            bar.update(end - bar.n)  # headers, and tensors that were skipped
+            bar.update(end - bar.n)  # also counts the file's header and skipped tensors
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise ConfigError(f"{directory}: the checkpoint has no tensor {min(missing)}{more}, which config.json asks for")
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory, in order. Raises ConfigError where there are none."""
+    """Returns the safetensors files of a model directory, sorted by name. Raises ConfigError if there are none."""
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     if (directory / INDEX).is_file():
@@ -101,7 +105,7 @@ def _load_file(
     bar: Any,
     progress: BusyTimer | None,
 ) -> set[str]:
-    """Fills the placements from one file; the names of the tensors it copied."""
+    """Fills placements from one file. Returns the names of the tensors that were copied."""
     done: set[str] = set()
     try:
         with safe_open(str(file), framework="pt") as tensors:
@@ -122,7 +126,7 @@ def _load_file(
 
 
 def _copy(file: Path, source: Any, placement: Placement, bar: Any) -> None:
-    """Fills one placement, whose shape and dtype are checked before its values are read."""
+    """Fills one placement. Checks the tensor's shape and dtype before its values are read."""
     shape, kind = tuple(source.get_shape()), source.get_dtype()
     if shape != placement.shape:
         raise ConfigError(
