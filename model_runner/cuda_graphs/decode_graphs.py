@@ -8,8 +8,8 @@ A scratch row's page table is all zeros: its K and V go to page 0, which no requ
 touches keep their addresses: inputs, hidden, the backends' static metadata, caches, pools, last sampled tokens. Lanes
 and their pages are metadata, so each replay may use different adapters.
 
-Does not depend on requests, sampling or what a backend's metadata holds. Legend: B padded rows, T tokens (= rows) of the
-step, H hidden size.
+Does not depend on requests, sampling or what a backend's metadata holds. Legend: B padded rows, T tokens (= rows) of
+the step, H hidden size.
 """
 
 from __future__ import annotations

@@ -27,13 +27,14 @@ class AttentionBackend(KernelUser, ABC):
 
     @abstractmethod
     def plan(self, layout: Layout, into: Any | None = None) -> Any:
-        """The step's metadata, from host arrays, shared by all layers.
+        """Returns the metadata of a step, made from its layout and shared by all layers.
 
-        `into`: metadata from `static`, for a layout of as many chunks of length 1; it is filled in place and returned.
+        `into`: metadata from `static`, which is filled in place and returned. The layout must then have exactly the
+        number of chunks that `static` was called with, all of length 1.
         """
 
     def static(self, tokens: int) -> Any:
-        """Metadata in buffers at fixed addresses, for captured decode steps of exactly `tokens` chunks of length 1."""
+        """Returns metadata in buffers at fixed addresses, for captured steps of exactly `tokens` chunks of length 1."""
         raise NotImplementedError(f"{type(self).__name__} has no static buffers")
 
     @abstractmethod
@@ -50,16 +51,16 @@ class AttentionBackend(KernelUser, ABC):
         window: int | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        """Stores k and v at the step's slots, then attends: [T, N, D].
+        """Stores k and v at the step's slots, then returns the attention's output [T, N, D].
 
         A token at position p of its row sees the row's positions max(0, p - window + 1)..p (window None: 0..p).
         With a softcap (Gemma 2) a scaled score s becomes softcap * tanh(s / softcap).
         """
 
     def slots(self, meta: Any) -> torch.Tensor | None:
-        """[T]: the slots of the step's K and V, for a kernel that stores them before `attend_stored`.
+        """Returns [T], the slots of the step's K and V, for a kernel that stores K and V before `attend_stored`.
 
-        None: the caller must pass K and V to `attend`.
+        If it returns None, the caller must pass K and V to `attend`.
         """
         return None
 
@@ -74,19 +75,21 @@ class AttentionBackend(KernelUser, ABC):
         window: int | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        """Attends when the step's K and V are stored already; for backends with `slots`."""
+        """Returns the output of `attend`, for a step whose K and V are stored already. Only for backends whose `slots`
+        does not return None.
+        """
         raise NotImplementedError
 
 
 def resolve(name: str, device: torch.device) -> str:
-    """What `auto` means on this device."""
+    """Returns the backend that `name` selects: for auto, triton on CUDA and torch elsewhere; else `name` itself."""
     if name != "auto":
         return name
     return "triton" if device.type == "cuda" else "torch"
 
 
 def create(name: str, device: torch.device) -> AttentionBackend:
-    """The backend called `name`. Raises ConfigError for a name that is not in the table."""
+    """Returns the backend called `name`. Raises ConfigError if it is not in BACKENDS or a package is not installed."""
     if name not in BACKENDS:
         raise ConfigError(f"--attention-backend {name}: not one of {', '.join(sorted(BACKENDS))}")
     module, _, attribute = BACKENDS[name].partition(":")

@@ -1,4 +1,4 @@
-"""Attention over gathered keys and values in plain torch. Does not know pages.
+"""Attention over gathered keys and values in plain torch. Does not depend on pages.
 
 Legend: C rows of one token each, n tokens of one row, L gathered positions, N query heads, K key/value heads,
 G = N / K, D head size.
@@ -13,7 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class Scores(NamedTuple):
-    """How a layer computes scores from q k^T: times `scale`, then softcap * tanh(score / softcap) if there is one."""
+    """How a layer turns q k^T into scores: multiplied by `scale`, then, if there is a softcap, made
+    softcap * tanh(score / softcap).
+    """
 
     scale: float
     softcap: float | None = None
@@ -22,7 +24,10 @@ class Scores(NamedTuple):
 def decode(
     q_CND: torch.Tensor, k_CKLD: torch.Tensor, v_CKLD: torch.Tensor, seen_CL: torch.Tensor, scores: Scores
 ) -> torch.Tensor:
-    """[C, N, D]. The G query heads of a key/value head take the place of tokens, so that K and V are not repeated."""
+    """Returns the attention [C, N, D] of rows of one token each.
+
+    The G query heads of a key/value head take the place of tokens, so that K and V are not repeated.
+    """
     chunks, heads, _, size = k_CKLD.shape
     q_CKGD = q_CND.reshape(chunks, heads, -1, size)
     seen = seen_CL[:, None, None].expand(-1, 1, q_CKGD.shape[2], -1)
@@ -35,9 +40,10 @@ def decode(
 def prefill(
     q_nND: torch.Tensor, k_LKD: torch.Tensor, v_LKD: torch.Tensor, seen_nL: torch.Tensor | None, scores: Scores
 ) -> torch.Tensor:
-    """[n, N, D]. K is the batch dimension and G the heads; K and V are expanded to G without a copy.
+    """Returns the attention [n, N, D] of the tokens of one row.
 
-    `seen_nL` None: token i sees the first i + 1 positions, and L is n.
+    The dimension K is torch's batch and G its heads; keys and values are expanded to G without a copy. `seen_nL`: which
+    positions each token sees; None: token i sees the first i + 1 positions, and L is n.
     """
     _, heads, size = k_LKD.shape
     q_KGnD = q_nND.reshape(len(q_nND), heads, -1, size).permute(1, 2, 0, 3)
@@ -52,7 +58,7 @@ def prefill(
 
 
 def _softcapped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scores: Scores) -> torch.Tensor:
-    """Attention with a softcap, which scaled_dot_product_attention does not have."""
+    """Computes attention with a softcap, which scaled_dot_product_attention does not support."""
     scale, softcap = scores
     assert softcap is not None
     capped = softcap * torch.tanh((q @ k.transpose(-1, -2)).float() * (scale / softcap))

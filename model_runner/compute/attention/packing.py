@@ -1,12 +1,13 @@
-"""A step's layout as one int32 buffer for the attention kernels, on the host and in numpy alone.
+"""Packs a step's layout into one int32 buffer for the attention kernels, on the host and with numpy only.
 
     header 4 | decode tiles 4 * C | slots T, padded to 4 | pages of the first chunk, of the second, ...
-    ^ the number of keys that all decode tiles see
+    ^ the number of keys that each decode tile sees, summed over the tiles
 
 Each part begins at a multiple of 16 bytes: triton compiles a kernel for the alignment of its pointers.
 
-Legend: T tokens of the step, C chunks of length 1 (decodes), L longer chunks (prefills), n tiles. A tile is (first
-token in the batch, its position in its row, how many queries, where its row's pages begin); see kernels/attention.py.
+Legend: T tokens of the step, C chunks of length 1 (decodes), L longer chunks (prefills), n tiles. A tile is (index of
+its first token in the batch, that token's position in its row, number of queries, index of its row's first page in the
+part of the pages); see kernels/triton/attention.py.
 """
 
 from __future__ import annotations
@@ -24,26 +25,26 @@ _INT32_MAX = np.iinfo(np.int32).max
 
 @dataclass(frozen=True)
 class BufferLayout:
-    """The offsets of the parts of a buffer."""
+    """The offsets of a buffer's parts, for `decodes` chunks of length 1 and `tokens` tokens in all chunks."""
 
     decodes: int
     tokens: int
 
     @property
     def slots(self) -> int:
-        """Offset of the slots; the decode tiles are before them."""
+        """The offset of the slots, which follow the decode tiles."""
         return HEADER + 4 * self.decodes
 
     @property
     def pages(self) -> int:
-        """Offset of the page numbers: the last part, of any length."""
+        """The offset of the page numbers, the last part, which may have any length."""
         return self.slots + -(-self.tokens // 4) * 4
 
 
 class PackedLayout:
-    """A step's layout in tiles: `write` fills a buffer of `size` numbers, whose parts `parts` describes.
+    """A step's layout as tiles. `write` packs it into a buffer of `size` numbers, whose parts `parts` describes.
 
-    prefills_L4   the longer chunks, each as one tile; `tiles_of` cuts them
+    prefills_L4   the longer chunks, each as one tile, to be cut into smaller ones by `tiles_of`
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -58,7 +59,7 @@ class PackedLayout:
         self.size = self.parts.pages + int(self._pages_C.sum())
 
     def write(self, into: Ints) -> None:
-        """Fills a buffer of `size` numbers."""
+        """Writes the packed layout to `into`, a buffer of `size` numbers."""
         layout, parts = self._layout, self.parts
         into[:HEADER] = keys_seen(self._decodes_C4), 0, 0, 0
         into[HEADER : parts.slots] = self._decodes_C4.ravel()
@@ -69,7 +70,10 @@ class PackedLayout:
 
 
 def tiles_of(prefills_L4: Ints, queries: int) -> Ints:
-    """[n, 4]: chunks in tiles of `queries`, those that see most keys first, as one started last would run alone."""
+    """Returns the chunks cut into tiles [n, 4] of at most `queries` queries.
+
+    Tiles that see most keys come first: a long tile that started last would run alone at the end.
+    """
     lengths_L = prefills_L4[:, 2]
     counts_L = -(-lengths_L // queries)
     tiles_n4 = np.repeat(prefills_L4, counts_L, axis=0)
@@ -83,5 +87,5 @@ def tiles_of(prefills_L4: Ints, queries: int) -> Ints:
 
 
 def keys_seen(tiles_n4: Ints) -> int:
-    """The number of keys that all these tiles see, at most the largest int32."""
+    """Returns the number of keys that each tile sees, summed over the tiles, but at most the largest int32."""
     return min(int(tiles_n4[:, 1:3].sum(dtype=np.int64)), _INT32_MAX)

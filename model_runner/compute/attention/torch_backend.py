@@ -1,7 +1,7 @@
 """Paged attention in torch, on any device: the reference, and with its C++ kernel the fast path on a CPU.
 
-The kernel computes a whole step in one call, except chunks of several tokens that exceed a sliding window. Without it,
-chunks of length 1 (decodes) are computed together, padded to a common length, and longer ones (prefills) one by one.
+The kernel computes a whole step in one call, except chunks of several tokens that exceed a sliding window. In torch,
+chunks of length 1 (decodes) are computed together, padded to a common length, and longer chunks (prefills) one by one.
 Padding repeats the row's newest token and is masked, so only a row's own pages are ever read for it.
 
     decode  row a  [k0 k1 k2 k3 k4]        with a window the gather begins at the first position that is seen
@@ -33,7 +33,7 @@ from model_runner.step.layout import Layout
 
 @dataclass(frozen=True)
 class TorchAttentionMetadata:
-    """A step's metadata; the plan of each window size is made at the first layer that has it."""
+    """A step's metadata. `plans` has a plan for each window size, made at the first layer with this window."""
 
     layout: Layout
     slots_T: torch.Tensor
@@ -58,7 +58,7 @@ class TorchAttention(AttentionBackend):
         return [KernelKey("attend", dtype_name(dtype))] if called else []
 
     def plan(self, layout: Layout, into: Any | None = None) -> TorchAttentionMetadata:
-        """The slots of the step's tokens. There is no static metadata, so `into` must be None."""
+        """Returns the step's metadata. This backend has no static metadata, so `into` must be None."""
         assert into is None, "this backend has no static metadata"
         return TorchAttentionMetadata(layout, upload(layout.slots(), self._device))
 
@@ -127,16 +127,18 @@ class TorchAttention(AttentionBackend):
         return dense.prefill(q_nND, k, v, prefill.seen_nL, scores)
 
     def _kernel(self, q_TND: torch.Tensor, k_cache_PSKD: torch.Tensor, scores: Scores) -> Kernel | None:
-        """The C++ kernel, if it is built and supports these heads and scores."""
+        """Returns the C++ kernel if it is built and supports these heads, this dtype and these scores, else None."""
         sizes = q_TND.shape[1], k_cache_PSKD.shape[2], q_TND.shape[2]
         if scores.softcap is not None or q_TND.dtype is not k_cache_PSKD.dtype or not supports(*sizes, q_TND.dtype):
             return None
         return self._kernels.get("attend", q_TND.dtype)
 
     def _gather(self, name: str, cache: torch.Tensor, slots_CL: torch.Tensor) -> torch.Tensor:
-        """[C, K, L, D] of the flat cache [P * S, K, D], in a buffer that is valid until the next gather of this name.
+        """Gathers slots of the flat cache [P * S, K, D]; the result [C, K, L, D] is valid until the next gather with
+        the same `name`.
 
-        Allocating memory for every layer would cost a CPU four times the copy itself, in page faults.
+        The buffer is reused, since allocating memory for every layer would cost a CPU four times as much time as the
+        copy itself, in page faults.
         """
         size = slots_CL.numel() * cache[0].numel()
         buffer = self._buffers.get((name, cache.dtype))

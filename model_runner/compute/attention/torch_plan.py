@@ -1,4 +1,5 @@
-"""How the torch backend computes a step in layers of one window: what it gathers, and the C++ kernel's argument.
+"""Plans how the torch backend computes a step in the layers that have one window size: what it gathers in torch, and
+what the C++ kernel computes.
 
 Legend: T tokens of the step, C chunks, L gathered positions, n tokens of a chunk.
 """
@@ -16,16 +17,16 @@ from model_runner.platform.device import upload
 from model_runner.step.layout import Layout
 
 SHORTEST_BUCKET = 64
-"""Decodes that see at most so many keys are gathered together."""
+"""Decodes that see at most this number of keys are all gathered together."""
 
 
 @dataclass(frozen=True)
 class DecodeGather:
     """Chunks of length 1 that are computed together.
 
-    tokens_C   their tokens, None if the step has no other chunks
-    slots_CL   the slots that they see, padded
-    seen_CL    which of these are not padding
+    tokens_C   the index of each chunk's token in the batch, None if the step has no other chunks
+    slots_CL   the slots that each chunk sees, padded
+    seen_CL    which of these slots are not padding
     """
 
     tokens_C: torch.Tensor | None
@@ -35,9 +36,9 @@ class DecodeGather:
 
 @dataclass(frozen=True)
 class PrefillGather:
-    """A longer chunk: tokens begin..end - 1, and the slots that it sees.
+    """A chunk of several tokens: the tokens begin..end - 1 of the batch, and the slots that they see.
 
-    seen_nL   which slots each token sees; None: the chunk sees only itself, causally
+    seen_nL   which slots each token sees; None: the tokens see only the chunk itself, causally
     """
 
     begin: int
@@ -48,7 +49,10 @@ class PrefillGather:
 
 @dataclass(frozen=True)
 class GatherPlan:
-    """How a step is computed in layers of one window. `kernel_plan`: the kernel's argument for the rows it computes."""
+    """How a step is computed in the layers that have one window size.
+
+    `kernel_plan` is the C++ kernel's argument `plan`, None if the kernel computes no chunk.
+    """
 
     decodes: list[DecodeGather]
     prefills: list[PrefillGather]
@@ -56,10 +60,10 @@ class GatherPlan:
 
 
 def make_plan(layout: Layout, window: int | None, device: torch.device, *, use_kernel: bool) -> GatherPlan:
-    """The plan of a step; with `use_kernel` the C++ kernel computes all that it can."""
+    """Returns the plan of a step. With `use_kernel` the C++ kernel computes all chunks that it supports."""
     offsets, single = layout.offsets(), layout.lengths_C == 1
     in_torch = np.full(layout.chunks, not use_kernel)
-    if use_kernel and window is not None:  # in the kernel all tokens of a chunk see from the same slot on
+    if use_kernel and window is not None:  # in the kernel all tokens of a chunk see the same first slot
         in_torch = ~single & (layout.starts_C + layout.lengths_C > window)
     in_kernel = np.flatnonzero(~in_torch)
     decodes = _buckets(layout, in_torch & single, window)
@@ -74,8 +78,8 @@ def make_plan(layout: Layout, window: int | None, device: torch.device, *, use_k
 
 
 def _plan_kernel(layout: Layout, chunks_C: Any, offsets: Any, window: int | None) -> torch.Tensor:
-    """The kernel's argument (see kernels/cpu/functions/attention.py): the number of rows, each row's first token,
-    number of tokens and end of its slots, then the slots of all rows.
+    """Returns the kernel's argument `plan` (see kernels/cpu/functions/attention.py): the number of rows; each row's
+    first token, its number of tokens and the end of its slots; the slots of all rows.
     """
     lengths_C = layout.lengths_C[chunks_C].astype(np.int64)
     stops_C = layout.starts_C[chunks_C].astype(np.int64) + lengths_C
@@ -117,7 +121,10 @@ def _plan_prefill(layout: Layout, chunk: int, offsets: Any, window: int | None, 
 
 
 def _buckets(layout: Layout, which_C: NDArray[np.bool_], window: int | None) -> list[NDArray[np.intp]]:
-    """Groups the chunks whose lengths round up to the same power of two: at most half of a gather is padding."""
+    """Groups chunks by the number of keys that they see, rounded up to a power of two of at least SHORTEST_BUCKET.
+
+    At most half of a gather of a longer bucket is padding.
+    """
     buckets: dict[int, list[int]] = {}
     for chunk in np.flatnonzero(which_C).tolist():
         seen = int(layout.starts_C[chunk]) + 1
@@ -127,7 +134,7 @@ def _buckets(layout: Layout, which_C: NDArray[np.bool_], window: int | None) -> 
 
 
 def _slots(layout: Layout, rows: Any, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The slots in the flat cache of these positions of these rows."""
+    """Returns the slots, in the flat cache, of these positions of these rows."""
     pages: NDArray[np.int64] = layout.tables[rows, positions // layout.page_size].astype(np.int64)
     slots: NDArray[np.int64] = pages * layout.page_size + positions % layout.page_size
     return slots

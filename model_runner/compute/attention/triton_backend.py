@@ -1,11 +1,11 @@
 """Paged attention by the triton kernels: the default on CUDA.
 
-`plan` packs a step into one pinned buffer and copies it once, asynchronously. Chunks of length 1 (decodes) are tiles
-at once; longer ones (prefills) are cut into tiles at the first layer that needs them, because the number of queries in
+`plan` packs a step into one pinned buffer and copies it once, asynchronously. A chunk of length 1 (a decode) is one
+tile; longer chunks (prefills) are cut into tiles at the first layer that needs them, because the number of queries in
 a tile depends on the layer's heads.
 
-Static metadata, for captured decode steps, is such a buffer at a fixed address. Steps of all sizes share it, since they
-follow one another on one stream.
+Static metadata, for captured decode steps, is a packed buffer at a fixed address. Captured steps of all sizes share
+one buffer, since they follow one another on one stream.
 
 Legend: T tokens of the step, n tiles, N query heads, K key/value heads, D head size, P pages, S page size.
 """
@@ -30,7 +30,7 @@ from model_runner.step.layout import Ints, Layout
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles [n, 4] and the number of keys that all of them see [1], on the device."""
+    """Tiles [n, 4] on the device, and `total` [1]: the number of keys that each tile sees, summed over the tiles."""
 
     tiles_n4: torch.Tensor
     total: torch.Tensor
@@ -38,7 +38,9 @@ class Tiles:
 
 @dataclass
 class TritonAttentionMetadata:
-    """A step's metadata. `prefills`: the longer chunks in tiles of so many queries, as far as layers needed them."""
+    """A step's metadata. `prefills`: the tiles of the longer chunks, by the number of queries in a tile; made at the
+    first layer that needs this number.
+    """
 
     slots_T: torch.Tensor
     pages: torch.Tensor
@@ -48,7 +50,7 @@ class TritonAttentionMetadata:
 
 
 class StaticTritonMetadata:
-    """The metadata of a captured step of `tokens` chunks of length 1; each plan overwrites the buffer."""
+    """The metadata of a captured step of `tokens` chunks of length 1. Each call of `plan` overwrites the buffer."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
@@ -57,7 +59,7 @@ class StaticTritonMetadata:
 
 
 class TritonAttention(AttentionBackend):
-    """Stores K and V, then launches attention for the decodes and for the prefills, each followed by its merge."""
+    """Stores K and V, then launches the attention and the merge kernel: once for decodes and once for prefills."""
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda" and not interpreting():
@@ -66,7 +68,7 @@ class TritonAttention(AttentionBackend):
         self._shared: torch.Tensor | None = None
 
     def plan(self, layout: Layout, into: Any | None = None) -> TritonAttentionMetadata | StaticTritonMetadata:
-        """One copy to the device, without waiting."""
+        """Packs the layout and copies it to the device once, without waiting for the copy."""
         packing = PackedLayout(layout)
         host = self._staging(packing.size)
         packing.write(host.numpy())
@@ -83,7 +85,10 @@ class TritonAttention(AttentionBackend):
         return into
 
     def static(self, tokens: int) -> StaticTritonMetadata:
-        """The buffer is allocated at the first plan. Plan the largest first, so that the others share its memory."""
+        """Returns metadata without a buffer, which the first `plan` into it allocates.
+
+        Plan the largest size first, so that the smaller ones share its buffer.
+        """
         return StaticTritonMetadata(tokens)
 
     def attend(
@@ -156,7 +161,7 @@ class TritonAttention(AttentionBackend):
         return Tiles(device[HEADER:].view(-1, 4), device[:1])
 
     def _staging(self, size: int) -> torch.Tensor:
-        """New pinned memory each time: torch's pool reuses it once its copy is done."""
+        """Returns new host memory, pinned for CUDA; torch's host allocator reuses it once the copy from it is done."""
         return torch.empty(size, dtype=torch.int32, pin_memory=self._device.type == "cuda")
 
     def _shared_buffer(self, size: int) -> torch.Tensor:

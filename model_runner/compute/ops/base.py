@@ -1,7 +1,7 @@
 """The interface of the operations between matmuls (norm, gate, rotary embedding, KV store), and a table of backends.
 
 `kind` of a norm: plain = weight * cast(x / rms), wide = cast(weight * x / rms), gemma = cast((1 + weight) * x / rms).
-Its weight may be a table with a row for each lane; `lanes_T` then has the row of each token.
+The weight may be a table with a row for each lane; `lanes_T` then has each token's lane, else it is None.
 
 Legend: T tokens, L lanes, H hidden size, I inner size, N query heads, K key/value heads, J = N + 2 K, D head size,
 E rotated elements of a head, P pages, S page size.
@@ -26,7 +26,7 @@ NormKind = Literal["plain", "wide", "gemma"]
 
 
 class HeadNorms(NamedTuple):
-    """The norms of q and k over each head: weights [D], or tables [L, D] with the tokens' lanes."""
+    """The norms of q and k over each head. The weights are [D], or tables [L, D] if `lanes_T` is given."""
 
     q_weight_D: torch.Tensor
     k_weight_D: torch.Tensor
@@ -36,7 +36,7 @@ class HeadNorms(NamedTuple):
 
 
 class Ops(KernelUser, ABC):
-    """Results are new tensors; only `rope_and_store` also writes to the caches."""
+    """A backend of these operations. Results are new tensors; only `rope_and_store` also writes to the caches."""
 
     @abstractmethod
     def norm(
@@ -47,7 +47,10 @@ class Ops(KernelUser, ABC):
         kind: NormKind = "plain",
         lanes_T: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """RMSNorm over the last dimension of [T, H] or [T, N, H]. The weight is [H], or [L, H] with lanes."""
+        """Returns the RMSNorm of x, [T, H] or [T, N, H], over the last dimension.
+
+        The weight is [H], or [L, H] if `lanes_T` is given.
+        """
 
     @abstractmethod
     def add_norm(
@@ -59,19 +62,22 @@ class Ops(KernelUser, ABC):
         kind: NormKind = "plain",
         lanes_T: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the norm of residual + x, residual + x)."""
+        """Returns (the norm of residual + x, residual + x)."""
 
     @abstractmethod
     def silu_mul(self, gate_up_TJ: torch.Tensor) -> torch.Tensor:
-        """[T, I] from [T, 2 I]: silu(gate) * up."""
+        """Returns silu(gate) * up, [T, I]; the input [T, 2 I] is gate and up side by side."""
 
     @abstractmethod
     def gelu_tanh_mul(self, gate_up_TJ: torch.Tensor) -> torch.Tensor:
-        """[T, I] from [T, 2 I]: gelu(gate) * up, gelu in its tanh form."""
+        """Returns gelu(gate) * up, [T, I], in gelu's tanh form; the input [T, 2 I] is gate and up side by side."""
 
     @abstractmethod
     def rope(self, x_TND: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor) -> torch.Tensor:
-        """[T, N, D]: element i < E/2 of each head rotated with i + E/2; cos and sin are [T, 1, E/2]."""
+        """Returns x [T, N, D] with element i < E/2 of each head rotated with element i + E/2.
+
+        cos and sin are [T, 1, E/2].
+        """
 
     @abstractmethod
     def rope_and_store(
@@ -88,7 +94,7 @@ class Ops(KernelUser, ABC):
 
 
 def create(device: torch.device) -> Ops:
-    """The Triton kernels on CUDA, the CPU backend elsewhere."""
+    """Returns the Triton backend on CUDA, the CPU backend elsewhere."""
     module, _, attribute = BACKENDS["triton" if device.type == "cuda" else "cpu"].partition(":")
     ops: Ops = getattr(importlib.import_module(module), attribute)()
     return ops

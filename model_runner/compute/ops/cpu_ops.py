@@ -14,7 +14,7 @@ from model_runner.platform.device import dtype_name
 
 
 class CpuOps(TorchOps):
-    """Has C++ kernels for add_norm with a plain norm, for silu_mul, and for rope_and_store without head norms."""
+    """Uses C++ kernels for add_norm with a plain norm, for silu_mul, and for rope_and_store without head norms."""
 
     def __init__(self) -> None:
         self._kernels = KernelLookup()

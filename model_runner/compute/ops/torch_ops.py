@@ -9,7 +9,7 @@ from model_runner.compute.ops.base import HeadNorms, NormKind, Ops
 
 
 class TorchOps(Ops):
-    """The operations as torch calls."""
+    """The operations as calls of torch functions."""
 
     def norm(
         self,

@@ -9,7 +9,10 @@ from model_runner.compute.ops.base import HeadNorms, NormKind, Ops
 
 
 class TritonOps(Ops):
-    """Inputs may be slices of a wider tensor: rows at any stride, the elements of a row contiguous."""
+    """The operations as triton kernels.
+
+    Inputs may be slices of a wider tensor: rows at any stride, the elements of a row contiguous.
+    """
 
     def norm(
         self,

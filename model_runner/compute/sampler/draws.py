@@ -1,7 +1,7 @@
-"""Random draws that depend on (seed, position) alone: a counter-based hash, then an inverse CDF in token-id order.
+"""Random draws that depend only on (seed, position): a counter-based hash, then an inverse CDF in token-id order.
 
-No state is kept between draws, so a request's tokens depend neither on its batch nor on earlier steps, and a replay
-repeats them. Legend: S rows that sample, V vocabulary, B blocks of a row, b tokens of a block.
+No state is kept between draws, so a request's tokens depend neither on its batch nor on earlier steps, and a repeated
+request draws the same tokens. Legend: S rows that sample, V vocabulary, B blocks of a row, b tokens of a block.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ BLOCK = 64
 
 
 def as_int64(value: int) -> int:
-    """The 64 low bits of `value` in two's complement, as an int64 tensor holds them."""
+    """Returns the 64 low bits of `value` in two's complement, as an int64 tensor stores them."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value
 
@@ -31,24 +31,26 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def uniforms(seeds_S: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
-    """[S] float64 in [0, 1): splitmix64 of (seed, position), from int64 tensors.
+    """Returns [S] float64 in [0, 1): splitmix64 of (seed, position), from int64 tensors.
 
         u = (mix(mix(seed + G) + (position + 1) * G) >> 11) / 2**53        all modulo 2**64, G the golden gamma
 
-    `mix` is the finaliser of splitmix64 (Steele, Lea and Flood 2014). Only integers, so all devices agree.
+    `mix` is the finaliser of splitmix64 (Steele, Lea and Flood 2014). The hash uses only integers, so results are equal
+    on all devices.
     """
     state_S = _mix(_mix(seeds_S + as_int64(GOLDEN)) + (positions_S + 1) * as_int64(GOLDEN))
     return _shift_right(state_S, 11).to(torch.float64) * 2.0**-53
 
 
 def inverse_cdf(logits_SV: torch.Tensor, u_S: torch.Tensor) -> torch.Tensor:
-    """[S] int64: the first token, in id order, at which the cumulated probability exceeds u. -inf is never drawn.
+    """Returns [S] int64: the first token, in id order, at which the cumulated probability exceeds u. A token whose
+    logit is -inf is never drawn.
 
     Sums are float64: over a large vocabulary the rounding of float32 sums would change draws. There are two levels, so
     that only one block of a row is cumulated token by token:
 
         block sums   | b0 | b1 | b2 | b3 |      the first block whose cumulated sum exceeds u * total
-                               t0 t1 .. t63     the first token in it whose cumulated sum exceeds the remainder
+                               t0 t1 .. t63     the first token of this block whose cumulated sum exceeds the remainder
     """
     S, V = logits_SV.shape
     weights_SV = torch.exp(logits_SV - logits_SV.amax(-1, keepdim=True))
@@ -63,7 +65,9 @@ def inverse_cdf(logits_SV: torch.Tensor, u_S: torch.Tensor) -> torch.Tensor:
 
 
 def _first_above(weights_Sn: torch.Tensor, target_S1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[S, 1]: the first index whose cumulated weight exceeds the target; and the target less the weights before it."""
+    """Returns two [S, 1]: the first index whose cumulated weight exceeds the target, and the target less the weights
+    before this index.
+    """
     edges_Sn = weights_Sn.cumsum(-1)
     total_S1 = edges_Sn[:, -1:]
     target_S1 = torch.minimum(target_S1, torch.nextafter(total_S1, torch.zeros_like(total_S1)))

@@ -1,8 +1,8 @@
 """top_k, top_p and min_p: the set of tokens that a row may draw from.
 
-top_k and top_p each keep some number of a row's best tokens, so both together are one count a row, found from sorted
-values. Equal logits are ranked by token id, so the set does not depend on how a device sorts. A row without filters
-keeps all tokens. Legend: S rows that are filtered, V vocabulary, C best candidates, sorted.
+top_k and top_p each keep some number of a row's best tokens, so both together amount to one count per row, found from
+sorted values. Equal logits are ranked by token id, so the set does not depend on how a device sorts. A row without
+filters keeps all tokens. Legend: S rows that are filtered, V vocabulary, C best candidates, sorted.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ CANDIDATES = (256, 4096)
 def keep(
     logits_SV: torch.Tensor, top_k: NDArray[np.int64], top_p: NDArray[np.float64], min_p: NDArray[np.float64]
 ) -> torch.Tensor:
-    """[S, V] bool: the tokens that are kept. top_k 0, top_p 1 and min_p 0 are off; the best token is always kept.
+    """Returns [S, V] bool: the tokens that are kept. top_k 0, top_p 1 and min_p 0 switch the filter off.
 
-    top_p uses the probabilities after top_k, and keeps the fewest best tokens whose sum reaches it; min_p removes the
-    tokens less probable than min_p times the best.
+    top_p uses the probabilities after top_k, and keeps the fewest best tokens whose sum is at least top_p. min_p
+    removes the tokens whose probability is less than min_p times that of the best token, which is always kept.
     """
     vocab = logits_SV.shape[1]
     limits = np.where(top_k > 0, np.minimum(top_k, vocab), vocab)
@@ -52,7 +52,7 @@ def _keep_best(logits_SV: torch.Tensor, limits: NDArray[np.int64], top_p: NDArra
 def _keep_from_candidates(
     logits_SV: torch.Tensor, limits_S1: torch.Tensor, top_p_S1: torch.Tensor, widths: Sequence[int]
 ) -> torch.Tensor:
-    """Tries the first number of candidates, then the next ones for the rows that need more to find their count."""
+    """Tries the first of `widths` as the number of candidates, then the next ones for the rows that need more."""
     best_SC = _sorted_best(logits_SV, widths[0])
     counts_S1, enough_S1 = _counts(logits_SV, best_SC, limits_S1, top_p_S1)
     kept_SV = _keep_counts(logits_SV, best_SC, counts_S1)
@@ -71,7 +71,9 @@ def _sorted_best(logits_SV: torch.Tensor, width: int) -> torch.Tensor:
 def _counts(
     logits_SV: torch.Tensor, best_SC: torch.Tensor, limits_S1: torch.Tensor, top_p_S1: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[S, 1] how many best tokens are kept (V: all), and [S, 1] whether there were enough candidates to find that."""
+    """Returns [S, 1], how many best tokens are kept (V: all), and [S, 1], whether the candidates sufficed to find this
+    number.
+    """
     vocab, width = logits_SV.shape[1], best_SC.shape[1]
     weights_SC = torch.exp(best_SC - best_SC[:, :1])
     edges_SC = weights_SC.cumsum(-1, dtype=torch.float64)
@@ -87,7 +89,7 @@ def _counts(
 
 
 def _keep_counts(logits_SV: torch.Tensor, best_SC: torch.Tensor, counts_S1: torch.Tensor) -> torch.Tensor:
-    """[S, V] bool: each row's `counts` best tokens; of tokens equal to the last one kept, the lowest ids."""
+    """Returns [S, V] bool: each row's `counts` best tokens; of tokens equal to the last one kept, the lowest ids."""
     width = best_SC.shape[1]
     last_S1 = best_SC.gather(1, (counts_S1 - 1).clamp(max=width - 1))
     above_SV, equal_SV = logits_SV > last_S1, logits_SV == last_S1

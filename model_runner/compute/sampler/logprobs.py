@@ -1,6 +1,7 @@
 """Log-probabilities of tokens and of the best alternatives: log-softmax of the model's own logits, natural logarithm.
 
-Computed on the device, turned into messages on the host later. Legend: S positions, V vocabulary, K alternatives.
+They are computed on the device, and later turned into messages on the host. Legend: S positions, V vocabulary,
+K alternatives.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ class Logprobs:
     top_SK: torch.Tensor
 
     def on_host(self) -> Logprobs:
-        """Starts the copy to the host."""
+        """Starts a copy to the host and returns it."""
         parts = (self.tokens_S, self.chosen_S, self.top_ids_SK, self.top_SK)
         return Logprobs(*(download(part) for part in parts))
 
     def messages(self, widths: list[int]) -> list[LogprobIds]:
-        """One message a position, with the first `widths[i]` alternatives; waits for the copy to the host."""
+        """Returns one message per position, with `widths[i]` alternatives at position i.
+
+        Call it on the copy from `on_host`, when that copy is done.
+        """
         tokens, chosen = self.tokens_S.tolist(), self.chosen_S.tolist()
         ids, values = self.top_ids_SK.tolist(), self.top_SK.tolist()
         return [
@@ -42,7 +46,7 @@ def _ordered(ids: list[int], values: list[float]) -> list[tuple[int, float]]:
 
 
 def gather(logits_SV: torch.Tensor, tokens_S: torch.Tensor, top: int) -> Logprobs:
-    """The log-probabilities of `tokens_S` and of the `top` best (at most V) under `logits_SV`."""
+    """Returns the log-probabilities of `tokens_S` and of the `top` best tokens (at most V) under `logits_SV`."""
     logprobs_SV = torch.log_softmax(logits_SV.float(), dim=-1)
     best = logprobs_SV.topk(min(top, logits_SV.shape[1]), dim=-1)
     chosen_S = logprobs_SV.gather(1, tokens_S[:, None])[:, 0]

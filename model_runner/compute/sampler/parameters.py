@@ -1,4 +1,4 @@
-"""The sampling parameters of every row, in host arrays that a step indexes by its rows. No tensors here."""
+"""The sampling parameters of every row, in host arrays that a step indexes by its rows. Uses no tensors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Ints = NDArray[np.int64]
 
 
 class ParameterTable:
-    """The parameters of temperature, filters, seed and log-probabilities; `begin` writes a row's entries.
+    """Each row's temperature, filters, seed, and the log-probabilities to report; `begin` writes a row's entries.
 
-    top_k 0, top_p 1 and min_p 0 are off. logprobs and prompt_logprobs are the number of alternatives to report, or -1
-    for no report.
+    top_k 0, top_p 1 and min_p 0 switch the filter off. logprobs and prompt_logprobs are the number of alternatives to
+    report, or -1 for no report.
     """
 
     def __init__(self, rows: int) -> None:
@@ -41,6 +41,6 @@ class ParameterTable:
         self.prompt_logprobs[row] = sampling.prompt_logprobs
 
     def uses_filters(self, rows: Ints) -> NDArray[np.bool_]:
-        """Which of these rows use top_k, top_p or min_p."""
+        """Returns which of these rows use top_k, top_p or min_p, as a boolean array."""
         unfiltered = (self.top_k[rows] == 0) & (self.top_p[rows] >= 1.0) & (self.min_p[rows] <= 0.0)
         return np.asarray(~unfiltered)

@@ -1,7 +1,7 @@
-"""The sampler: one step's logits to one token a row, by the order of operations in the package's docstring.
+"""The sampler: draws one token per row from a step's logits, in the order of operations of the package's docstring.
 
-Work is done only for the rows that need it: a greedy batch without logits processors is one argmax. Does not know any
-logits processor by name. Legend: S rows that sample, V vocabulary.
+Work is done only for the rows that need it: a greedy batch without logits processors is one argmax. Does not name any
+logits processor. Legend: S rows that sample, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from model_runner.compute.sampler.logits_processors.registry import create_all
 from model_runner.compute.sampler.parameters import Ints, ParameterTable
 from model_runner.platform.device import download, upload
 
-SLICE_ELEMENTS = 1 << 24  # logits that are drawn from at once; their float64 cumulated sums are 128 MiB
+SLICE_ELEMENTS = 1 << 24  # the most logits drawn from at once; their float64 cumulated sums are 128 MiB
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a step sampled, on the device: tokens [S], and log-probabilities of the rows that asked for them.
+    """The result of sampling a step, on the device: tokens [S], and log-probabilities of the rows that report them.
 
     `reported` are the indices of these rows among the step's sampling rows, `widths` their numbers of alternatives.
     """
@@ -36,21 +36,24 @@ class Sampled:
     widths: list[int]
 
     def on_host(self) -> Sampled:
-        """Starts the copy to the host."""
+        """Starts a copy to the host and returns it."""
         copied = None if self.logprobs is None else self.logprobs.on_host()
         return Sampled(download(self.tokens_S), copied, self.reported, self.widths)
 
     def messages(self) -> dict[int, LogprobIds]:
-        """Log-probabilities by index among the step's sampling rows; waits for the copy to the host."""
+        """Returns the reported log-probabilities by index among the step's sampling rows.
+
+        Call it on the copy from `on_host`, when that copy is done.
+        """
         if self.logprobs is None:
             return {}
         return dict(zip(self.reported, self.logprobs.messages(self.widths), strict=True))
 
 
 class Sampler:
-    """Draws tokens for the rows of one runner. `vocab_size` is the largest; a step's logits may be narrower.
+    """Draws tokens for the rows of one runner. A step has at most `vocab_size` logits per row.
 
-    `processors` are applied in their order; None: all of the registry.
+    `processors` are applied in their order; None: all processors of the registry.
     """
 
     def __init__(
@@ -62,14 +65,14 @@ class Sampler:
         self.table = ParameterTable(rows)
 
     def begin(self, new: NewRow) -> None:
-        """A new request holds the row `new.row`: takes over its parameters, forgets those of the one before."""
+        """Replaces the parameters of row `new.row` by those of the request that holds the row from now on."""
         self.table.begin(new)
         for processor in self._processors:
             processor.end(new.row)
             processor.begin(new)
 
     def reset(self) -> None:
-        """Forgets all rows."""
+        """Clears the parameters of all rows."""
         self.table = ParameterTable(self._rows)
         for processor in self._processors:
             processor.reset()
@@ -77,7 +80,7 @@ class Sampler:
     def sample(self, logits_SV: torch.Tensor, rows: Ints, positions: Ints) -> Sampled:
         """Draws one token for each of `rows`; `positions` are the positions of the tokens that are drawn.
 
-        `logits_SV` is float32 and not changed. Never waits for the device.
+        `logits_SV` is float32 and is not changed. Does not wait for the device.
         """
         active = [processor for processor in self._processors if processor.is_active(rows, positions)]
         processed_SV = logits_SV.clone() if active else logits_SV
@@ -92,7 +95,10 @@ class Sampler:
         return upload(values, self._device)
 
     def _choose(self, logits_SV: torch.Tensor, rows: Ints, positions: Ints) -> torch.Tensor:
-        """[S]: the best token of greedy rows, a draw for the others; filtered rows separately, in bounded slices."""
+        """Returns [S]: the best token of each greedy row, and a draw for each other row.
+
+        Rows with filters are drawn apart from those without, and both in slices of about SLICE_ELEMENTS logits.
+        """
         tokens_S = logits_SV.argmax(-1)
         filtered = self.table.uses_filters(rows)
         random = self.table.temperature[rows] > 0.0
@@ -115,7 +121,7 @@ class Sampler:
         return inverse_cdf(logits_SV, u_S)
 
     def _report(self, logits_SV: torch.Tensor, tokens_S: torch.Tensor, rows: Ints) -> Sampled:
-        """Adds the log-probabilities that rows asked for."""
+        """Returns the tokens, with the log-probabilities of the rows that report them."""
         reported = np.nonzero(self.table.logprobs[rows] >= 0)[0]
         if not len(reported):
             return Sampled(tokens_S, None, [], [])

@@ -1,1 +1,1 @@
-"""C++ kernels for this CPU: functions/ holds the sources, compilation/ builds them, kernels.py hands them out."""
+"""C++ kernels for this CPU: functions/ holds the sources, compilation/ builds them, kernels.py loads them."""

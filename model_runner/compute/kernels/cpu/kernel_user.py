@@ -1,4 +1,7 @@
-"""The base class of what calls CPU kernels: attention, small operations and LoRA backends. Knows no kernel by name."""
+"""The base class of objects that call CPU kernels: attention, small operations and LoRA backends.
+
+Does not name any kernel.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from model_runner.config import ModelConfig
 
 
 class KernelUser:
-    """Uses no CPU kernel unless a subclass says otherwise."""
+    """An object that may call CPU kernels. Calls none unless a subclass overrides both methods."""
 
     def wanted_kernels(self, config: ModelConfig, dtype: torch.dtype) -> list[KernelKey]:
-        """The kernels that this object would call for this model."""
+        """Returns the keys of the kernels that this object would call for a model of `config` and `dtype`."""
         return []
 
     def use_kernels(self, kernels: KernelSet) -> None:
-        """Looks kernels up in `kernels` from now on; it may still be building them."""
+        """Makes the object look kernels up in `kernels` from now on. They need not be built yet."""

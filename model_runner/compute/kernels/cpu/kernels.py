@@ -4,8 +4,8 @@
                    |                          ^
                    no --> the child builds ---+  poll, between steps
 
-`get` returns None until a kernel is in use, and always where building or checking it failed; the caller then computes
-in torch. Does not know what the kernels compute.
+`get` returns None until a kernel is loaded and checked, and always if building or checking it failed; the caller then
+computes in torch. Does not depend on what the kernels compute.
 """
 
 from __future__ import annotations
@@ -37,17 +37,23 @@ BuildMode = Literal["never", "background", "before_serving"]
 """When missing kernels are built."""
 
 SECONDS_PER_KERNEL = 1
-"""About how long a compiler takes for one kernel."""
+"""The approximate time that a compiler takes for one kernel."""
 
 SIZES_CHECKED = 2
-"""How many sizes a kernel is checked at when it is loaded; the builder checks all of them, but here requests wait."""
+"""The number of sizes at which a kernel is checked when it is loaded.
+
+The builder checks a kernel at all sizes, but while the runner checks one, requests wait.
+"""
 
 POLL_SECONDS = 1.0
-"""How often an idle runner asks whether a kernel has been built."""
+"""The interval at which an idle runner polls whether a kernel has been built."""
 
 
 def resolve(mode: CpuKernels, device: torch.device, dtype: torch.dtype) -> BuildMode:
-    """The build mode that `--cpu-kernels` means here. Raises ConfigError where it is on and there are no kernels."""
+    """Returns the build mode that `--cpu-kernels` selects on this device.
+
+    Raises ConfigError if the flag is on and there are no kernels for this device or dtype.
+    """
     if device.type != "cpu":
         if mode == "on":
             raise ConfigError("--cpu-kernels on: they are for a CPU, CUDA has kernels of its own; leave it out")
@@ -71,7 +77,9 @@ def _why_never(mode: CpuKernels, dtype: torch.dtype) -> str:
 
 
 class KernelSet:
-    """The requested kernels, as far as they are built. `root`: the cache directory, None for the user's own."""
+    """The requested kernels, of which those that are built can be called. `root`: the cache directory, None for the
+    user's default one.
+    """
 
     def __init__(self, build_mode: BuildMode, root: Path | None = None, *, log_level: LogLevel = "info") -> None:
         self.build_mode = build_mode
@@ -86,12 +94,12 @@ class KernelSet:
         self._started = 0.0
 
     def get(self, key: KernelKey) -> Kernel | None:
-        """The kernel, once it is built and checked."""
+        """Returns the kernel, or None until it is built and checked."""
         return self._kernels.get(key)
 
     @property
     def poll_seconds(self) -> float | None:
-        """How long the runner may wait before it calls `poll` again; None: for ever."""
+        """How long the runner may wait before it calls `poll` again; None: without limit."""
         return POLL_SECONDS if self.building else None
 
     @property
@@ -101,14 +109,14 @@ class KernelSet:
 
     @property
     def builder_pid(self) -> int | None:
-        """The process id of the builder, while it runs."""
+        """The process id of the builder, None if none is running."""
         return None if self._builder is None else self._builder.pid
 
     def request(self, keys: Iterable[KernelKey], *, progress: BusyTimer | None = None) -> None:
-        """Loads the kernels that the cache has and starts building the others; called once.
+        """Loads the kernels that are in the cache and starts building the others. Called once.
 
-        Returns at once, except in the mode before_serving: then it returns when all are built, shows a bar if
-        `progress`, and raises ConfigError where nothing can be compiled.
+        In the mode before_serving it returns only when all kernels are built, shows a progress bar if `progress` is
+        given, and raises ConfigError if nothing can be compiled. In the other modes it returns at once.
         """
         wanted = list(dict.fromkeys(keys))
         if self.build_mode == "never" or not wanted:
@@ -142,7 +150,7 @@ class KernelSet:
             self._handle(result)
 
     def close(self) -> None:
-        """Stops the builder; kernels in use stay."""
+        """Stops the builder. Kernels that are loaded stay usable."""
         builder, self._builder = self._builder, None
         if builder is not None:
             builder.stop()
@@ -160,7 +168,7 @@ class KernelSet:
             log.info("compiled: %d of %d kernels in use, %.0f s", len(self._kernels), self._requested, seconds)
 
     def _load(self, job: BuildJob) -> bool:
-        """Loads a cached kernel and puts it to use if its results are right. False: the cache does not have it."""
+        """Loads a cached kernel, and uses it from now on if its results are right. Returns whether the cache has it."""
         path = Path(job.path)
         if self._cache is None or not self._cache.is_intact(path):
             return False

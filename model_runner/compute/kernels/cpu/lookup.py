@@ -1,4 +1,4 @@
-"""A cached look-up of CPU kernels for hot paths, well under a microsecond a call. Does not know how they are built."""
+"""A cached look-up of CPU kernels for hot paths, which takes well under a microsecond."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from model_runner.platform.device import dtype_name
 
 
 class KernelLookup:
-    """Finds no kernel until `use` names a kernel set."""
+    """Looks up kernels of a kernel set by name and dtype. Finds none before `use` has set the kernel set."""
 
     def __init__(self) -> None:
         self._kernels: KernelSet | None = None
         self._cached: dict[tuple[str, torch.dtype], Kernel] = {}
 
     def use(self, kernels: KernelSet) -> None:
-        """Looks kernels up in `kernels` from now on."""
+        """Sets the kernel set in which kernels are looked up."""
         self._kernels = kernels if kernels.build_mode != "never" else None
         self._cached.clear()
 
     def get(self, name: str, dtype: torch.dtype) -> Kernel | None:
-        """The kernel, or None where it is not built (yet)."""
+        """Returns the kernel, or None if it is not built (yet)."""
         if self._kernels is None:
             return None
         kernel = self._cached.get((name, dtype))

@@ -1,24 +1,24 @@
 """Paged causal attention: one kernel for decodes and prefills, and one that merges the results of spans.
 
-A tile is some consecutive queries of one row, with all the query heads of one key/value head: its rows
-are (query, head) pairs, so K and V are read once for all of them. A decode is a tile of one query. The keys that a
-tile sees are cut into at most `splits` spans, one program each (flash-decoding, 2311.01282); within a span the
-softmax is computed online (2205.14135).
+A tile is some consecutive queries of one row, with all the query heads of one key/value head: the rows of a tile are
+(query, head) pairs, so K and V are read once for all of them. A decode is a tile of one query. The keys that a tile
+sees are cut into at most `splits` spans, one program each (flash-decoding, 2311.01282); within a span the softmax is
+computed online (2205.14135).
 
     keys of a row  0 ........ first ........................ stop        first: where the window begins, else 0
                                 |  span  |  span  |  span  |             stop:  the tile's last query + 1
     tile                            each (m, l, acc) -> partial result, log-sum-exp -> merge
 
 The length of a span is computed on the device from the keys of all tiles, so that captured launches stay balanced for
-rows of any length: long rows are cut evenly, short ones are not, and programs beyond a row's spans return at once.
+rows of any length: long rows are cut evenly, short rows are not cut, and programs beyond a row's spans return at once.
 
 Only a row's own pages are read for it, up to its own last position, so rows cannot affect each other.
 
     tiles     [n, 4] int32: the first query's token in the batch, its position in its row, the number of queries, and
               where the row's pages begin in `pages`; 16 byte aligned
     pages     [...] int32: page numbers, those of a row consecutive
-    total     [1] int32: the number of keys that all tiles see
-    window    keys that a query sees, itself included; without WINDOWED, a number larger than any row
+    total     [1] int32: the number of keys that each tile sees, summed over the tiles
+    window    the number of keys that a query sees, its own included; without WINDOWED, a number larger than any row
     partial   [n * QUERIES, heads, splits, D] float32 and lse [n * QUERIES, heads, splits]: log-sum-exp, base 2
 
 Legend: G query heads to a key/value head, HEADS of them in a tile (all, unless G is huge), D head size.
@@ -37,7 +37,7 @@ MERGE_BLOCK = 16  # spans that the merge reads at once
 
 @triton.jit
 def span_of(position, count, total_ptr, tiles, splits, share, window, QUERIES: tl.constexpr, BLOCK_N: tl.constexpr):
-    """first and stop of the keys that a tile sees, and the number of keys in a span."""
+    """Returns first and stop of the keys that a tile sees, and the number of keys in one of its spans."""
     first, stop = tl.maximum(position - window + 1, 0), position + count
     total = tl.minimum(tl.load(total_ptr).to(tl.int64), tl.cast(tiles, tl.int64) * (window + QUERIES))
     even_share = tl.cdiv(total, share).to(tl.int32)  # keys for each program if the device were evenly full
@@ -81,7 +81,7 @@ def attend_keys(
         new_max = tl.maximum(running_max, tl.max(scores, 1))
         safe_max = new_max
         if MASKED:
-            safe_max = tl.where(new_max == -float("inf"), 0.0, new_max)  # a query that has seen nothing yet
+            safe_max = tl.where(new_max == -float("inf"), 0.0, new_max)  # -inf: the query has seen no key yet
         weights = tl.exp2(scores - safe_max[:, None])
         rescale = tl.exp2(running_max - safe_max)
         running_max = new_max
@@ -104,7 +104,10 @@ def attend_kernel(
     QUERIES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """One tile, one key/value head (or HEADS of its query heads), one span of keys. Heads of q are D apart."""
+    """A program computes one tile, one key/value head (or HEADS of its query heads) and one span of keys.
+
+    Heads of q are D apart.
+    """
     tile, part, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token, position = tl.load(tiles_ptr + tile * 4), tl.load(tiles_ptr + tile * 4 + 1)
     count, first_page = tl.load(tiles_ptr + tile * 4 + 2), tl.load(tiles_ptr + tile * 4 + 3)
@@ -157,7 +160,7 @@ def merge_kernel(
     out_ptr, partial_ptr, lse_ptr, tiles_ptr, total_ptr, window, splits, share, tiles,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One query and head: the mean of its spans' results, weighted by the sums of their exponentials."""
+    """A program merges the spans of one query and head: their mean, weighted by the sums of their exponentials."""
     row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     tile = row // QUERIES
     query = row % QUERIES

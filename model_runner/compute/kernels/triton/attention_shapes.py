@@ -1,4 +1,4 @@
-"""Tile sizes of the attention kernel, from a model's sizes alone, for a GPU or for triton's interpreter.
+"""Tile sizes of the attention kernel, chosen from a model's sizes for a GPU or for triton's interpreter.
 
 They do not depend on a step's lengths, so a new step never compiles a kernel, and launches can be captured.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from model_runner.compute.kernels.triton.target import INTERPRETER
 
 MAX_SPLITS = 64
-WAVES = 2  # rows are cut until each multiprocessor has this many programs
+WAVES = 2  # the number of programs per multiprocessor that keys are cut into spans for
 MIN_DECODE_SPLITS = 4  # so that one long decode among many does not run alone at the end
 
 
@@ -27,17 +27,20 @@ class Shape:
 
 
 def power_of_2(value: int) -> int:
-    """The smallest power of two that is at least `value`."""
+    """Returns the smallest power of two that is at least `value`."""
     return 1 << (value - 1).bit_length()
 
 
 def padded_head(head_dim: int) -> int:
-    """The head size that kernels compute with: a power of two, at least 16 for tensor cores."""
+    """Returns the head size that kernels compute with: a power of two, at least 16 for tensor cores."""
     return max(16, power_of_2(head_dim))
 
 
 def decode_shape(group: int, head_dim: int, itemsize: int, capability: int) -> Shape:
-    """Tiles of one query. Decodes are bound by reading K and V, so tiles are small and many run at once."""
+    """Returns the shape for decodes, with one query in a tile.
+
+    Decodes are bound by reading K and V, so tiles are small and many run at once.
+    """
     heads = min(group, 64)
     rows = max(16, power_of_2(heads))
     if capability == INTERPRETER:
@@ -48,9 +51,10 @@ def decode_shape(group: int, head_dim: int, itemsize: int, capability: int) -> S
 
 
 def prefill_shape(group: int, head_dim: int, itemsize: int, capability: int) -> Shape:
-    """Tiles of many queries. Prefills are bound by tensor cores, so tiles have as many rows as registers hold.
+    """Returns the shape for prefills, with many queries in a tile.
 
-    Tensor cores of Hopper and datacenter Blackwell read from shared memory (and tensor memory), others from registers.
+    Prefills are bound by tensor cores, so tiles have as many rows as registers hold. Tensor cores of Hopper and
+    datacenter Blackwell read from shared memory (and tensor memory), those of other GPUs from registers.
     """
     key_bytes = padded_head(head_dim) * itemsize
     if capability == INTERPRETER:
@@ -66,15 +70,15 @@ def prefill_shape(group: int, head_dim: int, itemsize: int, capability: int) -> 
 
 
 def parts(group: int, shape: Shape) -> int:
-    """The number of programs that share the query heads of one key/value head."""
+    """Returns the number of programs that share the query heads of one key/value head."""
     return -(-group // shape.heads)
 
 
 def splits(tiles: int, programs: int, shape: Shape, processors: int) -> int:
-    """The most spans that a tile's keys are cut into: enough to fill the device and to balance long rows.
+    """Returns the most spans that a tile's keys are cut into: enough to fill the device and to balance long rows.
 
-    `programs` is the number of programs of a tile: one for each key/value head, or part of one. Prefills that fill the
-    device without cutting are not cut.
+    `programs` is the number of programs for a span of a tile: one for each key/value head, or several if `parts` is
+    more than 1. Prefills that fill the device without cutting are not cut.
     """
     to_fill = WAVES * processors // (tiles * programs)
     floor = MIN_DECODE_SPLITS if shape.queries == 1 and processors > 1 else 1

@@ -18,7 +18,7 @@ def gated_kernel(
     gate_up_ptr, out_ptr, tokens, token_stride,
     I: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, GELU: tl.constexpr,  # noqa: E741
 ):  # fmt: skip
-    """BLOCK_T tokens, BLOCK_I of their elements; the activation is rounded before it is multiplied by up."""
+    """A program computes BLOCK_I elements of BLOCK_T tokens. The activation is rounded before the product with up."""
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     mask = (offs_t < tokens)[:, None] & (offs_i < I)[None, :]
@@ -27,7 +27,7 @@ def gated_kernel(
     gate = tl.load(gate_up_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + offsets + I, mask=mask, other=0.0).to(tl.float32)
     sigmoid_of = gate
-    if GELU:  # in its tanh form: (1 + tanh(x)) / 2 is the sigmoid of 2 x
+    if GELU:  # the tanh form of gelu, since (1 + tanh(x)) / 2 is the sigmoid of 2 x
         sigmoid_of = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
     active = gate * sigmoid(sigmoid_of)
     out = active.to(dtype).to(tl.float32) * up
@@ -35,7 +35,7 @@ def gated_kernel(
 
 
 def gated(gate_up_TJ: torch.Tensor, *, gelu: bool) -> torch.Tensor:
-    """[T, I] from [T, 2 I] of any token stride: silu(gate) * up, or gelu(gate) * up in the tanh form."""
+    """Returns [T, I], silu(gate) * up or gelu(gate) * up in the tanh form, from [T, 2 I] of any token stride."""
     tokens, inner = gate_up_TJ.shape[0], gate_up_TJ.shape[1] // 2
     assert gate_up_TJ.stride(1) == 1
     out = gate_up_TJ.new_empty(tokens, inner)

@@ -1,4 +1,4 @@
-"""Whether kernels run in triton's interpreter: on the CPU, one program after another, each some milliseconds."""
+"""Whether kernels run in triton's interpreter: on the CPU, one program after another, each for some milliseconds."""
 
 from __future__ import annotations
 

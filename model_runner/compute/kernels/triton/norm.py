@@ -1,8 +1,9 @@
-"""RMSNorm (1910.07467), alone or after adding to the residual: one pass, float32 inside.
+"""RMSNorm (1910.07467), optionally of the sum of x and a residual, in one pass that computes in float32.
 
-The weight is one for all rows, or a table with one for each lane, and `lanes` has the lane of each token.
+The weight is one vector for all rows, or a table with a vector for each lane; `lanes` then has the lane of each token.
 
-Legend: R rows to norm, in T tokens of N (a whole hidden state: N = 1; heads: N of them), H elements of a row, L lanes.
+Legend: R rows to norm, N of each of the T tokens (N = 1 for a whole hidden state, or the number of heads), H elements
+of a row, L lanes.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from model_runner.compute.kernels.triton.attention_shapes import power_of_2
 from model_runner.compute.kernels.triton.interpreter import interpreting
 
 KINDS = {"plain": 0, "wide": 1, "gemma": 2}
-"""With n = x / rms: weight * cast(n), cast(weight * n), cast((1 + weight) * n)."""
+"""The kinds of norm. With n = x / rms, they are in order weight * cast(n), cast(weight * n), cast((1 + weight) * n)."""
 
 
 @triton.jit
 def weighted(normed, weight, dtype: tl.constexpr, KIND: tl.constexpr):
-    """A normed row times the weight, both float32, rounded where this kind of norm rounds."""
+    """Returns normed rows times their weight, both float32, rounded where this kind of norm rounds."""
     if KIND == 0:
         return (normed.to(dtype).to(tl.float32) * weight).to(dtype)
     if KIND == 2:
@@ -35,7 +36,7 @@ def norm_kernel(
     N: tl.constexpr, H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
     ADD: tl.constexpr, KIND: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_R rows. Residual, out and total are contiguous."""
+    """A program norms BLOCK_R rows. Residual, out and total are contiguous."""
     row, offs_h = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_H)
     mask = (row < rows)[:, None] & (offs_h < H)[None, :]
     from_R = (row // N).to(tl.int64) * token_stride + (row % N) * row_stride
@@ -64,7 +65,7 @@ def norm(
     residual: torch.Tensor | None = None,
     lanes: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the norm of x + residual, x + residual), contiguous; without a residual the second is x itself.
+    """Returns (the norm of x + residual, x + residual), contiguous; without a residual the second is x itself.
 
     x is [T, H] or [T, N, H] and may be a slice of a wider tensor; a residual is contiguous and of x's shape. The weight
     is [H], or with lanes [T] a table [L, H] of any row stride.

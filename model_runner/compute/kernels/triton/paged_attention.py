@@ -1,4 +1,4 @@
-"""Launches the attention kernels over tiles of queries (see attention.py). Does not know layouts.
+"""Launches the attention kernels over tiles of queries (see attention.py). Does not depend on layouts.
 
 Legend: T tokens of the batch, N query heads, K key/value heads, D head size, P pages, S page size, n tiles.
 """
@@ -31,7 +31,9 @@ def attend_tiles(
     softcap: float | None = None,
     spans: int | None = None,
 ) -> None:
-    """Writes the tiles' tokens of out, which is contiguous. Each tile has at most `shape.queries` queries.
+    """Writes the attention of the tiles' queries to `out`, which is contiguous.
+
+    Each tile has at most `shape.queries` queries.
 
     q may be a slice of a wider tensor: its heads are D apart, its tokens at any stride. Both caches have equal strides.
     `spans`: the number of spans that an average tile's keys are cut into, and the most for any tile; None: chosen for
@@ -73,7 +75,7 @@ def _check(q_TND: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, ou
 
 
 def _factors(scale: float, softcap: float | None) -> tuple[float, float]:
-    """The factors of q k^T before and after the softcap; they make 2 the base of the softmax's exponentials."""
+    """Returns the factors of q k^T before and after the softcap. They include log2(e) because the softmax uses exp2."""
     if softcap is None:
         return scale * math.log2(math.e), 0.0
     return scale / softcap, softcap * math.log2(math.e)

@@ -1,4 +1,4 @@
-"""Rotary embedding of heads; in the same pass optionally norms q and k, and stores k and v in the caches.
+"""Applies the rotary embedding to heads; in the same pass optionally norms q and k, and stores k and v in the caches.
 
     qkv of a token   [ q 0 | q 1 | ... | k 0 | ... | v 0 | ... ]     a row is one head of one token
                        norm, rotate       norm,        unchanged
@@ -24,12 +24,12 @@ from model_runner.compute.kernels.triton.norm import KINDS, weighted
 _ROWS = 16
 
 Norms = tuple[torch.Tensor, torch.Tensor, float, str, torch.Tensor | None]
-"""The weights of the norms of q and k, eps, kind, the tokens' lanes."""
+"""The weight of q's norm, the weight of k's norm, their eps and kind, and the tokens' lanes or None."""
 
 
 @triton.jit
 def weights_of(q_weight_ptr, k_weight_ptr, lane, stride, offs, mask, is_q, LANES: tl.constexpr):
-    """[rows, elements]: a part of each row's norm weight, which with LANES is that of the row's lane."""
+    """Returns [rows, elements]: the elements `offs` of each row's norm weight; with LANES, of its lane's weight."""
     if LANES:
         own = lane.to(tl.int64)[:, None] * stride + offs[None, :]
         q_own = tl.load(q_weight_ptr + own, mask=mask[None, :], other=0.0).to(tl.float32)
@@ -44,7 +44,7 @@ def weights_of(q_weight_ptr, k_weight_ptr, lane, stride, offs, mask, is_q, LANES
 def store_heads(
     values, offs, live, to_q, to_cache, is_q, is_k, is_v, out_ptr, k_cache_ptr, v_cache_ptr, STORE: tl.constexpr
 ):  # fmt: skip
-    """Stores some elements of every row to out, the K cache or the V cache, depending on its head."""
+    """Stores the elements `offs` of every row in out, the K cache or the V cache, depending on the row's head."""
     tl.store(out_ptr + to_q[:, None] + offs[None, :], values, mask=live & is_q[:, None])
     if STORE:
         tl.store(k_cache_ptr + to_cache[:, None] + offs[None, :], values, mask=live & is_k[:, None])
@@ -59,7 +59,7 @@ def rope_kernel(
     ROWS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
     NORM: tl.constexpr, KIND: tl.constexpr, STORE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """ROWS heads, of one or several tokens."""
+    """A program computes ROWS rows, which are the heads of one or several tokens."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, head = row // (N + 2 * K), row % (N + 2 * K)
     real = token < tokens
@@ -127,7 +127,10 @@ def rope_kernel(
 
 
 def rope(x_TND: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor) -> torch.Tensor:
-    """[T, N, D], all heads rotated. x may be a slice of a wider tensor; cos and sin [T, 1, E / 2] are contiguous."""
+    """Returns x [T, N, D] with all heads rotated.
+
+    x may be a slice of a wider tensor; cos and sin [T, 1, E / 2] are contiguous.
+    """
     out = torch.empty_like(x_TND, memory_format=torch.contiguous_format)
     _launch(x_TND, cos_T1E, sin_T1E, out, None, None, None, None)
     return out
@@ -144,7 +147,7 @@ def rope_and_store(
 ) -> torch.Tensor:
     """Returns q [T, N, D], normed and rotated; stores k, normed and rotated, and v at the slots (int32) of the caches.
 
-    J = N + 2 K. `norms`: the weights [D] of q's and k's norms, their eps and kind (kernels/norm.py); with the tokens'
+    J = N + 2 K. `norms`: the weights [D] of q's and k's norms, their eps and kind (see norm.py); with the tokens'
     lanes the weights are tables [L, D] of any row stride.
     """
     assert k_cache_PSKD.stride() == v_cache_PSKD.stride()

@@ -15,7 +15,7 @@ from model_runner.compute.kernels.triton.interpreter import interpreting
 
 @triton.jit
 def store_row_block(from_ptr, to_ptr, from_T, to_T, real_T, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Copies E elements for each real token."""
+    """Copies the E elements of each token for which `real_T` is true."""
     offs_e = tl.arange(0, BLOCK_E)
     mask = real_T[:, None] & (offs_e < E)[None, :]
     values = tl.load(from_ptr + from_T[:, None] + offs_e[None, :], mask=mask)
@@ -27,7 +27,7 @@ def store_kv_kernel(
     k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, tokens, k_stride, v_stride, page_stride, slot_stride,
     E: tl.constexpr, BLOCK_E: tl.constexpr, PAGE: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T tokens of E elements, contiguous in the source and in the cache."""
+    """A program stores BLOCK_T tokens. The E elements of a token are contiguous in the source and in the cache."""
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     real_T = offs_t < tokens
     slots = tl.load(slots_ptr + offs_t, mask=real_T, other=0)
@@ -43,8 +43,9 @@ def store_kv(
     v_cache_PSKD: torch.Tensor,
     slots_T: torch.Tensor,
 ) -> None:
-    """Slots are int32: page number * page size + offset in the page. k and v may be slices of a wider tensor.
+    """Stores k and v at the tokens' slots of the caches. k and v may be slices of a wider tensor.
 
+    Slots are int32: page number * page size + offset in the page.
     If several tokens have the same slot (padding of a captured step, in the scratch page), any one of them is stored.
     """
     tokens, kv_heads, head_dim = k_TKD.shape

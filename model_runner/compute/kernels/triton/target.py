@@ -13,7 +13,7 @@ INTERPRETER = 0
 
 @functools.cache
 def capability(device: torch.device) -> int:
-    """The compute capability, 90 for Hopper; INTERPRETER in the interpreter."""
+    """Returns the GPU's compute capability, such as 90 for Hopper; INTERPRETER in triton's interpreter."""
     if interpreting():
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(device)
@@ -22,5 +22,5 @@ def capability(device: torch.device) -> int:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """The number of multiprocessors; 1 in the interpreter, which runs one program after another."""
+    """Returns the GPU's number of multiprocessors; 1 in the interpreter, which runs one program after another."""
     return 1 if interpreting() else torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,6 +1,6 @@
 """The interface of a logits processor, which the sampler calls for each step. Legend: S rows that sample, V vocabulary.
 
-begin(new)                                    end(row) was called before if the row held another request
+begin(new)                                    the sampler has called end(new.row) before
 is_active(rows, positions) -> apply(logits) -> accept(tokens)                  in each step with an active row
 """
 
@@ -23,11 +23,11 @@ class LogitsProcessor(ABC):
 
     @abstractmethod
     def begin(self, new: NewRow) -> None:
-        """A new request holds the row `new.row`; its parameters are in `new.sampling`."""
+        """Stores what it needs of the request that now holds row `new.row`; its parameters are in `new.sampling`."""
 
     @abstractmethod
     def end(self, row: int) -> None:
-        """Forgets the row's request, if it knows one."""
+        """Forgets the request of the row, if there is one."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -35,14 +35,15 @@ class LogitsProcessor(ABC):
 
     @abstractmethod
     def is_active(self, rows: Ints, positions: Ints) -> bool:
-        """Whether any of these rows uses it now; if not, `apply` and `accept` are not called for this step.
+        """Whether any of these rows uses the processor in this step; if not, `apply` and `accept` are not called.
 
-        Called in every step: host arrays only, and at once False while no request uses this processor.
+        Called in every step, so it must read only host arrays, and return False at once if no request uses the
+        processor.
         """
 
     @abstractmethod
     def apply(self, logits_SV: torch.Tensor, rows: Ints, positions: Ints) -> None:
-        """Changes the float32 logits in place. V may be smaller than the `vocab_size` that it was created with."""
+        """Changes the float32 logits in place. V may be smaller than the `vocab_size` given to the constructor."""
 
     def accept(self, tokens_S: torch.Tensor, rows: Ints) -> None:  # noqa: B027  (most have no state to update)
-        """The sampled tokens, on the device, of the rows of the last `apply`."""
+        """Updates the processor's state with the tokens, on the device, that were sampled after the last `apply`."""

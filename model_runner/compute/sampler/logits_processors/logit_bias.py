@@ -13,7 +13,7 @@ from model_runner.platform.device import upload
 
 
 class LogitBias(LogitsProcessor):
-    """Token ids and values by row, for the rows that have a bias."""
+    """Keeps the token ids and values of each row that has a bias."""
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size

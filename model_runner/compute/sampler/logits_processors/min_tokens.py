@@ -1,4 +1,4 @@
-"""The parameter `min_tokens`: end ids cannot be sampled until a row has that many output tokens."""
+"""The parameter `min_tokens`: end ids cannot be sampled until a row has `min_tokens` output tokens."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from model_runner.platform.device import upload
 
 
 class MinTokens(LogitsProcessor):
-    """End ids by row, for the rows with `min_tokens`, and the first position of each row where they are allowed."""
+    """Keeps, for each row with `min_tokens`, its end ids and the first position where they are allowed."""
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._end_ids: dict[int, Ints] = {}
-        self._allowed_from = np.zeros(rows, np.int64)  # 0: always, for rows without an entry in _end_ids
+        self._allowed_from = np.zeros(rows, np.int64)  # 0 (allowed everywhere) for rows without end ids
 
     def begin(self, new: NewRow) -> None:
         end_ids = [token for token in new.sampling.end_ids if 0 <= token < self._vocab_size]

@@ -1,9 +1,9 @@
-"""Repetition, presence and frequency penalties: one int32 for each token of the vocabulary and row that uses them.
+"""Repetition, presence and frequency penalties, from one int32 for each vocabulary token and each row with penalties:
 
-    bit 30: in the prompt | bits 0..29: how often generated
+    bit 30: the token is in the prompt | bits 0..29: how often it was generated
 
-The counts are in slots, which are allocated when a row needs one. Legend: S rows that sample, P of them penalised, V
-vocabulary, Q slots.
+The counts of a row are in a slot; slots are allocated when rows need them. Legend: S rows that sample, P of them
+penalised, V vocabulary, Q slots.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from model_runner.platform.device import upload
 
 IN_PROMPT = 1 << 30
 NEUTRAL = (1.0, 0.0, 0.0)
-"""The repetition, presence and frequency penalty that change nothing."""
+"""The repetition, presence and frequency penalties that change no logits."""
 NO_SLOT = -1
 
 
 class Penalties(LogitsProcessor):
-    """The penalties [rows, 3] and the slot of each row, and on the device the token counts by slot."""
+    """Keeps each row's penalties [rows, 3] and slot on the host, and the token counts of each slot on the device."""
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
         self._device = device
@@ -36,7 +36,7 @@ class Penalties(LogitsProcessor):
 
     @property
     def bytes(self) -> int:
-        """The device memory of the counts."""
+        """The device memory of the counts, in bytes."""
         return self._counts_QV.numel() * self._counts_QV.element_size()
 
     def begin(self, new: NewRow) -> None:
@@ -66,8 +66,11 @@ class Penalties(LogitsProcessor):
         return len(self._free) < len(self._counts_QV) and bool((self._slots[rows] != NO_SLOT).any())
 
     def apply(self, logits_SV: torch.Tensor, rows: Ints, positions: Ints) -> None:
-        """Repetition divides positive logits and multiplies the others (Keskar et al. 2019, 1909.05858), for tokens of
-        prompt and output. For tokens of the output, presence is subtracted once and frequency once per occurrence.
+        """Applies the penalties in place.
+
+        For tokens of the prompt and the output, the repetition penalty divides positive logits and multiplies negative
+        ones (Keskar et al. 2019, 1909.05858). For tokens of the output, the presence penalty is subtracted once and the
+        frequency penalty once per occurrence.
         """
         penalised = np.flatnonzero(self._slots[rows] != NO_SLOT)
         rows_P = rows[penalised]
@@ -90,7 +93,7 @@ class Penalties(LogitsProcessor):
         self._counts_QV[slots_P, tokens_S[index_P]] += 1
 
     def _grow(self) -> int:
-        """Doubles the slots; returns the first new one."""
+        """Doubles the number of slots. Returns the first new slot."""
         old, vocab = self._counts_QV.shape
         self._counts_QV = torch.cat([self._counts_QV, self._counts_QV.new_zeros(max(old, 1), vocab)])
         self._free.extend(range(old + 1, len(self._counts_QV)))

@@ -15,5 +15,5 @@ PROCESSORS: tuple[Callable[[int, int, torch.device], LogitsProcessor], ...] = (L
 
 
 def create_all(rows: int, vocab_size: int, device: torch.device) -> list[LogitsProcessor]:
-    """One of each, for a runner of so many rows; `vocab_size` is the largest that a row's logits can have."""
+    """Returns one processor of each class, for a runner of `rows` rows with at most `vocab_size` logits each."""
     return [create(rows, vocab_size, device) for create in PROCESSORS]

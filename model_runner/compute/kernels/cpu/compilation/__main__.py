@@ -13,7 +13,7 @@ NICENESS = 10
 
 
 def main() -> None:
-    """Lowers its own priority, reads the order, then builds; torch is imported only after the priority is lowered."""
+    """Lowers the process's priority, reads the BuildOrder and builds. Imports torch after the priority is lowered."""
     os.nice(NICENESS)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")

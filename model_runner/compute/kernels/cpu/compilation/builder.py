@@ -1,6 +1,6 @@
-"""The runner's handle on its builder process: starts it, receives its results, stops it with all it started.
+"""The runner's handle on its builder process: starts it, receives its results, stops it and its compilers.
 
-Does not know what happens to a library.
+Does not load libraries.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from model_runner.compute.kernels.cpu.compilation.messages import BuildOrder, Bu
 from model_runner.platform.child_process import ChildProcess
 
 STOP_SECONDS = 1.0
-"""How long a builder has to end by itself before it is killed."""
+"""The time that a builder has to end after SIGTERM before it is killed."""
 
 _RESULT = msgspec.json.Decoder(BuildResult)
 
 
 class BuilderGone(Exception):
-    """The builder has ended; `str` says how."""
+    """Raised when the builder has ended; the message says how it ended."""
 
 
 class Builder:
@@ -54,7 +54,7 @@ class Builder:
         return self._child.pid
 
     def receive(self) -> BuildResult | None:
-        """The next result, None if there is none yet; never waits.
+        """Returns the next result, or None if there is none yet. Does not wait.
 
         Raises BuilderGone when the builder has ended and all its results have been received.
         """
@@ -80,20 +80,20 @@ class Builder:
             raise BuilderGone(f"sent a malformed result ({error})") from error
 
     def wait(self) -> None:
-        """Blocks until `receive` has something to return or to raise."""
+        """Waits until `receive` has a result to return, or BuilderGone to raise."""
         if self._pipe_closed:
             self._child.wait()
         elif b"\n" not in self._received:
             select.select([self._pipe], [], [])
 
     def stop(self) -> str:
-        """Ends the builder and its compilers if they run; returns how the builder ended, in words."""
+        """Ends the builder and its compilers if they run. Returns a phrase that says how the builder ended."""
         self._stop()
         return self._child.exit_text
 
 
 def _stop(child: ChildProcess, pipe: int) -> None:
-    child.terminate()  # it removes its temporary files first
+    child.terminate()  # on SIGTERM the builder removes its temporary files
     child.wait(STOP_SECONDS)
     child.kill(STOP_SECONDS)
     os.close(pipe)

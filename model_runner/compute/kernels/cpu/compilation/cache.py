@@ -2,7 +2,7 @@
 
 Loading a library runs code in it. So no other user may be able to write to the directory, and each file ends with the
 hash of its content, checked before every load. A file enters the cache by a rename: two servers may compile the same
-kernel at once, and a killed builder leaves no partial library. Does not know what a library computes.
+kernel at once, and a killed builder leaves no partial library. Does not depend on what a library computes.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from model_runner.platform.device import CPU_INFO
 DIGEST_BYTES = 32
 BUILD_PREFIX = "build-"
 LOCK_FILE = "busy"
-"""In a build directory; locked while its builder lives."""
+"""The name of a file in each build directory, which is locked while the builder of the directory runs."""
 UNUSED_SECONDS = 90 * 86400.0
-"""A library that was not used for so long is removed: it was built for another torch or another machine."""
+"""The time after which an unused library is removed: it was built for another torch or another machine."""
 
 
 class UnsafeDirectory(Exception):
@@ -42,7 +42,7 @@ class UnsafeDirectory(Exception):
 
 
 def default_directory() -> Path:
-    """The user's cache directory by the XDG rules. Raises UnsafeDirectory where the user has no home directory."""
+    """Returns Chorus's directory in the user's XDG cache directory. Raises UnsafeDirectory if there is no home."""
     given = os.environ.get("XDG_CACHE_HOME", "")
     try:
         root = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
@@ -52,7 +52,7 @@ def default_directory() -> Path:
 
 
 class KernelCache:
-    """A directory with access for this user alone, created if missing. Raises UnsafeDirectory."""
+    """The cache directory, which only this user may access; created if missing. Raises UnsafeDirectory if unusable."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -72,11 +72,11 @@ class KernelCache:
             )
 
     def path(self, key: KernelKey) -> Path:
-        """The file of a kernel for this machine and this torch."""
+        """Returns the path of a kernel's library, compiled for this machine and this torch."""
         return self.root / f"{key.name}-{_fingerprint(key)}.so"
 
     def is_intact(self, path: Path) -> bool:
-        """Whether the file exists as it was installed, which counts as a use; a damaged file is removed."""
+        """Returns whether the file exists and is undamaged. Marks it as used, and removes it if it is damaged."""
         try:
             content = path.read_bytes()
             os.utime(path)
@@ -90,7 +90,10 @@ class KernelCache:
 
     @contextmanager
     def build_directory(self) -> Iterator[Path]:
-        """A temporary directory inside the cache, removed afterwards; first removes what is no longer used."""
+        """Creates a temporary directory inside the cache, and removes it afterwards.
+
+        Before it is created, unused libraries and the build directories of ended builders are removed.
+        """
         with (self.root / "lock").open("w") as cache_lock:
             fcntl.flock(cache_lock, fcntl.LOCK_EX)
             self._remove_unused()
@@ -104,7 +107,7 @@ class KernelCache:
             shutil.rmtree(path, ignore_errors=True)
 
     def _remove_unused(self) -> None:
-        """Removes old libraries, and build directories whose builder has ended: its lock is free."""
+        """Removes unused libraries, and the build directories of ended builders, whose lock is free."""
         for path in self.root.glob("*.so"):
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > UNUSED_SECONDS:
@@ -121,7 +124,7 @@ class KernelCache:
 
 
 def install(library: Path, path: Path) -> None:
-    """Appends the library's hash and renames it to `path`, which must be on the same file system.
+    """Appends the library's hash to the library and renames it to `path`, which must be on the same file system.
 
     Loading ignores the hash: an ELF file may have bytes after its sections.
     """
@@ -135,7 +138,7 @@ def install(library: Path, path: Path) -> None:
 
 
 def _fingerprint(key: KernelKey) -> str:
-    """A hash of all that the code depends on: key, sources, compiler flags, torch, Python, the processor."""
+    """Returns a hash of all that a library depends on: key, sources, compiler flags, torch, Python, the processor."""
     source = registry.spec_for(key).source
     parts = [
         msgspec.json.encode(key),
@@ -153,7 +156,7 @@ def _read(file: str | None) -> bytes:
 
 
 def processor() -> str:
-    """The processor's model and features, as the system reports them."""
+    """Returns the processor's model and features, as the system reports them."""
     try:
         lines = CPU_INFO.read_text().partition("\n\n")[0].splitlines()
     except OSError:

@@ -1,7 +1,7 @@
 """Compiles a kernel's source to a shared library with the machine's C++ compiler, and loads it as a callable.
 
-A library is linked against torch's own library alone, so it uses torch's OpenMP threads. Does not know what a kernel
-computes or where its library is kept.
+A library is linked only against torch's CPU library, so it uses torch's OpenMP threads. Does not depend on what a
+kernel computes or where its library is kept.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class BuildError(Exception):
 
 
 def find_compiler() -> str | None:
-    """The path of the C++ compiler: $CXX, or the system's; None where there is none."""
+    """Returns the path of the C++ compiler: $CXX, or else the system's; None if there is none."""
     return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
 
 
 def build(source: Path, defines: Sequence[str], library: Path) -> None:
-    """Compiles and links `library`. Raises BuildError."""
+    """Compiles `source` and links it to `library`. Raises BuildError if the compiler fails."""
     compiler, object_file = find_compiler() or "g++", library.with_suffix(".o")
     torch_lib = Path(torch.__file__).parent / "lib"
     _run([compiler, *FLAGS, *(f"-D{name}" for name in defines), "-c", str(source), "-o", str(object_file)])
@@ -40,7 +40,10 @@ def build(source: Path, defines: Sequence[str], library: Path) -> None:
 
 
 def load(library: Path, arguments: Sequence[Argument]) -> Kernel:
-    """The library's `run` as a callable for arguments of these types. Loading runs code in it. Raises OSError."""
+    """Returns the library's function `run` as a callable for arguments of these types. Loading runs the library's code.
+
+    Raises OSError if the library cannot be loaded.
+    """
     run = ctypes.CDLL(str(library)).run
     run.argtypes, run.restype = [_type(argument) for argument in arguments], None
 

@@ -21,7 +21,7 @@ class BuildJob(msgspec.Struct, frozen=True):
 
 
 class BuildOrder(msgspec.Struct, frozen=True):
-    """All that is to be built; `pipe` is the file descriptor for the results."""
+    """All kernels to build, in order. `pipe` is the file descriptor that the results are written to."""
 
     jobs: list[BuildJob]
     pipe: int = -1
@@ -29,6 +29,6 @@ class BuildOrder(msgspec.Struct, frozen=True):
 
 
 class BuildResult(msgspec.Struct, frozen=True):
-    """The next job is done: its library is in the cache, or `error` says why not."""
+    """The result of the next job: its library is in the cache, or `error` says why it is not."""
 
     error: str = ""

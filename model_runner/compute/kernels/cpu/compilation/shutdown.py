@@ -1,6 +1,6 @@
 """Ends a builder process early, together with the compilers that it started and without leaving temporary files.
 
-Does not know what is built.
+Does not depend on what is built.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 
 
 class ShutdownHandler:
-    """Called on SIGTERM, and when the runner is gone.
+    """A handler that ends the process; called on SIGTERM, and when the runner has ended.
 
-    `build_directory`: where this process and its compilers write; removed on shutdown.
+    `build_directory`: the directory that this process and its compilers write to; removed on shutdown.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class ShutdownHandler:
         signal.signal(signal.SIGTERM, self)
 
     def __call__(self, *_: object) -> None:
-        """Ends the process group if this process leads it, then this process."""
+        """Ends the compilers (the process group, if this process leads it), then exits this process."""
         if self._started:
             return
         self._started = True

@@ -1,6 +1,6 @@
-"""What the builder process does: it builds one kernel after another and checks each before it enters the cache.
+"""The work of the builder process: builds one kernel after another, and checks each before it enters the cache.
 
-A kernel that crashes crashes this process and not a runner. Does not know what the kernels compute.
+A kernel that crashes ends this process, not a runner. Does not depend on what the kernels compute.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def build_all(order: BuildOrder, shutdown: ShutdownHandler) -> NoReturn:
-    """Builds each job and sends its result, then ends the process."""
+    """Builds the kernel of each job and sends the job's result; then ends the process."""
     torch.set_num_threads(1)
     root = Path(order.jobs[0].path).parent
     with os.fdopen(order.pipe, "wb") as pipe, KernelCache(root).build_directory() as directory:
@@ -50,6 +50,6 @@ def _build(job: BuildJob, library: Path) -> BuildResult:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line with text: a compiler's message may have hundreds."""
+    """Returns the error's type and its first line with text: a compiler's message may have hundreds of lines."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

@@ -1,12 +1,12 @@
 // Causal attention on a CPU, reading each row's K and V from its slots of the cache, for decodes and prefills alike.
 //
-//   a task is some tokens of a row and one key/value head, with the G query heads that share it: Q queries
+//   a task computes some tokens of a row for one key/value head and the G query heads that share it: Q queries
 //     scores     of 16 keys at a time, transposed so that a vector has 16 slots      [Q, L]
 //     softmax    in float32; the weights are rounded to the cache's dtype
 //     values     STEP slots at a time, summed in float32                             [Q, D]
 //
 // Nothing is gathered or padded, no row reads another row's slots, and a token's result does not depend on the batch.
-// With BFLOAT16 defined for bfloat16, else for float32.
+// Compiled for bfloat16 if BFLOAT16 is defined, else for float32.
 //
 // Legend: C rows, T tokens, L slots that a task sees, N query heads, K key/value heads, G = N / K, D head size, a
 // multiple of WIDTH * STEP.
@@ -20,8 +20,8 @@ namespace {
 
 constexpr int SCORE_QUERIES = 8;        // queries whose scores are computed together
 constexpr int VALUE_QUERIES = 4;        // queries whose values are summed together
-constexpr long TASK_TOKENS = 16;        // at most
-constexpr long TASK_SCORES = 1 << 21;   // at most, for a task of several tokens
+constexpr long TASK_TOKENS = 16;        // the most tokens of a task
+constexpr long TASK_SCORES = 1 << 21;   // the most scores of a task of several tokens
 constexpr long PREFETCH_SLOTS = 16;     // how far ahead keys are prefetched
 constexpr long VALUE_SLOTS = 64;        // slots whose values are loaded together
 constexpr long PARALLEL_MIN = 1 << 19;  // multiplications from which several threads are used
@@ -40,7 +40,7 @@ struct Cache {
 
 struct Row {
     const int64_t* slots;
-    long seen, first, tokens;  // slots that its last token sees, its first token in the batch, its number of tokens
+    long seen, first, tokens;  // slots that the last token sees, the first token's index in the batch, tokens in all
 };
 
 struct Task {
@@ -52,7 +52,7 @@ struct Task {
 
 // One query head of one token; a task has its G heads of the first token, then those of the next one, ...
 struct Query {
-    long seen, offset;  // slots that it sees, its place in q and out
+    long seen, offset;  // the number of slots that the query sees, its offset in q and out
 };
 
 // The working memory of one thread.
@@ -69,7 +69,7 @@ inline void prefetch(const Scalar* from, long values) {
     for (long at = 0; at < values; at += 64 / long(sizeof(Scalar))) __builtin_prefetch(from + at);
 }
 
-// Loads the keys of 16 slots from `first` on, transposed. Slots after the last one that is seen repeat it.
+// Loads the keys of 16 slots from `first` on, transposed. The last slot that the task sees is repeated after it.
 void load_transposed_keys(const Cache& cache, const Task& task, long first, Vector* keys) {
     const int64_t* slots = task.row.slots;
     const long head = task.head, seen = task.most_seen();
@@ -93,7 +93,7 @@ void load_transposed_keys(const Cache& cache, const Task& task, long first, Vect
     }
 }
 
-// The scores of 16 slots for H queries; the scores of one query are `stride` apart from those of the next.
+// Computes the scores of 16 slots for H queries; the scores of one query are `stride` apart from those of the next.
 template <int H>
 void score(const Vector* keys, long D, const Scalar* q, const Query* queries, float scale, float* scores, long stride) {
     Vector acc[H] = {};
@@ -108,7 +108,7 @@ void score(const Vector* keys, long D, const Scalar* q, const Query* queries, fl
 constexpr decltype(&score<1>) SCORE[] = {score<1>, score<2>, score<3>, score<4>,
                                          score<5>, score<6>, score<7>, score<8>};
 
-// The scores of a task: for each block of 16 slots, those of the queries that see any of them.
+// Computes the scores of a task: for each block of 16 slots, the scores of the queries that see any of these slots.
 void score_all(Scratch& scratch, const Cache& cache, const Task& task, const Scalar* q, float scale, long stride) {
     const long Q = scratch.queries.size();
     long from = 0;
@@ -122,12 +122,12 @@ void score_all(Scratch& scratch, const Cache& cache, const Task& task, const Sca
     }
 }
 
-// Replaces by `masked` the elements of a vector, whose first index is `at`, from index `seen` on.
+// Returns the vector, whose elements have the indices `at`, `at` + 1, ..., with `masked` from index `seen` on.
 inline Vector mask_unseen(Vector value, long at, long seen, float masked) {
     return at + WIDTH <= seen ? value : INDICES < float(seen - at) ? value : masked - Vector{};
 }
 
-// The softmax of one query's `seen` scores; the weights up to `stride` are 0.
+// Writes the softmax of one query's `seen` scores to the weights, and 0 to the weights from there to `stride`.
 void softmax(float* scores, Scalar* weights, long seen, long stride) {
     Vector high = MASKED_SCORE - Vector{}, total = {};
     for (long at = 0; at < seen; at += WIDTH) {
@@ -146,7 +146,7 @@ void softmax(float* scores, Scalar* weights, long seen, long stride) {
     for (long at = round_up(seen, WIDTH); at < stride; at += WIDTH) store(weights + at, Vector{});
 }
 
-// Adds `steps` steps of values, times their weights, to the sums of H queries, V vectors at a time.
+// Adds the values of `steps` steps of STEP slots, times their weights, to the sums of H queries, V vectors at a time.
 template <int H, int V>
 void add_values(const Vector* values, long width, long steps, const Scalar* weights, long stride, Vector* sums) {
     for (long d = 0; d < width; d += V) {
@@ -253,7 +253,7 @@ extern "C" void run(const Scalar* q, const Scalar* k, const Scalar* v, Scalar* o
     const Cache cache{k, v, K, D};
     static thread_local std::vector<Task> own_tasks;
     const long work = make_tasks(shape, plan, own_tasks);
-    const std::vector<Task>& tasks = own_tasks;  // of the calling thread, read by all threads
+    const std::vector<Task>& tasks = own_tasks;  // made by the calling thread, read by all threads
 #pragma omp parallel if (work >= PARALLEL_MIN)
     {
         static thread_local Scratch own;

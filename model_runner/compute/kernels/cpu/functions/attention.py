@@ -11,10 +11,10 @@ import torch
 from model_runner.compute.kernels.cpu.functions.spec import Argument, KernelSpec, RandomTensors, source
 
 SHAPES = ((6, 2, 64), (4, 4, 32), (10, 1, 96))
-"""(N, K, D) that the kernel is checked with."""
+"""The sizes (N, K, D) that the kernel is checked with."""
 
 LENGTHS = (1, 1, 5, 1, 40)
-"""n of each row that the kernel is checked with, in turn."""
+"""The numbers of tokens n that the kernel is checked with; the rows take them in turn."""
 
 
 def supports(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> bool:
@@ -23,10 +23,11 @@ def supports(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> bool:
 
 
 def attend(dtype: torch.dtype) -> KernelSpec:
-    """(q [T, N, D], k and v [M, K, D], out [T, N, D], plan, N, K, D, scale): writes out at the tokens of the plan.
+    """Returns the spec of a kernel that writes the attention of the plan's tokens to out. Its arguments are
+    (q [T, N, D], k and v [M, K, D], out [T, N, D], plan, N, K, D, scale), with N, K and D that `supports` accepts.
 
     plan        int64: C, each row's first token, each row's number of tokens, where each row's slots end, the slots of
-                all rows. A row's last token sees all of its slots, the one before it one less. `supports` is true.
+                all rows. A row's last token sees all slots of the row, the token before it one fewer, and so on.
     """
 
     def arguments(size: int) -> tuple[Argument, ...]:

@@ -1,12 +1,12 @@
 // The LoRA delta on a CPU: adds scale * (x A^T) B to each adapted row of y, with the pages of the row's lane. One call
 // computes all lanes of a step.
 //
-//   shrink   a task is eight units of a page: h, their dot products with every token of the lane
-//   expand   a task is some columns of a lane: the tokens' h times these columns of the lane's pages, summed in float32
-//            and added to y with one rounding
+//   shrink   a task computes h for eight units of a page: their dot products with every token of the lane
+//   expand   a task computes some columns for a lane: the tokens' h times these columns of the lane's pages, summed in
+//            float32 and added to y with one rounding
 //
-// Each weight is read once, in place, by one thread; units that a page does not have are skipped. h is rounded to the
-// dtype of the weights, as PEFT rounds it. With BFLOAT16 defined for bfloat16, else for float32.
+// Each weight is read once, in place, by one thread; unused units of a page are skipped. h is rounded to the dtype of
+// the weights, as PEFT rounds it. Compiled for bfloat16 if BFLOAT16 is defined, else for float32.
 //
 // Legend: P pages of the pool, S slices, R = 16 units of a page, I in features, O out features, L lanes, q uses of
 // pages by lanes, n adapted tokens.
@@ -23,14 +23,14 @@ constexpr int WIDE = 8, NARROW = 2;  // vectors of columns computed together, fo
 constexpr long TASK_COLUMNS = WIDE * WIDTH;
 constexpr long PARALLEL_MIN = 1 << 17;  // multiplications from which several threads are used
 
-struct Site {  // a linear: S slices of columns, the last ending at O
+struct Site {  // a linear with S slices of columns; the last slice ends at O
     long I, O, S;
     const int64_t* stops;
     long start(long slice) const { return slice ? stops[slice - 1] : 0; }
 };
 
 struct Lane {
-    const int64_t *rows, *pages;  // the rows of its tokens in x and y, its pages
+    const int64_t *rows, *pages;  // the rows of the lane's tokens in x and y, the lane's pages
     const float* scales;
     long tokens, uses;
     Scalar* h;  // for each slice, `slice_stride` apart: [uses * R / STEP, tokens, STEP]
@@ -42,7 +42,7 @@ struct Pool {
     const int32_t* units;  // [P, S]
 };
 
-// Computes eight units of one page for T tokens of a lane. `h` is the place of the first unit for the lane's token 0.
+// Computes h of eight units of one page for T tokens of a lane. `h` points to the first unit of the lane's token 0.
 template <int T> void shrink_tokens(const Lane& lane, long first, const Scalar* x, const Scalar* a, long I, float scale,
                                     Scalar* h) {
     const Scalar* tokens[T];
@@ -68,7 +68,7 @@ template <int T> void shrink_tokens(const Lane& lane, long first, const Scalar* 
         std::memcpy(h + (step * lane.tokens + first) * STEP, rounded + step * T * STEP, T * STEP * sizeof(Scalar));
 }
 
-// Computes eight units of one page for all tokens of a lane.
+// Computes h of eight units of one page for all tokens of a lane.
 void shrink(const Lane& lane, const Scalar* x, const Scalar* a, long I, float scale, Scalar* h) {
     long first = 0;
     for (; first + 2 <= lane.tokens; first += 2) shrink_tokens<2>(lane, first, x, a, I, scale, h);
@@ -77,7 +77,7 @@ void shrink(const Lane& lane, const Scalar* x, const Scalar* a, long I, float sc
 
 // Some columns of B for all units that a lane has in a slice, STEP units at a time.
 struct Tile {
-    std::vector<Vector> columns;  // V vectors for each step of units
+    std::vector<Vector> columns;  // V vectors for each step of STEP units
     std::vector<long> units;      // the first unit of each step, counted over the lane's pages
 
     void select_units(const Lane& lane, const Pool& pool, const Site& site, long slice) {
@@ -96,7 +96,7 @@ struct Tile {
     }
 };
 
-// Adds V vectors of columns to T tokens; `h` is the place of the lane's first unit in this slice.
+// Adds V vectors of columns to y for T tokens. `h` points to the lane's first unit in this slice.
 template <int V, int T>
 void expand_tokens(const Tile& tile, const Lane& lane, const Scalar* h, long first, Scalar* y, long O) {
     Vector acc[T][V] = {};
@@ -124,7 +124,7 @@ template <int V> void expand_block(Tile& tile, const Lane& lane, const Scalar* h
     if (first < lane.tokens) expand_tokens<V, 1>(tile, lane, h, first, y + column, O);
 }
 
-// Adds the columns after the last full block, one by one.
+// Adds the columns after the last full block to y, one by one.
 void expand_remainder(const Tile& tile, const Lane& lane, const Scalar* h, const Pool& pool, Scalar* y, long O,
                       long columns) {
     for (long token = 0; token < lane.tokens; token++)
@@ -211,7 +211,7 @@ extern "C" void run(Scalar* y, const Scalar* x, const Scalar* a, const Scalar* b
     const Pool pool{a, b, units};
     static thread_local std::vector<Lane> own_lanes;
     static thread_local std::vector<Scalar> h_buffer;
-    const std::vector<Lane>& lanes = own_lanes;  // of the calling thread, read by all threads
+    const std::vector<Lane>& lanes = own_lanes;  // made by the calling thread, read by all threads
     const long slice_stride = read_plan(plan, scales, site.S, own_lanes, h_buffer);
 #pragma omp parallel if (slice_stride * (site.S * site.I + site.O) >= PARALLEL_MIN)
     {

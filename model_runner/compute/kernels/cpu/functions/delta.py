@@ -1,4 +1,5 @@
-"""The LoRA delta of a step's adapted tokens at one site, read straight from the pool: spec and reference of delta.cpp.
+"""The LoRA delta of a step's adapted tokens at one site, with weights read from the pool: spec and reference of
+delta.cpp.
 
 Legend: T tokens, n of them adapted, L lanes, q uses of pages by lanes, P pages of the pool, S slices, R = 16 units of a
 page, I in features, O out features.
@@ -13,14 +14,17 @@ from model_runner.compute.kernels.cpu.functions.spec import Argument, KernelSpec
 UNITS = 16
 
 SHAPES = ((64, (160, 192)), (96, (40,)), (41, (130, 260, 287)))
-"""(in features, where each slice ends) that the kernel is checked with; the last is no multiple of the vector width."""
+"""The sizes (in features, end of each slice) that the kernel is checked with; the last are not multiples of the vector
+width.
+"""
 
 
 def delta(dtype: torch.dtype) -> KernelSpec:
-    """(y [T, O], x [T, I], a [P, S, 16, I], b [P, 16, O], units [P, S], site, plan, scales [q]): adds scale * (x A^T) B
-    of each lane's pages to its tokens' rows of y, rounded between A and B, and once when it is added.
+    """Returns the spec of a kernel that adds scale * (x A^T) B of each lane's pages to the rows of y that belong to the
+    lane's tokens. x A^T is rounded to the dtype, and so is the sum in y, once. The kernel's arguments are
+    (y [T, O], x [T, I], a [P, S, 16, I], b [P, 16, O], units [P, S], site, plan, scales [q]).
 
-    units       int32: how many units a page has in a slice; the other units are zero
+    units       int32: the number of units that a page has in a slice; the other units are zero
     site        int64: I, O, S, where each slice ends
     plan        int64: L, each lane's number of tokens and of uses, the tokens' rows [n], all different, the pages [q]
     scales      float32

@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr long TASK_VALUES = 2048;      // at most; a task is within one row
+constexpr long TASK_VALUES = 2048;      // the most values of a task, which is within one row
 constexpr long PARALLEL_MIN = 1 << 15;  // values from which several threads are used
 
 void silu_mul(const Scalar* gate, const Scalar* up, Scalar* out, long values) {

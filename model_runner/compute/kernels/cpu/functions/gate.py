@@ -8,11 +8,16 @@ from torch.nn.functional import silu
 from model_runner.compute.kernels.cpu.functions.spec import Argument, KernelSpec, RandomTensors, source
 
 INNER = (160, 40, 2100, 13)
-"""I that the kernel is checked with: whole vectors or not, one task a row or several."""
+"""The values of I that the kernel is checked with: multiples of the vector width and others, with one task for a row
+and with several.
+"""
 
 
 def silu_mul(dtype: torch.dtype) -> KernelSpec:
-    """(gate and up [T, 2 I], out [T, I], T, I): writes silu(gate) * up, silu(gate) rounded as torch rounds it."""
+    """Returns the spec of a kernel that writes silu(gate) * up to out, with silu(gate) rounded as torch rounds it.
+
+    The kernel's arguments are (gate and up [T, 2 I], out [T, I], T, I).
+    """
 
     def arguments(size: int) -> tuple[Argument, ...]:
         random, inner = RandomTensors(dtype), INNER[size % len(INNER)]

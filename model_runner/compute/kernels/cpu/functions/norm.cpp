@@ -11,7 +11,7 @@ namespace {
 
 constexpr long PARALLEL_MIN = 1 << 14;  // values from which several threads are used
 
-// Writes total; returns the sum of its squares.
+// Writes residual + x to total. Returns the sum of the squares of total.
 float add(const Scalar* x, const Scalar* residual, Scalar* total, long H) {
     Vector squares = {};
     for_each_vector(H, [&](long at, auto count) {

@@ -1,4 +1,4 @@
-"""The residual addition with the plain RMSNorm after it: the spec and reference of norm.cpp.
+"""The residual addition and the plain RMSNorm of its result: the spec and reference of norm.cpp.
 
 Legend: T tokens, H hidden size.
 """
@@ -10,12 +10,13 @@ import torch
 from model_runner.compute.kernels.cpu.functions.spec import Argument, KernelSpec, RandomTensors, source
 
 HIDDEN = (48, 7, 96, 41)
-"""H that the kernel is checked with: whole vectors or not."""
+"""The values of H that the kernel is checked with: multiples of the vector width and others."""
 
 
 def add_norm(dtype: torch.dtype) -> KernelSpec:
-    """(x [T, H], residual [T, H], weight [H], normed [T, H], total [T, H], T, H, eps): writes residual + x to total
-    and its norm to normed, both rounded where torch rounds.
+    """Returns the spec of a kernel that writes residual + x to total and its norm to normed, rounded as torch rounds.
+
+    The kernel's arguments are (x [T, H], residual [T, H], weight [H], normed [T, H], total [T, H], T, H, eps).
     """
 
     def arguments(size: int) -> tuple[Argument, ...]:

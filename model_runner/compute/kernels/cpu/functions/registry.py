@@ -1,4 +1,4 @@
-"""The CPU kernels by name.
+"""The table of CPU kernels by name.
 
 A cached library depends on the module that makes its spec, on its C++ source and on the headers beside it; a change to
 any of these makes the library stale, so a kernel must not depend on other files.
@@ -24,5 +24,5 @@ SPECS: dict[str, Callable[[torch.dtype], KernelSpec]] = {
 
 
 def spec_for(key: KernelKey) -> KernelSpec:
-    """The spec of a kernel, for the dtype that the key names."""
+    """Returns the spec of the kernel that the key names, for the key's dtype."""
     return SPECS[key.name](DTYPES[key.dtype])

@@ -12,7 +12,7 @@ namespace {
 
 constexpr long PARALLEL_MIN = 1 << 14;  // values from which several threads are used
 
-// The rotation of one token.
+// The rotation of the heads of one token.
 struct Rotation {
     const Scalar *cos, *sin;  // [E]
     long D, E;

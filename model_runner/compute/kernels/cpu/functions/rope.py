@@ -11,12 +11,14 @@ import torch
 from model_runner.compute.kernels.cpu.functions.spec import Argument, KernelSpec, RandomTensors, source
 
 SHAPES = ((6, 2, 64, 32), (4, 1, 20, 10), (3, 3, 40, 8), (2, 1, 48, 20))
-"""(N, K, D, E) that the kernel is checked with."""
+"""The sizes (N, K, D, E) that the kernel is checked with."""
 
 
 def rope_and_store(dtype: torch.dtype) -> KernelSpec:
-    """(qkv [T, J, D], cos, sin [T, 1, E], k and v [M, K, D], slots [T] int64, q [T, N, D], T, N, K, D, E): writes the
-    rotated q, and stores the rotated k and v at their slots, which are all different. Rounded where torch rounds.
+    """Returns the spec of a kernel that writes the rotated q, and stores the rotated k and v at their slots.
+
+    Slots are all different. Results are rounded where torch rounds. The kernel's arguments are
+    (qkv [T, J, D], cos, sin [T, 1, E], k and v [M, K, D], slots [T] int64, q [T, N, D], T, N, K, D, E).
     """
 
     def arguments(size: int) -> tuple[Argument, ...]:

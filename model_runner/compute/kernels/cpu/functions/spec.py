@@ -1,6 +1,6 @@
-"""What a CPU kernel is: a KernelKey names it, its KernelSpec has the C++ source and the torch reference.
+"""The definition of a CPU kernel: a KernelKey names it, its KernelSpec has the C++ source and the torch reference.
 
-Does not know compilers, files or processes.
+Does not depend on compilers or processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TOLERANCE = {torch.bfloat16: 2**-7, torch.float32: 1e-5}
 
 
 class Kernel(Protocol):
-    """Takes tensors, ints and floats, and writes its results to some of the tensors.
+    """A function that takes tensors, ints and floats, and writes its results to some of the tensors.
 
     A call checks nothing: the number of arguments, their dtypes and contiguity must be those of the spec's arguments.
     """
@@ -45,7 +45,7 @@ class KernelSpec:
     source          exports `run`, which takes the address of each tensor, an int64 for an int, a float for a float;
                     for bfloat16 it is compiled with BFLOAT16 defined
     reference       the same computation in torch, which the compiled kernel is checked against; may be slow
-    arguments       valid arguments for a size, made with RandomTensors: all dimensions follow from that one number
+    arguments       makes valid arguments with RandomTensors; all dimensions follow from one number, the size
     sizes           the sizes at which a kernel is checked
     """
 
@@ -56,12 +56,12 @@ class KernelSpec:
 
 
 def source(name: str) -> Path:
-    """The C++ file of this name in this folder."""
+    """Returns the path of the C++ file called `name` in this folder."""
     return Path(__file__).with_name(name)
 
 
 class RandomTensors:
-    """Makes the same tensors in every process, and does not touch torch's global generator."""
+    """Makes random tensors that are the same in every process, without using torch's global generator."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -72,9 +72,9 @@ class RandomTensors:
 
 
 def compare(kernel: Kernel, spec: KernelSpec, most_sizes: int | None = None) -> str:
-    """How a kernel's results differ from the reference, in words; empty if they do not.
+    """Returns a phrase that says how a kernel's results differ from the reference's; empty if they do not.
 
-    Checked at the first `most_sizes` sizes of the spec, None: at all of them.
+    Checks the first `most_sizes` sizes of the spec; None: all of them.
     """
     with torch.no_grad():
         faults = ((size, _compare_at(kernel, spec, size)) for size in spec.sizes[:most_sizes])

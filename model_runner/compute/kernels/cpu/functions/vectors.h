@@ -67,7 +67,7 @@ inline void store(uint16_t* to, Vector value) {
     std::memcpy(to, &halves, sizeof halves);
 }
 
-// The first `count` values alone; on loading the others are 0.
+// Load or store only the first `count` values; a load sets the other values to 0.
 template <class Value> inline Vector load(const Value* from, long count) {
     Value values[WIDTH] = {};
     std::memcpy(values, from, count * sizeof(Value));
@@ -79,19 +79,19 @@ template <class Value> inline void store(Value* to, Vector value, long count) {
     std::memcpy(to, values, count * sizeof(Value));
 }
 
-// In place of a count that is known to be WIDTH when compiling.
+// Replaces `count` where the count is known to be WIDTH at compile time.
 struct FullVector {};
 template <class Value> inline Vector load(const Value* from, FullVector) { return load(from); }
 template <class Value> inline void store(Value* to, Vector value, FullVector) { store(to, value); }
 
-// Calls function(index of the first value, count) for each vector of an array of `values` values.
+// Calls function(index of the vector's first value, count) for each vector of an array of `values` values.
 template <class Function> inline void for_each_vector(long values, Function function) {
     long at = 0;
     for (; at + WIDTH <= values; at += WIDTH) function(at, FullVector{});
     if (at < values) function(at, values - at);
 }
 
-// The value after a store as Scalars and a load.
+// Returns the vector as it is after being stored as Scalars and loaded again.
 inline Vector round_as_stored(Vector value) {
 #ifdef BFLOAT16
     return (Vector)(to_uint32(round_to_bfloat16(value)) << 16);
@@ -100,8 +100,8 @@ inline Vector round_as_stored(Vector value) {
 #endif
 }
 
-// e^x = 2^n e^r with |r| <= ln 2 / 2, and e^r by its Taylor series of degree 6; relative error 1e-7. x is clamped to
-// -87 .. 88; the result for NaN is an arbitrary number.
+// Returns e^x = 2^n e^r with |r| <= ln 2 / 2, and e^r by its Taylor series of degree 6; relative error 1e-7. x is
+// clamped to -87 .. 88; the result for NaN is an arbitrary number.
 inline Vector exp(Vector value) {
     const Vector low = value < -87.0f ? -87.0f - Vector{} : value, x = low > 88.0f ? 88.0f - Vector{} : low;
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds a float to an integer
@@ -126,7 +126,7 @@ inline void transpose_step(Vector& one, Vector& two, int step) {
     two = __builtin_shuffle(first, second, odd);
 }
 
-// The reduction of all elements by a binary function, in every element of the result.
+// Reduces all elements by a binary function. Every element of the result is the reduction.
 template <class Combine> inline Vector reduce(Vector value, Combine combine) {
 #pragma GCC unroll 4
     for (int step = WIDTH / 2; step; step /= 2) {
@@ -138,7 +138,7 @@ template <class Combine> inline Vector reduce(Vector value, Combine combine) {
     return value;
 }
 
-// Element i of the result is the sum of the elements of vector i, of 16 vectors.
+// Returns the sums of 16 vectors: element i of the result is the sum of the elements of vector i.
 inline Vector sum_each(const Vector* given) {
     Vector vectors[WIDTH];
 #pragma GCC unroll 16
@@ -153,7 +153,7 @@ inline Vector sum_each(const Vector* given) {
     return vectors[0];
 }
 
-// total + one * two for each float, or for each pair the sum of its two products.
+// Returns total + one * two for each float; for pairs, total plus the sum of the two products of each pair.
 inline Vector multiply_add(Vector total, Vector one, Vector two) {
 #if PAIRS
     return (Vector)_mm512_dpbf16_ps((__m512)total, (__m512bh)one, (__m512bh)two);
@@ -162,7 +162,7 @@ inline Vector multiply_add(Vector total, Vector one, Vector two) {
 #endif
 }
 
-// WIDTH * STEP values in a row: as pairs, or as floats.
+// Loads WIDTH * STEP consecutive values, as pairs or as floats.
 inline Vector load_steps(const Scalar* from) {
 #if PAIRS
     return load_bits<Vector>(from);
@@ -171,7 +171,7 @@ inline Vector load_steps(const Scalar* from) {
 #endif
 }
 
-// The first `count` values alone, the others 0.
+// Loads only the first `count` of WIDTH * STEP consecutive values, and sets the other values to 0.
 inline Vector load_steps(const Scalar* from, long count) {
 #if PAIRS
     const __mmask32 mask = count >= 2 * WIDTH ? ~0u : (1u << count) - 1;
@@ -184,7 +184,7 @@ inline Vector load_steps(const Scalar* from, long count) {
 #endif
 }
 
-// WIDTH columns of STEP rows: the values of one row, or pairs of a value and the one below it in the next row.
+// Loads WIDTH columns of STEP rows: the values of one row, or pairs of a value and the value below it in the next row.
 inline Vector load_rows(const Scalar* one, [[maybe_unused]] const Scalar* below) {
 #if PAIRS
     const auto low = load_bits<HalfVector>(one), high = load_bits<HalfVector>(below);
@@ -194,7 +194,7 @@ inline Vector load_rows(const Scalar* one, [[maybe_unused]] const Scalar* below)
 #endif
 }
 
-// One pair or one value, WIDTH times.
+// Loads one pair or one value and repeats it WIDTH times.
 inline Vector broadcast(const Scalar* step) {
 #if PAIRS
     return (Vector)_mm512_set1_epi32(load_bits<int>(step));

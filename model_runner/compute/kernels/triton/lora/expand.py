@@ -3,12 +3,12 @@
     y [T, O]      | slice 0             | slice 1    | slice 2    |        B of a page [16, O], along O
                   | block | block | bl. | block | b. | block | b. |        a block is within one slice
 
-A program computes a tile and a block of columns. It sums in float32 and stores once:
+A program computes one block of columns of one tile. It sums in float32 and stores once:
 
     y + sum over pages (h B) + sum over vector slots scale * (gain_less_one * (y - base bias) + bias)
 
-For the embedding h is not computed but looked up: the 16 units of a token are consecutive in A. With programmatic
-dependent launch B is read before the shrink has ended. Does not know lanes: see segments.py.
+For the embedding, h is looked up in A, where the 16 units of a token are consecutive. With programmatic dependent
+launch B is read before the shrink has ended. Tiles, items and slots are records of the table in segments.py.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MAX_SLICES = 3
 
 @triton.jit
 def _columns(block, second, third, outs, BLOCK: tl.constexpr):
-    """The slice of this block of columns, its columns [BLOCK], and which of them are inside the slice."""
+    """Returns the slice of this block of columns, the columns [BLOCK], and which of them are inside the slice."""
     in_first = tl.cdiv(second, BLOCK)
     in_second = tl.cdiv(third - second, BLOCK)
     piece, begin, stop, index = 0, 0, second, block
@@ -55,13 +55,12 @@ def _columns(block, second, third, outs, BLOCK: tl.constexpr):
 
 @triton.jit
 def _pages_of_b(b, items, site_units, at, number, piece, slices, cols, inside, outs, PAGES: tl.constexpr):
-    """Loads B [16 PAGES, BLOCK] of PAGES pages from `at` on, and for each row of B how many units of its page are used.
-
-    Unused units are not read.
+    """Returns B [16 PAGES, BLOCK] of PAGES pages from `at` on, and for each row of B the number of used units of its
+    page. Unused units are not read.
     """
     unit = tl.arange(0, PAGES * P16)
     which = at
-    if PAGES > 1:  # for one page a scalar is enough
+    if PAGES > 1:  # a scalar suffices for one page
         which = at + unit // P16
     records = items + which * R
     here = which < number
@@ -78,7 +77,7 @@ def _sum_of_splits(
     h, rows, real, used, at, piece, tokens, width, slices,
     ROWS: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, 16 PAGES] float32: the shrink's h for the pages from `at` on, summed over splits."""
+    """Returns [ROWS, 16 PAGES] float32: the shrink's h for the pages from `at` on, summed over splits."""
     unit = tl.arange(0, PAGES * P16)
     within = ((at + unit // P16) * slices + piece) * P16 + unit % P16
     offsets = h + (rows * width * slices * P16)[:, None] + within[None, :]
@@ -93,7 +92,7 @@ def _sum_of_splits(
 
 @triton.jit
 def _look_up(a, token_ids, items, rows, real, used, at, vocabulary, PAGES: tl.constexpr):
-    """[ROWS, 16 PAGES] float32: h of the rows' tokens, looked up in A and scaled."""
+    """Returns [ROWS, 16 PAGES] float32: h of the rows' tokens, looked up in A and scaled."""
     unit = tl.arange(0, PAGES * P16)
     records = items + (at + unit // P16) * R
     page = tl.load(records + PAGE, mask=used > 0, other=0).to(tl.int64)
@@ -110,7 +109,7 @@ def _add_pages(
     tokens, width, slices, outs, vocabulary,
     ROWS: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """acc + h B over the tile's pages, PAGES at a time; the first pages are loaded before the shrink has ended."""
+    """Returns acc + h B over the tile's pages, PAGES at a time. Loads the first pages before the shrink has ended."""
     b_tile, used = _pages_of_b(b, items, site_units, 0, number, piece, slices, cols, inside, outs, PAGES)
     if PDL:
         gdc_wait()
@@ -126,7 +125,7 @@ def _add_pages(
 
 @triton.jit
 def _add_vectors(acc, base, gain, bias, base_bias, slots, first, number, cols, inside, outs):
-    """acc + scale * (gain_less_one * (base - base bias) + bias) over the tile's vector slots."""
+    """Returns acc + scale * (gain_less_one * (base - base bias) + bias), summed over the tile's vector slots."""
     if base_bias is not None:
         base -= tl.load(base_bias + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
     for index in range(number):
@@ -190,7 +189,7 @@ def expand_kernel(
         )  # fmt: skip
         tile = next_one
     if PDL:
-        gdc_wait()  # a kernel that waits for this one must find the shrink ended too
+        gdc_wait()  # so that the shrink has ended too when this kernel has
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +222,7 @@ def expand(
     embedding: tuple[torch.Tensor, torch.Tensor] | None = None,
     pdl: bool = False,
 ) -> None:
-    """Adds h [splits, T, width, S * 16] times B, and gains and biases, to y in place, which is contiguous.
+    """Adds h [splits, T, width, S * 16] times B, and gains and biases, to y in place. y must be contiguous.
 
     stops      where each slice's columns end, the last one at O
     embedding  (A [P, 1, vocabulary, 16], token ids [T] int64), in place of h

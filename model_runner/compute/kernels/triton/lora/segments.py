@@ -38,7 +38,7 @@ SLOTS = tl.constexpr(5)
 
 @triton.jit
 def rows_of(record, gather, ROWS: tl.constexpr):
-    """[ROWS] int64 and [ROWS] bool: the rows of an item or tile, and which of them are not padding."""
+    """Returns [ROWS] int64, the rows of an item or tile, and [ROWS] bool, which of them are not padding."""
     start = tl.load(record + START)
     within = tl.arange(0, ROWS)
     real = within < tl.load(record + COUNT)
@@ -51,5 +51,5 @@ def rows_of(record, gather, ROWS: tl.constexpr):
 
 @triton.jit
 def scale_of(record):
-    """The scale of a record."""
+    """Returns the scale of an item or slot as a float32."""
     return tl.load(record + SCALE).to(tl.float32, bitcast=True)

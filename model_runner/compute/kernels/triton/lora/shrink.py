@@ -5,8 +5,9 @@
     |split 0 |split 1 | ...    |   .   |        |        |        |  ->  h[split, row, order, slice * 16 + unit]
     +--------+--------+--------+       +--------+--------+--------+
 
-A program computes an item and a split of I. The expand sums splits in a fixed order, so that results do not depend on
-timing. Unused units are not read, and slices without units are not written. Does not know lanes: see segments.py.
+A program computes one split of I for one item. The expand sums splits in a fixed order, so that results do not depend
+on timing. Unused units are not read, and slices without units are not written. Items are records of the table in
+segments.py.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from model_runner.compute.kernels.triton.lora.tiling import ShrinkTiling
 
 @triton.jit
 def _used_units(record, site_units, slices, UNITS_N: tl.constexpr):
-    """[UNITS_N]: for each unit, how many units of its slice the item's page uses at this site."""
+    """Returns [UNITS_N]: for each unit, the number of units of its slice that the item's page uses at this site."""
     unit = tl.arange(0, UNITS_N)
     piece = unit // P16
     packed = tl.load(record + UNITS)
@@ -96,7 +97,7 @@ def shrink(
     tiling: ShrinkTiling,
     pdl: bool = False,
 ) -> None:
-    """Writes h, float32 [splits, T, width, S * 16], flat; only the elements of an item's rows, pages and used units.
+    """Writes to h, a flat float32 [splits, T, width, S * 16], the elements of the items' rows, pages and used units.
 
     table      int32, flat; up to `capacity` items from `items_at` on
     gather     int32, or None if the rows of every tile are consecutive

@@ -1,11 +1,11 @@
-"""Block sizes of the LoRA kernels, from shapes alone: pure functions of numbers.
+"""The block sizes of the LoRA kernels, chosen from shapes by pure functions of numbers.
 
-Each combination is a kernel that must be compiled, so there are few: they depend on a step only by the rows of a tile
-(16, or the backend's long tiles) and a rounded number of tiles (1, 4, 16, ..).
+Each combination of sizes is a kernel that must be compiled. To keep combinations few, sizes depend on a step only
+through the rows of a tile (16, or the backend's long tiles) and a rounded number of tiles (1, 4, 16, ..).
 
-A decode step reads each page once and is bound by bytes and latency: there are enough programs to fill the device, and
-blocks are wide. A prefill is bound by how often it reads x and y: tiles are tall. In triton's interpreter every program
-costs milliseconds: one program does everything. Does not know tensors.
+A decode step reads each page once and is bound by bytes and latency, so there are enough programs to fill the device,
+and blocks are wide. A prefill is bound by how often it reads x and y, so tiles have many rows. In triton's interpreter
+every program costs milliseconds, so one program does everything.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from model_runner.compute.kernels.triton.lora.segments import PAGE_RANK
 
 INTERPRETED = 0
-"""In place of the number of multiprocessors: one program does everything."""
+"""The number of processors that stands for triton's interpreter: one program does everything."""
 
 SHORT = 16
-"""Rows of a tile if all runs are short; the least that tensor cores multiply."""
+"""The rows of a tile if all runs of rows are short; the fewest rows that tensor cores multiply."""
 
 MAX_SPLITS = 16
 MAX_SUMMED = 8192
@@ -32,7 +32,9 @@ STAGE_BYTES = 32 << 10
 
 @dataclass(frozen=True)
 class ShrinkTiling:
-    """A program computes `rows` x `units` outputs, `block` columns of x and A at a time; a split has `span` blocks."""
+    """The shrink's tiling. A program computes `rows` x `units` outputs from `block` columns of x and A at a time; a
+    split has `span` blocks.
+    """
 
     rows: int
     units: int
@@ -45,9 +47,10 @@ class ShrinkTiling:
 
 @dataclass(frozen=True)
 class ExpandTiling:
-    """A program computes `rows` x `block` outputs, from `pages` pages at a time for lanes with several.
+    """The expand's tiling. A program computes `rows` x `block` outputs, from `pages` pages at a time if the lane has
+    several.
 
-    `registers`: the most for a thread. Without it ptxas uses fewer and spills, for occupancy.
+    `registers`: the most registers of a thread; None: ptxas chooses, and may spill registers for higher occupancy.
     """
 
     rows: int
@@ -61,7 +64,9 @@ class ExpandTiling:
 def shrink_tiling(
     rows: int, features: int, slices: int, tiles: int, most_pages: int, itemsize: int, processors: int
 ) -> ShrinkTiling:
-    """For about `tiles` tiles of at most `rows` rows, lanes of `most_pages` pages, a site of `features` inputs."""
+    """Returns the shrink's tiling for about `tiles` tiles of at most `rows` rows, lanes of at most `most_pages` pages,
+    and a site of `features` in features.
+    """
     units = PAGE_RANK * power_of_two(slices)
     if processors == INTERPRETED:
         return ShrinkTiling(rows, units, power_of_two(features), 1, 1)
@@ -77,9 +82,8 @@ def shrink_tiling(
 def expand_tiling(
     rows: int, widest: int, outs: int, tiles: int, most_pages: int, itemsize: int, processors: int
 ) -> ExpandTiling:
-    """For about `tiles` tiles of at most `rows` rows, lanes of `most_pages` pages, a site of `outs` outputs.
-
-    `widest` is the width of its widest slice.
+    """Returns the expand's tiling for about `tiles` tiles of at most `rows` rows, lanes of at most `most_pages` pages,
+    and a site of `outs` out features, whose widest slice has `widest`.
     """
     pages = pages_at_once(most_pages)
     if processors == INTERPRETED:
@@ -93,30 +97,32 @@ def expand_tiling(
 
 
 def pages_at_once(most_pages: int) -> int:
-    """The number of pages that the expand multiplies at once, if lanes have at most `most_pages`."""
+    """Returns the number of pages that the expand multiplies at once, if lanes have at most `most_pages` pages."""
     return min(MAX_PAGES, power_of_two(most_pages))
 
 
 def tile_rows(longest: int, most: int) -> int:
-    """Rows of a tile if the longest run has `longest` rows."""
+    """Returns the rows of a tile if the longest run of rows is `longest`: SHORT if that suffices, else `most`."""
     return SHORT if longest <= SHORT else most
 
 
 def rounded_tiles(tiles: int, rows: int) -> int:
-    """The number of tiles rounded down to a power of four, at most 256 short ones or 64 long ones."""
+    """Returns the number of tiles rounded down to a power of four, at most 256 for short tiles and 64 for long ones."""
     return min(256 if rows <= SHORT else 64, 1 << ((tiles.bit_length() - 1) & ~1))
 
 
 def programs(capacity: int, others: int, processors: int) -> int:
-    """The number of programs for `capacity` records, each needing `others` programs; idle programs cost time too."""
+    """Returns the number of programs for `capacity` records if each needs `others` programs: not always `capacity`,
+    because programs without work cost time too.
+    """
     return capacity if processors == INTERPRETED else max(1, min(capacity, 6 * processors // max(1, others)))
 
 
 def floor_of_two(number: int) -> int:
-    """The greatest power of two that is at most `number`."""
+    """Returns the greatest power of two that is at most `number`."""
     return 1 << (number.bit_length() - 1)
 
 
 def power_of_two(number: int) -> int:
-    """The least power of two that is at least `number`."""
+    """Returns the least power of two that is at least `number`."""
     return 1 << max(0, number - 1).bit_length()
