@@ -1,7 +1,7 @@
 """Decode steps as CUDA graphs: captured once for each padded number of rows, with and without LoRA, then replayed.
 
     step of 5 rows    | row 3 | row 0 | row 7 | row 1 | row 2 | scratch | scratch | scratch |      padded to 8
-    inputs [4, 8]     row, given token (-1: the row's own last sample), position, lane
+    inputs [4, 8]     row, given token (-1: the row's last sampled token), position, lane
     hidden [8, H]     the result of the forward; head and sampling run after the graph, on the same stream
 
 A scratch row's page table is all zeros: its K and V go to page 0, which no request reads. All tensors that a replay
@@ -40,7 +40,9 @@ from model_runner.step.rows import RowTable
 
 @dataclass(frozen=True, eq=False)
 class CapturedStep:
-    """The captured steps of one padded number of rows: static buffers, and replays without and with LoRA (the key)."""
+    """The steps captured for one padded number of rows: static buffers, and replays without (False) and with (True)
+    LoRA.
+    """
 
     inputs_4B: torch.Tensor
     attention: Any

@@ -1,1 +1,1 @@
-"""The machine: device and dtype, child processes, compilations of kernels, this rank's shard."""
+"""The machine: device and dtype, child processes, a counter of kernel compilations, this rank's shard."""

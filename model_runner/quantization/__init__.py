@@ -1,1 +1,1 @@
-"""How the base model's linears are stored and multiplied: one file a format."""
+"""The formats in which the base model's linears are stored and multiplied, each in its own file."""

@@ -3,7 +3,7 @@
     header 4 | decode tiles 4 * C | slots T, padded to 4 | pages of the first chunk, of the second, ...
     ^ the number of keys that each decode tile sees, summed over the tiles
 
-Each part begins at a multiple of 16 bytes: triton compiles a kernel for the alignment of its pointers.
+Each part begins at a multiple of 16 bytes, because triton compiles another kernel for pointers of another alignment.
 
 Legend: T tokens of the step, C chunks of length 1 (decodes), L longer chunks (prefills), n tiles. A tile is (index of
 its first token in the batch, that token's position in its row, number of queries, index of its row's first page in the

@@ -63,7 +63,7 @@ def make_plan(layout: Layout, window: int | None, device: torch.device, *, use_k
     """Returns the plan of a step. With `use_kernel` the C++ kernel computes all chunks that it supports."""
     offsets, single = layout.offsets(), layout.lengths_C == 1
     in_torch = np.full(layout.chunks, not use_kernel)
-    if use_kernel and window is not None:  # in the kernel all tokens of a chunk see the same first slot
+    if use_kernel and window is not None:  # in the kernel all tokens of a chunk have the same first slot
         in_torch = ~single & (layout.starts_C + layout.lengths_C > window)
     in_kernel = np.flatnonzero(~in_torch)
     decodes = _buckets(layout, in_torch & single, window)

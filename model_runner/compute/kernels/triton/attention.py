@@ -40,7 +40,7 @@ def span_of(position, count, total_ptr, tiles, splits, share, window, QUERIES: t
     """Returns first and stop of the keys that a tile sees, and the number of keys in one of its spans."""
     first, stop = tl.maximum(position - window + 1, 0), position + count
     total = tl.minimum(tl.load(total_ptr).to(tl.int64), tl.cast(tiles, tl.int64) * (window + QUERIES))
-    even_share = tl.cdiv(total, share).to(tl.int32)  # keys for each program if the device were evenly full
+    even_share = tl.cdiv(total, share).to(tl.int32)  # keys of a program if all programs had equal work
     spans = tl.minimum(tl.maximum((stop - first + even_share // 2) // even_share, 1), splits)
     return first, stop, tl.cdiv(tl.cdiv(stop - first, spans), BLOCK_N) * BLOCK_N
 
@@ -53,7 +53,7 @@ def attend_keys(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
     MASKED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Adds keys begin..end - 1 to the online softmax. Without MASKED blocks are full and every query sees all keys."""
+    """Adds keys begin..end - 1 to the online softmax. Without MASKED, blocks are full and queries see all keys."""
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     for start in range(begin, end, BLOCK_N):
         keys = start + offs_n

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from model_runner.compute.kernels.triton.target import INTERPRETER
 
 MAX_SPLITS = 64
-WAVES = 2  # the number of programs per multiprocessor that keys are cut into spans for
-MIN_DECODE_SPLITS = 4  # so that one long decode among many does not run alone at the end
+WAVES = 2  # programs per multiprocessor: keys are cut into spans until there are this many
+MIN_DECODE_SPLITS = 4  # the most spans are at least this many, so that one long decode does not run alone at the end
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The cache of compiled kernels on disk: one shared library each, its file name a hash of all that it depends on.
+"""The cache of compiled kernels on disk: a shared library for each, named by a hash of all that the library depends on.
 
 Loading a library runs code in it. So no other user may be able to write to the directory, and each file ends with the
 hash of its content, checked before every load. A file enters the cache by a rename: two servers may compile the same
@@ -38,7 +38,7 @@ UNUSED_SECONDS = 90 * 86400.0
 
 
 class UnsafeDirectory(Exception):
-    """The cache directory cannot be used; the message is one line that says why."""
+    """Raised when the cache directory cannot be used; the message is one line that says why."""
 
 
 def default_directory() -> Path:

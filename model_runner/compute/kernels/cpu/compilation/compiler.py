@@ -23,7 +23,7 @@ DEFINES = {"bfloat16": ("BFLOAT16",), "float32": ()}
 
 
 class BuildError(Exception):
-    """Compiling failed; the message is the compiler's first error."""
+    """Raised when compiling fails; the message is the compiler's first error."""
 
 
 def find_compiler() -> str | None:

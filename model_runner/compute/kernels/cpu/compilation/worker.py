@@ -29,7 +29,7 @@ def build_all(order: BuildOrder, shutdown: ShutdownHandler) -> NoReturn:
     root = Path(order.jobs[0].path).parent
     with os.fdopen(order.pipe, "wb") as pipe, KernelCache(root).build_directory() as directory:
         shutdown.build_directory = directory
-        os.environ["TMPDIR"] = str(directory)  # for the compiler's temporary files
+        os.environ["TMPDIR"] = str(directory)  # the compiler writes its temporary files there
         for number, job in enumerate(order.jobs):
             pipe.write(msgspec.json.encode(_build(job, directory / f"{number}.so")) + b"\n")
             pipe.flush()

@@ -18,7 +18,9 @@ LENGTHS = (1, 1, 5, 1, 40)
 
 
 def supports(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel supports these sizes: equal groups of query heads, and heads of a whole number of vectors."""
+    """Whether the kernel supports these sizes: `heads` must be a multiple of `kv_heads`, and the head size `size` a
+    multiple of the values that the kernel processes at once (32 in bfloat16, 16 in float32).
+    """
     return heads % kv_heads == 0 and size % {torch.bfloat16: 32, torch.float32: 16}.get(dtype, size + 1) == 0
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from model_runner.compute.kernels.triton.lora.segments import PAGE_RANK
 
 INTERPRETED = 0
-"""The number of processors that stands for triton's interpreter: one program does everything."""
+"""The value of `processors` for triton's interpreter, in which one program does everything."""
 
 SHORT = 16
 """The rows of a tile if all runs of rows are short; the fewest rows that tensor cores multiply."""
