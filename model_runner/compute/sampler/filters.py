@@ -43,9 +43,8 @@ def _keep_best(logits_SV: torch.Tensor, limits: NDArray[np.int64], top_p: NDArra
     top_p_S1 = upload(top_p, logits_SV.device)[:, None]
     vocab = logits_SV.shape[1]
     widest = max(1, int(limits[(limits < vocab) | (top_p < 1.0)].max()))
-    tries = (
-        CANDIDATES if logits_SV.device.type == "cpu" else ()
-    )  # on a GPU, `enough_S1.all()` would wait for the device
+    # on a GPU, checking whether the candidates suffice would wait for the device
+    tries = CANDIDATES if logits_SV.device.type == "cpu" else ()
     return _keep_from_candidates(
         logits_SV, limits_S1, top_p_S1, [*(width for width in tries if width < widest), widest]
     )
