@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from engine.messages import EvictAdapter, FinishReason, Generate, Update
 from scheduler.adapters.copies import AdapterCopy, DeviceState, HostState
-from scheduler.admission import eligibility
+from scheduler.admission import wait_states
 from scheduler.admission.unloader import Unloader
 from scheduler.requests.alora import find_invocation
 from scheduler.requests.queue import WaitState
@@ -32,10 +32,10 @@ class Admission:
     def arrive(self, message: Generate) -> None:
         """Queues a new request, or ends it at once with an error if it can never be served."""
         state = self._state
-        error = eligibility.selection_error(state, message.lora)
+        error = wait_states.selection_error(state, message.lora)
         key = state.registry.key(message.lora) if error is None else BASE
         request = from_message(message, key, state.order_on_arrival(message))
-        error = error or eligibility.unservable_reason(state, request.key) or fit_to_capacity(request, state.capacity)
+        error = error or wait_states.unservable_reason(state, request.key) or fit_to_capacity(request, state.capacity)
         if error is not None:
             state.updates.append(Update(request_id=request.id, index=request.generated, error=error))
             state.ordering.on_end(request)
@@ -162,11 +162,11 @@ class Admission:
         """Sets the wait state of a waiting key, or ends the key's waiting requests if they can never be served."""
         state = self._state
         active = key == BASE or key in state.lanes
-        error = None if active else eligibility.unservable_reason(state, key)
+        error = None if active else wait_states.unservable_reason(state, key)
         if error is not None:
             self.fail_waiting(key, error)
             return
-        wait_state = eligibility.wait_state(state, key)
+        wait_state = wait_states.wait_state(state, key)
         state.waiting.set_state(key, wait_state, state.now)
         if wait_state is WaitState.DISK:
             state.loads_due = True

@@ -10,7 +10,7 @@ from engine.errors import InvalidRequest
 from engine.messages import Delta, SamplingParams, Submit
 from tokenizer_proc.http import adapter_access
 from tokenizer_proc.http.batch import Batch, Choice
-from tokenizer_proc.http.bodies import body as bodies
+from tokenizer_proc.http.bodies import decoding
 from tokenizer_proc.http.bodies.chat_messages import TemplateKwargs, Turn, chat_messages
 from tokenizer_proc.http.bodies.fields import SPELLINGS_OPENAI
 from tokenizer_proc.http.dialects import logprobs
@@ -35,15 +35,15 @@ class ChatBody(OpenAIBody, frozen=True, kw_only=True):
 
 async def chat_completions(service: Service, request: web.Request) -> web.StreamResponse:
     """OpenAI's chat completions, streamed or not, with `lora_path` and vLLM's extras such as `top_k`, `ignore_eos`."""
-    fields = await bodies.read(request)
-    body, params = bodies.split(fields, ChatBody, SPELLINGS_OPENAI)
+    fields = await decoding.read(request)
+    body, params = decoding.split(fields, ChatBody, SPELLINGS_OPENAI)
     check(body, params)
     await adapter_access.fetch(service, request, body.model, body.lora_path)
     lora = adapter_access.select(service, request, body.model or None, body.lora_path)
     submit = _submit(body, lora, replace(params, logprobs=_wanted_logprobs(body)))
     envelope = Envelope(service, body, "chatcmpl", "chat.completion", "chat.completion.chunk")
     writer = ChatWriter(envelope, body.logprobs)
-    names = bodies.spelt(fields, SPELLINGS_OPENAI) | {"prompt": "messages", "logprobs": "top_logprobs"}
+    names = decoding.spelt(fields, SPELLINGS_OPENAI) | {"prompt": "messages", "logprobs": "top_logprobs"}
     call = GenerationCall(submits=[submit], ids={envelope.id: [0]}, stream=body.stream, names=names)
     return await answer(service, request, call, writer)
 

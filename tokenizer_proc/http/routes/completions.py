@@ -11,7 +11,7 @@ from engine.errors import InvalidRequest
 from engine.messages import Delta, PositionLogprobs, SamplingParams, Submit, Usage
 from tokenizer_proc.http import adapter_access
 from tokenizer_proc.http.batch import Batch, Choice
-from tokenizer_proc.http.bodies import body as bodies
+from tokenizer_proc.http.bodies import decoding
 from tokenizer_proc.http.bodies.fields import SPELLINGS_OPENAI
 from tokenizer_proc.http.bodies.prompts import PromptField, TokenIds, prompts, spread
 from tokenizer_proc.http.dialects.logprobs import LegacyLogprobs, empty, joined
@@ -35,8 +35,8 @@ class CompletionBody(OpenAIBody, frozen=True, kw_only=True):
 
 async def completions(service: Service, request: web.Request) -> web.StreamResponse:
     """OpenAI's completions for one or more prompts, streamed or not, with `lora_path` and vLLM's extras."""
-    fields = await bodies.read(request)
-    body, params = bodies.split(fields, CompletionBody, SPELLINGS_OPENAI)
+    fields = await decoding.read(request)
+    body, params = decoding.split(fields, CompletionBody, SPELLINGS_OPENAI)
     check(body, params)
     asked = prompts(body.prompt, "prompt", service.config.max_open_requests)
     named = body.lora_path if isinstance(body.lora_path, list) else [body.lora_path]
@@ -47,7 +47,7 @@ async def completions(service: Service, request: web.Request) -> web.StreamRespo
     tokenizers = [service.frontend.text_tools_for(lora).tokenizer for lora in loras]
     writer = CompletionWriter(envelope, tokenizers, body, params, asked)
     submits = _submits(body, _params(body, params), asked, loras)
-    names = bodies.spelt(fields, SPELLINGS_OPENAI) | {"prompt_logprobs": "logprobs"}
+    names = decoding.spelt(fields, SPELLINGS_OPENAI) | {"prompt_logprobs": "logprobs"}
     call = GenerationCall(submits=submits, ids={envelope.id: range(len(submits))}, stream=body.stream, names=names)
     return await answer(service, request, call, writer)
 

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from engine.errors import InvalidRequest
 from engine.messages import AdapterMix, SamplingParams, Submit
 from tokenizer_proc.http import adapter_access
-from tokenizer_proc.http.bodies import body as bodies
+from tokenizer_proc.http.bodies import decoding
 from tokenizer_proc.http.bodies.fields import SPELLINGS_NATIVE
 from tokenizer_proc.http.bodies.prompts import PromptField, TokenIds, is_single, prompts, spread
 from tokenizer_proc.http.dialects.sglang import LogprobOptions, NativeWriter
@@ -56,7 +56,7 @@ async def generate(service: Service, request: web.Request) -> web.StreamResponse
 
     `sampling_params` and `lora_path` are given once, or as a list with one for each prompt.
     """
-    body = bodies.decode(await bodies.read(request), GenerateBody)
+    body = decoding.decode(await decoding.read(request), GenerateBody)
     field = _prompt_field(body)
     asked = prompts(field, "input_ids" if body.text is None else "text", service.config.max_open_requests)
     size = len(asked)
@@ -78,7 +78,7 @@ async def generate(service: Service, request: web.Request) -> web.StreamResponse
 def _names(body: GenerateBody) -> dict[str, str]:
     """Returns the client's names for fields, by the names that the front end's errors use."""
     several = [body.sampling_params] if isinstance(body.sampling_params, dict) else body.sampling_params
-    words = {field: name for one in several for field, name in bodies.spelt(one, SPELLINGS_NATIVE).items()}
+    words = {field: name for one in several for field, name in decoding.spelt(one, SPELLINGS_NATIVE).items()}
     return {field: f"sampling_params.{name}" for field, name in words.items()} | {
         "prompt": "input_ids" if body.text is None else "text",
         "logprobs": "top_logprobs_num",
@@ -137,9 +137,9 @@ class _Lora(msgspec.Struct, frozen=True):
 
 def _read(asked: Mapping[str, object], at: str) -> tuple[SamplingParams, LorasField]:
     """Decodes one dict of `sampling_params`. Returns its sampling parameters and its `lora_path`, if it has one."""
-    present = bodies.present(asked)
+    present = decoding.present(asked)
     lora = {name: present.pop(name) for name in ("lora_path",) if name in present}
-    return bodies.params(present, SPELLINGS_NATIVE, at), bodies.decode(lora, _Lora, at).lora_path
+    return decoding.params(present, SPELLINGS_NATIVE, at), decoding.decode(lora, _Lora, at).lora_path
 
 
 def _scoring(body: GenerateBody, size: int) -> list[LogprobOptions | None]:

@@ -18,7 +18,7 @@ from aiohttp import web
 from engine.errors import EngineError, InvalidRequest, NotFound
 from engine.messages import AdapterStage
 from tokenizer_proc.adapters.lifecycle import LoadRequest
-from tokenizer_proc.http.bodies import body as bodies
+from tokenizer_proc.http.bodies import decoding
 from tokenizer_proc.http.bodies.fields import IGNORED_BY_ROUTE
 from tokenizer_proc.http.encoding import as_json
 from tokenizer_proc.http.middleware import errors
@@ -63,8 +63,8 @@ async def load(service: Service, request: web.Request) -> web.StreamResponse:
     If a preload takes longer than a minute, the response has the adapter's state.
     """
 
-    async def work(fields: bodies.Fields) -> AdapterStage | None:
-        body = bodies.decode(fields, LoadBody)
+    async def work(fields: decoding.Fields) -> AdapterStage | None:
+        body = decoding.decode(fields, LoadBody)
         ask = LoadRequest(name=body.lora_name, path=body.lora_path, pinned=body.pinned, preload=body.preload)
         entry = await service.frontend.lifecycle.load(ask)
         return entry.stage if body.preload and entry.stage != "resident" else None
@@ -75,9 +75,9 @@ async def load(service: Service, request: web.Request) -> web.StreamResponse:
 async def unload(service: Service, request: web.Request) -> web.StreamResponse:
     """Unloads an adapter; responds when its memory is free, or after a minute with `"state": "draining"`."""
 
-    async def work(fields: bodies.Fields) -> AdapterStage | None:
+    async def work(fields: decoding.Fields) -> AdapterStage | None:
         lifecycle = service.frontend.lifecycle
-        entry = await lifecycle.unload(bodies.decode(fields, NameBody).lora_name)
+        entry = await lifecycle.unload(decoding.decode(fields, NameBody).lora_name)
         return None if await lifecycle.freed(entry) else entry.stage
 
     return await _native(service, request, work)
@@ -96,7 +96,7 @@ async def unpin(service: Service, request: web.Request) -> web.StreamResponse:
 async def load_from_tensors(service: Service, request: web.Request) -> web.StreamResponse:
     """Refuses SGLang's load of tensors in the body: save the adapter as a directory and load that."""
 
-    async def work(fields: bodies.Fields) -> AdapterStage | None:
+    async def work(fields: decoding.Fields) -> AdapterStage | None:
         raise InvalidRequest(
             "adapters are not taken as tensors: save the adapter as a directory and name it in /load_lora_adapter",
             code="not_available",
@@ -107,7 +107,7 @@ async def load_from_tensors(service: Service, request: web.Request) -> web.Strea
 
 async def v1_load(service: Service, request: web.Request) -> web.StreamResponse:
     """Loads an adapter as vLLM does, with `load_inplace`; responds with vLLM's sentence when requests can name it."""
-    body = bodies.decode(await bodies.read(request), V1LoadBody)
+    body = decoding.decode(await decoding.read(request), V1LoadBody)
     if body.is_3d_lora_weight:
         raise InvalidRequest("'is_3d_lora_weight' is not supported here, other than False", param="is_3d_lora_weight")
     ask = LoadRequest(name=body.lora_name, path=body.lora_path, load_inplace=body.load_inplace, preload=body.preload)
@@ -117,7 +117,7 @@ async def v1_load(service: Service, request: web.Request) -> web.StreamResponse:
 
 async def v1_unload(service: Service, request: web.Request) -> web.StreamResponse:
     """Unloads an adapter as vLLM does; responds at once, and memory is freed when its last request has finished."""
-    body = bodies.decode(await bodies.read(request), V1UnloadBody)
+    body = decoding.decode(await decoding.read(request), V1UnloadBody)
     if not body.lora_name:
         raise InvalidRequest("'lora_name' needs to be provided to unload a LoRA adapter.", param="lora_name")
     await service.frontend.lifecycle.unload(body.lora_name, body.lora_int_id)
@@ -125,15 +125,15 @@ async def v1_unload(service: Service, request: web.Request) -> web.StreamRespons
 
 
 async def _pinned(service: Service, request: web.Request, pinned: bool) -> web.StreamResponse:
-    async def work(fields: bodies.Fields) -> AdapterStage | None:
-        await service.frontend.lifecycle.pin(bodies.decode(fields, NameBody).lora_name, pinned)
+    async def work(fields: decoding.Fields) -> AdapterStage | None:
+        await service.frontend.lifecycle.pin(decoding.decode(fields, NameBody).lora_name, pinned)
         return None
 
     return await _native(service, request, work)
 
 
 async def _native(
-    service: Service, request: web.Request, work: Callable[[bodies.Fields], Awaitable[AdapterStage | None]]
+    service: Service, request: web.Request, work: Callable[[decoding.Fields], Awaitable[AdapterStage | None]]
 ) -> web.StreamResponse:
     """Runs `work` with the body's fields, and returns its result as a response in SGLang's format.
 
@@ -141,7 +141,7 @@ async def _native(
     """
     ignored = IGNORED_BY_ROUTE.get(request.path, frozenset())
     try:
-        fields = await bodies.read(request)
+        fields = await decoding.read(request)
         stage = await work({name: value for name, value in fields.items() if name not in ignored})
     except EngineError as error:
         return _failure(service, error)

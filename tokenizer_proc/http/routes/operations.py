@@ -8,7 +8,7 @@ import msgspec
 from aiohttp import web
 
 from engine.errors import InvalidRequest
-from tokenizer_proc.http.bodies import body as bodies
+from tokenizer_proc.http.bodies import decoding
 from tokenizer_proc.http.encoding import as_json
 from tokenizer_proc.http.service import Service
 
@@ -59,7 +59,7 @@ async def version(service: Service, request: web.Request) -> web.StreamResponse:
 
 async def abort_request(service: Service, request: web.Request) -> web.StreamResponse:
     """Aborts the requests of one or more ids in `rid`, or all with `abort_all`; ids that do not run are ignored."""
-    body = bodies.decode(await bodies.read(request), AbortBody)
+    body = decoding.decode(await decoding.read(request), AbortBody)
     if body.rid is None and not body.abort_all:
         raise InvalidRequest("send rid, or abort_all = true", param="rid")
     if body.abort_all:

@@ -8,7 +8,7 @@ from aiohttp import web
 from engine.errors import InvalidRequest
 from tokenizer_proc.adapters.tokenizers import TextTools
 from tokenizer_proc.http import adapter_access
-from tokenizer_proc.http.bodies import body as bodies
+from tokenizer_proc.http.bodies import decoding
 from tokenizer_proc.http.bodies.chat_messages import TemplateKwargs, Turn, chat_messages
 from tokenizer_proc.http.dialects.openai import LoraField
 from tokenizer_proc.http.encoding import as_json
@@ -46,7 +46,7 @@ class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
 
 async def tokenize(service: Service, request: web.Request) -> web.StreamResponse:
     """Encodes text or chat messages; responds with `{"tokens", "count", "max_model_len"}`."""
-    body = bodies.decode(await bodies.read(request), TokenizeBody)
+    body = decoding.decode(await decoding.read(request), TokenizeBody)
     text_tools = await _text_tools(service, request, body)
     text = await _text(body, text_tools.chat)
     special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
@@ -56,7 +56,7 @@ async def tokenize(service: Service, request: web.Request) -> web.StreamResponse
 
 async def detokenize(service: Service, request: web.Request) -> web.StreamResponse:
     """Decodes token ids; responds with `{"prompt", "text"}`, the same text under vLLM's name and SGLang's."""
-    body = bodies.decode(await bodies.read(request), DetokenizeBody)
+    body = decoding.decode(await decoding.read(request), DetokenizeBody)
     tokenizer = (await _text_tools(service, request, body)).tokenizer
     _check(body.tokens, tokenizer.vocab_size)
     text = await tokenizer.decode_ids(body.tokens, skip_special_tokens=body.skip_special_tokens)
