@@ -44,7 +44,7 @@ class Bounds:
     max_loaded_loras: int | None = None  # the most copies in the host cache; None: no limit
     lora_host_bytes: int | None = None  # the most bytes in the host cache; None: the runner's capacity gives the limit
     eviction_policy: Policy = "lru"  # the eviction policy of both caches
-    lora_max_wait: float = 5.0  # seconds that a request may be passed by later requests because of its adapter
+    lora_max_wait: float = 5.0  # seconds that a request may be overtaken by later requests because of its adapter
     max_prefill_tokens: int | None = None  # the most in a step with decodes; None: a quarter of max_batched_tokens
     prefix_cache: bool = True
     schedule_policy: SchedulePolicy = "fcfs"
@@ -121,7 +121,7 @@ class SchedulerState:
         return order
 
     def order_behind_passed(self, request: Request) -> Order:
-        """Returns an order for a request to be requeued: right behind all passed requests of its priority."""
+        """Returns an order for a request to be requeued: right behind all overtaken requests of its priority."""
         return self.ordering.order_behind(request, self.starvation.frontier, next(self._arrivals))
 
     def wanted_order(self, copy: AdapterCopy) -> Order | None:

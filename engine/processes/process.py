@@ -152,7 +152,7 @@ class Process:
     async def _wait_unhealthy(self, max_busy: float) -> ProcessExit:
         """Waits until the process is silent or busy for too long. Returns the ProcessExit that describes this."""
         while not isinstance(report := await self._next_report(SILENT_SECONDS, max_busy), ProcessExit):
-            if report is None:  # stdout is closed: it exits, which `watch` notices, or hangs
+            if report is None:  # stdout is closed: either the process exits, which `watch` notices, or it hangs
                 await asyncio.sleep(SILENT_SECONDS)
                 return _silent(SILENT_SECONDS)
         return report

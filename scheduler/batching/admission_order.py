@@ -1,18 +1,18 @@
-"""Chooses which request is admitted next, and which lanes are drained or preempted for requests that were passed.
+"""Chooses which request is admitted next, and which lanes are drained or preempted for overtaken requests.
 
     head       the first waiting request of a lane key
     next       the first in order among ACTIVE heads and, unless a head was skipped, READY and COLD heads
     skipped    a READY or COLD head that finds no lane or no rank pages: only ACTIVE requests, whose lane is in the step
-               anyway, pass it. If the first request whose adapters lack nothing finds no row or too few KV pages, no
-               request is admitted: otherwise small requests could pass a large one for ever
-    deadline   `lora_max_wait` after a head was first passed, less the time of its fill, two steps and the interval of
+               anyway, overtake it. If the first request whose adapters lack nothing finds no row or too few KV pages, no
+               request is admitted: otherwise small requests could overtake a large one for ever
+    deadline   `lora_max_wait` after a head was first overtaken, less the time of its fill, two steps and the interval of
                checks. A lane whose rows end just before a deadline admits no more requests (DRAINING). If too few
                lanes end in time, some are preempted
     overdue    the requests for which lanes were preempted: they get these lanes, even if other requests come before
                them in the queue
 
-    passed . a . b . c | d ...         the rows of a preempted lane are requeued behind all requests that were passed,
-                      ^ row            with a new deadline. So the keys take turns
+    overtaken: a . b . c | d ...       the rows of a preempted lane are requeued behind all overtaken requests, with a
+                         ^ row         new deadline. So the keys take turns
 
 With B keys waiting for L lanes, a lane can be held for lora_max_wait * L / B on average if all deadlines are to be met.
 A lane that was held for a shorter time is preempted after all others, and a lane that was held for less than
@@ -71,7 +71,7 @@ class AdmissionOrder:
             self._check_deadlines(max_wait)
 
     def waited(self, request: Request) -> float:
-        """Returns for how many seconds a waiting request has been passed for lack of a lane or rank pages."""
+        """Returns for how many seconds a waiting request has been overtaken for lack of a lane or rank pages."""
         state = self._state
         passed = state.starvation.passed_since(request.order)
         if passed is None:
@@ -95,7 +95,7 @@ class AdmissionOrder:
             self._preempt_lanes(lanes, max_wait, len(waits))
 
     def _deadlines(self, max_wait: float) -> list[tuple[Deadline, Request]]:
-        """Returns the most urgent request of each key that was passed, with its deadline, sorted by slack."""
+        """Returns the most urgent request of each key that was overtaken, with its deadline, sorted by slack."""
         state, device_loader = self._state, self._device_loader
         margin = 2 * device_loader.step_seconds + max_wait / CHECKS_PER_WAIT
         least_work = LEAST_SHARE * max_wait / max(1, state.lanes.count)
@@ -106,9 +106,9 @@ class AdmissionOrder:
                 state.starvation.forget_before(self._first_waiting())
             passed = state.starvation.passed_since(head.order)
             if passed is None:
-                break  # heads come in order, so no head after this one was passed either
+                break  # heads come in order, so no head after this one was overtaken either
             request = head
-            if head.queued_at > passed:  # it was requeued: other requests of its key may have been passed for longer
+            if head.queued_at > passed:  # it was requeued: other requests of its key may have been overtaken for longer
                 request = max(state.waiting.front(head.key, REQUESTS_PER_KEY), key=self.waited)
             fill = self._device_loader.fill_seconds(request.key)
             slack = max_wait - margin - fill - self.waited(request)
@@ -178,7 +178,7 @@ class AdmissionOrder:
     def end_step(self) -> None:
         """Ends the admissions of a step.
 
-        If a request was skipped though there is memory for it, all requests that are still waiting count as passed.
+        If a request was skipped though there is memory for it, all requests that are still waiting count as overtaken.
         """
         if self._skipped is not None and self._has_memory(self._skipped):
             after_all = (*self._state.last_order, AFTER_ALL)

@@ -5,7 +5,7 @@
     group "g.full"      full weights of the embedding or the head, one slot per adapter
     group "norms.full"  all norms of the model, one slot per adapter (pool/norms.py)
 
-Page p of a group holds the same 16 units of rank at every site of the group. Slots are granted as pages are. The
+Page p of a group holds the same 16 units of rank at every site of the group. Slots are granted in the same way. The
 scheduler decides which adapter has which page; a lane names pages and their scales. Does not depend on steps.
 """
 

@@ -58,7 +58,7 @@ class ActivatedLora(Variant, frozen=True, kw_only=True):
             raise AdapterError(f"{CONFIG_NAME}: {option} is not served together with {OPTION}")
 
     def check_module(self, module: Module, becomes: AbstractSet[Term]) -> None:
-        """Raises AdapterError for a change that cannot begin at a token: anything but A, B and bias of a linear."""
+        """Raises AdapterError for a change that acts on the whole request: anything but A, B and bias of a linear."""
         if module.embeds or becomes & {"gain", "full weight"}:
             raise AdapterError(f"module {module.target.module}: its change is not served together with {OPTION}")
 

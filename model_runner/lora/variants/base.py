@@ -55,7 +55,7 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def whole_request_options(self) -> Sequence[str]:
-        """The options in use whose effect cannot begin at a token; an activated LoRA is refused with them."""
+        """The options in use that act on the whole request; an activated LoRA is refused with them."""
         return ()
 
     def check(self) -> None:

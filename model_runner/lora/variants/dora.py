@@ -55,7 +55,7 @@ class Dora(Variant, frozen=True, kw_only=True):
 
     @property
     def whole_request_options(self) -> Sequence[str]:
-        """The option `use_dora`, whose effect cannot begin at a token."""
+        """`use_dora`: it acts on the whole request, so it is not served with an activated LoRA."""
         return ["use_dora"]
 
     def check_beside(self, others: Sequence[Variant]) -> None:

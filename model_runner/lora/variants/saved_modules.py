@@ -43,7 +43,7 @@ class SavedModules(Variant, frozen=True, kw_only=True):
 
     @property
     def whole_request_options(self) -> Sequence[str]:
-        """The option `modules_to_save`, whose effect cannot begin at a token."""
+        """`modules_to_save`: it acts on the whole request, so it is not served with an activated LoRA."""
         return ["modules_to_save"]
 
     def means(self, module: str) -> bool:

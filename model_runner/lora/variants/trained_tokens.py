@@ -43,7 +43,7 @@ class TrainedTokens(Variant, frozen=True, kw_only=True):
 
     @property
     def whole_request_options(self) -> Sequence[str]:
-        """The option `trainable_token_indices`, whose effect cannot begin at a token."""
+        """`trainable_token_indices`: it acts on the whole request, so it is not served with an activated LoRA."""
         return ["trainable_token_indices"]
 
     @property

@@ -138,5 +138,5 @@ class _Slots:
         return self._rows.lane(self._footprint, row + 1, self._held[row])
 
     def leave(self, row: int) -> None:
-        """Frees the row's slot, which steps in flight may still use."""
+        """Takes the slot from the row. `fills` reuses it only once no step in flight can use it any more."""
         self._left.append((self._steps, self._held.pop(row)))

@@ -1,4 +1,4 @@
-"""scheduler.batching.admission_order, with the whole core: how long requests are passed, which lane is preempted.
+"""scheduler.batching.admission_order, with the whole core: how long requests are overtaken, which lane is preempted.
 
 Time is virtual: each step advances it by STEP seconds.
 """
@@ -116,7 +116,7 @@ def test_lane_can_be_joined_until_it_barely_meets_a_deadline() -> None:
 
 
 def test_preempted_rows_go_behind_all_passed_requests() -> None:
-    """Preempted request 1 runs again after 2 and 3, which were passed, and 2 before 4, which arrived while 2 ran."""
+    """Preempted request 1 runs again after 2 and 3, which were overtaken, and 2 before 4, which arrived while 2 ran."""
     clock = TimedCore(lanes=1, rows=2).adapters(4)
     clock.ask(1, 1, max_tokens=50)
     clock.step()

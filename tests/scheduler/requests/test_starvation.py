@@ -1,4 +1,4 @@
-"""scheduler.requests.starvation: frontier and times, compared with a record of when each request was first passed."""
+"""scheduler.requests.starvation: frontier and times, against a record of when each request was first overtaken."""
 
 from __future__ import annotations
 

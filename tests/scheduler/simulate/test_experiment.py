@@ -1,4 +1,6 @@
-"""scheduler.simulate.experiment: runs are repeatable, all requests end, and no request is passed beyond `max_wait`."""
+"""scheduler.simulate.experiment: runs are repeatable, all requests end, and later requests overtake an earlier one for
+at most `max_wait`.
+"""
 
 from __future__ import annotations
 

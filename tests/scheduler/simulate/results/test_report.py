@@ -1,4 +1,4 @@
-"""scheduler.simulate.results: percentiles, fairness and the time that requests are passed, in small scripted cases."""
+"""scheduler.simulate.results: percentiles, fairness and times of being overtaken, in small scripted cases."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def log_of(*rows: tuple[float, float]) -> RequestLog:
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([(0, 1), (1, 2), (2, 3)], 0.0),  # admitted in order: none is passed
-        ([(0, 9), (1, 2), (2, 3)], 7.0),  # the first is passed at time 2
-        ([(0, 4), (1, 8), (2, 3)], 5.0),  # the first two are passed at time 3
-        ([(0, 4), (1, 4), (2, 4)], 0.0),  # admitted at the same time: none is passed
+        ([(0, 1), (1, 2), (2, 3)], 0.0),  # admitted in order: none is overtaken
+        ([(0, 9), (1, 2), (2, 3)], 7.0),  # the first is overtaken at time 2
+        ([(0, 4), (1, 8), (2, 3)], 5.0),  # the first two are overtaken at time 3
+        ([(0, 4), (1, 4), (2, 4)], 0.0),  # admitted at the same time: none is overtaken
     ],
 )
 def test_request_is_passed_by_later_admissions(rows: list[tuple[float, float]], expected: float) -> None:
