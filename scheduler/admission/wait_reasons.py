@@ -5,7 +5,7 @@ fill       its adapter is being copied into rank pages, or will be in one of the
 rank_pages no rank pages are left for its adapter: running requests use them, or requests that come first in the queue
 lanes      no lane is left for its adapter, or its adapter's lane is draining
 rows       no row is left
-pages      there are too few KV pages for the first request that lacks nothing else, and no request may overtake that one
+pages      too few KV pages for the first request that lacks nothing else, which no request may overtake
 turn       other requests go first, because the number of prompt tokens in a step is limited
 trial      the runner died, and the requests that may have caused this run first, one at a time
 """

@@ -3,10 +3,10 @@
     head       the first waiting request of a lane key
     next       the first in order among ACTIVE heads and, unless a head was skipped, READY and COLD heads
     skipped    a READY or COLD head that finds no lane or no rank pages: only ACTIVE requests, whose lane is in the step
-               anyway, overtake it. If the first request whose adapters lack nothing finds no row or too few KV pages, no
-               request is admitted: otherwise small requests could overtake a large one for ever
-    deadline   `lora_max_wait` after a head was first overtaken, less the time of its fill, two steps and the interval of
-               checks. A lane whose rows end just before a deadline admits no more requests (DRAINING). If too few
+               anyway, overtake it. If the first request whose adapters lack nothing finds no row or too few KV pages,
+               no request is admitted: otherwise small requests could overtake a large one for ever
+    deadline   `lora_max_wait` after a head was first overtaken, less the time of its fill, two steps and the interval
+               of checks. A lane whose rows end just before a deadline admits no more requests (DRAINING). If too few
                lanes end in time, some are preempted
     overdue    the requests for which lanes were preempted: they get these lanes, even if other requests come before
                them in the queue
