@@ -4,9 +4,9 @@
     admitted    x     x        x                  when 6 was admitted, 2, 4 and 5 had been overtaken; 7 had not
                                ^ the frontier
 
-A request that was not admitted although there was a row and memory for it counts as overtaken too: the frontier is moved
-behind it. Only the times at which the frontier moved are kept, not one per request: thousands of requests may wait, and
-`passed_since` is called for few of them.
+A request that was not admitted although there was a row and memory for it counts as overtaken too: the frontier is
+moved behind it. Only the times at which the frontier moved are kept, not one per request: thousands of requests may
+wait, and `passed_since` is called for few of them.
 """
 
 from __future__ import annotations
