@@ -123,7 +123,7 @@ def _plan_prefill(layout: Layout, chunk: int, offsets: Any, window: int | None, 
 def _buckets(layout: Layout, which_C: NDArray[np.bool_], window: int | None) -> list[NDArray[np.intp]]:
     """Groups chunks by the number of keys that they see, rounded up to a power of two of at least SHORTEST_BUCKET.
 
-    At most half of a gather of a longer bucket is padding.
+    So less than half of what is gathered for a bucket is padding, except in the shortest bucket.
     """
     buckets: dict[int, list[int]] = {}
     for chunk in np.flatnonzero(which_C).tolist():

@@ -46,7 +46,7 @@ def gemma3(config: ConfigJson) -> ModelConfig:
 
 def _gemma(config: ConfigJson, model: ModelConfig) -> ModelConfig:
     check_activation(config, "hidden_activation", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
-    config.seen.add("hidden_act")  # in older files beside hidden_activation, which is the one that counts
+    config.seen.add("hidden_act")  # ignored: older files have it too, but hidden_activation counts
     bias = config.flag("attention_bias", False)
     return replace(
         model,
