@@ -96,7 +96,9 @@ def listing(peers: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the parts. Exit status 0 if everything could be measured and every test passed."""
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(
+        prog="scripts/gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     top.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     top.add_argument("--seconds", type=float, default=300.0, help="time for the kernels; the next run continues")
     top.add_argument("--test-seconds", type=float, default=150.0, help="time for the tests")
