@@ -65,10 +65,11 @@ class _Draft:
         self.in_flight.parts.append((request, chunk.samples, scored))
         self.in_flight.starts.append(chunk.start)
         self.budget -= chunk.length
-        self.scores -= scored * (1 + request.sampling.prompt_logprobs)
+        if scored:
+            self.scores -= scored * (1 + request.sampling.prompt_logprobs)
+            request.scored += scored
         request.steps_in_flight += 1
         request.computed += chunk.length
-        request.scored += scored
         request.pending += chunk.samples
 
 
