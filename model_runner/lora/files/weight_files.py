@@ -23,6 +23,7 @@ CONVERSION = (
     'python -c "import torch, safetensors.torch as s; '
     f"s.save_file(torch.load('{PICKLE_NAME}', weights_only=True), '{WEIGHTS_NAME}')\""
 )
+"""The text of a command that a refusal quotes for the user to run. Chorus itself never opens a pickle."""
 
 
 class ShardIndex(msgspec.Struct, frozen=True):
