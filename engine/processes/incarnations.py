@@ -1,7 +1,7 @@
 """The config and the inbox address of each incarnation of the three processes. A socket path is never bound twice.
 
     <directory>/runner.0  runner.1  ...   on a reused path a process could get its predecessor's queue, or lose its own
-    <directory>/door.0                    where clients connect; the same path for every tokenizer incarnation
+    <directory>/clients.0                 where clients connect; the same path for every tokenizer incarnation
     <directory>/adapters.jsonl            the journal of adapters
 
 A new incarnation gets the current addresses of its neighbours and sends them Hello. The processes are started by
@@ -37,7 +37,7 @@ class Addresses:
     def endpoints(self, epoch: int = 0) -> Endpoints:
         """Returns the current addresses, for a process of incarnation `epoch`."""
         tokenizer, scheduler, runner = (f"ipc://{self._directory}/{name}.{n}" for name, n in self._current.items())
-        zmq_server = f"ipc://{self._directory}/door.0"
+        zmq_server = f"ipc://{self._directory}/clients.0"
         return Endpoints(epoch=epoch, tokenizer=tokenizer, scheduler=scheduler, runner=runner, zmq_server=zmq_server)
 
 

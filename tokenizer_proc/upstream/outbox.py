@@ -25,6 +25,6 @@ class SchedulerOutbox(Outbox):
         """Connects to the sender of `hello` if that is a new scheduler. Returns whether it is."""
         if hello.inbox == self.address:
             return False
-        log.warning("another scheduler is there: it is told of everything that is open")
+        log.warning("a new scheduler runs: every open request and every adapter is sent to it again")
         self.reconnect(hello.inbox)
         return True
