@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from engine.config.flags.values import parse_dtype, parse_policy
+from engine.config.flags.values import parse_dtype
 
 
 def add_lora_flags(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def add_lora_flags(parser: argparse.ArgumentParser) -> None:
     )
     _add_compute_flags(group)
     _add_format_and_pool_flags(group)
-    _add_order_flags(group)
+    _add_wait_flags(group)
     _add_host_memory_flags(group)
 
 
@@ -89,7 +89,7 @@ def _add_format_and_pool_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_order_flags(group: argparse._ArgumentGroup) -> None:
+def _add_wait_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--lora-max-wait",
@@ -97,21 +97,6 @@ def _add_order_flags(group: argparse._ArgumentGroup) -> None:
         metavar="SECONDS",
         help="how long later requests may pass a request whose adapter has no lane or no rank pages; then a lane is "
         "freed for it (5)",
-    )
-    add(
-        "--schedule-policy",
-        "--scheduling-policy",
-        type=parse_policy,
-        choices=["fcfs", "priority", "fair"],
-        help="which request is admitted first. fcfs: by arrival; priority: by the field `priority` of the requests, "
-        "lower first; fair: the tenant (or, without one, the adapter) that has used least so far (fcfs)",
-    )
-    add(
-        "--tenant-weights",
-        nargs="+",
-        action="extend",
-        metavar="TENANT=W",
-        help="shares of tenants under fair, like alice=2 bob=0.5 (1 for every tenant)",
     )
 
 

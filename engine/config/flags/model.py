@@ -1,10 +1,10 @@
-"""The flags of the model: its path and name, backends and dtype, sizes of steps and KV cache, CUDA graphs."""
+"""The flags of the model: path, backends and dtype, sizes of steps and KV cache, CUDA graphs, the order of requests."""
 
 from __future__ import annotations
 
 import argparse
 
-from engine.config.flags.values import parse_attention, parse_dtype
+from engine.config.flags.values import parse_attention, parse_dtype, parse_policy
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +29,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     _add_size_flags(group)
     _add_prefix_flags(group)
     _add_step_flags(group)
+    _add_order_flags(group)
 
 
 def _add_compute_flags(group: argparse._ArgumentGroup) -> None:
@@ -149,3 +150,22 @@ def _add_step_flags(group: argparse._ArgumentGroup) -> None:
         "(off)",
     )
     add("--tp-size", "--tensor-parallel-size", type=int, metavar="N", help="GPUs; only 1 for now (1)")
+
+
+def _add_order_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--schedule-policy",
+        "--scheduling-policy",
+        type=parse_policy,
+        choices=["fcfs", "priority", "fair"],
+        help="which request is admitted first. fcfs: by arrival; priority: by the field `priority` of the requests, "
+        "lower first; fair: the tenant (or, without one, the adapter) that has used least so far (fcfs)",
+    )
+    add(
+        "--tenant-weights",
+        nargs="+",
+        action="extend",
+        metavar="TENANT=W",
+        help="shares of tenants under fair, like alice=2 bob=0.5 (1 for every tenant)",
+    )
