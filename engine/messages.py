@@ -38,7 +38,7 @@ class Message(Part, tag=True, frozen=True, array_like=True, gc=False, forbid_unk
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sampling parameters as a client gives them. None selects the model's default (generation_config.json); where the
-    model has no default either, the parameter has no effect.
+    model has no default either, the parameter has no effect. With `max_tokens` 0 the prompt is only scored.
 
     `logprobs` and `prompt_logprobs` are the numbers of alternatives to report beside the chosen token (0: only the
     chosen one). The values are the model's raw log-softmax, before temperature, penalties and filters.

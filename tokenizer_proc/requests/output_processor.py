@@ -67,6 +67,8 @@ class OutputProcessor:
         ended_by = update.stop_reason if update.finish == "stop" else None
         tokens, text = self._read(update.tokens[skip:], ended_by)
         self.finish = update.finish
+        if self._options.scores_only and tokens:
+            return self._score(scored_prompt)
         if self.finish is not None and not self.matched_stop:
             text += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
         stop_reason: str | int | None = ended_by
@@ -81,6 +83,12 @@ class OutputProcessor:
         """Ends the choice early with finish reason abort. Returns its last delta."""
         self.finish = "abort"
         return self._delta(self._stops.push(self._detokenizer.flush()) + self._stops.flush(), [], None, [], None)
+
+    def _score(self, scored_prompt: list[PositionLogprobs | None] | None) -> Delta:
+        """Ends a choice that only scores its prompt: the token shows that the prompt is done, and is dropped."""
+        self.generated.clear()
+        self.finish = "length"
+        return self._delta("", [], None, [], scored_prompt)
 
     def _read_scores(self, update: Update) -> list[PositionLogprobs | None] | None:
         """Returns the log-probabilities of the prompt's next positions, or None if the update has no new ones.

@@ -25,13 +25,17 @@ SEEDS = 1 << 63
 
 
 class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The output processor's parameters. A `stop` string ends a choice only after `min_tokens` tokens."""
+    """The output processor's parameters. A `stop` string ends a choice only after `min_tokens` tokens.
+
+    With `scores_only` (max_tokens 0) the one token that the scheduler generates is not part of the output.
+    """
 
     stop: list[str] = []
     min_tokens: int = 0
     skip_special_tokens: bool = True
     include_stop: bool = False
     has_logprobs: bool = False
+    scores_only: bool = False
 
 
 class ValidatedParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +79,9 @@ def validate_params(
     _check_ids(params, vocab_size, tokens)
     _check_stops(params.stop)
     max_tokens = _max_tokens(params.max_tokens, default_max_tokens, len(prompt), max_length)
+    scores_only = max_tokens == 0
+    if scores_only:
+        params, max_tokens = msgspec.structs.replace(params, min_tokens=0), 1
     _within("min_tokens", params.min_tokens, 0, max_tokens)
     end_ids = _end_ids(params, generation_config, vocab_size)
     return ValidatedParams(
@@ -87,6 +94,7 @@ def validate_params(
             skip_special_tokens=params.skip_special_tokens,
             include_stop=params.include_stop_str_in_output,
             has_logprobs=params.logprobs is not None,
+            scores_only=scores_only,
         ),
     )
 
@@ -120,11 +128,12 @@ def _check_prompt(prompt: Sequence[int], max_length: int, vocab_size: int, token
 
 
 def _max_tokens(asked: int | None, default: int | None, prompt: int, max_length: int) -> int:
+    """Returns the length of the output at most; 0 if the prompt is only scored."""
     room = max_length - prompt
     if asked is None:
         return room if default is None else max(1, min(default, room))
-    if asked < 1:
-        raise InvalidRequest(f"max_tokens must be at least 1, got {asked}", param="max_tokens")
+    if asked < 0:
+        raise InvalidRequest(f"max_tokens must be at least 0, got {asked}", param="max_tokens")
     if asked > room:
         raise InvalidRequest(
             f"this model's context is {max_length} tokens; {prompt} of the prompt and {asked} of the answer make "
@@ -154,9 +163,8 @@ def _check_ranges(params: SamplingParams) -> None:
 
 
 def _check_filters(params: SamplingParams) -> None:
-    """Raises InvalidRequest for a `top_p` or `top_k` out of range."""
-    if params.top_p is not None and not 0 < params.top_p <= 1:
-        raise InvalidRequest(f"top_p must be above 0 and at most 1, got {params.top_p}", param="top_p")
+    """Raises InvalidRequest for a `top_p` or `top_k` out of range. A `top_p` of 0 keeps the best token only."""
+    _within("top_p", params.top_p, 0, 1)
     if params.top_k is not None and params.top_k < -1:
         raise InvalidRequest(f"top_k must be at least 1, or 0 or -1 for off, got {params.top_k}", param="top_k")
 

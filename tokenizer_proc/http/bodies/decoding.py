@@ -1,7 +1,9 @@
 """Decodes a request's body: bytes to fields, and fields to typed structs. Errors name the field.
 
-    bytes --read--> fields (nulls dropped) --split--> sampling parameters | the route's own struct
-                                                 `--> 400 that names the field
+    bytes --read--> fields --split--> sampling parameters | the route's own struct
+                              `--> 400 that names the field
+
+Fields that ask for nothing are dropped (neutral.py).
 
 The tables of field names are in fields.py.
 """
@@ -9,7 +11,7 @@ The tables of field names are in fields.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 import msgspec
@@ -18,6 +20,7 @@ from aiohttp import web
 from engine.errors import InvalidRequest
 from engine.messages import SamplingParams
 from tokenizer_proc.http.bodies import fields as table
+from tokenizer_proc.http.bodies import neutral
 
 Fields = dict[str, object]
 B = TypeVar("B", bound=msgspec.Struct)
@@ -61,8 +64,7 @@ def decode(fields: Mapping[str, object], into: type[B], at: str = "") -> B:
 
     Raises an InvalidRequest that names the wrong field by its path; `at` is the prefix of that path.
     """
-    own = set(into.__struct_fields__)
-    return _convert(_accepted({name: name for name in own}, fields, at), into, at)
+    return _convert(_accepted({name: name for name in into.__struct_fields__}, fields, into, at), into, at)
 
 
 def split(fields: Mapping[str, object], into: type[B], spellings: Mapping[str, str]) -> tuple[B, SamplingParams]:
@@ -70,10 +72,11 @@ def split(fields: Mapping[str, object], into: type[B], spellings: Mapping[str, s
 
     `spellings` maps the names that clients use for sampling parameters to those of SamplingParams.
     """
-    own = set(into.__struct_fields__)
+    own = {name: name for name in into.__struct_fields__}
     sampling = {name: value for name, value in fields.items() if name in spellings and name not in own}
     rest = {name: value for name, value in fields.items() if name not in sampling}
-    return decode(rest, into), params(sampling, spellings)
+    accepted = _accepted(own, rest, into, "", {*own, *spellings})
+    return _convert(accepted, into, ""), params(sampling, spellings)
 
 
 def spelt(fields: Mapping[str, object], spellings: Mapping[str, str]) -> dict[str, str]:
@@ -84,11 +87,12 @@ def spelt(fields: Mapping[str, object], spellings: Mapping[str, str]) -> dict[st
 def params(fields: Mapping[str, object], spellings: Mapping[str, str], at: str = "") -> SamplingParams:
     """Converts `fields` to sampling parameters; `spellings` maps the names that clients use to the parameters.
 
-    Raises InvalidRequest if one parameter is given under two names with different values.
+    Of two names for one parameter the one that asks for something counts, and the newer one (`NEWER`). Raises
+    InvalidRequest if others have different values.
     """
     values: Fields = {}
     words: dict[str, str] = {}
-    for name, value in _accepted(spellings, fields, at).items():
+    for name, value in _counting(_accepted(spellings, fields, SamplingParams, at), spellings).items():
         field = spellings[name]
         if field in values and values[field] != value:
             raise InvalidRequest(
@@ -100,13 +104,33 @@ def params(fields: Mapping[str, object], spellings: Mapping[str, str], at: str =
     return _convert(values, SamplingParams, at, words)
 
 
-def _accepted(names: Mapping[str, str], fields: Mapping[str, object], at: str) -> Fields:
-    """Returns the fields that are in `names`. Raises InvalidRequest for others that could change the output."""
-    for name, value in fields.items():
+def _counting(fields: Fields, spellings: Mapping[str, str]) -> Fields:
+    """Returns the fields without those that another name for the same parameter overrides."""
+    if len({spellings[name] for name in fields}) == len(fields):
+        return fields
+    asked = {spellings[name] for name, value in fields.items() if value}
+    counting = {name: value for name, value in fields.items() if value or spellings[name] not in asked}
+    older = {table.NEWER[name] for name in counting if name in table.NEWER}
+    return {name: value for name, value in counting.items() if name not in older}
+
+
+def _accepted(
+    names: Mapping[str, str],
+    fields: Mapping[str, object],
+    into: type[msgspec.Struct],
+    at: str,
+    known: Collection[str] | None = None,
+) -> Fields:
+    """Returns the fields that are in `names`, which maps them to those of `into`, and that ask for something.
+
+    Raises InvalidRequest for others that could change the output; `known` are the names to which it may point.
+    """
+    found = neutral.asking(fields, neutral.struct_type(into), names)
+    for name, value in found.items():
         if name in names or name in table.IGNORED or any(_same(value, one) for one in table.NEUTRAL.get(name, ())):
             continue
-        raise InvalidRequest(table.refusal(name), param=at + name)
-    return {name: value for name, value in fields.items() if name in names}
+        raise InvalidRequest(table.refusal(name, names if known is None else known), param=at + name)
+    return {name: value for name, value in found.items() if name in names}
 
 
 def _same(value: object, other: object) -> bool:
@@ -117,20 +141,23 @@ def _convert(values: Fields, into: type[B], at: str, words: Mapping[str, str] | 
     try:
         return msgspec.convert(values, into, str_keys=True)
     except msgspec.ValidationError as error:
-        path, reason = _located(str(error))
+        path, reason = _located(str(error), neutral.nested_names(into))
         head = re.split(r"[.\[]", path)[0]
         path = at + (words or {}).get(head, head) + path[len(head) :]
         raise InvalidRequest(f"{path}: {reason}" if path else reason, param=path or None) from error
 
 
-def _located(message: str) -> tuple[str, str]:
-    """Returns (the field's path, a description of its error), parsed from msgspec's message."""
+def _located(message: str, known: Collection[str]) -> tuple[str, str]:
+    """Returns (the field's path, a description of its error), parsed from msgspec's message.
+
+    `known` are the names to which the error may point a client who misspelt one.
+    """
     match = _PATH.search(message)
     path = match["path"] if match else ""
     text = message[: match.start()] if match else message
     if field := _FIELD.match(text):
         path = f"{path}.{field[2]}" if path else field[2]
-        text = "is missing" if field[1] == "missing required" else table.refusal(field[2])
+        text = "is missing" if field[1] == "missing required" else table.refusal(field[2], known)
     elif (value := _VALUE.match(text)) and value[1] in table.REASONS:
         text += f" ({table.REASONS[value[1]]})"
     elif match and match["key"]:

@@ -1,13 +1,25 @@
 """The tables of body fields: which fields are accepted, which are ignored, and why the others are refused.
 
-A field is treated as the first of these that applies: a field of the route's body struct, a sampling parameter
-(`SPELLINGS_...`), ignored because it cannot change the output (`IGNORED`), accepted with a value that has no effect
-(`NEUTRAL`), or refused by name. A field that is null counts as absent.
+A field is treated as the first of these that applies: it asks for nothing (neutral.py), a field of the route's body
+struct, a sampling parameter (`SPELLINGS_...`), ignored because it cannot change the output (`IGNORED`), accepted with a
+value that has no effect (`NEUTRAL`), or refused by name.
 """
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 from engine.messages import SamplingParams
+
+MAX_SHOWN = 64
+"""The number of characters of a client's field name that an error shows."""
+
+SUBSTANCE = frozenset({"messages", "content", "prompt", "text", "input_ids", "tokens"})
+"""The fields whose empty value is a prompt, and not the wish for a default."""
+
+OFF_AT_ZERO = frozenset({"n", "best_of", "repetition_penalty"})
+"""The fields in which 0 stands for the default, because 0 itself has no meaning there."""
 
 IGNORED = frozenset(
     {
@@ -28,25 +40,17 @@ IGNORED_BY_ROUTE: dict[str, frozenset[str]] = {
 }
 
 NEUTRAL: dict[str, tuple[object, ...]] = {
-    "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
-    "modalities": ([], ["text"]),
-    "suffix": ("",),
-    "echo": (False,),
-    "add_special_tokens": (False,),
+    "modalities": (["text"],),
+    "reasoning_effort": ("none",),
     "spaces_between_special_tokens": (True,),
-    "use_beam_search": (False,),
     "length_penalty": (1.0,),
-    "early_stopping": (False,),
-    "bad_words": ([],),
-    "allowed_token_ids": ([],),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "return_hidden_states": (False,),
-    "return_token_strs": (False,),
+    "detokenize": (True,),
+    "separate_reasoning": (True,),
+    "stream_reasoning": (True,),
+    "include_reasoning": (True,),
 }
 
 REASONS = {
@@ -97,11 +101,19 @@ SPELLINGS_NATIVE = _SAME | {
 }
 
 
-def refusal(name: str) -> str:
-    """Returns the message that tells a client why the field `name` is refused."""
+NEWER = {"max_completion_tokens": "max_tokens"}
+"""Spellings that count where a client sends the older name of the same parameter too."""
+
+
+def refusal(name: str, known: Iterable[str] = ()) -> str:
+    """Returns the message that tells a client why the field `name` is refused; `known` are the fields of its place."""
     reason = REASONS.get(name)
     if reason is not None:
         return f"'{name}' is not supported here: {reason}"
     if name in NEUTRAL:
         return f"'{name}' is not supported here, other than {' or '.join(map(repr, NEUTRAL[name]))}"
-    return f"unknown field '{name}': it would be ignored, so it is refused"
+    if len(name) > MAX_SHOWN:
+        return f"unknown field '{name[:MAX_SHOWN]}...': it would be ignored, so it is refused"
+    near = difflib.get_close_matches(name, sorted(known), n=1)
+    advice = f"; did you mean '{near[0]}'?" if near else ""
+    return f"unknown field '{name}': it would be ignored, so it is refused{advice}"

@@ -34,7 +34,7 @@ class OpenAIBody(msgspec.Struct, frozen=True, kw_only=True):
 
 def check(body: OpenAIBody, params: SamplingParams) -> None:
     """Raises InvalidRequest for fields that contradict each other."""
-    if body.stream_options is not None and not body.stream:
+    if body.stream_options is not None and any(msgspec.structs.astuple(body.stream_options)) and not body.stream:
         raise InvalidRequest("stream_options needs stream = true", param="stream_options")
     if body.best_of is not None and body.best_of != params.n:
         raise InvalidRequest(f"best_of = {body.best_of} other than n = {params.n} is not supported", param="best_of")

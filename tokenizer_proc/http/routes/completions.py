@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from aiohttp import web
 from msgspec.structs import replace
 
-from engine.errors import InvalidRequest
-from engine.messages import Delta, PositionLogprobs, SamplingParams, Submit, Usage
+from engine.messages import Delta, PositionLogprobs, SamplingParams, Submit
 from tokenizer_proc.http import adapter_access
 from tokenizer_proc.http.batch import Batch, Choice
 from tokenizer_proc.http.bodies import decoding
@@ -45,7 +44,7 @@ async def completions(service: Service, request: web.Request) -> web.StreamRespo
     loras = [adapter_access.select(service, request, body.model or None, lora) for lora in spread_out]
     envelope = Envelope(service, body, "cmpl", "text_completion", "text_completion")
     tokenizers = [service.frontend.text_tools_for(lora).tokenizer for lora in loras]
-    writer = CompletionWriter(envelope, tokenizers, body, params, asked)
+    writer = CompletionWriter(envelope, tokenizers, body, asked)
     submits = _submits(body, _params(body, params), asked, loras)
     names = decoding.spelt(fields, SPELLINGS_OPENAI) | {"prompt_logprobs": "logprobs"}
     call = GenerationCall(submits=submits, ids={envelope.id: range(len(submits))}, stream=body.stream, names=names)
@@ -53,12 +52,7 @@ async def completions(service: Service, request: web.Request) -> web.StreamRespo
 
 
 def _params(body: CompletionBody, params: SamplingParams) -> SamplingParams:
-    scored = replace(params, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
-    if params.max_tokens != 0:
-        return scored
-    if not body.echo:
-        raise InvalidRequest("max_tokens = 0 makes sense only with echo", param="max_tokens")
-    return replace(scored, max_tokens=1, min_tokens=0)  # one token is generated, but not shown
+    return replace(params, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
 
 
 def _submits(
@@ -92,14 +86,12 @@ class CompletionWriter(Writer):
         envelope: Envelope,
         tokenizers: Sequence[Tokenizer],
         body: CompletionBody,
-        params: SamplingParams,
         asked: Sequence[str | TokenIds],
     ) -> None:
         self._envelope = envelope
         self._tokenizers = tokenizers
         self._echo = body.echo
         self._scores = body.logprobs is not None
-        self._silent = params.max_tokens == 0
         self._asked = asked
         self._cursors: dict[int, _Cursor] = {}
         self._held: dict[int, dict[int, _Cursor]] = {}  # by prompt, the choices held for its log-probabilities
@@ -117,26 +109,20 @@ class CompletionWriter(Writer):
 
     def last_events(self, batch: Batch) -> list[object]:
         """Returns an event with the usage, if the client requested it."""
-        return self._envelope.usage_chunks(self._usage(batch))
+        return self._envelope.usage_chunks(batch.usage())
 
     def whole(self, batch: Batch) -> object:
         """Returns the body of a response that is not streamed: a text_completion object."""
         cursors = [self._cursor(choice) for choice in batch.choices]
-        return self._envelope.whole([self._choice(cursor) for cursor in cursors], self._usage(batch))
+        return self._envelope.whole([self._choice(cursor) for cursor in cursors], batch.usage())
 
     def _cursor(self, choice: Choice) -> _Cursor:
         return _Cursor(choice, self._tokenizers[choice.item])
-
-    def _usage(self, batch: Batch) -> Usage:
-        usage = batch.usage()
-        return Usage(usage.prompt_tokens, 0, usage.cached_tokens) if self._silent else usage
 
     def _choice(self, cursor: _Cursor) -> dict[str, object]:
         """Returns the part of a choice's output that was not sent yet, and advances the cursor over it."""
         choice, echoes = cursor.choice, self._echo and cursor.deltas == 0
         text, positions = cursor.advance()
-        if self._silent:
-            text, positions = "", []
         shown = self._shown(choice) if echoes else ""
         scored = None
         if self._scores:

@@ -58,7 +58,7 @@ async def generate(service: Service, request: web.Request) -> web.StreamResponse
     """
     body = decoding.decode(await decoding.read(request), GenerateBody)
     field = _prompt_field(body)
-    asked = prompts(field, "input_ids" if body.text is None else "text", service.config.max_open_requests)
+    asked = prompts(field, _prompt_name(body), service.config.max_open_requests)
     size = len(asked)
     rids = _rids(body.rid, size)
     scoring = _scoring(body, size)
@@ -80,16 +80,20 @@ def _names(body: GenerateBody) -> dict[str, str]:
     several = [body.sampling_params] if isinstance(body.sampling_params, dict) else body.sampling_params
     words = {field: name for one in several for field, name in decoding.spelt(one, SPELLINGS_NATIVE).items()}
     return {field: f"sampling_params.{name}" for field, name in words.items()} | {
-        "prompt": "input_ids" if body.text is None else "text",
+        "prompt": _prompt_name(body),
         "logprobs": "top_logprobs_num",
         "prompt_logprobs": "top_logprobs_num",
     }
 
 
+def _prompt_name(body: GenerateBody) -> str:
+    return "input_ids" if body.text is None or body.input_ids else "text"
+
+
 def _prompt_field(body: GenerateBody) -> PromptField:
-    if body.text is not None and body.input_ids is not None:
+    if body.text and body.input_ids:
         raise InvalidRequest("text and input_ids exclude each other", param="input_ids")
-    if body.text is not None:
+    if body.text is not None and not body.input_ids:
         return body.text if isinstance(body.text, str) else [*body.text]
     if body.input_ids is None:
         raise InvalidRequest("send text or input_ids", param="text")

@@ -49,7 +49,7 @@ async def tokenize(service: Service, request: web.Request) -> web.StreamResponse
     body = decoding.decode(await decoding.read(request), TokenizeBody)
     text_tools = await _text_tools(service, request, body)
     text = await _text(body, text_tools.chat)
-    special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
+    special = not body.messages if body.add_special_tokens is None else body.add_special_tokens
     ids = await text_tools.tokenizer.encode_text(text, special)
     return as_json({"tokens": ids, "count": len(ids), "max_model_len": service.frontend.max_length or None})
 
@@ -79,12 +79,14 @@ async def _text_tools(service: Service, request: web.Request, body: TokenizeBody
 
 async def _text(body: TokenizeBody, template: ChatRenderer) -> str:
     given = [name for name in ("prompt", "text", "messages") if getattr(body, name) is not None]
-    if len(given) != 1:
-        raise InvalidRequest("send exactly one of prompt, text and messages", param=given[1] if given else "prompt")
-    if body.messages is None:
-        return body.prompt if body.prompt is not None else body.text or ""
+    asked = [name for name in given if getattr(body, name)] or given[:1]
+    if len(asked) != 1:
+        raise InvalidRequest("send exactly one of prompt, text and messages", param=asked[1] if asked else "prompt")
+    if asked != ["messages"]:
+        text: str = getattr(body, asked[0])
+        return text
     return await template.prompt(
-        chat_messages(body.messages),
+        chat_messages(body.messages or []),
         add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
         continue_final_message=body.continue_final_message,
         **template_arguments(body.chat_template_kwargs),

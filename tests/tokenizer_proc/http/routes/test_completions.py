@@ -113,12 +113,18 @@ def test_scoring_a_prompt_alone() -> None:
     frontend = FakeFrontend()
     body = {"prompt": ["ab", "c"], "echo": True, "logprobs": 1, "max_tokens": 0, "min_tokens": 0}
     answer = ok(post(frontend, PATH, body))
-    assert {one.params.max_tokens for one in frontend.submits} == {1}
+    assert {one.params.max_tokens for one in frontend.submits} == {0}
     assert [choice["text"] for choice in answer["choices"]] == ["ab", "c"]
     assert [choice["logprobs"]["tokens"] for choice in answer["choices"]] == [["<s>", "a", "b"], ["<s>", "c"]]
     assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (5, 0)
     assert [choice["finish_reason"] for choice in answer["choices"]] == ["length", "length"]
     assert _streamed(FakeFrontend(), body)[1]["text"] == "c"
+
+
+def test_max_tokens_0_without_echo_is_an_empty_answer() -> None:
+    answer = ok(post(FakeFrontend(), PATH, {"prompt": "ab", "max_tokens": 0}))
+    assert (answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]) == ("", "length")
+    assert answer["usage"]["completion_tokens"] == 0
 
 
 def test_each_prompt_may_have_its_adapter() -> None:

@@ -203,3 +203,15 @@ def test_other_calls_go_on_while_a_large_one_is_taken_in() -> None:
         task.cancel()
 
     asyncio.run(take_in())
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_max_new_tokens_0_scores_the_prompt_alone(streams: bool) -> None:
+    body = {"text": "abc", "return_logprob": True, "logprob_start_len": 1, "sampling_params": {"max_new_tokens": 0}}
+    front = ScriptedScheduler("c").frontend()
+    answer = stream(front, "/generate", body)[-2] if streams else ok(post(front, "/generate", body))
+    meta = answer["meta_info"]
+    assert (answer["text"], answer["output_ids"], meta["completion_tokens"]) == ("", [], 0)
+    assert meta["finish_reason"] == {"type": "length", "length": 0}
+    assert meta["input_token_logprobs"] == [[-1.0, ord(letter), None] for letter in "abc"]
+    assert meta["output_token_logprobs"] == []
