@@ -9,6 +9,7 @@
      +- NotFound         404    no such model, adapter or request
      +- RateLimited      429    the key's rate is used up; try again after `retry_after` seconds
      +- Overloaded       503    a limit is reached; try again after `retry_after` seconds
+     +- StorageFailed    503    the server's own disk or memory is full or faulty
      +- EngineDead       503    the engine is no longer running
      +- TimedOut         504    the request exceeded --request-timeout
      +- InternalError    500    a fault of the engine
@@ -95,6 +96,13 @@ class RateLimited(EngineError):
         self.retry_after = retry_after
 
 
+class StorageFailed(EngineError):
+    """The server's own disk or memory is full or faulty. The message says where; the call may be sent again later."""
+
+    status = 503
+    kind = "storage_error"
+
+
 class EngineDead(EngineError):
     """The engine is no longer running."""
 
@@ -118,7 +126,17 @@ class InternalError(EngineError):
 
 _BY_KIND: dict[str, type[EngineError]] = {
     cls.kind: cls
-    for cls in (ConfigError, InvalidRequest, Unauthorized, Forbidden, NotFound, EngineDead, TimedOut, InternalError)
+    for cls in (
+        ConfigError,
+        InvalidRequest,
+        Unauthorized,
+        Forbidden,
+        NotFound,
+        StorageFailed,
+        EngineDead,
+        TimedOut,
+        InternalError,
+    )
 }
 
 

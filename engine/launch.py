@@ -32,6 +32,8 @@ from engine.config.process_configs import AdapterSource, ProcessConfigs
 from engine.config.resolve import resolve
 from engine.config.server_args import DEMO, ServerArgs, served_names
 from engine.errors import ConfigError, EngineDead, EngineError
+from engine.journal.journal import Journal
+from engine.journal.memory_file import MemoryFile
 from engine.lora_roots import allowed_roots, check_files
 from engine.processes.banner import banner
 from engine.processes.child import Child, Facts
@@ -75,16 +77,17 @@ def _embedded() -> int:
 def _run(args: ServerArgs, announce: Callable[[Facts], None]) -> None:
     """Serves until a signal arrives. Raises EngineError if the start fails, or if a process has died too often."""
     logs.setup("launch", args.log_level)
-    with _run_directory() as directory, _listening(args) as listener:
+    with _run_directory() as directory, _listening(args) as listener, _journal() as journal:
         addresses = Addresses(directory)
-        resolved = _resolve(args, addresses, listener)
+        resolved = _resolve(args, addresses, listener, journal)
+        Journal.create(journal, resolved.tokenizer.adapters)
         facts: Facts = {
             "model": served_names(args)[0],
             "address": resolved.tokenizer.endpoints.zmq_server,
             "url": _url(args, listener),
         }
         facts["adapters"] = [adapter.name for adapter in resolved.tokenizer.adapters]
-        incarnations = Incarnations(resolved, addresses)
+        incarnations = Incarnations(resolved, addresses, journal)
         asyncio.run(_serve(incarnations, lambda runner: announce({**runner, **facts})))
 
 
@@ -132,6 +135,13 @@ def _run_directory() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def _journal() -> Iterator[list[MemoryFile]]:
+    """Yields the two empty files of the journal of adapters. They stay open while the tokenizer process restarts."""
+    with contextlib.ExitStack() as opened:
+        yield [opened.enter_context(MemoryFile.created(f"adapters.{number}")) for number in range(2)]
+
+
+@contextlib.contextmanager
 def _listening(args: ServerArgs) -> Iterator[socket.socket | None]:
     """Yields the listening socket, or None without HTTP.
 
@@ -158,7 +168,9 @@ def _url(args: ServerArgs, listener: socket.socket | None) -> str | None:
     return f"http://{host}:{listener.getsockname()[1]}"
 
 
-def _resolve(args: ServerArgs, addresses: Addresses, listener: socket.socket | None) -> ProcessConfigs:
+def _resolve(
+    args: ServerArgs, addresses: Addresses, listener: socket.socket | None, journal: Sequence[MemoryFile]
+) -> ProcessConfigs:
     """Downloads models and adapters where needed and derives the config of each process."""
     specs = adapter_specs(args)
     model = DEMO / "model" if args.model_path is None else hub.local_directory(args.model_path, "--model-path")
@@ -168,11 +180,11 @@ def _resolve(args: ServerArgs, addresses: Addresses, listener: socket.socket | N
     return resolve(
         args,
         endpoints=addresses.endpoints(),
-        journal=addresses.journal,
         model=model,
         tokenizer=tokenizer,
         adapters=[_source(number, spec, args) for number, spec in enumerate(specs, start=1)],
         listen_fd=listener.fileno() if listener else None,
+        journal=[file.descriptor for file in journal],
     )
 
 

@@ -14,6 +14,8 @@ import msgspec
 
 from engine.config.process_configs import TokenizerConfig
 from engine.errors import EngineDead, InvalidRequest, Overloaded
+from engine.journal.journal import Journal
+from engine.journal.memory_file import MemoryFile
 from engine.messages import (
     AdapterMix,
     AdapterState,
@@ -67,7 +69,8 @@ class Frontend:
         adapters = [source for source in config.adapters if source.adapter_id in text_tools]
         self.adapters = AdapterRegistry(config.served_model_names, adapters, config.endpoints.epoch, text_tools)
         self.metrics = Metrics(config.served_model_names[0], self._snapshot)
-        self.lifecycle = Lifecycle(config, self.adapters, send, self.metrics, self.tokenizer_library)
+        journal = Journal([MemoryFile(descriptor) for descriptor in config.journal])
+        self.lifecycle = Lifecycle(config, self.adapters, send, self.metrics, self.tokenizer_library, journal)
         self.resolver: Resolver | None = None
         if config.lora_resolve_root is not None:
             self.resolver = Resolver(config.lora_resolve_root, self.adapters, self.lifecycle, config.lora_roots)
@@ -203,6 +206,7 @@ class Frontend:
             return
         self.adapters.handle(state)
         if entry is not None and before is not None:
+            self.lifecycle.record_revision(entry)
             self._measure(entry, before, state)
             if state.state == "gone" and self.adapters.card(entry.name) is None:
                 self.metrics.forget_adapter(entry.name)

@@ -29,8 +29,8 @@ class SchedulerInbox:
     async def until_ready(self, stopping: asyncio.Event, forgiving: bool) -> bool:
         """Reads messages until requests can be served. Returns False if `stopping` is set before that, else True.
 
-        Raises AdapterError if a start-up adapter cannot be loaded. With `forgiving`, that adapter is logged and left
-        out instead: a restarted tokenizer process serves the adapters that still load.
+        Raises AdapterError if a start-up adapter cannot be loaded. With `forgiving`, that adapter is logged instead and
+        only its requests are refused: a restarted tokenizer process serves the adapters that still load.
         """
         stop = asyncio.ensure_future(stopping.wait())
         try:
@@ -61,7 +61,7 @@ class SchedulerInbox:
 
     def _check_adapters(self, forgiving: bool) -> None:
         if forgiving:
-            for reason in self.frontend.adapters.give_up_failed():
-                log.error("%s; it is not served any more", reason)
+            for reason in self.frontend.adapters.accept_failed():
+                log.error("%s; its requests are refused until it is loaded again", reason)
         elif (failure := self.frontend.adapters.failure) is not None:
             raise failure

@@ -18,7 +18,8 @@ class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
     """Where an adapter comes from.
 
     `path` is the path that the user gave, `root` the resolved directory, `base` the base model's name given with it.
-    With `roots` the real path of every file must lie under one of them, each time the file is read.
+    With `roots` the real path of every file must lie under one of them, each time the file is read. `revision` is the
+    hash of the files that were loaded, empty before that.
     """
 
     adapter_id: int
@@ -28,6 +29,7 @@ class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
     pinned: bool = False
     base: str | None = None
     roots: list[str] = []
+    revision: str = ""
 
 
 class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,8 +49,8 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     Tokenizer and chat template are read from `tokenizer_path`, generation_config.json from `model_path`.
     `runtime_loads`: adapters may be loaded over HTTP without `admin_key`. With `lora_roots`, which then include the
     hub's cache, the real path of every adapter file must lie under one of them. `priorities`: requests may have a
-    priority other than 0. `journal` is the path of the journal of adapters. `max_stream_buffer`: bytes that may be
-    buffered for a client, which must read some of them within `stream_stall_timeout` seconds.
+    priority other than 0. `journal` are the descriptors of the journal of adapters. `max_stream_buffer`: bytes that may
+    be buffered for a client, which must read some of them within `stream_stall_timeout` seconds.
     """
 
     endpoints: Endpoints
@@ -69,7 +71,7 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     admin_key: str | None = None
     lora_roots: list[str] = []
     lora_resolve_root: str | None = None
-    journal: str | None = None
+    journal: list[int] = []
     max_open_requests: int = 4096
     max_queued_tokens: int | None = None
     request_timeout: float | None = None

@@ -5,6 +5,7 @@ Flags are parsed in engine.config.flags, hub ids resolved in engine.hub.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,14 @@ def resolve(
     args: ServerArgs,
     *,
     endpoints: Endpoints,
-    journal: Path,
     model: Path,
     tokenizer: Path | None = None,
     adapters: list[AdapterSource],
     listen_fd: int | None,
+    journal: Sequence[int] = (),
 ) -> ProcessConfigs:
     """Returns the configs of the three processes. `tokenizer` None: the tokenizer files are in the model's directory.
+    `listen_fd` and `journal` are descriptors that the tokenizer process inherits.
 
     Raises ConfigError for a size, weight or key that cannot be parsed.
     """
@@ -52,7 +54,7 @@ def resolve(
             args,
             model_path=str(model),
             tokenizer_path=str(tokenizer or model),
-            journal=str(journal),
+            journal=list(journal),
             listen_fd=listen_fd,
             enable_lora=enable_lora,
             **shared,

@@ -2,7 +2,6 @@
 
     <directory>/runner.0  runner.1  ...   on a reused path a process could get its predecessor's queue, or lose its own
     <directory>/clients.0                 where clients connect; the same path for every tokenizer incarnation
-    <directory>/adapters.jsonl            the journal of adapters
 
 A new incarnation gets the current addresses of its neighbours and sends them Hello. The processes are started by
 engine.processes.supervisor.
@@ -11,12 +10,14 @@ engine.processes.supervisor.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from msgspec.structs import replace
 
 from engine.config.process_configs import Endpoints, ProcessConfigs
-from engine.processes import journal
+from engine.journal.journal import Journal
+from engine.journal.memory_file import MemoryFile
 from engine.processes.process import ProcessSpec
 from engine.processes.supervisor import SpecFactory
 
@@ -25,7 +26,6 @@ class Addresses:
     """The inbox addresses under a run directory, by process and incarnation."""
 
     def __init__(self, directory: Path) -> None:
-        self.journal = directory / "adapters.jsonl"
         self._directory = directory
         self._current = {"tokenizer": 0, "scheduler": 0, "runner": 0}
 
@@ -42,11 +42,15 @@ class Addresses:
 
 
 class Incarnations:
-    """Creates the ProcessSpec of each incarnation of the three processes of one launch."""
+    """Creates the ProcessSpec of each incarnation of the three processes of one launch.
 
-    def __init__(self, resolved: ProcessConfigs, addresses: Addresses) -> None:
+    `journal` are the files of the journal of adapters, from which a new tokenizer process learns what to serve.
+    """
+
+    def __init__(self, resolved: ProcessConfigs, addresses: Addresses, journal: Sequence[MemoryFile]) -> None:
         self._resolved = resolved
         self._addresses = addresses
+        self._journal = journal
 
     @property
     def spec_factories(self) -> list[SpecFactory]:
@@ -69,9 +73,9 @@ class Incarnations:
             self._resolved.tokenizer, endpoints=self._addresses.start_incarnation("tokenizer", incarnation)
         )
         if incarnation:
-            config = replace(config, adapters=journal.replay(self._addresses.journal, config.adapters))
-        listen_fd = config.listen_fd
-        return ProcessSpec("tokenizer", "tokenizer_proc", config, descriptors=[] if listen_fd is None else [listen_fd])
+            config = replace(config, adapters=Journal(self._journal).sources)
+        inherited = [*config.journal, *([] if config.listen_fd is None else [config.listen_fd])]
+        return ProcessSpec("tokenizer", "tokenizer_proc", config, descriptors=inherited)
 
 
 def runner_environment() -> dict[str, str]:

@@ -52,8 +52,8 @@ class AdapterLifecycle:
             return
         else:
             self._load_again(adapter, message)
-        if message.pinned:
-            self._pin(adapter, True)
+        if message.pinned != adapter.pinned:  # the former tokenizer process may have died before it sent PinAdapter
+            self._pin(adapter, message.pinned)
         self._want(adapter.copy, message.preload)
 
     def unload(self, message: UnloadAdapter) -> None:

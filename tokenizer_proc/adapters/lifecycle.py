@@ -1,11 +1,12 @@
 """Loading, re-pointing, pinning and unloading adapters while requests run.
 
-    load     source found -> LoadAdapter -> on the host -> the name refers to the new entry -> the old entry drains
+    load     source found -> LoadAdapter -> on the host -> recorded -> the name gets the new entry -> the old one drains
                                          -> failed: the name keeps its old entry, if it had one
-    unload   the name is removed -> UnloadAdapter -> the adapter's requests finish -> gone
+    unload   recorded -> the name is removed -> UnloadAdapter -> the adapter's requests finish -> gone
 
-Calls for the same name run one after the other, in order of arrival; calls for different names run concurrently. A call
-that has begun runs to its end, even if its caller is cancelled. Callers' rights are checked elsewhere.
+A change is recorded in the journal before it takes effect; if that fails, nothing changes. Both happen without a pause,
+so a successor of this process serves what was answered. Calls for the same name run one after the other, in order of
+arrival; calls for different names run concurrently. Callers' rights are checked elsewhere.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
 
 import msgspec
+from msgspec.structs import replace
 
-from engine.config.process_configs import TokenizerConfig
-from engine.errors import AdapterError, EngineDead, EngineError, InvalidRequest, NotFound, Overloaded
+from engine.config.process_configs import AdapterSource, TokenizerConfig
+from engine.errors import AdapterError, EngineError, InvalidRequest, NotFound, StorageFailed
+from engine.journal.journal import Journal
 from engine.messages import LoadAdapter, PinAdapter, UnloadAdapter
-from engine.processes.journal import Journal
+from tokenizer_proc.adapters.calls import AdapterCalls, Call
 from tokenizer_proc.adapters.entry import Entry
 from tokenizer_proc.adapters.name_locks import NameLocks
 from tokenizer_proc.adapters.registry import AdapterRegistry
@@ -29,11 +31,9 @@ from tokenizer_proc.adapters.sources import Sources
 from tokenizer_proc.adapters.tokenizers import TokenizerLibrary
 from tokenizer_proc.telemetry.metrics import Metrics
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 LOADS_AT_ONCE = 8
-CALLS_AT_ONCE = 1024
 LONGEST_NAME = 256
 FREED_SECONDS = 60.0  # the longest time that an unload call waits for the adapter's memory to be free
 PRELOAD_SECONDS = 60.0  # the longest time that a load call with `preload` waits for the adapter to be resident
@@ -62,6 +62,7 @@ class Lifecycle:
         send: Callable[[msgspec.Struct], None],
         metrics: Metrics,
         library: TokenizerLibrary | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self._config = config
         self._registry = registry
@@ -69,21 +70,20 @@ class Lifecycle:
         self._metrics = metrics
         self._library = library
         self._sources = Sources(config.lora_roots)
-        self._journal = Journal(config.journal)
+        self._journal = journal or Journal()
         self.names = NameLocks()
         self._slots = asyncio.Semaphore(LOADS_AT_ONCE)
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._closed = False
+        self._calls = AdapterCalls()
 
     async def load(self, ask: LoadRequest, sources: Sources | None = None) -> Entry:
         """Loads an adapter and returns its entry, once requests can use its name.
 
         By then the adapter is on the host; with `preload` this also waits, for up to PRELOAD_SECONDS, until the adapter
         is resident. Raises NotFound if there is no adapter at the path, AdapterError if the adapter cannot be served,
-        and InvalidRequest if the name is invalid or taken.
+        InvalidRequest if the name is invalid or taken, and StorageFailed if the load cannot be recorded.
         """
         self._check_name(ask)
-        entry = await self._to_the_end(self._load(ask, sources or self._sources))
+        entry = await self._calls.run(lambda call: self._load(call, ask, sources or self._sources))
         if ask.preload:
             await entry.reaches("resident", PRELOAD_SECONDS)
         return entry
@@ -94,7 +94,7 @@ class Lifecycle:
         Raises NotFound for an unknown name, and InvalidRequest if the name's adapter has an id other than `adapter_id`.
         """
         self._check_enabled()
-        return await self._to_the_end(self._unload(name, adapter_id))
+        return await self._calls.run(lambda call: self._unload(call, name, adapter_id))
 
     async def freed(self, entry: Entry) -> bool:
         """Waits up to FREED_SECONDS for the adapter's memory to be free. Returns whether it is free."""
@@ -106,42 +106,30 @@ class Lifecycle:
         Raises NotFound for an unknown name, and AdapterError if as many adapters are pinned as may be.
         """
         self._check_enabled()
-        return await self._to_the_end(self._pin(name, pinned))
+        return await self._calls.run(lambda call: self._pin(call, name, pinned))
 
     async def close(self) -> None:
         """Refuses new calls, and ends the open ones with EngineDead."""
-        self._closed = True
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._calls.close()
+
+    def record_revision(self, entry: Entry) -> None:
+        """Records the revision with which a start-up adapter was loaded, so that a successor serves no other files.
+
+        If that fails, it is tried again with the adapter's next state.
+        """
+        if entry.source.revision or not entry.state.revision or self._registry.find(entry.name) is not entry:
+            return
+        source = _loaded(entry)
+        try:
+            self._journal.bind(source)
+        except StorageFailed as error:
+            log.warning("adapter %s: %s", entry.name, error.message)
+        else:
+            entry.source = source
 
     # ----------------------------------------------------------------------------------------------------- private
 
-    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs `work` in a task that goes on if the caller is cancelled. Returns the result of `work`.
-
-        Raises Overloaded if the server is shutting down or CALLS_AT_ONCE calls are open.
-        """
-        if self._closed or len(self._tasks) >= CALLS_AT_ONCE:
-            work.close()
-            raise Overloaded("the server is shutting down" if self._closed else "too many adapter calls are open")
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if task.cancelled():
-                raise EngineDead("the server is shutting down") from None
-            raise
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.info("an adapter call failed: %s", error)
-
-    async def _load(self, ask: LoadRequest, sources: Sources) -> Entry:
+    async def _load(self, call: Call, ask: LoadRequest, sources: Sources) -> Entry:
         async with self.names.held(ask.name):
             now = self._registry.find(ask.name)
             if now is not None and ask.if_missing:
@@ -151,16 +139,15 @@ class Lifecycle:
                 raise _already_loaded(ask.name)
             keeps_pin = now is not None and now.source.pinned
             with self._registry.loading(ask.name), self._counted():
-                entry = await self._bring(ask, ask.pinned or keeps_pin, sources)
+                entry = await self._bring(call, ask, ask.pinned or keeps_pin, sources)
             old = self._registry.point(entry)
-            self._journal.bind(entry.source)
             if old is not None:
                 self._send(UnloadAdapter(old.source.adapter_id))
             log.info("adapter %s is loaded from %s", ask.name, entry.source.root)
             return entry
 
-    async def _bring(self, ask: LoadRequest, pinned: bool, sources: Sources) -> Entry:
-        """Loads the adapter to the host and returns its new entry, which `ask.name` does not refer to yet.
+    async def _bring(self, call: Call, ask: LoadRequest, pinned: bool, sources: Sources) -> Entry:
+        """Loads the adapter to the host, records it, and returns its new entry. `ask.name` does not refer to it yet.
 
         If the load fails, raises the reason and has the scheduler unload the adapter.
         """
@@ -176,6 +163,7 @@ class Lifecycle:
         )
         try:
             async with self._slots:
+                call.has_begun = True
                 adapter_id = entry.source.adapter_id
                 self._send(
                     LoadAdapter(
@@ -192,13 +180,15 @@ class Lifecycle:
                 reason = state.error or "it could not be loaded"
                 text = reason if reason.startswith("adapter ") else f"adapter `{ask.name}`: {reason}"
                 raise AdapterError(text, param="lora_path", code="adapter_refused")
+            entry.source = _loaded(entry)
+            self._journal.bind(entry.source)
         except BaseException:
             entry.release()
             self._send(UnloadAdapter(entry.source.adapter_id))
             raise
         return entry
 
-    async def _unload(self, name: str, adapter_id: int | None) -> Entry:
+    async def _unload(self, call: Call, name: str, adapter_id: int | None) -> Entry:
         async with self.names.held(name):
             entry = self._known(name)
             if adapter_id is not None and adapter_id != entry.source.adapter_id:
@@ -206,18 +196,21 @@ class Lifecycle:
                     f"the adapter `{name}` has lora_int_id {entry.source.adapter_id}, not {adapter_id}",
                     param="lora_int_id",
                 )
-            self._registry.take_name(name)
+            call.has_begun = True
             self._journal.unbind(name)
+            self._registry.take_name(name)
             self._send(UnloadAdapter(entry.source.adapter_id))
             return entry
 
-    async def _pin(self, name: str, pinned: bool) -> Entry:
+    async def _pin(self, call: Call, name: str, pinned: bool) -> Entry:
         async with self.names.held(name):
             entry = self._known(name)
             if pinned:
                 self._check_pin(name)
-            entry.source = msgspec.structs.replace(entry.source, pinned=pinned)
-            self._journal.bind(entry.source)
+            call.has_begun = True
+            source = replace(entry.source, pinned=pinned)
+            self._journal.bind(source)
+            entry.source = source
             self._send(PinAdapter(entry.source.adapter_id, pinned))
             return entry
 
@@ -270,6 +263,11 @@ class Lifecycle:
                 param="pinned",
                 code="too_many_pinned",
             )
+
+
+def _loaded(entry: Entry) -> AdapterSource:
+    """Returns the entry's source with the revision that was loaded."""
+    return replace(entry.source, revision=entry.state.revision)
 
 
 def _already_loaded(name: str) -> InvalidRequest:

@@ -61,7 +61,7 @@ class AdapterRegistry:
                 LoadAdapter(
                     adapter_id=source.adapter_id,
                     path=source.root,
-                    revision=entry.state.revision,
+                    revision=entry.state.revision or source.revision,
                     pinned=source.pinned,
                     preload=entry.preload,
                     name=source.name,
@@ -75,13 +75,13 @@ class AdapterRegistry:
             if entry.draining:
                 send(UnloadAdapter(entry.source.adapter_id))
 
-    def give_up_failed(self) -> list[str]:
-        """Removes the start-up adapters whose load failed. Returns the reasons."""
+    def accept_failed(self) -> list[str]:
+        """No longer waits for the start-up adapters whose load failed. Returns the reasons.
+
+        They keep their names, so that their requests fail with the reason and nothing else is served instead.
+        """
         failed = [self._by_id[number] for number in self._starting if self._by_id[number].state.state == "failed"]
-        for entry in failed:
-            number = entry.source.adapter_id
-            self._starting.discard(number)
-            del self._by_id[number], self._by_name[entry.name]
+        self._starting -= {entry.source.adapter_id for entry in failed}
         return [AdapterSelection([(entry, 1.0)]).failure or "" for entry in failed]
 
     def add(

@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from engine.errors import ConfigError, EngineError
+from engine.errors import ConfigError, EngineError, StorageFailed
 from engine.lora_roots import allowed_roots
 from engine.messages import AdapterMix
 from tokenizer_proc.adapters.entry import Entry
@@ -51,6 +51,9 @@ class Resolver:
         self.most = MOST
         self.miss_seconds = MISS_SECONDS
         self._used: OrderedDict[str, Entry] = OrderedDict()  # in the order of last use, the least recent first
+        for name, path in registry.paths().items():
+            if path == os.path.join(self._root, name) and (entry := registry.find(name)) is not None:
+                self._used[name] = entry  # a former tokenizer process loaded it on demand
         self._misses: OrderedDict[str, tuple[float, EngineError | None]] = OrderedDict()
         self._loading: dict[str, asyncio.Task[bool]] = {}
 
@@ -143,6 +146,9 @@ class Resolver:
                 del self._used[name]
                 try:
                     await self._lifecycle.unload(name, entry.source.adapter_id)
+                except StorageFailed:
+                    self._used[name] = entry
+                    return
                 except EngineError:
                     continue  # a client's unload call was faster
 

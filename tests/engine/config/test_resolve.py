@@ -27,7 +27,6 @@ def _resolve(adapters: list[AdapterSource] | None = None, **flags: object) -> Pr
     return resolve(
         ServerArgs(**flags),
         endpoints=ENDPOINTS,
-        journal=Path("/j"),
         model=Path("/m"),
         adapters=adapters or [],
         listen_fd=5,
@@ -78,7 +77,6 @@ def test_tokenizer_path_is_the_models_or_its_own() -> None:
     own = resolve(
         ServerArgs(),
         endpoints=ENDPOINTS,
-        journal=Path("/j"),
         model=Path("/m"),
         tokenizer=Path("/t"),
         adapters=[],

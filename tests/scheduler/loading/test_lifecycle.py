@@ -91,6 +91,16 @@ def test_pinned_adapter_is_not_evicted() -> None:
     assert [fill.adapter_id for fill in plan_of(core).fills] == [2]
 
 
+def test_repeated_load_says_whether_it_is_pinned() -> None:
+    """A tokenizer process may die between an unpin that it recorded and the PinAdapter."""
+    core = new_core()
+    add_adapter(core, 1, pages=2, pinned=True)
+    core.handle(LoadAdapter(adapter_id=1, path="p", pinned=False), 0.0)
+    add_adapter(core, 2, pages=2)
+    core.handle(generate(1, lora=[(2, 1.0)]), 0.0)
+    assert [fill.adapter_id for fill in plan_of(core).fills] == [2]
+
+
 def test_failed_adapter_fails_its_requests() -> None:
     core = new_core()
     core.handle(LoadAdapter(adapter_id=1, path="p"), 0.0)

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fixtures.serving.loading_front import LoadingFront, adapter_dir
 
+from engine.config.process_configs import AdapterSource
 from engine.errors import AdapterError, EngineDead, EngineError, InvalidRequest, NotFound, Overloaded
+from engine.journal.journal import Journal
+from engine.journal.memory_file import MemoryFile
 from engine.messages import AdapterState, SamplingParams, Submit
-from engine.processes.journal import replay
+from tokenizer_proc.adapters import calls as calls_module
 from tokenizer_proc.adapters import lifecycle as lifecycle_module
 from tokenizer_proc.adapters.lifecycle import LoadRequest
 from tokenizer_proc.adapters.tokenizers import TextTools
+
+JournalFiles = Callable[[list[AdapterSource]], list[MemoryFile]]
+
+
+@pytest.fixture
+def journal_files() -> Iterator[JournalFiles]:
+    """Returns a function that creates the files of a journal in which these adapters have their names."""
+    with contextlib.ExitStack() as opened:
+
+        def create(sources: list[AdapterSource]) -> list[MemoryFile]:
+            files = [opened.enter_context(MemoryFile.created("adapters")) for _ in range(2)]
+            Journal.create(files, sources)
+            return files
+
+        yield create
 
 
 def run(work: Callable[[], Awaitable[Any]]) -> Any:
@@ -68,10 +86,13 @@ def test_a_load_makes_a_name_and_an_unload_takes_it(tmp_path: Path) -> None:
     run(work)
 
 
-def test_roots_go_with_the_adapter_to_every_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_roots_go_with_the_adapter_to_every_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, journal_files: JournalFiles
+) -> None:
     """The runner gets the roots with the load, a new scheduler with the repeated load, a successor from the journal."""
-    journal, roots = tmp_path / "journal", [str(tmp_path)]
-    world = LoadingFront(lora_roots=roots, journal=str(journal))
+    roots = [str(tmp_path)]
+    journal = journal_files([])
+    world = LoadingFront(lora_roots=roots, journal=[file.descriptor for file in journal])
     library, read = world.front.tokenizer_library, list[tuple[str, list[str]]]()
 
     def load(name: str, root: str, roots: list[str]) -> TextTools:
@@ -87,7 +108,7 @@ def test_roots_go_with_the_adapter_to_every_reader(tmp_path: Path, monkeypatch: 
     run(work)
     assert [load.roots for load in world.loads()] == [roots, roots]
     assert read == [(str(tmp_path / "a"), roots)]
-    assert [source.roots for source in replay(journal, [])] == [roots]
+    assert [source.roots for source in Journal(journal).sources] == [roots]
 
 
 def test_preload_waits_for_pages_within_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +348,7 @@ def test_waiting_calls_end_with_an_error_at_shutdown(tmp_path: Path) -> None:
 
 
 def test_too_many_open_calls_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lifecycle_module, "CALLS_AT_ONCE", 2)
+    monkeypatch.setattr(calls_module, "CALLS_AT_ONCE", 2)
     world = LoadingFront()
     world.held = True
     path = str(adapter_dir(tmp_path / "a"))
@@ -409,7 +430,7 @@ def test_a_restarted_scheduler_is_told_everything_again() -> None:
         world.sent.clear()
         assert world.front.capacity is not None
         world.front.handle(world.front.capacity)
-        assert [(load.adapter_id, load.revision) for load in world.loads()] == [(1, "r"), (2, "")]
+        assert [(load.adapter_id, load.revision) for load in world.loads()] == [(1, "r"), (2, "r")]
         assert world.unloads() == [2]
 
     run(work)

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from engine.config.process_configs import AdapterSource
-from engine.errors import InvalidRequest, NotFound
+from engine.errors import AdapterError, InvalidRequest, NotFound
 from engine.messages import AdapterState, Footprint, LoadAdapter
 from tokenizer_proc.adapters.registry import AdapterRegistry
 
@@ -95,6 +95,10 @@ def test_states_make_it_ready_or_failed() -> None:
     assert names.failure is None
     names.handle(AdapterState(adapter_id=2, state="failed", error="rank 4096"))
     assert "`poet`: rank 4096" in str(names.failure)
+    assert [("`poet`: rank 4096" in reason) for reason in names.accept_failed()] == [True]
+    assert names.is_ready
+    with pytest.raises(AdapterError, match="`poet`: rank 4096"):
+        names.resolve("poet").check(8)
     names.handle(AdapterState(adapter_id=2, state="resident"))
     assert names.is_ready
     names.handle(AdapterState(adapter_id=77, state="host"))  # an unknown adapter's state is logged and dropped

@@ -14,6 +14,7 @@ from engine.errors import AdapterError, ConfigError, EngineError, NotFound
 from engine.lora_roots import allowed_roots
 from engine.messages import SamplingParams, Submit
 from tokenizer_proc.adapters.lifecycle import LoadRequest
+from tokenizer_proc.adapters.resolver import Resolver
 
 
 def run(work: Callable[[], Awaitable[Any]]) -> Any:
@@ -130,6 +131,19 @@ def test_the_least_recently_used_is_unloaded_and_returns(root: Path) -> None:
         assert set(world.front.adapters.paths()) == {"one", "three"}
         assert await ask(world, "two") == 4
         assert set(world.front.adapters.paths()) == {"three", "two"}
+
+    run(work)
+
+
+def test_a_successor_unloads_what_its_predecessor_loaded(root: Path) -> None:
+    world = world_of(root)
+
+    async def work() -> None:
+        await ask(world, "one")
+        successor = Resolver(str(root), world.front.adapters, world.front.lifecycle)
+        successor.most = 1
+        await successor.fetch("two")
+        assert set(world.front.adapters.paths()) == {"two"}
 
     run(work)
 
