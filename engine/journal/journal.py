@@ -14,7 +14,7 @@ import logging
 from collections.abc import Sequence
 
 from engine.config.process_configs import AdapterSource
-from engine.errors import StorageFailed
+from engine.errors import InternalError, StorageFailed
 from engine.journal import records
 from engine.journal.memory_file import MemoryFile
 from engine.journal.records import NameBound, NameUnbound, Record, Snapshot
@@ -30,20 +30,23 @@ COMPACT_FACTOR = 4
 class Journal:
     """Records changes in `files`, as `create` or a predecessor left them; without files, does nothing.
 
-    Raises InternalError if the files are damaged, and OSError if they cannot be read.
+    Raises InternalError if the files are damaged or cannot be read.
     """
 
     def __init__(self, files: Sequence[MemoryFile] = ()) -> None:
         self._files = list(files)
         self._broken = False
         if files:
-            self._index, self._number, self._end, self._bound = records.read([file.read() for file in files])
+            self._index, self._number, self._end, self._bound = records.read(_contents(files))
             self._compact_at = self._next_size()
 
     @classmethod
     def create(cls, files: Sequence[MemoryFile], sources: Sequence[AdapterSource]) -> None:
-        """Writes to the empty `files` that each of the `sources` has its name. Raises OSError."""
-        files[0].write(records.encode(Snapshot(0, list(sources))), 0)
+        """Writes to the empty `files` that each of the `sources` has its name. Raises StorageFailed."""
+        try:
+            files[0].write(records.encode(Snapshot(0, list(sources))), 0)
+        except OSError as error:
+            raise StorageFailed(f"there is no memory for the journal of adapters ({error.strerror})") from error
 
     @property
     def sources(self) -> list[AdapterSource]:
@@ -111,6 +114,13 @@ class Journal:
     def _next_size(self) -> int:
         snapshot = len(records.encode(Snapshot(self._number, self.sources)))
         return max(COMPACT_BYTES, COMPACT_FACTOR * snapshot)
+
+
+def _contents(files: Sequence[MemoryFile]) -> list[bytes]:
+    try:
+        return [file.read() for file in files]
+    except OSError as error:
+        raise InternalError(f"the journal of adapters cannot be read ({error.strerror})") from error
 
 
 def _failure(reason: str) -> StorageFailed:
