@@ -36,12 +36,14 @@ from tokenizer_proc.adapters.tokenizers import TextTools, TokenizerLibrary
 from tokenizer_proc.requests.deadline import Deadline
 from tokenizer_proc.requests.preparation import PreparedRequest, RequestPreparer, max_request_length
 from tokenizer_proc.requests.stream import Stream
+from tokenizer_proc.requests.text_work import TextWork
 from tokenizer_proc.server_info import ServerInfo
 from tokenizer_proc.telemetry.metrics import Metrics, MetricsSnapshot
 from tokenizer_proc.text.generation_config import GenerationConfig
 from tokenizer_proc.text.templates.chat_template import ChatTemplate
 from tokenizer_proc.text.tokenizer import Tokenizer
 from tokenizer_proc.upstream.router import Router
+from tokenizer_proc.work.pools import WorkPools
 
 __all__ = ["Frontend", "Stream"]
 
@@ -79,7 +81,9 @@ class Frontend:
         self.router = Router(send, config.endpoints.epoch, config.max_open_requests, config.max_queued_tokens)
         self.epoch = config.endpoints.epoch
         self.is_draining = False
-        self._preparer = RequestPreparer(config, self.adapters, base, self.resolver)
+        self.pools = WorkPools()
+        self.texts = TextWork(self.pools)
+        self._preparer = RequestPreparer(config, self.adapters, base, self.resolver, self.texts)
         self._info = ServerInfo(config, self.adapters, self.router)
         self._config = config
         self._send = send
@@ -197,6 +201,7 @@ class Frontend:
             self.router.fail_all(EngineDead("the server is shutting down"))
             await self.router.wait_idle(1.0)  # gives the streams' readers time to take the error
         self.tokenizer_library.close()
+        self.pools.close()
 
     def _handle_adapter(self, state: AdapterState) -> None:
         entry = self.adapters.entry(state.adapter_id)

@@ -10,26 +10,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from types import TracebackType
 
-from engine.messages import Delta, FinishReason, PositionLogprobs, Submit, Usage
+from engine.messages import Delta, FinishReason, Submit, Usage
 from tokenizer_proc.frontend import Frontend, Stream
 from tokenizer_proc.requests.deadline import Deadline
+from tokenizer_proc.requests.packed_logprobs import PackedLogprobs, entries
+from tokenizer_proc.work.queue import Abandoned
 
-LARGE = 512  # the number of positions with log-probabilities above which a response takes long to encode
+LARGE = 2048  # the number of tokens with log-probabilities above which an event or a body takes long to write
 
 
 class Prompt:
     """One submit's prompt as token ids, with its log-probabilities, which arrive in pieces if they were requested."""
 
-    def __init__(self, token_ids: list[int]) -> None:
+    def __init__(self, token_ids: list[int], check: Callable[[], None]) -> None:
         self.token_ids = token_ids
-        self.scored: list[PositionLogprobs | None] = []
+        self.scored = PackedLogprobs(check)
         self._ended = False
 
     @property
-    def logprobs(self) -> list[PositionLogprobs | None] | None:
+    def logprobs(self) -> PackedLogprobs | None:
         """The log-probabilities of every position, or None until all have arrived."""
         return self.scored if self.scored and len(self.scored) == len(self.token_ids) else None
 
@@ -40,7 +42,8 @@ class Prompt:
 
     def add(self, delta: Delta) -> None:
         """Adds a delta's log-probabilities of the prompt. Only deltas of the first choice have any."""
-        self.scored += delta.prompt_logprobs or []
+        if delta.prompt_logprobs:
+            self.scored.add(delta.prompt_logprobs)
         self._ended = self._ended or (delta.index == 0 and delta.finish_reason is not None)
 
 
@@ -50,7 +53,7 @@ class Choice:
     `number` is the choice's place in the whole call, `index` its place in its submit, `item` the submit's number.
     """
 
-    def __init__(self, number: int, index: int, item: int, prompt: Prompt) -> None:
+    def __init__(self, number: int, index: int, item: int, prompt: Prompt, check: Callable[[], None]) -> None:
         self.number = number
         self.index = index
         self.item = item
@@ -58,7 +61,7 @@ class Choice:
         self.deltas = 0
         self.text = ""
         self.token_ids: list[int] = []
-        self.logprobs: list[PositionLogprobs] = []
+        self.logprobs = PackedLogprobs(check)
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self._usage: Usage | None = None
@@ -68,7 +71,8 @@ class Choice:
         self.deltas += 1
         self.text += delta.text
         self.token_ids += delta.token_ids
-        self.logprobs += delta.logprobs or []
+        if delta.logprobs:
+            self.logprobs.add(delta.logprobs)
         self.finish_reason = delta.finish_reason or self.finish_reason
         self.stop_reason = delta.stop_reason if delta.stop_reason is not None else self.stop_reason
         self._usage = delta.usage or self._usage
@@ -94,7 +98,8 @@ class Batch:
         self.prompts: list[Prompt] = []
         self.choices: list[Choice] = []
         self._of_item: list[list[Choice]] = []
-        self._scored = 0  # the number of positions with log-probabilities so far, over all prompts and choices
+        self._unwritten = 0  # the number of tokens with log-probabilities that arrived since `mark_written`
+        self._is_left = False
 
     async def __aenter__(self) -> Batch:
         async with self._stack:
@@ -103,14 +108,20 @@ class Batch:
                 await asyncio.sleep(0)  # encoding many prompts must not stall the event loop's streams
                 stream = await self._stack.enter_async_context(self._frontend.open(submit, self._deadline))
                 self._streams.append(stream)
-                self._add_prompt(item, Prompt(stream.prompt_ids), submit.params.n)
+                self._add_prompt(item, Prompt(stream.prompt_ids, self.check), submit.params.n)
             self._stack = self._stack.pop_all()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._is_left = True
         await self._stack.__aexit__(kind, error, trace)
+
+    def check(self) -> None:
+        """Raises Abandoned if the batch was left, so that a thread which still writes its output ends."""
+        if self._is_left:
+            raise Abandoned
 
     def cancel(self, items: Iterable[int]) -> None:
         """Ends the unfinished choices of the submits `items` with finish reason abort."""
@@ -137,15 +148,25 @@ class Batch:
             async for item, delta in merged:
                 choice = self._of_item[item][delta.index]
                 choice.prompt.add(delta)
-                self._scored += len(delta.prompt_logprobs or ()) + len(delta.logprobs or ())
+                self._unwritten += entries(delta.prompt_logprobs or ()) + entries(delta.logprobs or ())
                 if delta.prompt_logprobs is None or delta.token_ids or delta.finish_reason is not None:
                     choice.add(delta)
                     yield choice, delta
 
     @property
     def is_large(self) -> bool:
-        """Whether the response may take long to encode."""
-        return self._scored > LARGE
+        """Whether what arrived since `mark_written` may take long to write."""
+        return self._unwritten > LARGE
+
+    def mark_written(self) -> None:
+        """Records that all output so far has been written."""
+        self._unwritten = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """The size of the log-probabilities that are kept until they are written."""
+        packed = [prompt.scored.bytes for prompt in self.prompts]
+        return sum(packed) + sum(choice.logprobs.bytes for choice in self.choices)
 
     def usage(self) -> Usage:
         """Returns the usage of the whole call: the completion tokens of every choice, and each prompt's tokens once."""
@@ -157,7 +178,7 @@ class Batch:
         )
 
     def _add_prompt(self, item: int, prompt: Prompt, n: int) -> None:
-        choices = [Choice(len(self.choices) + index, index, item, prompt) for index in range(n)]
+        choices = [Choice(len(self.choices) + index, index, item, prompt, self.check) for index in range(n)]
         self.prompts.append(prompt)
         self._of_item.append(choices)
         self.choices += choices

@@ -5,10 +5,10 @@ Each dialect implements a `Writer`.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
+from functools import partial
 
 import msgspec
 from aiohttp import web
@@ -22,6 +22,7 @@ from tokenizer_proc.http.batch import Batch, Choice
 from tokenizer_proc.http.encoding import encoded, in_slices, json_response
 from tokenizer_proc.http.middleware.access_log import ACCESS_RECORD
 from tokenizer_proc.http.service import Service, deadline_of
+from tokenizer_proc.work.queue import Job, WorkQueue
 
 
 class Writer(ABC):
@@ -66,9 +67,12 @@ async def answer(service: Service, request: web.Request, call: GenerationCall, w
             writer.check(batch)
             with service.open.listed(call.ids, batch):
                 if call.stream:
-                    return await sse.respond(request, _events(batch, writer))
+                    return await sse.respond(
+                        request, _events(service.frontend.pools.python, tenant.name, batch, writer)
+                    )
                 await batch.finish()
-                return json_response(await encoded(lambda: writer.whole(batch), batch.is_large))
+                python = service.frontend.pools.python
+                return json_response(await encoded(python, tenant.name, lambda: writer.whole(batch), batch.is_large))
     except InvalidRequest as error:
         error.param = call.names.get(error.param or "", error.param)
         raise
@@ -99,16 +103,21 @@ def _names(batch: Batch) -> str | None:
     return ",".join(sorted(names)) or None
 
 
-async def _events(batch: Batch, writer: Writer) -> AsyncGenerator[Sequence[object], None]:
+async def _events(
+    queue: WorkQueue, tenant: str, batch: Batch, writer: Writer
+) -> AsyncGenerator[Sequence[object], None]:
     async with contextlib.aclosing(batch.deltas()) as deltas:
         async for choice, delta in deltas:
             if batch.is_large:
-                yield await asyncio.to_thread(_large_events, batch, writer, choice, delta)
+                events = await queue.run(tenant, partial(_large_events, batch, writer, choice, delta))
             else:
-                yield writer.events(batch, choice, delta)
+                events = writer.events(batch, choice, delta)
+            if events:
+                batch.mark_written()
+            yield events
     yield writer.last_events(batch)
 
 
-def _large_events(batch: Batch, writer: Writer, choice: Choice, delta: Delta) -> list[object]:
+def _large_events(batch: Batch, writer: Writer, choice: Choice, delta: Delta, job: Job) -> list[object]:
     """Returns the events for one delta, already encoded, in slices."""
-    return [msgspec.Raw(in_slices(event)) for event in writer.events(batch, choice, delta)]
+    return [msgspec.Raw(in_slices(event, job.check)) for event in writer.events(batch, choice, delta)]

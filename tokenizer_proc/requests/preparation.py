@@ -14,6 +14,7 @@ from tokenizer_proc.adapters.resolver import Resolver
 from tokenizer_proc.adapters.selection import AdapterSelection
 from tokenizer_proc.adapters.tokenizers import TextTools
 from tokenizer_proc.requests.prompt_encoding import encode_prompt
+from tokenizer_proc.requests.text_work import TextWork
 from tokenizer_proc.requests.validation import SEEDS, ValidatedParams, check_priority, validate_params
 from tokenizer_proc.text.tokenizer import Tokenizer
 
@@ -34,14 +35,23 @@ class PreparedRequest(msgspec.Struct, frozen=True):
 
 
 class RequestPreparer:
-    """Prepares submits. `base` are the base model's text tools. A `resolver`, if given, loads unknown adapters."""
+    """Prepares submits. `base` are the base model's text tools; `texts` encodes the prompts.
+
+    A `resolver`, if given, loads unknown adapters.
+    """
 
     def __init__(
-        self, config: TokenizerConfig, adapters: AdapterRegistry, base: TextTools, resolver: Resolver | None
+        self,
+        config: TokenizerConfig,
+        adapters: AdapterRegistry,
+        base: TextTools,
+        resolver: Resolver | None,
+        texts: TextWork,
     ) -> None:
         self._has_priorities = config.priorities
         self._adapters = adapters
         self._base = base
+        self._texts = texts
         self._resolver = resolver
         self._seeds = random.Random(config.seed)
 
@@ -73,7 +83,7 @@ class RequestPreparer:
         for _ in range(ATTEMPTS):
             text_tools = self.text_tools_of(selection)
             with selection.held():  # keeps the resolver from unloading the adapter as idle
-                prompt_ids = await encode_prompt(submit, text_tools, max_length)
+                prompt_ids = await encode_prompt(submit, text_tools, max_length, self._texts)
             if not selection.is_current:
                 selection = self._select_known(submit.lora, capacity)
             if self.text_tools_of(selection) is text_tools:

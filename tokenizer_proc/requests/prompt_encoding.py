@@ -8,21 +8,22 @@ from typing import Any
 from engine.errors import InvalidRequest
 from engine.messages import ChatMessage, Submit
 from tokenizer_proc.adapters.tokenizers import TextTools
+from tokenizer_proc.requests.text_work import TextWork
 from tokenizer_proc.text.templates.chat_template import Value
-from tokenizer_proc.text.tokenizer import Tokenizer
+from tokenizer_proc.text.tokenizer import Tokenizer, TooManyTokens
 
 _NOT_TEMPLATE_ARGUMENTS = ("self", "messages", "add_generation_prompt", "continue_final_message")
 
 
-async def encode_prompt(submit: Submit, text_tools: TextTools, max_length: int) -> list[int]:
-    """Returns the prompt's token ids.
+async def encode_prompt(submit: Submit, text_tools: TextTools, max_length: int, texts: TextWork) -> list[int]:
+    """Returns the prompt's token ids. `texts` does the work.
 
     Raises InvalidRequest for a prompt that certainly exceeds `max_length` tokens, that mixes ids and messages, or that
     the chat template or the tokenizer refuses.
     """
     prompt, tokenizer = submit.prompt, text_tools.tokenizer
     if isinstance(prompt, str):
-        return await _encode_text(prompt, tokenizer, submit.add_special_tokens, max_length)
+        return await _encode_text(submit, prompt, tokenizer, submit.add_special_tokens, max_length, texts)
     if len(prompt) > max_length:  # each id is one token, each message at least one
         raise _too_long(f"the prompt has {len(prompt)} parts; this model's context is {max_length} tokens")
     messages = [part for part in prompt if isinstance(part, ChatMessage)]
@@ -30,13 +31,15 @@ async def encode_prompt(submit: Submit, text_tools: TextTools, max_length: int) 
         return [part for part in prompt if isinstance(part, int)]
     if len(messages) != len(prompt):
         raise InvalidRequest("a prompt is token ids or messages, not both", param="prompt")
-    text = await text_tools.chat.prompt(
+    text = await texts.render(
+        submit.tenant,
+        text_tools.chat,
         messages,
         add_generation_prompt=submit.add_generation_prompt,
         continue_final_message=submit.continue_final_message,
-        **template_arguments(submit.chat_template_kwargs),
+        arguments=template_arguments(submit.chat_template_kwargs),
     )
-    return await _encode_text(text, tokenizer, False, max_length)
+    return await _encode_text(submit, text, tokenizer, False, max_length, texts)
 
 
 def template_arguments(given: Mapping[str, Value]) -> dict[str, Any]:
@@ -52,14 +55,22 @@ def template_arguments(given: Mapping[str, Value]) -> dict[str, Any]:
     return dict(given)
 
 
-async def _encode_text(text: str, tokenizer: Tokenizer, add_special_tokens: bool, max_length: int) -> list[int]:
+async def _encode_text(
+    submit: Submit, text: str, tokenizer: Tokenizer, special: bool, max_length: int, texts: TextWork
+) -> list[int]:
     """Returns the ids of `text`. A text with too many characters for `max_length` tokens is refused before encoding."""
     if len(text) > max_length * tokenizer.longest_token:
         raise _too_long(
             f"the prompt has {len(text)} characters; this model's context is {max_length} tokens, "
             f"and no token stands for more than {tokenizer.longest_token} characters"
         )
-    return await tokenizer.encode_text(text, add_special_tokens)
+    try:
+        return await texts.encode(submit.tenant, tokenizer, text, special, max_length)
+    except TooManyTokens as error:
+        raise _too_long(
+            f"the prompt has {error.count} tokens; this model's context is {max_length} tokens, "
+            "and at least one must be left for the answer"
+        ) from error
 
 
 def _too_long(message: str) -> InvalidRequest:

@@ -5,7 +5,6 @@ A beginning-of-sequence token is added only if the post-processor in tokenizer.j
 
 from __future__ import annotations
 
-import asyncio
 import copy
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from engine.ipc import DECODE_ERRORS
 from tokenizer_proc.text import files
 from tokenizer_proc.text.token_bytes import Pieces
 
-THREAD_ABOVE_CHARACTERS = 8192  # encoding these takes about a millisecond; longer texts would stall the event loop
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -63,6 +61,14 @@ def is_from_library(error: BaseException) -> bool:
     The library raises Exceptions, and PanicException, which is only a BaseException.
     """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+class TooManyTokens(InvalidRequest):
+    """A text has more tokens than the caller can use. `count` is their number."""
+
+    def __init__(self, count: int, most: int) -> None:
+        super().__init__(f"the text has {count} tokens; at most {most} are possible here", param="prompt")
+        self.count = count
 
 
 class Tokenizer:
@@ -136,10 +142,11 @@ class Tokenizer:
         """The tokenizer that this one was copied from to change its special tokens, or this tokenizer itself."""
         return self._origin or self
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
         """Returns the ids of `text`.
 
-        Raises InvalidRequest if the text is not valid Unicode (a lone surrogate) or the tokenizer cannot encode it.
+        Raises InvalidRequest if the text is not valid Unicode (a lone surrogate) or the tokenizer cannot encode it, and
+        TooManyTokens for more than `most` ids, without making a list of them, which would hold the GIL.
         """
         try:
             # unlike `encode`, the batch functions release the GIL, so that they can run in parallel in a thread
@@ -150,25 +157,15 @@ class Tokenizer:
             if not is_from_library(error):
                 raise
             raise InvalidRequest(f"the model's tokenizer cannot read this text: {error}") from error
+        if most is not None and len(encoding) > most:
+            raise TooManyTokens(len(encoding), most)
         ids: list[int] = encoding.ids
         return ids
-
-    async def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Does the same as `encode`, but encodes a long text in a thread."""
-        if len(text) <= THREAD_ABOVE_CHARACTERS:
-            return self.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.encode, text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of `ids`. Invalid UTF-8 becomes U+FFFD."""
         texts: list[str] = self.backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
         return texts[0]
-
-    async def decode_ids(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Does the same as `decode`, but decodes many ids in a thread."""
-        if len(ids) <= THREAD_ABOVE_CHARACTERS:
-            return self.decode(ids, skip_special_tokens)
-        return await asyncio.to_thread(self.decode, ids, skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Returns the exact bytes of one token; empty for an unknown id."""

@@ -470,12 +470,12 @@ def test_a_name_that_moves_while_a_prompt_is_read(tmp_path: Path, monkeypatch: p
     async def work() -> None:
         reading, go = asyncio.Event(), asyncio.Event()
 
-        async def slow(text: str, add_special_tokens: bool) -> list[int]:
+        async def slow(*_: Any) -> list[int]:
             reading.set()
             await go.wait()
             return [5, 6]
 
-        monkeypatch.setattr(world.front.tokenizer, "encode_text", slow)
+        monkeypatch.setattr(world.front.texts, "encode", slow)
         request = asyncio.ensure_future(ask(world, "a"))
         await reading.wait()
         assert world.front.adapters.cards()[0].running == 1

@@ -18,6 +18,7 @@ from fixtures.serving.tokenizer_front import Fake
 
 from engine.errors import TimedOut
 from engine.messages import Submit
+from tokenizer_proc.requests.text_work import TextWork
 from tokenizer_proc.text.tokenizer import Tokenizer
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -86,13 +87,13 @@ def test_the_prompts_of_a_call_share_its_deadline(monkeypatch: pytest.MonkeyPatc
     frontend = ScriptedScheduler("hi").frontend(request_timeout=0.05)
     encoded = 0
 
-    async def slow(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+    async def slow(texts: TextWork, tenant: str, tokenizer: Tokenizer, text: str, *_: Any) -> list[int]:
         nonlocal encoded
         await asyncio.sleep(0.02)
         encoded += 1
-        return tokenizer.encode(text, add_special_tokens)
+        return tokenizer.encode(text)
 
-    monkeypatch.setattr(Tokenizer, "encode_text", slow)
+    monkeypatch.setattr(TextWork, "encode", slow)
 
     async def scenario(client: TestClient) -> tuple[int, Any]:
         async with client.post("/v1/completions", json={"prompt": ["a"] * 20}) as answer:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError, InvalidRequest
-from tokenizer_proc.text.tokenizer import THREAD_ABOVE_CHARACTERS, Tokenizer
+from tokenizer_proc.text.tokenizer import Tokenizer, TooManyTokens
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +65,13 @@ def test_parts_of_characters_have_their_exact_bytes() -> None:
         assert tokenizer.token_bytes(tokenizer.vocab_size + 5) == b""
 
 
-def test_a_long_text_is_encoded_in_a_thread(directory: Path) -> None:
+def test_too_many_tokens_are_refused_before_a_list_is_made(directory: Path) -> None:
     tokenizer = Tokenizer.load(directory)
-    text = "hello world " * (THREAD_ABOVE_CHARACTERS // 10)
-
-    async def main() -> list[int]:
-        return await tokenizer.encode_text(text)
-
-    assert asyncio.run(main()) == tokenizer.encode(text)
+    ids = tokenizer.encode("hello world")
+    assert tokenizer.encode("hello world", most=len(ids)) == ids
+    with pytest.raises(TooManyTokens) as raised:
+        tokenizer.encode("hello world", most=len(ids) - 1)
+    assert raised.value.count == len(ids)
 
 
 def test_a_lone_surrogate_is_refused(directory: Path) -> None:
@@ -96,21 +93,3 @@ def test_truncation_in_the_file_is_ignored(tmp_path: Path) -> None:
     backend.enable_padding(length=64)
     tokenizer = Tokenizer.load(small_tokenizers.save(backend, tmp_path))
     assert 4 < len(tokenizer.encode("the quick brown fox jumps over it")) < 64
-
-
-def test_long_texts_do_not_stall_the_event_loop(directory: Path) -> None:
-    tokenizer = Tokenizer.load(directory)
-
-    async def beats_during(work: Awaitable[object]) -> int:
-        task, beats = asyncio.ensure_future(work), 0
-        while not task.done():
-            await asyncio.sleep(0.001)
-            beats += 1
-        return beats
-
-    async def both() -> None:
-        text = "hello world " * 100_000
-        assert await beats_during(tokenizer.encode_text(text)) > 10
-        assert await beats_during(tokenizer.decode_ids(tokenizer.encode(text) * 3)) > 10
-
-    asyncio.run(both())

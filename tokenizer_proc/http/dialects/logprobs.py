@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
 from engine.messages import PositionLogprobs, TokenLogprob
+from tokenizer_proc.http.encoding import SLICE, JsonArray
+from tokenizer_proc.requests.packed_logprobs import PackedLogprobs
 from tokenizer_proc.text.tokenizer import Tokenizer
 
 _FLOOR = -9999.0
-
-
-def as_raw_json(value: object) -> msgspec.Raw:
-    """Encodes `value`, one of many values of a response, ahead of the rest.
-
-    Kept as objects, a hundred thousand small lists would slow down the garbage collector, which stalls the event loop.
-    """
-    return msgspec.Raw(msgspec.json.encode(value))
 
 
 def floored(token: TokenLogprob) -> float:
@@ -26,10 +20,19 @@ def floored(token: TokenLogprob) -> float:
     return max(token.logprob, _FLOOR)
 
 
-def chat(positions: Sequence[PositionLogprobs]) -> dict[str, object]:
+def chat(slices: Iterable[Sequence[PositionLogprobs | None]]) -> dict[str, object]:
     """Returns OpenAI's chat format: {"content": [{token, logprob, bytes, top_logprobs: [{token, logprob, bytes}]}]}."""
-    content = [_token(one.chosen) | {"top_logprobs": [_token(top) for top in one.top]} for one in positions]
-    return {"content": content, "refusal": None}
+    content = JsonArray()
+    for positions in slices:
+        content.add(
+            [_token(one.chosen) | {"top_logprobs": [_token(top) for top in one.top]} for one in filled(positions)]
+        )
+    return {"content": content.raw(), "refusal": None}
+
+
+def filled(positions: Iterable[PositionLogprobs | None]) -> list[PositionLogprobs]:
+    """Returns the positions that have log-probabilities, as those of generated tokens all do."""
+    return [one for one in positions if one is not None]
 
 
 def _token(token: TokenLogprob) -> dict[str, object]:
@@ -48,52 +51,76 @@ class LegacyLogprobs:
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self._at = 0
 
-    def prompt(
-        self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None] | None, text: str
-    ) -> dict[str, list[object]]:
+    def prompt(self, token_ids: Sequence[int], positions: PackedLogprobs | None, text: str) -> LegacyPiece:
         """Returns the piece for the echoed prompt, whose text is `text`.
 
         With `positions` None, its log-probabilities are null.
         """
-        shape = empty()
-        for token_id, position in zip(token_ids, positions or [None] * len(token_ids), strict=True):
-            piece = self._bytes.decode(self._tokenizer.token_bytes(token_id))
-            _append(shape, self._at, self._tokenizer.token_text(token_id), position)
-            shape["top_logprobs"][-1] = as_raw_json(shape["top_logprobs"][-1])
-            if text.startswith(piece, self._at):
-                self._at += len(piece)
-            elif self._at == 0 and piece.startswith(" ") and text.startswith(piece[1:]):
-                self._at += len(piece) - 1  # the text lacks the leading space that sentencepiece added
+        piece, place = LegacyPiece(), 0
+        for some in _nulls(len(token_ids)) if positions is None else positions.slices():
+            ids = token_ids[place : place + len(some)]
+            piece.add(
+                [self._shown(token, text) for token in ids], [self._tokenizer.token_text(each) for each in ids], some
+            )
+            place += len(some)
+        self.skip(text)
+        return piece
+
+    def skip(self, text: str) -> None:
+        """Continues after a prompt with the text `text`, whose piece was made before."""
         self._at = len(text)
         self._bytes.reset()
-        return shape
 
-    def generated(self, positions: Sequence[PositionLogprobs]) -> dict[str, list[object]]:
+    def generated(self, slices: Iterable[Sequence[PositionLogprobs | None]]) -> LegacyPiece:
         """Returns the piece for the next generated tokens."""
-        shape = empty()
-        for position in positions:
-            token = position.chosen
-            _append(shape, self._at, token.token, position)
-            if token.token_id not in self._tokenizer.special_ids:
-                self._at += len(self._bytes.decode(bytes(token.bytes)))
-        return shape
+        piece = LegacyPiece()
+        for some in map(filled, slices):
+            offsets = []
+            for position in some:
+                offsets.append(self._at)
+                if position.chosen.token_id not in self._tokenizer.special_ids:
+                    self._at += len(self._bytes.decode(bytes(position.chosen.bytes)))
+            piece.add(offsets, [position.chosen.token for position in some], some)
+        return piece
+
+    def _shown(self, token_id: int, text: str) -> int:
+        """Returns where a token of the prompt begins in `text`, and continues after it."""
+        at, shown = self._at, self._bytes.decode(self._tokenizer.token_bytes(token_id))
+        if text.startswith(shown, at):
+            self._at += len(shown)
+        elif at == 0 and shown.startswith(" ") and text.startswith(shown[1:]):
+            self._at += len(shown) - 1  # the text lacks the leading space that sentencepiece added
+        return at
 
 
-def joined(one: dict[str, list[object]], other: dict[str, list[object]]) -> dict[str, list[object]]:
-    """Returns the two pieces joined into one, `one` first."""
-    return {name: one[name] + other[name] for name in one}
+class LegacyPiece:
+    """The arrays for successive tokens of one completion, encoded."""
+
+    def __init__(self) -> None:
+        self._arrays = {name: JsonArray() for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
+
+    def add(self, offsets: Sequence[int], tokens: Sequence[str], positions: Sequence[PositionLogprobs | None]) -> None:
+        """Appends the tokens of one slice."""
+        arrays = self._arrays
+        arrays["tokens"].add(tokens)
+        arrays["token_logprobs"].add([None if one is None else floored(one.chosen) for one in positions])
+        arrays["top_logprobs"].add([None if one is None else _best(one) for one in positions])
+        arrays["text_offset"].add(offsets)
+
+    def add_piece(self, other: LegacyPiece) -> None:
+        """Appends another piece."""
+        for name, array in self._arrays.items():
+            array.add_array(other._arrays[name])
+
+    def raw(self) -> dict[str, msgspec.Raw]:
+        """Returns the arrays by name, to be put into the body."""
+        return {name: array.raw() for name, array in self._arrays.items()}
 
 
-def empty() -> dict[str, list[object]]:
-    """Returns a piece without tokens."""
-    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-
-
-def _append(shape: dict[str, list[object]], at: int, token: str, position: PositionLogprobs | None) -> None:
-    shape["tokens"].append(token)
-    shape["text_offset"].append(at)
-    shape["token_logprobs"].append(None if position is None else floored(position.chosen))
-    shape["top_logprobs"].append(None if position is None else _best(position))
+def _nulls(count: int) -> Iterator[list[None]]:
+    """Yields slices of `count` positions without log-probabilities."""
+    for at in range(0, count, SLICE):
+        yield [None] * min(SLICE, count - at)
 
 
 def _best(position: PositionLogprobs) -> dict[str, float]:
@@ -125,14 +152,14 @@ def triple(token: TokenLogprob, with_text: bool) -> Triple:
     return floored(token), token.token_id, token.token if with_text else None
 
 
-def triples(positions: Sequence[PositionLogprobs], with_text: bool) -> list[Triple]:
+def triples(positions: Iterable[PositionLogprobs], with_text: bool) -> list[Triple]:
     """Returns the chosen token of each position in SGLang's format."""
     return [triple(position.chosen, with_text) for position in positions]
 
 
-def top_triples(positions: Sequence[PositionLogprobs | None], with_text: bool) -> list[msgspec.Raw | None]:
+def top_triples(positions: Iterable[PositionLogprobs | None], with_text: bool) -> list[list[Triple] | None]:
     """Returns the best tokens of each position in SGLang's format, and None for a position that is None.
 
     The prompt's first position is None, because no token precedes it.
     """
-    return [None if one is None else as_raw_json([triple(top, with_text) for top in one.top]) for one in positions]
+    return [None if one is None else [triple(top, with_text) for top in one.top] for one in positions]

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import msgspec
 
 from engine.errors import InvalidRequest
-from engine.messages import Delta
+from engine.messages import Delta, PositionLogprobs
 from tokenizer_proc.http.batch import Batch, Choice
 from tokenizer_proc.http.dialects import logprobs
-from tokenizer_proc.http.encoding import in_slices
+from tokenizer_proc.http.encoding import JsonArray
 from tokenizer_proc.http.generation import Writer
 from tokenizer_proc.text.tokenizer import Tokenizer
 
@@ -48,6 +48,7 @@ class NativeWriter(Writer):
         self._is_list = is_list
         self._begun = time.monotonic()
         self._prompts: dict[int, dict[str, object]] = {}
+        self._outputs: dict[int, _Output] = {}
 
     def check(self, batch: Batch) -> None:
         """Raises InvalidRequest if a `logprob_start_len` is larger than its prompt's length."""
@@ -89,7 +90,7 @@ class NativeWriter(Writer):
         if choice.finish_reason is not None:
             meta["e2e_latency"] = time.monotonic() - self._begun
         scoring = self._scoring[choice.item]
-        return meta if scoring is None else meta | self._of_prompt(choice, scoring) | _logprobs(choice, scoring)
+        return meta if scoring is None else meta | self._of_prompt(choice, scoring) | self._of_output(choice, scoring)
 
     def _of_prompt(self, choice: Choice, scoring: LogprobOptions) -> dict[str, object]:
         """Returns the fields with the prompt's log-probabilities.
@@ -100,10 +101,15 @@ class NativeWriter(Writer):
             return _prompt_logprobs(choice, scoring, self._tokenizers[choice.item])
         found = self._prompts.get(choice.item)
         if found is None:
-            values = _prompt_logprobs(choice, scoring, self._tokenizers[choice.item])
-            found = {name: msgspec.Raw(in_slices(value)) for name, value in values.items()}
-            self._prompts[choice.item] = found
+            found = self._prompts[choice.item] = _prompt_logprobs(choice, scoring, self._tokenizers[choice.item])
         return found
+
+    def _of_output(self, choice: Choice, scoring: LogprobOptions) -> dict[str, object]:
+        """Returns the fields with the log-probabilities of the choice's tokens so far. Each is encoded once."""
+        output = self._outputs.get(choice.number)
+        if output is None:
+            output = self._outputs[choice.number] = _Output()
+        return output.fields(choice, scoring)
 
 
 def _finish_reason(choice: Choice) -> dict[str, object] | None:
@@ -118,33 +124,45 @@ def _finish_reason(choice: Choice) -> dict[str, object] | None:
             return {"type": "abort", "message": "aborted"}
 
 
-def _logprobs(choice: Choice, scoring: LogprobOptions) -> dict[str, object]:
-    found: dict[str, object] = {"output_token_logprobs": logprobs.triples(choice.logprobs, scoring.with_text)}
-    if scoring.top:
-        found["output_top_logprobs"] = logprobs.top_triples(choice.logprobs, scoring.with_text)
-    return found
+class _Output:
+    """The log-probabilities of one choice's tokens, encoded as they arrive, because every event repeats them."""
+
+    def __init__(self) -> None:
+        self._chosen = JsonArray()
+        self._top = JsonArray()
+        self._length = 0
+
+    def fields(self, choice: Choice, scoring: LogprobOptions) -> dict[str, object]:
+        """Returns the fields with all of the choice's log-probabilities so far."""
+        for positions in map(logprobs.filled, choice.logprobs.slices(self._length)):
+            self._chosen.add(logprobs.triples(positions, scoring.with_text))
+            if scoring.top:
+                self._top.add(logprobs.top_triples(positions, scoring.with_text))
+            self._length += len(positions)
+        found: dict[str, object] = {"output_token_logprobs": self._chosen.raw()}
+        return found | {"output_top_logprobs": self._top.raw()} if scoring.top else found
 
 
 def _prompt_logprobs(choice: Choice, scoring: LogprobOptions, tokenizer: Tokenizer) -> dict[str, object]:
-    found: dict[str, object] = {"input_token_logprobs": _input(choice, scoring, tokenizer)}
-    if scoring.top:
-        prompt = (choice.prompt.logprobs or [])[max(scoring.start, 0) :]
-        found["input_top_logprobs"] = logprobs.top_triples(prompt, scoring.with_text)
-    return found
-
-
-def _input(choice: Choice, scoring: LogprobOptions, tokenizer: Tokenizer) -> list[logprobs.Triple]:
-    """Returns the triples of the prompt's tokens from `start` on.
+    """Returns the fields with the log-probabilities of the prompt's tokens from `start` on, empty until all are there.
 
     The log-probability of the prompt's first token is None, because no token precedes it.
     """
-    prompt = choice.prompt
-    if scoring.start < 0 or prompt.logprobs is None:
-        return []
-    found: list[logprobs.Triple] = []
-    for token_id, position in [*zip(prompt.token_ids, prompt.logprobs, strict=True)][scoring.start :]:
-        if position is not None:
-            found.append(logprobs.triple(position.chosen, scoring.with_text))
-        else:
-            found.append((None, token_id, tokenizer.token_text(token_id) if scoring.with_text else None))
-    return found
+    chosen, top, place = JsonArray(), JsonArray(), max(0, scoring.start)
+    positions, token_ids = choice.prompt.logprobs, choice.prompt.token_ids
+    for some in () if positions is None or scoring.start < 0 else positions.slices(place):
+        ids = token_ids[place : place + len(some)]
+        chosen.add([_prompt_triple(*pair, scoring, tokenizer) for pair in zip(ids, some, strict=True)])
+        if scoring.top:
+            top.add(logprobs.top_triples(some, scoring.with_text))
+        place += len(some)
+    found: dict[str, object] = {"input_token_logprobs": chosen.raw()}
+    return found | {"input_top_logprobs": top.raw()} if scoring.top else found
+
+
+def _prompt_triple(
+    token_id: int, position: PositionLogprobs | None, scoring: LogprobOptions, tokenizer: Tokenizer
+) -> logprobs.Triple:
+    if position is not None:
+        return logprobs.triple(position.chosen, scoring.with_text)
+    return None, token_id, tokenizer.token_text(token_id) if scoring.with_text else None

@@ -88,7 +88,7 @@ class ChatWriter(Writer):
         events: list[object] = []
         if choice.deltas == 1:
             events.append(self._chunk(choice, {"role": "assistant", "content": ""}))
-        scored = logprobs.chat(delta.logprobs) if self._with_logprobs and delta.logprobs else None
+        scored = logprobs.chat([delta.logprobs]) if self._with_logprobs and delta.logprobs else None
         if delta.text or scored:
             events.append(self._chunk(choice, {"content": delta.text}, scored))
         if delta.finish_reason:
@@ -107,7 +107,7 @@ class ChatWriter(Writer):
         return {
             "index": choice.number,
             "message": {"role": "assistant", "content": choice.text, "refusal": None},
-            "logprobs": logprobs.chat(choice.logprobs) if self._with_logprobs else None,
+            "logprobs": logprobs.chat(choice.logprobs.slices()) if self._with_logprobs else None,
             "finish_reason": choice.finish_reason,
         }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import msgspec
 from aiohttp import web
 from msgspec.structs import replace
 
@@ -13,13 +14,15 @@ from tokenizer_proc.http.batch import Batch, Choice
 from tokenizer_proc.http.bodies import decoding
 from tokenizer_proc.http.bodies.fields import SPELLINGS_OPENAI
 from tokenizer_proc.http.bodies.prompts import PromptField, TokenIds, prompts, spread
-from tokenizer_proc.http.dialects.logprobs import LegacyLogprobs, empty, joined
+from tokenizer_proc.http.dialects.logprobs import LegacyLogprobs, LegacyPiece
 from tokenizer_proc.http.dialects.openai import Envelope, LoraField, OpenAIBody, check
 from tokenizer_proc.http.generation import GenerationCall, Writer, answer
 from tokenizer_proc.http.service import Service
 from tokenizer_proc.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
+
+Slices = Iterable[Sequence[PositionLogprobs | None]]
 
 
 class CompletionBody(OpenAIBody, frozen=True, kw_only=True):
@@ -95,6 +98,7 @@ class CompletionWriter(Writer):
         self._asked = asked
         self._cursors: dict[int, _Cursor] = {}
         self._held: dict[int, dict[int, _Cursor]] = {}  # by prompt, the choices held for its log-probabilities
+        self._echoes: dict[int, LegacyPiece] = {}  # by prompt, its complete log-probabilities
 
     def events(self, batch: Batch, choice: Choice, delta: Delta) -> list[object]:
         """Returns events with new output of `choice`, and of choices held for the same prompt's log-probabilities."""
@@ -124,17 +128,31 @@ class CompletionWriter(Writer):
         choice, echoes = cursor.choice, self._echo and cursor.deltas == 0
         text, positions = cursor.advance()
         shown = self._shown(choice) if echoes else ""
-        scored = None
-        if self._scores:
-            prompt = choice.prompt
-            echoed = cursor.legacy.prompt(prompt.token_ids, prompt.logprobs, shown) if echoes else empty()
-            scored = joined(echoed, cursor.legacy.generated(positions))
         return {
             "index": choice.number,
             "text": shown + text,
-            "logprobs": scored,
+            "logprobs": self._logprobs(cursor, positions, shown, echoes) if self._scores else None,
             "finish_reason": choice.finish_reason,
         }
+
+    def _logprobs(self, cursor: _Cursor, positions: Slices, shown: str, echoes: bool) -> dict[str, msgspec.Raw]:
+        piece = LegacyPiece()
+        if echoes:
+            piece.add_piece(self._echo_of(cursor, shown))
+        piece.add_piece(cursor.legacy.generated(positions))
+        return piece.raw()
+
+    def _echo_of(self, cursor: _Cursor, shown: str) -> LegacyPiece:
+        """Returns the piece of the choice's prompt, whose text is `shown`. The choices of one prompt share it."""
+        prompt, item = cursor.choice.prompt, cursor.choice.item
+        found = self._echoes.get(item)
+        if found is not None:
+            cursor.legacy.skip(shown)
+            return found
+        found = cursor.legacy.prompt(prompt.token_ids, prompt.logprobs, shown)
+        if prompt.logprobs is not None:
+            self._echoes[item] = found
+        return found
 
     def _shown(self, choice: Choice) -> str:
         prompt = self._asked[choice.item]
@@ -160,8 +178,8 @@ class _Cursor:
         grew = len(choice.text) > self._text or len(choice.logprobs) > self._positions
         return self.deltas < choice.deltas and (self.deltas == 0 or grew or choice.finish_reason is not None)
 
-    def advance(self) -> tuple[str, list[PositionLogprobs]]:
+    def advance(self) -> tuple[str, Slices]:
         """Returns the text and the positions with log-probabilities that were added since the last call."""
-        text, positions = self.choice.text[self._text :], self.choice.logprobs[self._positions :]
+        text, positions = self.choice.text[self._text :], self.choice.logprobs.slices(self._positions)
         self.deltas, self._text, self._positions = self.choice.deltas, len(self.choice.text), len(self.choice.logprobs)
         return text, positions
