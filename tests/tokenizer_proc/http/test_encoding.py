@@ -9,10 +9,14 @@ import msgspec
 import pytest
 from fixtures.serving.api_calls import ok, post, stream
 from fixtures.serving.fake_frontend import FakeFrontend
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tokenizer_proc.http import batch
+from tokenizer_proc.http import batch, encoding
 from tokenizer_proc.http.dialects import logprobs
-from tokenizer_proc.http.encoding import SLICE, in_slices
+from tokenizer_proc.http.encoding import SLICE, JsonArray, in_slices
+from tokenizer_proc.requests import packed_logprobs
+from tokenizer_proc.work.queue import Abandoned
 
 ECHO = {"prompt": "ab", "echo": True, "logprobs": 2}
 SCORED = {"text": "ab", "return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2}
@@ -33,6 +37,51 @@ CALLS = [("/v1/completions", ECHO), ("/generate", SCORED)]
 )
 def test_sliced_json_equals_msgspecs(value: Any) -> None:
     assert in_slices(value) == msgspec.json.encode(value)
+
+
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers(-(1 << 53), 1 << 53) | st.floats(allow_nan=False) | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=8)
+        | st.dictionaries(st.text(max_size=4), inner, max_size=5)
+        | inner.map(lambda value: msgspec.Raw(msgspec.json.encode(value)))
+    ),
+    max_leaves=40,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(VALUES, st.integers(1, 4))
+def test_any_value_in_slices_equals_the_whole(value: Any, size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "SLICE", size)
+        assert in_slices(value) == msgspec.json.encode(value)
+
+
+@given(st.lists(st.lists(st.integers() | st.text(max_size=3), max_size=4), max_size=6))
+def test_an_array_in_the_making_equals_the_whole(slices: list[list[Any]]) -> None:
+    array, other = JsonArray(), JsonArray()
+    for number, values in enumerate(slices):
+        (array if number % 3 else other).add(values)
+    other.add_array(array)
+    in_order = [slices[number] for number in range(len(slices)) if number % 3 == 0]
+    in_order += [slices[number] for number in range(len(slices)) if number % 3]
+    expected = msgspec.json.encode([value for values in in_order for value in values])
+    assert bytes(other.raw()) == expected == b"".join(other.parts())
+
+
+def test_a_check_ends_the_encoding_between_slices() -> None:
+    checks = 0
+
+    def check() -> None:
+        nonlocal checks
+        checks += 1
+        if checks == 3:
+            raise Abandoned
+
+    with pytest.raises(Abandoned):
+        in_slices({"a": list(range(10 * SLICE))}, check)
+    assert checks == 3
 
 
 def _on_loop() -> bool:
@@ -74,6 +123,8 @@ def test_a_large_answer_is_encoded_in_a_thread(
 def test_a_large_answer_equals_a_small_one(path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     small = ok(post(FakeFrontend(), path, body)), stream(FakeFrontend(), path, body)
     monkeypatch.setattr(batch, "LARGE", 1)
+    monkeypatch.setattr(packed_logprobs, "SLICE_ENTRIES", 2)
+    monkeypatch.setattr(encoding, "SLICE", 1)
     large = ok(post(FakeFrontend(), path, body)), stream(FakeFrontend(), path, body)
     assert _timeless(large) == _timeless(small)
 
