@@ -3,13 +3,21 @@
 An inbox decodes one union of messages; any other frame is refused and logged. Sockets have no high-water mark (bounded
 queues in both directions can deadlock; the HTTP and ZeroMQ servers bound the requests instead). Frames have a size
 limit that is checked before sending, because libzmq drops oversized frames silently.
+
+If the path of a socket is deleted, its connections go on, but no other process could connect. So each inbox binds its
+path again when it finds it deleted, within KEEP_SECONDS; the launcher makes the directory again.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+import os
+import stat
+import time
 from collections.abc import Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import msgspec
 import zmq
@@ -21,6 +29,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 64 << 20
+KEEP_SECONDS = 1.0
 
 DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, MemoryError)
 """The errors that decoding a frame or a file may raise: wrong structure, not UTF-8, nested too deeply, too large."""
@@ -74,11 +83,45 @@ class _FrameDecoder(Generic[T]):
             return None
 
 
-def _bind(socket: zmq.Socket[Any], address: str, max_frame: int) -> None:
+def is_private(directory: str) -> bool:
+    """Returns whether this is a directory that only this user can enter."""
+    try:
+        found = os.lstat(directory)
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+
+
+class BoundAddress:
+    """The address that `socket` is bound to. `keep`, called regularly, binds it again if its path was deleted."""
+
+    def __init__(self, socket: zmq.Socket[Any], address: str) -> None:
+        socket.bind(address)
+        self._socket, self._address = socket, address
+        self._path = address.removeprefix("ipc://")
+        self._is_private = is_private(os.path.dirname(self._path))
+        self._due = time.monotonic() + KEEP_SECONDS
+
+    def keep(self) -> None:
+        """Binds the address again if its path is gone, at most once in KEEP_SECONDS.
+
+        A path in a directory that was private, as those of a launch are, is bound only where the directory is private.
+        """
+        if time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + KEEP_SECONDS
+        if os.path.lexists(self._path) or (self._is_private and not is_private(os.path.dirname(self._path))):
+            return
+        with contextlib.suppress(zmq.ZMQError):  # tried again; libzmq keeps the former listener and its connections
+            self._socket.bind(self._address)
+            log.warning("%s was deleted and is bound again", self._path)
+
+
+def _bound(socket: zmq.Socket[Any], address: str, max_frame: int) -> BoundAddress:
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, max_frame)
-    socket.bind(address)
+    return BoundAddress(socket, address)
 
 
 class Inbox(Generic[T]):
@@ -87,7 +130,7 @@ class Inbox(Generic[T]):
     def __init__(self, context: zmq.Context[Any], address: str, union: Any, max_frame: int = MAX_FRAME_BYTES) -> None:
         self._decode: _FrameDecoder[T] = _FrameDecoder(union, address)
         self._socket: zmq.Socket[bytes] = context.socket(zmq.PULL)
-        _bind(self._socket, address, max_frame)
+        self._address = _bound(self._socket, address, max_frame)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
 
@@ -97,7 +140,7 @@ class Inbox(Generic[T]):
 
     def receive(self, timeout: float | None) -> Iterator[T]:
         """Yields all messages that have arrived; waits up to `timeout` seconds (None: for ever) for the first."""
-        if not self._poller.poll(None if timeout is None else max(0, int(timeout * 1000))):
+        if not self._poll(float("inf") if timeout is None else timeout):
             return
         while True:
             try:
@@ -106,6 +149,17 @@ class Inbox(Generic[T]):
                 return
             if message is not None:
                 yield message
+
+    def _poll(self, timeout: float) -> bool:
+        """Waits for up to `timeout` seconds until the socket or a watched descriptor is readable. Returns whether."""
+        until = time.monotonic() + timeout
+        while True:
+            self._address.keep()
+            left = max(0.0, until - time.monotonic())
+            if self._poller.poll(int(1000 * min(left, KEEP_SECONDS))):
+                return True
+            if left <= KEEP_SECONDS:
+                return False
 
     def close(self) -> None:
         """Closes the socket and drops queued messages."""
@@ -120,12 +174,15 @@ class AsyncInbox(Generic[T]):
     ) -> None:
         self._decode: _FrameDecoder[T] = _FrameDecoder(union, address)
         self._socket: zmq.asyncio.Socket = context.socket(zmq.PULL)
-        _bind(self._socket, address, max_frame)
+        self._address = _bound(self._socket, address, max_frame)
+        self._keeping: asyncio.Task[NoReturn] | None = None
 
     def __aiter__(self) -> AsyncInbox[T]:
         return self
 
     async def __anext__(self) -> T:
+        if self._keeping is None:
+            self._keeping = asyncio.ensure_future(self._keep())
         while True:
             message = self._decode(await self._socket.recv())
             if message is not None:
@@ -133,4 +190,11 @@ class AsyncInbox(Generic[T]):
 
     def close(self) -> None:
         """Closes the socket and drops queued messages."""
+        if self._keeping is not None:
+            self._keeping.cancel()
         self._socket.close()
+
+    async def _keep(self) -> NoReturn:
+        while True:
+            await asyncio.sleep(KEEP_SECONDS)
+            self._address.keep()

@@ -88,7 +88,8 @@ def _run(args: ServerArgs, announce: Callable[[Facts], None]) -> None:
         }
         facts["adapters"] = [adapter.name for adapter in resolved.tokenizer.adapters]
         incarnations = Incarnations(resolved, addresses, journal)
-        asyncio.run(_serve(incarnations, lambda runner: announce({**runner, **facts})))
+        with addresses.kept():
+            asyncio.run(_serve(incarnations, lambda runner: announce({**runner, **facts})))
 
 
 async def _serve(incarnations: Incarnations, announce: Callable[[Facts], None]) -> None:

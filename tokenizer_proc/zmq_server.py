@@ -22,7 +22,7 @@ import zmq.asyncio
 
 from engine import logs
 from engine.errors import EngineDead, EngineError, InternalError, InvalidRequest
-from engine.ipc import DECODE_ERRORS, MAX_FRAME_BYTES
+from engine.ipc import DECODE_ERRORS, MAX_FRAME_BYTES, BoundAddress
 from engine.messages import Answer, Cancel, Command, Delta, Failure, Ping, Submit, ToZmqServer
 from tokenizer_proc.commands import run_command
 from tokenizer_proc.frontend import Frontend, Stream
@@ -64,7 +64,7 @@ class ZmqServer:
         for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
             self._socket.setsockopt(option, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_frame)
-        self._socket.bind(address)
+        self._address = BoundAddress(self._socket, address)
 
     async def serve(self) -> None:
         """Serves until cancelled. Raises the error of reading the socket or of watching for silent clients."""
@@ -178,6 +178,7 @@ class ZmqServer:
     async def _watch(self) -> NoReturn:
         while True:
             await asyncio.sleep(CHECK_SECONDS)
+            self._address.keep()
             now = time.monotonic()
             for identity, client in list(self._clients.items()):
                 if now - client.heard > SILENT_SECONDS:

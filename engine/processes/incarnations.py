@@ -4,22 +4,30 @@
     <directory>/clients.0                 where clients connect; the same path for every tokenizer incarnation
 
 A new incarnation gets the current addresses of its neighbours and sends them Hello. The processes are started by
-engine.processes.supervisor.
+engine.processes.supervisor. If the directory is deleted, it is made again, and every process binds its socket again
+(engine.ipc): at the same path, so that its neighbours and clients find it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from msgspec.structs import replace
 
 from engine.config.process_configs import Endpoints, ProcessConfigs
+from engine.errors import EngineDead
+from engine.ipc import KEEP_SECONDS, is_private
 from engine.journal.journal import Journal
 from engine.journal.memory_file import MemoryFile
 from engine.processes.process import ProcessSpec
 from engine.processes.supervisor import SpecFactory
+
+log = logging.getLogger(__name__)
 
 
 class Addresses:
@@ -30,7 +38,12 @@ class Addresses:
         self._current = {"tokenizer": 0, "scheduler": 0, "runner": 0}
 
     def start_incarnation(self, process: str, incarnation: int) -> Endpoints:
-        """Assigns the address of a process's new incarnation. Returns the endpoints for its config."""
+        """Assigns the address of a process's new incarnation. Returns the endpoints for its config.
+
+        Raises EngineDead if the directory was deleted and cannot be made again.
+        """
+        if not self.restore():
+            raise EngineDead(f"the run directory {self._directory} was deleted and cannot be made again")
         self._current[process] = incarnation
         return self.endpoints(incarnation)
 
@@ -39,6 +52,30 @@ class Addresses:
         tokenizer, scheduler, runner = (f"ipc://{self._directory}/{name}.{n}" for name, n in self._current.items())
         zmq_server = f"ipc://{self._directory}/clients.0"
         return Endpoints(epoch=epoch, tokenizer=tokenizer, scheduler=scheduler, runner=runner, zmq_server=zmq_server)
+
+    def restore(self) -> bool:
+        """Makes the directory again if it was deleted. Returns whether it is there, and private to this user."""
+        with contextlib.suppress(OSError):
+            self._directory.mkdir(mode=0o700, parents=True)
+            log.warning("the run directory %s was deleted and is made again", self._directory)
+        return is_private(str(self._directory))
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """While entered, makes the directory again within KEEP_SECONDS if it is deleted."""
+        stop = threading.Event()
+
+        def keep() -> None:
+            while not stop.wait(KEEP_SECONDS):
+                self.restore()
+
+        thread = threading.Thread(target=keep, name="run directory", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
 
 
 class Incarnations:

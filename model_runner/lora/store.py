@@ -11,7 +11,7 @@ import torch
 from engine.directory import Directory
 from engine.errors import AdapterError
 from model_runner.lora.catalogue import Catalogue
-from model_runner.lora.loading.adapter_reader import AdapterReader, Limits
+from model_runner.lora.loading.adapter_reader import AdapterReader, Limits, files_changed
 from model_runner.lora.loading.shm_adapter import ShmAdapter
 from model_runner.lora.normal_form import Deltas, NormalForm, footprint, vocabulary
 from model_runner.lora.peft.survey import AdapterSurvey
@@ -72,8 +72,7 @@ class AdapterStore:
         """Returns the adapter, or None if it is not in the store. Raises AdapterError if it has another revision."""
         adapter = self._adapters.get(adapter_id)
         if adapter is not None and revision and adapter.revision != revision:
-            reason = AdapterError(f"its files have changed (revision {adapter.revision}, not {revision})")
-            raise refusal(name, reason)
+            raise refusal(name, files_changed(adapter.revision, revision))
         return adapter
 
     def keep(self, adapter_id: int, name: str, shm: ShmAdapter) -> NormalForm:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
+from engine import ipc
 from engine.errors import InternalError
 from engine.ipc import AsyncInbox, Inbox, Outbox
 from engine.messages import Abort, Capacity, Ping, Progress, Reset, Step, ToRunner, Update
@@ -44,6 +46,71 @@ def test_messages_of_an_early_peer_arrive_in_order(context: zmq.Context, tmp_pat
     assert [step.id for step in _drain(inbox, 100)] == list(range(100))
     outbox.close()
     inbox.close()
+
+
+def _deleted(directory: Path, mode: int = 0o700) -> None:
+    """Deletes a directory with its sockets and makes it again."""
+    shutil.rmtree(directory)
+    directory.mkdir()
+    directory.chmod(mode)
+
+
+def test_a_deleted_socket_is_bound_again(context: zmq.Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers that were connected stay connected, and new ones find the same path."""
+    monkeypatch.setattr(ipc, "KEEP_SECONDS", 0.01)
+    directory = tmp_path / "run"
+    directory.mkdir(mode=0o700)
+    address = f"ipc://{directory}/inbox"
+    inbox: Inbox = Inbox(context, address, ToRunner)
+    early = Outbox(context, address)
+    early.send(Step(epoch=0, id=1))
+    assert len(_drain(inbox, 1)) == 1
+    for number in range(2, 5):
+        _deleted(directory)
+        late = Outbox(context, address)
+        late.send(Step(epoch=0, id=number))
+        early.send(Step(epoch=0, id=0))
+        assert {step.id for step in _drain(inbox, 2)} == {0, number}
+        late.close()
+    early.close()
+    inbox.close()
+
+
+def test_a_deleted_socket_is_not_bound_in_public(
+    context: zmq.Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ipc, "KEEP_SECONDS", 0.01)
+    directory = tmp_path / "run"
+    directory.mkdir(mode=0o700)
+    inbox: Inbox = Inbox(context, f"ipc://{directory}/inbox", ToRunner)
+    _deleted(directory, mode=0o777)
+    assert list(inbox.receive(0.1)) == []
+    assert not (directory / "inbox").exists()
+    directory.chmod(0o700)
+    assert list(inbox.receive(0.1)) == []
+    assert (directory / "inbox").is_socket()
+    inbox.close()
+
+
+def test_a_deleted_socket_of_a_loop_is_bound_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ipc, "KEEP_SECONDS", 0.01)
+    directory = tmp_path / "run"
+    directory.mkdir(mode=0o700)
+
+    async def work() -> None:
+        context, address = zmq.asyncio.Context(), f"ipc://{directory}/inbox"
+        inbox: AsyncInbox = AsyncInbox(context, address, ToRunner)
+        message = asyncio.ensure_future(anext(inbox))
+        await asyncio.sleep(0)
+        _deleted(directory)
+        outbox = Outbox(zmq.Context.shadow(context.underlying), address)
+        outbox.send(Step(epoch=0, id=7))
+        assert (await asyncio.wait_for(message, 5)).id == 7
+        outbox.close()
+        inbox.close()
+        context.term()
+
+    asyncio.run(work())
 
 
 def test_foreign_frames_are_refused_and_logged(

@@ -52,7 +52,8 @@ class AdapterSelection(msgspec.Struct, frozen=True):
         """The reason why one of the adapters cannot be served, or None if none has failed."""
         for entry, _ in self.parts:
             if entry.state.state == "failed":
-                return f"adapter `{entry.source.name}`: {entry.state.error or 'it could not be loaded'}"
+                reason = entry.state.error or "it could not be loaded"
+                return reason if reason.startswith("adapter ") else f"adapter `{entry.source.name}`: {reason}"
         return None
 
     @property

@@ -57,6 +57,14 @@ class Limits(msgspec.Struct, frozen=True):
             raise AdapterError(f"it targets {', '.join(refused)}, which --lora-target-modules {allowed} does not allow")
 
 
+def files_changed(found: str, expected: str) -> AdapterError:
+    """Returns the error for an adapter whose files have another hash than when it was loaded."""
+    return AdapterError(
+        f"its files have changed since it was loaded (revision {found[:12]}, not {expected[:12]}):"
+        " load it again, with load_inplace"
+    )
+
+
 def _silent(size: int) -> None:
     """Does nothing: the default of `announce`."""
 
@@ -94,7 +102,7 @@ class AdapterReader:
             memory = shm_adapter.map_memory(descriptor, size)
             found = survey.read(shm_adapter.views(memory, parts, self.catalogue, self.dtype), self.base)
             if revision and found != revision:
-                raise AdapterError(f"its files have changed (revision {found}, not {revision})")
+                raise files_changed(found, revision)
             manifest = Manifest(found, survey.cast_from(self.dtype), parts, survey.invocation)
             return shm_adapter.seal(descriptor, size, manifest)
         except BaseException:
