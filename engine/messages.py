@@ -20,7 +20,7 @@ whose state a message describes; the receiver drops messages of an older epoch.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -66,11 +66,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One message of a chat. `content` is text: content parts are joined before this struct is built."""
+    """One message of a chat. `content` is text: content parts are joined before this struct is built.
+
+    `tool_calls` are an assistant's calls in OpenAI's shape, but with `arguments` as an object, as templates expect
+    them; `tool_call_id` is the call that a tool's message answers.
+    """
 
     role: str
     content: str
     name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
 
 
 AdapterMix = dict[str, float]  # adapter name -> scale
@@ -82,6 +88,9 @@ class Submit(Message, frozen=True, kw_only=True):
     `id` is chosen by the client and unique on its connection. `prompt` is text, token ids or a chat. `lora` is an
     adapter's name, a weighted mix, or None for the base model. Where `params.max_tokens` is None, `default_max_tokens`
     applies; where that is None too, generation may fill the context. Lower `priority` is admitted first.
+
+    `truncate_prompt_tokens` keeps so many of the prompt's last tokens, with -1 as many as leave room for the output.
+    Requests with different `cache_salt` share no prefix pages.
     """
 
     id: int
@@ -95,6 +104,8 @@ class Submit(Message, frozen=True, kw_only=True):
     add_special_tokens: bool = True
     priority: int = 0
     tenant: str = ""
+    cache_salt: str = ""
+    truncate_prompt_tokens: int | None = None
 
 
 class Cancel(Message, frozen=True):
@@ -268,7 +279,7 @@ class Generate(Message, frozen=True, kw_only=True):
     `prompt` are token ids. `generated` are tokens the request already has: not empty when the tokenizer process sends
     its open requests again to a new scheduler. `lora` is [(adapter_id, scale)]: empty for the base, one pair for an
     adapter, several for a weighted mix. Requests with different `cache_salt` share no prefix pages. Lower `priority` is
-    admitted first.
+    admitted first. Fair shares are of `tenant`, and of the adapters where it is empty.
     """
 
     epoch: int
@@ -280,6 +291,7 @@ class Generate(Message, frozen=True, kw_only=True):
     stopping: Stopping
     priority: int = 0
     cache_salt: str = ""
+    tenant: str = ""
 
 
 class Abort(Message, frozen=True):

@@ -48,7 +48,7 @@ class Bounds:
     max_prefill_tokens: int | None = None  # the most in a step with decodes; None: a quarter of max_batched_tokens
     prefix_cache: bool = True
     schedule_policy: SchedulePolicy = "fcfs"
-    tenant_weights: dict[str, float] = field(default_factory=dict)  # for the fair policy, by cache salt
+    tenant_weights: dict[str, float] = field(default_factory=dict)  # for the fair policy
 
 
 class SchedulerState:

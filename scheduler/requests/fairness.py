@@ -35,7 +35,7 @@ FIRST_EXPECTED = 256  # expected generated tokens until the first request of the
 LATEST_WEIGHT = 0.2  # weight of the latest request in the moving average of generated tokens
 
 AccountName = str | tuple[tuple[int, float], ...]
-"""A tenant's cache_salt, or an adapter selection."""
+"""A tenant, or an adapter selection."""
 
 
 @dataclass(slots=True)
@@ -82,7 +82,7 @@ class FairShares(Ordering):
 
     def order_on_arrival(self, message: Generate, arrival: int) -> Order:
         """Returns the order of a request that arrives now, and charges its account with the expected cost."""
-        name: AccountName = message.cache_salt or tuple(message.lora)
+        name: AccountName = message.tenant or tuple(message.lora)
         account = self._account(name)
         self._live_weight += 0.0 if account.live else account.weight
         start = account.used if account.waiting else max(account.used, self._clock)

@@ -93,6 +93,7 @@ class Replica:
             stopping=Stopping(request.output),
             priority=request.priority,
             cache_salt=request.tenant,
+            tenant=request.tenant,
         )
         self._send(message, now)
 

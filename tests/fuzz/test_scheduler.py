@@ -104,6 +104,7 @@ class HostileWorld:
             ),
             priority=self.number(0, 2) if self.draw.random() < odd else 0,
             cache_salt=self.mutator.text(),
+            tenant=self.mutator.text(),
         )
 
     def lora(self, odd: float) -> list[tuple[int, float]]:

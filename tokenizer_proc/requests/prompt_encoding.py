@@ -8,7 +8,7 @@ from typing import Any
 from engine.errors import InvalidRequest
 from engine.messages import ChatMessage, Submit
 from tokenizer_proc.adapters.tokenizers import TextTools
-from tokenizer_proc.requests.text_work import TextWork
+from tokenizer_proc.requests.text_work import MOST_TOKENS, TextWork
 from tokenizer_proc.text.templates.chat_template import Value
 from tokenizer_proc.text.tokenizer import Tokenizer, TooManyTokens
 
@@ -16,11 +16,32 @@ _NOT_TEMPLATE_ARGUMENTS = ("self", "messages", "add_generation_prompt", "continu
 
 
 async def encode_prompt(submit: Submit, text_tools: TextTools, max_length: int, texts: TextWork) -> list[int]:
-    """Returns the prompt's token ids. `texts` does the work.
+    """Returns the prompt's token ids, truncated as the submit asks. `texts` does the work.
 
     Raises InvalidRequest for a prompt that certainly exceeds `max_length` tokens, that mixes ids and messages, or that
     the chat template or the tokenizer refuses.
     """
+    if submit.truncate_prompt_tokens is None:
+        return await _encode(submit, text_tools, max_length, texts)
+    kept = _kept(submit, submit.truncate_prompt_tokens, max_length)
+    ids = await _encode(submit, text_tools, MOST_TOKENS, texts)
+    return ids[-kept:]
+
+
+def _kept(submit: Submit, truncated: int, max_length: int) -> int:
+    """Returns how many tokens of the prompt are kept; for -1 as many as leave room for the output."""
+    if not -1 <= truncated < max_length or truncated == 0:
+        raise InvalidRequest(
+            f"truncate_prompt_tokens = {truncated}: -1 (as many as fit), or 1 to {max_length - 1}",
+            param="truncate_prompt_tokens",
+        )
+    if truncated > 0:
+        return truncated
+    asked = submit.params.max_tokens
+    return max(1, max_length - max(1, (submit.default_max_tokens or 1) if asked is None else asked))
+
+
+async def _encode(submit: Submit, text_tools: TextTools, max_length: int, texts: TextWork) -> list[int]:
     prompt, tokenizer = submit.prompt, text_tools.tokenizer
     if isinstance(prompt, str):
         return await _encode_text(submit, prompt, tokenizer, submit.add_special_tokens, max_length, texts)
@@ -67,6 +88,8 @@ async def _encode_text(
     try:
         return await texts.encode(submit.tenant, tokenizer, text, special, max_length)
     except TooManyTokens as error:
+        if submit.truncate_prompt_tokens is not None:
+            raise _too_long(f"the prompt has {error.count} tokens; at most {max_length} are truncated") from error
         raise _too_long(
             f"the prompt has {error.count} tokens; this model's context is {max_length} tokens, "
             "and at least one must be left for the answer"

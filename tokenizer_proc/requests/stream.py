@@ -10,8 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import hashlib
 import time
 from collections.abc import Awaitable, Callable
+
+import msgspec
 
 from engine.errors import AdapterError, EngineError, InternalError
 from engine.messages import Delta, Submit, Update
@@ -21,6 +24,16 @@ from tokenizer_proc.requests.output_processor import OutputProcessor
 from tokenizer_proc.requests.preparation import PreparedRequest
 from tokenizer_proc.telemetry.metrics import Metrics
 from tokenizer_proc.upstream.router import Router
+
+
+def page_salt(submit: Submit) -> str:
+    """Returns the salt of the request's prefix pages: its tenant's, so that a client's own salt only divides further.
+
+    With a salt of the client's it is a hash of both, because no way of joining two texts is safe from a third one.
+    """
+    if not submit.cache_salt:
+        return submit.tenant
+    return hashlib.sha256(msgspec.json.encode([submit.tenant, submit.cache_salt])).hexdigest()
 
 
 class _RunningChoice:
@@ -131,7 +144,8 @@ class Stream:
                 sampling=sampling,
                 stopping=params.stopping,
                 priority=self._submit.priority,
-                cache_salt=self._submit.tenant,
+                cache_salt=page_salt(self._submit),
+                tenant=self._submit.tenant,
             )
             self._running.append(running)
             self._unread += 1

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import msgspec
+
 from engine.errors import InvalidRequest
 from engine.messages import ChatMessage
 from tokenizer_proc.text.templates.chat_template import ChatRenderer, ChatTemplate, Value
@@ -105,8 +107,12 @@ class TextWork:
 def _characters(messages: Sequence[ChatMessage], arguments: Mapping[str, Value]) -> int:
     """Returns the number of characters that a template is given."""
     values = [value for value in arguments.values() if isinstance(value, str)]
-    texts = sum(len(message.content) + len(message.name or "") for message in messages)
+    texts = sum(len(message.content) + len(message.name or "") + _in_calls(message) for message in messages)
     return texts + sum(map(len, values)) + sum(map(len, arguments))
+
+
+def _in_calls(message: ChatMessage) -> int:
+    return 0 if message.tool_calls is None else len(msgspec.json.encode(message.tool_calls))
 
 
 def _check_ids(ids: Sequence[int], vocab_size: int) -> None:

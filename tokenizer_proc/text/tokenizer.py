@@ -175,6 +175,10 @@ class Tokenizer:
         """Returns the text of one token. A part of a character becomes U+FFFD."""
         return self.pieces[token_id].decode("utf-8", "replace")
 
+    def name_of(self, token_id: int) -> str:
+        """Returns the token as the vocabulary writes it, such as `Ġhello`; empty for an unknown id."""
+        return self.backend.id_to_token(token_id) or ""
+
     def _name(self, special_tokens: dict[str, str]) -> None:
         self.special_tokens = special_tokens
         self.bos_id = self._special_id("bos_token")

@@ -116,6 +116,7 @@ class Router:
         stopping: Stopping,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
     ) -> int:
         """Sends a Generate. Returns its request id.
 
@@ -131,6 +132,7 @@ class Router:
             stopping=stopping,
             priority=priority,
             cache_salt=cache_salt,
+            tenant=tenant,
         )
         self._send(message)
         if not self._requests:

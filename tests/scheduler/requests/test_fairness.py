@@ -31,7 +31,7 @@ class Queue:
         self.served: dict[str, float] = {}
         self.count = 0
 
-    def ask(self, tenant: str, prompt: int, most: int = ANSWER) -> Request:
+    def ask(self, tenant: str, prompt: int, most: int = ANSWER, salt: str | None = None) -> Request:
         self.count += 1
         message = Generate(
             epoch=0,
@@ -39,7 +39,8 @@ class Queue:
             prompt=[1] * prompt,
             sampling=Sampling(),
             stopping=Stopping(most),
-            cache_salt=tenant,
+            cache_salt=tenant if salt is None else salt,
+            tenant=tenant,
         )
         request = from_message(message, (), self.fair.order_on_arrival(message, self.count))
         heappush(self.heap, (request.order, self.count, request))
@@ -108,6 +109,13 @@ def test_idle_server_forgets_the_accounts() -> None:
     second = queue.ask("b", 100)
     assert first.order[:3] == second.order[:3]
     assert queue.fair.account_count == 2
+
+
+def test_a_tenant_with_many_salts_has_one_account() -> None:
+    queue = Queue()
+    for number in range(20):
+        queue.ask("a", 100, salt=f"salt {number}")
+    assert queue.fair.account_count == 1
 
 
 def test_wrong_expectation_is_corrected_at_the_end() -> None:

@@ -11,6 +11,7 @@ from fixtures.serving.tokenizer_front import Fake
 
 from engine.errors import InvalidRequest
 from engine.messages import ChatMessage, SamplingParams, Submit
+from tokenizer_proc.requests.stream import page_salt
 
 
 def refused(fake: Fake, submit: Submit) -> InvalidRequest:
@@ -43,7 +44,14 @@ def test_a_priority_and_a_tenant_reach_the_scheduler() -> None:
             pass
 
     asyncio.run(work())
-    assert [(message.priority, message.cache_salt) for message in fake.generates] == [(-3, "alice")]
+    [message] = fake.generates
+    assert (message.priority, message.cache_salt, message.tenant) == (-3, "alice", "alice")
+
+
+def test_a_salt_never_leads_to_the_pages_of_another_tenant() -> None:
+    asked = [(tenant, salt) for tenant in ("", "a", "ab", '["a","b"]') for salt in ("", "a", "b", "ab", '["a","b"]')]
+    salts = [page_salt(Submit(id=1, prompt="x", tenant=tenant, cache_salt=salt)) for tenant, salt in asked]
+    assert len(set(salts)) == len(asked)
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e300, -101.0])

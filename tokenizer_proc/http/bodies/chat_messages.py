@@ -17,19 +17,35 @@ class TextPart(msgspec.Struct, frozen=True, tag="text", tag_field="type", forbid
     text: str
 
 
+class Function(msgspec.Struct, frozen=True):
+    """The function of a tool call. `arguments` is JSON text in OpenAI's bodies, and may be the object itself."""
+
+    name: str
+    arguments: str | dict[str, object] = ""
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A tool call of an earlier answer, which the client sends back."""
+
+    function: Function
+    id: str | None = None
+    type: Literal["function"] = "function"
+    index: int | None = None
+
+
 class Turn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One message in the body.
 
-    Clients send a response's messages back unchanged, so the fields after `name` are those that responses have. They
-    must be empty, except `tool_call_id` of a tool message, which is ignored.
+    Clients send a response's messages back unchanged, so the last fields are those that responses have. They must be
+    empty.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
     tool_call_id: str | None = None
+    tool_calls: list[ToolCall] | None = None
     refusal: str | None = None
-    tool_calls: object = None
     function_call: object = None
     audio: object = None
     annotations: object = None
@@ -38,7 +54,7 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 TemplateKwargs = dict[str, str | int | float | bool | None]
 
-_EMPTY = ("refusal", "tool_calls", "function_call", "audio", "annotations", "reasoning_content")
+_EMPTY = ("refusal", "function_call", "audio", "annotations", "reasoning_content")
 
 
 def chat_messages(turns: Sequence[Turn], param: str = "messages") -> list[ChatMessage]:
@@ -55,7 +71,28 @@ def _chat_message(turn: Turn, at: str) -> ChatMessage:
     for name in _EMPTY:
         if getattr(turn, name):
             raise InvalidRequest(f"{at}.{name} is not supported: messages are text", param=f"{at}.{name}")
-    if turn.content is None:
+    if turn.content is None and turn.role != "assistant":
         raise InvalidRequest(f"{at}.content is missing", param=f"{at}.content")
-    content = turn.content if isinstance(turn.content, str) else "\n".join(part.text for part in turn.content)
-    return ChatMessage(turn.role, content, turn.name)
+    if turn.tool_calls and turn.role != "assistant":
+        raise InvalidRequest(f"{at}.tool_calls: only an assistant's message has tool calls", param=f"{at}.tool_calls")
+    content = turn.content if isinstance(turn.content, str) else "\n".join(part.text for part in turn.content or ())
+    calls = [_tool_call(call, f"{at}.tool_calls[{place}]") for place, call in enumerate(turn.tool_calls or ())]
+    return ChatMessage(turn.role, content, turn.name, calls or None, turn.tool_call_id)
+
+
+def _tool_call(call: ToolCall, at: str) -> dict[str, object]:
+    """Returns the call for a template, with its arguments as an object."""
+    function = {
+        "name": call.function.name,
+        "arguments": _arguments(call.function.arguments, f"{at}.function.arguments"),
+    }
+    return ({} if call.id is None else {"id": call.id}) | {"type": call.type, "function": function}
+
+
+def _arguments(given: str | dict[str, object], at: str) -> dict[str, object]:
+    if isinstance(given, dict):
+        return given
+    try:
+        return msgspec.json.decode(given, type=dict[str, object]) if given.strip() else {}
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise InvalidRequest(f"{at} must be a JSON object", param=at) from error

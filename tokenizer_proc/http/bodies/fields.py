@@ -18,7 +18,7 @@ MAX_SHOWN = 64
 SUBSTANCE = frozenset({"messages", "content", "prompt", "text", "input_ids", "tokens"})
 """The fields whose empty value is a prompt, and not the wish for a default."""
 
-OFF_AT_ZERO = frozenset({"n", "best_of", "repetition_penalty"})
+OFF_AT_ZERO = frozenset({"n", "best_of", "repetition_penalty", "truncate_prompt_tokens"})
 """The fields in which 0 stands for the default, because 0 itself has no meaning there."""
 
 IGNORED = frozenset(
@@ -83,7 +83,6 @@ REASONS = {
     "web_search_options": "web search is not supported",
     "use_beam_search": "beam search is not supported",
     "chat_template": "the chat template is chosen at launch (--chat-template)",
-    "prompt_logprobs": "use /v1/completions with echo and logprobs",
     "stop_regex": "use stop or stop_token_ids",
     "input_embeds": "use text or input_ids",
     "lora_id": "name the adapter with lora_path",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -20,12 +20,23 @@ def floored(token: TokenLogprob) -> float:
     return max(token.logprob, _FLOOR)
 
 
-def chat(slices: Iterable[Sequence[PositionLogprobs | None]]) -> dict[str, object]:
-    """Returns OpenAI's chat format: {"content": [{token, logprob, bytes, top_logprobs: [{token, logprob, bytes}]}]}."""
+def by_id(token_id: int) -> str:
+    """Returns the name of a token with `return_tokens_as_token_ids`, vLLM's field: `token_id:17`."""
+    return f"token_id:{token_id}"
+
+
+def chat(slices: Iterable[Sequence[PositionLogprobs | None]], as_ids: bool = False) -> dict[str, object]:
+    """Returns OpenAI's chat format: {"content": [{token, logprob, bytes, top_logprobs: [{token, logprob, bytes}]}]}.
+
+    With `as_ids`, each token is named by its id.
+    """
     content = JsonArray()
     for positions in slices:
         content.add(
-            [_token(one.chosen) | {"top_logprobs": [_token(top) for top in one.top]} for one in filled(positions)]
+            [
+                _token(one.chosen, as_ids) | {"top_logprobs": [_token(top, as_ids) for top in one.top]}
+                for one in filled(positions)
+            ]
         )
     return {"content": content.raw(), "refusal": None}
 
@@ -35,19 +46,47 @@ def filled(positions: Iterable[PositionLogprobs | None]) -> list[PositionLogprob
     return [one for one in positions if one is not None]
 
 
-def _token(token: TokenLogprob) -> dict[str, object]:
-    return {"token": token.token, "logprob": floored(token), "bytes": token.bytes}
+def _token(token: TokenLogprob, as_ids: bool) -> dict[str, object]:
+    name = by_id(token.token_id) if as_ids else token.token
+    return {"token": name, "logprob": floored(token), "bytes": token.bytes}
+
+
+def of_prompt(slices: Iterable[Sequence[PositionLogprobs | None]], top: int) -> msgspec.Raw:
+    """Returns vLLM's format of a prompt's log-probabilities, with the `top` best tokens of each position.
+
+    Each position is an object {id: {logprob, rank, decoded_token}} of the best tokens and the prompt's own, whose rank
+    is null where it is not among the best ones; the first position is null, because no token precedes it.
+    """
+    found = JsonArray()
+    for positions in slices:
+        found.add([None if one is None else _ranked(one, top) for one in positions])
+    return found.raw()
+
+
+def _ranked(position: PositionLogprobs, top: int) -> dict[str, object]:
+    ranks = {token.token_id: rank for rank, token in enumerate(position.top, start=1)}
+    return {
+        str(token.token_id): {
+            "logprob": floored(token),
+            "rank": ranks.get(token.token_id),
+            "decoded_token": token.token,
+        }
+        for token in [position.chosen, *position.top[:top]]
+    }
 
 
 class LegacyLogprobs:
     """Makes one completion's {tokens, token_logprobs, top_logprobs, text_offset}, piece by piece.
 
     `text_offset` is the position at which a token's text begins in the choice's text, which includes an echoed prompt.
-    A token that completes no character, or that is a special token and not shown, does not advance it.
+    A token that completes no character, or that is a special token and not shown, does not advance it. The `top` best
+    tokens are shown; with `as_ids`, each token is named by its id.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, top: int, as_ids: bool) -> None:
         self._tokenizer = tokenizer
+        self._top = top
+        self._as_ids = as_ids
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self._at = 0
 
@@ -59,9 +98,8 @@ class LegacyLogprobs:
         piece, place = LegacyPiece(), 0
         for some in _nulls(len(token_ids)) if positions is None else positions.slices():
             ids = token_ids[place : place + len(some)]
-            piece.add(
-                [self._shown(token, text) for token in ids], [self._tokenizer.token_text(each) for each in ids], some
-            )
+            names = [by_id(each) if self._as_ids else self._tokenizer.token_text(each) for each in ids]
+            piece.add([self._shown(token, text) for token in ids], names, some, self._best)
             place += len(some)
         self.skip(text)
         return piece
@@ -80,8 +118,22 @@ class LegacyLogprobs:
                 offsets.append(self._at)
                 if position.chosen.token_id not in self._tokenizer.special_ids:
                     self._at += len(self._bytes.decode(bytes(position.chosen.bytes)))
-            piece.add(offsets, [position.chosen.token for position in some], some)
+            piece.add(offsets, [self._named(position.chosen) for position in some], some, self._best)
         return piece
+
+    def _named(self, token: TokenLogprob) -> str:
+        return by_id(token.token_id) if self._as_ids else token.token
+
+    def _best(self, position: PositionLogprobs) -> dict[str, float]:
+        """Returns the log-probabilities of the best tokens and the chosen one, by name.
+
+        If two tokens have the same name, the likelier one is kept.
+        """
+        found: dict[str, float] = {}
+        for token in [*position.top[: self._top], position.chosen]:
+            name = by_id(token.token_id) if self._as_ids else _name(token)
+            found[name] = max(floored(token), found.get(name, _FLOOR))
+        return found
 
     def _shown(self, token_id: int, text: str) -> int:
         """Returns where a token of the prompt begins in `text`, and continues after it."""
@@ -99,12 +151,18 @@ class LegacyPiece:
     def __init__(self) -> None:
         self._arrays = {name: JsonArray() for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
 
-    def add(self, offsets: Sequence[int], tokens: Sequence[str], positions: Sequence[PositionLogprobs | None]) -> None:
-        """Appends the tokens of one slice."""
+    def add(
+        self,
+        offsets: Sequence[int],
+        tokens: Sequence[str],
+        positions: Sequence[PositionLogprobs | None],
+        best: Callable[[PositionLogprobs], dict[str, float]],
+    ) -> None:
+        """Appends the tokens of one slice. `best` returns the best tokens of a position."""
         arrays = self._arrays
         arrays["tokens"].add(tokens)
         arrays["token_logprobs"].add([None if one is None else floored(one.chosen) for one in positions])
-        arrays["top_logprobs"].add([None if one is None else _best(one) for one in positions])
+        arrays["top_logprobs"].add([None if one is None else best(one) for one in positions])
         arrays["text_offset"].add(offsets)
 
     def add_piece(self, other: LegacyPiece) -> None:
@@ -121,18 +179,6 @@ def _nulls(count: int) -> Iterator[list[None]]:
     """Yields slices of `count` positions without log-probabilities."""
     for at in range(0, count, SLICE):
         yield [None] * min(SLICE, count - at)
-
-
-def _best(position: PositionLogprobs) -> dict[str, float]:
-    """Returns the log-probabilities of the best tokens and the chosen one, by name.
-
-    If two tokens have the same name, the likelier one is kept.
-    """
-    found: dict[str, float] = {}
-    for token in [*position.top, position.chosen]:
-        name = _name(token)
-        found[name] = max(floored(token), found.get(name, _FLOOR))
-    return found
 
 
 def _name(token: TokenLogprob) -> str:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+
 import msgspec
 from aiohttp import web
 from msgspec.structs import replace
 
 from engine.errors import InvalidRequest
-from engine.messages import Delta, SamplingParams, Submit
+from engine.messages import Delta, PositionLogprobs, SamplingParams, Submit
 from tokenizer_proc.http import adapter_access
 from tokenizer_proc.http.batch import Batch, Choice
 from tokenizer_proc.http.bodies import decoding
 from tokenizer_proc.http.bodies.chat_messages import TemplateKwargs, Turn, chat_messages
 from tokenizer_proc.http.bodies.fields import SPELLINGS_OPENAI
 from tokenizer_proc.http.dialects import logprobs
-from tokenizer_proc.http.dialects.openai import Envelope, LoraField, OpenAIBody, check
+from tokenizer_proc.http.dialects.openai import Envelope, LoraField, OpenAIBody, abort_ids, check, of_prompt, token_ids
 from tokenizer_proc.http.generation import GenerationCall, Writer, answer
 from tokenizer_proc.http.service import Service
 
@@ -40,11 +42,11 @@ async def chat_completions(service: Service, request: web.Request) -> web.Stream
     check(body, params)
     await adapter_access.fetch(service, request, body.model, body.lora_path)
     lora = adapter_access.select(service, request, body.model or None, body.lora_path)
-    submit = _submit(body, lora, replace(params, logprobs=_wanted_logprobs(body)))
+    submit = _submit(body, lora, replace(params, logprobs=_wanted_logprobs(body), prompt_logprobs=body.prompt_logprobs))
     envelope = Envelope(service, body, "chatcmpl", "chat.completion", "chat.completion.chunk")
-    writer = ChatWriter(envelope, body.logprobs)
+    writer = ChatWriter(envelope, body)
     names = decoding.spelt(fields, SPELLINGS_OPENAI) | {"prompt": "messages", "logprobs": "top_logprobs"}
-    call = GenerationCall(submits=[submit], ids={envelope.id: [0]}, stream=body.stream, names=names)
+    call = GenerationCall(submits=[submit], ids=abort_ids(body, envelope, [0]), stream=body.stream, names=names)
     return await answer(service, request, call, writer)
 
 
@@ -64,6 +66,8 @@ def _submit(body: ChatBody, lora: LoraField | None, params: SamplingParams) -> S
         continue_final_message=body.continue_final_message,
         add_special_tokens=False,  # a chat template writes the special tokens itself
         priority=body.priority,
+        cache_salt=body.cache_salt,
+        truncate_prompt_tokens=body.truncate_prompt_tokens,
     )
 
 
@@ -79,20 +83,26 @@ def _wanted_logprobs(body: ChatBody) -> int | None:
 class ChatWriter(Writer):
     """Writes chat completions. A choice's first event has the role, its last event the finish reason."""
 
-    def __init__(self, envelope: Envelope, with_logprobs: bool) -> None:
+    def __init__(self, envelope: Envelope, body: ChatBody) -> None:
         self._envelope = envelope
-        self._with_logprobs = with_logprobs
+        self._body = body
 
     def events(self, batch: Batch, choice: Choice, delta: Delta) -> list[object]:
-        """Returns the events for a delta: one each for the role (first delta only), the text and the finish reason."""
+        """Returns the events for a delta: one each for the role (first delta only), the text and the finish reason.
+
+        A delta whose tokens show no text, such as a special token, has an event too, so that events count tokens.
+        """
         events: list[object] = []
         if choice.deltas == 1:
-            events.append(self._chunk(choice, {"role": "assistant", "content": ""}))
-        scored = logprobs.chat([delta.logprobs]) if self._with_logprobs and delta.logprobs else None
-        if delta.text or scored:
-            events.append(self._chunk(choice, {"content": delta.text}, scored))
+            shown = of_prompt(self._body, choice.prompt)
+            events.append(self._chunk(choice, {"role": "assistant", "content": ""}) | shown)
+        scored = self._scored([delta.logprobs]) if delta.logprobs else None
+        ids = token_ids(self._body, delta.token_ids)
+        if delta.text or scored or (delta.token_ids and not delta.finish_reason):
+            events.append(self._chunk(choice, {"content": delta.text}, {"logprobs": scored} | ids))
+            ids = token_ids(self._body, [])
         if delta.finish_reason:
-            events.append(self._chunk(choice, {}, finish_reason=delta.finish_reason))
+            events.append(self._chunk(choice, {}, {"finish_reason": delta.finish_reason} | ids))
         return events
 
     def last_events(self, batch: Batch) -> list[object]:
@@ -101,18 +111,22 @@ class ChatWriter(Writer):
 
     def whole(self, batch: Batch) -> object:
         """Returns the body of a response that is not streamed: a chat.completion object."""
-        return self._envelope.whole([self._choice(choice) for choice in batch.choices], batch.usage())
+        whole = self._envelope.whole([self._choice(choice) for choice in batch.choices], batch.usage())
+        return whole | of_prompt(self._body, batch.prompts[0])
+
+    def _scored(self, slices: Iterable[Sequence[PositionLogprobs | None]]) -> dict[str, object] | None:
+        return logprobs.chat(slices, self._body.return_tokens_as_token_ids) if self._body.logprobs else None
 
     def _choice(self, choice: Choice) -> dict[str, object]:
         return {
             "index": choice.number,
             "message": {"role": "assistant", "content": choice.text, "refusal": None},
-            "logprobs": logprobs.chat(choice.logprobs.slices()) if self._with_logprobs else None,
+            "logprobs": self._scored(choice.logprobs.slices()),
             "finish_reason": choice.finish_reason,
-        }
+        } | token_ids(self._body, choice.token_ids)
 
     def _chunk(
-        self, choice: Choice, delta: dict[str, str], scored: object = None, finish_reason: str | None = None
-    ) -> object:
-        one = {"index": choice.number, "delta": delta, "logprobs": scored, "finish_reason": finish_reason}
-        return self._envelope.chunk([one])
+        self, choice: Choice, delta: dict[str, str], fields: Mapping[str, object] | None = None
+    ) -> dict[str, object]:
+        one = {"index": choice.number, "delta": delta, "logprobs": None, "finish_reason": None, **(fields or {})}
+        return self._envelope.chunk([one], choice.usage)

@@ -15,7 +15,7 @@ from tokenizer_proc.http.bodies import decoding
 from tokenizer_proc.http.bodies.fields import SPELLINGS_OPENAI
 from tokenizer_proc.http.bodies.prompts import PromptField, TokenIds, prompts, spread
 from tokenizer_proc.http.dialects.logprobs import LegacyLogprobs, LegacyPiece
-from tokenizer_proc.http.dialects.openai import Envelope, LoraField, OpenAIBody, check
+from tokenizer_proc.http.dialects.openai import Envelope, LoraField, OpenAIBody, abort_ids, check, of_prompt, token_ids
 from tokenizer_proc.http.generation import GenerationCall, Writer, answer
 from tokenizer_proc.http.service import Service
 from tokenizer_proc.text.tokenizer import Tokenizer
@@ -49,13 +49,17 @@ async def completions(service: Service, request: web.Request) -> web.StreamRespo
     tokenizers = [service.frontend.text_tools_for(lora).tokenizer for lora in loras]
     writer = CompletionWriter(envelope, tokenizers, body, asked)
     submits = _submits(body, _params(body, params), asked, loras)
-    names = decoding.spelt(fields, SPELLINGS_OPENAI) | {"prompt_logprobs": "logprobs"}
-    call = GenerationCall(submits=submits, ids={envelope.id: range(len(submits))}, stream=body.stream, names=names)
+    ids = abort_ids(body, envelope, range(len(submits)))
+    names = decoding.spelt(fields, SPELLINGS_OPENAI)
+    if body.prompt_logprobs is None:
+        names["prompt_logprobs"] = "logprobs"
+    call = GenerationCall(submits=submits, ids=ids, stream=body.stream, names=names)
     return await answer(service, request, call, writer)
 
 
 def _params(body: CompletionBody, params: SamplingParams) -> SamplingParams:
-    return replace(params, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
+    asked = [top for top in (body.logprobs if body.echo else None, body.prompt_logprobs) if top is not None]
+    return replace(params, logprobs=body.logprobs, prompt_logprobs=max(asked, default=None))
 
 
 def _submits(
@@ -73,6 +77,8 @@ def _submits(
             default_max_tokens=DEFAULT_MAX_TOKENS,
             add_special_tokens=body.add_special_tokens,
             priority=body.priority,
+            cache_salt=body.cache_salt,
+            truncate_prompt_tokens=body.truncate_prompt_tokens,
         )
         for number, (prompt, lora) in enumerate(zip(asked, loras, strict=True))
     ]
@@ -92,6 +98,7 @@ class CompletionWriter(Writer):
         asked: Sequence[str | TokenIds],
     ) -> None:
         self._envelope = envelope
+        self._body = body
         self._tokenizers = tokenizers
         self._echo = body.echo
         self._scores = body.logprobs is not None
@@ -109,7 +116,7 @@ class CompletionWriter(Writer):
             self._held.setdefault(choice.item, {})[choice.number] = cursor
             return []
         due = self._held.pop(choice.item, {}) | {choice.number: cursor}
-        return [self._envelope.chunk([self._choice(one)]) for one in due.values() if one.has_output]
+        return [self._envelope.chunk([self._choice(one)], one.choice.usage) for one in due.values() if one.has_output]
 
     def last_events(self, batch: Batch) -> list[object]:
         """Returns an event with the usage, if the client requested it."""
@@ -121,18 +128,24 @@ class CompletionWriter(Writer):
         return self._envelope.whole([self._choice(cursor) for cursor in cursors], batch.usage())
 
     def _cursor(self, choice: Choice) -> _Cursor:
-        return _Cursor(choice, self._tokenizers[choice.item])
+        legacy = LegacyLogprobs(
+            self._tokenizers[choice.item], self._body.logprobs or 0, self._body.return_tokens_as_token_ids
+        )
+        return _Cursor(choice, legacy)
 
     def _choice(self, cursor: _Cursor) -> dict[str, object]:
         """Returns the part of a choice's output that was not sent yet, and advances the cursor over it."""
-        choice, echoes = cursor.choice, self._echo and cursor.deltas == 0
-        text, positions = cursor.advance()
+        choice, is_first = cursor.choice, cursor.deltas == 0
+        echoes = self._echo and is_first
+        text, positions, ids = cursor.advance()
         shown = self._shown(choice) if echoes else ""
         return {
             "index": choice.number,
             "text": shown + text,
             "logprobs": self._logprobs(cursor, positions, shown, echoes) if self._scores else None,
             "finish_reason": choice.finish_reason,
+            **token_ids(self._body, ids),
+            **(of_prompt(self._body, choice.prompt) if is_first else {}),
         }
 
     def _logprobs(self, cursor: _Cursor, positions: Slices, shown: str, echoes: bool) -> dict[str, msgspec.Raw]:
@@ -156,30 +169,33 @@ class CompletionWriter(Writer):
 
     def _shown(self, choice: Choice) -> str:
         prompt = self._asked[choice.item]
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and self._body.truncate_prompt_tokens is None:
             return prompt
-        return self._tokenizers[choice.item].decode(prompt, skip_special_tokens=False)
+        return self._tokenizers[choice.item].decode(choice.prompt.token_ids, skip_special_tokens=False)
 
 
 class _Cursor:
     """The position in a choice's output up to which it was sent."""
 
-    def __init__(self, choice: Choice, tokenizer: Tokenizer) -> None:
+    def __init__(self, choice: Choice, legacy: LegacyLogprobs) -> None:
         self.choice = choice
-        self.legacy = LegacyLogprobs(tokenizer)
+        self.legacy = legacy
         self.deltas = 0
         self._text = 0
         self._positions = 0
+        self._tokens = 0
 
     @property
     def has_output(self) -> bool:
-        """Whether there is output to send. The first and the last delta are sent even without text."""
+        """Whether there is output to send: the first delta, the last one, or new tokens, even without text."""
         choice = self.choice
-        grew = len(choice.text) > self._text or len(choice.logprobs) > self._positions
+        grew = len(choice.token_ids) > self._tokens or len(choice.logprobs) > self._positions
         return self.deltas < choice.deltas and (self.deltas == 0 or grew or choice.finish_reason is not None)
 
-    def advance(self) -> tuple[str, Slices]:
-        """Returns the text and the positions with log-probabilities that were added since the last call."""
-        text, positions = self.choice.text[self._text :], self.choice.logprobs.slices(self._positions)
-        self.deltas, self._text, self._positions = self.choice.deltas, len(self.choice.text), len(self.choice.logprobs)
-        return text, positions
+    def advance(self) -> tuple[str, Slices, list[int]]:
+        """Returns the text, the positions with log-probabilities, and the tokens added since the last call."""
+        choice = self.choice
+        added = choice.text[self._text :], choice.logprobs.slices(self._positions), choice.token_ids[self._tokens :]
+        self.deltas, self._text = choice.deltas, len(choice.text)
+        self._positions, self._tokens = len(choice.logprobs), len(choice.token_ids)
+        return added

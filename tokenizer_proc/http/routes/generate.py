@@ -41,6 +41,7 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
     return_text_in_logprobs: bool = False
     add_special_tokens: bool = True
     priority: int = 0
+    cache_salt: str = ""
 
 
 class _Params(msgspec.Struct, frozen=True):
@@ -184,6 +185,7 @@ def _submits(
             default_max_tokens=DEFAULT_MAX_TOKENS,
             add_special_tokens=body.add_special_tokens,
             priority=body.priority,
+            cache_salt=body.cache_salt,
         )
         for item, (prompt, one, lora) in enumerate(zip(asked, params, loras, strict=True))
     ]

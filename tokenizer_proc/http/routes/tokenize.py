@@ -37,6 +37,7 @@ class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: TemplateKwargs = {}
+    return_token_strs: bool = False
 
 
 class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +50,10 @@ class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def tokenize(service: Service, request: web.Request) -> web.StreamResponse:
-    """Encodes text or chat messages; responds with `{"tokens", "count", "max_model_len"}`."""
+    """Encodes text or chat messages; responds with `{"tokens", "count", "max_model_len"}`.
+
+    With `return_token_strs` the response has `token_strs` too, the tokens as the vocabulary writes them.
+    """
     body = decoding.decode(await decoding.read(request), TokenizeBody)
     text_tools = await _text_tools(service, request, body)
     texts, tenant = service.frontend.texts, tenant_of(request)
@@ -57,9 +61,14 @@ async def tokenize(service: Service, request: web.Request) -> web.StreamResponse
     special = not body.messages if body.add_special_tokens is None else body.add_special_tokens
     ids = await texts.encode(tenant.name, text_tools.tokenizer, text, special)
     tenant.charge(len(ids))
-    answer = {"tokens": ids, "count": len(ids), "max_model_len": service.frontend.max_length or None}
+    name_of = text_tools.tokenizer.name_of
+
+    def answer() -> dict[str, object]:
+        names = {"token_strs": [*map(name_of, ids)]} if body.return_token_strs else {}
+        return {"tokens": ids, "count": len(ids), "max_model_len": service.frontend.max_length or None} | names
+
     is_large = len(ids) > LARGE_ANSWER
-    return json_response(await encoded(service.frontend.pools.python, tenant.name, lambda: answer, is_large))
+    return json_response(await encoded(service.frontend.pools.python, tenant.name, answer, is_large))
 
 
 async def detokenize(service: Service, request: web.Request) -> web.StreamResponse:

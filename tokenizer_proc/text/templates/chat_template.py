@@ -99,13 +99,27 @@ class ChatTemplate(ChatRenderer):
     ) -> str:
         """Returns the prompt text. Raises InvalidRequest with the template's own message if it refuses the messages."""
         check_messages(messages, add_generation_prompt, continue_final_message)
-        turns: list[dict[str, str]] = [msgspec.to_builtins(message) for message in messages]
+        turns: list[dict[str, Any]] = [msgspec.to_builtins(self._fitted(message)) for message in messages]
         if not continue_final_message:
             return self._render(turns, add_generation_prompt, kwargs)
         turns[-1]["content"] += _MARK + " "
         return _cut(self._render(turns, add_generation_prompt, kwargs))
 
-    def _render(self, turns: list[dict[str, str]], add_generation_prompt: bool, kwargs: dict[str, Any]) -> str:
+    def _fitted(self, message: ChatMessage) -> ChatMessage:
+        """Returns the message as the template takes it: where it has no role `developer`, that role is `system`.
+
+        Raises InvalidRequest for tool calls that the template would leave out.
+        """
+        source = self.source or ""
+        if message.tool_calls and "tool_calls" not in source:
+            raise InvalidRequest(
+                "this model's chat template has no tool calls: leave `tool_calls` out of the messages", param="messages"
+            )
+        if message.role == "developer" and "developer" not in source:
+            return msgspec.structs.replace(message, role="system")
+        return message
+
+    def _render(self, turns: list[dict[str, Any]], add_generation_prompt: bool, kwargs: dict[str, Any]) -> str:
         if self._template is None:
             raise InvalidRequest(
                 "this model has no chat template: use /v1/completions, or start the server with --chat-template",

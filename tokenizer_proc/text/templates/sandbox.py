@@ -79,7 +79,10 @@ class Sandbox:
 
     def render_in_thread(self, job: RenderJob) -> str:
         """Does the same as `render`, but blocks the calling thread."""
-        frame = msgspec.msgpack.encode(job)
+        try:
+            frame = msgspec.msgpack.encode(job)
+        except (OverflowError, UnicodeEncodeError, RecursionError) as error:  # e.g. a number of more than 64 bits
+            raise InvalidRequest(f"the messages cannot be sent to the renderer: {error}", param="messages") from error
         if len(frame) > MAX_FRAME:
             raise InvalidRequest(f"the messages are more than {MAX_FRAME >> 20} MiB", param="messages")
         with self._lock:

@@ -51,7 +51,6 @@ REFUSED: dict[str, Any] = {
     "guided_json": {"type": "object"},
     "use_beam_search": True,
     "length_penalty": 1.5,
-    "prompt_logprobs": 1,
     "chat_template": "{{ x }}",
     "temprature": 0.5,
 }
@@ -162,7 +161,7 @@ WRONG = [
     (CHAT, {"messages": [{"content": "a"}]}, "messages[0].role"),
     (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
     (CHAT, {"messages": [{"role": "user", "content": "a", "mood": 1}]}, "messages[0].mood"),
-    (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls"),
+    (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls[0].function"),
     (
         CHAT,
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},

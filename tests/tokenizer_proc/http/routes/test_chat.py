@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fixtures.serving.api_calls import ok, post, stream
+from fixtures.serving.api_calls import error, ok, post, stream
 from fixtures.serving.fake_frontend import FakeFrontend
 
 from engine.messages import ChatMessage
@@ -106,8 +106,31 @@ def test_messages_of_every_kind_become_the_prompt() -> None:
         ChatMessage("developer", "d"),
         ChatMessage("user", "u1\nu2", "ann"),
         ChatMessage("assistant", "a"),
-        ChatMessage("tool", "t"),
+        ChatMessage("tool", "t", tool_call_id="1"),
     ]
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": [1, 2.5]}'}}
+
+
+def test_a_history_with_tool_calls_becomes_the_prompt() -> None:
+    frontend = FakeFrontend()
+    turns = [{"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "assistant", "content": None}]
+    ok(post(frontend, PATH, {"messages": turns}))
+    call = CALL | {"function": {"name": "add", "arguments": {"a": [1, 2.5]}}}
+    assert frontend.submits[0].prompt == [ChatMessage("assistant", "", tool_calls=[call]), ChatMessage("assistant", "")]
+
+
+@pytest.mark.parametrize("arguments", ["{", "[]", "1", "[" * 5000])
+def test_arguments_of_a_tool_call_that_are_no_object_are_refused(arguments: str) -> None:
+    call = {"function": {"name": "add", "arguments": arguments}}
+    body = {"messages": [{"role": "assistant", "tool_calls": [call]}]}
+    assert error(post(FakeFrontend(), PATH, body))["param"] == "messages[0].tool_calls[0].function.arguments"
+
+
+def test_tool_calls_of_a_user_are_refused() -> None:
+    body = {"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]}
+    assert error(post(FakeFrontend(), PATH, body))["param"] == "messages[0].tool_calls"
 
 
 def test_template_fields() -> None:

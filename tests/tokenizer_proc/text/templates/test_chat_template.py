@@ -99,6 +99,27 @@ def test_transformers_refuses_somewhere_too() -> None:
         ChatTemplate(MISTRAL, {"bos_token": "", "eos_token": ""}).render(messages(CHATS[2]))
 
 
+def test_a_developer_is_the_system_where_the_template_has_none() -> None:
+    asked = messages([("developer", "be brief"), ("user", "why?")])
+    assert ChatTemplate(CHATML).render(asked) == ChatTemplate(CHATML).render(messages(CHATS[2])).replace(
+        "brief ", "brief"
+    )
+    own = "{% for m in messages %}{% if m.role == 'developer' %}!{% endif %}{{ m.content }};{% endfor %}"
+    assert ChatTemplate(own).render(asked) == "!be brief;why?;"
+
+
+def test_tool_calls_need_a_template_that_has_them() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    asked = [ChatMessage("assistant", "", tool_calls=[call]), ChatMessage("tool", "2", tool_call_id="1")]
+    with pytest.raises(InvalidRequest, match="no tool calls"):
+        ChatTemplate(CHATML).render(asked)
+    own = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+        "{{ c.function.arguments | tojson }}{% endfor %}{{ m.tool_call_id }}{% endfor %}"
+    )
+    assert ChatTemplate(own).render(asked) == 'add{"a": 1}1'
+
+
 def test_a_template_cannot_reach_other_objects() -> None:
     template = ChatTemplate("{{ messages.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(InvalidRequest, match="unsafe"):

@@ -43,6 +43,11 @@ def test_a_sandboxed_template_renders_as_in_process(sandbox: Sandbox) -> None:
         asyncio.run(template.prompt([]))
 
 
+def test_a_number_that_cannot_be_sent_is_refused(sandbox: Sandbox) -> None:
+    with pytest.raises(InvalidRequest, match="cannot be sent"):
+        prompt(SandboxedTemplate(sandbox, GOOD, {}), extra=1 << 70)  # type: ignore[arg-type]
+
+
 OPENS = "{{ cycler.__init__.__globals__ }}"
 HOSTILE = {
     "an endless loop": (
