@@ -50,7 +50,9 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     `runtime_loads`: adapters may be loaded over HTTP without `admin_key`. With `lora_roots`, which then include the
     hub's cache, the real path of every adapter file must lie under one of them. `priorities`: requests may have a
     priority other than 0. `journal` are the descriptors of the journal of adapters. `max_stream_buffer`: bytes that may
-    be buffered for a client, which must read some of them within `stream_stall_timeout` seconds.
+    be buffered for a client, which must read some of them within `stream_stall_timeout` seconds. `max_request_memory`:
+    bytes of bodies and answers together. `read_timeout`: seconds in which a request must arrive.
+    `max_connections_per_address` None: a quarter of `max_connections`, and all for loopback addresses.
     """
 
     endpoints: Endpoints
@@ -76,6 +78,10 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_queued_tokens: int | None = None
     request_timeout: float | None = None
     max_body_bytes: int = 32 << 20
+    max_request_memory: int = 2 << 30
+    read_timeout: float = 30.0
+    max_connections: int = 8192
+    max_connections_per_address: int | None = None
     max_stream_buffer: int = 4 << 20
     stream_stall_timeout: float = 60.0
     server_info: dict[str, str | int | float | bool | None] = {}

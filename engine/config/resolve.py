@@ -21,10 +21,12 @@ from engine.config.process_configs import (
     TokenizerConfig,
 )
 from engine.config.server_args import ServerArgs, served_names
-from engine.config.sizes import has_unit, parse_bytes
+from engine.config.sizes import has_unit, machine_bytes, parse_bytes
 from engine.config.tenant_weights import parse_weights
 from engine.errors import ConfigError
 from engine.lora_roots import allowed_roots
+
+LEAST_REQUEST_MEMORY = 16 << 20
 
 
 def resolve(
@@ -78,6 +80,10 @@ def _tokenizer_config(args: ServerArgs, *, max_loras: int, **resolved: Any) -> T
         request_timeout=args.request_timeout,
         max_stream_buffer=parse_bytes(args.max_stream_buffer, "--max-stream-buffer"),
         stream_stall_timeout=args.stream_stall_timeout,
+        max_request_memory=_request_memory(args.max_request_memory),
+        read_timeout=args.read_timeout,
+        max_connections=args.max_connections,
+        max_connections_per_address=args.max_connections_per_address,
         api_keys=read_keys(args.api_key, args.api_key_file),
         admin_key=args.admin_api_key,
         lora_roots=allowed_roots(args.lora_root),
@@ -144,6 +150,16 @@ def _is_lora_enabled(args: ServerArgs, adapters: list[AdapterSource]) -> bool:
 def _is_loopback(args: ServerArgs) -> bool:
     """Returns whether the server listens on a loopback address only, so that only this machine can connect."""
     return args.port is None or args.host in ("localhost", "::1") or args.host.startswith("127.")
+
+
+def _request_memory(size: str | None) -> int:
+    """Returns --max-request-memory in bytes; without it 2 GiB, or an eighth of the memory where that is less."""
+    if size is None:
+        return min(2 << 30, machine_bytes() // 8)
+    given = parse_bytes(size, "--max-request-memory")
+    if given < LEAST_REQUEST_MEMORY:
+        raise ConfigError(f"--max-request-memory {size}: must be at least {LEAST_REQUEST_MEMORY >> 20}MiB")
+    return given
 
 
 def _lora_pool_size(size: str | None) -> tuple[int | None, int | None]:

@@ -60,6 +60,10 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     request_timeout: float | None = None
     max_stream_buffer: str = "4MiB"
     stream_stall_timeout: float = 60.0
+    max_request_memory: str | None = None
+    read_timeout: float = 30.0
+    max_connections: int = 8192
+    max_connections_per_address: int | None = None
     api_key: list[str] = []
     api_key_file: str | None = None
     admin_api_key: str | None = None
@@ -105,6 +109,9 @@ def _check_ranges(args: ServerArgs) -> None:
         ("--max-queued-tokens", args.max_queued_tokens, 1, 1 << 40),
         ("--request-timeout", args.request_timeout, 0.001, 1e9),
         ("--stream-stall-timeout", args.stream_stall_timeout, 0.1, 1e9),
+        ("--read-timeout", args.read_timeout, 0.1, 1e9),
+        ("--max-connections", args.max_connections, 1, 1 << 20),
+        ("--max-connections-per-address", args.max_connections_per_address, 1, 1 << 20),
         ("--seed", args.seed, 0, (1 << 63) - 1),
         ("--tp-size", args.tp_size, 1, 1 << 10),
     ]

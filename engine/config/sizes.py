@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 
 from engine.errors import ConfigError
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
 _UNITS |= {f"{prefix}iB".upper(): 1024**power for power, prefix in enumerate("KMGT", start=1)}
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 
 
@@ -27,3 +30,13 @@ def parse_bytes(text: str, flag: str) -> int:
 def has_unit(text: str) -> bool:
     """Returns whether `text` has a unit; a flag may take a number without a unit as a count instead of bytes."""
     return not text.strip().isdigit()
+
+
+def machine_bytes() -> int:
+    """Returns the bytes of memory of the machine, or of its container if that has less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = CGROUP_LIMIT.read_text().strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total

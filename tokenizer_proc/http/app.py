@@ -7,12 +7,16 @@ from functools import partial
 from typing import NamedTuple
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from engine.config.process_configs import TokenizerConfig
 from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.http.auth import rights
-from tokenizer_proc.http.auth.rights import RIGHTS, Rights
-from tokenizer_proc.http.middleware import access_log, backpressure, errors
+from tokenizer_proc.http.auth.rights import RIGHTS, TENANT, Rights
+from tokenizer_proc.http.intake.body_reader import ACCOUNT, INTAKE, Intake
+from tokenizer_proc.http.intake.connection import drop_unread_body
+from tokenizer_proc.http.intake.memory_budget import MemoryBudget
+from tokenizer_proc.http.middleware import access_log, backpressure, errors, memory
 from tokenizer_proc.http.routes import generate, lora, models, operations, tokenize
 from tokenizer_proc.http.routes.chat import chat_completions
 from tokenizer_proc.http.routes.completions import completions
@@ -61,15 +65,26 @@ def create_app(frontend: Frontend, config: TokenizerConfig) -> web.Application:
     service = Service(frontend, config)
     middlewares = [
         access_log.middleware,
+        memory.middleware,
         backpressure.middleware(config.max_stream_buffer, config.stream_stall_timeout),
         errors.middleware,
         rights.middleware(config),
+        _count_for_tenant,
     ]
-    app = web.Application(middlewares=middlewares, client_max_size=config.max_body_bytes)
+    app = web.Application(middlewares=middlewares)
+    app[INTAKE] = Intake(MemoryBudget(config.max_request_memory), config.max_body_bytes, config.read_timeout)
     declared = app[RIGHTS] = {}
     for route in ROUTES:
         for method in ("GET", "HEAD") if route.method == "GET" else (route.method,):  # load balancers probe by HEAD
             added = app.router.add_route(method, route.path, partial(route.handler, service))
             declared[added] = route.rights
-    app.on_response_prepare.append(access_log.add_request_id)
+    app.on_response_prepare.extend((access_log.add_request_id, drop_unread_body))
     return app
+
+
+@web.middleware
+async def _count_for_tenant(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Counts the memory of a call for its tenant instead of its address, if its key names a tenant."""
+    if (tenant := request.get(TENANT)) is not None and tenant.name:
+        request[ACCOUNT].move(f"tenant {tenant.name}")
+    return await handler(request)

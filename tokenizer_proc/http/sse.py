@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 
 import msgspec
 from aiohttp import web
 
 from engine.errors import EngineError
+from tokenizer_proc.http.intake.connection import Connection
 from tokenizer_proc.http.middleware import errors
 from tokenizer_proc.http.middleware.access_log import ACCESS_RECORD
 from tokenizer_proc.http.middleware.backpressure import WRITE_BUFFER, SlowReader, WriteBuffer
@@ -18,6 +20,7 @@ _HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # makes proxies pass on every event at once
 }
+_COMMENT = b":\n\n"
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -36,7 +39,8 @@ async def respond(request: web.Request, batches: AsyncGenerator[Sequence[object]
     async with contextlib.aclosing(batches):
         try:
             await answer.prepare(request)
-            await buffer.write(answer, await _send(answer, buffer, batches))
+            with _commented(request, answer):
+                await buffer.write(answer, await _send(answer, buffer, batches))
         except SlowReader as error:
             buffer.cut(request, error)
         except ConnectionResetError:
@@ -59,3 +63,23 @@ async def _send(
         answer[errors.CAUSE] = cause
         return frame(errors.body(cause))
     return _DONE
+
+
+@contextlib.contextmanager
+def _commented(request: web.Request, answer: web.StreamResponse) -> Iterator[None]:
+    """While entered, a client that half-closes its connection is sent a comment, to find out whether it is gone."""
+    connection = request.protocol
+    if not isinstance(connection, Connection):
+        yield
+        return
+    tasks: list[asyncio.Task[None]] = []
+    connection.on_half_close = lambda: tasks.append(asyncio.ensure_future(_comment(answer)))
+    try:
+        yield
+    finally:
+        connection.on_half_close = None
+
+
+async def _comment(answer: web.StreamResponse) -> None:
+    with contextlib.suppress(ConnectionResetError):
+        await answer.write(_COMMENT)

@@ -56,6 +56,34 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         help="seconds that a client may take nothing of an answer that waits for it; then the same (60)",
     )
     add(
+        "--max-request-memory",
+        metavar="SIZE",
+        help="memory of all bodies and answers together, from their arrival until they are read; a request for which "
+        "none is left is refused with 503 and Retry-After, one that needs more than two thirds with 413 (2GiB, or an "
+        "eighth of the memory)",
+    )
+    add(
+        "--read-timeout",
+        type=float,
+        metavar="S",
+        help="seconds in which the head of a request must arrive, and its body, which gets another second for each "
+        "16 KiB; then it is a 408 (30)",
+    )
+    add(
+        "--max-connections",
+        type=int,
+        metavar="N",
+        help="open connections; more are answered with 503, after one that is idle was closed in vain. At most what "
+        "the limit on open files allows (8192)",
+    )
+    add(
+        "--max-connections-per-address",
+        type=int,
+        metavar="N",
+        help="open connections of one address; a proxy before the server counts as one (a quarter of "
+        "--max-connections; all of them from loopback addresses)",
+    )
+    add(
         "--served-model-name", nargs="+", metavar="NAME", help="one or several names of the base model (the model path)"
     )
     add(

@@ -133,3 +133,21 @@ def test_stream_buffer_and_stall_timeout_are_parsed() -> None:
         _resolve(max_stream_buffer="much")
     with pytest.raises(ConfigError, match="--stream-stall-timeout"):
         _resolve(stream_stall_timeout=0.0)
+
+
+def test_request_memory_is_bounded_by_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _resolve(max_request_memory="1GiB").tokenizer.max_request_memory == 1 << 30
+    for machine, expected in ((8 << 30, 1 << 30), (1 << 40, 2 << 30)):
+        monkeypatch.setattr("engine.config.resolve.machine_bytes", lambda machine=machine: machine)
+        assert _resolve().tokenizer.max_request_memory == expected
+    for bad in ("much", "1MiB"):
+        with pytest.raises(ConfigError, match=f"--max-request-memory {bad}"):
+            _resolve(max_request_memory=bad)
+
+
+def test_limits_on_connections_reach_the_tokenizer() -> None:
+    tokenizer = _resolve(max_connections=10, max_connections_per_address=3, read_timeout=2.5).tokenizer
+    assert (tokenizer.max_connections, tokenizer.max_connections_per_address, tokenizer.read_timeout) == (10, 3, 2.5)
+    for flag in ("max_connections", "max_connections_per_address", "read_timeout"):
+        with pytest.raises(ConfigError, match=flag.replace("_", "-")):
+            _resolve(**{flag: 0})

@@ -21,6 +21,7 @@ from engine.errors import InvalidRequest
 from engine.messages import SamplingParams
 from tokenizer_proc.http.bodies import fields as table
 from tokenizer_proc.http.bodies import neutral
+from tokenizer_proc.http.intake import body_reader
 
 Fields = dict[str, object]
 B = TypeVar("B", bound=msgspec.Struct)
@@ -33,22 +34,11 @@ _VALUE = re.compile(r"Invalid (?:enum )?value '([^']*)'$")
 async def read(request: web.Request) -> Fields:
     """Returns the fields of the body's JSON object, without nulls.
 
-    Raises InvalidRequest if the body is no JSON object. For a body that is too large, aiohttp raises its own error 413.
+    Raises InvalidRequest if the body is no JSON object, and the errors of `body_reader.read_json`.
     """
     if request.content_type != "application/json":
         raise InvalidRequest(f"send the body as Content-Type: application/json, not {request.content_type}")
-    try:
-        data = await request.read()
-    except web.RequestPayloadError as error:
-        raise InvalidRequest(f"the body cannot be read: {' '.join(str(error).split())}") from error
-    if not data.strip():
-        raise InvalidRequest("the body is empty; send a JSON object")
-    try:
-        value = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
-    except RecursionError as error:
-        raise InvalidRequest("the body is nested too deeply") from error
+    value = await body_reader.read_json(request)
     if not isinstance(value, dict):
         raise InvalidRequest(f"the body must be a JSON object, not {_json_name(value)}")
     return present(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 
@@ -61,6 +62,8 @@ async def middleware(request: web.Request, handler: Handler) -> web.StreamRespon
     except Exception as error:
         if request.transport is None or request.transport.is_closing():
             raise  # the client disconnected; aiohttp ends the request
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            return response(Overloaded("the server has as many files open as it may; try again"))
         return response(internal(error))
 
 
