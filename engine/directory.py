@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from engine.errors import AdapterError
+from engine.errors import AdapterError, EngineError, StorageFailed, is_server_fault
 
 CLOSED = -1
 """The value of the handle of a closed directory; no file can be opened relative to it."""
@@ -42,7 +42,7 @@ class Directory:
     """The directory at `path`, held open until `close`, together with all files that were opened in it.
 
     `roots` are real paths; unless it is empty, the real paths of the directory and of its files must lie under one of
-    them. Raises FileRefused.
+    them. Raises FileRefused, as all calls do, and StorageFailed if the server's disk or descriptors are at fault.
     """
 
     def __init__(self, path: str | Path, roots: Sequence[str] = ()) -> None:
@@ -95,10 +95,13 @@ class Directory:
     def read(self, name: str, limit: int) -> bytes:
         """Returns the content of the regular file `name`, which may have at most `limit` bytes."""
         with self._open(name) as file:
-            if os.fstat(file.fileno()).st_size <= limit:
-                data = read_exactly(file, limit + 1)
-                if len(data) <= limit:
-                    return data
+            try:
+                if os.fstat(file.fileno()).st_size <= limit:
+                    data = read_exactly(file, limit + 1)
+                    if len(data) <= limit:
+                        return data
+            except OSError as error:
+                raise self._unreadable(name, error) from error
         raise self._refused(name, f"more than {limit >> 20} MiB")
 
     def _open(self, name: str) -> BinaryIO:
@@ -143,7 +146,7 @@ class Directory:
     def _outside(self, name: str) -> FileRefused:
         return self._refused(name, f"lies outside of --lora-root and the hub cache ({', '.join(self._roots)})")
 
-    def _unreadable(self, name: str, error: OSError | ValueError) -> FileRefused:
+    def _unreadable(self, name: str, error: OSError | ValueError) -> EngineError:
         """Returns the error for a name that could not be opened.
 
         Outside of the roots the error is the same whether or not the file exists.
@@ -153,6 +156,8 @@ class Directory:
             return self._refused(name, "no name of a file")
         if not lies_under(real_path(path), self._roots):
             return self._outside(name)
+        if is_server_fault(error):
+            return StorageFailed(f"the server cannot read {path} ({error.strerror})")
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             return FileMissing(path, name, "no such directory" if path == self.path else "not found")
         return self._refused(name, f"cannot be read ({error.strerror})")

@@ -19,6 +19,7 @@ The classes hold their HTTP status code and nothing else of HTTP; the HTTP and Z
 
 from __future__ import annotations
 
+import errno
 from typing import ClassVar
 
 
@@ -138,6 +139,16 @@ _BY_KIND: dict[str, type[EngineError]] = {
         InternalError,
     )
 }
+
+
+_SERVER_FAULTS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE}
+)
+
+
+def is_server_fault(error: BaseException) -> bool:
+    """Returns whether this is an OSError that no caller caused: a full or broken disk, no memory, no descriptors."""
+    return isinstance(error, OSError) and error.errno in _SERVER_FAULTS
 
 
 def error_from_wire(kind: str, message: str, param: str | None, code: str | None) -> EngineError:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.directory import real_path
-from engine.errors import ConfigError
+from engine.errors import ConfigError, StorageFailed, is_server_fault
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,12 @@ def _download(source: str, what: str, patterns: Sequence[str]) -> Path:
     except HFValidationError as error:
         raise ConfigError(f"{what}: {source} is no hub id: {error}") from error
     except Exception as error:  # any error of the network or the cache ends the launch with one line
+        if is_server_fault(error):
+            from huggingface_hub.constants import HF_HUB_CACHE
+
+            raise StorageFailed(
+                f"{what}: {source} cannot be kept under {HF_HUB_CACHE} ({error}): free space there, then try again"
+            ) from error
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"{what}: {source} is no local directory, and fetching it from the hub failed ({line}). "

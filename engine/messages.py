@@ -406,7 +406,8 @@ class AdapterState(Message, frozen=True, kw_only=True):
     `bytes` is the size of the copy in host memory. `seconds` is the time taken to reach this state: the load from disk
     for host, the fill for resident. `epoch` is the runner's. `vocab_size` is the size of the adapter's own vocabulary,
     0 where it uses the base's. `invocation` are the tokens that activate the adapter: it applies from their last
-    occurrence in the prompt on; where `invocation` is empty, it applies from the first token on.
+    occurrence in the prompt on; where `invocation` is empty, it applies from the first token on. `server_fault`: the
+    error is one of this server's disk or memory, not one of the adapter.
     """
 
     adapter_id: int
@@ -421,6 +422,7 @@ class AdapterState(Message, frozen=True, kw_only=True):
     epoch: int = 0
     vocab_size: int = 0
     invocation: list[int] = []
+    server_fault: bool = False
 
 
 class Capacity(Message, frozen=True, kw_only=True):

@@ -119,11 +119,11 @@ class Adapters:
         """Returns the adapter's name for errors and logs."""
         return message.name or self.names.get(message.adapter_id) or Path(message.path).name
 
-    def refuse(self, adapter_id: int, reason: str) -> AdapterState:
+    def refuse(self, adapter_id: int, reason: str, server_fault: bool = False) -> AdapterState:
         """Drops the adapter and logs `reason`. Returns its state "failed" with this reason."""
         log.warning("%s", reason)
         self.store.drop(adapter_id)
-        return AdapterState(adapter_id=adapter_id, state="failed", error=reason)
+        return AdapterState(adapter_id=adapter_id, state="failed", error=reason, server_fault=server_fault)
 
     def check_fits(self, name: str, rank: int, targets: list[str], footprint: Footprint, vocab_size: int = 0) -> None:
         """Raises AdapterError for an adapter that is too large for the pools or a lane, even when they are empty."""
@@ -158,7 +158,7 @@ class Adapters:
             adapter = self.store.keep(message.adapter_id, name, outcome.adapter)
             self.check_fits(name, adapter.rank, adapter.targets, adapter.footprint, adapter.vocab_size)
         except AdapterError as error:
-            return self.refuse(message.adapter_id, error.message)
+            return self.refuse(message.adapter_id, error.message, outcome.server_fault)
         except Exception as error:  # a faulty adapter must not end the runner, which serves other adapters
             log.exception("adapter %r cannot be kept", name)
             return self.refuse(message.adapter_id, f"adapter {name!r}: {type(error).__name__}: {error}")

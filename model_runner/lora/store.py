@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.directory import Directory
-from engine.errors import AdapterError
+from engine.errors import AdapterError, StorageFailed
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.loading.adapter_reader import AdapterReader, Limits, files_changed
 from model_runner.lora.loading.shm_adapter import ShmAdapter
@@ -56,7 +56,7 @@ class AdapterStore:
         try:
             with Directory(root, roots) as directory:
                 shm = self.reader.read(self.reader.survey(directory), revision)
-        except (AdapterError, OSError) as error:
+        except (AdapterError, StorageFailed, OSError) as error:
             raise refusal(name, error) from error
         return self.keep(adapter_id, name, shm)
 
@@ -65,7 +65,7 @@ class AdapterStore:
         try:
             with Directory(root, roots) as directory:
                 return self.reader.survey(directory)
-        except (AdapterError, OSError) as error:
+        except (AdapterError, StorageFailed, OSError) as error:
             raise refusal(name, error) from error
 
     def known(self, adapter_id: int, name: str, revision: str) -> NormalForm | None:
@@ -123,6 +123,6 @@ class AdapterStore:
 
 def refusal(name: str, reason: Exception) -> AdapterError:
     """Returns an error of one line, clipped to MAX_MESSAGE: which adapter cannot be served, and why."""
-    text = reason.message if isinstance(reason, AdapterError) else str(reason)
+    text = reason.message if isinstance(reason, AdapterError | StorageFailed) else str(reason)
     line = " ".join(f"adapter {name!r}: {text}".split())
     return AdapterError(line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 3] + "...")

@@ -97,6 +97,10 @@ class AdapterRegistry:
         """Marks the copy as failed: it cannot be served."""
         copy.error = error
 
+    def set_server_fault(self, copy: AdapterCopy, server_fault: bool) -> None:
+        """Sets whether what the copy's last load or fill failed for lies in this server."""
+        copy.info = replace(copy.info, server_fault=server_fault)
+
     def mark_unloading(self, copy: AdapterCopy) -> None:
         """Marks the copy as being unloaded by the runner, and drops its preload. None of its names accepts requests."""
         copy.is_unloading = True

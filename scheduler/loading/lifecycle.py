@@ -144,6 +144,7 @@ class AdapterLifecycle:
         if message.state == "gone":
             self._on_gone(copy)
         elif message.state == "failed":
+            self._state.registry.set_server_fault(copy, message.server_fault)
             self._on_failed(copy, message.error or f"adapter {copy.id} failed to load")
         elif message.state == "host" and copy.host.state is HostState.LOADING:
             self._on_loaded(copy, message)

@@ -179,7 +179,11 @@ class Lifecycle:
             if not entry.is_loaded:
                 reason = state.error or "it could not be loaded"
                 text = reason if reason.startswith("adapter ") else f"adapter `{ask.name}`: {reason}"
-                raise AdapterError(text, param="lora_path", code="adapter_refused")
+                raise (
+                    StorageFailed(text)
+                    if state.server_fault
+                    else AdapterError(text, param="lora_path", code="adapter_refused")
+                )
             entry.source = _loaded(entry)
             self._journal.bind(entry.source)
         except BaseException:

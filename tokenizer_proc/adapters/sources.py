@@ -17,11 +17,22 @@ from typing import TypeVar
 
 from engine import hub, lora_roots
 from engine.directory import real_path
-from engine.errors import AdapterError, ConfigError, EngineError, NotFound
+from engine.errors import (
+    AdapterError,
+    ConfigError,
+    EngineError,
+    NotFound,
+    Overloaded,
+    StorageFailed,
+    TimedOut,
+    is_server_fault,
+)
 
 T = TypeVar("T")
 
 AT_ONCE = 4  # the largest number of downloads at a time, and, separately, of reads of local directories
+MOST_WAITING = 64  # the largest number of downloads that wait for their turn
+DOWNLOAD_SECONDS = 1800.0  # the longest time that a call waits for its download
 LONGEST_PATH = 4096
 CONFIG_NAME = "adapter_config.json"
 
@@ -36,37 +47,64 @@ class Sources:
 
     def __init__(self, allowed: Sequence[str] = ()) -> None:
         self.allowed = list(allowed)
-        self._disk = asyncio.Semaphore(AT_ONCE)
-        self._downloads = asyncio.Semaphore(AT_ONCE)  # separate, so that a hanging download does not block local reads
+        self._disk = _Threads()
+        self._downloads = _Threads()  # separate, so that a hanging download does not block local reads
 
     async def find(self, name: str, path: str) -> str:
         """Returns the directory of the adapter `name`, given its `path`: a local path, or a hub id to download.
 
-        Raises NotFound if there is no adapter there, and AdapterError if the directory may not be read.
+        Raises NotFound if there is no adapter there, AdapterError if the directory may not be read, StorageFailed if
+        that is the server's fault, and Overloaded or TimedOut if too many or too long downloads are under way.
         """
-        local = await _in_thread(self._disk, lambda: _local(name, path, self.allowed))
+        local = await self._disk.run(lambda: _local(name, path, self.allowed))
         if local is not None:
             return local
-        return await _in_thread(self._downloads, lambda: _checked(name, path, self.allowed))
+        if self._downloads.waiting >= MOST_WAITING:
+            raise Overloaded(f"{MOST_WAITING} adapters wait for their download already", retry_after=30.0)
+        try:
+            async with asyncio.timeout(DOWNLOAD_SECONDS):
+                return await self._downloads.run(lambda: _checked(name, path, self.allowed))
+        except TimeoutError:
+            raise TimedOut(
+                f"adapter `{name}`: {path} was not downloaded within {DOWNLOAD_SECONDS / 60:.0f} minutes; what is there"
+                " is kept: send the call again, or download it with `hf download`"
+            ) from None
 
     async def below(self, root: str, name: str) -> str | None:
         """Returns the path of the directory `name` directly under `root`, or None if there is no such directory.
 
         Raises AdapterError if it is a link to a directory elsewhere.
         """
-        return await _in_thread(self._disk, lambda: _below(root, name))
+        return await self._disk.run(lambda: _below(root, name))
 
     async def read(self, work: Callable[[], T]) -> T:
         """Runs `work`, which reads files of an adapter's directory, in a thread. Returns its result."""
-        return await _in_thread(self._disk, work)
+        return await self._disk.run(work)
 
 
-async def _in_thread(slots: asyncio.Semaphore, work: Callable[[], T]) -> T:
-    """Runs `work` in a daemon thread, so that a hanging `work` does not keep the process from exiting."""
-    async with slots:
-        loop = asyncio.get_running_loop()
-        ended = asyncio.Event()
+class _Threads:
+    """Runs blocking work in daemon threads, AT_ONCE at a time, so that hanging work does not keep the process alive.
+
+    A thread counts until its work has ended, also when its caller has left: work cannot be stopped.
+    """
+
+    def __init__(self) -> None:
+        self._slots = asyncio.Semaphore(AT_ONCE)
+        self.waiting = 0
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Runs `work` when it is its turn. Returns its result or raises its error."""
+        self.waiting += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self.waiting -= 1
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
         outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def end() -> None:
+            self._slots.release()
+            ended.set()
 
         def run() -> None:
             try:
@@ -74,7 +112,7 @@ async def _in_thread(slots: asyncio.Semaphore, work: Callable[[], T]) -> T:
             except Exception as error:
                 outcome.set_exception(error)
             with contextlib.suppress(RuntimeError):  # raised if the event loop is closed
-                loop.call_soon_threadsafe(ended.set)
+                loop.call_soon_threadsafe(end)
 
         threading.Thread(target=run, name="adapter source", daemon=True).start()
         await ended.wait()
@@ -96,6 +134,8 @@ def _local(name: str, path: str, allowed: Sequence[str]) -> str | None:
     except ConfigError as error:
         raise AdapterError(error.message, param="lora_path") from error
     except (OSError, RuntimeError) as error:  # e.g. the name is too long, or the path is the home of an unknown user
+        if is_server_fault(error):
+            raise StorageFailed(f"{what}: the server cannot read {path} ({error})") from error
         reason = error.strerror if isinstance(error, OSError) else error
         raise AdapterError(f"{what}: the path cannot be used ({reason})", param="lora_path") from error
     return _checked(name, path, allowed) if is_path else None

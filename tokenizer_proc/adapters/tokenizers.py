@@ -29,7 +29,7 @@ import tokenizers
 
 from engine.config.process_configs import AdapterSource
 from engine.directory import Directory
-from engine.errors import AdapterError, ConfigError, EngineError
+from engine.errors import AdapterError, ConfigError, EngineError, StorageFailed
 from engine.ipc import DECODE_ERRORS
 from tokenizer_proc.text import files
 from tokenizer_proc.text.generation_config import GenerationConfig
@@ -100,7 +100,7 @@ class TokenizerLibrary:
         for source in sources:
             try:
                 found[source.adapter_id] = self.load(source.name, source.root, source.roots)
-            except AdapterError as error:
+            except (AdapterError, StorageFailed) as error:
                 if not skip_failed:
                     self.close()
                     raise
@@ -117,7 +117,7 @@ class TokenizerLibrary:
             with files.open_directory(root, roots) as directory:
                 return self.base if directory is None else self._read(name, directory)
         except EngineError as error:
-            if isinstance(error, AdapterError):
+            if isinstance(error, AdapterError | StorageFailed):
                 raise
             text = f"adapter `{name}`: {error.message}"
             raise AdapterError(text, param="lora_path", code="adapter_refused") from error

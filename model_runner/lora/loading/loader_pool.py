@@ -41,12 +41,16 @@ TIME_LIMIT = TimeLimit()
 
 @dataclass(frozen=True, eq=False)
 class LoadOutcome:
-    """The result of a load: an adapter in shared memory, which the caller must close, or the `reason` why it failed."""
+    """The result of a load: an adapter in shared memory, which the caller must close, or the `reason` why it failed.
+
+    `server_fault`: the reason lies in this server, not in the adapter.
+    """
 
     message: LoadAdapter
     seconds: float
     adapter: ShmAdapter | None = None
     reason: str = ""
+    server_fault: bool = False
 
 
 @dataclass(eq=False)
@@ -169,7 +173,7 @@ class LoaderPool:
                 worker = worker or self._add()
             except OSError as error:
                 self._queue.remove(load)
-                self._finish(load, reason=f"no loader process can be started ({error})")
+                self._finish(load, reason=f"no loader process can be started ({error})", server_fault=True)
                 continue
             job = LoadJob(load.number, load.message.path, load.message.revision, load.message.roots)
             if not worker.loader.send(job):
@@ -194,7 +198,8 @@ class LoaderPool:
                     load.deadline = self.clock() + self.time_limit.seconds + reply.bytes / self.time_limit.rate
                     continue
                 worker.load = None
-                self._finish(load, adapter, reply.reason if isinstance(reply, Refused) else "")
+                refused = reply if isinstance(reply, Refused) else Refused(reply.job, "")
+                self._finish(load, adapter, refused.reason, refused.server_fault)
         except LoaderGone as gone:
             self._lose(worker, f"the loader process {gone}")
 
@@ -205,9 +210,12 @@ class LoaderPool:
         if worker.load is not None:
             self._finish(worker.load, reason=reason)
 
-    def _finish(self, load: _Load, adapter: ShmAdapter | None = None, reason: str = "") -> None:
+    def _finish(
+        self, load: _Load, adapter: ShmAdapter | None = None, reason: str = "", server_fault: bool = False
+    ) -> None:
         if load.is_wanted:
-            self._outcomes.append(LoadOutcome(load.message, self.clock() - load.began, adapter, reason))
+            seconds = self.clock() - load.began
+            self._outcomes.append(LoadOutcome(load.message, seconds, adapter, reason, server_fault))
         elif adapter is not None:
             adapter.close()
 

@@ -91,6 +91,7 @@ class Loaded(Packet, frozen=True):
 
 
 class Refused(Packet, frozen=True):
-    """The adapter cannot be served, for the `reason` given."""
+    """The adapter cannot be served, for the `reason` given; `server_fault`: it lies in this server, not the adapter."""
 
     reason: str
+    server_fault: bool = False

@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from engine.directory import Directory
-from engine.errors import EngineError
+from engine.errors import EngineError, StorageFailed, is_server_fault
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.loading.adapter_reader import AdapterReader
 from model_runner.lora.loading.messages import MAX_PACKET, Loaded, LoaderConfig, LoadJob, Refused, Surveyed
@@ -54,7 +54,8 @@ def _do_job(link: socket.socket, reader: AdapterReader, job: LoadJob) -> None:
         with Directory(job.root, job.roots) as directory:
             adapter = reader.read(reader.survey(directory), job.revision, announce)
     except Exception as error:
-        link.send(msgspec.msgpack.encode(Refused(job.job, _reason(error)[:MAX_REASON])))
+        server_fault = isinstance(error, StorageFailed) or is_server_fault(error)
+        link.send(msgspec.msgpack.encode(Refused(job.job, _reason(error)[:MAX_REASON], server_fault)))
         return
     try:
         loaded = Loaded(job.job, adapter.tensor_bytes, adapter.manifest_bytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from fixtures.serving.loading_front import LoadingFront, adapter_dir
 
 from engine.config.process_configs import AdapterSource
-from engine.errors import AdapterError, EngineDead, EngineError, InvalidRequest, NotFound, Overloaded
+from engine.errors import AdapterError, EngineDead, EngineError, InvalidRequest, NotFound, Overloaded, StorageFailed
 from engine.journal.journal import Journal
 from engine.journal.memory_file import MemoryFile
 from engine.messages import AdapterState, SamplingParams, Submit
@@ -325,6 +326,52 @@ def test_a_caller_that_leaves_does_not_stop_a_load(tmp_path: Path) -> None:
         world.finish()
         await until(lambda: world.front.adapters.find("a"))
         assert await ask(world, "a") == 1
+
+    run(work)
+
+
+def test_calls_whose_callers_left_hold_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its LoadAdapter is sent, a load that nobody waits for is dropped: here in a download, or behind one."""
+    monkeypatch.setattr(calls_module, "CALLS_AT_ONCE", 4)
+    go = threading.Event()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: go.wait(10))
+    world = LoadingFront("first")
+    path = str(adapter_dir(tmp_path / "a"))
+
+    async def work() -> None:
+        lifecycle = world.front.lifecycle
+        left = [asyncio.ensure_future(lifecycle.load(LoadRequest(name=name, path="org/x"))) for name in ("a", "b")]
+        left.append(asyncio.ensure_future(lifecycle.load(LoadRequest(name="a", path=path))))
+        left.append(asyncio.ensure_future(lifecycle.unload("a")))
+        await asyncio.sleep(0.05)
+        with pytest.raises(Overloaded, match="too many"):
+            await lifecycle.load(LoadRequest(name="c", path=path))
+        for call in left:
+            call.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        await until(lambda: len(lifecycle.names) == 0)
+        for name in ("a", "b", "c", "d", "e"):
+            await lifecycle.load(LoadRequest(name=name, path=path))
+        assert [load.name for load in world.loads()[1:]] == ["a", "b", "c", "d", "e"]
+        go.set()
+
+    run(work)
+
+
+def test_a_fault_of_the_server_is_no_fault_of_the_adapter(tmp_path: Path) -> None:
+    world = LoadingFront()
+    world.held = True
+
+    async def work() -> None:
+        load = asyncio.ensure_future(
+            world.front.lifecycle.load(LoadRequest(name="a", path=str(adapter_dir(tmp_path / "a"))))
+        )
+        await until(lambda: world.open_loads)
+        error = "adapter 'a': Input/output error"
+        world.front.handle(AdapterState(adapter_id=1, state="failed", error=error, server_fault=True))
+        with pytest.raises(StorageFailed, match="'a': Input/output error") as failure:
+            await load
+        assert failure.value.status == 503
 
     run(work)
 

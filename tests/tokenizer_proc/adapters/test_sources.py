@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import resource
 import threading
 from pathlib import Path
 
 import pytest
 from fixtures.serving.loading_front import adapter_dir
 
-from engine.errors import AdapterError, EngineError, NotFound
+from engine.errors import AdapterError, EngineError, NotFound, Overloaded, StorageFailed, TimedOut
 from engine.lora_roots import allowed_roots
 from tokenizer_proc.adapters import sources as sources_module
 from tokenizer_proc.adapters.sources import Sources
@@ -114,7 +116,7 @@ def test_few_run_at_once_and_a_caller_may_be_cancelled(tmp_path: Path, monkeypat
         go.set()
         done = await asyncio.gather(*tasks, return_exceptions=True)
         assert done[1:] == [str(directory)] * 8
-        assert most[0] <= sources_module.AT_ONCE + 1  # the cancelled caller's work goes on in its thread
+        assert most[0] <= sources_module.AT_ONCE  # the cancelled caller's work goes on in its thread, which counts
 
     asyncio.run(work())
 
@@ -137,5 +139,79 @@ def test_hanging_downloads_do_not_block_local_directories(tmp_path: Path, monkey
         go.set()
         done = await asyncio.gather(*downloads, return_exceptions=True)
         assert all(isinstance(each, NotFound) for each in done)
+
+    asyncio.run(work())
+
+
+def test_downloads_that_wait_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callers that leave end neither the downloads, which cannot be stopped, nor the bound on their number."""
+    go, begun = threading.Event(), list[str]()
+
+    def hangs(repo: str, **_: object) -> str:
+        begun.append(repo)
+        go.wait(10)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hangs)
+    monkeypatch.setattr(sources_module, "MOST_WAITING", 3)
+
+    async def work() -> None:
+        sources = Sources()
+
+        async def ask(count: int) -> list[asyncio.Task[str]]:
+            tasks = [asyncio.ensure_future(sources.find("x", f"org/name{number}")) for number in range(count)]
+            await asyncio.sleep(0.1)
+            return tasks
+
+        for task in await ask(sources_module.AT_ONCE):
+            task.cancel()
+        waiting = await ask(5)
+        refused = [task for task in waiting if task.done()]
+        assert len(refused) == 2
+        with pytest.raises(Overloaded, match="3 adapters wait for their download"):
+            refused[0].result()
+        assert len(begun) == sources_module.AT_ONCE
+        go.set()
+        assert len(await asyncio.gather(*waiting, return_exceptions=True)) == 5
+        assert len(begun) == sources_module.AT_ONCE + 3
+
+    asyncio.run(work())
+
+
+def test_a_download_that_never_ends_is_a_504(monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: go.wait(10))
+    monkeypatch.setattr(sources_module, "DOWNLOAD_SECONDS", 0.05)
+    with pytest.raises(TimedOut, match=r"adapter `sql`: org/sql was not downloaded within .*`hf download`"):
+        find("org/sql")
+    go.set()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_a_full_disk_under_the_hub_cache_is_a_503(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> str:
+        raise OSError(code, os.strerror(code), str(tmp_path / "blob"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(StorageFailed, match=f"org/sql cannot be kept under {tmp_path}.*free space there") as failure:
+        find("org/sql")
+    assert failure.value.status == 503
+
+
+def test_no_file_descriptors_left_is_a_503(tmp_path: Path) -> None:
+    """The limit on descriptors is the server's, so the directory is not to blame."""
+    directory = adapter_dir(tmp_path / "sql")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def work() -> None:
+        sources = Sources()
+        await sources.find("sql", str(directory))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            with pytest.raises(StorageFailed, match=r"the server cannot read .*Too many open files"):
+                await sources.find("sql", str(directory))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
     asyncio.run(work())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import select
 import shutil
 import signal
@@ -58,6 +59,13 @@ def refused(loaders: LoaderPool, load: LoadAdapter) -> str:
     assert outcome.adapter is None
     assert outcome.message == load
     return outcome.reason
+
+
+def server_fault(loaders: LoaderPool, load: LoadAdapter) -> bool:
+    loaders.submit(load)
+    (outcome,) = finish(loaders)
+    assert outcome.adapter is None
+    return outcome.server_fault
 
 
 def loads(loaders: LoaderPool, root: Path) -> None:
@@ -179,6 +187,18 @@ def test_refusal_says_why_and_the_child_lives(case: str, shared: LoaderPool, tmp
     pids = shared.pids
     assert says in refused(shared, load)
     assert shared.pids == pids
+
+
+def test_a_fault_of_the_server_is_marked_as_such(shared: LoaderPool, tmp_path: Path) -> None:
+    root = adapter(tmp_path / "a")
+    assert not server_fault(shared, message(tmp_path / "none"))
+    limits = {pid: resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in shared.pids}
+    for pid, (_, hard) in limits.items():
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, hard))
+    assert server_fault(shared, message(root))
+    for pid, limit in limits.items():
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
+    loads(shared, root)
 
 
 def test_roots_are_checked_by_the_child(shared: LoaderPool, tmp_path: Path) -> None:
