@@ -14,8 +14,8 @@ from typing import Any, Self
 import msgspec
 
 from engine.client.adapter_calls import CommandName, not_found
-from engine.client.engine import Engine, Lora, Prompt
-from engine.errors import InvalidRequest
+from engine.client.engine import NOT_OPEN, Engine, Lora, Prompt
+from engine.errors import EngineDead, InvalidRequest
 from engine.messages import AdapterCard, Answer, Delta, FinishReason, SamplingParams, Usage
 
 Reply = Callable[[str, str | None], str]
@@ -36,17 +36,20 @@ class FakeEngine(Engine):
         self._ids = itertools.count(1)
         self._cards = {name: _card(next(self._ids), name, name) for name in adapters}
         self.requests: list[tuple[Prompt, SamplingParams, Lora]] = []
+        self._is_open = False
 
     async def __aenter__(self) -> Self:
+        self._is_open = True
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        return None
+        self._is_open = False
 
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, lora: Lora = None, **options: Any
     ) -> AsyncIterator[Delta]:
         """Like Engine.generate: yields a delta for each word, up to `max_tokens`; the n choices follow one another."""
+        self._check_open()
         params = params or SamplingParams()
         adapter = self._named(await self._adapter(lora))
         text = _text(prompt)
@@ -60,9 +63,11 @@ class FakeEngine(Engine):
 
     async def info(self) -> dict[str, Any]:
         """Returns {"fake": True}."""
+        self._check_open()
         return {"fake": True}
 
     async def _command(self, call: CommandName, **fields: Any) -> Answer:
+        self._check_open()
         if call == "list":
             return Answer(id=0, adapters=list(self._cards.values()))
         name = str(fields["lora_name"])
@@ -75,6 +80,10 @@ class FakeEngine(Engine):
         else:
             card = self._cards[name] = msgspec.structs.replace(self._cards[name], pinned=call == "pin")
         return Answer(id=0, adapters=[card])
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise EngineDead(NOT_OPEN)
 
     def _load(self, name: str, lora_path: str = "", pinned: bool = False, **fields: Any) -> AdapterCard:
         if name in self._cards and not fields.get("load_inplace"):

@@ -28,6 +28,7 @@ Prompt = str | Sequence[int] | Sequence[ChatMessage] | Sequence[Mapping[str, str
 Lora = str | Mapping[str, float] | LoRARequest | None
 
 STOP_SECONDS = 30.0
+NOT_OPEN = "the engine is not open: use `async with Engine(...) as engine`"
 
 
 class Engine(AdapterCalls):
@@ -130,7 +131,7 @@ class Engine(AdapterCalls):
 
     def _open(self) -> Connection:
         if self._connection is None:
-            raise EngineDead("the engine is not open: use `async with Engine(...) as engine`")
+            raise EngineDead(NOT_OPEN)
         return self._connection
 
     async def _command(self, call: CommandName, **fields: Any) -> Answer:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from engine import InvalidRequest, LoRARequest, NotFound, SamplingParams
+from engine import EngineDead, InvalidRequest, LoRARequest, NotFound, SamplingParams
 from engine.testing import FakeEngine
 
 
@@ -62,3 +62,16 @@ def test_adapters_are_loaded_pinned_and_unloaded() -> None:
                     await call("b")
 
     asyncio.run(main())
+
+
+def test_fake_is_open_between_enter_and_exit_only() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        for _ in range(2):
+            for call in (engine.generate_all(["x"]), engine.adapters(), engine.info()):
+                with pytest.raises(EngineDead, match="not open"):
+                    await call
+            async with engine:
+                assert [answer.text for answer in await engine.generate_all(["x"])] == ["x"]
+
+    asyncio.run(run())
