@@ -5,24 +5,27 @@
       +- scheduler         rows, pages, lanes
       +- tokenizer_proc    HTTP, text, names              (starts last, stops first)
 
-With --embedded the launcher is the child process of an `engine.Engine`: it reads ServerArgs as JSON from stdin and
-reports Ready on stdout.
+SIGTERM, SIGINT and SIGHUP stop it in order, a second one at once. With --embedded the launcher is the child process of
+an `engine.Engine`: it reads ServerArgs as JSON from stdin, reports Ready on stdout, and stops when its parent says so.
 """
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    # `-m` looks for packages in the working directory first. It may hold anything; it is needed last, for a checkout.
+    sys.path.append(sys.path.pop(0))
+
 import asyncio
+import codecs
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import socket
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from engine import hub, logs
@@ -35,51 +38,73 @@ from engine.errors import ConfigError, EngineDead, EngineError
 from engine.journal.journal import Journal
 from engine.journal.memory_file import MemoryFile
 from engine.lora_roots import allowed_roots, check_files
+from engine.processes import signals
 from engine.processes.banner import banner
-from engine.processes.child import Child, Facts
+from engine.processes.child import Child, Facts, leave
 from engine.processes.incarnations import Addresses, Incarnations
+from engine.processes.run_directory import run_directory
 from engine.processes.supervisor import Supervisor
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+STOP_SECONDS = 15.0
+"""How long each process may take to stop; the tokenizer process lets open requests finish meanwhile."""
 DEAD_GRACE_SECONDS = 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command. Returns the exit status: 0 after an orderly end, 1 if it could not serve, 2 for a bad flag."""
+    """Runs the command. Returns the exit status: 0 after an orderly end, 1 if it could not serve, 2 for a bad flag.
+
+    Without `argv` this process is the command: its signals and standard streams are taken over.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments == ["--embedded"]:
         return _embedded()
     started = time.monotonic()
+    requests = signals.StopRequests()
+    if argv is None:
+        if codecs.lookup(sys.getfilesystemencoding()).name == "ascii":  # no path or name could be more than that
+            os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+        logs.open_descriptors()
+        logs.take_over()
+        requests.listen()
     try:
         args = parse(arguments)
-        _run(args, lambda facts: print(banner(facts, time.monotonic() - started), flush=True))
+        _run(args, lambda facts: print(banner(facts, time.monotonic() - started), flush=True), requests)
     except EngineError as error:
         print(f"chorus: {error.message}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        return 130
+    except signals.Stopped:
+        leave()  # a download may go on in a thread
     return 0
 
 
 def _embedded() -> int:
-    child = Child(on_orphaned=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    def request() -> None:
+        signals.interrupt_main_thread(signal.SIGUSR1)
+
+    requests = signals.StopRequests()
+    requests.listen_for(signal.SIGUSR1)
+    child = Child(on_stop=request, on_orphaned=request)
     child.begin_startup().idle()  # idle: a download may take long, and the three processes have their own limits
     try:
-        _run(child.config(ServerArgs), child.ready)
+        _run(child.config(ServerArgs), child.ready, requests)
     except EngineError as error:
         child.failed(error)
         return 1
+    except signals.Stopped:
+        leave()
     return 0
 
 
-def _run(args: ServerArgs, announce: Callable[[Facts], None]) -> None:
-    """Serves until a signal arrives. Raises EngineError if the start fails, or if a process has died too often."""
+def _run(args: ServerArgs, announce: Callable[[Facts], None], requests: signals.StopRequests) -> None:
+    """Serves until a request to stop. Raises EngineError if the start fails, or if a process has died too often."""
     logs.setup("launch", args.log_level)
-    with _run_directory() as directory, _listening(args) as listener, _journal() as journal:
+    with run_directory() as directory, _listening(args) as listener, _journal() as journal:
         addresses = Addresses(directory)
-        resolved = _resolve(args, addresses, listener, journal)
+        with requests.interrupting():
+            resolved = _resolve(args, addresses, listener, journal)
         Journal.create(journal, resolved.tokenizer.adapters)
         facts: Facts = {
             "model": served_names(args)[0],
@@ -89,29 +114,29 @@ def _run(args: ServerArgs, announce: Callable[[Facts], None]) -> None:
         facts["adapters"] = [adapter.name for adapter in resolved.tokenizer.adapters]
         incarnations = Incarnations(resolved, addresses, journal)
         with addresses.kept():
-            asyncio.run(_serve(incarnations, lambda runner: announce({**runner, **facts})))
+            asyncio.run(_serve(incarnations, lambda runner: announce({**runner, **facts}), requests))
 
 
-async def _serve(incarnations: Incarnations, announce: Callable[[Facts], None]) -> None:
-    stop = asyncio.Event()
+async def _serve(incarnations: Incarnations, announce: Callable[[Facts], None], requests: signals.StopRequests) -> None:
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
     async with Supervisor(incarnations.spec_factories) as supervisor:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, _on_signal, stop, supervisor)
-        reports = await _run_until_stopped(stop, supervisor.ready())
-        if reports is not None:
-            announce(reports["model_runner"].facts)
-            death = await _run_until_stopped(stop, supervisor.run_until_unrecoverable())
-            if death is not None:
-                await supervisor.stop(DEAD_GRACE_SECONDS)  # without the process that died no request can finish
-                raise EngineDead(f"{death}; its log is above")
-        log.info("stopping: open requests may finish first; once more ends them")
 
+        def on_request() -> None:
+            """Stops the processes in order on the first request, and kills them on the second."""
+            if requests.count > 1:
+                supervisor.kill()
+            stop.set()
 
-def _on_signal(stop: asyncio.Event, supervisor: Supervisor) -> None:
-    """Handles SIGINT and SIGTERM: the first signal stops the processes in order, the second kills them."""
-    if stop.is_set():
-        supervisor.kill()
-    stop.set()
+        with requests.calling(lambda: loop.call_soon_threadsafe(on_request)):
+            reports = await _run_until_stopped(stop, supervisor.ready())
+            if reports is not None:
+                announce(reports["model_runner"].facts)
+                death = await _run_until_stopped(stop, supervisor.run_until_unrecoverable())
+                if death is not None:
+                    await supervisor.stop(DEAD_GRACE_SECONDS)  # without the process that died no request can finish
+                    raise EngineDead(f"{death}; its log is above")
+            log.info("stopping: open requests may finish first; once more ends them")
+            await supervisor.stop(STOP_SECONDS)
 
 
 async def _run_until_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
@@ -122,17 +147,6 @@ async def _run_until_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) 
         task.cancel()
     await asyncio.wait(tasks)
     return None if tasks[0].cancelled() else tasks[0].result()
-
-
-@contextlib.contextmanager
-def _run_directory() -> Iterator[Path]:
-    """Yields a new directory (mode 0700) for the sockets. Its path is short: a socket path has at most 107 bytes."""
-    parent = tempfile.gettempdir()
-    directory = Path(tempfile.mkdtemp(prefix="chorus-", dir=parent if len(parent) < 64 else "/tmp"))
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextlib.contextmanager

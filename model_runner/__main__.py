@@ -11,7 +11,7 @@ def main() -> None:
     """Reads the config, then serves. Torch is imported only after the child watches its parent and print() is
     redirected to the log.
     """
-    child = Child()
+    child = Child(is_bound=True)
     busy_timer = child.begin_startup()
     config = child.config(RunnerConfig)
     logs.setup("runner", config.log_level)

@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import time
 from collections import deque
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import zmq
 from msgspec.structs import replace
@@ -56,11 +54,10 @@ SCHEDULER_EPOCHS = 1 << 20
 
 
 def serve(child: Child, config: RunnerConfig, starting: BusyTimer) -> None:
-    """Loads the model, reports Ready, and handles messages until the process ends: 0 on SIGTERM, 1 on an error.
+    """Loads the model, reports Ready, and handles messages until the parent asks to stop. Exits with 1 on an error.
 
     `starting` is the busy timer of the startup.
     """
-    signal.signal(signal.SIGTERM, _exit)
     context: zmq.Context[Any] = zmq.Context()
     # The inbox is bound before anything is loaded, so that no message is lost.
     inbox: Inbox[Any] = Inbox(context, config.endpoints.runner, ToRunner, config.endpoints.max_frame_bytes)
@@ -77,6 +74,7 @@ def serve(child: Child, config: RunnerConfig, starting: BusyTimer) -> None:
         sys.exit(1)
     runner.adapters.start()
     compilations.serving = True
+    child.on_stop = server.stop
     child.ready(facts(runner, time.perf_counter() - began))
     child.start_heartbeat(server.busy_timer)
     try:
@@ -94,10 +92,6 @@ def _load_runner(config: RunnerConfig, starting: BusyTimer) -> Runner:
         warm_up(runner, progress=starting)
         log.info("device memory: %s", describe_bytes(runner.memory()))
     return runner
-
-
-def _exit(_signal: int, _frame: FrameType | None) -> NoReturn:
-    sys.exit(0)
 
 
 def facts(runner: Runner, seconds: float) -> Facts:
@@ -142,6 +136,13 @@ class Server:
         self.busy_timer = BusyTimer()
         self._scheduler = self._connect(config.endpoints.scheduler)
         self._launched: deque[LaunchedStep] = deque()
+        self._stop_signal = os.pipe()
+        self._is_stopping = False
+
+    def stop(self) -> None:
+        """Ends `loop`, from another thread."""
+        self._is_stopping = True
+        os.write(self._stop_signal[1], b".")
 
     def announce(self) -> None:
         """Sends the scheduler Hello, with this process's address, and RunnerReady, with the runner's capacity."""
@@ -150,11 +151,12 @@ class Server:
         after_fault = self._config.after_fault
         self._scheduler.send(RunnerReady(epoch=self._epoch, capacity=self._runner.capacity, after_fault=after_fault))
 
-    def loop(self) -> NoReturn:
-        """Handles messages in order, for ever; continues fills and loads after each message and while idle."""
+    def loop(self) -> None:
+        """Handles messages in order until `stop`; continues fills and loads after each message and while idle."""
+        self._inbox.watch(self._stop_signal[0])
         if self._runner.adapters.descriptor is not None:
             self._inbox.watch(self._runner.adapters.descriptor)
-        while True:
+        while not self._is_stopping:
             for message in self._inbox.receive(0.0 if self._launched else self._runner.poll_seconds):
                 self.handle(message)
                 self._answer()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 
 from engine import logs
@@ -13,10 +12,9 @@ from scheduler.server import serve
 
 
 def main() -> None:
-    """Runs the scheduler until SIGTERM (exit status 0), or until an error such as a failed audit (exit status 1)."""
-    child = Child()
+    """Runs the scheduler until it is stopped (exit status 0), or until an error such as a failed audit (status 1)."""
+    child = Child(is_bound=True)
     child.begin_startup()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         config = child.config(SchedulerConfig)
         logs.setup("scheduler", config.log_level)

@@ -10,7 +10,7 @@ from engine.processes.child import Child
 
 def main() -> int:
     """Runs the process until it ends. Returns its exit status."""
-    child = Child()
+    child = Child(is_bound=True)
     busy_timer = child.begin_startup()
     try:
         import uvloop

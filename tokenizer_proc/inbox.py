@@ -12,6 +12,7 @@ from typing import NoReturn
 from engine.errors import InternalError
 from engine.ipc import AsyncInbox
 from engine.messages import Hello, ToTokenizer
+from engine.processes.busy_timer import BusyTimer
 from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.upstream.outbox import SchedulerOutbox
 
@@ -26,12 +27,14 @@ class SchedulerInbox:
         self._outbox = outbox
         self._inbox = inbox
 
-    async def until_ready(self, stopping: asyncio.Event, forgiving: bool) -> bool:
+    async def until_ready(self, stopping: asyncio.Event, forgiving: bool, busy_timer: BusyTimer) -> bool:
         """Reads messages until requests can be served. Returns False if `stopping` is set before that, else True.
 
         Raises AdapterError if a start-up adapter cannot be loaded. With `forgiving`, that adapter is logged instead and
-        only its requests are refused: a restarted tokenizer process serves the adapters that still load.
+        only its requests are refused: a restarted tokenizer process serves the adapters that still load. Each message
+        is a piece of work for `busy_timer`, which is idle between them.
         """
+        busy_timer.idle()
         stop = asyncio.ensure_future(stopping.wait())
         try:
             while not self.frontend.is_ready:
@@ -40,8 +43,9 @@ class SchedulerInbox:
                 if not message.done():
                     message.cancel()
                     return False
-                self._handle(message.result())
-                self._check_adapters(forgiving)
+                with busy_timer.working():
+                    self._handle(message.result())
+                    self._check_adapters(forgiving)
             return True
         finally:
             stop.cancel()

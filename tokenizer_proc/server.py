@@ -1,14 +1,13 @@
 """Runs the tokenizer process: its sockets and servers, and the order in which they open and close.
 
 open     inbox -> Hello -> Capacity -> adapters loaded -> HTTP and ZeroMQ servers -> Ready
-close    SIGTERM -> no new connections -> open streams end, or are cancelled after DRAIN_SECONDS -> exit 0
+close    the launcher asks -> no new connections -> open streams end, or are cancelled after DRAIN_SECONDS -> exit 0
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 from collections.abc import AsyncIterator
 from typing import NoReturn
 
@@ -31,25 +30,24 @@ BEAT_SECONDS = 0.5
 
 
 async def serve(child: Child, config: TokenizerConfig, busy_timer: BusyTimer) -> None:
-    """Runs the process until SIGTERM. Raises EngineError if it cannot start.
+    """Runs the process until it is asked to stop. Raises EngineError if it cannot start.
 
-    `busy_timer` is ticked regularly, to show that the event loop is not blocked.
+    `busy_timer` is idle while this process waits for the scheduler. Once it serves, the timer is ticked regularly, to
+    show that the event loop is not blocked.
     """
-    stopping = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
+    stopping, loop = asyncio.Event(), asyncio.get_running_loop()
+    child.on_stop = lambda: loop.call_soon_threadsafe(stopping.set)
     context = zmq.asyncio.Context()
     inbox: AsyncInbox[ToTokenizer] = AsyncInbox(
         context, config.endpoints.tokenizer, ToTokenizer, config.endpoints.max_frame_bytes
     )
     outbox = SchedulerOutbox(zmq.Context.shadow(context.underlying), config.endpoints)
-    beating = asyncio.ensure_future(_beat(busy_timer))
     try:
         messages = SchedulerInbox(Frontend.load(config, outbox.send), outbox, inbox)
-        if not await messages.until_ready(stopping, forgiving=config.endpoints.epoch > 0):
+        if not await messages.until_ready(stopping, config.endpoints.epoch > 0, busy_timer):
             return
         await _run_servers(child, config, context, messages, stopping, busy_timer)
     finally:
-        beating.cancel()
         inbox.close()
         outbox.close()
         context.term()
@@ -63,8 +61,9 @@ async def _run_servers(
     stopping: asyncio.Event,
     busy_timer: BusyTimer,
 ) -> None:
-    """Runs both servers, from when the front end is ready until its last stream has ended after a SIGTERM."""
+    """Runs both servers, from when the front end is ready until its last stream has ended after a request to stop."""
     frontend, reading = messages.frontend, asyncio.ensure_future(messages.read())
+    beating = asyncio.ensure_future(_beat(busy_timer))
     try:
         async with _zmq_server(config, context, frontend) as serving, http_server(config, frontend) as http:
             child.ready(_facts(frontend))
@@ -78,6 +77,7 @@ async def _run_servers(
             await http.stop_listening()
             await frontend.drain(DRAIN_SECONDS)
     finally:
+        beating.cancel()
         reading.cancel()
 
 

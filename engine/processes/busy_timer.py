@@ -12,6 +12,8 @@ class BusyTimer:
 
     def __init__(self) -> None:
         self._since: float | None = None
+        self.begun = 0
+        """The number of pieces of work begun so far, which shows progress even if each is short."""
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
@@ -25,6 +27,7 @@ class BusyTimer:
     def tick(self) -> None:
         """Ends the current piece of work and begins the next one."""
         self._since = time.monotonic()
+        self.begun += 1
 
     def idle(self) -> None:
         """Marks the process as having no work."""

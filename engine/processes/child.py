@@ -1,4 +1,4 @@
-"""The child's side of a child process: reads its config, reports Ready or Failed, ends when the parent is gone.
+"""The child's side of a child process: reads its config, reports Ready or Failed, ends on STOP or with its parent.
 
 parent                                child
   | -- config, one JSON line on stdin -->|   stdin then stays open: EOF means that the parent is gone
@@ -6,25 +6,27 @@ parent                                child
   |<-- Ready or Failed, once ------------|   does not reach
   |<-- Heartbeat, each second -----------|   while it serves
   |<-- logs on stderr -------------------|
+  | -- STOP, one line on stdin --------->|   ends in order; the stop signals are ignored
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, NoReturn, TypeVar
 
 import msgspec
 
+from engine import logs
 from engine.errors import ConfigError, EngineError
+from engine.processes import signals
 from engine.processes.busy_timer import BusyTimer
 
 HEARTBEAT_SECONDS = 1.0
+STOP = b"stop\n"
 
 C = TypeVar("C", bound=msgspec.Struct)
 
@@ -46,31 +48,54 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """Report that the child is alive. `busy`: seconds for which it has been at its current piece of work."""
+    """Report that the child is alive. `busy`: seconds for which it has been at its current piece of work.
+
+    A `busy` of 0 in a child that starts: it waits for another process. `begun`: pieces of work begun so far.
+    """
 
     busy: float = 0.0
+    begun: int = 0
+
+
+def leave() -> NoReturn:
+    """Ends this process at once, from any thread, with status 0. What it logged is still written, if that is quick."""
+    logs.flush()
+    os._exit(0)
 
 
 class Child:
-    """The connection of this process to its parent. Create it before any print or heavy import."""
+    """The connection of this process to its parent. Create it before any print or heavy import.
 
-    def __init__(self, on_orphaned: Callable[[], None] = lambda: os._exit(0)) -> None:
+    `on_stop` is called, by a thread, when the parent asks this process to end; `on_orphaned` when the parent is gone.
+    With `is_bound` the kernel also kills this process when the thread that started it ends.
+    """
+
+    def __init__(
+        self,
+        on_stop: Callable[[], object] = leave,
+        on_orphaned: Callable[[], object] = leave,
+        *,
+        is_bound: bool = False,
+    ) -> None:
+        logs.open_descriptors()
+        self.on_stop = on_stop
         self._on_orphaned = on_orphaned
         self._parent = os.getppid()
-        self._stdin: BinaryIO = sys.stdin.buffer
+        if is_bound:
+            signals.end_with_parent()
+        signals.ignore()
+        self._unread = b""  # of stdin
         self._report: BinaryIO = os.fdopen(os.dup(1), "wb")
         self._stop_heartbeat = threading.Event()
-        os.dup2(2, 1)  # print() writes to the log from here on
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # Ctrl-C reaches the launcher too, which stops its children in order
+        os.dup2(2, 1)  # what is written to stdout goes to the log from here on
+        logs.take_over(stdout=2)
 
     def config(self, type_: type[C]) -> C:
-        """Reads the config line. From then on EOF on stdin, or a new parent process, ends this process.
+        """Reads the config line. From then on this process watches its stdin and its parent.
 
         Raises ConfigError if the line does not decode to `type_`.
         """
-        line = self._stdin.readline()
+        line = self._read_line()
         if not line.endswith(b"\n"):  # the parent died while it wrote the line
             self._on_orphaned()
         try:
@@ -110,16 +135,24 @@ class Child:
     def _send_heartbeats(self, busy_timer: BusyTimer, stop: threading.Event) -> None:
         with contextlib.suppress(OSError):  # the parent closed the pipe
             while not stop.is_set():
-                self._send(Heartbeat(busy_timer.busy))
+                self._send(Heartbeat(busy_timer.busy, busy_timer.begun))
                 stop.wait(HEARTBEAT_SECONDS)
 
     def _send(self, report: Ready | Failed | Heartbeat) -> None:
         self._report.write(msgspec.json.encode(report) + b"\n")
         self._report.flush()
 
+    def _read_line(self) -> bytes:
+        """Reads a line from stdin, or what is left before its end. Not buffered, so that a thread can read on."""
+        while b"\n" not in self._unread and (data := os.read(0, 1 << 16)):
+            self._unread += data
+        line, newline, self._unread = self._unread.partition(b"\n")
+        return line + newline
+
     def _watch_stdin(self) -> None:
-        while os.read(self._stdin.fileno(), 4096):
-            pass
+        while line := self._read_line():
+            if line == STOP:
+                self.on_stop()
         self._on_orphaned()
 
     def _watch_parent(self) -> None:

@@ -24,6 +24,7 @@ from engine.errors import EngineDead
 from engine.ipc import KEEP_SECONDS, is_private
 from engine.journal.journal import Journal
 from engine.journal.memory_file import MemoryFile
+from engine.processes import run_directory
 from engine.processes.process import ProcessSpec
 from engine.processes.supervisor import SpecFactory
 
@@ -57,6 +58,7 @@ class Addresses:
         """Makes the directory again if it was deleted. Returns whether it is there, and private to this user."""
         with contextlib.suppress(OSError):
             self._directory.mkdir(mode=0o700, parents=True)
+            run_directory.lock(self._directory)  # held until this process ends
             log.warning("the run directory %s was deleted and is made again", self._directory)
         return is_private(str(self._directory))
 

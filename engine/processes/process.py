@@ -1,14 +1,20 @@
-"""The parent's side of a child process: starts it, reads its report and heartbeats, waits for its exit, stops it.
+"""The parent's side of a child process: starts it, reads its reports, watches it from its first breath to its last.
 
-ProcessSpec (what to run) --start--> Process (one incarnation) --> Ready | Failed, once
-                                 |--> Heartbeat, each second: a process that is silent or stuck is killed, while it
-                                 |    starts (with longer limits) as while it serves
-                                 '--> ProcessExit
+    phase      begins with     ends with        a process is killed after ... seconds        (see Limits)
+                                                without a sign of life | at one piece of work | waiting for others
+    starting   its start       Ready | Failed   60                       600                    600
+    serving    Ready           its end          5                        120                    -
+    stopping   `stop`          its end          the grace that `stop` gives it
+
+A process waits for others while it starts and reports that it is not busy. That is bounded while all others serve, from
+its latest piece of work on. Time counts only while the parent itself runs: after it was stopped and continued, it first
+reads what the child wrote meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import functools
 import logging
@@ -16,7 +22,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,17 +31,33 @@ import msgspec
 
 from engine.errors import EngineDead, error_from_wire
 from engine.ipc import DECODE_ERRORS
-from engine.processes.child import Failed, Heartbeat, Ready
+from engine.processes import signals
+from engine.processes.child import STOP, Failed, Heartbeat, Ready
 
 log = logging.getLogger(__name__)
 
 _REPORT: msgspec.json.Decoder[Ready | Failed | Heartbeat] = msgspec.json.Decoder(Ready | Failed | Heartbeat)
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 MAX_REPORT_BYTES = 1 << 20
-SILENT_SECONDS = 5
-START_SILENT_SECONDS = 60  # importing a large library from a slow disk blocks all threads of the interpreter
-START_BUSY_SECONDS = 600.0  # limit for one part of the startup: a tensor, a kernel, an adapter
+LAST_REPORT_SECONDS = 2.0
+"""How long the report of a process that has ended may take to arrive: its stdout may be open elsewhere."""
+KILL_SECONDS = 10.0
+"""How long a killed process may take to end; longer if it hangs in a system call."""
 EXTERNAL_EXIT_CODES = (0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds after which a process is killed: without a line of it, at one piece of work, waiting for others."""
+
+    silent: int
+    busy: float
+    waiting: int | None = None
+
+
+STARTING = Limits(silent=60, busy=600.0, waiting=600)
+"""Importing a large library from a slow disk blocks all threads. A piece of work: a tensor, a kernel, an adapter."""
+SERVING = Limits(silent=5, busy=120.0)
 
 
 @dataclass(frozen=True)
@@ -58,7 +81,8 @@ def _python_path() -> str | None:
 
 
 def _environment(extra: dict[str, str]) -> dict[str, str]:
-    env = {**os.environ, "PYTHONSAFEPATH": "1", **extra}
+    utf8 = {"PYTHONUTF8": "1"} if codecs.lookup(sys.getfilesystemencoding()).name in ("ascii", "utf-8") else {}
+    env = {**os.environ, "PYTHONSAFEPATH": "1", **utf8, **extra}
     root = _python_path()
     if root is not None:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
@@ -73,156 +97,228 @@ class ProcessExit:
     own_fault: bool
 
 
+class _VitalSigns:
+    """What is known of a process's health: seconds without a line, at its present work, and of waiting for others."""
+
+    def __init__(self) -> None:
+        self._silent = self._waiting = 0
+        self._busy = 0.0
+        self._begun = -1
+        self._is_idle = False
+
+    def hear(self, report: Ready | Failed | Heartbeat | None) -> None:
+        """Notes a line of the process; None: a line that is no report."""
+        self._silent = 0
+        if isinstance(report, Heartbeat):
+            self._busy, self._is_idle = report.busy, report.busy == 0 and report.begun == self._begun
+            self._begun = report.begun
+        elif report is not None:
+            self._busy, self._is_idle = 0.0, False
+
+    def count_second(self, others_serve: bool) -> None:
+        """Counts a second in which this process, the parent, ran."""
+        self._silent += 1
+        self._waiting = self._waiting + 1 if self._is_idle and others_serve else 0
+
+    def fault(self, limits: Limits) -> ProcessExit | None:
+        """Returns the end of a process beyond its limits, or None if it is within them."""
+        if self._busy > limits.busy:
+            return ProcessExit(f"was stuck for {self._busy:.0f} seconds and was killed", own_fault=True)
+        if self._silent >= limits.silent:
+            return ProcessExit(f"gave no sign of life for {self._silent} seconds and was killed", own_fault=False)
+        if limits.waiting is not None and self._waiting >= limits.waiting:
+            what = "waited for the others, which serve already,"
+            return ProcessExit(f"{what} for {self._waiting} seconds and was killed", own_fault=False)
+        return None
+
+
 class Process:
     """One incarnation of a child process. The code that starts it also stops it."""
 
-    def __init__(self, spec: ProcessSpec, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, spec: ProcessSpec, child: subprocess.Popen[bytes]) -> None:
+        loop = asyncio.get_running_loop()
         self.spec = spec
-        self._process = process
+        self._child = child
+        self._signs = _VitalSigns()
+        self._ended: asyncio.Future[int] = loop.create_future()
+        self._first_report: asyncio.Future[Ready | Failed] = loop.create_future()
+        self._reports = _ReportReader(self._hear)
+        self._stdin: asyncio.WriteTransport | None = None
+        threading.Thread(target=_wait, args=(child, loop, self._ended), name="wait", daemon=True).start()
 
     @classmethod
     async def start(cls, spec: ProcessSpec) -> Process:
-        """Starts the child and writes its config to its stdin. The child shares the parent's stderr."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",
-            "-m",
-            spec.module,
-            *spec.arguments,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            pass_fds=tuple(spec.descriptors),
-            env=_environment(spec.environment),
-            limit=MAX_REPORT_BYTES,
-        )
-        assert process.stdin is not None
-        with contextlib.suppress(ConnectionError):  # the child has died already; report() raises this
-            process.stdin.write(msgspec.json.encode(spec.config) + b"\n")
-            await process.stdin.drain()
-        return cls(spec, process)
+        """Starts the child and writes its config to its stdin. The child shares the parent's stderr.
+
+        Raises OSError if it cannot be started.
+        """
+        child = _spawn(spec)
+        process = cls(spec, child)
+        try:
+            await process._connect()
+        except BaseException:
+            process.kill()
+            for pipe in (child.stdin, child.stdout):
+                pipe.close()  # type: ignore[union-attr]
+            raise
+        return process
+
+    async def _connect(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._stdin, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, self._child.stdin)
+        await loop.connect_read_pipe(lambda: self._reports, self._child.stdout)
+        self._stdin.write(msgspec.json.encode(self.spec.config) + b"\n")
 
     @property
     def pid(self) -> int:
         """The process id."""
-        return self._process.pid
+        return self._child.pid
 
-    async def report(self) -> Ready:
-        """Waits for the child's Ready and returns it.
+    @property
+    def serves(self) -> bool:
+        """Whether the child has reported Ready and has not ended."""
+        reported = self._first_report.done() and isinstance(self._first_report.result(), Ready)
+        return reported and not self._ended.done()
 
-        Raises the error that the child reports, or EngineDead if the child exits first or is silent or stuck.
+    async def report(self, limits: Limits = STARTING, others_serve: Callable[[], bool] = lambda: False) -> Ready:
+        """Waits for the child's Ready and returns it. `others_serve`: whether all that it may wait for serves already.
+
+        Raises the error that the child reports, or EngineDead if the child exits first or exceeds `limits`.
         """
-        report = await self._next_report(START_SILENT_SECONDS, START_BUSY_SECONDS)
-        match report:
-            case Ready():
-                return report
-            case Failed():
-                raise error_from_wire(report.kind, report.message, None, None)
-            case ProcessExit():
-                self.kill()
-                await self._process.wait()
-                raise self._start_error(f"{report.description} before it was ready")
-        raise self._start_error(f"{await self._wait_or_kill()} while starting")
-
-    async def watch(self, max_busy: float) -> ProcessExit:
-        """Waits for the exit. Kills the process if it is silent, or busy with one task for over `max_busy` seconds."""
-        unhealthy = asyncio.ensure_future(self._wait_unhealthy(max_busy))
-        exited = asyncio.ensure_future(self._process.wait())
-        try:
-            await asyncio.wait((unhealthy, exited), return_when=asyncio.FIRST_COMPLETED)
-            if exited.done():
-                return ProcessExit(_describe(exited.result()), exited.result() not in EXTERNAL_EXIT_CODES)
-            self.kill()
-            await exited
-            return unhealthy.result()
-        finally:
-            unhealthy.cancel()
-            exited.cancel()
-
-    def _start_error(self, what: str) -> EngineDead:
-        return EngineDead(f"the {self.spec.name} process {what}; its log is above")
-
-    async def _wait_or_kill(self) -> str:
-        """Waits for the exit of a process that has closed its stdout, and kills it after SILENT_SECONDS."""
-        try:
-            await asyncio.wait_for(self._process.wait(), SILENT_SECONDS)
-        except TimeoutError:
-            self.kill()
-        return await self.wait_exit()
-
-    async def _wait_unhealthy(self, max_busy: float) -> ProcessExit:
-        """Waits until the process is silent or busy for too long. Returns the ProcessExit that describes this."""
-        while not isinstance(report := await self._next_report(SILENT_SECONDS, max_busy), ProcessExit):
-            if report is None:  # stdout is closed: either the process exits, which `watch` notices, or it hangs
-                await asyncio.sleep(SILENT_SECONDS)
-                return _silent(SILENT_SECONDS)
+        end = await self._watch(limits, self._first_report, others_serve)
+        if end is not None:
+            raise EngineDead(f"the {self.spec.name} process {end.description} before it was ready; its log is above")
+        report = self._first_report.result()
+        if isinstance(report, Failed):
+            raise error_from_wire(report.kind, report.message, None, None)
         return report
 
-    async def _next_report(self, max_silence: int, max_busy: float) -> Ready | Failed | ProcessExit | None:
-        """The next report other than a heartbeat, or None at the end of stdout.
+    async def watch(self, limits: Limits = SERVING) -> ProcessExit:
+        """Waits for the end of a child that serves. Kills the child if it exceeds `limits`."""
+        end = await self._watch(limits)
+        assert end is not None, "nothing else ends the watch"
+        return end
 
-        Returns a ProcessExit, and the child must be killed, if nothing arrives for `max_silence` seconds or a heartbeat
-        reports more than `max_busy` busy seconds. Silence is counted only while the parent itself runs: after the
-        parent was stopped and continued, it first reads what the child wrote meanwhile.
-        """
-        silent, line = 0, asyncio.ensure_future(self._read_line())
-        try:
-            while silent < max_silence:
-                await asyncio.wait((line,), timeout=1.0)
-                if not line.done():
-                    silent += 1
-                    continue
-                if not line.result():
-                    return None
-                report, silent = self._decode(line.result()), 0
-                if isinstance(report, Heartbeat) and report.busy > max_busy:
-                    return ProcessExit(f"was stuck for {report.busy:.0f} seconds and was killed", own_fault=True)
-                if isinstance(report, Ready | Failed):
-                    return report
-                line = asyncio.ensure_future(self._read_line())
-        finally:
-            line.cancel()
-        return _silent(max_silence)
-
-    async def _read_line(self) -> bytes:
-        """Returns the next line of the child's stdout, empty at its end."""
-        assert self._process.stdout is not None
-        try:
-            return await self._process.stdout.readline()
-        except ValueError as error:  # the line exceeded MAX_REPORT_BYTES and was dropped
-            return str(error).encode()
-
-    def _decode(self, line: bytes) -> Ready | Failed | Heartbeat | None:
-        try:
-            return _REPORT.decode(line)
-        except DECODE_ERRORS as error:
-            log.warning("the %s process wrote %.100r, which is no report: %s", self.spec.name, line, error)
-            return None
-
-    async def wait_exit(self) -> str:
-        """Waits for the exit and returns a description of it."""
-        return _describe(await self._process.wait())
-
-    async def stop(self, timeout: float) -> None:
-        """Sends SIGTERM and waits for the exit; after `timeout` seconds sends SIGKILL."""
-        if self._process.returncode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
-        try:
-            await asyncio.wait_for(self._process.wait(), timeout)
-        except TimeoutError:
-            self.kill()
-            await self._process.wait()
+    async def stop(self, grace: float) -> None:
+        """Asks the child to end, and kills it if that takes more than `grace` seconds."""
+        if self._stdin is not None and not self._stdin.is_closing():
+            self._stdin.write(STOP)
+            await asyncio.wait((self._ended,), timeout=grace)
+        await self._end()
 
     def kill(self) -> None:
         """Sends SIGKILL."""
         with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+            self._child.kill()
+
+    async def _watch(
+        self,
+        limits: Limits,
+        until: asyncio.Future[Ready | Failed] | None = None,
+        others_serve: Callable[[], bool] = lambda: False,
+    ) -> ProcessExit | None:
+        """Waits for the end, which it returns, or until `until` is done. Kills the child if it exceeds `limits`."""
+        events: list[asyncio.Future[int] | asyncio.Future[Ready | Failed]] = [self._ended]
+        if until is not None:
+            events.append(until)
+        while True:
+            done, _ = await asyncio.wait(events, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+            if self._ended.done():
+                await asyncio.wait((self._reports.ended,), timeout=LAST_REPORT_SECONDS)
+            if until is not None and until.done():
+                return None
+            if self._ended.done():
+                self._close()
+                code = self._ended.result()
+                return ProcessExit(_describe(code), code not in EXTERNAL_EXIT_CODES)
+            if not done:
+                self._signs.count_second(others_serve())
+            if (fault := self._signs.fault(limits)) is not None:
+                await self._end()
+                return fault
+
+    async def _end(self) -> None:
+        """Kills the child if it runs, waits for its end and closes the pipes."""
+        self.kill()
+        if not (await asyncio.wait((self._ended,), timeout=KILL_SECONDS))[0]:
+            log.error("the %s process %d was killed, but does not end", self.spec.name, self.pid)
+        self._close()
+
+    def _close(self) -> None:
+        self._reports.close()
+        if self._stdin is not None and not self._stdin.is_closing():
+            self._stdin.abort()
+
+    def _hear(self, line: bytes) -> None:
+        """Handles a line of the child's stdout."""
+        try:
+            report = _REPORT.decode(line)
+        except DECODE_ERRORS as error:
+            log.warning("the %s process wrote %.100r, which is no report: %s", self.spec.name, line, error)
+            report = None
+        self._signs.hear(report)
+        if isinstance(report, Ready | Failed) and not self._first_report.done():
+            self._first_report.set_result(report)
+        elif isinstance(report, Failed):
+            log.error("the %s process: %s", self.spec.name, report.message)
+
+
+class _ReportReader(asyncio.Protocol):
+    """Splits the child's stdout into lines. A line of more than MAX_REPORT_BYTES is dropped."""
+
+    def __init__(self, hear: Callable[[bytes], None]) -> None:
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._hear = hear
+        self._transport: asyncio.BaseTransport | None = None
+        self._unfinished = b""
+        self._is_too_long = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the event loop."""
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the event loop."""
+        *lines, self._unfinished = (self._unfinished + data).split(b"\n")
+        for line in lines:
+            self._hear(b"a line whose bytes exceed the limit" if self._is_too_long else line)
+            self._is_too_long = False
+        if len(self._unfinished) > MAX_REPORT_BYTES:
+            self._unfinished, self._is_too_long = b"", True
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        """Called by the event loop."""
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def close(self) -> None:
+        """Stops reading."""
+        if self._transport is not None:
+            self._transport.close()
+
+
+def _spawn(spec: ProcessSpec) -> subprocess.Popen[bytes]:
+    with signals.blocked():  # until the child ignores them
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", spec.module, *spec.arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=tuple(spec.descriptors),
+            env=_environment(spec.environment),
+        )
+
+
+def _wait(child: subprocess.Popen[bytes], loop: asyncio.AbstractEventLoop, ended: asyncio.Future[int]) -> None:
+    """Waits for the child's end, in a thread: whatever still holds its pipes does not matter."""
+    code = child.wait()
+
+    def tell() -> None:
+        if not ended.done():
+            ended.set_result(code)
+
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(tell)
 
 
 def _describe(code: int) -> str:
     return f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
-
-
-def _silent(seconds: int) -> ProcessExit:
-    return ProcessExit(f"gave no sign of life for {seconds} seconds and was killed", own_fault=False)

@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import msgspec
 
@@ -73,9 +74,10 @@ class ChildProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
 
-    def terminate(self) -> None:
-        """Sends SIGTERM, on which the child can clean up before it ends."""
-        self._process.terminate()
+    def stop(self) -> None:
+        """Closes the child's stdin, on which it can clean up before it ends."""
+        with contextlib.suppress(OSError):
+            self._lifeline.close()
 
     def kill(self, seconds: float) -> None:
         """Kills the child if it is running. Waits at most `seconds` for it to end: it may hang in a system call."""
@@ -83,5 +85,6 @@ class ChildProcess:
             with contextlib.suppress(OSError):
                 (os.killpg if self._leads_group else os.kill)(self.pid, signal.SIGKILL)
         self.wait(seconds)
-        with contextlib.suppress(OSError):
-            self._lifeline.close()
+        self.stop()
+        if self.is_running:  # it hangs in the kernel: a thread waits for it, so that it does not stay a zombie
+            threading.Thread(target=self._process.wait, name="wait", daemon=True).start()

@@ -36,7 +36,7 @@ from engine.messages import (
     ToScheduler,
     UnloadAdapter,
 )
-from engine.processes.child import Failed, Heartbeat, Ready
+from engine.processes.child import STOP, Failed, Heartbeat, Ready
 from model_runner.server import SCHEDULER_EPOCHS
 
 pytestmark = pytest.mark.e2e
@@ -81,6 +81,13 @@ class Child:
         message = self._waiting.pop(0)
         assert isinstance(message, type_), message
         return message
+
+    def stop(self) -> None:
+        """Sends a SIGTERM, which is ignored, and asks the child to stop, as the launcher does."""
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.stdin is not None
+        self.process.stdin.write(STOP)
+        self.process.stdin.flush()
 
     def close(self) -> None:
         """Kills the child."""
@@ -209,7 +216,7 @@ def test_steps_go_on_during_a_slow_load(
     child.outbox.send(LoadAdapter(adapter_id=1, path=root, name="voice"))
     again = child.next(AdapterState)
     assert (again.adapter_id, again.state, again.revision) == (1, "host", loaded.revision)
-    child.process.send_signal(signal.SIGTERM)
+    child.stop()
     assert child.process.wait(timeout=30) == 0
 
 
@@ -245,10 +252,10 @@ def test_evicted_adapter_reloads_only_unchanged(
         shutil.rmtree(root, ignore_errors=True)
 
 
-def test_sigterm_ends_with_zero(start: Callable[..., Child]) -> None:
+def test_stop_ends_with_zero_and_sigterm_is_ignored(start: Callable[..., Child]) -> None:
     child = start()
     assert isinstance(child.report(), Ready)
-    child.process.send_signal(signal.SIGTERM)
+    child.stop()
     assert child.process.wait(timeout=30) == 0
 
 

@@ -37,6 +37,7 @@ from engine.messages import (
     ToTokenizer,
     UnloadAdapter,
 )
+from engine.processes.child import STOP
 
 pytestmark = pytest.mark.e2e
 
@@ -180,7 +181,10 @@ def test_requests_through_real_sockets(neighbours: Neighbours) -> None:
         assert tokens[message.request_id] == oracle(message, neighbours.library, CAPACITY)[0]
     assert [state.state for state in neighbours.until(AdapterState, 2)] == ["host", "resident"]
     _becomes_idle(neighbours)
-    neighbours.process.send_signal(signal.SIGTERM)
+    neighbours.process.send_signal(signal.SIGTERM)  # ignored: the launcher obeys it
+    assert neighbours.process.stdin is not None
+    neighbours.process.stdin.write(STOP)
+    neighbours.process.stdin.flush()
     assert neighbours.process.wait(10) == 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -24,6 +23,7 @@ from fixtures.serving.tokenizer_front import capacity
 from engine.config.process_configs import AdapterSource, Endpoints, TokenizerConfig
 from engine.ipc import Inbox, Outbox
 from engine.messages import AdapterState, Generate, Hello, LoadAdapter, Progress, ToScheduler, Update
+from engine.processes.child import STOP
 
 pytestmark = pytest.mark.e2e
 
@@ -87,6 +87,12 @@ class Process:
         with urllib.request.urlopen(request, timeout=20) as response:
             return bytes(response.read())
 
+    def stop(self) -> None:
+        """Asks the process to stop, as the launcher does."""
+        assert self.popen.stdin is not None
+        self.popen.stdin.write(STOP)
+        self.popen.stdin.flush()
+
     def close(self) -> None:
         if self.popen.poll() is None:
             self.popen.kill()
@@ -126,7 +132,8 @@ def test_from_hello_to_an_orderly_end(tmp_path: Path) -> None:
         generate: Generate = child.receive(Generate)
         assert generate.lora == [(1, 1.0)]
 
-        child.popen.send_signal(signal.SIGTERM)  # the open request is still completed
+        child.popen.send_signal(signal.SIGTERM)  # ignored: the launcher obeys it
+        child.stop()  # the open request is still completed
         tokens = small_tokenizers.byte_level().encode(" world", add_special_tokens=False).ids
         update = Update(request_id=generate.request_id, index=0, tokens=tokens, finish="length")
         child.outbox.send(Progress(0, [update]))
@@ -155,12 +162,12 @@ def test_a_model_without_tokenizer_json_ends_the_start(tmp_path: Path) -> None:
         assert child.popen.wait(20) == 1
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "lifeline"])
-def test_sigterm_ends_it_while_it_waits_for_capacity(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("how", ["stop", "lifeline"])
+def test_stop_ends_it_while_it_waits_for_capacity(tmp_path: Path, how: str) -> None:
     with process(tmp_path) as child:
         child.receive(Hello)
-        if how == "SIGTERM":
-            os.kill(child.popen.pid, signal.SIGTERM)
+        if how == "stop":
+            child.stop()
         else:
             assert child.popen.stdin is not None
             child.popen.stdin.close()

@@ -27,6 +27,11 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(argv: Sequence[str]) -> ServerArgs:
     """Parses a command line (without the program's name). Raises ConfigError with a one-line message."""
+    for argument in (*argv, os.environ.get("CHORUS_ADMIN_API_KEY", "")):
+        if not _is_text(argument):
+            raise ConfigError(
+                "a flag, a path or CHORUS_ADMIN_API_KEY has bytes that are no text in this locale's encoding"
+            )
     fields = vars(make_parser().parse_args(argv))
     positional = fields.pop("model")
     if positional is not None and fields.get("model_path") not in (None, positional):
@@ -34,6 +39,11 @@ def parse(argv: Sequence[str]) -> ServerArgs:
     if positional is not None:
         fields["model_path"] = positional
     return ServerArgs(**{**_from_environment(), **fields})
+
+
+def _is_text(argument: str) -> bool:
+    """Returns whether Python could decode an argument; the bytes that it could not are surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in argument)
 
 
 def _from_environment() -> dict[str, object]:

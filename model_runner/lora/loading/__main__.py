@@ -17,7 +17,7 @@ def main() -> None:
     os.nice(NICENESS)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-    child = Child()
+    child = Child(is_bound=True)
     from model_runner.lora.loading.messages import LoaderConfig
     from model_runner.lora.loading.worker import serve
 

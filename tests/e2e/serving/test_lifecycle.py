@@ -16,7 +16,10 @@ from pathlib import Path
 
 import pytest
 from fixtures.models.tiny_models import make_adapter
+from fixtures.processes.resources import children
 from fixtures.serving.running import RunningServer
+
+from engine.processes.run_directory import run_directory
 
 pytestmark = pytest.mark.e2e
 
@@ -104,11 +107,15 @@ def test_second_signal_kills_at_once(tiny_model: Callable[[str], Path]) -> None:
 
 def test_children_exit_when_the_launcher_is_killed(tiny_model: Callable[[str], Path]) -> None:
     with RunningServer("--model-path", tiny_model("llama3"), expect_status=None) as server:
-        pids = server.children()
+        pids = [pid for child in server.children() for pid in (child, *children(child))]
+        os.kill(pids[-1], signal.SIGSTOP)  # one that cannot notice it by itself
         server.process.send_signal(signal.SIGKILL)
         server.process.wait()
         _wait_until(lambda: _gone(pids), "children outlived their launcher")
-    shutil.rmtree(Path(server.connect_address.removeprefix("ipc://")).parent)
+    directory = Path(server.connect_address.removeprefix("ipc://")).parent
+    assert directory.exists()
+    with run_directory([directory.parent]):
+        assert not directory.exists(), "the next launch sweeps it"
 
 
 def test_unrecoverable_process_ends_the_launch(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
@@ -180,11 +187,10 @@ def test_hostile_packages_in_the_cwd_are_not_imported(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama3")
-    for name in ("scheduler", "model_runner", "tokenizer_proc", "torch", "zmq"):
+    for name in ("scheduler", "model_runner", "tokenizer_proc", "torch", "zmq", "msgspec"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('hostile')")
     monkeypatch.chdir(tmp_path)
-    # keeps the launcher itself from importing packages of the current directory, which `-m` would do
-    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     with RunningServer("--model-path", model) as server:
         assert server.post("/generate", {"text": "hello", "sampling_params": {"max_new_tokens": 2}})[0] == 200

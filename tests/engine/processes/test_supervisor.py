@@ -14,11 +14,12 @@ import pytest
 from fixtures.processes.child_that import Orders
 
 from engine.errors import AdapterError, ConfigError, EngineDead, InvalidRequest
-from engine.processes import process
 from engine.processes import supervisor as supervision
-from engine.processes.process import Process, ProcessSpec
+from engine.processes.process import Limits, Process, ProcessExit, ProcessSpec
 from engine.processes.supervisor import SpecFactory, Supervisor
 
+SHORT_WORK = Limits(silent=5, busy=1.0)
+SHORT_START = Limits(silent=2, busy=0.5, waiting=2)
 FIXTURES = str(Path(__file__).parents[2] / "fixtures" / "processes")
 
 
@@ -52,7 +53,7 @@ def test_ready_is_read_past_prints_and_stop_ends_a_process() -> None:
         report = await process.report()
         assert report.facts == {"pid": process.pid}
         await process.stop(10)
-        assert "signal 15" in await process.wait_exit()
+        assert await process.watch() == ProcessExit("exited with code 0", own_fault=False)
         return process.pid
 
     assert not _alive(asyncio.run(run()))
@@ -89,14 +90,20 @@ def test_too_many_deaths_in_a_row_stop_the_group(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(supervision, "MAX_DEATHS", 2)
 
     async def run() -> tuple[str, list[int]]:
-        async with Supervisor([_factory("serves"), _factory("serves, then dies")]) as supervisor:
-            reports = await supervisor.ready()
-            return await supervisor.run_until_unrecoverable(), [
-                int(str(report.facts["pid"])) for report in reports.values()
-            ]
+        async with Supervisor([_factory("serves"), _factory("serves again")]) as supervisor:
+            await supervisor.ready()
+            pids = supervisor.pids()
+            end = asyncio.ensure_future(supervisor.run_until_unrecoverable())
+            while not end.done():
+                if supervisor._keepers[1].serves:
+                    pids.append(supervisor.pids()[1])
+                    os.kill(pids[-1], signal.SIGKILL)
+                await asyncio.sleep(0.1)
+            return end.result(), pids
 
     death, pids = asyncio.run(run())
-    assert death == "the serves, then dies process exited with code 9, and that too often in a row"
+    assert death == "the serves again process was killed by signal 9, and that too often in a row"
+    assert len(set(pids)) == 4
     assert not any(map(_alive, pids))
 
 
@@ -140,36 +147,27 @@ def test_failed_start_keeps_the_fault_of_the_one_before() -> None:
     async def run() -> None:
         async with Supervisor([make]) as supervisor:
             await supervisor.ready()
-            keeper = asyncio.ensure_future(supervisor.run_until_unrecoverable())
             os.kill(supervisor.pids()[0], signal.SIGKILL)
             async with asyncio.timeout(20):
                 while len(after_faults) < 3:
                     await asyncio.sleep(0.05)
-            keeper.cancel()
-            await asyncio.wait([keeper])  # waits, because a start that is cancelled when its loop closes would not end
 
     asyncio.run(run())
     assert after_faults == [False, False, False], "a failed start is not the fault of requests in flight"
 
 
 async def _replaced(supervisor: Supervisor, first: int) -> int:
-    """Waits for the incarnation after `first` and returns its process id."""
-    keeper = asyncio.ensure_future(supervisor.run_until_unrecoverable())
-    try:
-        async with asyncio.timeout(20):
-            while (now := supervisor.pids()[0]) == first:
-                assert not keeper.done()
-                await asyncio.sleep(0.05)
-        return now
-    finally:
-        keeper.cancel()
-        await asyncio.wait([keeper])  # waits, because a start that is cancelled when its loop closes would not end
+    """Waits until the incarnation after `first` serves and returns its process id."""
+    async with asyncio.timeout(20):
+        while supervisor.pids()[0] == first or not supervisor._keepers[0].serves:
+            await asyncio.sleep(0.05)
+    return supervisor.pids()[0]
 
 
 @pytest.mark.parametrize("life", ["serves, then dies", "serves, then is stuck", "serves, then falls silent"])
 def test_dead_stuck_or_silent_process_is_replaced(life: str) -> None:
     async def run() -> tuple[int, int]:
-        async with Supervisor([_factory(life, "serves")], max_busy=1.0) as supervisor:
+        async with Supervisor([_factory(life, "serves")], serving=SHORT_WORK) as supervisor:
             first = int(str((await supervisor.ready())[life].facts["pid"]))
             return first, await _replaced(supervisor, first)
 
@@ -178,11 +176,9 @@ def test_dead_stuck_or_silent_process_is_replaced(life: str) -> None:
     assert not _alive(first)
 
 
-def test_stopped_process_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "SILENT_SECONDS", 2)
-
+def test_stopped_process_is_replaced() -> None:
     async def run() -> tuple[int, int]:
-        async with Supervisor([_factory("serves")]) as supervisor:
+        async with Supervisor([_factory("serves")], serving=Limits(silent=2, busy=120.0)) as supervisor:
             first = int(str((await supervisor.ready())["serves"].facts["pid"]))
             os.kill(first, signal.SIGSTOP)
             return first, await _replaced(supervisor, first)
@@ -197,14 +193,16 @@ def test_stopped_process_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("hangs in its start", "was stuck for [1-9][0-9]* seconds and was killed before it was ready"),
         ("is stopped in its start", "gave no sign of life for 2 seconds and was killed before it was ready"),
-        ("falls silent in its start", "was killed by signal 9 while starting"),
+        ("falls silent in its start", "gave no sign of life for 2 seconds and was killed before it was ready"),
+        ("waits for another", "waited for the others, which serve already, for 2 seconds and was killed"),
     ],
 )
-def test_hanging_first_start_is_killed(does: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _shorten_start_limits(monkeypatch)
-
+def test_hanging_first_start_is_killed(does: str, words: str) -> None:
     async def run() -> list[int]:
-        async with asyncio.timeout(30), Supervisor([_factory("serves"), _factory(does)], grace=0.3) as supervisor:
+        async with (
+            asyncio.timeout(30),
+            Supervisor([_factory("serves"), _factory(does)], grace=0.3, starting=SHORT_START) as supervisor,
+        ):
             pids = supervisor.pids()
             with pytest.raises(EngineDead, match=f"the {does} process {words}"):
                 await supervisor.ready()
@@ -218,7 +216,7 @@ def test_first_start_fails_when_another_process_is_lost(life: str) -> None:
     async def run() -> None:
         async with (
             asyncio.timeout(20),
-            Supervisor([_factory(life), _factory("waits for another")], grace=0.3, max_busy=1.0) as supervisor,
+            Supervisor([_factory(life), _factory("waits for another")], grace=0.3, serving=SHORT_WORK) as supervisor,
         ):
             with pytest.raises(EngineDead, match=f"the {life} process .* while another started"):
                 await supervisor.ready()
@@ -227,16 +225,13 @@ def test_first_start_fails_when_another_process_is_lost(life: str) -> None:
 
 
 @pytest.mark.parametrize("does", ["hangs in its start", "is stopped in its start"])
-def test_hanging_restart_is_a_failed_start(
-    does: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_hanging_restart_is_a_failed_start(does: str, caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> str:
         async with (
             asyncio.timeout(60),
-            Supervisor([_factory("serves, then dies", does, "fails")], grace=0.3) as supervisor,
+            Supervisor([_factory("serves, then dies", does, "fails")], grace=0.3, starting=SHORT_START) as supervisor,
         ):
             await supervisor.ready()
-            _shorten_start_limits(monkeypatch)
             return await supervisor.run_until_unrecoverable()
 
     assert asyncio.run(run()).endswith("too often in a row")
@@ -245,18 +240,16 @@ def test_hanging_restart_is_a_failed_start(
     assert told[0].startswith(f"the {does} process ")
 
 
-def _shorten_start_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shortens the time limits of a start."""
-    monkeypatch.setattr(process, "START_SILENT_SECONDS", 2)
-    monkeypatch.setattr(process, "START_BUSY_SECONDS", 0.5)
-
-
-def test_slow_start_with_progress_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "START_BUSY_SECONDS", 1.5)
+@pytest.mark.parametrize("does", ["starts slowly", "waits with progress"])
+def test_slow_start_with_progress_is_waited_for(does: str) -> None:
+    limits = Limits(silent=60, busy=1.5, waiting=2)
 
     async def run() -> None:
-        async with asyncio.timeout(30), Supervisor([_factory("starts slowly")]) as supervisor:
-            assert "starts slowly" in await supervisor.ready()
+        async with (
+            asyncio.timeout(30),
+            Supervisor([_factory("serves"), _factory(does)], starting=limits) as supervisor,
+        ):
+            assert does in await supervisor.ready()
 
     asyncio.run(run())
 
@@ -265,11 +258,8 @@ def test_lines_that_are_no_report_are_skipped(caplog: pytest.LogCaptureFixture) 
     async def run() -> str:
         async with asyncio.timeout(30), Supervisor([_factory("writes garbage lines")]) as supervisor:
             (report,) = (await supervisor.ready()).values()
-            keeper = asyncio.ensure_future(supervisor.run_until_unrecoverable())
             await asyncio.sleep(2.0)
-            assert not keeper.done()
-            keeper.cancel()
-            await asyncio.wait([keeper])  # waits, because a start that is cancelled when its loop closes would not end
+            assert supervisor.pids() == [report.facts["pid"]], "it was not replaced"
             return str(report.facts["pid"])
 
     assert int(asyncio.run(run())) > 0
@@ -277,10 +267,10 @@ def test_lines_that_are_no_report_are_skipped(caplog: pytest.LogCaptureFixture) 
     assert "exceed the limit" in caplog.text
 
 
-def test_process_that_ignores_sigterm_is_killed() -> None:
+def test_process_that_ignores_the_stop_is_killed() -> None:
     async def run() -> int:
-        async with Supervisor([_factory("ignores SIGTERM")], grace=0.3) as supervisor:
-            return int(str((await supervisor.ready())["ignores SIGTERM"].facts["pid"]))
+        async with Supervisor([_factory("ignores the stop")], grace=0.3) as supervisor:
+            return int(str((await supervisor.ready())["ignores the stop"].facts["pid"]))
 
     assert not _alive(asyncio.run(run()))
 
@@ -294,7 +284,7 @@ def test_child_exits_when_its_parent_is_killed() -> None:
             "from engine.processes.process import Process, ProcessSpec\n"
             "from child_that import Orders\n"
             "async def main():\n"
-            "    child = await Process.start(ProcessSpec('c', 'child_that', Orders('ignores SIGTERM')))\n"
+            "    child = await Process.start(ProcessSpec('c', 'child_that', Orders('ignores the stop')))\n"
             "    await child.report(); print(child.pid, flush=True); await asyncio.sleep(60)\n"
             "asyncio.run(main())",
         ],

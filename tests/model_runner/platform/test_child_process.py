@@ -17,17 +17,18 @@ import json, os, signal, subprocess, sys
 assert sys.flags.safe_path
 config = json.loads(sys.stdin.readline())
 print("a stray print")
-if config["ignores_sigterm"]:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 grandchild = subprocess.Popen(["sleep", "1000"], stdin=subprocess.DEVNULL) if config["starts_process"] else None
 os.write(config["pipe"], f"{grandchild.pid if grandchild else 0} {os.environ['OMP_NUM_THREADS']}".encode())
-sys.exit(3 + len(sys.stdin.read()))
+left = len(sys.stdin.read())
+if config["ignores_stop"]:
+    signal.pause()
+sys.exit(3 + left)
 """
 
 
 class Config(msgspec.Struct):
     pipe: int
-    ignores_sigterm: bool = False
+    ignores_stop: bool = False
     starts_process: bool = False
 
 
@@ -45,12 +46,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipe: tuple[int, int]
     (tmp_path / "a_child.py").write_text(CHILD)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
-    def started(
-        *, leads_group: bool = False, ignores_sigterm: bool = False, starts_process: bool = False
-    ) -> ChildProcess:
-        return ChildProcess(
-            "a_child", Config(pipe[1], ignores_sigterm, starts_process), pipe[1], leads_group=leads_group
-        )
+    def started(*, leads_group: bool = False, ignores_stop: bool = False, starts_process: bool = False) -> ChildProcess:
+        return ChildProcess("a_child", Config(pipe[1], ignores_stop, starts_process), pipe[1], leads_group=leads_group)
 
     return started
 
@@ -88,14 +85,25 @@ def test_child_without_a_group_is_killed_alone(start: Callable[..., ChildProcess
     assert child.exit_text == "was killed by signal 9"
 
 
-@pytest.mark.parametrize(("ignores_sigterm", "signal"), [(False, 15), (True, 9)])
-def test_terminate_ends_a_child_unless_it_ignores_it(
-    start: Callable[..., ChildProcess], pipe: tuple[int, int], ignores_sigterm: bool, signal: int
+@pytest.mark.parametrize(("ignores_stop", "end"), [(False, "ended with status 3"), (True, "was killed by signal 9")])
+def test_stop_ends_a_child_unless_it_ignores_it(
+    start: Callable[..., ChildProcess], pipe: tuple[int, int], ignores_stop: bool, end: str
 ) -> None:
-    child = start(ignores_sigterm=ignores_sigterm)
+    child = start(ignores_stop=ignores_stop)
     os.read(pipe[0], 100)
-    child.terminate()
-    child.wait(0.2 if ignores_sigterm else 30)
-    assert child.is_running == ignores_sigterm
+    child.stop()
+    child.wait(0.2 if ignores_stop else 30)
+    assert child.is_running == ignores_stop
     child.kill(10)
-    assert child.exit_text == f"was killed by signal {signal}"
+    assert child.exit_text == end
+
+
+def test_killed_child_is_reaped_though_it_was_not_waited_for(
+    start: Callable[..., ChildProcess], pipe: tuple[int, int]
+) -> None:
+    child = start()
+    os.read(pipe[0], 100)
+    pid = child.pid
+    child.kill(0)
+    del child
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())

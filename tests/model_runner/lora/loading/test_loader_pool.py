@@ -21,6 +21,7 @@ import torch
 from fixtures.adapters.broken_adapters import BROKEN
 from fixtures.adapters.lora_sites import plain_tensors, random_sites, write_adapter
 from fixtures.processes.resources import children, descriptors, private_bytes, shared_bytes
+from fixtures.processes.watched import wait_for
 from msgspec.structs import replace
 
 from engine.messages import LoadAdapter
@@ -83,7 +84,7 @@ def shared() -> Iterator[LoaderPool]:
     yield loaders
     pids = loaders.pids
     loaders.close()
-    assert not set(pids) & set(children())
+    wait_for(lambda: not set(pids) & set(children()))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from pathlib import Path
 
 from engine import logs
@@ -20,7 +21,8 @@ def main() -> None:
     from model_runner.compute.kernels.cpu.compilation.shutdown import ShutdownHandler
 
     shutdown = ShutdownHandler()
-    child = Child(shutdown)
+    child = Child(on_stop=shutdown, on_orphaned=shutdown)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # unlike SIG_IGN, not inherited by compilers, which SIGTERM ends
     from model_runner.compute.kernels.cpu.compilation.messages import BuildOrder
     from model_runner.compute.kernels.cpu.compilation.worker import build_all
 

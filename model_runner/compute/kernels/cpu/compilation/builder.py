@@ -16,7 +16,7 @@ from model_runner.compute.kernels.cpu.compilation.messages import BuildOrder, Bu
 from model_runner.platform.child_process import ChildProcess
 
 STOP_SECONDS = 1.0
-"""The time that a builder has to end after SIGTERM before it is killed."""
+"""The time that a builder has to end after the end of its stdin before it is killed."""
 
 _RESULT = msgspec.json.Decoder(BuildResult)
 
@@ -93,7 +93,7 @@ class Builder:
 
 
 def _stop(child: ChildProcess, pipe: int) -> None:
-    child.terminate()  # on SIGTERM the builder removes its temporary files
+    child.stop()  # the builder then removes its temporary files
     child.wait(STOP_SECONDS)
     child.kill(STOP_SECONDS)
     os.close(pipe)

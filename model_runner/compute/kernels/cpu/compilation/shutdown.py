@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 class ShutdownHandler:
-    """A handler that ends the process; called on SIGTERM, and when the runner has ended.
+    """A handler that ends the process; called when the runner asks for it or has ended.
 
     `build_directory`: the directory that this process and its compilers write to; removed on shutdown.
     """
@@ -20,15 +20,14 @@ class ShutdownHandler:
     def __init__(self) -> None:
         self.build_directory: Path | None = None
         self._started = False
-        signal.signal(signal.SIGTERM, self)
 
-    def __call__(self, *_: object) -> None:
+    def __call__(self) -> None:
         """Ends the compilers (the process group, if this process leads it), then exits this process."""
         if self._started:
             return
         self._started = True
         if os.getpgrp() == os.getpid():
-            os.killpg(0, signal.SIGTERM)
+            os.killpg(0, signal.SIGTERM)  # which this process ignores
         if self.build_directory is not None:
             shutil.rmtree(self.build_directory, ignore_errors=True)
         os._exit(0)

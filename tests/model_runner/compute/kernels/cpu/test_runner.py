@@ -17,7 +17,7 @@ from fixtures.processes.watched import WAIT_SECONDS, runs, wait_for
 
 from engine.config.process_configs import Endpoints, RunnerConfig
 from engine.errors import ConfigError
-from engine.processes.child import Failed, Heartbeat, Ready
+from engine.processes.child import STOP, Failed, Heartbeat, Ready
 from model_runner.runner import Runner
 
 
@@ -53,9 +53,9 @@ def report(process: subprocess.Popen[bytes]) -> Ready | Failed:
     return word
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("end", ["stop", "kill"])
 def test_runner_serves_while_a_compiler_hangs_and_ends_it(
-    tiny_model: Callable[[str], Path], tmp_path: Path, hanging_compiler: Path, end: signal.Signals
+    tiny_model: Callable[[str], Path], tmp_path: Path, hanging_compiler: Path, end: str
 ) -> None:
     background = config(tiny_model("llama3"), tmp_path, dtype="bfloat16", cpu_kernels="auto")
     with runner_process(background, XDG_CACHE_HOME=str(tmp_path)) as process:
@@ -63,9 +63,14 @@ def test_runner_serves_while_a_compiler_hangs_and_ends_it(
         wait_for(hanging_compiler.exists)
         compiler = int(hanging_compiler.read_text())
         assert runs(compiler)
-        process.send_signal(end)
+        if end == "stop":
+            assert process.stdin is not None
+            process.stdin.write(STOP)
+            process.stdin.flush()
+        else:
+            process.kill()
         wait_for(lambda: not runs(compiler))
-        assert process.wait(WAIT_SECONDS) == (0 if end is signal.SIGTERM else -end)
+        assert process.wait(WAIT_SECONDS) == (0 if end == "stop" else -signal.SIGKILL)
     cache = tmp_path / "chorus" / "compiled"
     wait_for(lambda: {path.name for path in cache.iterdir()} == {"lock"})
 
