@@ -57,6 +57,7 @@ class Report(msgspec.Struct, kw_only=True):
     groups: dict[str, Group] = {}
     dtype: str = ""
     cast_from: list[str] = []
+    notes: list[str] = []
     revision: str = ""
     refused: str | None = None
 
@@ -79,6 +80,7 @@ def examine(root: Path, sites: list[Site], dtype: torch.dtype, limits: Limits, m
         with Directory(root) as directory:
             survey = reader.survey(directory)
             report.brings = [name for name in TEXT_FILES if directory.has(name)]
+            report.notes = reader.notes(survey)
             _describe(report, survey, page_bytes(sites, dtype, max(0, survey.added_tokens)), dtype)
             limits.check(survey)
             manifest, _ = reader.read(survey).open(reader.catalogue, dtype)
@@ -124,6 +126,7 @@ def show(report: Report) -> str:
             ("vocabulary", f"{report.vocab_size} tokens of its own" if report.vocab_size else "the model's"),
             ("text", ", ".join(report.brings) or "as the model's"),
             ("cast from", ", ".join(report.cast_from) or "nothing is cast"),
+            *(("note", note) for note in report.notes),
             ("revision", report.revision or "unknown"),
         ]
     lines.append(("refused", report.refused) if report.refused else ("served", "yes"))

@@ -65,6 +65,7 @@ def _create_store(config: RunnerConfig, sites: list[Site], dtype: torch.dtype) -
         targets=config.lora_targets,
         biases=config.lora_biases,
         extra_vocab=config.lora_extra_vocab,
+        model=Path(config.model_path) if config.model_path else None,
     )
 
 

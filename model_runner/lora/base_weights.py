@@ -37,7 +37,7 @@ class BaseWeights:
     """Reads the base's weights on demand. `directory`: the model's, needed where the sites are on the meta device."""
 
     def __init__(self, directory: Path | None = None) -> None:
-        self._directory = directory
+        self.directory = directory
         self._files: dict[str, MappedFile] | None = None
         self._squares: dict[str, torch.Tensor] = {}
 
@@ -81,7 +81,7 @@ class BaseWeights:
     def _index(self) -> dict[str, MappedFile]:
         if self._files is None:
             try:
-                files = [] if self._directory is None else _map_files(self._directory)
+                files = [] if self.directory is None else _map_files(self.directory)
             except ConfigError as error:
                 raise AdapterError(f"the base model cannot be read ({error.message})") from error
             self._files = {name: file for file in files for name in file.header.entries}

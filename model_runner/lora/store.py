@@ -25,7 +25,7 @@ MAX_MESSAGE = 600
 class AdapterStore:
     """The adapters in host memory. `load` reads one in this process, `keep` adds one that a loader child has read.
 
-    `max_rank` and `targets` are limits for adapters; None: no limit.
+    `max_rank` and `targets` are limits for adapters; None: no limit. `model` is the model's directory.
     """
 
     def __init__(
@@ -37,11 +37,12 @@ class AdapterStore:
         targets: list[str] | None,
         biases: bool = True,
         extra_vocab: int | None = None,
+        model: Path | None = None,
     ) -> None:
         self.dtype = dtype
         self.limits = Limits(max_rank, targets, biases, extra_vocab)
         self.catalogue = Catalogue(sites)
-        self.reader = AdapterReader(self.catalogue, dtype, self.limits)
+        self.reader = AdapterReader(self.catalogue, dtype, self.limits, model)
         self._adapters: dict[int, NormalForm] = {}
 
     def load(self, adapter_id: int, name: str, root: Path, revision: str = "", roots: Sequence[str] = ()) -> NormalForm:
@@ -99,6 +100,8 @@ class AdapterStore:
         )
         if adapter.cast_from:
             log.info("adapter %r: %s weights are served in %s", name, ", ".join(adapter.cast_from), self.dtype)
+        for note in manifest.notes:
+            log.warning("adapter %r: %s", name, note)
         self._adapters[adapter_id] = adapter
         return adapter
 

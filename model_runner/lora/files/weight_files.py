@@ -6,24 +6,17 @@ import msgspec
 
 from engine.directory import Directory
 from engine.errors import AdapterError
+from model_runner.lora.files.advice import CONVERSION, PICKLE_NAME, WEIGHTS_NAME
 from model_runner.lora.files.quoted import quoted_name
 from model_runner.lora.files.tensor_file import TensorFile, open_tensors
 
-WEIGHTS_NAME = "adapter_model.safetensors"
 INDEX_NAME = "adapter_model.safetensors.index.json"
-PICKLE_NAME = "adapter_model.bin"
 EXTRA_TOKENS_NAME = "new_embeddings.safetensors"
 MAX_INDEX_BYTES = 16 << 20
 MAX_HEADERS_BYTES = 64 << 20
 """The most bytes of the headers of all shards together."""
 MAX_SHARDS = 256
 """The most shards of an adapter: all of them are open while the adapter is read."""
-
-CONVERSION = (
-    'python -c "import torch, safetensors.torch as s; '
-    f"s.save_file(torch.load('{PICKLE_NAME}', weights_only=True), '{WEIGHTS_NAME}')\""
-)
-"""The text of a command that a refusal quotes for the user to run. Chorus itself never opens a pickle."""
 
 
 class ShardIndex(msgspec.Struct, frozen=True):
@@ -48,7 +41,7 @@ def open_weight_files(directory: Directory) -> list[TensorFile]:
     if WEIGHTS_NAME in present:
         return [open_tensors(directory.open(WEIGHTS_NAME), WEIGHTS_NAME)]
     if PICKLE_NAME in present:
-        raise AdapterError(f"{PICKLE_NAME}: pickles are not read; convert it in its directory: {CONVERSION}")
+        raise AdapterError(f"{PICKLE_NAME}: pickles are not read; convert it, run in its directory: {CONVERSION}")
     raise AdapterError(f"{WEIGHTS_NAME}: not found")
 
 

@@ -13,6 +13,7 @@ import torch
 
 from engine.errors import AdapterError
 from model_runner.lora.files.adapter_config import CONFIG_NAME
+from model_runner.lora.files.advice import MERGE
 from model_runner.lora.files.quoted import quoted_value
 from model_runner.lora.formats.base import PeftFormat
 from model_runner.lora.target_module import Change, Module, Shape, Term
@@ -112,7 +113,8 @@ def check_initialisation(init_lora_weights: bool | str) -> None:
     if isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(BASE_CHANGING):
         raise AdapterError(
             f"{CONFIG_NAME}: init_lora_weights={quoted_value(init_lora_weights)} changed the base weights in training;"
-            " save the adapter with path_initial_model_for_weight_conversion, which turns it into a plain LoRA"
+            f" save the adapter with path_initial_model_for_weight_conversion, which turns it into a plain LoRA,"
+            f" or {MERGE}"
         )
 
 

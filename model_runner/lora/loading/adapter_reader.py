@@ -16,6 +16,8 @@ from engine.directory import Directory
 from engine.errors import AdapterError
 from model_runner.lora.base_weights import BaseWeights
 from model_runner.lora.catalogue import Catalogue
+from model_runner.lora.files.base_name import is_same_model
+from model_runner.lora.files.quoted import quoted_name
 from model_runner.lora.loading import shm_adapter
 from model_runner.lora.loading.cpu_limit import bounded
 from model_runner.lora.loading.shm_adapter import Manifest, ShmAdapter
@@ -85,6 +87,16 @@ class AdapterReader:
         self.limits.check(survey)
         return survey
 
+    def notes(self, survey: AdapterSurvey) -> list[str]:
+        """Returns the survey's notes, and one more if the adapter names another base model than this one."""
+        named, model = survey.config.base_model_name_or_path, self.base.directory
+        if not named or model is None or is_same_model(named, model):
+            return survey.notes
+        return [
+            *survey.notes,
+            f"it was trained on {quoted_name(named)}, and the model served is {quoted_name(str(model))}",
+        ]
+
     def read(self, survey: AdapterSurvey, revision: str = "", announce: Callable[[int], None] = _silent) -> ShmAdapter:
         """Reads the surveyed adapter, whose directory must still be open, into shared memory.
 
@@ -103,7 +115,7 @@ class AdapterReader:
             found = survey.read(shm_adapter.views(memory, parts, self.catalogue, self.dtype), self.base)
             if revision and found != revision:
                 raise files_changed(found, revision)
-            manifest = Manifest(found, survey.cast_from(self.dtype), parts, survey.invocation)
+            manifest = Manifest(found, survey.cast_from(self.dtype), parts, survey.invocation, self.notes(survey))
             return shm_adapter.seal(descriptor, size, manifest)
         except BaseException:
             os.close(descriptor)

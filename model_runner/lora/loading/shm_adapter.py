@@ -52,12 +52,16 @@ class Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
 
 
 class Manifest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Where the parts are in the memory, with the revision, source dtypes and invocation tokens of the adapter."""
+    """Where the parts are in the memory, with the revision, source dtypes and invocation tokens of the adapter.
+
+    `notes` are for the log.
+    """
 
     revision: str
     cast_from: list[str]
     parts: list[Part]
     invocation: list[int] = []
+    notes: list[str] = []
 
 
 @dataclass

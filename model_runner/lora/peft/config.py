@@ -1,7 +1,8 @@
 """Reads adapter_config.json of a PEFT adapter: each option by name, as the format or one of its variants declares it.
 
 Names and meanings are those of PEFT 0.21. A setting that would change the output and is not served is refused with its
-name and value; an option that is not declared anywhere is refused unless it is empty. Does not depend on tensors.
+name and value; an option that is not declared anywhere is refused unless it is empty. Names of modules that the model
+has not, and the task, are no fault: they change nothing. Does not depend on tensors.
 """
 
 from __future__ import annotations
@@ -12,18 +13,28 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from engine.directory import Directory
 from engine.errors import AdapterError
-from model_runner.lora.files.adapter_config import CONFIG_NAME, read_options, unsupported
-from model_runner.lora.files.quoted import quoted_value
+from model_runner.lora.files.adapter_config import CONFIG_NAME, unsupported
+from model_runner.lora.files.advice import MERGE, with_option, without_option
+from model_runner.lora.files.quoted import quoted_name, quoted_value
 from model_runner.lora.formats import registry
 from model_runner.lora.formats.base import PeftFormat, RankPattern
 from model_runner.lora.normal_form import MAX_RANK
 from model_runner.lora.variants.base import Variant
 from model_runner.lora.variants.target_parameters import TargetParameters
 
-PROVENANCE = frozenset({"auto_mapping", "peft_version", "revision", "inference_mode"})
-"""Options of every format about where an adapter comes from."""
+PROVENANCE = frozenset({
+    *("auto_mapping", "peft_version", "revision", "inference_mode"),
+    *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),
+    "merge_weights",
+})  # fmt: skip
+"""Options of every format about where an adapter comes from: PEFT's, and those that trainers and old versions add."""
+
+REFUSED_TYPES_THAT_MERGE = frozenset({"IA3", "OFT", "BOFT", "VERA", "FOURIERFT", "HRA", "LN_TUNING", "POLY", "VBLORA"})
+"""Other types of PEFT whose change can be merged into the weights."""
+
+BY_TENSORS = f"{with_option('target_modules', 'null')}, and the modules that have tensors are targeted"
+"""The advice for a config whose targets are not those of the tensors."""
 
 V = TypeVar("V", bound=Variant)
 S = TypeVar("S", bound=msgspec.Struct)
@@ -93,18 +104,11 @@ class PeftConfig(PeftOptions, frozen=True, kw_only=True):
         )
 
 
-def read_config(directory: Directory) -> PeftConfig:
-    """Reads and checks the config of the adapter. Raises AdapterError naming the file or the option."""
-    return parse_config(read_options(directory))
-
-
 def parse_config(options: dict[str, Any]) -> PeftConfig:
     """Checks the decoded JSON object of a config. Raises AdapterError naming the option."""
     form = _find_format(options)
     _refuse_options(options, form)
     common = _convert(options, PeftOptions)
-    if common.task_type not in (None, "CAUSAL_LM"):
-        raise unsupported("task_type", common.task_type, "only CAUSAL_LM")
     variants = [_convert(options, kind) for kind in form.variants]
     for variant in variants:
         variant.check()
@@ -125,7 +129,8 @@ def _find_format(options: Mapping[str, Any]) -> type[PeftFormat]:
     """Returns the format of the config. Called before all checks, because each format has its own options."""
     name = options.get("peft_type", "LORA")
     if not isinstance(name, str) or name not in registry.FORMATS:
-        raise unsupported("peft_type", name, f"only {', '.join(registry.FORMATS)}")
+        merge = f"; {MERGE}" if name in REFUSED_TYPES_THAT_MERGE else ""
+        raise unsupported("peft_type", name, f"only {', '.join(registry.FORMATS)}{merge}")
     return registry.find_format(name)
 
 
@@ -135,11 +140,14 @@ def _refuse_options(options: Mapping[str, Any], form: type[PeftFormat]) -> None:
         if not value:
             continue
         if name in registry.refused_options():
-            raise unsupported(name, value, registry.refused_options()[name])
+            raise unsupported(name, value, f"{registry.refused_options()[name]}; {MERGE}")
         if name not in form.used_options() | form.harmless | common | PROVENANCE:
             is_known = any(name in other.used_options() for other in registry.all_formats())
             reason = "is no option of this peft_type" if is_known else "is unknown"
-            raise AdapterError(f"{CONFIG_NAME}: option {name}={quoted_value(value)} {reason}")
+            raise AdapterError(
+                f"{CONFIG_NAME}: option {name}={quoted_value(value)} {reason}: if the adapter computes the same without"
+                f" it, {without_option(quoted_name(name)[1:-1])}"
+            )
 
 
 def _convert(options: Mapping[str, Any], kind: type[S]) -> S:
@@ -167,15 +175,19 @@ def _check_numbers(config: PeftConfig) -> None:
 
 
 def _check_targets(config: PeftConfig) -> None:
-    if not config.target_modules and config.variant(TargetParameters) is None:
-        raise AdapterError(f"{CONFIG_NAME}: target_modules={quoted_value(config.target_modules)} names no module")
+    is_empty = config.target_modules is not None and not config.target_modules
+    if is_empty and config.variant(TargetParameters) is None:
+        raise AdapterError(
+            f"{CONFIG_NAME}: target_modules={quoted_value(config.target_modules)} names no module: {BY_TENSORS}"
+        )
     has_layers = config.layers_to_transform is not None or bool(config.layers_pattern)
     if has_layers and isinstance(config.target_modules, str):
         raise AdapterError(
             f"{CONFIG_NAME}: layers_to_transform and layers_pattern need a list of target_modules, "
-            f"not {quoted_value(config.target_modules)}"
+            f"not {quoted_value(config.target_modules)}: {BY_TENSORS}"
         )
     if config.layers_pattern and config.layers_to_transform is None:
         raise AdapterError(
-            f"{CONFIG_NAME}: layers_pattern={quoted_value(config.layers_pattern)} without layers_to_transform"
+            f"{CONFIG_NAME}: layers_pattern={quoted_value(config.layers_pattern)} without layers_to_transform:"
+            f" {without_option('layers_pattern')}"
         )

@@ -9,17 +9,16 @@ two are distinguished by shape, not by name. Does not depend on values. Legend: 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 
 from engine.errors import AdapterError
 from model_runner.lora.catalogue import Catalogue, is_named
-from model_runner.lora.files.adapter_config import CONFIG_NAME
-from model_runner.lora.files.quoted import quoted_name
+from model_runner.lora.files.quoted import quoted_name, some
 from model_runner.lora.files.tensor_file import Entry
 from model_runner.lora.peft.config import PeftConfig
 from model_runner.lora.peft.targets import Scales
@@ -61,13 +60,20 @@ class Stack:
         return {name: Entry(entry.dtype, shape, entry.data_offsets) for name in self.names()}
 
 
+class Stored(Protocol):
+    """A stored tensor that has other names, or becomes several tensors."""
+
+    def parts(self, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields the tensors that it becomes, by name."""
+
+
 @dataclass(frozen=True)
 class Unstacked:
     """An adapter's tensors with the stacks split, and what `target_parameters` targets."""
 
     entries: Mapping[str, Entry]
     targets: dict[str, Target] = field(default_factory=dict)
-    stacks: dict[str, Stack] = field(default_factory=dict)
+    stacks: Mapping[str, Stored] = field(default_factory=dict)
 
     def parts(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the parts of a stored tensor, by name: one per expert for a stack, else the tensor itself."""
@@ -77,15 +83,15 @@ class Unstacked:
             yield name, tensor
 
 
-def unstack(entries: Mapping[str, Entry], config: PeftConfig, catalogue: Catalogue) -> Unstacked:
-    """Splits the stacked tensors by expert.
+def unstack(entries: Mapping[str, Entry], config: PeftConfig, catalogue: Catalogue, notes: list[str]) -> Unstacked:
+    """Splits the stacked tensors by expert. Targeted parameters that the model does not have are added to `notes`.
 
-    Raises AdapterError for a targeted parameter that the model does not have, and for a stack that fits no parameter.
+    Raises AdapterError for a stack that fits no parameter.
     """
     variant = config.variant(TargetParameters)
     if variant is None:
         return Unstacked(entries)
-    targets, stacked = _targets(variant.names, Scales(config), catalogue)
+    targets, stacked = _targets(variant.names, Scales(config, catalogue), catalogue, notes)
     plain, stacks = dict(entries), {}
     for (layer, _), halves in _pairs(entries).items():
         for tensor, stack in _stack(layer, halves, entries, stacked):
@@ -105,7 +111,7 @@ class _Parameter:
 
 
 def _targets(
-    names: Sequence[str], scales: Scales, catalogue: Catalogue
+    names: Sequence[str], scales: Scales, catalogue: Catalogue, notes: list[str]
 ) -> tuple[dict[str, Target], dict[int, list[_Parameter]]]:
     """Returns the modules that `names` target, by name, and the targeted fused parameters, by layer."""
     used: set[str] = set()
@@ -128,8 +134,7 @@ def _targets(
             stacked.setdefault(layer, []).append(parameter)
     unknown = [name for name in names if name not in used]
     if unknown:
-        named = json.dumps(unknown)[:200]
-        raise AdapterError(f"{CONFIG_NAME}: target_parameters={named}: the model has no such parameter")
+        notes.append(f"target_parameters names what the model has not ({some(unknown)})")
     return targets, stacked
 
 

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 import torch
 
 from engine.directory import Directory
+from engine.errors import AdapterError
 from engine.messages import Footprint
 from model_runner.lora.base_weights import BaseWeights
 from model_runner.lora.catalogue import EMBEDDING_AND_HEAD, Catalogue
+from model_runner.lora.files.adapter_config import CONFIG_NAME, read_options
 from model_runner.lora.files.tensor_file import FLOATS, Entry, TensorFile
 from model_runner.lora.files.weight_files import open_weight_files
+from model_runner.lora.foreign import mlx
 from model_runner.lora.normal_form import Deltas, pages_for
-from model_runner.lora.peft.config import PeftConfig, read_config
+from model_runner.lora.peft.config import PeftConfig, parse_config
 from model_runner.lora.peft.convert import convert
 from model_runner.lora.peft.expert_stacks import Unstacked, unstack
 from model_runner.lora.peft.names import adapted_modules, parse_name
@@ -33,19 +36,24 @@ from model_runner.lora.variants.saved_modules import ORIGINAL
 
 @dataclass(frozen=True, eq=False)
 class AdapterSurvey:
-    """The checked config and headers of an adapter. Its values are read later, while its directory is still open."""
+    """The checked config and headers of an adapter. Its values are read later, while its directory is still open.
+
+    `notes` are for the log: what the config names and the model or the files have not.
+    """
 
     config: PeftConfig
     files: list[TensorFile]
     mappings: list[TensorMapping]
     dialect: str
     unstacked: Unstacked
+    notes: list[str]
+    trainer: str = "PEFT"
 
     @property
     def format(self) -> str:
         """The usual name of the format with its variants, such as "PEFT activated LoRA"."""
         labels = sorted(variant.label for variant in self.config.variants if variant.label)
-        return " ".join(["PEFT", *labels, self.config.name])
+        return " ".join([self.trainer, *labels, self.config.name])
 
     @property
     def invocation(self) -> list[int]:
@@ -133,18 +141,45 @@ class AdapterSurvey:
 
 def read_survey(directory: Directory, catalogue: Catalogue) -> AdapterSurvey:
     """Reads config and headers of the adapter and checks every name and shape against the model."""
-    config = read_config(directory)
-    files = open_weight_files(directory)
+    options = read_options(directory)
+    if mlx.is_mlx(options):
+        config = parse_config(mlx.options_of(options))
+        return _survey(config, [mlx.open_file(directory)], catalogue, is_mlx=True)
+    return _survey(parse_config(options), open_weight_files(directory), catalogue)
+
+
+def _survey(
+    config: PeftConfig, files: list[TensorFile], catalogue: Catalogue, *, is_mlx: bool = False
+) -> AdapterSurvey:
     entries: dict[str, Entry] = {}
     for file in files:
         entries |= file.entries
-    unstacked = unstack(entries, config, catalogue)
-    targets = unstacked.targets
-    if config.target_modules:
-        targets = resolve_targets(config, catalogue, adapted_modules(entries, catalogue)) | targets
-    mappings = TensorMapper(unstacked.entries, config, targets, catalogue).map()
+    notes = _notes_of(config)
+    unstacked = _converted(entries, catalogue) if is_mlx else unstack(entries, config, catalogue, notes)
+    adapted = adapted_modules(unstacked.entries, catalogue)
+    targets = {module: target for module, target in unstacked.targets.items() if module in adapted}
+    if config.target_modules or (config.target_modules is None and not unstacked.targets):
+        targets = resolve_targets(config, catalogue, adapted, notes) | targets
+    mappings = TensorMapper(unstacked.entries, config, targets, catalogue, notes).map()
+    if not mappings:
+        raise AdapterError(f"its files have no tensor of a module that {CONFIG_NAME} targets")
     _check_variants(config, mappings, catalogue)
-    return AdapterSurvey(config, files, mappings, _dialect(unstacked.entries, catalogue), unstacked)
+    dialect, trainer = _dialect(unstacked.entries, catalogue), "mlx-lm" if is_mlx else "PEFT"
+    return AdapterSurvey(config, files, mappings, dialect, unstacked, notes, trainer)
+
+
+def _converted(entries: dict[str, Entry], catalogue: Catalogue) -> Unstacked:
+    """Returns mlx-lm's tensors under the names of PEFT's."""
+    stored = mlx.convert(entries, catalogue)
+    named = {new: entry for name, how in stored.items() for new, entry in how.entries(entries[name]).items()}
+    return Unstacked(named, stacks=stored)
+
+
+def _notes_of(config: PeftConfig) -> list[str]:
+    """Returns the notes on what the config says beside the modules."""
+    if config.task_type in (None, "CAUSAL_LM"):
+        return []
+    return [f"task_type={config.task_type!r} is served as CAUSAL_LM"]
 
 
 def _check_variants(config: PeftConfig, mappings: Iterable[TensorMapping], catalogue: Catalogue) -> None:

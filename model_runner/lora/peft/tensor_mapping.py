@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from engine.errors import AdapterError
 from model_runner.lora.catalogue import EMBEDDING_AND_HEAD, Catalogue, SiteRef
 from model_runner.lora.files.adapter_config import CONFIG_NAME
+from model_runner.lora.files.advice import MERGE
 from model_runner.lora.files.quoted import quoted_name
 from model_runner.lora.files.tensor_file import FLOATS, Entry
 from model_runner.lora.formats.base import PeftFormat
@@ -79,10 +80,11 @@ class TensorMapper:
     config: PeftConfig
     targets: Mapping[str, Target]
     catalogue: Catalogue
+    notes: list[str]
 
     def map(self) -> list[TensorMapping]:
         """Returns the mappings of all modules of the adapter, in the model's order."""
-        owned = TensorOwners(self.entries, self.config, self.targets, self.catalogue).group()
+        owned = TensorOwners(self.entries, self.config, self.targets, self.catalogue, self.notes).group()
         known = [*self.catalogue.refs, *self.catalogue.fused, *self.catalogue.norms]
         modules = [module for module in known if module in owned or module in self.targets]
         mappings = [self._module(module, owned.get(module, {})) for module in modules]
@@ -109,7 +111,7 @@ class TensorMapper:
         if rank > MAX_RANK:
             raise AdapterError(
                 f"module {name}: {self.config.name} of rank {target.rank} is served as rank {rank};"
-                f" at most {MAX_RANK} is"
+                f" at most {MAX_RANK} is: {MERGE}"
             )
         variants = tuple(variant for variant in self.config.variants if variant.parts & parts.keys())
         becomes = _becomes(form, variants, parts, rows)
@@ -147,8 +149,6 @@ class TensorMapper:
 
     def _wanted_of(self, form: PeftFormat, module: Module, found: Mapping[str, Shape]) -> dict[str, Shape]:
         """Returns the required shapes of the parts of the format and its variants."""
-        if not form.parts & found.keys():
-            raise AdapterError(f"module {module.target.module} is targeted by {CONFIG_NAME}, but it has no tensors")
         return form.shapes(module, found) | {part: [module.out_features] for part in self.config.required_parts}
 
     def _check_parts(self, module: Module, parts: Mapping[str, str], wanted: Mapping[str, Shape]) -> None:
@@ -206,6 +206,7 @@ def _check_entry(tensor: str, entry: Entry, expected: Shape, rank: int) -> None:
     if entry.dtype not in FLOATS:
         raise AdapterError(f"tensor {quoted_name(tensor)} has dtype {entry.dtype}; served are {', '.join(FLOATS)}")
     if entry.shape != expected:
-        raise AdapterError(
-            f"tensor {quoted_name(tensor)} has shape {entry.shape}, expected {expected} (rank {rank} by {CONFIG_NAME})"
-        )
+        reason = f"rank {rank} by {CONFIG_NAME}"
+        if 0 in entry.shape:
+            reason = "it is empty, as DeepSpeed's ZeRO-3 leaves it: save it with its parameters gathered"
+        raise AdapterError(f"tensor {quoted_name(tensor)} has shape {entry.shape}, expected {expected} ({reason})")

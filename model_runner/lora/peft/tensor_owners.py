@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.errors import AdapterError
-from model_runner.lora.catalogue import EMBEDDING_AND_HEAD, Catalogue, is_named
+from model_runner.lora.catalogue import EMBEDDING_AND_HEAD, Catalogue, is_named, leaf
 from model_runner.lora.files.adapter_config import CONFIG_NAME
-from model_runner.lora.files.quoted import quoted_name
+from model_runner.lora.files.advice import MERGE, with_option, without_tensors
+from model_runner.lora.files.quoted import quoted_name, some
 from model_runner.lora.files.tensor_file import Entry
-from model_runner.lora.peft.config import PeftConfig
+from model_runner.lora.peft.config import BY_TENSORS, PeftConfig
 from model_runner.lora.peft.names import parse_name
 from model_runner.lora.target_module import Target
-from model_runner.lora.variants.biases import BIAS, Biases
+from model_runner.lora.variants.biases import BIAS, LORA_BIAS, Biases
+from model_runner.lora.variants.dora import MAGNITUDE
 from model_runner.lora.variants.saved_modules import BASE_WEIGHT, FULL_WEIGHT, ORIGINAL, SAVED_COPY, SavedModules
 from model_runner.lora.variants.trained_tokens import TOKENS, TOKENS_BASE, TrainedTokens
+
+OPTION_OF = {MAGNITUDE: "use_dora", LORA_BIAS: "lora_bias"}
+"""The options without which these parts are not read."""
 
 PartsByModule = dict[str, dict[str, str]]
 """Tensor names by module, then by part."""
@@ -29,11 +35,13 @@ class TensorOwners:
     config: PeftConfig
     targets: Mapping[str, Target]
     catalogue: Catalogue
+    notes: list[str]
 
     def group(self) -> PartsByModule:
         """Returns the tensors by module and part. Those of a tied embedding belong to the head too.
 
-        Raises AdapterError for tensors that the config does not cover, and options that lack their tensors.
+        Options that lack their tensors are added to `notes`. Raises AdapterError for tensors that the config does not
+        cover.
         """
         owned = self._owned()
         self._check_trained_tokens(owned)
@@ -66,21 +74,31 @@ class TensorOwners:
         if self._is_full_weight(module, part):
             return
         if part in (FULL_WEIGHT, BASE_WEIGHT, SAVED_COPY, ORIGINAL):
+            advice = MERGE
+            if module in self.catalogue.norms:
+                saved = self.config.variant(SavedModules)
+                names = [*(saved.names if saved is not None else ()), leaf(module)]
+                advice = with_option("modules_to_save", json.dumps(names))
             raise AdapterError(
                 f"tensor {quoted_name(tensor)} replaces a whole module; served are {', '.join(EMBEDDING_AND_HEAD)}"
-                " and norms in modules_to_save"
+                f" and norms in modules_to_save: {advice}"
             )
         if part not in self.config.format.parts | self.config.required_parts:
-            raise AdapterError(f"tensor {quoted_name(tensor)} is no part of {self.config.name}; nothing would use it")
+            option = OPTION_OF.get(part)
+            advice = with_option(option, "true") if option else without_tensors(part.partition(".")[0])
+            raise AdapterError(
+                f"tensor {quoted_name(tensor)} is no part of {self.config.name}; nothing would use it: {advice}"
+            )
         if module not in self.targets:
-            raise AdapterError(f"tensor {quoted_name(tensor)}: {CONFIG_NAME} does not target {module}")
+            raise AdapterError(f"tensor {quoted_name(tensor)}: {CONFIG_NAME} does not target {module}: {BY_TENSORS}")
 
     def _check_bias(self, tensor: str, module: str) -> None:
         if module in self.catalogue.norms:
             raise AdapterError(f"tensor {quoted_name(tensor)}: {module} of the model has no bias")
         biases = self.config.variant(Biases)
         if biases is None or not biases.trains_base:
-            raise AdapterError(f"tensor {quoted_name(tensor)}: {CONFIG_NAME} says bias='none'")
+            advice = with_option("bias", '"all"')
+            raise AdapterError(f"tensor {quoted_name(tensor)}: {CONFIG_NAME} says bias='none': {advice}")
 
     def _is_full_weight(self, module: str, part: str) -> bool:
         """Returns whether the part is a full weight that the module may have."""
@@ -95,25 +113,24 @@ class TensorOwners:
         return part in (FULL_WEIGHT, SAVED_COPY) and is_saved_norm
 
     def _check_trained_tokens(self, owned: PartsByModule) -> None:
-        """Raises AdapterError for a module of `trainable_token_indices` that has no trained rows in the files."""
+        """Notes the modules of `trainable_token_indices` that have no trained rows in the files."""
         variant = self.config.variant(TrainedTokens)
         for trained in variant.modules if variant is not None else ():
             if not any(is_named(module, trained) for module in owned if TOKENS in owned[module]):
-                raise AdapterError(
-                    f"{CONFIG_NAME}: trainable_token_indices means {trained}, which has no tensor for them"
-                )
+                self.notes.append(f"trainable_token_indices means {trained}, which has no tensor for them")
 
     def _check_saved_modules(self, owned: PartsByModule) -> None:
-        """Raises AdapterError for a name in `modules_to_save`, or a norm that it selects, without a tensor."""
+        """Notes the names in `modules_to_save`, and the norms that it selects, without a tensor."""
         variant = self.config.variant(SavedModules)
         if variant is None:
             return
-        for saved in variant.names:
-            if not any(module.endswith(saved) for module in owned if FULL_WEIGHT in owned[module]):
-                raise AdapterError(f"{CONFIG_NAME}: modules_to_save names {saved!r}, which has no tensor that fits")
-        for module in self.catalogue.norms:
-            if module not in owned and variant.means(module):
-                raise AdapterError(f"{CONFIG_NAME}: modules_to_save means {module} too, which has no tensor")
+        full = [module for module in owned if FULL_WEIGHT in owned[module]]
+        unused = [saved for saved in variant.names if not any(module.endswith(saved) for module in full)]
+        if unused:
+            self.notes.append(f"modules_to_save names what has no tensors ({some(unused)})")
+        norms = [module for module in self.catalogue.norms if module not in owned and variant.means(module)]
+        if norms and len(norms) < len(self.catalogue.norms) and not unused:
+            self.notes.append(f"modules_to_save means {some(norms)} too, which have no tensors and are the base's")
 
     def _tie(self, owned: PartsByModule) -> None:
         """Gives a tied head without its own tensors the embedding's trained tokens or resized weight."""

@@ -116,7 +116,7 @@ def test_new_format_in_reports_and_tables(tmp_path: Path) -> None:
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "option by its name": ({"gains_schedule": 3}, "gains_schedule=3 is not supported yet (scheduled gains)"),
+    "option by its name": ({"gains_schedule": 3}, "gains_schedule=3 is not supported yet (scheduled gains;"),
     "other format's option": ({"use_dora": True}, "option use_dora=true is no option of this peft_type"),
     "unknown option": ({"gains_tomorrow": 3}, "option gains_tomorrow=3 is unknown"),
     "type of an option": ({"temperature": "hot"}, "$.temperature"),
