@@ -14,12 +14,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from engine.errors import AdapterError, EngineError, StorageFailed, is_server_fault
+
+LFS_MARK = b"version https://git-lfs.github.com/spec/"
+LFS_BYTES = 1024
+"""The largest size of a Git-LFS pointer; they have about 130 bytes."""
 
 CLOSED = -1
 """The value of the handle of a closed directory; no file can be opened relative to it."""
@@ -32,6 +37,10 @@ class FileRefused(AdapterError):
         super().__init__(f"{name}: {reason}")
         self.path = path
         self.reason = reason
+
+
+class PointerInstead(FileRefused):
+    """The file is a Git-LFS pointer: the content was not fetched."""
 
 
 class FileMissing(FileRefused):
@@ -108,11 +117,15 @@ class Directory:
         handle = self._locate(name)
         try:
             flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-            return os.fdopen(os.open(f"/proc/self/fd/{handle}", flags), "rb", buffering=0)
+            file = os.fdopen(os.open(f"/proc/self/fd/{handle}", flags), "rb", buffering=0)
         except OSError as error:
             raise self._unreadable(name, error) from error
         finally:
             os.close(handle)
+        if is_lfs_pointer(file):
+            file.close()
+            raise PointerInstead(self.path / name, name, lfs_advice(self.path))
+        return file
 
     def _locate(self, name: str) -> int:
         """Returns an O_PATH handle of the regular file that `name` leads to, without opening it for reading."""
@@ -161,6 +174,17 @@ class Directory:
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             return FileMissing(path, name, "no such directory" if path == self.path else "not found")
         return self._refused(name, f"cannot be read ({error.strerror})")
+
+
+def is_lfs_pointer(file: BinaryIO) -> bool:
+    """Returns whether the file is a small text that stands for a file in Git-LFS, which was not fetched."""
+    small = os.fstat(file.fileno()).st_size <= LFS_BYTES
+    return small and os.pread(file.fileno(), len(LFS_MARK), 0) == LFS_MARK
+
+
+def lfs_advice(directory: str | Path) -> str:
+    """Returns what to do with a Git-LFS pointer in `directory`."""
+    return f"a Git-LFS pointer in place of the file; fetch it, run: git -C {shlex.quote(str(directory))} lfs pull"
 
 
 def real_path(path: str | Path) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.directory import is_lfs_pointer, lfs_advice
 from engine.errors import ConfigError
 
 MAX_CONFIG_BYTES = 16 << 20
@@ -117,6 +118,9 @@ def read_config_json(directory: Path) -> ConfigJson:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes")
+        with path.open("rb") as file:
+            if is_lfs_pointer(file):
+                raise ConfigError(f"{path}: {lfs_advice(directory)}")
         fields = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): is {directory} a model directory?") from error

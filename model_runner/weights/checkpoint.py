@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from engine.directory import is_lfs_pointer, lfs_advice
 from engine.errors import ConfigError
 from engine.processes.busy_timer import BusyTimer
 
@@ -53,6 +54,7 @@ def load_checkpoint(
     for placement in placements:
         wanted.setdefault(placement.name, []).append(placement)
     files = checkpoint_files(directory)
+    _check_fetched(files)
     missing = set(wanted)
     sizes = [file.stat().st_size for file in files]
     with tqdm(
@@ -65,6 +67,14 @@ def load_checkpoint(
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise ConfigError(f"{directory}: the checkpoint has no tensor {min(missing)}{more}, which config.json asks for")
+
+
+def _check_fetched(files: Iterable[Path]) -> None:
+    """Raises ConfigError for a file that is a Git-LFS pointer."""
+    for path in files:
+        with path.open("rb") as file:
+            if is_lfs_pointer(file):
+                raise ConfigError(f"{path}: {lfs_advice(path.parent)}")
 
 
 def checkpoint_files(directory: Path) -> list[Path]:

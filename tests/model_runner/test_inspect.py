@@ -65,7 +65,7 @@ def test_command_prints_the_report_and_exit_status(
     for part in ("PEFT LoRA", "base_model.model.*.lora_A.weight", "v_proj 3", "qkv 2", "served"):
         assert part in text
     assert main([str(tmp_path), *base]) == 1
-    assert "adapter_config.json: not found" in capsys.readouterr().out
+    assert "there is no adapter_config.json in it" in capsys.readouterr().out
     assert main([str(root), "--model-path", str(tmp_path)]) == 1
     assert "config.json" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from engine import hub, lora_roots
-from engine.directory import real_path
+from engine.adapter_layouts.foreign import describe
+from engine.directory import Directory, real_path
 from engine.errors import (
     AdapterError,
     ConfigError,
@@ -147,13 +148,14 @@ def _checked(name: str, path: str, allowed: Sequence[str]) -> str:
     try:
         directory = hub.local_directory(path, what)
     except ConfigError as error:
-        raise _nothing(name, path, error.message) from error
+        raise _nothing(name, path, error.message.removeprefix(f"{what}: ")) from error
     try:
         names = lora_roots.check_files(directory, allowed, what)
     except ConfigError as error:
         raise AdapterError(error.message, param="lora_path") from error
     if CONFIG_NAME not in names:
-        raise _nothing(name, path, f"there is no {CONFIG_NAME} in it")
+        with Directory(directory, allowed) as opened:
+            raise _nothing(name, path, describe(opened))
     return str(directory)
 
 

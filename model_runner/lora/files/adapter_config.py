@@ -6,7 +6,8 @@ from typing import Any
 
 import msgspec
 
-from engine.directory import Directory
+from engine.adapter_layouts.foreign import describe
+from engine.directory import Directory, FileMissing
 from engine.errors import AdapterError
 from model_runner.lora.files.quoted import quoted_value
 
@@ -15,9 +16,14 @@ MAX_CONFIG_BYTES = 4 << 20
 
 
 def read_options(directory: Directory) -> dict[str, Any]:
-    """Returns the options in the config of the adapter. Raises AdapterError naming the file."""
+    """Returns the options in the config of the adapter.
+
+    Raises AdapterError naming the file, or what the directory is if it has no config.
+    """
     try:
         return msgspec.json.decode(directory.read(CONFIG_NAME, MAX_CONFIG_BYTES), type=dict[str, Any])
+    except FileMissing as error:
+        raise AdapterError(describe(directory)) from error
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise AdapterError(f"{CONFIG_NAME}: {error}") from error
 

@@ -225,3 +225,10 @@ def test_placement_takes_only_its_cut(tmp_path: Path) -> None:
     into = torch.empty(4, 3)
     load_checkpoint(tmp_path, [Placement("w", into, (4, 6), (slice(None), slice(3, 6)))])
     assert torch.equal(into, torch.arange(24.0).view(4, 6)[:, 3:])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_lfs_pointer_is_named_with_its_command(name: str, copy: Path) -> None:
+    (copy / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n")
+    with pytest.raises(ConfigError, match=rf"{name}: a Git-LFS pointer .* run: git -C {copy} lfs pull$"):
+        load(copy)

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 import torch
 from fixtures.adapters.lora_sites import plain_tensors, random_sites, write_adapter
 from fixtures.adapters.refusals import load, refusal
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from engine.directory import Directory
 from engine.errors import AdapterError
@@ -142,7 +144,7 @@ def test_missing_directory_is_refused(tmp_path: Path) -> None:
 
 def test_missing_config_is_refused(root: Path) -> None:
     (root / "adapter_config.json").unlink()
-    assert "adapter_config.json: not found" in refusal(SITES, root)
+    assert "there is no adapter_config.json beside its adapter_model.safetensors" in refusal(SITES, root)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '"r"', '{"r": NaN}', "[" * 100_000, "\xff"])
@@ -156,11 +158,35 @@ def test_missing_weights_are_refused(root: Path) -> None:
     assert "adapter_model.safetensors: not found" in refusal(SITES, root)
 
 
-def test_pickle_is_refused_with_the_conversion(root: Path) -> None:
-    (root / "adapter_model.safetensors").rename(root / "adapter_model.bin")
+def run_the_advice(message: str, root: Path) -> None:
+    """Runs the command at the end of a refusal as a user would: in the adapter's directory, in a shell."""
+    command = message.partition("run in its directory: ")[2]
+    assert command, message
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(command, shell=True, cwd=root, env={**os.environ, "PATH": path}, check=True, timeout=120)
+
+
+def test_conversion_in_the_refusal_of_a_pickle_works(root: Path) -> None:
+    """Also for tensors that share memory, are transposed, or are expanded."""
+    expected = load(SITES, root).revision
+    tensors = load_file(root / "adapter_model.safetensors")
+    shared = torch.stack([tensors[Q_A], tensors[Q_A]])
+    tensors |= {Q_A: shared[1], Q_B: tensors[Q_B].t().contiguous().t()}
+    torch.save(tensors, root / "adapter_model.bin")
+    (root / "adapter_model.safetensors").unlink()
     message = refusal(SITES, root)
     assert "adapter_model.bin" in message
-    assert "save_file(torch.load('adapter_model.bin', weights_only=True)" in message
+    run_the_advice(message, root)
+    assert load(SITES, root).revision == expected
+
+
+def test_command_that_leaves_out_tensors_works(root: Path) -> None:
+    path = root / "adapter_model.safetensors"
+    expected = load(SITES, root).revision
+    strange = {f"base_model.model.{name}": torch.ones(4) for name in ("score.weight", "score.bias")}
+    save_file(load_file(path) | strange, path)
+    run_the_advice(refusal(SITES, root), root)
+    assert load(SITES, root).revision == expected
 
 
 def test_directory_instead_of_a_file_is_refused(root: Path) -> None:
