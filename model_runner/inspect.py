@@ -16,9 +16,11 @@ import torch
 from engine.directory import Directory
 from engine.errors import AdapterError, EngineError
 from engine.hub import local_directory
+from model_runner.build.lora_targets import expand
 from model_runner.config import read_model_config
 from model_runner.lora.catalogue import Catalogue, leaf
-from model_runner.lora.loading.adapter_reader import AdapterReader, Limits
+from model_runner.lora.loading.adapter_reader import AdapterReader
+from model_runner.lora.loading.limits import Limits
 from model_runner.lora.loading.shm_adapter import arrange
 from model_runner.lora.normal_form import MAX_RANK
 from model_runner.lora.peft.survey import AdapterSurvey
@@ -82,7 +84,7 @@ def examine(root: Path, sites: list[Site], dtype: torch.dtype, limits: Limits, m
             report.brings = [name for name in TEXT_FILES if directory.has(name)]
             report.notes = reader.notes(survey)
             _describe(report, survey, page_bytes(sites, dtype, max(0, survey.added_tokens)), dtype)
-            limits.check(survey)
+            limits.check(survey, root)
             manifest, _ = reader.read(survey).open(reader.catalogue, dtype)
             report.revision = manifest.revision
     except AdapterError as error:
@@ -144,7 +146,8 @@ def main(arguments: list[str] | None = None) -> int:
     except EngineError as error:
         print(error.message, file=sys.stderr)
         return 1
-    limits = Limits(options.max_lora_rank, options.lora_target_modules, extra_vocab=options.lora_extra_vocab_size)
+    targets = expand(options.lora_target_modules, sites)
+    limits = Limits(options.max_lora_rank, targets, extra_vocab=options.lora_extra_vocab_size)
     report = examine(root, sites, dtype, limits, model)
     print(msgspec.json.encode(report).decode() if options.json else show(report))
     return 0 if report.refused is None else 1

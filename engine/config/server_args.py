@@ -148,11 +148,6 @@ def _check_contradictions(args: ServerArgs) -> None:
         raise ConfigError("--disable-cuda-graph contradicts --cuda-graph-max-bs: drop one of them")
     if args.tenant_weights and args.schedule_policy != "fair":
         raise ConfigError("--tenant-weights: weighs nothing without --schedule-policy fair; add it")
-    targets = args.lora_target_modules or []
-    if "all" in targets and not {"all", "embed_tokens", "lm_head"}.issuperset(targets):
-        raise ConfigError(
-            "--lora-target-modules all: already means every linear; only embed_tokens and lm_head go beside it"
-        )
     for name in args.served_model_name:
         if not name:
             raise ConfigError("--served-model-name: a name must not be empty")

@@ -8,12 +8,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.errors import ConfigError
+from model_runner.lora.catalogue import FUSED
 from model_runner.lora.normal_form import NormalForm
 from model_runner.lora.peft.survey import AdapterSurvey
 from model_runner.lora.site import EMBED, EXPERTS, HEAD, NORMS, Site
 
 LARGE = (EMBED, HEAD, EXPERTS)
 """Groups whose rank pages are large: they are allocated only if a start-up adapter or the flag names their modules."""
+
+
+def expand(given: list[str] | None, sites: Sequence[Site]) -> list[str] | None:
+    """Returns --lora-target-modules with the names of fused linears, such as qkv_proj, replaced by their parts."""
+    if given is None:
+        return None
+    parts = {name: list(modules) for modules, name in FUSED.items() if set(modules) <= set(_modules(sites))}
+    return list(dict.fromkeys(module for name in given for module in parts.get(name, [name])))
 
 
 def check_targets(given: list[str] | None, sites: Sequence[Site]) -> None:

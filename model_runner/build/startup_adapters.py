@@ -14,7 +14,7 @@ from tqdm import tqdm
 from engine.config.process_configs import AdapterSource, RunnerConfig
 from engine.processes.busy_timer import BusyTimer
 from model_runner.build import lora_plan
-from model_runner.build.lora_targets import check_targets, groups_of, resolve_targets
+from model_runner.build.lora_targets import check_targets, expand, groups_of, resolve_targets
 from model_runner.lora.adapters import Adapters
 from model_runner.lora.backends import base as lora_backends
 from model_runner.lora.backends.base import LoraBackend
@@ -23,6 +23,7 @@ from model_runner.lora.loading.messages import LoaderConfig, SiteShape
 from model_runner.lora.normal_form import NormalForm, lane_pages
 from model_runner.lora.peft.survey import AdapterSurvey
 from model_runner.lora.pool.fills import FillQueue
+from model_runner.lora.pool.fit import PoolFit
 from model_runner.lora.pool.pages import RankPagePool
 from model_runner.lora.pool.site_pools import page_bytes
 from model_runner.lora.site import EMBED, Site
@@ -40,6 +41,7 @@ def build_adapters(
 
     Raises ConfigError or AdapterError.
     """
+    config = msgspec.structs.replace(config, lora_targets=expand(config.lora_targets, sites))
     check_targets(config.lora_targets, sites)
     lora_dtype = dtype if config.lora_dtype == "auto" else DTYPES[config.lora_dtype]
     store = _create_store(config, sites, lora_dtype)
@@ -50,10 +52,12 @@ def build_adapters(
     pages = _create_pages(config, sites, targets, max_rank, given, lora_dtype, device)
     backend = _create_backend(config, pages, max_rank)
     names = {source.adapter_id: source.name for source in config.adapters}
-    loaders = LoaderPool(_loader_config(config, store, pages))
-    lora = Adapters(store, loaders, pages, FillQueue(pages), backend, max_rank, targets, names)
+    flag = config.lora_targets or (targets if given else ["all"])
+    loaders = LoaderPool(_loader_config(config, store, pages, flag))
+    fit = PoolFit(pages, max_rank, targets, flag)
+    lora = Adapters(store, loaders, pages, FillQueue(pages), backend, fit, names)
     for source, adapter in zip(config.adapters, given, strict=True):
-        lora.check_fits(source.name, adapter.rank, adapter.targets, adapter.footprint, adapter.vocab_size)
+        fit.check(source.name, source.root, adapter)
     return lora
 
 
@@ -118,9 +122,10 @@ def _create_backend(config: RunnerConfig, pages: RankPagePool, max_rank: int) ->
     return lora_backends.create(lora_backends.resolve(config.lora_backend, pages.device), pages, options)
 
 
-def _loader_config(config: RunnerConfig, store: AdapterStore, pages: RankPagePool) -> LoaderConfig:
-    """Returns the config of loader processes: the sites, the limits from the flags, and the pool's extra vocabulary."""
-    limits = msgspec.structs.replace(store.limits, extra_vocab=pages.extra_vocab)
+def _loader_config(config: RunnerConfig, store: AdapterStore, pages: RankPagePool, flag: list[str]) -> LoaderConfig:
+    """Returns the config of loader processes: the sites, the limits from the flags, and those of the pool."""
+    empty = sorted({site.group for site in pages.sites if not pages.page_counts.get(site.group)})
+    limits = msgspec.structs.replace(store.limits, extra_vocab=pages.extra_vocab, empty_groups=empty, flag=flag)
     shapes = [SiteShape.of(site) for site in pages.sites]
     name = dtype_name(pages.dtype)
     return LoaderConfig(shapes, name, limits, model=config.model_path, log_level=config.log_level)

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.errors import AdapterError, InternalError
-from engine.messages import AdapterStage, AdapterState, Fill, Footprint, LanePages, LoadAdapter
+from engine.messages import AdapterStage, AdapterState, Fill, LanePages, LoadAdapter
 from model_runner.lora.backends.base import LoraBackend
 from model_runner.lora.loading.loader_pool import LoaderPool, LoadOutcome
-from model_runner.lora.normal_form import NormalForm, lane_pages
+from model_runner.lora.normal_form import NormalForm
 from model_runner.lora.pool.fills import FillQueue
+from model_runner.lora.pool.fit import PoolFit
 from model_runner.lora.pool.pages import RankPagePool
-from model_runner.lora.site import EMBED, HEAD, full_weights_of
 from model_runner.lora.store import AdapterStore, refusal
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 class Adapters:
     """Loaders, host tier, fills, rank pages and LoRA backend of one runner.
 
-    The rank pages were sized for `max_rank` and `targets` (module names). `names` maps adapter ids to names for errors.
+    `fit` checks that an adapter fits the rank pages. `names` maps adapter ids to names for errors.
     """
 
     store: AdapterStore
@@ -37,8 +37,7 @@ class Adapters:
     pages: RankPagePool
     fills: FillQueue
     backend: LoraBackend
-    max_rank: int
-    targets: list[str]
+    fit: PoolFit
     names: dict[int, str] = field(default_factory=dict)
 
     def load(self, message: LoadAdapter) -> AdapterState | None:
@@ -125,29 +124,6 @@ class Adapters:
         self.store.drop(adapter_id)
         return AdapterState(adapter_id=adapter_id, state="failed", error=reason, server_fault=server_fault)
 
-    def check_fits(self, name: str, rank: int, targets: list[str], footprint: Footprint, vocab_size: int = 0) -> None:
-        """Raises AdapterError for an adapter that is too large for the pools or a lane, even when they are empty."""
-        base = next(site.vocabulary for site in self.pages.sites if site.group == EMBED)
-        added = vocab_size - base
-        if added > self.pages.extra_vocab:
-            raise AdapterError(
-                f"adapter {name!r} has a vocabulary of {vocab_size} tokens, {added} more than the model's, and the pool"
-                f" was made for {self.pages.extra_vocab}: launch with --lora-extra-vocab-size {added}, or with such an"
-                " adapter in --lora-paths"
-            )
-        for group, count in footprint.pages.items():
-            if group in (full_weights_of(EMBED), full_weights_of(HEAD)) and not self.pages.page_counts.get(group):
-                raise AdapterError(
-                    f"adapter {name!r} brings a whole embedding or head (modules_to_save), and there is no room for"
-                    " one: launch with such an adapter in --lora-paths"
-                )
-            if count > min(self.pages.page_counts.get(group, 0), lane_pages(self.max_rank)):
-                raise AdapterError(
-                    f"adapter {name!r} (rank {rank}, {', '.join(targets)}) does not fit the"
-                    f" pool made for rank {self.max_rank} on {', '.join(self.targets)}: launch with a higher"
-                    " --max-lora-rank or more --lora-target-modules"
-                )
-
     def _loaded(self, outcome: LoadOutcome) -> AdapterState:
         """Keeps the adapter of a finished load, or refuses it with a one-line error. Returns its state."""
         message = outcome.message
@@ -156,7 +132,7 @@ class Adapters:
             if outcome.adapter is None:
                 raise refusal(name, AdapterError(outcome.reason))
             adapter = self.store.keep(message.adapter_id, name, outcome.adapter)
-            self.check_fits(name, adapter.rank, adapter.targets, adapter.footprint, adapter.vocab_size)
+            self.fit.check(name, message.path, adapter)
         except AdapterError as error:
             return self.refuse(message.adapter_id, error.message, outcome.server_fault)
         except Exception as error:  # a faulty adapter must not end the runner, which serves other adapters

@@ -11,7 +11,8 @@ import torch
 from engine.directory import Directory
 from engine.errors import AdapterError, StorageFailed
 from model_runner.lora.catalogue import Catalogue
-from model_runner.lora.loading.adapter_reader import AdapterReader, Limits, files_changed
+from model_runner.lora.loading.adapter_reader import AdapterReader, files_changed
+from model_runner.lora.loading.limits import Limits
 from model_runner.lora.loading.shm_adapter import ShmAdapter
 from model_runner.lora.normal_form import Deltas, NormalForm, footprint, vocabulary
 from model_runner.lora.peft.survey import AdapterSurvey

@@ -13,7 +13,7 @@ import torch
 from fixtures.models.tiny_models import make_adapter
 
 from model_runner.inspect import examine, main, sites_of
-from model_runner.lora.loading.adapter_reader import Limits
+from model_runner.lora.loading.limits import Limits
 from model_runner.lora.store import AdapterStore
 
 

@@ -32,8 +32,8 @@ def add_lora_flags(parser: argparse.ArgumentParser) -> None:
         "--lora-target-modules",
         nargs="+",
         metavar="MODULE",
-        help="modules that adapters may touch; `all` means the linears of the layers, and embed_tokens and lm_head "
-        "(which are large) are named beside it (the given adapters', else all)",
+        help="modules that adapters may touch; `all` means the linears of the layers; embed_tokens, lm_head and the "
+        "linears of experts are large, and named beside it (the given adapters', else all)",
     )
     _add_compute_flags(group)
     _add_format_and_pool_flags(group)

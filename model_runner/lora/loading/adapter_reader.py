@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import torch
 
 from engine.directory import Directory
@@ -20,43 +19,10 @@ from model_runner.lora.files.base_name import is_same_model
 from model_runner.lora.files.quoted import quoted_name
 from model_runner.lora.loading import shm_adapter
 from model_runner.lora.loading.cpu_limit import bounded
+from model_runner.lora.loading.limits import Limits
 from model_runner.lora.loading.shm_adapter import Manifest, ShmAdapter
 from model_runner.lora.peft.survey import AdapterSurvey, read_survey
 from model_runner.platform.device import host_memory
-
-
-class Limits(msgspec.Struct, frozen=True):
-    """What the operator's flags allow an adapter to have; None: no limit.
-
-    `targets` are module names, or "all". `biases`: whether biases are allowed. `extra_vocab`: the most tokens that a
-    vocabulary may have beyond the base's.
-    """
-
-    max_rank: int | None = None
-    targets: list[str] | None = None
-    biases: bool = True
-    extra_vocab: int | None = None
-
-    def check(self, survey: AdapterSurvey) -> None:
-        """Raises AdapterError, naming the flag and its value, if the adapter exceeds a limit."""
-        if self.max_rank is not None and survey.rank > self.max_rank:
-            served = max(survey.mappings, key=lambda mapping: mapping.rank)
-            given = served.module.target.rank
-            meant = "" if given == survey.rank else f" ({survey.format} of rank {given} is served as such)"
-            raise AdapterError(f"rank {survey.rank} is above --max-lora-rank {self.max_rank}{meant}")
-        if survey.biased_module is not None and not self.biases:
-            raise AdapterError(f"it gives {survey.biased_module} a bias, which --no-enable-lora-bias does not allow")
-        if self.extra_vocab is not None and survey.added_tokens > self.extra_vocab:
-            raise AdapterError(
-                f"its vocabulary has {survey.vocab_size} tokens, {survey.added_tokens} more than the model's, and"
-                f" --lora-extra-vocab-size (the most of an adapter in --lora-paths) is {self.extra_vocab}"
-            )
-        if self.targets is None or "all" in self.targets:
-            return
-        refused = [target for target in survey.targets if target not in self.targets]
-        if refused:
-            allowed = " ".join(self.targets)
-            raise AdapterError(f"it targets {', '.join(refused)}, which --lora-target-modules {allowed} does not allow")
 
 
 def files_changed(found: str, expected: str) -> AdapterError:
@@ -84,7 +50,7 @@ class AdapterReader:
         """Reads and checks the config and headers in `directory`. Raises AdapterError or OSError."""
         with bounded("matching the names in its config"):
             survey = read_survey(directory, self.catalogue)
-        self.limits.check(survey)
+        self.limits.check(survey, directory.path)
         return survey
 
     def notes(self, survey: AdapterSurvey) -> list[str]:

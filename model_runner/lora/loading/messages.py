@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from engine.config.server_args import LogLevel
-from model_runner.lora.loading.adapter_reader import Limits
+from model_runner.lora.loading.limits import Limits
 from model_runner.lora.site import EMBED, NORMS, Site, Slice
 from model_runner.quantization.plain import Plain
 

@@ -1,4 +1,4 @@
-"""A directory that is no PEFT directory is named for what it is, with what to do; Git-LFS pointers with their command."""
+"""A directory that is no PEFT directory is named for what it is; Git-LFS pointers are named with their command."""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ from engine.messages import AdapterState, LoadAdapter, Sampling
 from model_runner.config import read_model_config
 from model_runner.inspect import examine, show, sites_of
 from model_runner.lora.catalogue import Catalogue
-from model_runner.lora.loading.adapter_reader import AdapterReader, Limits
+from model_runner.lora.loading.adapter_reader import AdapterReader
+from model_runner.lora.loading.limits import Limits
 from model_runner.lora.loading.messages import SiteShape
 from model_runner.model.load import load_model
 from model_runner.runner import Runner

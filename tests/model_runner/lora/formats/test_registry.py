@@ -15,7 +15,8 @@ from engine.errors import AdapterError
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.formats import registry
 from model_runner.lora.formats.base import PeftFormat
-from model_runner.lora.loading.adapter_reader import AdapterReader, Limits
+from model_runner.lora.loading.adapter_reader import AdapterReader
+from model_runner.lora.loading.limits import Limits
 from model_runner.lora.normal_form import NormalForm
 from model_runner.lora.peft import names
 from model_runner.lora.store import AdapterStore

@@ -26,7 +26,7 @@ from msgspec.structs import replace
 
 from engine.messages import LoadAdapter
 from model_runner.lora.catalogue import Catalogue
-from model_runner.lora.loading.adapter_reader import Limits
+from model_runner.lora.loading.limits import Limits
 from model_runner.lora.loading.loader_pool import LoaderPool, LoadOutcome, TimeLimit
 from model_runner.lora.loading.messages import LoaderConfig, LoadJob, SiteShape
 from model_runner.lora.store import AdapterStore

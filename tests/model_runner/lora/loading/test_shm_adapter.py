@@ -17,7 +17,8 @@ from engine.directory import Directory
 from engine.errors import AdapterError
 from model_runner.lora.catalogue import Catalogue
 from model_runner.lora.loading import shm_adapter
-from model_runner.lora.loading.adapter_reader import AdapterReader, Limits
+from model_runner.lora.loading.adapter_reader import AdapterReader
+from model_runner.lora.loading.limits import Limits
 from model_runner.lora.loading.shm_adapter import Manifest, Part, ShmAdapter
 
 SITES = random_sites()

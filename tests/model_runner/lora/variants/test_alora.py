@@ -15,7 +15,7 @@ from fixtures.models.tiny_models import VOCAB
 
 from engine.errors import AdapterError
 from model_runner.inspect import examine, main, show, sites_of
-from model_runner.lora.loading.adapter_reader import Limits
+from model_runner.lora.loading.limits import Limits
 from model_runner.lora.site import Site
 from model_runner.lora.store import AdapterStore
 
