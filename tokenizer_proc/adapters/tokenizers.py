@@ -9,8 +9,8 @@ object, which lives as long as one of them uses it:
                                          --> another model --> parsed --> equal but for formatting --> shared
                                                                       --> different --> kept, within bounds
 
-These files cannot run code in this process: a regular expression that the base's tokenizer does not have is refused,
-because matching it might never end, and a chat template is rendered in a separate process.
+These files cannot run code in this process: a regular expression that neither the base's tokenizer nor a published one
+has is refused, because matching it might never end, and a chat template is rendered in a separate process.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from engine.errors import AdapterError, ConfigError, EngineError, StorageFailed
 from engine.ipc import DECODE_ERRORS
 from tokenizer_proc.text import files
 from tokenizer_proc.text.generation_config import GenerationConfig
+from tokenizer_proc.text.pretokenizers import KNOWN
 from tokenizer_proc.text.templates.chat_template import ChatRenderer, ChatTemplate
 from tokenizer_proc.text.templates.sandbox import Sandbox, SandboxedTemplate
 from tokenizer_proc.text.templates.template_files import template_of
@@ -235,11 +236,12 @@ class TokenizerLibrary:
             sections = TokenizerSections.read(raw)
         except DECODE_ERRORS as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
-        strange = sorted(sections.patterns - self._base_sections.patterns)
+        strange = sorted(sections.patterns - self._base_sections.patterns - KNOWN)
         if strange:
             raise ConfigError(
-                f"{NAME} has a regular expression that the model's tokenizer has not, and which might run for ever:"
-                f" {strange[0][:80]!r}"
+                f"{NAME} has a regular expression that neither the model's tokenizer nor a published one has, and which"
+                f" might run for ever: {strange[0][:80]!r}. If the adapter adds no tokens, take {NAME} out of its"
+                " directory: the model's own is used"
             )
         return sections
 

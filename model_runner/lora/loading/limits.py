@@ -16,8 +16,8 @@ class Limits(msgspec.Struct, frozen=True):
     """What the operator's flags allow an adapter to have; None: no limit.
 
     `targets` are module names, or "all". `biases`: whether biases are allowed. `extra_vocab`: the most tokens that a
-    vocabulary may have beyond the base's. `empty_groups`: the groups for which no rank pages were made. `flag`: the value
-    of --lora-target-modules, as given or as inferred.
+    vocabulary may have beyond the base's. `empty_groups`: the groups for which no rank pages were made. `flag`: the
+    value of --lora-target-modules, as given or as inferred.
     """
 
     max_rank: int | None = None

@@ -121,7 +121,6 @@ BAD_COMMAND_LINES = [
     (["--no-enable-lora", "--lora-pool-size", "4"], "--no-enable-lora contradicts --lora-pool-size"),
     (["--no-enable-lora", "--lora-paths", "a=b"], "--no-enable-lora contradicts --lora-paths"),
     (["--no-enable-lora", "--max-lora-rank", "8"], "--no-enable-lora contradicts"),
-    (["--lora-target-modules", "all", "q_proj"], "--lora-target-modules all"),
     (["--lora-backend", "magic"], "--lora-backend"),
     (["--max-lora-chunk-size", "48"], "--max-lora-chunk-size 48"),
     (["--max-lora-chunk-size", "256"], "--max-lora-chunk-size 256"),

@@ -25,6 +25,7 @@ from tokenizer_proc.adapters import tokenizers as library_module
 from tokenizer_proc.adapters.tokenizers import TextTools, TokenizerLibrary
 from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.text.generation_config import GenerationConfig
+from tokenizer_proc.text.pretokenizers import PUBLISHED
 from tokenizer_proc.text.templates.chat_template import ChatTemplate
 from tokenizer_proc.text.templates.sandbox import SandboxedTemplate
 from tokenizer_proc.text.tokenizer import Tokenizer
@@ -174,12 +175,18 @@ def test_many_different_tokenizers_are_bounded(
     assert library.load("c", root) is not library.base
 
 
-def spoil_pattern(root: Path) -> None:
+def test_published_expression_is_accepted(base: Path, library: TokenizerLibrary) -> None:
+    root = adapter(base, "a", extra="<x>")
+    spoil_pattern(root, PUBLISHED["Llama 3, GLM 4, SmolLM 3, OLMo 2"])
+    assert library.load("a", root).tokenizer.encode("a<x>") == Tokenizer.load(root).encode("a<x>")
+
+
+def spoil_pattern(root: Path, expression: str = "(a+)+$") -> None:
     saved = json.loads((root / "tokenizer.json").read_text())
     saved["pre_tokenizer"] = {
         "type": "Sequence",
         "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False},
+            {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False},
             saved["pre_tokenizer"],
         ],
     }
@@ -199,7 +206,7 @@ def refer_to_nothing(root: Path) -> None:
 
 SPOILT = {
     "a reference": (refer_to_nothing, "cannot be read"),
-    "a pattern": (spoil_pattern, "regular expression that the model's tokenizer has not"),
+    "a pattern": (spoil_pattern, "regular expression that neither the model's tokenizer"),
     "no json": (lambda root: (root / "tokenizer.json").write_bytes(b"\xff{"), "cannot be read"),
     "a part": (lambda root: (root / "tokenizer.json").write_text("{}"), "cannot be read"),
     "a pipe": (pipe, "no regular file"),
