@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fixtures.adapters.adapter_zoo import save
 from fixtures.adapters.expert_adapters import make_expert_adapter
-from fixtures.adapters.launched import launch, load_here
+from fixtures.models.launched import launch, load_here
 from fixtures.models.tiny_models import make_adapter
 
 from engine.errors import AdapterError, ConfigError

@@ -15,8 +15,8 @@ import pytest
 import torch
 from fixtures.adapters.adapter_zoo import save
 from fixtures.adapters.expert_adapters import make_expert_adapter
-from fixtures.adapters.mlx_adapters import as_mlx
 from fixtures.adapters.refusals import load, refusal
+from fixtures.adapters.trainers.mlx import as_mlx
 from safetensors.torch import load_file, save_file
 
 from model_runner.lora.normal_form import NormalForm
