@@ -41,7 +41,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     model has no default either, the parameter has no effect. With `max_tokens` 0 the prompt is only scored.
 
     `logprobs` and `prompt_logprobs` are the numbers of alternatives to report beside the chosen token (0: only the
-    chosen one). The values are the model's raw log-softmax, before temperature, penalties and filters.
+    chosen one). The values are the model's raw log-softmax, before temperature, penalties and filters. Those of
+    `token_ids_logprob` are reported too. The output has only tokens of `allowed_token_ids`, if there are any, and none
+    of `bad_words`, unless they would leave no token.
     """
 
     max_tokens: int | None = None
@@ -63,6 +65,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    allowed_token_ids: list[int] = []
+    bad_words: list[str] = []
+    token_ids_logprob: list[int] = []
+    stop_regex: list[str] = []
 
 
 class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -150,10 +156,14 @@ class TokenLogprob(Part, frozen=True):
 
 
 class PositionLogprobs(Part, frozen=True):
-    """Log-probabilities of one position: the chosen token, and the most likely tokens, most likely first."""
+    """Log-probabilities of one position: the chosen token, and the most likely tokens, most likely first.
+
+    `asked` are those of `token_ids_logprob`, in its order.
+    """
 
     chosen: TokenLogprob
     top: list[TokenLogprob]
+    asked: list[TokenLogprob] = []
 
 
 class Usage(Part, frozen=True):
@@ -244,7 +254,8 @@ class Sampling(Part, frozen=True, kw_only=True):
     """Sampling parameters for the runner's sampler: every default is resolved, and `seed` is always set.
 
     `temperature` 0 is greedy, `top_k` 0 is off. `end_ids` are masked until `min_tokens` tokens were generated.
-    `logprobs` and `prompt_logprobs`: -1 is off; k >= 0 reports the sampled or prompt token and the k most likely ones.
+    `logprobs` and `prompt_logprobs`: -1 is off; k >= 0 reports the sampled or prompt token, the k most likely ones, and
+    `token_ids_logprob`. Where `allowed_token_ids` is empty, every token is allowed. `bad_words` are token ids.
     """
 
     temperature: float = 1.0
@@ -260,6 +271,9 @@ class Sampling(Part, frozen=True, kw_only=True):
     logit_bias: list[tuple[int, float]] = []
     logprobs: int = -1
     prompt_logprobs: int = -1
+    allowed_token_ids: list[int] = []
+    bad_words: list[list[int]] = []
+    token_ids_logprob: list[int] = []
 
 
 class Stopping(Part, frozen=True):
@@ -346,11 +360,15 @@ class PinAdapter(Message, frozen=True):
 
 
 class LogprobIds(Part, frozen=True):
-    """Log-probabilities of one position by token id: the chosen token, then the most likely ones, most likely first."""
+    """Log-probabilities of one position by token id: the chosen token, then the most likely ones, most likely first.
+
+    `asked` are those of the request's `token_ids_logprob`, in its order.
+    """
 
     token_id: int
     logprob: float
     top: list[tuple[int, float]]
+    asked: list[float] = []
 
 
 class Update(Part, frozen=True, kw_only=True):
@@ -536,7 +554,7 @@ class LanePages(Part, frozen=True):
 class NewRow(Part, frozen=True, kw_only=True):
     """Assign row `row` to a new request; the row's former state is reset. `generation` counts such assignments.
 
-    `history` are all tokens so far (prompt and generated) if a penalty needs counts, else empty; those from position
+    `history` are all tokens so far (prompt and generated) if the sampler needs them, else empty; those from position
     `prompt_length` on are generated. Each draw is seeded by `sampling.seed` and the token's position.
     """
 

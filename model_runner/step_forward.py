@@ -115,10 +115,13 @@ class StepForward:
             widths[index] = max(0, int(self._parts.sampler.table.prompt_logprobs[chunk.row]))
             targets_n = self._upload(np.array(chunk.tokens[1:], np.int64))
             hidden_nH = hidden_TH[int(offsets[index]) :][: len(targets_n)]
-            scores[index] = self._score_chunk(hidden_nH, targets_n, widths[index], chunk.lane)
+            asked = self._parts.sampler.table.asked.get(chunk.row, [])
+            scores[index] = self._score_chunk(hidden_nH, targets_n, widths[index], chunk.lane, asked)
         return scores, widths
 
-    def _score_chunk(self, hidden_nH: torch.Tensor, targets_n: torch.Tensor, top: int, lane: int) -> list[Logprobs]:
+    def _score_chunk(
+        self, hidden_nH: torch.Tensor, targets_n: torch.Tensor, top: int, lane: int, asked: Sequence[int]
+    ) -> list[Logprobs]:
         """Scores the positions in pieces, so that the memory for logits is bounded for any prompt length."""
         size = max(1, SCORED_ELEMENTS // self._parts.capacity.vocab_size)
         found = []
@@ -126,7 +129,7 @@ class StepForward:
             targets = targets_n[begin : begin + size]
             lora = self._plan_head([(lane, len(targets))])
             logits = self._parts.decoder.logits(hidden_nH[begin : begin + size], *lora)
-            found.append(logprobs.gather(logits, targets, top))
+            found.append(logprobs.gather(logits, targets, top, [asked] * len(targets) if asked else ()))
         return found
 
     def _plan_head(self, runs: list[tuple[int, int]]) -> tuple[Any, NDArray[np.int32] | None]:

@@ -46,5 +46,5 @@ def _entries(update: Update) -> int:
     found = max(1, len(update.tokens))
     for scores in (update.logprobs, update.prompt_logprobs):
         if scores is not None:
-            found += sum(len(each.top) for each in scores)
+            found += sum(len(each.top) + len(each.asked) for each in scores)
     return found if update.prompt_logprobs is None else found + len(update.prompt_logprobs)

@@ -53,12 +53,14 @@ class _Draft:
             history=list(request.tokens) if request.needs_history else [],
         )
         self.new_rows.append(row)
-        biases, ends = row.sampling.logit_bias, row.sampling.end_ids
-        self.numbers -= len(row.history) + len(request.pages) + len(ends) + 3 * len(biases)
+        sampling = row.sampling
+        ids = len(sampling.end_ids) + len(sampling.allowed_token_ids) + len(sampling.token_ids_logprob)
+        words = sum(map(len, sampling.bad_words))
+        self.numbers -= len(row.history) + len(request.pages) + ids + words + 3 * len(sampling.logit_bias)
 
     def most_scored(self, request: Request) -> int:
         """Returns how many of the request's positions the step may still score, at least 1. `add` subtracts them."""
-        return max(1, self.scores // (1 + request.sampling.prompt_logprobs))
+        return max(1, self.scores // request.score_width)
 
     def add(self, request: Request, chunk: Chunk, scored: int = 0) -> None:
         self.chunks.append(chunk)
@@ -66,7 +68,7 @@ class _Draft:
         self.in_flight.starts.append(chunk.start)
         self.budget -= chunk.length
         if scored:
-            self.scores -= scored * (1 + request.sampling.prompt_logprobs)
+            self.scores -= scored * request.score_width
             request.scored += scored
         request.steps_in_flight += 1
         request.computed += chunk.length

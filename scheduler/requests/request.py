@@ -73,10 +73,17 @@ class Request:
         return self.prompt_length - 1 if self.sampling.prompt_logprobs >= 0 else 0
 
     @property
+    def score_width(self) -> int:
+        """The number of log-probabilities that a scored position of the prompt has."""
+        return 1 + self.sampling.prompt_logprobs + len(self.sampling.token_ids_logprob)
+
+    @property
     def needs_history(self) -> bool:
-        """Whether a sampling penalty needs the tokens known so far."""
+        """Whether a sampling penalty, or a search for bad words, needs the tokens known so far."""
         s = self.sampling
-        return s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
+        return (
+            bool(s.bad_words) or s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
+        )
 
     def pop_cached(self) -> int:
         """Returns the number of prompt tokens that were found in the radix tree, and resets it to 0."""

@@ -54,7 +54,16 @@ CASES = 10_000
 INBOXES = ("ToTokenizer", "ToScheduler", "ToRunner", "ToZmqServer", "ToClient")
 
 LOGPROB = LogprobIds(5, -1.5, [(5, -1.5), (6, -2.0)])
-SAMPLING = Sampling(temperature=0.5, seed=7, end_ids=[1], logit_bias=[(3, 0.5)], logprobs=2)
+SAMPLING = Sampling(
+    temperature=0.5,
+    seed=7,
+    end_ids=[1],
+    logit_bias=[(3, 0.5)],
+    logprobs=2,
+    allowed_token_ids=[3],
+    bad_words=[[1, 2]],
+    token_ids_logprob=[4],
+)
 CAPACITY = Capacity(
     kv_pages=8, page_size=4, rows=2, max_length=32, max_batched_tokens=8, vocab_size=9, rank_pages={"qkv": 2}
 )

@@ -20,6 +20,7 @@ CHOICES = [
     Sampling(temperature=0.9, seed=5, top_p=0.9),
     Sampling(temperature=0.0, repetition_penalty=1.3, frequency_penalty=0.5),
     Sampling(temperature=0.7, seed=9, min_tokens=4, end_ids=[2, 0], logprobs=3),
+    Sampling(temperature=0.9, seed=2, bad_words=[[token, other] for token in range(9) for other in range(9)]),
 ]
 
 

@@ -20,6 +20,7 @@ from engine.messages import (
 )
 from tokenizer_proc.requests.validation import TextOptions
 from tokenizer_proc.text.detokenize import Detokenizer
+from tokenizer_proc.text.stop_patterns import StopPatterns
 from tokenizer_proc.text.stops import StopFinder
 from tokenizer_proc.text.tokenizer import Tokenizer
 
@@ -44,6 +45,7 @@ class OutputProcessor:
         self._scores_prompt = scores_prompt
         self._detokenizer = Detokenizer(tokenizer, prompt, options.skip_special_tokens)
         self._stops = StopFinder(options.stop, options.include_stop)
+        self._patterns = StopPatterns(options.stop_regex)
         self._scored = 0  # the number of prompt positions whose log-probabilities have arrived
         self._scores_begun = False
         self._cached = 0
@@ -53,8 +55,12 @@ class OutputProcessor:
 
     @property
     def matched_stop(self) -> bool:
-        """Whether a stop string ended the choice. The scheduler may still be generating for it."""
-        return self._stops.matched is not None
+        """Whether a stop string or expression ended the choice. The scheduler may still be generating for it."""
+        return self._matched is not None
+
+    @property
+    def _matched(self) -> str | None:
+        return self._stops.matched or self._patterns.matched
 
     def process(self, update: Update) -> Delta | None:
         """Returns the delta of an update, or None if the update has nothing new. Raises InternalError for a gap."""
@@ -72,8 +78,8 @@ class OutputProcessor:
         if self.finish is not None and not self.matched_stop:
             text += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
         stop_reason: str | int | None = ended_by
-        if self._stops.matched is not None:
-            self.finish, stop_reason = "stop", self._stops.matched
+        if self._matched is not None:
+            self.finish, stop_reason = "stop", self._matched
         if not tokens and self.finish is None and scored_prompt is None:
             return None
         scores = update.logprobs[skip : skip + len(tokens)] if update.logprobs is not None else []
@@ -121,7 +127,12 @@ class OutputProcessor:
             if ended_by is not None and place == len(tokens) - 1 and not self._options.include_stop:
                 continue
             new = self._detokenizer.push((token,))
-            text += self._stops.push(new) if number >= self._options.min_tokens else new
+            if number < self._options.min_tokens:
+                text += new
+                continue
+            text += self._stops.push(new)
+            if self._stops.matched is None and self._patterns.push(new):
+                text += self._stops.flush()
             if self.matched_stop:
                 return list(tokens[: place + 1]), text
         return list(tokens), text
@@ -151,7 +162,9 @@ class OutputProcessor:
 
     def _position(self, ids: LogprobIds) -> PositionLogprobs:
         return PositionLogprobs(
-            self._token(ids.token_id, ids.logprob), [self._token(token_id, value) for token_id, value in ids.top]
+            self._token(ids.token_id, ids.logprob),
+            [self._token(token_id, value) for token_id, value in ids.top],
+            [self._token(*pair) for pair in zip(self._options.token_ids_logprob, ids.asked, strict=False)],
         )
 
     def _token(self, token_id: int, logprob: float) -> TokenLogprob:

@@ -22,7 +22,7 @@ _DECODER: msgspec.msgpack.Decoder[list[Position]] = msgspec.msgpack.Decoder(list
 
 def entries(positions: Sequence[Position]) -> int:
     """Returns the number of tokens with log-probabilities that `positions` have."""
-    return sum(1 if one is None else 1 + len(one.top) for one in positions)
+    return sum(1 if one is None else 1 + len(one.top) + len(one.asked) for one in positions)
 
 
 class PackedLogprobs:

@@ -15,6 +15,7 @@ from tokenizer_proc.adapters.selection import AdapterSelection
 from tokenizer_proc.adapters.tokenizers import TextTools
 from tokenizer_proc.requests.prompt_encoding import encode_prompt
 from tokenizer_proc.requests.text_work import TextWork
+from tokenizer_proc.requests.token_limits import encode_bad_words
 from tokenizer_proc.requests.validation import SEEDS, ValidatedParams, check_priority, validate_params
 from tokenizer_proc.text.tokenizer import Tokenizer
 
@@ -123,6 +124,7 @@ class RequestPreparer:
             vocab_size=capacity.vocab_size if own is None else own.vocab_size,
             default_max_tokens=submit.default_max_tokens,
             adapter=None if own is None else own.name,
+            bad_words=encode_bad_words(submit.params.bad_words, text_tools.tokenizer),
         )
 
 

@@ -11,12 +11,15 @@ import msgspec
 
 from engine.errors import InvalidRequest
 from engine.messages import Sampling, SamplingParams, Stopping
+from tokenizer_proc.requests.token_limits import check_some_token_is_left
 from tokenizer_proc.text.generation_config import GenerationConfig
+from tokenizer_proc.text.stop_patterns import check_patterns
 
 MAX_N = 128
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_LOGPROBS = 20
+MAX_TOKEN_IDS_LOGPROB = 64
 MAX_BIAS = 100.0
 MAX_TEMPERATURE = 1000.0  # temperatures far above this make all tokens equally likely, and overflow float32
 MAX_PENALTY = 1000.0  # the largest repetition penalty, which is a factor; the smallest one is 1 / MAX_PENALTY
@@ -25,16 +28,18 @@ SEEDS = 1 << 63
 
 
 class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The output processor's parameters. A `stop` string ends a choice only after `min_tokens` tokens.
+    """The output processor's parameters. `stop` and `stop_regex` end a choice only after `min_tokens` tokens.
 
     With `scores_only` (max_tokens 0) the one token that the scheduler generates is not part of the output.
     """
 
     stop: list[str] = []
+    stop_regex: list[str] = []
     min_tokens: int = 0
     skip_special_tokens: bool = True
     include_stop: bool = False
     has_logprobs: bool = False
+    token_ids_logprob: list[int] = []
     scores_only: bool = False
 
 
@@ -65,11 +70,12 @@ def validate_params(
     vocab_size: int,
     default_max_tokens: int | None,
     adapter: str | None = None,
+    bad_words: Sequence[list[int]] = (),
 ) -> ValidatedParams:
     """Checks `params` for a prompt of token ids, and returns the validated parameters.
 
     `seed` is used if the client gives none. `adapter` is the name of an adapter with its own vocabulary, whose size
-    `vocab_size` then is; None for the base's vocabulary.
+    `vocab_size` then is; None for the base's vocabulary. `bad_words` are the token ids of `params.bad_words`.
 
     Raises an InvalidRequest that names the field.
     """
@@ -78,22 +84,26 @@ def validate_params(
     _check_ranges(params)
     _check_ids(params, vocab_size, tokens)
     _check_stops(params.stop)
+    check_patterns(params.stop_regex)
     max_tokens = _max_tokens(params.max_tokens, default_max_tokens, len(prompt), max_length)
     scores_only = max_tokens == 0
     if scores_only:
         params, max_tokens = msgspec.structs.replace(params, min_tokens=0), 1
     _within("min_tokens", params.min_tokens, 0, max_tokens)
     end_ids = _end_ids(params, generation_config, vocab_size)
+    check_some_token_is_left(params, end_ids, bad_words)
     return ValidatedParams(
         n=params.n,
-        sampling=_sampling(params, generation_config, seed, end_ids, vocab_size),
+        sampling=_sampling(params, generation_config, seed, end_ids, bad_words, vocab_size),
         stopping=Stopping(max_tokens, params.min_tokens, end_ids),
         text=TextOptions(
             stop=params.stop,
+            stop_regex=params.stop_regex,
             min_tokens=params.min_tokens,
             skip_special_tokens=params.skip_special_tokens,
             include_stop=params.include_stop_str_in_output,
             has_logprobs=params.logprobs is not None,
+            token_ids_logprob=params.token_ids_logprob,
             scores_only=scores_only,
         ),
     )
@@ -170,8 +180,13 @@ def _check_filters(params: SamplingParams) -> None:
 
 
 def _check_ids(params: SamplingParams, vocab_size: int, tokens: str) -> None:
-    for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
-        for token in ids:
+    if len(params.token_ids_logprob) > MAX_TOKEN_IDS_LOGPROB:
+        raise InvalidRequest(
+            f"token_ids_logprob has {len(params.token_ids_logprob)} entries; at most {MAX_TOKEN_IDS_LOGPROB} are taken",
+            param="token_ids_logprob",
+        )
+    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids", "token_ids_logprob"):
+        for token in getattr(params, name):
             if not 0 <= token < vocab_size:
                 raise InvalidRequest(f"{name}: token id {token} is not in the vocabulary of {tokens}", param=name)
     for bias in params.logit_bias.values():
@@ -192,7 +207,12 @@ def _end_ids(params: SamplingParams, generation_config: GenerationConfig, vocab_
 
 
 def _sampling(
-    params: SamplingParams, generation_config: GenerationConfig, seed: int, end_ids: list[int], vocab_size: int
+    params: SamplingParams,
+    generation_config: GenerationConfig,
+    seed: int,
+    end_ids: list[int],
+    bad_words: Sequence[list[int]],
+    vocab_size: int,
 ) -> Sampling:
     return Sampling(
         temperature=_or(params.temperature, generation_config.temperature),
@@ -208,6 +228,9 @@ def _sampling(
         logit_bias=sorted(params.logit_bias.items()),
         logprobs=-1 if params.logprobs is None else params.logprobs,
         prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
+        allowed_token_ids=sorted(set(params.allowed_token_ids)),
+        bad_words=[*bad_words],
+        token_ids_logprob=params.token_ids_logprob,
     )
 
 

@@ -17,7 +17,7 @@ class ParameterTable:
     """Each row's temperature, filters, seed, and the log-probabilities to report; `begin` writes a row's entries.
 
     top_k 0, top_p 1 and min_p 0 switch the filter off. logprobs and prompt_logprobs are the number of alternatives to
-    report, or -1 for no report.
+    report, or -1 for no report; `asked` has the tokens that a row reports beside them.
     """
 
     def __init__(self, rows: int) -> None:
@@ -28,6 +28,7 @@ class ParameterTable:
         self.seed = np.zeros(rows, np.int64)
         self.logprobs = np.full(rows, -1, np.int64)
         self.prompt_logprobs = np.full(rows, -1, np.int64)
+        self.asked: dict[int, list[int]] = {}
 
     def begin(self, new: NewRow) -> None:
         """Writes the parameters of the request that holds row `new.row` from now on."""
@@ -39,6 +40,9 @@ class ParameterTable:
         self.seed[row] = as_int64(sampling.seed)
         self.logprobs[row] = sampling.logprobs
         self.prompt_logprobs[row] = sampling.prompt_logprobs
+        self.asked.pop(row, None)
+        if sampling.token_ids_logprob:
+            self.asked[row] = sampling.token_ids_logprob
 
     def uses_filters(self, rows: Ints) -> NDArray[np.bool_]:
         """Returns which of these rows use top_k, top_p or min_p, as a boolean array."""

@@ -127,5 +127,6 @@ class Sampler:
             return Sampled(tokens_S, None, [], [])
         widths = self.table.logprobs[rows[reported]].tolist()
         index = self._upload(reported)
-        gathered = logprobs.gather(logits_SV[index], tokens_S[index], max(widths))
+        asked = [self.table.asked.get(int(row), []) for row in rows[reported]] if self.table.asked else []
+        gathered = logprobs.gather(logits_SV[index], tokens_S[index], max(widths), asked)
         return Sampled(tokens_S, gathered, reported.tolist(), widths)

@@ -89,8 +89,9 @@ def params(fields: Mapping[str, object], spellings: Mapping[str, str], at: str =
                 f"{words[field]} = {values[field]} and {name} = {value} mean the same and disagree", param=at + name
             )
         values[field], words[field] = value, name
-    if isinstance(values.get("stop"), str):
-        values["stop"] = [values["stop"]]
+    for one in ("stop", "stop_regex", "bad_words"):
+        if isinstance(values.get(one), str):
+            values[one] = [values[one]]
     return _convert(values, SamplingParams, at, words)
 
 

@@ -83,12 +83,11 @@ REASONS = {
     "web_search_options": "web search is not supported",
     "use_beam_search": "beam search is not supported",
     "chat_template": "the chat template is chosen at launch (--chat-template)",
-    "stop_regex": "use stop or stop_token_ids",
     "input_embeds": "use text or input_ids",
     "lora_id": "name the adapter with lora_path",
 }
 
-_NOT_SPELT = {"logprobs", "prompt_logprobs"}  # each dialect has its own body fields for these two
+_NOT_SPELT = {"logprobs", "prompt_logprobs", "token_ids_logprob"}  # each dialect has its own body fields for these
 _SAME = {name: name for name in SamplingParams.__struct_fields__ if name not in _NOT_SPELT}
 
 SPELLINGS_OPENAI = _SAME | {"max_completion_tokens": "max_tokens"}

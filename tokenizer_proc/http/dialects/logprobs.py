@@ -203,6 +203,11 @@ def triples(positions: Iterable[PositionLogprobs], with_text: bool) -> list[Trip
     return [triple(position.chosen, with_text) for position in positions]
 
 
+def asked_triples(positions: Iterable[PositionLogprobs | None], with_text: bool) -> list[list[Triple] | None]:
+    """Returns the tokens of `token_ids_logprob` of each position, and None for a position that is None."""
+    return [None if one is None else [triple(token, with_text) for token in one.asked] for one in positions]
+
+
 def top_triples(positions: Iterable[PositionLogprobs | None], with_text: bool) -> list[list[Triple] | None]:
     """Returns the best tokens of each position in SGLang's format, and None for a position that is None.
 

@@ -19,13 +19,14 @@ from tokenizer_proc.text.tokenizer import Tokenizer
 class LogprobOptions(msgspec.Struct, frozen=True):
     """The log-probabilities that were requested for one prompt and its outputs.
 
-    Each position has the `top` best tokens, with their texts if `with_text` is set. `start` is the first position of
-    the prompt to return; -1: none of the prompt.
+    Each position has the `top` best tokens, with their texts if `with_text` is set, and those of the ids `asked`.
+    `start` is the first position of the prompt to return; -1: none of the prompt.
     """
 
     start: int
     top: int
     with_text: bool
+    asked: list[int] = []
 
 
 class NativeWriter(Writer):
@@ -130,6 +131,7 @@ class _Output:
     def __init__(self) -> None:
         self._chosen = JsonArray()
         self._top = JsonArray()
+        self._asked = JsonArray()
         self._length = 0
 
     def fields(self, choice: Choice, scoring: LogprobOptions) -> dict[str, object]:
@@ -138,9 +140,10 @@ class _Output:
             self._chosen.add(logprobs.triples(positions, scoring.with_text))
             if scoring.top:
                 self._top.add(logprobs.top_triples(positions, scoring.with_text))
+            if scoring.asked:
+                self._asked.add(logprobs.asked_triples(positions, scoring.with_text))
             self._length += len(positions)
-        found: dict[str, object] = {"output_token_logprobs": self._chosen.raw()}
-        return found | {"output_top_logprobs": self._top.raw()} if scoring.top else found
+        return _named("output", scoring, self._chosen, self._top, self._asked)
 
 
 def _prompt_logprobs(choice: Choice, scoring: LogprobOptions, tokenizer: Tokenizer) -> dict[str, object]:
@@ -148,16 +151,26 @@ def _prompt_logprobs(choice: Choice, scoring: LogprobOptions, tokenizer: Tokeniz
 
     The log-probability of the prompt's first token is None, because no token precedes it.
     """
-    chosen, top, place = JsonArray(), JsonArray(), max(0, scoring.start)
+    chosen, top, asked, place = JsonArray(), JsonArray(), JsonArray(), max(0, scoring.start)
     positions, token_ids = choice.prompt.logprobs, choice.prompt.token_ids
     for some in () if positions is None or scoring.start < 0 else positions.slices(place):
         ids = token_ids[place : place + len(some)]
         chosen.add([_prompt_triple(*pair, scoring, tokenizer) for pair in zip(ids, some, strict=True)])
         if scoring.top:
             top.add(logprobs.top_triples(some, scoring.with_text))
+        if scoring.asked:
+            asked.add(logprobs.asked_triples(some, scoring.with_text))
         place += len(some)
-    found: dict[str, object] = {"input_token_logprobs": chosen.raw()}
-    return found | {"input_top_logprobs": top.raw()} if scoring.top else found
+    return _named("input", scoring, chosen, top, asked)
+
+
+def _named(
+    side: str, scoring: LogprobOptions, chosen: JsonArray, top: JsonArray, asked: JsonArray
+) -> dict[str, object]:
+    """Returns the fields of the prompt (`input`) or of the output, those that were requested."""
+    found: dict[str, object] = {f"{side}_token_logprobs": chosen.raw()}
+    found |= {f"{side}_top_logprobs": top.raw()} if scoring.top else {}
+    return found | ({f"{side}_token_ids_logprobs": asked.raw()} if scoring.asked else {})
 
 
 def _prompt_triple(

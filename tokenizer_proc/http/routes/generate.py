@@ -38,6 +38,7 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
     return_logprob: bool | list[bool] = False
     logprob_start_len: int | list[int] = -1
     top_logprobs_num: int | list[int] = 0
+    token_ids_logprob: list[int | list[int]] = []
     return_text_in_logprobs: bool = False
     add_special_tokens: bool = True
     priority: int = 0
@@ -156,18 +157,32 @@ def _scoring(body: GenerateBody, size: int) -> list[LogprobOptions | None]:
             raise InvalidRequest(
                 f"logprob_start_len = {start}: -1 (none of the prompt) or more", param="logprob_start_len"
             )
-    with_text = body.return_text_in_logprobs
+    with_text, asked = body.return_text_in_logprobs, _asked_ids(body, size)
+    if body.token_ids_logprob and not all(wanted):
+        raise InvalidRequest("token_ids_logprob needs return_logprob = true", param="token_ids_logprob")
     return [
-        LogprobOptions(start, top, with_text) if want else None
-        for want, start, top in zip(wanted, starts, tops, strict=True)
+        LogprobOptions(start, top, with_text, ids) if want else None
+        for want, start, top, ids in zip(wanted, starts, tops, asked, strict=True)
     ]
+
+
+def _asked_ids(body: GenerateBody, size: int) -> list[list[int]]:
+    """Returns `token_ids_logprob` for each prompt; it is one list of ids for all, or one for each."""
+    given = body.token_ids_logprob
+    lists = [one for one in given if isinstance(one, list)]
+    if not lists:
+        return [[one for one in given if isinstance(one, int)]] * size
+    if len(lists) != len(given):
+        raise InvalidRequest("token_ids_logprob mixes ids and lists: send one kind", param="token_ids_logprob")
+    return spread(lists, size, "token_ids_logprob")
 
 
 def _scored(one: _Params, scoring: LogprobOptions | None) -> _Params:
     if scoring is None:
         return one
     prompt = scoring.top if scoring.start >= 0 else None
-    return replace(one, sampling=replace(one.sampling, logprobs=scoring.top, prompt_logprobs=prompt))
+    sampling = replace(one.sampling, logprobs=scoring.top, prompt_logprobs=prompt, token_ids_logprob=scoring.asked)
+    return replace(one, sampling=sampling)
 
 
 def _submits(

@@ -6,12 +6,20 @@ from collections.abc import Callable
 
 import torch
 
+from model_runner.compute.sampler.logits_processors.allowed_tokens import AllowedTokens
+from model_runner.compute.sampler.logits_processors.bad_words import BadWords
 from model_runner.compute.sampler.logits_processors.base import LogitsProcessor
 from model_runner.compute.sampler.logits_processors.logit_bias import LogitBias
 from model_runner.compute.sampler.logits_processors.min_tokens import MinTokens
 from model_runner.compute.sampler.logits_processors.penalties import Penalties
 
-PROCESSORS: tuple[Callable[[int, int, torch.device], LogitsProcessor], ...] = (LogitBias, MinTokens, Penalties)
+PROCESSORS: tuple[Callable[[int, int, torch.device], LogitsProcessor], ...] = (
+    AllowedTokens,
+    LogitBias,
+    MinTokens,
+    Penalties,
+    BadWords,
+)
 
 
 def create_all(rows: int, vocab_size: int, device: torch.device) -> list[LogitsProcessor]:

@@ -42,8 +42,10 @@ class Request:
 
 
 def processed(logits: np.ndarray, request: Request) -> np.ndarray:
-    """Returns the logits after bias, min_tokens and penalties, computed token by token in float64."""
+    """Returns the logits after all logits processors, computed token by token in float64."""
     s, x = request.sampling, logits.astype(np.float64).copy()
+    if s.allowed_token_ids:
+        x[[token for token in range(len(x)) if token not in s.allowed_token_ids]] = -np.inf
     for token, value in s.logit_bias:
         x[token] += value
     if len(request.output) < s.min_tokens:
@@ -53,6 +55,11 @@ def processed(logits: np.ndarray, request: Request) -> np.ndarray:
         if count or token in request.prompt:
             x[token] = x[token] / s.repetition_penalty if x[token] > 0 else x[token] * s.repetition_penalty
         x[token] -= s.frequency_penalty * count + (s.presence_penalty if count else 0.0)
+    bad = {word[-1] for word in s.bad_words if request.output[len(request.output) - len(word) + 1 :] == word[:-1]
+           and len(request.output) >= len(word) - 1}  # fmt: skip
+    left = [token for token in range(len(x)) if token not in bad and x[token] > -np.inf]
+    if left:
+        x[[*bad]] = -np.inf
     return x
 
 
@@ -107,6 +114,8 @@ samplings = st.builds(
     end_ids=st.lists(tokens, max_size=3, unique=True),
     logit_bias=st.lists(st.tuples(tokens, st.sampled_from([-100.0, -1.5, 2.0])), max_size=3),
     logprobs=st.sampled_from([-1, 0, 3]),
+    allowed_token_ids=st.lists(st.integers(4, VOCAB - 1), max_size=6, unique=True),
+    bad_words=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=3), max_size=4),
 )
 requests = st.builds(Request, samplings, st.lists(tokens, min_size=1, max_size=6), st.lists(tokens, max_size=5))
 
@@ -154,11 +163,52 @@ def test_request_draws_the_same_alone_and_in_any_batch(batch: list[Request], see
 
 
 def test_replay_continues_with_the_same_tokens() -> None:
-    sampling = Sampling(temperature=1.0, top_p=0.9, presence_penalty=0.5, repetition_penalty=1.2, seed=5)
+    words = [[a, b, c] for a in range(0, VOCAB, 2) for b in range(0, VOCAB, 3) for c in (1, 2)]
+    sampling = Sampling(
+        temperature=1.0, top_p=0.9, presence_penalty=0.5, repetition_penalty=1.2, seed=5, bad_words=words
+    )
     steps = [torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(i)) for i in range(6)]
     whole = run([Request(sampling, [1, 2])], [0], steps, Sampler(2, VOCAB, CPU))[0]
     half = Request(sampling, [1, 2], whole[:3])
     assert run([half], [1], steps[3:], Sampler(2, VOCAB, CPU))[0] == whole[3:]
+
+
+def test_bad_words_are_banned_only_behind_their_beginning() -> None:
+    """The best token is 3 each time: it is banned behind 1 2 alone, and everywhere once it is a word of its own."""
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 3] = 9.0
+    for output, words, expected_token in (
+        ([], [[1, 2, 3]], 3),
+        ([2], [[1, 2, 3]], 3),
+        ([1, 2], [[1, 2, 3]], 0),
+        ([1, 2, 5], [[1, 2, 3]], 3),
+        ([1, 2], [[1, 2, 3], [0]], 1),
+        ([], [[3]], 0),
+    ):
+        request = Request(Sampling(temperature=0.0, bad_words=words), [1, 2], output)
+        assert run([request], [0], [logits], Sampler(2, VOCAB, CPU)) == [[expected_token]]
+
+
+def test_bad_words_that_leave_no_token_are_let_through() -> None:
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(1))
+    words = [[7, 7], [7, 8], [5]]
+    request = Request(Sampling(temperature=1.0, seed=3, allowed_token_ids=[7, 8], bad_words=words), [1], [7])
+    assert run([request], [0], [logits] * 4, Sampler(2, VOCAB, CPU))[0][0] in (7, 8)
+
+
+def test_asked_log_probabilities_come_in_their_order() -> None:
+    sampler = Sampler(3, VOCAB, CPU)
+    wanted = [[5, 1, 5], [], [9]]
+    for row, ids in enumerate(wanted):
+        sampling = Sampling(temperature=0.0, logprobs=1, token_ids_logprob=ids)
+        sampler.begin(NewRow(row=row, generation=1, prompt_length=1, sampling=sampling))
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(8))
+    found = sampler.sample(logits, np.arange(3), np.ones(3, np.int64)).messages()
+    raw = torch.log_softmax(logits.double(), -1)
+    for row, ids in enumerate(wanted):
+        assert found[row].asked == pytest.approx(raw[row, ids].tolist(), abs=1e-5)
+    sampler.begin(NewRow(row=0, generation=2, prompt_length=1, sampling=Sampling(temperature=0.0, logprobs=1)))
+    assert sampler.sample(logits, np.arange(3), np.ones(3, np.int64)).messages()[0].asked == []
 
 
 def test_greedy_row_takes_the_lowest_of_equally_good_tokens() -> None:
