@@ -29,6 +29,7 @@ SAMPLINGS = (
     Sampling(temperature=1.0, top_p=0.9, top_k=50, min_p=0.01),
     Sampling(temperature=0.0, repetition_penalty=1.1, presence_penalty=0.1, logit_bias=[(0, 1.0)]),
     Sampling(temperature=0.0, min_tokens=9, end_ids=[0], logprobs=5),
+    Sampling(temperature=0.0, allowed_token_ids=[0, 1], bad_words=[[0, 1]], logprobs=0, token_ids_logprob=[0]),
 )
 NOT_CAPTURED = (EXPERTS, full_weights_of(EMBED))
 """Groups whose use by a lane prevents a step from being captured as a CUDA graph."""
