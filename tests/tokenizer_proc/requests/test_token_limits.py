@@ -20,7 +20,7 @@ def sent(fields: dict[str, Any]) -> Sampling:
     return scheduler.generates[0].sampling
 
 
-def test_bad_words_are_sent_as_they_stand_alone_and_after_a_space() -> None:
+def test_bad_words_are_sent_alone_and_after_a_space() -> None:
     assert sent({"bad_words": ["ab", "c"]}).bad_words == [[97, 98], [32, 97, 98], [99], [32, 99]]
     assert sent({"bad_words": "c"}).bad_words == [[99], [32, 99]]
     assert sent({"bad_words": [" c"]}).bad_words == [[32, 99]]
@@ -65,7 +65,7 @@ def test_an_expression_ends_the_output_and_stays_in_it(path: str, body: dict[str
     assert len(scheduler.aborted) == 1
 
 
-def test_text_held_for_a_stop_string_is_sent_when_an_expression_matches() -> None:
+def test_held_text_is_sent_when_an_expression_matches() -> None:
     events = stream(ScriptedScheduler("so 12. two").frontend(), PATH, BODY | {"stop": "2. too", "stop_regex": "2\\."})
     assert "".join(event["choices"][0]["text"] for event in events[:-1]) == "so 12."
 

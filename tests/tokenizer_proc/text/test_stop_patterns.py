@@ -33,7 +33,7 @@ def test_the_first_of_several_expressions_is_named() -> None:
     assert finder.push("more")
 
 
-def test_a_long_text_is_searched_in_a_window_that_knows_what_stands_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_text_is_searched_in_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stop_patterns, "WINDOW", 8)
     for expression, last, expected in (
         ("^z", "z", None),
