@@ -6,8 +6,9 @@ object, which lives as long as one of them uses it:
 
     sha256 of tokenizer.json --> known   --> shared
                              --> unknown --> the base's model --> the base, or new small parts around its model
-                                         --> another model --> parsed --> equal but for formatting --> shared
-                                                                      --> different --> kept, within bounds
+                                         --> another model --> parsed in a process of its own
+                                                       --> equal but for formatting --> shared
+                                                       --> different --> parsed here too, and kept, within bounds
 
 These files cannot run code in this process: a regular expression that neither the base's tokenizer nor a published one
 has is refused, because matching it might never end, and a chat template is rendered in a separate process.
@@ -25,13 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import tokenizers
 
 from engine.config.process_configs import AdapterSource
 from engine.directory import Directory
 from engine.errors import AdapterError, ConfigError, EngineError, StorageFailed
 from engine.ipc import DECODE_ERRORS
 from tokenizer_proc.text import files
+from tokenizer_proc.text.checking.check import checked
+from tokenizer_proc.text.checking.check_worker import CheckedTokenizer
 from tokenizer_proc.text.generation_config import GenerationConfig
 from tokenizer_proc.text.pretokenizers import KNOWN
 from tokenizer_proc.text.templates.chat_template import ChatRenderer, ChatTemplate
@@ -47,6 +49,16 @@ MOST_BYTES = 256 << 20
 """The bound on the total size of all different tokenizer.json files; in memory they take several times as much."""
 MOST_FILES = 4096
 """The number of tokenizer.json files whose hashes are remembered, with the hash of the content that they parse to."""
+
+LEAST_BOUND = 16 << 20
+BASE_FACTOR = 4
+"""An adapter's tokenizer.json may be this many times as large as the base's, and LEAST_BOUND in any case."""
+MOST_SMALL = 2 << 20
+"""The bound on a tokenizer.json without its model, where the model is the base's byte for byte."""
+MOST_ADDED = 8192
+"""How many tokens more than the base's an adapter's tokenizer.json may add."""
+MOST_OWN_MODEL = 1 << 20
+"""The bound on another model than the base's, where requests are served: parsing it holds the GIL for 40 ms."""
 
 NAME = "tokenizer.json"
 BASE = b"base"
@@ -84,7 +96,9 @@ class TokenizerLibrary:
         self._directory = Path(directory)
         self._fixed_template = fixed_template
         self._lock = threading.Lock()
-        self._base_content = b""
+        self._is_starting = False
+        self._describing = threading.Lock()
+        self._described: CheckedTokenizer | None = None
         self._contents: OrderedDict[bytes, bytes] = OrderedDict()
         self._kept: weakref.WeakValueDictionary[bytes, Tokenizer] = weakref.WeakValueDictionary()
         self._sizes: dict[bytes, int] = {}
@@ -97,15 +111,18 @@ class TokenizerLibrary:
         Raises AdapterError for files that cannot be used; with `skip_failed`, adapters with such files are logged and
         left out instead.
         """
-        found = {}
-        for source in sources:
-            try:
-                found[source.adapter_id] = self.load(source.name, source.root, source.roots)
-            except (AdapterError, StorageFailed) as error:
-                if not skip_failed:
-                    self.close()
-                    raise
-                log.error("%s; it is not served any more", error.message)
+        found, self._is_starting = {}, True
+        try:
+            for source in sources:
+                try:
+                    found[source.adapter_id] = self.load(source.name, source.root, source.roots)
+                except (AdapterError, StorageFailed) as error:
+                    if not skip_failed:
+                        self.close()
+                        raise
+                    log.error("%s; it is not served any more", error.message)
+        finally:
+            self._is_starting = False
         return found
 
     def load(self, name: str, root: str | Path, roots: Sequence[str] = ()) -> TextTools:
@@ -127,9 +144,18 @@ class TokenizerLibrary:
         """Ends the process that renders adapters' chat templates."""
         self.sandbox.close()
 
+    @property
+    def _most_bytes(self) -> int:
+        """The bound on an adapter's tokenizer.json. A file with the base's content may have another formatting."""
+        try:
+            size = (self._directory / NAME).stat().st_size
+        except OSError:
+            size = 0
+        return min(files.MAX_TOKENIZER, max(LEAST_BOUND, BASE_FACTOR * size))
+
     def _read(self, name: str, directory: Directory) -> TextTools:
         base, tokens = self.base, special_tokens(directory)
-        raw = files.read(directory, NAME, files.MAX_TOKENIZER)
+        raw = files.read(directory, NAME, self._most_bytes)
         if raw is not None:
             tokenizer = self._shared(raw, directory.path / NAME).named(tokens or base.tokenizer.special_tokens)
         else:
@@ -138,7 +164,7 @@ class TokenizerLibrary:
             if unread:
                 log.warning("adapter `%s`: %s is not read, only %s: the model's own is used", name, unread[0], NAME)
         kept = [token for token in base.generation_config.end_ids if _same(token, tokenizer, base.tokenizer)]
-        generation_config = base.generation_config.over(directory, kept, tokenizer.eos_id)
+        generation_config = base.generation_config.over(directory, kept, tokenizer.eos_id, tokenizer.vocab_size)
         source = (None if self._fixed_template else template_of(directory)) or base.chat.source
         if (tokenizer, source, generation_config) == (base.tokenizer, base.chat.source, base.generation_config):
             return base
@@ -171,15 +197,15 @@ class TokenizerLibrary:
 
     def _shared(self, raw: bytes, path: Path) -> Tokenizer:
         """Returns the tokenizer of the tokenizer.json with the content `raw`; files of equal content share one."""
+        found = hashlib.sha256(raw).digest()
         with self._lock:
             self._learn_base()
-            found = hashlib.sha256(raw).digest()
             known = self._kept.get(self._contents.get(found, b""))
             if known is not None:
                 self._contents.move_to_end(found)
                 return known
-            sections = self._checked(raw, path)
-            content, made, size = self._made(sections, raw, path)
+        content, made, size = self._made(raw, path)
+        with self._lock:
             self._remember(found, content)
             known = self._kept.get(content)
             if known is None:
@@ -187,25 +213,61 @@ class TokenizerLibrary:
                 self._kept[content], self._sizes[content] = made, size
             return known or made
 
-    def _made(self, sections: TokenizerSections, raw: bytes, path: Path) -> tuple[bytes, Tokenizer, int]:
+    def _made(self, raw: bytes, path: Path) -> tuple[bytes, Tokenizer, int]:
         """Returns (hash of the content, the tokenizer, the number of bytes that it does not share with the base)."""
         base = self._base_sections
-        if base is not None and bytes(sections.model) == bytes(base.model):
+        assert base is not None
+        try:
+            sections = TokenizerSections.around(raw, bytes(base.model), MOST_SMALL)
+        except DECODE_ERRORS as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+        if sections is not None:
             if sections.small == base.small:
                 return BASE, self.base.tokenizer, 0
-            try:
-                made = sections.over(self.base.tokenizer)
-            except BaseException as error:
-                if not is_from_library(error):
-                    raise
-                made = None  # parsing the whole file below raises the error to show
-            if made is not None:
-                size = len(raw) - len(bytes(sections.model))
-                return hashlib.sha256(msgspec.json.encode(sections.small)).digest(), made, size
-        made = Tokenizer.parse(raw, path, {})
-        content = _content(made.backend)
-        self._base_content = self._base_content or _content(self.base.tokenizer.backend)
-        return BASE if content == self._base_content else content, made, len(raw)
+            if (made := self._over_base(sections)) is not None:
+                return hashlib.sha256(msgspec.json.encode(sections.small)).digest(), made, len(raw) - len(base.model)
+        return self._parsed(raw, path)
+
+    def _parsed(self, raw: bytes, path: Path) -> tuple[bytes, Tokenizer, int]:
+        """Does the same as `_made`, for a file that has to be parsed as a whole: a process of its own does so first."""
+        found, own = checked(raw, path), self._described_base()
+        if found.content == own.content:
+            return BASE, self.base.tokenizer, 0
+        sections = TokenizerSections.read(found.small)
+        self._check_patterns(sections)
+        if found.model == own.model and (made := self._over_base(sections)) is not None:
+            return found.content, made, len(found.small)
+        if found.model_bytes > MOST_OWN_MODEL and not self._is_starting:
+            raise ConfigError(
+                f"{NAME} has another model than the model's own tokenizer, of {found.model_bytes >> 10} KiB; parsing"
+                f" more than {MOST_OWN_MODEL >> 10} KiB would stop the running server: give this adapter with --lora-paths,"
+                f" or take {NAME} out of its directory"
+            )
+        return found.content, Tokenizer.parse(raw, path, {}), len(raw)
+
+    def _over_base(self, sections: TokenizerSections) -> Tokenizer | None:
+        """Returns a tokenizer of these small parts around the base's model, or None if they cannot be put together."""
+        self._check_patterns(sections)
+        assert self._base_sections is not None
+        if len(sections.added_tokens) > len(self._base_sections.added_tokens) + MOST_ADDED:
+            raise ConfigError(f"{NAME} adds {len(sections.added_tokens)} tokens; an adapter adds at most {MOST_ADDED}")
+        try:
+            return sections.over(self.base.tokenizer)
+        except BaseException as error:
+            if not is_from_library(error):
+                raise
+            return None  # parsing the whole file raises the error to show
+
+    def _described_base(self) -> CheckedTokenizer:
+        with self._describing:
+            if self._described is None:
+                self._described = checked(self._base_raw(), self._directory / NAME)
+            return self._described
+
+    def _base_raw(self) -> bytes:
+        with files.open_directory(self._directory) as directory:
+            raw = None if directory is None else files.read(directory, NAME, files.MAX_TOKENIZER)
+        return self.base.tokenizer.backend.to_str().encode() if raw is None else raw
 
     def _learn_base(self) -> None:
         """Reads the base's tokenizer.json on the first call, to compare adapters' files with it.
@@ -214,28 +276,21 @@ class TokenizerLibrary:
         """
         if self._base_sections is not None:
             return
-        base = self.base.tokenizer
-        with files.open_directory(self._directory) as directory:
-            raw = None if directory is None else files.read(directory, NAME, files.MAX_TOKENIZER)
+        base, raw = self.base.tokenizer, self._base_raw()
         try:
-            self._base_sections = TokenizerSections.read(raw or b"")
-        except DECODE_ERRORS:  # there is no file, or it has fields that only the library can read
+            self._base_sections = TokenizerSections.read(raw)
+        except DECODE_ERRORS:  # it has fields that only the library can read
             self._base_sections = TokenizerSections.read(base.backend.to_str().encode())
         self._kept[BASE], self._sizes[BASE] = base, 0
-        if raw is not None:
-            self._remember(hashlib.sha256(raw).digest(), BASE)
+        self._remember(hashlib.sha256(raw).digest(), BASE)
 
     def _remember(self, found: bytes, content: bytes) -> None:
         self._contents[found] = content
         while len(self._contents) > MOST_FILES:
             self._contents.popitem(last=False)
 
-    def _checked(self, raw: bytes, path: Path) -> TokenizerSections:
+    def _check_patterns(self, sections: TokenizerSections) -> None:
         assert self._base_sections is not None
-        try:
-            sections = TokenizerSections.read(raw)
-        except DECODE_ERRORS as error:
-            raise ConfigError(f"{path} cannot be read: {error}") from error
         strange = sorted(sections.patterns - self._base_sections.patterns - KNOWN)
         if strange:
             raise ConfigError(
@@ -243,7 +298,6 @@ class TokenizerLibrary:
                 f" might run for ever: {strange[0][:80]!r}. If the adapter adds no tokens, take {NAME} out of its"
                 " directory: the model's own is used"
             )
-        return sections
 
     def _check_room(self, size: int) -> None:
         self._sizes = {content: held for content, held in self._sizes.items() if content in self._kept}
@@ -258,8 +312,3 @@ class TokenizerLibrary:
 def _same(token: int, one: Tokenizer, other: Tokenizer) -> bool:
     """Returns whether an id is the same token in both tokenizers."""
     return one.backend is other.backend or one.backend.id_to_token(token) == other.backend.id_to_token(token)
-
-
-def _content(backend: tokenizers.Tokenizer) -> bytes:
-    """Returns a hash of the tokenizer as the library serializes it, which does not depend on the file's formatting."""
-    return hashlib.sha256(backend.to_str().encode()).digest()

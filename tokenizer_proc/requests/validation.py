@@ -12,7 +12,7 @@ import msgspec
 from engine.errors import InvalidRequest
 from engine.messages import Sampling, SamplingParams, Stopping
 from tokenizer_proc.requests.token_limits import check_some_token_is_left
-from tokenizer_proc.text.generation_config import GenerationConfig
+from tokenizer_proc.text.generation_config import MAX_PENALTY, MAX_TEMPERATURE, GenerationConfig
 from tokenizer_proc.text.stop_patterns import check_patterns
 
 MAX_N = 128
@@ -21,8 +21,6 @@ MAX_STOP_CHARACTERS = 1024
 MAX_LOGPROBS = 20
 MAX_TOKEN_IDS_LOGPROB = 64
 MAX_BIAS = 100.0
-MAX_TEMPERATURE = 1000.0  # temperatures far above this make all tokens equally likely, and overflow float32
-MAX_PENALTY = 1000.0  # the largest repetition penalty, which is a factor; the smallest one is 1 / MAX_PENALTY
 PRIORITIES = 1 << 31
 SEEDS = 1 << 63
 

@@ -13,7 +13,8 @@ from engine.directory import Directory, FileMissing, FileRefused
 from engine.errors import ConfigError
 
 MAX_TOKENIZER = 64 << 20
-MAX_CONFIG = 16 << 20
+MAX_CONFIG = 4 << 20
+MAX_GENERATION = 64 << 10
 MAX_TEMPLATE = 1 << 20
 
 

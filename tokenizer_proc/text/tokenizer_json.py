@@ -9,6 +9,7 @@ parts. Parsing the whole file again would hold the GIL for a second and take a h
 from __future__ import annotations
 
 import copy
+import secrets
 from typing import Any
 
 import msgspec
@@ -19,6 +20,10 @@ from tokenizer_proc.text.tokenizer import Tokenizer
 
 ANY_MODEL = {"type": "BPE", "vocab": {}, "merges": []}
 PIPELINE = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+
+
+class _ModelField(msgspec.Struct):
+    model: Any = None
 
 
 class TokenizerSections(msgspec.Struct):
@@ -35,6 +40,21 @@ class TokenizerSections(msgspec.Struct):
     def read(cls, raw: bytes) -> TokenizerSections:
         """Decodes `raw`, the content of a tokenizer.json. Raises one of engine.ipc.DECODE_ERRORS if it is malformed."""
         return msgspec.json.decode(raw, type=cls)
+
+    @classmethod
+    def around(cls, raw: bytes, model: bytes, most: int) -> TokenizerSections | None:
+        """Decodes `raw` if it has the model `model`, byte for byte, and at most `most` bytes around it.
+
+        Returns None for another model. Raises one of engine.ipc.DECODE_ERRORS if the small parts are malformed.
+        """
+        at = raw.find(model) if len(model) <= len(raw) <= len(model) + most else -1
+        if at < 0:
+            return None
+        mark = secrets.token_hex(16)
+        small = b"%b%b%b" % (raw[:at], msgspec.json.encode(mark), raw[at + len(model) :])
+        if msgspec.json.decode(small, type=_ModelField).model != mark:  # the bytes were found in another place
+            return None
+        return msgspec.structs.replace(cls.read(small), model=msgspec.Raw(model))
 
     @property
     def small(self) -> list[Any]:

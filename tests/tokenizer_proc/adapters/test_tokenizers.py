@@ -161,6 +161,73 @@ def test_an_added_token_with_another_id_is_parsed_in_full(base: Path, library: T
     assert own.encode("a<x>") == whole.encode("a<x>")
 
 
+def reformatted(root: Path) -> None:
+    """Writes the tokenizer.json of `root` with the same content, but other bytes."""
+    saved = json.loads((root / "tokenizer.json").read_text())
+    (root / "tokenizer.json").write_text(json.dumps(saved, indent=3))
+
+
+def other_model(root: Path) -> Tokenizer:
+    """Gives `root` a tokenizer with another model than the base's."""
+    small_tokenizers.save(small_tokenizers.byte_level(300), root)
+    return Tokenizer.load(root)
+
+
+def test_an_equal_model_is_never_parsed_in_this_process(
+    base: Path, library: TokenizerLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same, more = adapter(base, "same"), adapter(base, "more", extra="<x>")
+    whole = Tokenizer.load(more)
+    for root in (same, more):
+        reformatted(root)
+    monkeypatch.setattr(Tokenizer, "parse", None)
+    assert library.load("same", same).tokenizer is library.base.tokenizer
+    assert library.load("more", more).tokenizer.encode("a<x>") == whole.encode("a<x>")
+
+
+def test_a_large_other_model_is_parsed_at_the_start_only(
+    base: Path, library: TokenizerLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = base.parent / "other"
+    whole = other_model(root)
+    assert library.load("small", root).tokenizer.encode("hello") == whole.encode("hello")
+    gc.collect()
+    monkeypatch.setattr(library_module, "MOST_OWN_MODEL", 2000)
+    with pytest.raises(
+        AdapterError, match=r"adapter `other`: .*another model .*KiB.*give this adapter with --lora-paths"
+    ):
+        library.load("other", root)
+    source = AdapterSource(adapter_id=1, name="other", path="other", root=str(root))
+    found = library.load_all([source], skip_failed=False)
+    assert found[1].tokenizer.encode("hello") == whole.encode("hello")
+
+
+def test_too_many_added_tokens_are_refused(
+    base: Path, library: TokenizerLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library_module, "MOST_ADDED", 1)
+    assert library.load("one", adapter(base, "one", extra="<x>")).brings
+    two = adapter(base, "two", extra="<x>")
+    made = tokenizers.Tokenizer.from_file(str(two / "tokenizer.json"))
+    made.add_tokens(["<y>"])
+    made.save(str(two / "tokenizer.json"))
+    with pytest.raises(AdapterError, match="adds at most 1"):
+        library.load("two", two)
+
+
+def test_a_tokenizer_much_larger_than_the_bases_is_refused(
+    base: Path, library: TokenizerLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = adapter(base, "large")
+    monkeypatch.setattr(library_module, "LEAST_BOUND", 0)
+    raw = (root / "tokenizer.json").read_bytes()
+    (root / "tokenizer.json").write_bytes(raw + b" " * 3 * len(raw))
+    assert library.load("large", root) is library.base
+    (root / "tokenizer.json").write_bytes(raw + b" " * (3 * len(raw) + 1))
+    with pytest.raises(AdapterError, match="more than"):
+        library.load("large", root)
+
+
 def test_many_different_tokenizers_are_bounded(
     base: Path, library: TokenizerLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
