@@ -240,8 +240,8 @@ class TokenizerLibrary:
         if found.model_bytes > MOST_OWN_MODEL and not self._is_starting:
             raise ConfigError(
                 f"{NAME} has another model than the model's own tokenizer, of {found.model_bytes >> 10} KiB; parsing"
-                f" more than {MOST_OWN_MODEL >> 10} KiB would stop the running server: give this adapter with --lora-paths,"
-                f" or take {NAME} out of its directory"
+                f" more than {MOST_OWN_MODEL >> 10} KiB would stop the running server: give this adapter with"
+                f" --lora-paths, or take {NAME} out of its directory"
             )
         return found.content, Tokenizer.parse(raw, path, {}), len(raw)
 
