@@ -16,6 +16,7 @@ from engine.config.process_configs import TokenizerConfig
 from engine.errors import EngineDead, InvalidRequest, Overloaded
 from engine.journal.journal import Journal
 from engine.journal.memory_file import MemoryFile
+from engine.journal.work_notes import WorkNotes
 from engine.messages import (
     AdapterMix,
     AdapterState,
@@ -66,7 +67,8 @@ class Frontend:
     ) -> None:
         self.tokenizer = tokenizer
         base = TextTools(tokenizer, chat, generation_config)
-        self.tokenizer_library = TokenizerLibrary(base, config.tokenizer_path, config.chat_template is not None)
+        notes = WorkNotes(None if config.work_notes is None else MemoryFile(config.work_notes), config.after_fault)
+        self.tokenizer_library = TokenizerLibrary(base, config.tokenizer_path, config.chat_template is not None, notes)
         text_tools = self.tokenizer_library.load_all(config.adapters, skip_failed=config.endpoints.epoch > 0)
         adapters = [source for source in config.adapters if source.adapter_id in text_tools]
         self.adapters = AdapterRegistry(config.served_model_names, adapters, config.endpoints.epoch, text_tools)
@@ -82,7 +84,7 @@ class Frontend:
         self.epoch = config.endpoints.epoch
         self.is_draining = False
         self.pools = WorkPools()
-        self.texts = TextWork(self.pools)
+        self.texts = TextWork(self.pools, notes)
         self._preparer = RequestPreparer(config, self.adapters, base, self.resolver, self.texts)
         self._info = ServerInfo(config, self.adapters, self.router)
         self._config = config

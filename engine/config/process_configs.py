@@ -49,7 +49,8 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     Tokenizer and chat template are read from `tokenizer_path`, generation_config.json from `model_path`.
     `runtime_loads`: adapters may be loaded over HTTP without `admin_key`. With `lora_roots`, which then include the
     hub's cache, the real path of every adapter file must lie under one of them. `priorities`: requests may have a
-    priority other than 0. `journal` are the descriptors of the journal of adapters. `max_stream_buffer`: bytes that may
+    priority other than 0. `journal` are the descriptors of the journal of adapters, `work_notes` that of the notes of
+    work in progress. `after_fault`: the former incarnation ended by its own fault. `max_stream_buffer`: bytes that may
     be buffered for a client, which must read some of them within `stream_stall_timeout` seconds. `max_request_memory`:
     bytes of bodies and answers together. `read_timeout`: seconds in which a request must arrive.
     `max_connections_per_address` None: a quarter of `max_connections`, and all for loopback addresses.
@@ -74,6 +75,8 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     lora_roots: list[str] = []
     lora_resolve_root: str | None = None
     journal: list[int] = []
+    work_notes: int | None = None
+    after_fault: bool = False
     max_open_requests: int = 4096
     max_queued_tokens: int | None = None
     request_timeout: float | None = None

@@ -1,1 +1,1 @@
-"""The journal of adapters: what each name is bound to, written by the tokenizer process and read for its successor."""
+"""What the tokenizer process writes for its successor: the journal of adapters, and notes of work in progress."""

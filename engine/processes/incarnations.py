@@ -24,6 +24,7 @@ from engine.errors import EngineDead
 from engine.ipc import KEEP_SECONDS, is_private
 from engine.journal.journal import Journal
 from engine.journal.memory_file import MemoryFile
+from engine.journal.work_notes import WorkNotes
 from engine.processes import run_directory
 from engine.processes.process import ProcessSpec
 from engine.processes.supervisor import SpecFactory
@@ -90,6 +91,7 @@ class Incarnations:
         self._resolved = resolved
         self._addresses = addresses
         self._journal = journal
+        self._work_notes = WorkNotes.new_file()
 
     @property
     def spec_factories(self) -> list[SpecFactory]:
@@ -107,14 +109,24 @@ class Incarnations:
         )
         return ProcessSpec("scheduler", "scheduler", config)
 
-    def _tokenizer(self, incarnation: int, _: bool) -> ProcessSpec:
+    def _tokenizer(self, incarnation: int, after_fault: bool) -> ProcessSpec:
+        notes = self._work_notes
         config = replace(
-            self._resolved.tokenizer, endpoints=self._addresses.start_incarnation("tokenizer", incarnation)
+            self._resolved.tokenizer,
+            endpoints=self._addresses.start_incarnation("tokenizer", incarnation),
+            work_notes=None if notes is None else notes.descriptor,
+            after_fault=after_fault,
         )
         if incarnation:
             config = replace(config, adapters=Journal(self._journal).sources)
-        inherited = [*config.journal, *([] if config.listen_fd is None else [config.listen_fd])]
-        return ProcessSpec("tokenizer", "tokenizer_proc", config, descriptors=inherited)
+        optional = [each for each in (config.listen_fd, config.work_notes) if each is not None]
+        return ProcessSpec(
+            "tokenizer",
+            "tokenizer_proc",
+            config,
+            descriptors=[*config.journal, *optional],
+            is_excused=lambda: notes is not None and WorkNotes.is_work_noted(notes),
+        )
 
 
 def runner_environment() -> dict[str, str]:

@@ -62,7 +62,10 @@ SERVING = Limits(silent=5, busy=120.0)
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """The command `python -P -m module arguments`, the config for its stdin, and the descriptors it inherits."""
+    """The command `python -P -m module arguments`, the config for its stdin, and the descriptors it inherits.
+
+    `is_excused` says, once the process has ended, whether a request ended it that its successor knows and refuses.
+    """
 
     name: str
     module: str
@@ -70,6 +73,7 @@ class ProcessSpec:
     arguments: Sequence[str] = ()
     descriptors: Sequence[int] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    is_excused: Callable[[], bool] = lambda: False
 
 
 @functools.cache

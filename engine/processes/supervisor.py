@@ -119,10 +119,13 @@ class _Keeper:
         return report
 
     def _count_death(self) -> bool:
-        """Counts a death. Returns whether there were too many in a row."""
+        """Counts a death, unless a request is to blame. Returns whether there were too many in a row."""
         if time.monotonic() - self._since > STABLE_SECONDS:
             self._deaths = 0
-        self._deaths += 1
+        if self.process is not None and self.process.spec.is_excused():
+            log.warning("the %s process ended at the work of one request: this does not count", self.process.spec.name)
+        else:
+            self._deaths += 1
         return self._deaths > MAX_DEATHS or self._failed_starts >= MAX_FAILED_STARTS
 
     @property

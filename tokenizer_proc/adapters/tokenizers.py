@@ -31,6 +31,7 @@ from engine.config.process_configs import AdapterSource
 from engine.directory import Directory
 from engine.errors import AdapterError, ConfigError, EngineError, StorageFailed
 from engine.ipc import DECODE_ERRORS
+from engine.journal.work_notes import WorkNotes, digest
 from tokenizer_proc.text import files
 from tokenizer_proc.text.checking.check import checked
 from tokenizer_proc.text.checking.check_worker import CheckedTokenizer
@@ -87,14 +88,17 @@ class TokenizerLibrary:
     """The text tools of the base and of every adapter, shared where their content is equal.
 
     `directory` holds the base's tokenizer. With `fixed_template`, the base's chat template, which the operator gave, is
-    used for every adapter.
+    used for every adapter. `notes` are those of the work in progress.
     """
 
-    def __init__(self, base: TextTools, directory: str | Path, fixed_template: bool = False) -> None:
+    def __init__(
+        self, base: TextTools, directory: str | Path, fixed_template: bool = False, notes: WorkNotes | None = None
+    ) -> None:
         self.base = base
         self.sandbox = Sandbox()
         self._directory = Path(directory)
         self._fixed_template = fixed_template
+        self._notes = notes or WorkNotes()
         self._lock = threading.Lock()
         self._is_starting = False
         self._describing = threading.Lock()
@@ -204,7 +208,8 @@ class TokenizerLibrary:
             if known is not None:
                 self._contents.move_to_end(found)
                 return known
-        content, made, size = self._made(raw, path)
+        with self._notes.working(digest([b"tokenizer", found])):
+            content, made, size = self._made(raw, path)
         with self._lock:
             self._remember(found, content)
             known = self._kept.get(content)

@@ -6,11 +6,13 @@ a text are not those of its parts. The call's cost is therefore bounded by the t
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from engine.errors import InvalidRequest
+from engine.journal.work_notes import WorkNotes, digest
 from engine.messages import ChatMessage
 from tokenizer_proc.text.templates.chat_template import ChatRenderer, ChatTemplate, Value
 from tokenizer_proc.text.tokenizer import Tokenizer
@@ -27,10 +29,14 @@ MOST_MESSAGES = 8192
 
 
 class TextWork:
-    """Works on texts, in the queues of `pools` where it may take long. `tenant` is the name of the caller's tenant."""
+    """Works on texts, in the queues of `pools` where it may take long. `tenant` is the name of the caller's tenant.
 
-    def __init__(self, pools: WorkPools) -> None:
+    Work in a queue is noted in `notes`: what ended this process before raises InvalidRequest.
+    """
+
+    def __init__(self, pools: WorkPools, notes: WorkNotes | None = None) -> None:
         self._pools = pools
+        self._notes = notes or WorkNotes()
 
     async def encode(
         self,
@@ -54,20 +60,27 @@ class TextWork:
                 param=param,
                 code="text_too_long",
             )
-        return await self._pools.texts.run(
-            tenant, lambda job: tokenizer.encode(text, special, most), len(text) > LARGE_CHARACTERS
-        )
+
+        def encoded(job: Job) -> list[int]:
+            with self._notes.working(digest([b"encode", _bytes(text)])):
+                return tokenizer.encode(text, special, most)
+
+        return await self._pools.texts.run(tenant, encoded, len(text) > LARGE_CHARACTERS)
 
     async def decode(self, tenant: str, tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Returns the text of `ids`. Raises InvalidRequest for too many ids, or ids outside of the vocabulary."""
         if len(ids) > MOST_TOKENS:
             raise InvalidRequest(f"{len(ids)} tokens: at most {MOST_TOKENS} are decoded at once", param="tokens")
 
-        def decoded(job: Job | None = None) -> str:
+        def decoded(job: Job) -> str:
             _check_ids(ids, tokenizer.vocab_size)
-            return tokenizer.decode(ids, skip_special_tokens)
+            with self._notes.working(digest([b"decode", array("q", ids).tobytes()])):
+                return tokenizer.decode(ids, skip_special_tokens)
 
-        return decoded() if len(ids) <= INLINE_IDS else await self._pools.texts.run(tenant, decoded)
+        if len(ids) > INLINE_IDS:
+            return await self._pools.texts.run(tenant, decoded)
+        _check_ids(ids, tokenizer.vocab_size)
+        return tokenizer.decode(ids, skip_special_tokens)
 
     async def render(
         self,
@@ -97,11 +110,12 @@ class TextWork:
         is_small = size <= INLINE_CHARACTERS and len(messages) <= INLINE_MESSAGES
         if is_small or not isinstance(chat, ChatTemplate):  # others are rendered in a process of their own
             return await chat.prompt(messages, add_generation_prompt, continue_final_message, **arguments)
-        return await self._pools.python.run(
-            tenant,
-            lambda job: chat.render(messages, add_generation_prompt, continue_final_message, **arguments),
-            size > LARGE_CHARACTERS,
-        )
+
+        def rendered(job: Job) -> str:
+            with self._notes.working(digest([b"render", *(_bytes(message.content) for message in messages)])):
+                return chat.render(messages, add_generation_prompt, continue_final_message, **arguments)
+
+        return await self._pools.python.run(tenant, rendered, size > LARGE_CHARACTERS)
 
 
 def _characters(messages: Sequence[ChatMessage], arguments: Mapping[str, Value]) -> int:
@@ -113,6 +127,10 @@ def _characters(messages: Sequence[ChatMessage], arguments: Mapping[str, Value])
 
 def _in_calls(message: ChatMessage) -> int:
     return 0 if message.tool_calls is None else len(msgspec.json.encode(message.tool_calls))
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _check_ids(ids: Sequence[int], vocab_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import subprocess
@@ -105,6 +106,25 @@ def test_too_many_deaths_in_a_row_stop_the_group(monkeypatch: pytest.MonkeyPatch
     assert death == "the serves again process was killed by signal 9, and that too often in a row"
     assert len(set(pids)) == 4
     assert not any(map(_alive, pids))
+
+
+def test_deaths_that_requests_cause_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "MAX_DEATHS", 1)
+    excuses = iter([True, True, True, False, False])
+    lives = _factory("serves, then dies")
+    begun: list[int] = []
+
+    def make(incarnation: int, after_fault: bool) -> ProcessSpec:
+        begun.append(incarnation)
+        return dataclasses.replace(lives(incarnation, after_fault), is_excused=lambda: next(excuses))
+
+    async def run() -> str:
+        async with Supervisor([make]) as supervisor:
+            await supervisor.ready()
+            return await supervisor.run_until_unrecoverable()
+
+    assert asyncio.run(run()).endswith("too often in a row")
+    assert begun == [0, 1, 2, 3, 4], "three deaths were excused, and of the other two the second was one too many"
 
 
 def test_three_failed_starts_in_a_row_are_unrecoverable() -> None:

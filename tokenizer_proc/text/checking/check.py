@@ -9,7 +9,7 @@ import threading
 
 import msgspec
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, StorageFailed
 from engine.ipc import DECODE_ERRORS
 from tokenizer_proc.text.checking.check_worker import CPU_SECONDS, MEMORY_BYTES, CheckedTokenizer
 from tokenizer_proc.text.templates.sandbox import KEPT_VARIABLES
@@ -23,7 +23,8 @@ _TWO_AT_ONCE = threading.Semaphore(2)
 def checked(raw: bytes, path: object) -> CheckedTokenizer:
     """Returns what is in `raw`, the content of the tokenizer.json at `path`. Blocks the calling thread.
 
-    Raises ConfigError if the file cannot be used, or takes too much time or memory.
+    Raises ConfigError if the file cannot be used, or takes too much time or memory, and StorageFailed if no process can
+    be started.
     """
     command = [sys.executable, "-P", "-m", "tokenizer_proc.text.checking.check_worker"]
     kept = {name: value for name, value in os.environ.items() if name in KEPT_VARIABLES}
@@ -45,7 +46,7 @@ def checked(raw: bytes, path: object) -> CheckedTokenizer:
                 f" {MEMORY_BYTES >> 20} MiB of memory"
             ) from error
         except OSError as error:
-            raise ConfigError(f"{path} cannot be checked now ({error.strerror})") from error
+            raise StorageFailed(f"{path} cannot be checked now ({error.strerror}): try again later") from error
     if found.refused:
         raise ConfigError(f"{path} cannot be read: {found.refused[:500]}")
     return found

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 from fixtures.models import small_tokenizers
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, StorageFailed
 from tokenizer_proc.text.checking import check
 from tokenizer_proc.text.checking.check import checked
 from tokenizer_proc.text.checking.check_worker import described
@@ -50,4 +52,13 @@ def test_the_process_finds_the_same(tmp_path: Path) -> None:
 def test_a_check_that_takes_too_long_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "WALL_SECONDS", 0.001)
     with pytest.raises(ConfigError, match=r"tokenizer\.json cannot be read: parsing it was stopped, as it may take"):
+        checked(RAW, "tokenizer.json")
+
+
+def test_a_server_without_descriptors_is_not_the_files_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(subprocess, "run", fails)
+    with pytest.raises(StorageFailed, match="Too many open files"):
         checked(RAW, "tokenizer.json")
