@@ -22,6 +22,7 @@ OF_ONE_KIND = {  # folder: what each of its modules is
     "model_runner/lora/backends": "a LoRA backend, or the tables that several of them read",
     "model_runner/lora/formats": "a PEFT format",
     "scripts": "a script that is run by name",
+    "scripts/attacks/kinds": "a group of kinds of attack",
     "tokenizer_proc/http/routes": "a group of HTTP routes",
 }
 

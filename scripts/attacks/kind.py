@@ -3,8 +3,8 @@
     @kind("bodies.gzip_bomb")
     async def gzip_bomb(target, draw): ...
 
-A round draws from its own seeded generator, sends what it has to, and checks the answers: `Broken` says which promise of
-the manual was not kept. It does not know the victim, whose streams another process watches.
+A round draws from its own seeded generator, sends what it has to, and checks the answers: `Broken` says which promise
+of the manual was not kept. It does not know the victim, whose streams another process watches.
 """
 
 from __future__ import annotations
@@ -56,12 +56,18 @@ def kind(name: str, seconds: float = 60.0) -> Callable[[Round], Round]:
     return register
 
 
-def choose(wanted: str | None, faults: bool) -> list[Kind]:
-    """Returns the kinds of a list like `bodies,rates.burst`: names or groups. Raises ValueError for an unknown one."""
-    if wanted is None:
-        return [each for each in KINDS.values() if faults or not each.is_fault]
+def choose(wanted: str | None, faults: str | None) -> list[Kind]:
+    """Returns the kinds of two lists like `bodies,rates.burst`, of names or groups. None of `wanted`: all but faults.
+
+    Raises ValueError for an unknown name.
+    """
+    chosen = [each for each in KINDS.values() if not each.is_fault] if wanted is None else _named(wanted)
+    return chosen + [each for each in _named(faults or "") if each not in chosen]
+
+
+def _named(words: str) -> list[Kind]:
     chosen: dict[str, Kind] = {}
-    for word in wanted.split(","):
+    for word in filter(None, words.split(",")):
         found = {name: each for name, each in KINDS.items() if name == word or name.startswith(word + ".")}
         if not found:
             raise ValueError(f"no kind of attack is called {word}; --list shows all")

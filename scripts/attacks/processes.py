@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 PROCESSES = ("model_runner", "scheduler", "tokenizer_proc")
@@ -36,6 +37,11 @@ def descendants(pid: int) -> list[int]:
             for task in Path(f"/proc/{parent}/task").iterdir():
                 found += [int(child) for child in (task / "children").read_text().split()]
     return found
+
+
+def descriptors(pid: int) -> int:
+    """Returns the number of open descriptors of a process."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def memory(pid: int) -> int:

@@ -26,21 +26,20 @@ class KindResult:
 
 
 @dataclass
-class Report:
-    """One run. Sizes are in bytes, times in seconds."""
+class Phase:
+    """A part of the run: `calm`, `attack`, or `faults`. Memory is in bytes, `health` the longest answer in seconds."""
 
-    faults: bool
-    calm: Watch
-    attacked: Watch = field(default_factory=Watch)
-    calm_memory: int = 0
-    attacked_memory: int = 0
-    calm_health: float = 0.0
-    attacked_health: float = 0.0
+    name: str
+    watch: Watch = field(default_factory=Watch)
+    memory: int = 0
+    health: float = 0.0
     rounds: list[Round] = field(default_factory=list)
     restarts: int = 0
-    tracebacks: int = 0
-    exit_status: int | None = 0
-    others: list[str] = field(default_factory=list)
+
+    @property
+    def with_faults(self) -> bool:
+        """Whether processes were killed, so that streams may pause."""
+        return self.name == "faults"
 
     def kinds(self) -> dict[str, KindResult]:
         """Returns the results by kind. A gap counts for every kind that had a round during it."""
@@ -54,95 +53,92 @@ class Report:
             result.skipped = one.skipped or result.skipped
             if one.broken:
                 result.broken[one.broken] += 1
-            for end, gap in self.attacked.gaps:
+            for end, gap in self.watch.gaps:
                 if gap > result.worst_gap and end >= one.began and end - gap <= ended:
                     result.worst_gap = gap
-        return found
+        return dict(sorted(found.items()))
 
-    @property
-    def gap_ratio(self) -> float:
-        """The p99 of the gaps during the attack over that of the calm."""
-        calm = self.calm.percentile(0.99)
-        return self.attacked.percentile(0.99) / calm if calm else 0.0
-
-    @property
-    def memory_ratio(self) -> float:
-        """The most memory during the attack over the most in the calm."""
-        return self.attacked_memory / self.calm_memory if self.calm_memory else 0.0
-
-    def broken(self) -> list[str]:
-        """Returns the promises that broke, one a line; none when all held."""
-        lines = [f"{name}: {what} ({count} times)" for name, result in sorted(self.kinds().items())
-                 for what, count in result.broken.items()]  # fmt: skip
-        differences = Counter(self.calm.differences + self.attacked.differences)
-        lines += [f"the victim: {what} ({count} times)" for what, count in differences.most_common()]
-        if not self.attacked.answered:
+    def broken(self, calm: Phase) -> list[str]:
+        """Returns the promises that broke in this phase, one a line."""
+        found = [(name, what, n) for name, result in self.kinds().items() for what, n in result.broken.items()]
+        found += [("the victim", what, n) for what, n in Counter(self.watch.differences).most_common()]
+        lines = [f"{name}: {what}" + (f" ({count} times)" if count > 1 else "") for name, what, count in found]
+        if not self.watch.answered:
             lines.append("the victim: no stream was finished")
-        if self.memory_ratio > MOST_MEMORY:
-            lines.append(f"memory: {self.memory_ratio:.2f} of the calm, at most {MOST_MEMORY}")
-        if not self.faults and self.gap_ratio > MOST_GAP:
-            lines.append(f"gaps: p99 {self.gap_ratio:.2f} of the calm, at most {MOST_GAP}")
-        if not self.faults and self.restarts:
+        if (ratio := share(self.memory, calm.memory)) > MOST_MEMORY:
+            lines.append(f"memory: {ratio:.2f} of the calm, at most {MOST_MEMORY}")
+        if not self.with_faults and (ratio := self.gap_ratio(calm)) > MOST_GAP:
+            lines.append(f"gaps: p99 {ratio:.2f} of the calm, at most {MOST_GAP}")
+        if not self.with_faults and self.restarts:
             lines.append(f"{self.restarts} processes were replaced")
-        if self.tracebacks:
-            lines.append(f"the log holds {self.tracebacks} tracebacks")
-        if self.exit_status:
-            lines.append(f"the launch ended with status {self.exit_status}")
-        return lines + self.others
+        return [f"{self.name}: {line}" for line in lines]
 
-    def json(self) -> dict[str, Any]:
-        """Returns the figures."""
+    def gap_ratio(self, calm: Phase) -> float:
+        """Returns p99 of the gaps over that of the calm."""
+        return share(self.watch.percentile(0.99), calm.watch.percentile(0.99))
+
+    def figures(self, calm: Phase) -> dict[str, Any]:
+        """Returns the figures for the JSON file."""
+        watch = self.watch
         return {
+            "streams": {"answered": watch.answered, "refused": watch.refused, "cut": watch.cut},
+            "gaps": {"count": len(watch.gaps), "p50": watch.percentile(0.5), "p99": watch.percentile(0.99),
+                     "worst": watch.worst(), "ratio": self.gap_ratio(calm)},
+            "first_token_p99": watch.first_token(),
+            "memory": {"most": self.memory, "ratio": share(self.memory, calm.memory)},
+            "health": self.health,
+            "restarts": self.restarts,
             "kinds": {
                 name: {"rounds": result.rounds, "answers": dict(result.statuses), "worst_gap": result.worst_gap,
                        "longest_round": result.longest, "skipped": result.skipped, "broken": dict(result.broken)}
-                for name, result in sorted(self.kinds().items())
+                for name, result in self.kinds().items()
             },
-            "victim": {name: phase(watch) for name, watch in (("calm", self.calm), ("attacked", self.attacked))},
-            "gap_ratio": self.gap_ratio,
-            "memory": {"calm": self.calm_memory, "attacked": self.attacked_memory, "ratio": self.memory_ratio},
-            "health": {"calm": self.calm_health, "attacked": self.attacked_health},
-            "restarts": self.restarts,
-            "exit_status": self.exit_status,
-            "broken": self.broken(),
         }  # fmt: skip
 
-    def show(self) -> str:
-        """Returns a table by kind, the figures of the victim, and the broken promises."""
-        lines = [f"{'kind':32}{'rounds':>7}{'worst gap':>11}  {'verdict':8} answers"]
-        for name, result in sorted(self.kinds().items()):
+    def show(self, calm: Phase) -> list[str]:
+        """Returns the lines of a table by kind, and one of the victim's figures."""
+        watch = self.watch
+        lines = [
+            f"{self.name:7} {watch.answered} streams, {watch.refused} refused, {watch.cut} cut; gaps p50 "
+            f"{watch.percentile(0.5) * 1000:.0f} p99 {watch.percentile(0.99) * 1000:.0f} worst "
+            f"{watch.worst() * 1000:.0f} ms, p99 {self.gap_ratio(calm):.2f} of the calm; first token p99 "
+            f"{watch.first_token() * 1000:.0f} ms; {self.memory >> 20} MiB, {share(self.memory, calm.memory):.2f} of "
+            f"the calm; /health at most {self.health:.2f} s; {self.restarts} restarts"
+        ]
+        if self.rounds:
+            lines.append(f"  {'kind':32}{'rounds':>7}{'longest':>10}{'worst gap':>11}  {'verdict':8} answers")
+        for name, result in self.kinds().items():
             verdict = "BROKEN" if result.broken else "skipped" if result.skipped else "held"
             answers = "  ".join(f"{status} {count}" for status, count in sorted(result.statuses.items()))
-            lines.append(f"{name:32}{result.rounds:>7}{result.worst_gap * 1000:>8.0f} ms  {verdict:8} "
+            gap = f"{result.worst_gap * 1000:.0f} ms"
+            lines.append(f"  {name:32}{result.rounds:>7}{result.longest:>8.1f} s{gap:>11}  {verdict:8} "
                          f"{answers or result.skipped}")  # fmt: skip
-        lines.append("")
-        for name, watch in (("calm", self.calm), ("attacked", self.attacked)):
-            lines.append(
-                f"{name:9} {watch.answered} streams, {watch.refused} refused, {watch.cut} cut; gaps p50 "
-                f"{watch.percentile(0.5) * 1000:.0f} p99 {watch.percentile(0.99) * 1000:.0f} worst "
-                f"{watch.worst() * 1000:.0f} ms; first token p99 {first(watch) * 1000:.0f} ms"
-            )
-        lines.append(f"gap p99 {self.gap_ratio:.2f} of the calm; memory {self.memory_ratio:.2f} "
-                     f"({self.calm_memory >> 20} -> {self.attacked_memory >> 20} MiB); /health at most "
-                     f"{self.calm_health:.2f} -> {self.attacked_health:.2f} s; {self.restarts} restarts")  # fmt: skip
+        return lines
+
+
+@dataclass
+class Report:
+    """One run: the phases, the first of which is the calm, and what else broke."""
+
+    phases: list[Phase]
+    others: list[str] = field(default_factory=list)
+
+    def broken(self) -> list[str]:
+        """Returns the promises that broke, one a line; none when all held."""
+        return [line for phase in self.phases for line in phase.broken(self.phases[0])] + self.others
+
+    def json(self) -> dict[str, Any]:
+        """Returns the figures."""
+        calm = self.phases[0]
+        return {"phases": {phase.name: phase.figures(calm) for phase in self.phases}, "broken": self.broken()}
+
+    def show(self) -> str:
+        """Returns a table by phase and kind, and the broken promises."""
+        lines = [line for phase in self.phases for line in phase.show(self.phases[0])]
         broken = self.broken()
-        lines += [f"{len(broken)} promises broke", *(f"  {line[:600]}" for line in broken[:60])]
-        return "\n".join(lines)
+        return "\n".join([*lines, f"{len(broken)} promises broke", *(f"  {line[:600]}" for line in broken[:80])])
 
 
-def first(watch: Watch) -> float:
-    """Returns the p99 of the seconds to the first token."""
-    ordered = sorted(watch.first)
-    return ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))] if ordered else 0.0
-
-
-def phase(watch: Watch) -> dict[str, Any]:
-    """Returns the figures of one phase of the victim."""
-    gaps = {
-        "p50": watch.percentile(0.5),
-        "p99": watch.percentile(0.99),
-        "worst": watch.worst(),
-        "count": len(watch.gaps),
-    }
-    return {"answered": watch.answered, "refused": watch.refused, "cut": watch.cut, "gaps": gaps,
-            "first_token_p99": first(watch), "differences": watch.differences}  # fmt: skip
+def share(value: float, whole: float) -> float:
+    """Returns the quotient, or 0 without a whole."""
+    return value / whole if whole else 0.0

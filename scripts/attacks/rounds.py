@@ -27,6 +27,9 @@ from attacks.target import SOURCE, Config, Target
 
 assert _kinds
 
+GRACE_SECONDS = 30.0
+"""How long a round may go on after the end of the attack."""
+
 
 class Orders(msgspec.Struct, frozen=True, kw_only=True):
     """What to attack, with which kinds, for how long, and how many at once."""
@@ -36,6 +39,7 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     seconds: float
     at_once: int
+    nice: int
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +91,8 @@ async def one_round(orders: Orders, number: int, kind: Kind) -> None:
             target.statuses["cut"] += 1
             if not isinstance(error, ConnectionError):
                 broken = f"{type(error).__name__}: {error}"
+        except asyncio.CancelledError:
+            skipped = "cut short by the end of the run"
         except Exception as error:  # a fault of the attack itself must not pass for a kept promise
             broken = f"the attack failed: {type(error).__name__}: {error}"
     statuses, ended = dict(target.statuses), time.monotonic()
@@ -94,30 +100,35 @@ async def one_round(orders: Orders, number: int, kind: Kind) -> None:
 
 
 async def run(orders: Orders) -> None:
-    """Makes rounds until the time is over; those in progress may end."""
+    """Makes rounds until the time is over; those in progress then have GRACE_SECONDS to end."""
     ends, turns = time.monotonic() + orders.seconds, in_turn(orders)
 
     async def worker() -> None:
         while time.monotonic() < ends:
             await one_round(orders, *next(turns))
 
-    await asyncio.gather(*(worker() for _ in range(min(orders.at_once, len(orders.kinds)))))
+    workers = [asyncio.ensure_future(worker()) for _ in range(orders.at_once)]
+    _, late = await asyncio.wait(workers, timeout=orders.seconds + GRACE_SECONDS)
+    for each in late:
+        each.cancel()
+    await asyncio.gather(*workers, return_exceptions=True)
 
 
-def lowest_priority() -> None:
-    """Gives this process, and its session where the kernel groups by session, the lowest priority."""
-    os.nice(19)
+def lower_priority(nice: int) -> None:
+    """Lowers the priority of this process, and of its session where the kernel groups processes by session."""
+    os.nice(nice)
     with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as file:
-        file.write("19")
+        file.write(str(nice))
 
 
 def main() -> None:
     """Reads the orders and carries them out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    lowest_priority()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    asyncio.run(run(msgspec.json.decode(sys.stdin.buffer.readline(), type=Orders)))
+    orders = msgspec.json.decode(sys.stdin.buffer.readline(), type=Orders)
+    lower_priority(orders.nice)
+    asyncio.run(run(orders))
 
 
 if __name__ == "__main__":

@@ -1,86 +1,116 @@
-"""One attack: a calm, then the attackers beside the victim, then what is left behind."""
+"""One run: a calm, then the attackers beside the victim, then faults besides, then what is left behind."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import aiohttp
 import msgspec
 from tqdm import tqdm
 
-from attacks.processes import PROCESSES, children, memory
-from attacks.report import Report
+from attacks.kind import Kind
+from attacks.processes import PROCESSES, children, descriptors, memory
+from attacks.report import Phase, Report
 from attacks.rounds import Orders, Round
 from attacks.server import AttackedServer
-from attacks.victim import Victim, Watch, make_requests, poll_health
+from attacks.victim import Victim, make_requests, poll_health
 
 CALM_SHARE, MOST_CALM = 0.2, 60.0
-SETTLE_SECONDS = 60.0
+FAULTS_SHARE = 0.5
+"""The share of the attack in which processes are killed besides, if they are."""
+
+IDLE_SECONDS = 60.0
+MORE_DESCRIPTORS = 32
+"""How many descriptors more a process may hold at the end; the number of open connections varies."""
+
+SHOW_SECONDS = 0.5 if sys.stderr.isatty() else 30.0
 SCRIPTS = Path(__file__).resolve().parents[1]
+BUSY = ("running", "waiting", "kv_pages_used")
+
+
+def plan(kinds: Sequence[Kind], seconds: float) -> Iterator[tuple[Phase, list[str], float]]:
+    """Yields the phases with their kinds and seconds. Faults come last, with all other kinds beside them."""
+    calm = min(MOST_CALM, CALM_SHARE * seconds)
+    yield Phase("calm"), [], calm
+    gentle = [each.name for each in kinds if not each.is_fault]
+    faults = [each.name for each in kinds if each.is_fault]
+    share = 0.0 if not faults else FAULTS_SHARE if gentle else 1.0
+    if gentle:
+        yield Phase("attack"), gentle, (seconds - calm) * (1 - share)
+    if faults:
+        yield Phase("faults"), gentle + faults, (seconds - calm) * share
 
 
 class Attack:
-    """One run against one server. `seconds` are those of the calm and the attack together."""
+    """One run against one server. `seconds` are those of all phases together."""
 
     def __init__(
-        self, server: AttackedServer, kinds: list[str], seed: int, seconds: float, at_once: int, faults: bool
+        self, server: AttackedServer, kinds: Sequence[Kind], *, seed: int, seconds: float, at_once: int, nice: int
     ) -> None:
-        self._server, self._seed = server, seed
-        self._calm = min(MOST_CALM, CALM_SHARE * seconds)
-        self._orders = Orders(
-            config=server.config, kinds=kinds, seed=seed, seconds=seconds - self._calm, at_once=at_once
-        )
-        self._report = Report(faults=faults, calm=Watch())
-        self._victim = Victim(
-            server.launched.url, server.victim_key, make_requests(random.Random(seed)), may_lose=faults
-        )
-        self._over = asyncio.Event()
+        self._server, self._seed, self._at_once, self._nice = server, seed, at_once, nice
+        self._plan = list(plan(kinds, seconds))
+        self._victim = Victim(server.launched.url, server.victim_key, make_requests(random.Random(seed)))
+        self.report = Report([])
 
     async def run(self) -> None:
-        """Runs the calm and the attack."""
-        report = self._report
-        with tqdm(total=round(self._calm + self._orders.seconds), unit="s", desc="calm") as bar:
+        """Runs all phases, and looks at what is left behind."""
+        await self._victim.learn()
+        before = self._descriptors()
+        with tqdm(total=round(sum(seconds for _, _, seconds in self._plan)), unit="s", mininterval=SHOW_SECONDS) as bar:
             ticking = asyncio.ensure_future(self._tick(bar))
-            warm = await self._victim.run(time.monotonic())  # learns the tokens, and warms caches up
-            report.calm, report.calm_memory, report.calm_health = await self._phase(self._calm)
-            report.calm.differences[:0] = warm.differences
-            bar.set_description("attack")
-            attackers = asyncio.ensure_future(self._attack())
-            report.attacked, report.attacked_memory, report.attacked_health = await self._phase(self._orders.seconds)
-            await attackers
+            for phase, kinds, seconds in self._plan:
+                self.report.phases.append(phase)
+                await self._run_phase(phase, kinds, seconds)
             ticking.cancel()
-        await self._look_after()
+        if self._server.launched.process.poll() is None:
+            await self._look_after(before)
 
     def finish(self, log: str, exit_status: int | None) -> Report:
         """Enters what the log and the exit status say, and returns the report."""
-        self._report.restarts = log.count("serves again")
-        self._report.tracebacks = log.count("Traceback (most recent call last)")
-        self._report.exit_status = exit_status
-        return self._report
+        if tracebacks := log.count("Traceback (most recent call last)"):
+            self.report.others.append(f"the log holds {tracebacks} tracebacks")
+        if exit_status:
+            self.report.others.append(f"the launch ended with status {exit_status}")
+        return self.report
 
-    async def _phase(self, seconds: float) -> tuple[Watch, int, float]:
-        """Runs the victim; returns what it saw, the most memory, and the longest answer of /health."""
-        until = time.monotonic() + seconds
+    # ------------------------------------------------------------------------------------------------------- phases
+
+    async def _run_phase(self, phase: Phase, kinds: list[str], seconds: float) -> None:
+        """Runs the victim, and the attackers beside it."""
+        until, restarts = time.monotonic() + seconds, self._restarts()
         health: list[float] = []
-        polling = asyncio.ensure_future(poll_health(self._server.launched.url, until, health))
-        measuring = asyncio.ensure_future(self._most_memory(until))
-        watch = await self._victim.run(until)
-        await polling
-        return watch, await measuring, max(health, default=0.0)
+        beside = [poll_health(self._server.launched.url, until, health), self._measure(phase, until)]
+        if kinds:
+            beside.append(self._attack(phase, kinds, seconds))
+        working = [asyncio.ensure_future(each) for each in beside]
+        self._victim.may_lose = phase.with_faults
+        await self._victim.run(until, phase.watch)
+        await asyncio.gather(*working)
+        phase.health = max(health, default=0.0)
+        phase.restarts = self._restarts() - restarts
 
-    async def _most_memory(self, until: float) -> int:
-        most = 0
+    async def _measure(self, phase: Phase, until: float) -> None:
         while time.monotonic() < until:
-            most = max(most, await asyncio.to_thread(memory, self._server.pid))
+            phase.memory = max(phase.memory, await asyncio.to_thread(memory, self._server.pid))
             await asyncio.sleep(1.0)
-        return most
 
-    async def _attack(self) -> None:
+    def _restarts(self) -> int:
+        return self._server.launched.log().count("serves again")
+
+    async def _attack(self, phase: Phase, kinds: list[str], seconds: float) -> None:
         """Starts the attackers, and enters their rounds."""
+        config = msgspec.structs.replace(self._server.config, faults=phase.with_faults)
+        orders = Orders(
+            config=config, kinds=kinds, seed=self._seed, seconds=seconds, at_once=self._at_once, nice=self._nice
+        )
         path = os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent), str(SCRIPTS.parent / "tests")])
         child = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "attacks.rounds", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
@@ -88,34 +118,63 @@ class Attack:
         )  # fmt: skip
         assert child.stdin is not None
         assert child.stdout is not None
-        child.stdin.write(msgspec.json.encode(self._orders) + b"\n")
+        child.stdin.write(msgspec.json.encode(orders) + b"\n")
         child.stdin.close()
-        open_rounds: dict[tuple[str, float], Round] = {}
+        begun: dict[tuple[str, float], Round] = {}
         async for line in child.stdout:
             one = msgspec.json.decode(line, type=Round)
             if one.ended is None:
-                open_rounds[one.kind, one.began] = one
+                begun[one.kind, one.began] = one
             else:
-                del open_rounds[one.kind, one.began]
-                self._report.rounds.append(one)
-        if await child.wait() or open_rounds:
-            names = ", ".join(name for name, _ in open_rounds)
-            self._report.others.append(
-                f"the attackers ended with status {child.returncode} during {names or 'nothing'}"
-            )
+                del begun[one.kind, one.began]
+                phase.rounds.append(one)
+        if await child.wait() or begun:
+            names = ", ".join(name for name, _ in begun) or "nothing"
+            self.report.others.append(f"the attackers ended with status {child.returncode} during {names}")
 
     async def _tick(self, bar: tqdm[None]) -> None:
         """Moves the progress bar."""
         began = time.monotonic()
         while True:
+            bar.set_description(self.report.phases[-1].name if self.report.phases else "", refresh=False)
+            rounds = [one for phase in self.report.phases for one in phase.rounds]
+            bar.set_postfix(rounds=len(rounds), broken=sum(bool(one.broken) for one in rounds), refresh=False)
             bar.update(min(round(time.monotonic() - began), bar.total) - bar.n)
-            broken = sum(bool(one.broken) for one in self._report.rounds)
-            bar.set_postfix(rounds=len(self._report.rounds), broken=broken)
             await asyncio.sleep(1.0)
 
-    async def _look_after(self) -> None:
-        """Checks that the idle engine runs all its processes and comes to rest."""
-        await asyncio.sleep(2.0)
-        found = children(self._server.pid)
-        if set(found) != set(PROCESSES):
-            self._report.others.append(f"the processes are {sorted(found)}")
+    # ------------------------------------------------------------------------------------------------- what is left
+
+    def _descriptors(self) -> dict[str, int]:
+        """Returns the number of open descriptors by process."""
+        return {name: descriptors(pid) for name, pid in children(self._server.pid).items()} | {
+            "launcher": descriptors(self._server.pid)
+        }
+
+    async def _look_after(self, before: dict[str, int]) -> None:
+        """Checks that the idle engine runs its processes and holds no request, page or descriptor."""
+        stats = await self._idle()
+        if any(stats.get(name) for name in BUSY) or not stats.get("audits"):
+            self.report.others.append(f"the engine is not idle, or was never audited: {stats}")
+        after = self._descriptors()
+        if set(after) != {*PROCESSES, "launcher"}:
+            self.report.others.append(f"the processes are {sorted(after)}")
+        self.report.others += [
+            f"{name} holds {after[name]} descriptors, and {count} before"
+            for name, count in before.items()
+            if after.get(name, 0) > count + MORE_DESCRIPTORS
+        ]
+
+    async def _idle(self) -> dict[str, Any]:
+        """Returns the scheduler's stats when it is idle, or after IDLE_SECONDS."""
+        stats: dict[str, Any] = {}
+        deadline = time.monotonic() + IDLE_SECONDS
+        head = {"Authorization": f"Bearer {self._server.config.keys['admin']}"}
+        async with aiohttp.ClientSession(self._server.launched.url, headers=head) as session:
+            while time.monotonic() < deadline:
+                with contextlib.suppress(aiohttp.ClientError, TimeoutError, KeyError):
+                    async with asyncio.timeout(10), session.get("/server_info") as response:
+                        stats = (await response.json())["stats"]
+                    if stats["audits"] and not any(stats[name] for name in BUSY):
+                        break
+                await asyncio.sleep(0.5)
+        return stats

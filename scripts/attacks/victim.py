@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,26 +23,30 @@ Selection = str | dict[str, float] | None
 
 @dataclass(frozen=True)
 class Request:
-    """A greedy request with a fixed prompt."""
+    """A request with a fixed prompt, greedy or with a seed."""
 
     prompt: tuple[int, ...]
     lora: Selection
+    seed: int | None
 
     def body(self, rid: str) -> dict[str, Any]:
         """Returns the body for /generate."""
-        params = {"max_new_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+        params: dict[str, Any] = {"max_new_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+        if self.seed is not None:
+            params |= {"temperature": 1.0, "seed": self.seed, "top_p": 0.9, "frequency_penalty": 0.3}
         return {
             "input_ids": [*self.prompt], "lora_path": self.lora, "sampling_params": params, "stream": True, "rid": rid
         }  # fmt: skip
 
 
 def make_requests(draw: random.Random) -> list[Request]:
-    """Returns the victim's requests: the base, every adapter and a mix, with prompts of 8 to 200 tokens."""
+    """Returns the victim's requests: the base, every adapter and a mix, a quarter of them seeded, with prompts of 8 to 200 tokens."""
     loras: list[Selection] = [None, *ADAPTERS, {"pirate": 0.5, "french": 0.5}]
-    return [
-        Request(tuple(draw.randrange(8, 1500) for _ in range(draw.randrange(8, 200))), loras[number % len(loras)])
-        for number in range(REQUESTS)
-    ]
+    requests = []
+    for number in range(REQUESTS):
+        prompt = tuple(draw.randrange(8, 1500) for _ in range(draw.randrange(8, 200)))
+        requests.append(Request(prompt, loras[number % len(loras)], number if number % 4 == 3 else None))
+    return requests
 
 
 @dataclass
@@ -58,12 +62,21 @@ class Watch:
 
     def percentile(self, share: float) -> float:
         """Returns the gap in seconds below which this share of the gaps lies; 0 without gaps."""
-        ordered = sorted(gap for _, gap in self.gaps)
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+        return percentile([gap for _, gap in self.gaps], share)
+
+    def first_token(self) -> float:
+        """Returns p99 of the seconds to the first token."""
+        return percentile(self.first, 0.99)
 
     def worst(self) -> float:
         """Returns the longest gap in seconds."""
         return max((gap for _, gap in self.gaps), default=0.0)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Returns the value below which this share of the values lies, or 0 without values."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 
 class Lost(Exception):
@@ -71,21 +84,27 @@ class Lost(Exception):
 
 
 class Victim:
-    """The tenant. `expected` are the tokens of each request in the calm; `may_lose` allows streams to be cut."""
+    """The tenant. `may_lose` allows its streams to be cut, as those of a killed tokenizer process are."""
 
-    def __init__(self, url: str, key: str, requests: list[Request], *, may_lose: bool) -> None:
-        self._url, self._key, self._requests, self._may_lose = url, key, requests, may_lose
+    def __init__(self, url: str, key: str, requests: list[Request]) -> None:
+        self._url, self._key, self._requests = url, key, requests
         self._expected: dict[int, list[int]] = {}
+        self.may_lose = False
 
-    async def run(self, until: float) -> Watch:
-        """Keeps STREAMS streams open until a time of `time.monotonic`, and returns what they saw."""
+    async def learn(self) -> None:
+        """Makes each request once, undisturbed: these tokens are the right ones from then on."""
         watch = Watch()
+        await self.run(time.monotonic(), watch)
+        if watch.differences:
+            raise RuntimeError(f"the undisturbed streams already differ: {watch.differences[:3]}")
+
+    async def run(self, until: float, watch: Watch) -> None:
+        """Keeps STREAMS streams open until a time of `time.monotonic`, and enters what they see."""
         connector = aiohttp.TCPConnector(limit=0)
         head = {"Authorization": f"Bearer {self._key}"}
         timeout = aiohttp.ClientTimeout(total=LIMIT_SECONDS)
         async with aiohttp.ClientSession(self._url, headers=head, timeout=timeout, connector=connector) as session:
             await asyncio.gather(*(self._stream(session, number, until, watch) for number in range(STREAMS)))
-        return watch
 
     async def _stream(self, session: aiohttp.ClientSession, number: int, until: float, watch: Watch) -> None:
         for turn in self._turns(number, until):
@@ -97,7 +116,7 @@ class Victim:
             except (aiohttp.ClientError, OSError, Lost, TimeoutError) as error:
                 watch.cut += 1
                 status = 0
-                if not self._may_lose or isinstance(error, TimeoutError):
+                if not self.may_lose or isinstance(error, TimeoutError):
                     watch.differences.append(f"{type(error).__name__}: {error}")
             self._compare(which, tokens, status, watch)
             if status != 200:
@@ -119,7 +138,7 @@ class Victim:
         async with session.post("/generate", json=request.body(rid)) as response:
             if response.status != 200:
                 watch.refused += 1
-                if response.status != 503 or not self._may_lose:
+                if response.status != 503 or not self.may_lose:
                     watch.differences.append(f"{response.status}: {(await response.text())[:200]}")
                 return response.status
             async for line in response.content:

@@ -97,8 +97,9 @@ async def acknowledged(target: Target, draw: random.Random) -> None:
     body: dict[str, Any] = {"input_ids": [9, 10, 11, 300], "sampling_params": {"max_new_tokens": 16, "temperature": 0}}
     for voice in voices:
         path = str(target.demo / "adapters" / voice)
-        answer = await change(target, "/load_lora_adapter", name, path=path, **({} if voice == voices[0] else {}))
-        if voice != voices[0]:
+        if voice == voices[0]:
+            answer = await change(target, "/load_lora_adapter", name, path=path)
+        else:
             answer = await change(target, "/v1/load_lora_adapter", name, path=path, load_inplace=True)
         if answer.status != 200:
             continue

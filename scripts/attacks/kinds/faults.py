@@ -72,8 +72,8 @@ async def pairs(target: Target, draw: random.Random) -> None:
 
 @kind("faults.full_disk", seconds=300)
 async def full_disk(target: Target, draw: random.Random) -> None:
-    """A full disk under the run directory: a change is made or refused, and a successor serves what was acknowledged."""
-    if not os.path.ismount(target.run_directory.parent):
+    """A full disk under the run directory: a change is made or refused; a successor serves what was acknowledged."""
+    if not await asyncio.to_thread(os.path.ismount, target.run_directory.parent):
         raise Skipped("the run directory is on no small file system of its own: mounting one needs root")
     async with STRIKES:
         paths = {voice: str(target.demo / "adapters" / voice) for voice in ("pirate", "json", "poet", "french")}
@@ -188,7 +188,7 @@ async def descriptors(target: Target, draw: random.Random) -> None:
 
 @kind("faults.launcher", seconds=400)
 async def launcher(target: Target, draw: random.Random) -> None:
-    """SIGKILL or SIGHUP of a launcher: its children end, and its directory is gone at the latest after the next start."""
+    """SIGKILL or SIGHUP of a launcher: its children end, and the next start removes its directory."""
     with tempfile.TemporaryDirectory(dir="/tmp") as directory:
         number = draw.choice([signal.SIGKILL, signal.SIGHUP, signal.SIGTERM])
         server, port, _ = launch("none", Path(directory))
@@ -209,7 +209,7 @@ async def launcher(target: Target, draw: random.Random) -> None:
         try:
             if not await generates(target, port, 180):
                 raise Broken(f"after {number.name} of a launcher the next one does not serve")
-            left = [path.name for path in Path(directory).glob("chorus-*")]
+            left = [name for name in await asyncio.to_thread(os.listdir, directory) if name.startswith("chorus-")]
             if len(left) > 1:
                 raise Broken(f"{number.name} of the launcher{' early' * early} left {left}")
         finally:

@@ -10,8 +10,9 @@ from attacks.kind import Broken, kind
 from attacks.target import CUT, Target, all_of, status_of
 
 HOSTS = [
-    "evil.com", "127.0.0.1.evil.com", "127.0.0.1%00.evil.com", "127.0.0.1@evil.com", "evil.com:80", "localhost.evil.com",
-    "evil.com#localhost", "[::1].evil.com", "0x7f000001.evil.com", "127.0.0.1, evil.com", "169.254.169.254",
+    "evil.com", "127.0.0.1.evil.com", "127.0.0.1%00.evil.com", "127.0.0.1@evil.com", "evil.com:80",
+    "localhost.evil.com", "evil.com#localhost", "[::1].evil.com", "0x7f000001.evil.com",
+    "127.0.0.1, evil.com", "169.254.169.254",
 ]  # fmt: skip
 
 
@@ -51,20 +52,20 @@ async def hosts(target: Target, draw: random.Random) -> None:
 async def forms(target: Target, draw: random.Random) -> None:
     """Absolute targets, doubled and false lengths, lengths beside chunks, odd methods, and split headers."""
     key = target.config.keys["attacker"]
-    body = b'{"prompt":"a","max_tokens":1}'
+    body, post = b'{"prompt":"a","max_tokens":1}', b"POST /v1/completions HTTP/1.1\r\n"
     head = f"Host: 127.0.0.1\r\nAuthorization: Bearer {key}\r\nContent-Type: application/json\r\n".encode()
     end = b"Connection: close\r\n\r\n"
     cases: list[tuple[bytes, bool]] = [  # the bytes, and whether only a 4xx or a closed connection is right
         (b"GET http://evil.com/v1/models HTTP/1.1\r\n" + head + end, True),
         (b"GET //evil.com/v1/models HTTP/1.1\r\n" + head + end, True),
-        (b"POST /v1/completions HTTP/1.1\r\n" + head + b"Content-Length: 29\r\nContent-Length: 5\r\n" + end + body, True),
-        (b"POST /v1/completions HTTP/1.1\r\n" + head + b"Content-Length: 29\r\nTransfer-Encoding: chunked\r\n" + end
+        (post + head + b"Content-Length: 29\r\nContent-Length: 5\r\n" + end + body, True),
+        (post + head + b"Content-Length: 29\r\nTransfer-Encoding: chunked\r\n" + end
          + b"0\r\n\r\n", True),
-        (b"POST /v1/completions HTTP/1.1\r\n" + head + b"Content-Length: -1\r\n" + end + body, True),
-        (b"POST /v1/completions HTTP/1.1\r\n" + head + b"Content-Length: +29\r\n" + end + body, True),
-        (b"POST /v1/completions HTTP/1.1\r\n" + head + b"Transfer-Encoding: xchunked\r\n" + end + body, True),
-        (b"POST /v1/completions HTTP/1.1\r\n" + head + b"Transfer-Encoding: chunked\r\n" + end + b"-1\r\n", True),
-        (b"POST /v1/completions HTTP/1.1\r\n" + head + b"Transfer-Encoding: chunked\r\n" + end
+        (post + head + b"Content-Length: -1\r\n" + end + body, True),
+        (post + head + b"Content-Length: +29\r\n" + end + body, True),
+        (post + head + b"Transfer-Encoding: xchunked\r\n" + end + body, True),
+        (post + head + b"Transfer-Encoding: chunked\r\n" + end + b"-1\r\n", True),
+        (post + head + b"Transfer-Encoding: chunked\r\n" + end
          + b"fffffffffffffffff\r\n", True),
         (b"TRACE / HTTP/1.1\r\n" + head + end, True), (b"CONNECT evil.com:80 HTTP/1.1\r\n" + head + end, True),
         (b"PUT /v1/completions HTTP/1.1\r\n" + head + b"Content-Length: 0\r\n" + end, True),
@@ -73,8 +74,8 @@ async def forms(target: Target, draw: random.Random) -> None:
         (b"GET /v1/models HTTP/1.1\r\n" + head + b"X-Request-Id: a\r\n\tb\r\n" + end, False),
         (b"OPTIONS * HTTP/1.1\r\n" + head + end, False), (b"HEAD /v1/models HTTP/1.1\r\n" + head + end, False),
         (b"GET /v1/models HTTP/1.0\r\n" + head + b"\r\n", False),
-        (b"POST /v1/completions HTTP/1.1\r\n" + head + b"Expect: 100-continue\r\nContent-Length: 29\r\n" + end + body, False),
-        (b"POST /v1/completions HTTP/1.1\r\n" + head + b"Expect: x\r\nContent-Length: 29\r\n" + end + body, False),
+        (post + head + b"Expect: 100-continue\r\nContent-Length: 29\r\n" + end + body, False),
+        (post + head + b"Expect: x\r\nContent-Length: 29\r\n" + end + body, False),
     ]  # fmt: skip
     for data, only_refused in draw.sample(cases, 6):
         status = status_of(await target.exchange(data, half_close=True))

@@ -92,7 +92,8 @@ async def hidden_names(target: Target, draw: random.Random) -> None:
             ("POST", "/generate", {"text": "a", "lora_path": name}),
             ("POST", "/generate", {"text": ["a", "b"], "lora_path": ["public-1", name]}),
             ("POST", "/generate", {"text": "a", "lora_path": {"public-1": 0.5, name: 0.5}}),
-            ("POST", "/tokenize", {"prompt": "a", "model": name}), ("POST", "/detokenize", {"tokens": [9], "model": name}),
+            ("POST", "/tokenize", {"prompt": "a", "model": name}),
+            ("POST", "/detokenize", {"tokens": [9], "model": name}),
             ("POST", "/unload_lora_adapter", {"lora_name": name}),
             ("POST", "/load_lora_adapter", {"lora_name": name, "lora_path": "/tmp"}),
             ("POST", "/pin_lora_adapter", {"lora_name": name}),
@@ -119,8 +120,8 @@ async def paths(target: Target, draw: random.Random) -> None:
     """Other spellings of an operator's path: encoded, doubled, with dots, cases or another method."""
     for path in draw.sample([path for path, _ in ADMIN] + ["/server_info", "/abort_request"], 3):
         for spelled in (
-            path + "/", "/" + path, path.upper(), "/v1/.." + path, path.replace("_", "%5f"), path + "?a=b", path + "%00",
-            path + ";a", "/%2e" + path,
+            path + "/", "/" + path, path.upper(), "/v1/.." + path, path.replace("_", "%5f"), path + "?a=b",
+            path + "%00", path + ";a", "/%2e" + path,
         ):  # fmt: skip
             for method in ("GET", "POST", "HEAD", "OPTIONS"):
                 answer = await target.call(spelled, {}, method=method, key="restricted", may_cut=True)

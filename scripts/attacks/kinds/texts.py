@@ -94,10 +94,12 @@ async def stops(target: Target, draw: random.Random) -> None:
 
 
 ENDLESS = [
-    "{% for a in range(10**9) %}{% endfor %}x", "{{ 'x' * 10**12 }}", "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
-    "{{ 10 ** 10 ** 8 }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% set x = 'a' * 10**8 %}{{ (x + x)|length }}",
-    "{{ range(10**8) | list | length }}", "{{ messages | tojson * 10**7 }}", "{% include '/etc/passwd' %}",
+    "{% for a in range(10**9) %}{% endfor %}x", "{{ 'x' * 10**12 }}",
+    "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}" + "{% endfor %}" * 3,
+    "{{ 10 ** 10 ** 8 }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{% set x = 'a' * 10**8 %}{{ (x + x)|length }}", "{{ range(10**8) | list | length }}",
+    "{{ messages | tojson * 10**7 }}", "{% include '/etc/passwd' %}",
 ]  # fmt: skip
 
 

@@ -74,10 +74,10 @@ class Traffic:
         names = list(paths)
         weights = [1 / rank for rank in range(1, len(names) + 1)]
         self.order = draw.choices(names, weights, k=REQUESTS)
-        oracle = Oracle(model, {name: paths[name] for name in dict.fromkeys(self.order)})
         self.prompts: dict[str, list[int]] = {}
         self.expected: dict[str, list[int]] = {}
         for name in dict.fromkeys(self.order):
+            oracle = Oracle(model, {name: paths[name]})  # PEFT's calls take longer with each adapter that it holds
             while True:
                 prompt = [draw.randrange(6, VOCAB) for _ in range(draw.choice([2, 5, 11]))]
                 if oracle.is_unambiguous(prompt, NEW_TOKENS, name):
