@@ -20,6 +20,7 @@ class KindResult:
     rounds: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
     worst_gap: float = 0.0
+    memory: int = 0
     longest: float = 0.0
     broken: Counter[str] = field(default_factory=Counter)
     skipped: str = ""
@@ -27,11 +28,11 @@ class KindResult:
 
 @dataclass
 class Phase:
-    """A part of the run: `calm`, `attack`, or `faults`. Memory is in bytes, `health` the longest answer in seconds."""
+    """A part of the run: `calm`, `attack`, or `faults`. `samples` are (time, bytes) of memory, `health` is the longest answer in seconds."""
 
     name: str
     watch: Watch = field(default_factory=Watch)
-    memory: int = 0
+    samples: list[tuple[float, int]] = field(default_factory=list)
     health: float = 0.0
     rounds: list[Round] = field(default_factory=list)
     restarts: int = 0
@@ -41,8 +42,13 @@ class Phase:
         """Whether processes were killed, so that streams may pause."""
         return self.name == "faults"
 
+    @property
+    def memory(self) -> int:
+        """The most memory in bytes."""
+        return max((size for _, size in self.samples), default=0)
+
     def kinds(self) -> dict[str, KindResult]:
-        """Returns the results by kind. A gap counts for every kind that had a round during it."""
+        """Returns the results by kind. A gap or a sample of memory counts for every kind that had a round then."""
         found: dict[str, KindResult] = {}
         for one in self.rounds:
             result = found.setdefault(one.kind, KindResult())
@@ -56,6 +62,8 @@ class Phase:
             for end, gap in self.watch.gaps:
                 if gap > result.worst_gap and end >= one.began and end - gap <= ended:
                     result.worst_gap = gap
+            in_round = [size for at, size in self.samples if one.began <= at <= ended]
+            result.memory = max([result.memory, *in_round])
         return dict(sorted(found.items()))
 
     def broken(self, calm: Phase) -> list[str]:
@@ -89,7 +97,7 @@ class Phase:
             "health": self.health,
             "restarts": self.restarts,
             "kinds": {
-                name: {"rounds": result.rounds, "answers": dict(result.statuses), "worst_gap": result.worst_gap,
+                name: {"rounds": result.rounds, "answers": dict(result.statuses), "worst_gap": result.worst_gap, "memory": result.memory,
                        "longest_round": result.longest, "skipped": result.skipped, "broken": dict(result.broken)}
                 for name, result in self.kinds().items()
             },
@@ -106,12 +114,14 @@ class Phase:
             f"the calm; /health at most {self.health:.2f} s; {self.restarts} restarts"
         ]
         if self.rounds:
-            lines.append(f"  {'kind':32}{'rounds':>7}{'longest':>10}{'worst gap':>11}  {'verdict':8} answers")
+            lines.append(
+                f"  {'kind':32}{'rounds':>7}{'longest':>10}{'worst gap':>11}{'memory':>10}  {'verdict':8} answers"
+            )
         for name, result in self.kinds().items():
             verdict = "BROKEN" if result.broken else "skipped" if result.skipped else "held"
             answers = "  ".join(f"{status} {count}" for status, count in sorted(result.statuses.items()))
             gap = f"{result.worst_gap * 1000:.0f} ms"
-            lines.append(f"  {name:32}{result.rounds:>7}{result.longest:>8.1f} s{gap:>11}  {verdict:8} "
+            lines.append(f"  {name:32}{result.rounds:>7}{result.longest:>8.1f} s{gap:>11}{result.memory >> 20:>6} MiB  {verdict:8} "
                          f"{answers or result.skipped}")  # fmt: skip
         return lines
 

@@ -33,6 +33,7 @@ MORE_DESCRIPTORS = 32
 
 SHOW_SECONDS = 0.5 if sys.stderr.isatty() else 30.0
 SCRIPTS = Path(__file__).resolve().parents[1]
+SAMPLE_SECONDS = 0.5
 BUSY = ("running", "waiting", "kv_pages_used")
 
 
@@ -99,8 +100,9 @@ class Attack:
 
     async def _measure(self, phase: Phase, until: float) -> None:
         while time.monotonic() < until:
-            phase.memory = max(phase.memory, await asyncio.to_thread(memory, self._server.pid))
-            await asyncio.sleep(1.0)
+            size = await asyncio.to_thread(memory, self._server.pid)
+            phase.samples.append((time.monotonic(), size))
+            await asyncio.sleep(SAMPLE_SECONDS)
 
     def _restarts(self) -> int:
         return self._server.launched.log().count("serves again")
@@ -168,13 +170,14 @@ class Attack:
         """Returns the scheduler's stats when it is idle, or after IDLE_SECONDS."""
         stats: dict[str, Any] = {}
         deadline = time.monotonic() + IDLE_SECONDS
-        head = {"Authorization": f"Bearer {self._server.config.keys['admin']}"}
-        async with aiohttp.ClientSession(self._server.launched.url, headers=head) as session:
+        async with aiohttp.ClientSession(self._server.launched.url) as session:
             while time.monotonic() < deadline:
-                with contextlib.suppress(aiohttp.ClientError, TimeoutError, KeyError):
-                    async with asyncio.timeout(10), session.get("/server_info") as response:
-                        stats = (await response.json())["stats"]
-                    if stats["audits"] and not any(stats[name] for name in BUSY):
-                        break
+                for key in (self._server.config.keys["admin"], self._server.victim_key):
+                    with contextlib.suppress(aiohttp.ClientError, TimeoutError, KeyError):
+                        head = {"Authorization": f"Bearer {key}"}
+                        async with asyncio.timeout(10), session.get("/server_info", headers=head) as response:
+                            stats = (await response.json())["stats"]
+                if stats.get("audits") and not any(stats[name] for name in BUSY):
+                    break
                 await asyncio.sleep(0.5)
         return stats

@@ -40,7 +40,7 @@ class Request:
 
 
 def make_requests(draw: random.Random) -> list[Request]:
-    """Returns the victim's requests: the base, every adapter and a mix, a quarter of them seeded, with prompts of 8 to 200 tokens."""
+    """Returns requests for the base, every adapter and a mix, with prompts of 8 to 200 tokens; a quarter is seeded."""
     loras: list[Selection] = [None, *ADAPTERS, {"pirate": 0.5, "french": 0.5}]
     requests = []
     for number in range(REQUESTS):

@@ -40,7 +40,7 @@ def config(url: str = "http://127.0.0.1:1", faults: bool = False) -> Config:
 
 
 def phase(name: str, gap: float = 0.01, memory: int = 100, **fields: object) -> Phase:
-    found = Phase(name, Watch(gaps=[(float(n), gap) for n in range(100)], answered=3), memory)
+    found = Phase(name, Watch(gaps=[(float(n), gap) for n in range(100)], answered=3), [(0.0, memory)])
     for field, value in fields.items():
         setattr(found, field, value)
     return found

@@ -1,4 +1,4 @@
-"""Five minutes of all attacks beside another tenant's streams, with processes killed in the last part: all promises hold.
+"""Five minutes of all attacks beside another tenant's streams, in the last part with processes killed: promises hold.
 
 The attackers' answers, the victim's tokens and gaps, and the memory are checked by the script itself.
 """
