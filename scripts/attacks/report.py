@@ -28,7 +28,10 @@ class KindResult:
 
 @dataclass
 class Phase:
-    """A part of the run: `calm`, `attack`, or `faults`. `samples` are (time, bytes) of memory, `health` is the longest answer in seconds."""
+    """A part of the run: `calm`, `attack`, or `faults`.
+
+    `samples` are (time, bytes) of the whole engine's memory, `health` is the longest answer of /health in seconds.
+    """
 
     name: str
     watch: Watch = field(default_factory=Watch)
@@ -97,7 +100,8 @@ class Phase:
             "health": self.health,
             "restarts": self.restarts,
             "kinds": {
-                name: {"rounds": result.rounds, "answers": dict(result.statuses), "worst_gap": result.worst_gap, "memory": result.memory,
+                name: {"rounds": result.rounds, "answers": dict(result.statuses),
+                       "worst_gap": result.worst_gap, "memory": result.memory,
                        "longest_round": result.longest, "skipped": result.skipped, "broken": dict(result.broken)}
                 for name, result in self.kinds().items()
             },
@@ -121,8 +125,8 @@ class Phase:
             verdict = "BROKEN" if result.broken else "skipped" if result.skipped else "held"
             answers = "  ".join(f"{status} {count}" for status, count in sorted(result.statuses.items()))
             gap = f"{result.worst_gap * 1000:.0f} ms"
-            lines.append(f"  {name:32}{result.rounds:>7}{result.longest:>8.1f} s{gap:>11}{result.memory >> 20:>6} MiB  {verdict:8} "
-                         f"{answers or result.skipped}")  # fmt: skip
+            lines.append(f"  {name:32}{result.rounds:>7}{result.longest:>8.1f} s{gap:>11}{result.memory >> 20:>6} MiB  "
+                         f"{verdict:8} {answers or result.skipped}")  # fmt: skip
         return lines
 
 

@@ -89,9 +89,17 @@ def _pruned(value: object, type_: Type) -> object:
             names = {field.encode_name: field.encode_name for field in one.fields}
             tag = {name: value[name] for name in (one.tag_field,) if name is not None and name in value}
             return asking(value, one, names) | tag
-        if isinstance(value, list) and isinstance(one, ListType):
+        if isinstance(value, list) and isinstance(one, ListType) and _has_structs(one.item_type):
             return [_pruned(each, one.item_type) for each in value]
     return value
+
+
+def _has_structs(type_: Type) -> bool:
+    """Returns whether a value of this type may be a struct, or a list of some. Other lists are not walked through."""
+    return any(
+        isinstance(one, StructType) or (isinstance(one, ListType) and _has_structs(one.item_type))
+        for one in _members(type_)
+    )
 
 
 def _takes(type_: Type, value: object) -> bool:

@@ -14,6 +14,7 @@ from fixtures.serving.fake_frontend import FakeFrontend
 from engine.messages import SamplingParams
 from tokenizer_proc.http.bodies import fields
 from tokenizer_proc.http.bodies.chat_messages import Turn
+from tokenizer_proc.http.bodies.neutral import asking, struct_type
 from tokenizer_proc.http.dialects.openai import StreamOptions
 from tokenizer_proc.http.routes.chat import ChatBody
 from tokenizer_proc.http.routes.completions import CompletionBody
@@ -152,3 +153,18 @@ def test_the_refusal_of_an_unknown_field_names_the_nearest(path: str, body: dict
 def test_the_refusal_of_a_long_field_name_is_short() -> None:
     found = error(post(FakeFrontend(), "/v1/completions", {"prompt": "a", "x" * 100_000: 1}))
     assert len(found["message"]) < 200
+
+
+@pytest.mark.parametrize(
+    ("body", "fields"),
+    [
+        (DetokenizeBody, {"tokens": [7] * 9}),
+        (GenerateBody, {"input_ids": [[7], [8]]}),
+        (CompletionBody, {"stop": ["a"]}),
+    ],
+)
+def test_lists_without_objects_are_not_walked_through(body: type[Any], fields: dict[str, Any]) -> None:
+    """Such a list may have a million items, and a copy in Python would stall the event loop."""
+    names = {name: name for name in body.__struct_fields__}
+    kept = asking(fields, struct_type(body), names)
+    assert all(kept[name] is value for name, value in fields.items())
