@@ -211,7 +211,9 @@ class Target:
 
 
 def status_of(answer: bytes) -> int:
-    """Returns the status of raw HTTP bytes, or CUT."""
+    """Returns the status of raw HTTP bytes, or CUT. Interim answers, which come before the final one, are skipped."""
+    while answer.startswith(b"HTTP/1.1 1"):
+        answer = answer.partition(b"\r\n\r\n")[2]
     words = answer[:20].split(b" ", 2)
     return int(words[1]) if answer.startswith(b"HTTP/1.") and words[1].isdigit() else CUT
 

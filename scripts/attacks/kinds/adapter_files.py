@@ -37,7 +37,7 @@ def write_adapter(target: Target, name: str, *, template: str | None = None, **c
 async def load(target: Target, name: str, path: Path, *, ask: bool = True) -> int:
     """Loads the directory, asks for a few tokens if it was accepted, and unloads it. Returns the load's status."""
     body = {"lora_name": name, "lora_path": str(path)}
-    loaded = await target.call("/load_lora_adapter", body, key="admin", expect=(*RIGHT, 503), seconds=60)
+    loaded = await target.call("/load_lora_adapter", body, key="admin", expect=(*RIGHT, 503), seconds=90)
     if loaded.status == 400 and len(loaded.text) > 4000:
         raise Broken(f"{path.name}: the reason has {len(loaded.text)} characters")
     if loaded.status == 200:
@@ -143,7 +143,7 @@ BROKEN: dict[str, Callable[[Path, random.Random], object]] = {
 }  # fmt: skip
 
 
-@kind("adapter_files.broken", seconds=120)
+@kind("adapter_files.broken", seconds=300)
 async def broken(target: Target, draw: random.Random) -> None:
     """Lying headers, NaN weights, absurd configs, devices, pipes and links out of the root."""
     for which in draw.sample([*BROKEN], 3):
