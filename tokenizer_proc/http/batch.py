@@ -19,6 +19,9 @@ from tokenizer_proc.requests.deadline import Deadline
 from tokenizer_proc.requests.packed_logprobs import PackedLogprobs, entries
 from tokenizer_proc.work.queue import Abandoned
 
+TOKEN_BYTES = 40  # bytes of memory for one token id in a list
+ENTRY_BYTES = 300  # bytes of memory for one token with its log-probability, packed and then written
+HOLD_STEP = 32 << 10  # bytes of output for which memory is asked at once
 LARGE = 2048  # the number of tokens with log-probabilities above which an event or a body takes long to write
 
 
@@ -86,11 +89,21 @@ class Choice:
 class Batch:
     """The streams of all submits of one call. Entering it opens the streams, leaving it releases everything.
 
+    `hold` is called with the bytes by which the output grows, and may raise an EngineError that ends the call.
+
     Use: `async with Batch(...) as batch: async for choice, delta in batch.deltas(): ...`
     """
 
-    def __init__(self, frontend: Frontend, submits: Sequence[Submit], deadline: Deadline | None = None) -> None:
+    def __init__(
+        self,
+        frontend: Frontend,
+        submits: Sequence[Submit],
+        deadline: Deadline | None = None,
+        hold: Callable[[int], None] = lambda count: None,
+    ) -> None:
         self._frontend = frontend
+        self._hold = hold
+        self._grown = 0  # bytes of output since the last call of `hold`
         self._deadline = deadline or frontend.deadline()
         self.submits = submits
         self._streams: list[Stream] = []
@@ -108,6 +121,7 @@ class Batch:
                 await asyncio.sleep(0)  # encoding many prompts must not stall the event loop's streams
                 stream = await self._stack.enter_async_context(self._frontend.open(submit, self._deadline))
                 self._streams.append(stream)
+                self._hold(TOKEN_BYTES * len(stream.prompt_ids))
                 self._add_prompt(item, Prompt(stream.prompt_ids, self.check), submit.params.n)
             self._stack = self._stack.pop_all()
         return self
@@ -148,10 +162,18 @@ class Batch:
             async for item, delta in merged:
                 choice = self._of_item[item][delta.index]
                 choice.prompt.add(delta)
-                self._unwritten += entries(delta.prompt_logprobs or ()) + entries(delta.logprobs or ())
+                scored = entries(delta.prompt_logprobs or ()) + entries(delta.logprobs or ())
+                self._unwritten += scored
+                self._grow(ENTRY_BYTES * scored + TOKEN_BYTES * len(delta.token_ids) + 4 * len(delta.text))
                 if delta.prompt_logprobs is None or delta.token_ids or delta.finish_reason is not None:
                     choice.add(delta)
                     yield choice, delta
+
+    def _grow(self, count: int) -> None:
+        self._grown += count
+        if self._grown >= HOLD_STEP:
+            self._hold(self._grown)
+            self._grown = 0
 
     @property
     def is_large(self) -> bool:

@@ -20,6 +20,7 @@ from tokenizer_proc.http import sse
 from tokenizer_proc.http.auth.rights import tenant_of
 from tokenizer_proc.http.batch import Batch, Choice
 from tokenizer_proc.http.encoding import encoded, in_slices, json_response
+from tokenizer_proc.http.intake.body_reader import ACCOUNT, ANSWER
 from tokenizer_proc.http.middleware.access_log import ACCESS_RECORD
 from tokenizer_proc.http.service import Service, deadline_of
 from tokenizer_proc.work.queue import Job, WorkQueue
@@ -63,7 +64,9 @@ async def answer(service: Service, request: web.Request, call: GenerationCall, w
     try:
         tenant.admit([submit.lora for submit in call.submits])
         submits = [replace(submit, tenant=tenant.name) for submit in call.submits]
-        async with Batch(service.frontend, submits, deadline_of(service, request)) as batch, _charged(request, batch):
+        hold = partial(request[ACCOUNT].add, ANSWER)
+        opened = Batch(service.frontend, submits, deadline_of(service, request), hold)
+        async with opened as batch, _charged(request, batch):
             writer.check(batch)
             with service.open.listed(call.ids, batch):
                 if call.stream:

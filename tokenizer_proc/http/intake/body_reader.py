@@ -24,7 +24,7 @@ TINY = 4 << 10  # bytes of a body that needs no scan: it cannot even hold many n
 TINY_FACTOR = 24  # bytes of objects that a byte of a body can become, at most
 LEAST_RATE = 16 << 10  # bytes a second at which a body must arrive after --read-timeout
 
-RAW, DECODED = "body", "decoded body"  # the parts of an account
+RAW, DECODED, ANSWER, UNREAD = "body", "decoded body", "answer", "unread"  # the parts of an account
 
 _EXPONENT = re.compile(rb"[0-9.][eE]\+?[0-9]{2}")
 

@@ -78,9 +78,11 @@ class MemoryAccount:
     def set(self, part: str, count: int) -> None:
         """Sets the size of a part. Raises as `add` does, and then changes nothing."""
         more = count - self._parts.get(part, 0)
+        if more == 0:
+            return
         if more > 0:
             self.add(part, more)
-        elif more < 0:
+        else:
             self._budget.give(self._owner, -more)
             self._parts[part] = count
             self.held += more

@@ -9,10 +9,12 @@ from engine.errors import InvalidRequest
 from tokenizer_proc.adapters.tokenizers import TextTools
 from tokenizer_proc.http import adapter_access
 from tokenizer_proc.http.auth.rights import tenant_of
+from tokenizer_proc.http.batch import TOKEN_BYTES
 from tokenizer_proc.http.bodies import decoding
 from tokenizer_proc.http.bodies.chat_messages import TemplateKwargs, Turn, chat_messages
 from tokenizer_proc.http.dialects.openai import LoraField
 from tokenizer_proc.http.encoding import as_json, encoded, json_response
+from tokenizer_proc.http.intake.body_reader import ACCOUNT, ANSWER
 from tokenizer_proc.http.service import Service
 from tokenizer_proc.requests.prompt_encoding import template_arguments
 from tokenizer_proc.requests.text_work import TextWork
@@ -61,6 +63,7 @@ async def tokenize(service: Service, request: web.Request) -> web.StreamResponse
     special = not body.messages if body.add_special_tokens is None else body.add_special_tokens
     ids = await texts.encode(tenant.name, text_tools.tokenizer, text, special)
     tenant.charge(len(ids))
+    request[ACCOUNT].add(ANSWER, 2 * TOKEN_BYTES * len(ids))
     name_of = text_tools.tokenizer.name_of
 
     def answer() -> dict[str, object]:

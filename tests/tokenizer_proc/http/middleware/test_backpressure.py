@@ -18,8 +18,9 @@ from fixtures.serving.scripted_scheduler import ScriptedScheduler
 
 from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.http.app import create_app
+from tokenizer_proc.http.intake.memory_budget import MemoryAccount, MemoryBudget
 from tokenizer_proc.http.middleware import backpressure
-from tokenizer_proc.http.middleware.backpressure import LEAST_BYTES, SlowReader, WriteBuffer
+from tokenizer_proc.http.middleware.backpressure import FREE_BYTES, LEAST_BYTES, SlowReader, WriteBuffer
 
 LOOPS = [asyncio.run, uvloop.run]
 SCORED = {"input_ids": [1, 2], "return_logprob": True, "top_logprobs_num": 2, "stream": True,
@@ -66,10 +67,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def made(max_buffered: int, stall_timeout: float) -> tuple[Pipe, Callable[[int], None]]:
+def made(
+    max_buffered: int, stall_timeout: float, account: MemoryAccount | None = None
+) -> tuple[Pipe, Callable[[int], None]]:
     """Returns a pipe, and a function that writes `size` bytes through a write buffer into it."""
     pipe = Pipe()
-    way = WriteBuffer(cast(Any, pipe), max_buffered, stall_timeout)
+    way = WriteBuffer(
+        cast(Any, pipe), max_buffered, stall_timeout, account or MemoryAccount(MemoryBudget(1 << 30), "a")
+    )
 
     def write(size: int) -> None:
         asyncio.run(way.write(cast(Any, Sink(pipe)), b"x" * size))
@@ -136,6 +141,23 @@ def test_a_reader_that_keeps_up_is_never_cut_off(clock: Clock) -> None:
         clock.now += 10.0
         write(1000)
         pipe.waiting = 0
+
+
+def test_unread_bytes_count_as_memory_for_requests() -> None:
+    account = MemoryAccount(MemoryBudget(600_000), "a")
+    pipe, write = made(1 << 30, 60.0, account)
+    write(FREE_BYTES)
+    assert account.held == 0
+    write(300_000)
+    assert account.held == 300_000
+    pipe.waiting = 100_000
+    write(0)
+    assert account.held == 100_000 - FREE_BYTES
+    with pytest.raises(SlowReader, match="max-request-memory"):
+        write(400_000)
+    pipe.waiting = 0
+    write(0)
+    assert account.held == 0
 
 
 # ------------------------------------------------------------------------------------------------ over real sockets
