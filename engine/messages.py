@@ -20,9 +20,14 @@ whose state a message describes; the receiver drops messages of an older epoch.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+
+MAX_PROMPT = 1_200_000  # token ids or messages of a prompt
+MAX_MIX = 64  # adapters of a mix
+Few = msgspec.Meta(max_length=1 << 16)
+"""The bound on lists and objects of a client that are not prompts: checked before their items are decoded."""
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
@@ -56,19 +61,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     repetition_penalty: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = {}
+    logit_bias: Annotated[dict[int, float], Few] = {}
     seed: int | None = None
-    stop: list[str] = []
-    stop_token_ids: list[int] = []
+    stop: Annotated[list[str], Few] = []
+    stop_token_ids: Annotated[list[int], Few] = []
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    allowed_token_ids: list[int] = []
-    bad_words: list[str] = []
-    token_ids_logprob: list[int] = []
-    stop_regex: list[str] = []
+    allowed_token_ids: Annotated[list[int], Few] = []
+    bad_words: Annotated[list[str], Few] = []
+    token_ids_logprob: Annotated[list[int], Few] = []
+    stop_regex: Annotated[list[str], Few] = []
 
 
 class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -85,7 +90,7 @@ class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     tool_call_id: str | None = None
 
 
-AdapterMix = dict[str, float]  # adapter name -> scale
+AdapterMix = Annotated[dict[str, float], msgspec.Meta(max_length=MAX_MIX)]  # adapter name -> scale
 
 
 class Submit(Message, frozen=True, kw_only=True):
@@ -100,11 +105,11 @@ class Submit(Message, frozen=True, kw_only=True):
     """
 
     id: int
-    prompt: str | list[int | ChatMessage]
+    prompt: str | Annotated[list[int | ChatMessage], msgspec.Meta(max_length=MAX_PROMPT)]
     params: SamplingParams = SamplingParams()
     lora: str | AdapterMix | None = None
     default_max_tokens: int | None = None
-    chat_template_kwargs: dict[str, str | int | float | bool | None] = {}
+    chat_template_kwargs: Annotated[dict[str, str | int | float | bool | None], Few] = {}
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 from collections.abc import AsyncIterator
 from typing import NoReturn
 
@@ -66,6 +67,7 @@ async def _run_servers(
     beating = asyncio.ensure_future(_beat(busy_timer))
     try:
         async with _zmq_server(config, context, frontend) as serving, http_server(config, frontend) as http:
+            _spare_collections()
             child.ready(_facts(frontend))
             child.start_heartbeat(busy_timer)
             ended = asyncio.ensure_future(stopping.wait())
@@ -79,6 +81,16 @@ async def _run_servers(
     finally:
         beating.cancel()
         reading.cancel()
+
+
+def _spare_collections() -> None:
+    """Keeps the garbage collector from visiting what was loaded at start, and from running while a body is decoded.
+
+    With Python's own threshold, of 700 objects, a body of 65,000 lists takes ten times as long to decode.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 async def _beat(busy_timer: BusyTimer) -> NoReturn:

@@ -34,6 +34,13 @@ SILENT_SECONDS = 5.0
 CHECK_SECONDS = 1.0
 
 
+class _Head(msgspec.Struct, array_like=True, frozen=True):
+    """The beginning of a message that has an id. Nothing is made of the rest, which may be large."""
+
+    tag: str
+    id: int
+
+
 class _Client:
     """One embedding host: the time of its last frame, its streams by the host's own ids, and its tasks."""
 
@@ -161,11 +168,10 @@ class ZmqServer:
     def _refuse(self, identity: bytes, frame: bytes, reason: str) -> None:
         """Sends a Failure for a frame that is not a message, if its id can be read: [tag, id, ...]."""
         try:
-            match msgspec.msgpack.decode(frame):
-                case [str(), int(id), *_] if not isinstance(id, bool):
-                    self._send(identity, _failure(id, InvalidRequest(f"the message cannot be read: {reason}")))
+            head = msgspec.msgpack.decode(frame, type=_Head)
         except DECODE_ERRORS:
             return
+        self._send(identity, _failure(head.id, InvalidRequest(f"the message cannot be read: {reason}")))
 
     def _send(self, identity: bytes, message: Delta | Answer | Failure | Ping) -> None:
         frame = self._encoder.encode(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import zmq
 import zmq.asyncio
 from fixtures.serving.tokenizer_front import Fake
 
-from engine.messages import Answer, Cancel, Command, Delta, Failure, Ping, SamplingParams, Submit, ToClient
+from engine.messages import MAX_PROMPT, Answer, Cancel, Command, Delta, Failure, Ping, SamplingParams, Submit, ToClient
 from tokenizer_proc import zmq_server
 from tokenizer_proc.zmq_server import ZmqServer
 
@@ -39,9 +40,11 @@ class Host:
 
 
 @asynccontextmanager
-async def opened(fake: Fake, address: str) -> AsyncIterator[tuple[ZmqServer, Callable[[], Host]]]:
+async def opened(
+    fake: Fake, address: str, max_frame: int = 1 << 16
+) -> AsyncIterator[tuple[ZmqServer, Callable[[], Host]]]:
     context = zmq.asyncio.Context()
-    server = ZmqServer(context, address, fake.front, max_frame=1 << 16)
+    server = ZmqServer(context, address, fake.front, max_frame)
     serving = asyncio.ensure_future(server.serve())
     hosts: list[Host] = []
 
@@ -158,6 +161,37 @@ def test_bad_frames_are_refused_and_the_server_goes_on(address: str, caplog: pyt
 
     run(work)
     assert caplog.text.count("the ZeroMQ server refused a frame") == 2
+
+
+LISTS = [[]] * 300_000
+HOSTILE: dict[str, Any] = {
+    "items after the last": ["Submit", 5, "a", *LISTS],
+    "a prompt": ["Submit", 5, [1] * (MAX_PROMPT + 1)],
+    "biases": ["Submit", 5, "a", {"logit_bias": dict.fromkeys(range(1 << 17), 1.0)}],
+    "stop ids": ["Submit", 5, "a", {"stop_token_ids": [1] * 300_000}],
+    "a mix": ["Submit", 5, "a", {}, {str(n): 1.0 for n in range(100_000)}],
+    "unknown parameters": ["Submit", 5, "a", {"unknown": LISTS}],
+    "an unknown message": ["Exec", 5, LISTS],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_nothing_is_made_of_what_a_large_frame_holds(name: str, address: str) -> None:
+    frame = msgspec.msgpack.encode(HOSTILE[name])
+
+    async def work() -> None:
+        async with opened(Fake(), address, max_frame=8 << 20) as (_, host):
+            one = host()
+            tracemalloc.start()
+            await one.send(frame)
+            refusal = await one.receive()
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert isinstance(refusal, Failure)
+            assert (refusal.id, refusal.kind) == (5, "invalid_request_error")
+            assert peak < 2 * len(frame) + 100_000
+
+    run(work)
 
 
 def test_commands_are_answered(address: str) -> None:

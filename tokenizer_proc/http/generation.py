@@ -23,6 +23,7 @@ from tokenizer_proc.http.encoding import encoded, in_slices, json_response
 from tokenizer_proc.http.intake.body_reader import ACCOUNT, ANSWER
 from tokenizer_proc.http.middleware.access_log import ACCESS_RECORD
 from tokenizer_proc.http.service import Service, deadline_of
+from tokenizer_proc.requests.validation import check_copies
 from tokenizer_proc.work.queue import Job, WorkQueue
 
 
@@ -62,6 +63,7 @@ async def answer(service: Service, request: web.Request, call: GenerationCall, w
     """Runs `call` and returns its response. Everything is released even after an error or a client's disconnect."""
     tenant = tenant_of(request)
     try:
+        check_copies(submit.params for submit in call.submits)
         tenant.admit([submit.lora for submit in call.submits])
         submits = [replace(submit, tenant=tenant.name) for submit in call.submits]
         hold = partial(request[ACCOUNT].add, ANSWER)

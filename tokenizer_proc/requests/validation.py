@@ -5,7 +5,7 @@ Parameters are not checked again afterwards. Every error names the field it is a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -18,8 +18,9 @@ from tokenizer_proc.text.stop_patterns import check_patterns
 MAX_N = 128
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
+MAX_TOKEN_IDS = {"stop_token_ids": 4096, "logit_bias": 16384, "allowed_token_ids": 65536, "token_ids_logprob": 64}
+MAX_COPIES = 1 << 18  # token ids of these lists for all answers of a call together, as each answer is sent its own
 MAX_LOGPROBS = 20
-MAX_TOKEN_IDS_LOGPROB = 64
 MAX_BIAS = 100.0
 PRIORITIES = 1 << 31
 SEEDS = 1 << 63
@@ -83,6 +84,7 @@ def validate_params(
     _check_ids(params, vocab_size, tokens)
     _check_stops(params.stop)
     check_patterns(params.stop_regex)
+    check_copies([params])
     max_tokens = _max_tokens(params.max_tokens, default_max_tokens, len(prompt), max_length)
     scores_only = max_tokens == 0
     if scores_only:
@@ -105,6 +107,20 @@ def validate_params(
             scores_only=scores_only,
         ),
     )
+
+
+def check_copies(several: Iterable[SamplingParams]) -> None:
+    """Raises InvalidRequest if the parameters of all answers of a call list too many token ids together."""
+    copies = dict.fromkeys(MAX_TOKEN_IDS, 0)
+    for params in several:
+        for name in copies:
+            copies[name] += params.n * len(getattr(params, name))
+    largest = max(copies, key=copies.__getitem__)
+    if sum(copies.values()) > MAX_COPIES:
+        raise InvalidRequest(
+            f"{largest}: the answers of one call take at most {MAX_COPIES} token ids of such lists together",
+            param=largest,
+        )
 
 
 def check_priority(priority: int, has_meaning: bool) -> None:
@@ -178,13 +194,11 @@ def _check_filters(params: SamplingParams) -> None:
 
 
 def _check_ids(params: SamplingParams, vocab_size: int, tokens: str) -> None:
-    if len(params.token_ids_logprob) > MAX_TOKEN_IDS_LOGPROB:
-        raise InvalidRequest(
-            f"token_ids_logprob has {len(params.token_ids_logprob)} entries; at most {MAX_TOKEN_IDS_LOGPROB} are taken",
-            param="token_ids_logprob",
-        )
-    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids", "token_ids_logprob"):
-        for token in getattr(params, name):
+    for name, most in MAX_TOKEN_IDS.items():
+        ids = getattr(params, name)
+        if len(ids) > most:
+            raise InvalidRequest(f"{name} has {len(ids)} entries; at most {most} are taken", param=name)
+        for token in ids:
             if not 0 <= token < vocab_size:
                 raise InvalidRequest(f"{name}: token id {token} is not in the vocabulary of {tokens}", param=name)
     for bias in params.logit_bias.values():

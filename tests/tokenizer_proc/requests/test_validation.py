@@ -9,7 +9,14 @@ import pytest
 
 from engine.errors import InvalidRequest
 from engine.messages import SamplingParams
-from tokenizer_proc.requests.validation import SEEDS, ValidatedParams, validate_params
+from tokenizer_proc.requests.validation import (
+    MAX_COPIES,
+    MAX_TOKEN_IDS,
+    SEEDS,
+    ValidatedParams,
+    check_copies,
+    validate_params,
+)
 from tokenizer_proc.text.generation_config import GenerationConfig
 
 
@@ -57,6 +64,9 @@ def validated(
         ("logprobs", -1),
         ("prompt_logprobs", 21),
         ("logit_bias", {100: 1.0}),
+        ("logit_bias", dict.fromkeys(range(MAX_TOKEN_IDS["logit_bias"] + 1), 1.0)),
+        ("stop_token_ids", [1] * (MAX_TOKEN_IDS["stop_token_ids"] + 1)),
+        ("allowed_token_ids", [1] * (MAX_TOKEN_IDS["allowed_token_ids"] + 1)),
         ("logit_bias", {1: 100.5}),
         ("logit_bias", {1: math.nan}),
         ("stop", [""]),
@@ -144,3 +154,12 @@ def test_a_top_k_beyond_the_vocabulary_keeps_all_tokens() -> None:
     """A body may hold any whole number; the sampler's table holds 64 bits."""
     assert validated(top_k=1 << 63).sampling.top_k == 100
     assert validated(top_k=7).sampling.top_k == 7
+
+
+def test_biases_of_all_answers_are_bounded_together() -> None:
+    params = SamplingParams(n=2, logit_bias=dict.fromkeys(range(1000), 1.0), stop_token_ids=[1] * 24)
+    check_copies([params] * (MAX_COPIES // 2048))
+    with pytest.raises(InvalidRequest, match=str(MAX_COPIES)):
+        check_copies([params] * (MAX_COPIES // 2048 + 1))
+    with pytest.raises(InvalidRequest, match="together"):
+        validated(n=128, stop_token_ids=[1] * (MAX_COPIES // 128 + 1))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from typing import TypeVar, cast
 
 from engine.errors import InvalidRequest
 
 T = TypeVar("T")
+
+PACE = 128  # prompts of a call that are prepared at once
 
 TokenIds = list[int]
 PromptField = str | list[str | int | list[int]]  # one text, a list of texts, token ids, or lists of token ids
@@ -21,14 +25,22 @@ def prompts(value: PromptField, name: str, most: int) -> list[str | TokenIds]:
         return [value]
     if not value:
         raise InvalidRequest(f"{name} is an empty list", param=name)
-    if len({type(one) for one in value}) > 1:
+    kinds = set(map(type, value))  # of a million token ids, which a comprehension would take long for
+    if len(kinds) > 1:
         raise InvalidRequest(f"{name} mixes texts, token ids and lists: send one kind", param=name)
-    ids = [one for one in value if isinstance(one, int)]
-    if ids:
-        return [ids]
+    if kinds == {int}:
+        return [cast(TokenIds, value)]
     if len(value) > most:
         raise InvalidRequest(f"{name} holds {len(value)} prompts; one call takes at most {most}: split it", param=name)
     return [one for one in value if not isinstance(one, int)]
+
+
+async def paced(items: Iterable[T]) -> AsyncIterator[T]:
+    """Yields `items`, one for each prompt, and lets the event loop go on after each PACE of them."""
+    for place, item in enumerate(items):
+        if place % PACE == PACE - 1:
+            await asyncio.sleep(0)
+        yield item
 
 
 def is_single(value: PromptField) -> bool:

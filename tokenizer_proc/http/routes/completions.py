@@ -13,7 +13,7 @@ from tokenizer_proc.http import adapter_access
 from tokenizer_proc.http.batch import Batch, Choice
 from tokenizer_proc.http.bodies import decoding
 from tokenizer_proc.http.bodies.fields import SPELLINGS_OPENAI
-from tokenizer_proc.http.bodies.prompts import PromptField, TokenIds, prompts, spread
+from tokenizer_proc.http.bodies.prompts import PromptField, TokenIds, paced, prompts, spread
 from tokenizer_proc.http.dialects.logprobs import LegacyLogprobs, LegacyPiece
 from tokenizer_proc.http.dialects.openai import Envelope, LoraField, OpenAIBody, abort_ids, check, of_prompt, token_ids
 from tokenizer_proc.http.generation import GenerationCall, Writer, answer
@@ -44,7 +44,7 @@ async def completions(service: Service, request: web.Request) -> web.StreamRespo
     named = body.lora_path if isinstance(body.lora_path, list) else [body.lora_path]
     await adapter_access.fetch(service, request, body.model, *named)
     spread_out = spread(body.lora_path, len(asked), "lora_path")
-    loras = [adapter_access.select(service, request, body.model or None, lora) for lora in spread_out]
+    loras = [adapter_access.select(service, request, body.model or None, lora) async for lora in paced(spread_out)]
     envelope = Envelope(service, body, "cmpl", "text_completion", "text_completion")
     tokenizers = [service.frontend.text_tools_for(lora).tokenizer for lora in loras]
     writer = CompletionWriter(envelope, tokenizers, body, asked)

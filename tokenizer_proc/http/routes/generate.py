@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 from aiohttp import web
@@ -14,7 +14,7 @@ from engine.messages import AdapterMix, SamplingParams, Submit
 from tokenizer_proc.http import adapter_access
 from tokenizer_proc.http.bodies import decoding
 from tokenizer_proc.http.bodies.fields import SPELLINGS_NATIVE
-from tokenizer_proc.http.bodies.prompts import PromptField, TokenIds, is_single, prompts, spread
+from tokenizer_proc.http.bodies.prompts import PromptField, TokenIds, is_single, paced, prompts, spread
 from tokenizer_proc.http.dialects.sglang import LogprobOptions, NativeWriter
 from tokenizer_proc.http.generation import GenerationCall, answer
 from tokenizer_proc.http.service import Service
@@ -64,12 +64,11 @@ async def generate(service: Service, request: web.Request) -> web.StreamResponse
     size = len(asked)
     rids = _rids(body.rid, size)
     scoring = _scoring(body, size)
-    params = [_scored(one, score) for one, score in zip(_params(body, size), scoring, strict=True)]
+    read = [one async for one in paced(_params(body, size))]
+    params = [_scored(one, score) for one, score in zip(read, scoring, strict=True)]
     await adapter_access.fetch(service, request, None, *_loras(body, params))
-    loras = [
-        adapter_access.select(service, request, None, _agreed(lora, one))
-        for one, lora in zip(params, spread(body.lora_path, size, "lora_path"), strict=True)
-    ]
+    named = zip(params, spread(body.lora_path, size, "lora_path"), strict=True)
+    loras = [adapter_access.select(service, request, None, _agreed(lora, one)) async for one, lora in paced(named)]
     submits = _submits(body, asked, params, loras)
     is_list = not is_single(field) or any(one.sampling.n > 1 for one in params)
     writer = NativeWriter(rids, scoring, is_list, [service.frontend.text_tools_for(lora).tokenizer for lora in loras])
@@ -119,20 +118,20 @@ def _by_rid(given: str | list[str] | None, rids: Sequence[str]) -> dict[str, lis
     return meant
 
 
-def _params(body: GenerateBody, size: int) -> list[_Params]:
+def _params(body: GenerateBody, size: int) -> Iterator[_Params]:
+    """Yields what applies to each of `size` prompts."""
     asked = body.sampling_params
     if isinstance(asked, dict):
         sampling, loras = _read(asked, "sampling_params.")
         spread_out = spread(loras, size, "sampling_params.lora_path")
-        return [_Params(sampling, lora, "sampling_params.") for lora in spread_out]
+        yield from (_Params(sampling, lora, "sampling_params.") for lora in spread_out)
+        return
     if len(asked) != size:
         raise InvalidRequest(f"sampling_params has {len(asked)} entries for {size} prompts", param="sampling_params")
-    several: list[_Params] = []
     for item, one in enumerate(asked):
         at = f"sampling_params[{item}]."
         sampling, lora = _read(one, at)
-        several.append(_Params(sampling, spread(lora, 1, f"{at}lora_path")[0], at))
-    return several
+        yield _Params(sampling, spread(lora, 1, f"{at}lora_path")[0], at)
 
 
 class _Lora(msgspec.Struct, frozen=True):
