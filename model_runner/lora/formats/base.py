@@ -16,6 +16,7 @@ import torch
 from engine.errors import AdapterError
 from model_runner.lora.files.adapter_config import CONFIG_NAME
 from model_runner.lora.files.quoted import quoted_value
+from model_runner.lora.normal_form import MAX_RANK
 from model_runner.lora.target_module import Change, Module, Shape, Term
 from model_runner.lora.variants.base import Variant
 
@@ -52,6 +53,9 @@ class PeftFormat(msgspec.Struct, frozen=True, kw_only=True):
 
     refused: ClassVar[Mapping[str, str]] = {}
     """Options that change what an adapter computes and are not served, with the feature's usual name."""
+
+    highest_rank: ClassVar[int] = MAX_RANK
+    """The highest rank that the config may name."""
 
     rank_option: ClassVar[str] = "r"
     alpha_option: ClassVar[str] = "alpha"

@@ -25,6 +25,7 @@ class LoKr(PeftFormat, frozen=True, kw_only=True):
     """The two factors of LoKr, each a full matrix or a product of two thin ones."""
 
     peft_type: ClassVar = "LOKR"
+    highest_rank: ClassVar = 1 << 31  # a rank above the sizes of a module means two full factors
     name: ClassVar = "LoKr"
     note: ClassVar = "A and B of rank rank(W1) * rank(W2); where that is above 512 (two full factors), it is refused"
     becomes: ClassVar = frozenset[Term]({"A", "B"})

@@ -165,8 +165,9 @@ def _check_numbers(config: PeftConfig) -> None:
     ranks = {form.rank_option: form.default_rank} if form.rank_option else {}
     ranks |= {f"rank_pattern[{key!r}]": rank for key, rank in form.pattern_ranks(config.ranks).items()}
     for where, rank in ranks.items():
-        if not 1 <= rank <= MAX_RANK:
-            raise AdapterError(f"{CONFIG_NAME}: {where}={rank} is not a rank from 1 to {MAX_RANK}")
+        if not 1 <= rank <= form.highest_rank:
+            merge = f": {MERGE}" if rank > MAX_RANK else ""
+            raise AdapterError(f"{CONFIG_NAME}: {where}={rank} is not a rank from 1 to {form.highest_rank}{merge}")
     alphas = {form.alpha_option: form.default_alpha} if form.alpha_option else {}
     alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in config.alphas.items()}
     for where, alpha in alphas.items():

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from engine.errors import AdapterError
 from model_runner.lora.catalogue import EMBEDDING_AND_HEAD, Catalogue, SiteRef
 from model_runner.lora.files.adapter_config import CONFIG_NAME
-from model_runner.lora.files.advice import MERGE
+from model_runner.lora.files.advice import MERGE, with_option
 from model_runner.lora.files.quoted import quoted_name
 from model_runner.lora.files.tensor_file import FLOATS, Entry
 from model_runner.lora.formats.base import PeftFormat
@@ -207,6 +207,9 @@ def _check_entry(tensor: str, entry: Entry, expected: Shape, rank: int) -> None:
         raise AdapterError(f"tensor {quoted_name(tensor)} has dtype {entry.dtype}; served are {', '.join(FLOATS)}")
     if entry.shape != expected:
         reason = f"rank {rank} by {CONFIG_NAME}"
+        differing = [own for own, other in zip(entry.shape, expected, strict=False) if own != other]
+        if len(entry.shape) == len(expected) and len(differing) == 1 and rank in expected and differing[0] <= MAX_RANK:
+            reason += f"; {with_option('r', str(differing[0]))} if that is its rank"
         if 0 in entry.shape:
             reason = "it is empty, as DeepSpeed's ZeRO-3 leaves it: save it with its parameters gathered"
         raise AdapterError(f"tensor {quoted_name(tensor)} has shape {entry.shape}, expected {expected} ({reason})")

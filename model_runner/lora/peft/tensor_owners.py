@@ -76,9 +76,7 @@ class TensorOwners:
         if part in (FULL_WEIGHT, BASE_WEIGHT, SAVED_COPY, ORIGINAL):
             advice = MERGE
             if module in self.catalogue.norms:
-                saved = self.config.variant(SavedModules)
-                names = [*(saved.names if saved is not None else ()), leaf(module)]
-                advice = with_option("modules_to_save", json.dumps(names))
+                advice = with_option("modules_to_save", json.dumps(self._names_to_save()))
             raise AdapterError(
                 f"tensor {quoted_name(tensor)} replaces a whole module; served are {', '.join(EMBEDDING_AND_HEAD)}"
                 f" and norms in modules_to_save: {advice}"
@@ -91,6 +89,13 @@ class TensorOwners:
             )
         if module not in self.targets:
             raise AdapterError(f"tensor {quoted_name(tensor)}: {CONFIG_NAME} does not target {module}: {BY_TENSORS}")
+
+    def _names_to_save(self) -> list[str]:
+        """Returns the names that `modules_to_save` has, and those of the norms that have tensors."""
+        saved = self.config.variant(SavedModules)
+        owners = {parse_name(tensor, self.catalogue).module for tensor in self.entries}
+        norms = sorted({leaf(module) for module in owners if module in self.catalogue.norms})
+        return list(dict.fromkeys([*(saved.names if saved is not None else ()), *norms]))
 
     def _check_bias(self, tensor: str, module: str) -> None:
         if module in self.catalogue.norms:
