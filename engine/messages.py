@@ -210,7 +210,7 @@ class AdapterCard(Part, frozen=True, kw_only=True):
     the load time in Unix seconds, `bytes` the size in host memory, `running` the number of the adapter's open requests.
     `vocab_size` is the size of the adapter's own vocabulary, 0 where it uses the base's. `brings` lists the text files
     that replace the base's: tokenizer, chat_template, generation. `invocation` are the tokens that activate an
-    activated LoRA (aLoRA).
+    activated LoRA (aLoRA). `notes` are on what the adapter's config names and the model has not.
     """
 
     name: str
@@ -229,6 +229,7 @@ class AdapterCard(Part, frozen=True, kw_only=True):
     vocab_size: int = 0
     brings: list[str] = []
     invocation: list[int] = []
+    notes: list[str] = []
 
 
 class Answer(Message, frozen=True, kw_only=True):
@@ -430,7 +431,8 @@ class AdapterState(Message, frozen=True, kw_only=True):
     for host, the fill for resident. `epoch` is the runner's. `vocab_size` is the size of the adapter's own vocabulary,
     0 where it uses the base's. `invocation` are the tokens that activate the adapter: it applies from their last
     occurrence in the prompt on; where `invocation` is empty, it applies from the first token on. `server_fault`: the
-    error is one of this server's disk or memory, not one of the adapter.
+    error is one of this server's disk or memory, not one of the adapter. `notes` are on what the adapter's config names
+    and the model has not.
     """
 
     adapter_id: int
@@ -446,6 +448,7 @@ class AdapterState(Message, frozen=True, kw_only=True):
     vocab_size: int = 0
     invocation: list[int] = []
     server_fault: bool = False
+    notes: list[str] = []
 
 
 class Capacity(Message, frozen=True, kw_only=True):

@@ -154,4 +154,5 @@ def _state(adapter: NormalForm, stage: AdapterStage, seconds: float = 0.0) -> Ad
         seconds=seconds,
         vocab_size=adapter.vocab_size,
         invocation=adapter.invocation,
+        notes=adapter.notes,
     )

@@ -69,6 +69,7 @@ class NormalForm:
     cast_from  float dtypes of its files that differ from the serving dtype (empty: nothing was cast)
     vocab_size size of the adapter's own vocabulary; 0: it has the base's
     invocation tokens from whose last occurrence in a prompt the adapter acts (empty: from the first token)
+    notes      on what its config names and the model has not
     """
 
     adapter_id: int
@@ -82,6 +83,7 @@ class NormalForm:
     cast_from: list[str] = field(default_factory=list)
     vocab_size: int = 0
     invocation: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def pages_for(rank: int) -> int:

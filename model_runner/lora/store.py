@@ -98,6 +98,7 @@ class AdapterStore:
             cast_from=manifest.cast_from,
             vocab_size=vocabulary(deltas, sites),
             invocation=manifest.invocation,
+            notes=manifest.notes,
         )
         if adapter.cast_from:
             log.info("adapter %r: %s weights are served in %s", name, ", ".join(adapter.cast_from), self.dtype)

@@ -93,4 +93,5 @@ class Entry:
             vocab_size=self.vocab_size,
             brings=list(self.text_tools.brings) if self.text_tools is not None else [],
             invocation=state.invocation,
+            notes=state.notes,
         )

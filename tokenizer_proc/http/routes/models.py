@@ -97,4 +97,5 @@ def _adapter_card(service: Service, card: AdapterCard) -> dict[str, object]:
         "vocab_size": card.vocab_size or _vocab_size(service),
         "brings": card.brings,
         "alora_invocation_tokens": card.invocation or None,
+        "notes": card.notes,
     }
