@@ -106,13 +106,13 @@ def test_states_make_it_ready_or_failed() -> None:
 
 def test_cards_show_path_parent_and_state() -> None:
     names = registry("sql")
-    names.handle(
-        AdapterState(adapter_id=1, state="resident", revision="r", lora_rank=8, target_modules=["q_proj"], bytes=5)
-    )
+    found = AdapterState(adapter_id=1, state="resident", revision="r", lora_rank=8, target_modules=["q_proj"], bytes=5)
+    names.handle(msgspec.structs.replace(found, notes=["a note"]))
     card = names.card("sql")
     assert card is not None
     assert (card.path, card.root, card.parent, card.state) == ("given/sql", "/real/sql", "org/base", "resident")
     assert (card.revision, card.lora_rank, card.target_modules, card.bytes) == ("r", 8, ["q_proj"], 5)
+    assert card.notes == ["a note"]
     assert names.card("nope") is None
     told = AdapterRegistry(["b"], [AdapterSource(adapter_id=1, name="a", path="p", root="r", base="theirs")])
     assert told.cards()[0].parent == "theirs"
