@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,8 @@ class Frontend:
         self._config = config
         self._send = send
         self._moved = time.monotonic()
+        # a former process may have flushed the prefixes, which this one does not know
+        self._prefixes = f"restart {self.epoch}" if self.epoch else ""
 
     @classmethod
     def load(cls, config: TokenizerConfig, send: Callable[[msgspec.Struct], None]) -> Frontend:
@@ -108,7 +111,16 @@ class Frontend:
 
         `deadline` is the deadline of the call that the submit belongs to; by default it counts from now.
         """
-        return Stream(submit, self._prepare, self.router, self.metrics, deadline or self.deadline())
+        if self._prefixes:
+            submit = msgspec.structs.replace(submit, cache_salt=f"{self._prefixes} {submit.cache_salt}")
+        return Stream(submit, self.prepare, self.router, self.metrics, deadline or self.deadline())
+
+    def flush_prefixes(self) -> None:
+        """Makes no later request find the prefix pages of earlier ones, by a salt of its own for all later ones.
+
+        Open requests keep their pages. Pages that nothing finds any more are reused when pages are needed.
+        """
+        self._prefixes = uuid.uuid4().hex
 
     def deadline(self, arrived: float | None = None) -> Deadline:
         """Returns the deadline of a call that arrived at `arrived` (monotonic seconds; by default now)."""
@@ -161,6 +173,19 @@ class Frontend:
     def info(self) -> dict[str, Any]:
         """Returns the content of /server_info as plain JSON types."""
         return self._info.collect(self.capacity, self.stats, self.max_length)
+
+    def vllm_info(self) -> dict[str, Any]:
+        """Returns the configuration in the shape of vLLM's /server_info."""
+        return self._info.as_vllm(self.capacity, self.max_length)
+
+    def current_load(self) -> dict[str, Any]:
+        """Returns the load in the shape of SGLang's /v1/loads, for its one rank."""
+        return self._info.load(self.capacity, self.stats)
+
+    @property
+    def open_requests(self) -> int:
+        """The number of open requests; each choice of a call counts."""
+        return self.router.open
 
     # ---------------------------------------------------------------------------------------- for the scheduler
 
@@ -229,7 +254,7 @@ class Frontend:
             case stage, "failed" if before.revision and stage != "failed":
                 self.metrics.load_failed()  # a reload by the scheduler; Lifecycle counts first loads
 
-    async def _prepare(self, submit: Submit) -> PreparedRequest:
+    async def prepare(self, submit: Submit) -> PreparedRequest:
         """Prepares `submit` for its stream.
 
         Raises Overloaded while the model is loading or the server is shutting down, and the errors of

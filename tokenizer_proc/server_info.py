@@ -41,6 +41,58 @@ class ServerInfo:
             "long_waiting": self._long_waiting(),
         }
 
+    def as_vllm(self, capacity: Capacity | None, max_length: int) -> dict[str, Any]:
+        """Returns vLLM's shape: the configuration by parts, with its names. Unknown values are left out."""
+        config, flags = self._config, self._config.server_info
+        lora = {
+            "max_loras": config.max_loras,
+            "max_lora_rank": None if capacity is None else capacity.max_lora_rank,
+            "max_cpu_loras": flags.get("max_loaded_loras"),
+            "lora_dtype": flags.get("lora_dtype"),
+        }
+        parts = {
+            "model_config": {
+                "model": config.model_path,
+                "tokenizer": config.tokenizer_path,
+                "served_model_name": self._adapters.base_names,
+                "dtype": None if capacity is None else f"torch.{capacity.dtype}",
+                "max_model_len": max_length or None,
+                "seed": config.seed,
+            },
+            "cache_config": {
+                "block_size": None if capacity is None else capacity.page_size,
+                "num_gpu_blocks": None if capacity is None else capacity.kv_pages,
+                "gpu_memory_utilization": flags.get("mem_fraction_static"),
+                "enable_prefix_caching": not flags.get("disable_radix_cache"),
+            },
+            "scheduler_config": {
+                "max_num_seqs": None if capacity is None else capacity.rows,
+                "max_num_batched_tokens": None if capacity is None else capacity.max_batched_tokens,
+                "policy": flags.get("schedule_policy"),
+            },
+            "parallel_config": {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1},
+            "device_config": {"device": None if capacity is None else capacity.device},
+            "lora_config": lora if config.enable_lora else None,
+        }
+        return {"vllm_config": parts, "vllm_env": {}, "system_env": {}}
+
+    def load(self, capacity: Capacity | None, stats: Stats) -> dict[str, Any]:
+        """Returns SGLang's shape of the load of one rank."""
+        pages, rows = stats.kv_pages, 0 if capacity is None else capacity.rows
+        size = 0 if capacity is None else capacity.page_size
+        slots, used = self._config.max_loras, len(stats.running_adapters)
+        return {
+            "dp_rank": 0,
+            "num_running_reqs": stats.running,
+            "num_waiting_reqs": stats.waiting,
+            "num_used_tokens": stats.kv_pages_used * size,
+            "max_total_num_tokens": pages * size,
+            "max_running_requests": rows,
+            "token_usage": _share(stats.kv_pages_used, pages),
+            "utilization": _share(stats.running, rows),
+            "lora": {"slots_used": used, "slots_total": slots, "utilization": _share(used, slots)},
+        }
+
     def _long_waiting(self) -> list[dict[str, Any]]:
         reasons = self._router.wait_reasons
         return [
@@ -55,6 +107,10 @@ class ServerInfo:
             for waiting in reasons.long_waiting()
             if (lora := self._router.lora(waiting.request_id)) is not None
         ]
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
 
 
 def _lora_pool(capacity: Capacity | None, stats: Stats) -> dict[str, dict[str, int]]:

@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from engine.config.api_keys import ApiKey
+from engine.config.cors import Cors
 from engine.config.server_args import CpuKernels, Dtype, LogLevel
 
 
@@ -72,6 +73,7 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     runtime_loads: bool = False
     api_keys: list[ApiKey] = []
     admin_key: str | None = None
+    cors: Cors = Cors()
     lora_roots: list[str] = []
     lora_resolve_root: str | None = None
     journal: list[int] = []

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from engine.config.api_keys import read_keys
+from engine.config.cors import parse_cors
 from engine.config.process_configs import (
     AdapterSource,
     Endpoints,
@@ -86,6 +87,7 @@ def _tokenizer_config(args: ServerArgs, *, max_loras: int, **resolved: Any) -> T
         max_connections_per_address=args.max_connections_per_address,
         api_keys=read_keys(args.api_key, args.api_key_file),
         admin_key=args.admin_api_key,
+        cors=parse_cors(args.allowed_origins, args.allowed_methods, args.allowed_headers, args.allow_credentials),
         lora_roots=allowed_roots(args.lora_root),
         lora_resolve_root=args.lora_resolve_root,
         server_info=_server_info(args),

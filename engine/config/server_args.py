@@ -67,6 +67,10 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     api_key: list[str] = []
     api_key_file: str | None = None
     admin_api_key: str | None = None
+    allowed_origins: list[str] = []
+    allowed_methods: list[str] = []
+    allowed_headers: list[str] = []
+    allow_credentials: bool = False
     max_num_batched_tokens: int | None = None
     max_prefill_tokens: int | None = None
     max_running_requests: int | None = None

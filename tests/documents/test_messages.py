@@ -76,7 +76,7 @@ def known_flags() -> set[str]:
 
 def known_fields() -> set[str]:
     """Returns the fields of all bodies, at every depth, and of the messages that hosts send."""
-    found = {*fields.SPELLINGS_OPENAI, *fields.SPELLINGS_NATIVE}
+    found = {*fields.SPELLINGS_OPENAI, *fields.SPELLINGS_NATIVE, "config_format"}  # the last is in a query
     structs: list[type[msgspec.Struct]] = [Submit, Command, SamplingParams]
     for module in pkgutil.iter_modules(routes.__path__):
         loaded = importlib.import_module(f"{routes.__name__}.{module.name}")

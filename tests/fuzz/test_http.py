@@ -78,6 +78,8 @@ def bodies(adapter: Path) -> list[tuple[str, Any]]:
         ("/unpin_lora_adapter", {"lora_name": "sql"}),
         ("/load_lora_adapter_from_tensors", {"lora_name": "a", "serialized_tensors": ["x"]}),
         ("/abort_request", {"rid": "x", "abort_all": False}),
+        ("/v1/chat/completions/render", chat),
+        *((path, {}) for path in ("/ping", "/flush_cache", "/reset_prefix_cache")),
     ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from aiohttp import web
@@ -14,13 +15,17 @@ from tokenizer_proc.requests.deadline import Deadline
 
 
 class Service:
-    """The state of one HTTP server. `started` is the time of its start in seconds since 1970."""
+    """The state of one HTTP server. `started` is the time of its start in seconds since 1970.
+
+    `probe` generates the token that calls of /health_generate wait for, and returns why it failed.
+    """
 
     def __init__(self, frontend: Frontend, config: TokenizerConfig) -> None:
         self.frontend = frontend
         self.config = config
         self.open = OpenCalls()
         self.started = int(time.time())
+        self.probe: asyncio.Task[str | None] | None = None
 
 
 def deadline_of(service: Service, request: web.Request) -> Deadline:

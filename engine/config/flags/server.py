@@ -91,5 +91,28 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a jinja file, or the template itself; it also replaces the templates of adapters (the model's)",
     )
+    add(
+        "--allowed-origins",
+        nargs="+",
+        metavar="ORIGIN",
+        help="origins whose web pages a browser lets call the server, as words or one JSON list; * is every one (none)",
+    )
+    add(
+        "--allowed-methods",
+        nargs="+",
+        metavar="METHOD",
+        help="methods that those pages may use (all)",
+    )
+    add(
+        "--allowed-headers",
+        nargs="+",
+        metavar="HEADER",
+        help="headers that those pages may send (all)",
+    )
+    add(
+        "--allow-credentials",
+        action="store_true",
+        help="lets those pages send cookies and HTTP authentication of the browser (off)",
+    )
     add("--seed", "--random-seed", type=int, help="makes requests without a seed of their own repeatable (none)")
     add("--log-level", choices=["debug", "info", "warning", "error"], help="what is logged to stderr (info)")

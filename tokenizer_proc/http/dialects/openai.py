@@ -92,7 +92,7 @@ class Envelope:
         self._kind = kind
         self._chunk_kind = chunk_kind
         self._created = int(time.time())
-        self._model = body.model or service.frontend.adapters.base_names[0]
+        self.model = body.model or service.frontend.adapters.base_names[0]
         options = body.stream_options or StreamOptions()
         self._includes_usage = bool(options.include_usage)
         self._continuous_usage = self._includes_usage and bool(options.continuous_usage_stats)
@@ -113,7 +113,7 @@ class Envelope:
         return [self._around(self._chunk_kind, []) | {"usage": _usage(usage)}]
 
     def _around(self, kind: str, choices: Sequence[object]) -> dict[str, object]:
-        return {"id": self.id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
+        return {"id": self.id, "object": kind, "created": self._created, "model": self.model, "choices": choices}
 
 
 def _usage(usage: Usage) -> dict[str, object]:

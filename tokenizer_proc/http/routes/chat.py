@@ -11,14 +11,16 @@ from msgspec.structs import replace
 from engine.errors import InvalidRequest
 from engine.messages import Delta, PositionLogprobs, SamplingParams, Submit
 from tokenizer_proc.http import adapter_access
+from tokenizer_proc.http.auth.rights import tenant_of
 from tokenizer_proc.http.batch import Batch, Choice
 from tokenizer_proc.http.bodies import decoding
 from tokenizer_proc.http.bodies.chat_messages import TemplateKwargs, Turn, chat_messages
 from tokenizer_proc.http.bodies.fields import SPELLINGS_OPENAI
 from tokenizer_proc.http.dialects import logprobs
 from tokenizer_proc.http.dialects.openai import Envelope, LoraField, OpenAIBody, abort_ids, check, of_prompt, token_ids
+from tokenizer_proc.http.encoding import as_json
 from tokenizer_proc.http.generation import GenerationCall, Writer, answer
-from tokenizer_proc.http.service import Service
+from tokenizer_proc.http.service import Service, deadline_of
 
 MAX_TOP_LOGPROBS = 20  # OpenAI's own bound
 
@@ -48,6 +50,33 @@ async def chat_completions(service: Service, request: web.Request) -> web.Stream
     names = decoding.spelt(fields, SPELLINGS_OPENAI) | {"prompt": "messages", "logprobs": "top_logprobs"}
     call = GenerationCall(submits=[submit], ids=abort_ids(body, envelope, [0]), stream=body.stream, names=names)
     return await answer(service, request, call, writer)
+
+
+async def render(service: Service, request: web.Request) -> web.StreamResponse:
+    """Renders a chat without generating: responds with vLLM's `{"request_id", "model", "token_ids", ...}`."""
+    fields = await decoding.read(request)
+    body, params = decoding.split(fields, ChatBody, SPELLINGS_OPENAI)
+    check(body, params)
+    await adapter_access.fetch(service, request, body.model, body.lora_path)
+    lora = adapter_access.select(service, request, body.model or None, body.lora_path)
+    envelope, tenant = Envelope(service, body, "chatcmpl", "", ""), tenant_of(request)
+    submit = replace(_submit(body, lora, replace(params, logprobs=_wanted_logprobs(body))), tenant=tenant.name)
+    async with deadline_of(service, request).kept():
+        prepared = await service.frontend.prepare(submit)
+    tenant.charge(len(prepared.prompt_ids))
+    resolved = replace(
+        params, max_tokens=0 if prepared.params.text.scores_only else prepared.params.stopping.max_tokens
+    )
+    answer = {
+        "request_id": envelope.id,
+        "model": envelope.model,
+        "token_ids": prepared.prompt_ids,
+        "sampling_params": msgspec.to_builtins(resolved),
+        "stream": body.stream,
+        "cache_salt": body.cache_salt or None,
+        "priority": body.priority,
+    }
+    return as_json(answer)
 
 
 def _submit(body: ChatBody, lora: LoraField | None, params: SamplingParams) -> Submit:

@@ -1,7 +1,11 @@
-"""The routes GET /v1/models and /v1/models/{id}, which show the base model and the adapters."""
+"""The routes that show the base model, its tokenizer and the adapters: /v1/models, /model_info, /tokenizer_info."""
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import msgspec
 from aiohttp import web
 
 from engine.errors import NotFound
@@ -10,6 +14,7 @@ from tokenizer_proc.http import adapter_access
 from tokenizer_proc.http.auth.rights import tenant_of
 from tokenizer_proc.http.encoding import as_json
 from tokenizer_proc.http.service import Service
+from tokenizer_proc.text import files
 
 OWNER = "chorus"
 
@@ -36,6 +41,42 @@ async def retrieve_model(service: Service, request: web.Request) -> web.StreamRe
         if card is not None and tenant_of(request).may_use(known):
             return as_json(_adapter_card(service, card))
     raise NotFound(f"the model '{name}' does not exist", param="model", code="model_not_found")
+
+
+async def model_info(service: Service, request: web.Request) -> web.StreamResponse:
+    """Returns the base model's paths and architecture in SGLang's shape."""
+    config, model = service.config, _json_file(service.config.model_path, "config.json")
+    return as_json(
+        {
+            "model_path": config.model_path,
+            "tokenizer_path": config.tokenizer_path,
+            "served_model_name": config.served_model_names[0],
+            "is_generation": True,
+            "preferred_sampling_params": None,
+            "weight_version": "default",
+            "has_image_understanding": False,
+            "has_audio_understanding": False,
+            "model_type": model.get("model_type"),
+            "architectures": model.get("architectures"),
+        }
+    )
+
+
+async def tokenizer_info(service: Service, request: web.Request) -> web.StreamResponse:
+    """Returns the base's tokenizer_config.json with the chat template that is served, as vLLM does."""
+    found = _json_file(service.config.tokenizer_path, "tokenizer_config.json")
+    return as_json(found | {"chat_template": service.frontend.text_tools_for(None).chat.source})
+
+
+@functools.lru_cache(maxsize=4)
+def _json_file(directory: str, name: str) -> dict[str, Any]:
+    """Returns the content of a JSON file of the base model, empty if there is no such file or it is no object."""
+    with files.open_directory(directory) as opened:
+        raw = None if opened is None else files.read(opened, name, files.MAX_CONFIG)
+    try:
+        return {} if raw is None else msgspec.json.decode(raw, type=dict[str, Any])
+    except msgspec.MsgspecError:
+        return {}
 
 
 def _card(name: str, created: int, root: str, parent: str | None, max_length: int | None) -> dict[str, object]:

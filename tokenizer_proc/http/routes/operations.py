@@ -1,16 +1,23 @@
-"""The operator's routes: health, readiness, metrics, server information, and aborting requests by id."""
+"""The operator's routes: health, load, metrics, server information, aborting requests by id, the prefix cache."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
+from datetime import UTC, datetime
 
 import msgspec
 from aiohttp import web
 
-from engine.errors import InvalidRequest
+from engine.errors import EngineError, InvalidRequest
+from engine.messages import SamplingParams, Submit
 from tokenizer_proc.http.bodies import decoding
 from tokenizer_proc.http.encoding import as_json
 from tokenizer_proc.http.service import Service
+from tokenizer_proc.requests.deadline import Deadline
+
+PROBE_SECONDS = 20.0
+"""How long the token of /health_generate may take."""
 
 
 class AbortBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +36,69 @@ async def health(service: Service, request: web.Request) -> web.StreamResponse:
     return answer
 
 
+async def ping(service: Service, request: web.Request) -> web.StreamResponse:
+    """Does the same as `/health`, for SageMaker."""
+    return await health(service, request)
+
+
+async def health_generate(service: Service, request: web.Request) -> web.StreamResponse:
+    """Responds with 200 if a token can be generated, else with 503. While requests are open, their progress counts.
+
+    At most one token is generated at one time, however many calls wait for it.
+    """
+    if not service.frontend.is_ready:
+        return _failing("the model is still loading, or the server is shutting down")
+    if service.frontend.open_requests and service.probe is None:
+        return await health(service, request)
+    if service.probe is None:
+        service.probe = asyncio.create_task(_generated(service))
+    reason = await asyncio.shield(service.probe)
+    return as_json({"status": "ok"}) if reason is None else _failing(reason)
+
+
+async def _generated(service: Service) -> str | None:
+    """Generates one token. Returns None, or why that failed."""
+    submit = Submit(id=0, prompt=[0], params=SamplingParams(max_tokens=1, temperature=0.0))
+    try:
+        async with service.frontend.open(submit, Deadline(PROBE_SECONDS)) as stream:
+            async for _ in stream:
+                pass
+    except EngineError as error:
+        return error.message
+    finally:
+        service.probe = None
+    return None
+
+
+def _failing(reason: str) -> web.Response:
+    answer = as_json({"status": "failing", "reason": reason})
+    answer.set_status(503)
+    return answer
+
+
+async def load(service: Service, request: web.Request) -> web.StreamResponse:
+    """Returns the number of open requests as vLLM does: `{"server_load"}`."""
+    return as_json({"server_load": service.frontend.open_requests})
+
+
+async def loads(service: Service, request: web.Request) -> web.StreamResponse:
+    """Returns running and waiting requests and the use of KV pages and rank pages in SGLang's shape."""
+    now = datetime.now(UTC).isoformat()
+    return as_json({"timestamp": now, "version": installed_version(), "loads": [service.frontend.current_load()]})
+
+
+async def flush_cache(service: Service, request: web.Request) -> web.StreamResponse:
+    """Makes no later request find the prefixes cached so far. Requests that run go on; memory is reused as needed."""
+    service.frontend.flush_prefixes()
+    return web.Response(text="Cache flushed.\n")
+
+
+async def reset_prefix_cache(service: Service, request: web.Request) -> web.StreamResponse:
+    """Does the same as `/flush_cache`, under vLLM's name and with an empty answer."""
+    service.frontend.flush_prefixes()
+    return web.Response()
+
+
 async def ready(service: Service, request: web.Request) -> web.StreamResponse:
     """Responds with 200 when requests can be served, else with 503."""
     if service.frontend.is_ready:
@@ -45,7 +115,15 @@ async def metrics(service: Service, request: web.Request) -> web.StreamResponse:
 
 
 async def server_info(service: Service, request: web.Request) -> web.StreamResponse:
-    """Returns configuration, capacity and counts; `long_waiting` lists requests that wait over a second, and why."""
+    """Returns configuration, capacity and counts; `long_waiting` lists requests that wait over a second, and why.
+
+    With `?config_format=json` the answer has vLLM's shape, `{"vllm_config": {"model_config", "lora_config", ...}}`.
+    """
+    form = request.query.get("config_format")
+    if form == "json":
+        return as_json(service.frontend.vllm_info())
+    if form is not None:
+        raise InvalidRequest("config_format is json, or left out", param="config_format")
     facts, names = service.frontend.info(), service.open.names()
     for waiting in facts.get("long_waiting", ()):
         waiting["ids"] = names.get(waiting["request_id"], [])
