@@ -14,8 +14,8 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         "--api-key",
         nargs="+",
         metavar="KEY",
-        help="keys: every call but /health, /ready and /metrics then needs `Authorization: Bearer KEY`. The variables "
-        "CHORUS_API_KEY and VLLM_API_KEY do the same and are not visible in a process list (none)",
+        help="keys: every call but the probes, /metrics and /docs then needs `Authorization: Bearer KEY`. The "
+        "variables CHORUS_API_KEY and VLLM_API_KEY do the same and are not visible in a process list (none)",
     )
     add(
         "--api-key-file",
