@@ -68,15 +68,6 @@ def test_signals_to_all_processes_let_streams_finish(tiny_model: Callable[[str],
         wait_for(partial(_ended, server.process.pid))
 
 
-def test_hangup_ends_the_launch_in_order(tiny_model: Callable[[str], Path]) -> None:
-    with RunningServer("--model-path", tiny_model("llama3")) as server:
-        run_directory = Path(server.connect_address.removeprefix("ipc://")).parent
-        os.killpg(server.process.pid, signal.SIGHUP)
-        assert server.process.wait(timeout=30) == 0, server.log()
-        assert not run_directory.exists()
-        wait_for(partial(_ended, server.process.pid))
-
-
 @pytest.fixture
 def short_directory() -> Iterator[Path]:
     """A directory whose path is short enough for sockets."""
@@ -84,7 +75,7 @@ def short_directory() -> Iterator[Path]:
         yield Path(directory)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_early_signals_leave_nothing_behind(
     number: signal.Signals, tiny_model: Callable[[str], Path], short_directory: Path
 ) -> None:

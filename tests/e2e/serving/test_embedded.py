@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -54,7 +56,11 @@ def test_started_engine_streams_lists_cancels_and_refuses(tiny_model: Callable[[
                 await engine.generate_all(["x"], SamplingParams(temperature=-1.0))
             with pytest.raises(InvalidRequest, match="loaded from"):
                 await engine.generate_all(["x"], lora=LoRARequest("a", 1, str(paths["b"])))
+            assert engine._process is not None
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # for this program, which goes on
+                os.kill(engine._process.pid, number)
             assert [card.name for card in await engine.adapters()] == ["a", "b"]
+            assert len(await engine.generate_all(["x"], GREEDY)) == 1
             assert "capacity" in await engine.info()
 
     asyncio.run(main())

@@ -49,7 +49,7 @@ def _wait_until(condition: Callable[[], bool], what: str, seconds: float = 20.0)
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_signal_stops_all_processes_in_order(number: signal.Signals, tiny_model: Callable[[str], Path]) -> None:
     with RunningServer("--model-path", tiny_model("llama3")) as server:
         pids = server.children()
@@ -113,7 +113,6 @@ def test_children_exit_when_the_launcher_is_killed(tiny_model: Callable[[str], P
         server.process.wait()
         _wait_until(lambda: _gone(pids), "children outlived their launcher")
     directory = Path(server.connect_address.removeprefix("ipc://")).parent
-    assert directory.exists()
     with run_directory([directory.parent]):
         assert not directory.exists(), "the next launch sweeps it"
 

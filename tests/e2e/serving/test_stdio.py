@@ -95,9 +95,8 @@ def test_stalled_log_collector_stops_nothing(tiny_model: Callable[[str], Path], 
         assert all(_serves(url, "zwölf") for _ in range(3))
         _runner_comes_back(url, pid)
         log = b""
-        while b"serves again" not in log:
+        while b"serves again" not in log or b"Chorus is ready at" not in log:
             log += os.read(read_end, 1 << 16)
-        assert b"Chorus is ready at" in log
         assert b"Traceback" not in log
     os.close(read_end)
     os.close(write_end)

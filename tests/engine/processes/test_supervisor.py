@@ -22,10 +22,11 @@ from engine.processes.supervisor import SpecFactory, Supervisor
 SHORT_WORK = Limits(silent=5, busy=1.0)
 SHORT_START = Limits(silent=2, busy=0.5, waiting=2)
 FIXTURES = str(Path(__file__).parents[2] / "fixtures" / "processes")
+ENVIRONMENT = {"PYTHONPATH": FIXTURES}
 
 
 def _spec(does: str) -> ProcessSpec:
-    return ProcessSpec(does, "child_that", Orders(does), environment={"PYTHONPATH": FIXTURES})
+    return ProcessSpec(does, "child_that", Orders(does), environment=ENVIRONMENT)
 
 
 def _factory(*lives: str) -> SpecFactory:
@@ -285,6 +286,84 @@ def test_lines_that_are_no_report_are_skipped(caplog: pytest.LogCaptureFixture) 
     assert int(asyncio.run(run())) > 0
     assert caplog.text.count("wrote b'garbage") == 2
     assert "exceed the limit" in caplog.text
+
+
+def test_process_that_starts_no_more_fails_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def first() -> None:
+        async with Supervisor([_factory("serves")]):
+            raise AssertionError("it cannot start")
+
+    async def again() -> str:
+        async with Supervisor([_factory("serves")]) as supervisor:
+            await supervisor.ready()
+            with monkeypatch.context() as broken:
+                broken.setattr(sys, "executable", "/nowhere/python")
+                os.kill(supervisor.pids()[0], signal.SIGKILL)
+                return await supervisor.run_until_unrecoverable()
+
+    assert asyncio.run(again()) == "the serves process did not start, and that too often in a row"
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(EngineDead, match=r"the serves process cannot be started .*No such file"):
+        asyncio.run(first())
+
+
+def test_config_that_is_not_read_delays_nothing() -> None:
+    deaf = ProcessSpec("deaf", "child_that", Orders("x" * (1 << 20)), ["reads nothing"], environment=ENVIRONMENT)
+
+    async def run() -> list[int]:
+        async with (
+            asyncio.timeout(30),
+            Supervisor([lambda *_: deaf, _factory("serves")], grace=0.3, starting=SHORT_START) as supervisor,
+        ):
+            pids = supervisor.pids()
+            with pytest.raises(EngineDead, match="the deaf process gave no sign of life for 2 seconds"):
+                await supervisor.ready()
+            return pids
+
+    assert not any(map(_alive, asyncio.run(run())))
+
+
+def test_end_is_noticed_though_its_pipes_stay_open() -> None:
+    async def run() -> None:
+        async with asyncio.timeout(15), Supervisor([_factory("dies and leaves its pipes open")]) as supervisor:
+            with pytest.raises(EngineDead, match="exited with code 7 before it was ready"):
+                await supervisor.ready()
+
+    asyncio.run(run())
+
+
+def test_process_is_restarted_while_another_one_stops() -> None:
+    """The runner is: the streams that the tokenizer process lets finish need it."""
+
+    async def run() -> None:
+        async with asyncio.timeout(30), Supervisor([_factory("serves"), _factory("stops slowly")]) as supervisor:
+            await supervisor.ready()
+            first = supervisor.pids()[0]
+            stopping = asyncio.ensure_future(supervisor.stop(20.0))
+            await asyncio.sleep(0.1)
+            os.kill(first, signal.SIGKILL)
+            assert await _replaced(supervisor, first)
+            assert not stopping.done()
+            second = supervisor.pids()[0]
+            await stopping
+            assert not _alive(second)
+
+    asyncio.run(run())
+
+
+def test_kill_restarts_nothing() -> None:
+    async def run() -> None:
+        async with asyncio.timeout(30), Supervisor([_factory("serves"), _factory("ignores the stop")]) as supervisor:
+            await supervisor.ready()
+            pids = supervisor.pids()
+            stopping = asyncio.ensure_future(supervisor.stop(20.0))
+            await asyncio.sleep(0.1)
+            supervisor.kill()
+            await stopping
+            assert supervisor.pids() == pids
+            assert not any(map(_alive, pids))
+
+    asyncio.run(run())
 
 
 def test_process_that_ignores_the_stop_is_killed() -> None:
