@@ -130,6 +130,7 @@ async def _serve(incarnations: Incarnations, announce: Callable[[Facts], None], 
         with requests.calling(lambda: loop.call_soon_threadsafe(on_request)):
             reports = await _run_until_stopped(stop, supervisor.ready())
             if reports is not None:
+                incarnations.keep_sizes(reports["model_runner"].facts)
                 announce(reports["model_runner"].facts)
                 death = await _run_until_stopped(stop, supervisor.run_until_unrecoverable())
                 if death is not None:

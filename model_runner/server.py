@@ -114,6 +114,7 @@ def facts(runner: Runner, seconds: float) -> Facts:
         "max_lora_rank": c.max_lora_rank,
         "lora_targets": c.lora_targets,
         "lora_bytes": c.lora_bytes,
+        "lora_extra_vocab": lora.pages.extra_vocab if (lora := runner.parts.lora) is not None else 0,
         "rank_pages": [f"{group} {count}" for group, count in c.rank_pages.items()],
         "graph_rows": runner.graph_sizes[-1] if runner.graph_sizes else 0,
         "load_seconds": round(seconds, 3),

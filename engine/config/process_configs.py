@@ -118,6 +118,15 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_level: LogLevel = "info"
 
 
+class LoraPoolSizes(msgspec.Struct, frozen=True):
+    """What a runner made its LoRA pool for: the largest rank, modules, pages by group, tokens beyond the base's."""
+
+    max_rank: int
+    targets: list[str]
+    pages: dict[str, int]
+    extra_vocab: int
+
+
 class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Config of one rank of the model runner. `adapters` are loaded at start; they size the LoRA pools where no flag
     does.
@@ -132,6 +141,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     `device` auto: cuda where there is one. `max_batched_tokens` None: 512 on a CPU, 8192 on CUDA.
     `max_running_requests` and `max_total_tokens` None: sized from memory; `context_length` None: the model's.
     `after_fault`: the former incarnation ended by itself, perhaps because of the steps it ran.
+    `lora_pool`: the sizes of the former incarnations' pool, as the files of `adapters` may be gone by then.
     """
 
     endpoints: Endpoints
@@ -165,6 +175,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     cuda_graph_max_rows: int | None = None
     seed: int = 0
     after_fault: bool = False
+    lora_pool: LoraPoolSizes | None = None
     log_level: LogLevel = "info"
 
 

@@ -19,13 +19,14 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from engine.config.process_configs import Endpoints, ProcessConfigs
+from engine.config.process_configs import Endpoints, LoraPoolSizes, ProcessConfigs
 from engine.errors import EngineDead
 from engine.ipc import KEEP_SECONDS, is_private
 from engine.journal.journal import Journal
 from engine.journal.memory_file import MemoryFile
 from engine.journal.work_notes import WorkNotes
 from engine.processes import run_directory
+from engine.processes.child import Facts
 from engine.processes.process import ProcessSpec
 from engine.processes.supervisor import SpecFactory
 
@@ -92,6 +93,20 @@ class Incarnations:
         self._addresses = addresses
         self._journal = journal
         self._work_notes = WorkNotes.new_file()
+        self._lora_pool: LoraPoolSizes | None = None
+
+    def keep_sizes(self, runner: Facts) -> None:
+        """Keeps the sizes of the first runner's LoRA pool for its successors, given the facts that it reported."""
+        match runner:
+            case {
+                "max_lora_rank": int(rank),
+                "lora_targets": list(targets),
+                "rank_pages": list(pages),
+                "lora_extra_vocab": int(extra),
+            } if rank:
+                counts = dict(each.rsplit(" ", 1) for each in pages)
+                sizes = {group: int(count) for group, count in counts.items()}
+                self._lora_pool = LoraPoolSizes(rank, targets, sizes, extra)
 
     @property
     def spec_factories(self) -> list[SpecFactory]:
@@ -100,7 +115,7 @@ class Incarnations:
 
     def _runner(self, incarnation: int, after_fault: bool) -> ProcessSpec:
         endpoints = self._addresses.start_incarnation("runner", incarnation)
-        config = replace(self._resolved.runner, endpoints=endpoints, after_fault=after_fault)
+        config = replace(self._resolved.runner, endpoints=endpoints, after_fault=after_fault, lora_pool=self._lora_pool)
         return ProcessSpec("model_runner", "model_runner", config, environment=runner_environment())
 
     def _scheduler(self, incarnation: int, _: bool) -> ProcessSpec:

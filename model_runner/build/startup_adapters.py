@@ -1,17 +1,20 @@
 """Builds the LoRA part of a runner: loads the start-up adapters, then sizes the pools by the flags or these adapters.
 
-The KV cache is sized later, from the memory that is left.
+A successor gets the sizes from its predecessor, as the files of adapters may be gone by then; it loads ahead what it
+finds. The KV cache is sized later, from the memory that is left.
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import msgspec
 import torch
 from tqdm import tqdm
 
-from engine.config.process_configs import AdapterSource, RunnerConfig
+from engine.config.process_configs import AdapterSource, LoraPoolSizes, RunnerConfig
+from engine.errors import AdapterError
 from engine.processes.busy_timer import BusyTimer
 from model_runner.build import lora_plan
 from model_runner.build.lora_targets import check_targets, expand, groups_of, resolve_targets
@@ -30,6 +33,8 @@ from model_runner.lora.site import EMBED, Site
 from model_runner.lora.store import AdapterStore
 from model_runner.platform.device import DTYPES, device_memory, dtype_name, host_memory
 
+log = logging.getLogger(__name__)
+
 DEFAULT_LORA_RANK = 64
 MANY_ADAPTERS = 16  # a progress bar is shown for at least this many start-up adapters
 
@@ -45,18 +50,21 @@ def build_adapters(
     check_targets(config.lora_targets, sites)
     lora_dtype = dtype if config.lora_dtype == "auto" else DTYPES[config.lora_dtype]
     store = _create_store(config, sites, lora_dtype)
-    given = _load_given(config.adapters, store, progress=progress)
-    inferred = max((max(1, adapter.rank) for adapter in given), default=DEFAULT_LORA_RANK)
-    max_rank = config.max_lora_rank or inferred
-    targets = resolve_targets(config.lora_targets, given, sites)
-    pages = _create_pages(config, sites, targets, max_rank, given, lora_dtype, device)
+    if config.lora_pool:
+        given = []
+        _load_ahead(config.adapters, store, progress=progress)
+    else:
+        given = _load_given(config.adapters, store, progress=progress)
+    sizes = config.lora_pool or _pool_sizes(config, sites, given, lora_dtype, device)
+    max_rank, targets = sizes.max_rank, sizes.targets
+    pages = RankPagePool(sites, sizes.pages, config.max_loras, lora_dtype, device, sizes.extra_vocab)
     backend = _create_backend(config, pages, max_rank)
     names = {source.adapter_id: source.name for source in config.adapters}
-    flag = config.lora_targets or (targets if given else ["all"])
+    flag = config.lora_targets or (targets if config.adapters else ["all"])
     loaders = LoaderPool(_loader_config(config, store, pages, flag))
     fit = PoolFit(pages, max_rank, targets, flag)
     lora = Adapters(store, loaders, pages, FillQueue(pages), backend, fit, names)
-    for source, adapter in zip(config.adapters, given, strict=True):
+    for source, adapter in zip(config.adapters if given else [], given, strict=True):
         fit.check(source.name, source.root, adapter)
     return lora
 
@@ -91,16 +99,30 @@ def _load_given(
     return given
 
 
-def _create_pages(
+def _load_ahead(sources: list[AdapterSource], store: AdapterStore, *, progress: BusyTimer | None) -> None:
+    """Loads those of the adapters that can be loaded into the host cache, up to half of the free memory."""
+    room = host_memory()[1] // 2
+    for source in sources:
+        if progress is not None:
+            progress.tick()
+        if room > 0:
+            try:
+                room -= store.load(source.adapter_id, source.name, Path(source.root), roots=source.roots).bytes
+            except AdapterError as error:
+                log.warning("%s; the runner starts without it", error.message)
+
+
+def _pool_sizes(
     config: RunnerConfig,
     sites: list[Site],
-    targets: list[str],
-    max_rank: int,
     given: list[NormalForm | AdapterSurvey],
     dtype: torch.dtype,
     device: torch.device,
-) -> RankPagePool:
-    """Creates the pool with the rank pages and slots of the groups of `targets`."""
+) -> LoraPoolSizes:
+    """Returns the sizes of a pool with the rank pages and slots that the flags and the adapters `given` ask for."""
+    inferred = max((max(1, adapter.rank) for adapter in given), default=DEFAULT_LORA_RANK)
+    max_rank = config.max_lora_rank or inferred
+    targets = resolve_targets(config.lora_targets, given, sites)
     extra_vocab = max(config.lora_extra_vocab or 0, *(_added_tokens(adapter, sites) for adapter in given), 0)
     sizes = page_bytes(sites, dtype, extra_vocab)
     room = lora_plan.pool_room(device.type, *device_memory(device), config.mem_fraction)
@@ -114,7 +136,7 @@ def _create_pages(
         room=room,
         asked=lora_plan.PoolSize(config.lora_pool_adapters, config.lora_pool_bytes),
     )
-    return RankPagePool(sites, counts | full_weights, config.max_loras, dtype, device, extra_vocab)
+    return LoraPoolSizes(max_rank, targets, counts | full_weights, extra_vocab)
 
 
 def _create_backend(config: RunnerConfig, pages: RankPagePool, max_rank: int) -> LoraBackend:

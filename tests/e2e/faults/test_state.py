@@ -134,3 +134,15 @@ def test_files_that_changed_are_not_served_by_a_successor(server: RunningServer,
     assert server.post("/load_lora_adapter", {"lora_name": "one", "lora_path": paths["one"]})[0] == 200
     assert _tokens(server, "one") not in (before, None)
     assert server.post("/unload_lora_adapter", {"lora_name": "other"})[0] == 200
+
+
+def test_a_runner_starts_again_without_the_first_adapters(server: RunningServer, paths: dict[str, str]) -> None:
+    """Adapters of --lora-paths may be unloaded and deleted: they only size the pools, once."""
+    rank = server.get("/server_info")["capacity"]["max_lora_rank"]
+    assert server.post("/load_lora_adapter", {"lora_name": "last", "lora_path": paths["three"]})[0] == 200
+    before = _tokens(server, "last")
+    server.post("/unload_lora_adapter", {"lora_name": "one"})
+    shutil.rmtree(paths["one"])
+    _kill(server, "model_runner")
+    assert _tokens(server, "last") == before
+    assert server.get("/server_info")["capacity"]["max_lora_rank"] == rank
