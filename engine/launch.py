@@ -48,8 +48,6 @@ from engine.processes.supervisor import Supervisor
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-STOP_SECONDS = 15.0
-"""How long each process may take to stop; the tokenizer process lets open requests finish meanwhile."""
 DEAD_GRACE_SECONDS = 1.0
 
 
@@ -119,15 +117,16 @@ def _run(args: ServerArgs, announce: Callable[[Facts], None], requests: signals.
 
 async def _serve(incarnations: Incarnations, announce: Callable[[Facts], None], requests: signals.StopRequests) -> None:
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    async with Supervisor(incarnations.spec_factories) as supervisor:
+    supervisor = Supervisor(incarnations.spec_factories)
 
-        def on_request() -> None:
-            """Stops the processes in order on the first request, and kills them on the second."""
-            if requests.count > 1:
-                supervisor.kill()
-            stop.set()
+    def on_request() -> None:
+        """Stops the processes in order on the first request, and kills them on the second."""
+        if requests.count > 1:
+            supervisor.kill()
+        stop.set()
 
-        with requests.calling(lambda: loop.call_soon_threadsafe(on_request)):
+    with requests.calling(lambda: loop.call_soon_threadsafe(on_request)):
+        async with supervisor:
             reports = await _run_until_stopped(stop, supervisor.ready())
             if reports is not None:
                 incarnations.keep_sizes(reports["model_runner"].facts)
@@ -137,7 +136,6 @@ async def _serve(incarnations: Incarnations, announce: Callable[[Facts], None], 
                     await supervisor.stop(DEAD_GRACE_SECONDS)  # without the process that died no request can finish
                     raise EngineDead(f"{death}; its log is above")
             log.info("stopping: open requests may finish first; once more ends them")
-            await supervisor.stop(STOP_SECONDS)
 
 
 async def _run_until_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
