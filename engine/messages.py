@@ -383,7 +383,7 @@ class Update(Part, frozen=True, kw_only=True):
     `index` is the position of `tokens[0]` among the generated tokens, from 0. The receiver drops tokens it already has
     and treats a gap as a fault. `error` ends the request as failed; with a `code` the cause is not its adapters.
     `prompt_logprobs` arrive in pieces, all before the first token; `prompt_index` is the number of positions in the
-    earlier pieces.
+    earlier pieces. `queued` comes with the first token: the seconds from the request's arrival to its first row.
     """
 
     request_id: int
@@ -397,6 +397,7 @@ class Update(Part, frozen=True, kw_only=True):
     prompt_logprobs: list[LogprobIds] | None = None
     code: str | None = None
     prompt_index: int = 0
+    queued: float = 0.0
 
 
 class Progress(Message, frozen=True):

@@ -69,6 +69,7 @@ class StepResults:
                 finish=ending[0] if ending else None,
                 stop_reason=ending[1] if ending else None,
                 logprobs=[logprobs] if logprobs is not None else None,
+                queued=0.0 if index else request.queued,
             )
         )
         if ending is not None:

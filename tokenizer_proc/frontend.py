@@ -40,7 +40,8 @@ from tokenizer_proc.requests.preparation import PreparedRequest, RequestPreparer
 from tokenizer_proc.requests.stream import Stream
 from tokenizer_proc.requests.text_work import TextWork
 from tokenizer_proc.server_info import ServerInfo
-from tokenizer_proc.telemetry.metrics import Metrics, MetricsSnapshot
+from tokenizer_proc.telemetry.gauges import MetricsSnapshot
+from tokenizer_proc.telemetry.metrics import Metrics
 from tokenizer_proc.text.generation_config import GenerationConfig
 from tokenizer_proc.text.templates.chat_template import ChatTemplate
 from tokenizer_proc.text.tokenizer import Tokenizer
@@ -276,6 +277,7 @@ class Frontend:
             waiting=self.adapters.by_name(stats.waiting_adapters),
             wanted=self.resolver.loading if self.resolver is not None else [],
             tiers=self.adapters.stages(),
+            footprints=self.adapters.footprints(),
         )
 
 

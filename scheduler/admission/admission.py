@@ -68,6 +68,7 @@ class Admission:
         state.ordering.on_admitted(request)
         if not request.admitted:
             request.admitted = True
+            request.queued = max(0.0, state.now - request.queued_at)
             request.cached = min(request.computed, request.prompt_length)
             state.counters.cached_tokens += request.cached
             state.counters.prompt_tokens += request.prompt_length

@@ -44,6 +44,7 @@ class Request:
     decoding: bool = False  # the runner's row holds the last sampled token as its next input
     done: bool = False
     admitted: bool = False  # it has had a row at least once
+    queued: float = 0.0  # seconds from its arrival to its first row
     scored: int = 0  # prompt positions whose log-probability was planned
     scores_known: int = 0  # prompt positions whose log-probability has arrived
 

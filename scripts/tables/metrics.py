@@ -8,7 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.messages import Capacity
 from tables.markdown import table
-from tokenizer_proc.telemetry.metrics import Metrics, MetricsSnapshot
+from tokenizer_proc.telemetry.gauges import MetricsSnapshot
+from tokenizer_proc.telemetry.metrics import Metrics
 
 CAPACITY = Capacity(kv_pages=1, page_size=16, rows=1, max_length=1, max_batched_tokens=1, vocab_size=1)
 

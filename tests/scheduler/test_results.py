@@ -36,3 +36,15 @@ def test_prompt_logprobs_are_sent_once_and_chunk_by_chunk() -> None:
     assert (update.prompt_logprobs, update.logprobs) == (None, [own])
     (update,) = done(core, plan_of(core), logprobs={0: own})
     assert (update.prompt_logprobs, update.finish) == (None, "length")
+
+
+def test_the_time_in_the_queue_comes_with_the_first_token() -> None:
+    core = new_core(rows=1)
+    for number in (1, 2):
+        core.handle(generate(number, max_tokens=2), 10.0)
+    reported: list[tuple[int, float]] = []
+    for now in (10.0, 11.0, 14.5, 15.0):
+        step = core.plan(now)
+        assert step is not None
+        reported += [(update.request_id, update.queued) for update in done(core, step)]
+    assert reported == [(1, 0.0), (1, 0.0), (2, 4.5), (2, 0.0)]

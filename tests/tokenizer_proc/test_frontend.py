@@ -215,3 +215,27 @@ def test_default_seeds_are_deterministic_by_config() -> None:
     assert seeds(1) == seeds(1) != seeds(2)
     assert len(set(seeds(1))) == 3
     assert seeds(None) != seeds(None)
+
+
+def test_times_and_tokens_of_requests_are_shown() -> None:
+    fake = Fake()
+
+    async def work() -> None:
+        async with fake.front.open(submit("hello", n=2)) as stream:
+            for generate, waited, text in zip(fake.generates, (3.0, 0.0), ("abc", "abcdef"), strict=True):
+                fake.say(Update(request_id=generate.request_id, index=0, tokens=fake.ids("x"), queued=waited))
+                fake.say_text(generate.request_id, text, len(fake.ids("x")), finish="length")
+            await rest(stream)
+
+    run(work)
+    lines = fake.front.metrics.render().decode().splitlines()
+    sums = {line.split("{")[0]: float(line.split()[-1]) for line in lines if "_sum{" in line or "_count{" in line}
+    tokens = [len(fake.ids("x")) + len(fake.ids(text)) for text in ("abc", "abcdef")]
+    assert sums["vllm:request_queue_time_seconds_sum"] == 3.0
+    assert sums["vllm:request_queue_time_seconds_count"] == 2
+    assert sums["vllm:request_prefill_time_seconds_count"] == sums["vllm:request_decode_time_seconds_count"] == 2
+    assert sums["vllm:request_generation_tokens_sum"] == sum(tokens)
+    assert sums["vllm:request_max_num_generation_tokens_sum"] == max(tokens)
+    assert sums["vllm:request_max_num_generation_tokens_count"] == sums["vllm:request_prompt_tokens_count"] == 1
+    assert sums["vllm:request_prompt_tokens_sum"] == len(fake.front.tokenizer.encode("hello"))
+    assert sums["vllm:time_per_output_token_seconds_count"] == sums["vllm:inter_token_latency_seconds_count"] == 2

@@ -180,6 +180,11 @@ class AdapterRegistry:
         """Returns the state of every adapter that a name refers to, by name."""
         return {name: entry.stage for name, entry in self._by_name.items()}
 
+    def footprints(self) -> list[dict[str, int]]:
+        """Returns the rank pages by group of the adapters that names refer to, as far as they are known."""
+        known = [entry.state.footprint.pages for entry in self._by_name.values()]
+        return [pages for pages in known if pages]
+
     def pinned(self) -> set[str]:
         """Returns the names of the adapters that are pinned, or will be once they are loaded."""
         return {

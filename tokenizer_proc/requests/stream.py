@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from engine.errors import AdapterError, EngineError, InternalError
-from engine.messages import Delta, Submit, Update
+from engine.messages import Delta, FinishReason, Submit, Update
 from tokenizer_proc.adapters.selection import AdapterSelection
 from tokenizer_proc.requests.deadline import Deadline
 from tokenizer_proc.requests.output_processor import OutputProcessor
@@ -37,12 +37,18 @@ def page_salt(submit: Submit) -> str:
 
 
 class _RunningChoice:
-    """A choice that was sent to the scheduler: its output processor, its request id, the time of its last token."""
+    """A choice that was sent to the scheduler: its output processor, its request id, the times of its tokens.
+
+    `prefill` are the seconds from its row to its first token.
+    """
 
     def __init__(self, processor: OutputProcessor) -> None:
         self.processor = processor
         self.request_id = 0
+        self.sent = time.monotonic()
+        self.first: float | None = None
         self.last: float | None = None
+        self.prefill = 0.0
 
 
 class Stream:
@@ -65,6 +71,7 @@ class Stream:
         self._queue: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
         self._running: list[_RunningChoice] = []
         self._unread = 0  # choices whose last delta has not been read yet
+        self._unfinished = 0  # choices whose last delta has not been made yet
         self._cancelled = False
         self._failed = False
         self._deadline = deadline or Deadline()
@@ -120,7 +127,7 @@ class Stream:
         for running in [] if self._failed else self._running:
             if running.processor.finish is None:
                 self._router.stop(running.request_id, abort=True)
-                self._tell(running.processor.abort())
+                self._tell(running, running.processor.abort())
 
     def _start(self, prepared: PreparedRequest) -> None:
         params, self.prompt_ids, self._selection = prepared.params, prepared.prompt_ids, prepared.selection
@@ -149,6 +156,7 @@ class Stream:
             )
             self._running.append(running)
             self._unread += 1
+            self._unfinished += 1
         self._metrics.began(self._selection.names, len(self.prompt_ids) * params.n)
 
     def _close(self) -> None:
@@ -174,10 +182,10 @@ class Stream:
             return
         if delta is None:
             return
-        self._measure(running, len(delta.token_ids))
+        self._measure(running, update, len(delta.token_ids))
         if delta.finish_reason is not None:
             self._router.stop(running.request_id, abort=update.finish is None)
-        self._tell(delta)
+        self._tell(running, delta)
 
     def _refusal(self, reason: str, code: str | None) -> EngineError:
         """Returns the error for a request that the scheduler gave up for `reason`.
@@ -189,21 +197,33 @@ class Stream:
         names = " + ".join(f"`{name}`" for name in self._selection.names)
         return AdapterError(f"adapter {names}: {reason}", param="lora_path") if names else InternalError(reason)
 
-    def _measure(self, running: _RunningChoice, tokens: int) -> None:
-        if not tokens:
+    def _measure(self, running: _RunningChoice, update: Update, tokens: int) -> None:
+        """Records the times of new tokens. `tokens` is how many of them are part of the output."""
+        if not update.tokens:
             return
         now = time.monotonic()
         if running.last is None:
-            self._metrics.first_token(now - self._deadline.arrived)
-        else:
+            running.first, running.prefill = now, max(0.0, now - running.sent - update.queued)
+            self._metrics.first_token(now - self._deadline.arrived, update.queued, running.prefill)
+        elif tokens:
             self._metrics.next_token((now - running.last) / tokens)
         running.last = now
         self._metrics.generated(self._selection.names, tokens)
 
-    def _tell(self, delta: Delta) -> None:
+    def _tell(self, running: _RunningChoice, delta: Delta) -> None:
         if delta.finish_reason is not None:
-            self._metrics.finished(delta.finish_reason, time.monotonic() - self._deadline.arrived)
+            self._measure_end(running, delta.finish_reason)
         self._queue.put_nowait(delta)
+
+    def _measure_end(self, running: _RunningChoice, reason: FinishReason) -> None:
+        self._metrics.finished(reason, time.monotonic() - self._deadline.arrived)
+        if running.first is not None and running.last is not None:
+            decode = running.last - running.first
+            self._metrics.choice_ended(len(running.processor.generated), running.prefill, decode)
+        self._unfinished -= 1
+        if not self._unfinished:
+            longest = max(len(each.processor.generated) for each in self._running)
+            self._metrics.request_ended(len(self.prompt_ids), longest)
 
     def _expire(self) -> None:
         """Ends the submit with TimedOut, unless all its choices have finished."""

@@ -6,135 +6,22 @@ Counters and histograms are updated by the caller, with times and counts.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
-import msgspec
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
-from engine.messages import Capacity, Stats, WaitReason
+from tokenizer_proc.telemetry.gauges import Gauges, MetricsSnapshot
 
+_TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-
-
-class MetricsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """The state that the gauges show. Adapters are given by name; `max_loras` is None if LoRA is off.
-
-    `tiers` holds each adapter's state. `wanted` are adapters that requests wait for while they are being loaded, and
-    that the scheduler does not know yet.
-    """
-
-    stats: Stats = Stats()
-    capacity: Capacity | None = None
-    max_loras: int | None = None
-    running: dict[str, int] = {}
-    waiting: dict[str, int] = {}
-    wanted: list[str] = []
-    tiers: dict[str, str] = {}
-
-
-class _Live(Collector):
-    """The gauges, and the counters that the scheduler keeps, collected from a snapshot that each scrape takes."""
-
-    def __init__(self, model: str, snapshot: Callable[[], MetricsSnapshot]) -> None:
-        self._model = model
-        self._snapshot = snapshot
-
-    def collect(self) -> Iterable[Metric]:
-        snapshot = self._snapshot()
-        stats = snapshot.stats
-        used = stats.kv_pages_used / stats.kv_pages if stats.kv_pages else 0.0
-        yield self._gauge("vllm:num_requests_running", "Requests that hold a row.", stats.running)
-        yield self._gauge("vllm:num_requests_waiting", "Requests that wait for a row.", stats.waiting)
-        yield _waiting_for(stats.waiting_reasons)
-        yield self._gauge("vllm:kv_cache_usage_perc", "KV pages in use, from 0 to 1.", used)
-        yield self._sum("vllm:num_preemptions", "Rows preempted, to be recomputed later.", stats.preemptions)
-        yield self._sum("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix tree.", stats.prompt_tokens)
-        yield self._sum("vllm:prefix_cache_hits", "Prompt tokens found there, not computed.", stats.cached_tokens)
-        yield self._gauge("chorus:kv_pages_cached", "KV pages in the prefix tree.", stats.kv_pages_cached)
-        yield self._sum("chorus:kv_evictions", "KV pages evicted from the prefix tree.", stats.kv_evictions)
-        if snapshot.capacity is not None:
-            yield _cache_config(snapshot.capacity)
-        if snapshot.max_loras is not None:
-            yield _lora_info(snapshot, snapshot.max_loras)
-            yield _by_adapter("chorus:adapter_requests_running", "Rows by adapter.", snapshot.running)
-            yield _by_adapter("chorus:adapter_requests_waiting", "Waiting requests by adapter.", snapshot.waiting)
-            yield from _lora_memory(snapshot)
-
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        gauge = GaugeMetricFamily(name, text, labels=["model_name"])
-        gauge.add_metric([self._model], value)
-        return gauge
-
-    def _sum(self, name: str, text: str, value: float) -> Metric:
-        counter = CounterMetricFamily(name, text, labels=["model_name"])
-        counter.add_metric([self._model], value)
-        return counter
-
-
-def _waiting_for(reasons: Mapping[WaitReason, int]) -> Metric:
-    gauge = GaugeMetricFamily("chorus:requests_waiting_for", "Waiting requests by what they lack.", labels=["reason"])
-    for reason in get_args(WaitReason):
-        gauge.add_metric([reason], reasons.get(reason, 0))
-    return gauge
-
-
-def _cache_config(capacity: Capacity) -> Metric:
-    gauge = GaugeMetricFamily("vllm:cache_config_info", "KV pages.", labels=["block_size", "num_gpu_blocks"])
-    gauge.add_metric([str(capacity.page_size), str(capacity.kv_pages)], 1)
-    return gauge
-
-
-def _lora_info(snapshot: MetricsSnapshot, max_loras: int) -> Metric:
-    """Returns the series by which inference gateways route: the resident adapters, and those that requests wait for."""
-    gauge = GaugeMetricFamily(
-        "vllm:lora_requests_info",
-        "Adapters that are ready, and adapters that requests wait for; the value is the time of the scrape.",
-        labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
-    )
-    ready = {adapter for adapter, tier in snapshot.tiers.items() if tier == "resident"}
-    waiting = {*snapshot.waiting, *snapshot.wanted} - ready
-    gauge.add_metric([str(max_loras), ",".join(sorted(ready)), ",".join(sorted(waiting))], time.time())
-    return gauge
-
-
-def _lora_memory(snapshot: MetricsSnapshot) -> Iterable[Metric]:
-    """Returns the adapters' tiers, the use of the pool and of host memory, and counts of loads, fills and evictions."""
-    stats, capacity = snapshot.stats, snapshot.capacity
-    tiers = GaugeMetricFamily("chorus:adapter_tier", "1: where the adapter is now.", labels=["adapter", "tier"])
-    for adapter, tier in sorted(snapshot.tiers.items()):
-        tiers.add_metric([adapter, tier], 1)
-    yield tiers
-    used = GaugeMetricFamily("chorus:lora_pool_pages_used", "Rank pages in use.", labels=["group"])
-    size = GaugeMetricFamily("chorus:lora_pool_pages", "Rank pages there are.", labels=["group"])
-    for group, pages in sorted(capacity.rank_pages.items() if capacity is not None else ()):
-        used.add_metric([group], stats.rank_pages_used.get(group, 0))
-        size.add_metric([group], pages)
-    yield from (used, size)
-    yield GaugeMetricFamily("chorus:lora_host_adapters", "Adapters in host memory.", stats.host_adapters)
-    yield GaugeMetricFamily("chorus:lora_host_bytes", "Bytes of adapters in host memory.", stats.host_bytes)
-    yield CounterMetricFamily("chorus:lora_hits", "Admissions that found their adapter resident.", stats.adapter_hits)
-    yield CounterMetricFamily("chorus:lora_fills", "Misses: copies into rank pages.", stats.adapter_fills)
-    yield CounterMetricFamily("chorus:lora_loads", "Reads from disk into host memory.", stats.adapter_loads)
-    evictions = CounterMetricFamily("chorus:lora_evictions", "Adapters evicted, by tier.", labels=["tier"])
-    evictions.add_metric(["resident"], stats.adapter_evictions)
-    evictions.add_metric(["host"], stats.host_evictions)
-    yield evictions
-    yield CounterMetricFamily(
-        "chorus:lane_preemptions",
-        "Rows preempted because their lane was given to another adapter.",
-        stats.lane_preemptions,
-    )
-
-
-def _by_adapter(name: str, text: str, values: dict[str, int]) -> Metric:
-    gauge = GaugeMetricFamily(name, text, labels=["adapter"])
-    for adapter, value in sorted(values.items()):
-        gauge.add_metric([adapter], value)
-    return gauge
 
 
 class Metrics:
@@ -144,11 +31,23 @@ class Metrics:
 
     def __init__(self, model: str, snapshot: Callable[[], MetricsSnapshot] = MetricsSnapshot) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Live(model, snapshot))
+        self._registry.register(Gauges(model, snapshot))
+        ProcessCollector(registry=self._registry)
         self._model = model
         self._ttft = self._histogram("vllm:time_to_first_token_seconds", "From arrival to the first token.")
         self._itl = self._histogram("vllm:inter_token_latency_seconds", "Between tokens of one stream.")
         self._e2e = self._histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token.")
+        self._tpot = self._histogram("vllm:time_per_output_token_seconds", "The same under vLLM's former name.")
+        self._per_token = self._histogram("vllm:request_time_per_output_token_seconds", "Decode time by output token.")
+        self._queue = self._histogram("vllm:request_queue_time_seconds", "In the queue, until a choice got a row.")
+        self._prefill = self._histogram("vllm:request_prefill_time_seconds", "From the row to the first token.")
+        self._decode = self._histogram("vllm:request_decode_time_seconds", "From the first token to the last.")
+        self._inference = self._histogram("vllm:request_inference_time_seconds", "From the row to the last token.")
+        self._prompt = self._histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
+        self._output = self._histogram("vllm:request_generation_tokens", "Tokens that a choice generated.", _TOKENS)
+        self._longest = self._histogram(
+            "vllm:request_max_num_generation_tokens", "Tokens of the longest choice of a request.", _TOKENS
+        )
         self._step = self._histogram("chorus:step_seconds", "One forward of the whole batch.")
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens taken in.")
         self._generated = self._counter("vllm:generation_tokens", "Tokens generated.")
@@ -172,8 +71,8 @@ class Metrics:
             )
         ]
 
-    def _histogram(self, name: str, text: str) -> Histogram:
-        histogram = Histogram(name, text, ["model_name"], buckets=_SECONDS, registry=self._registry)
+    def _histogram(self, name: str, text: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
+        histogram = Histogram(name, text, ["model_name"], buckets=buckets, registry=self._registry)
         histogram.labels(self._model)  # creates the series, so that the first scrape shows it already
         return histogram
 
@@ -196,18 +95,37 @@ class Metrics:
         for adapter in adapters:
             self._adapters[2].labels(adapter).inc(tokens)
 
-    def first_token(self, seconds: float) -> None:
-        """Records the seconds from a request's arrival to the first token of a choice."""
+    def first_token(self, seconds: float, queued: float, prefill: float) -> None:
+        """Records the seconds from a request's arrival to the first token of a choice.
+
+        Those that the choice was in the scheduler's queue, and those from then to the token, are recorded too.
+        """
         self._ttft.labels(self._model).observe(seconds)
+        self._queue.labels(self._model).observe(queued)
+        self._prefill.labels(self._model).observe(prefill)
 
     def next_token(self, seconds: float) -> None:
         """Records the seconds between two tokens of a choice."""
         self._itl.labels(self._model).observe(seconds)
+        self._tpot.labels(self._model).observe(seconds)
 
     def finished(self, reason: str, seconds: float) -> None:
         """Counts a choice that finished for `reason`, and records the seconds since its request's arrival."""
         self._finished.labels(self._model, reason).inc()
         self._e2e.labels(self._model).observe(seconds)
+
+    def choice_ended(self, tokens: int, prefill: float, decode: float) -> None:
+        """Records a finished choice's tokens, and the seconds from its first token to its last."""
+        self._output.labels(self._model).observe(tokens)
+        self._decode.labels(self._model).observe(decode)
+        self._inference.labels(self._model).observe(prefill + decode)
+        if tokens > 1:
+            self._per_token.labels(self._model).observe(decode / (tokens - 1))
+
+    def request_ended(self, prompt_tokens: int, longest: int) -> None:
+        """Records a request, all of whose choices have finished: its prompt tokens, and those of the longest choice."""
+        self._prompt.labels(self._model).observe(prompt_tokens)
+        self._longest.labels(self._model).observe(longest)
 
     def failed(self, kind: str) -> None:
         """Counts a request that ended with an error of this kind."""

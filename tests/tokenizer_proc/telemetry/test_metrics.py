@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 
+import msgspec
+
 from engine.messages import Capacity, Stats
-from tokenizer_proc.telemetry.metrics import Metrics, MetricsSnapshot
+from tokenizer_proc.telemetry.gauges import MetricsSnapshot, most_resident
+from tokenizer_proc.telemetry.metrics import Metrics
 
 CAPACITY = Capacity(kv_pages=8, page_size=16, rows=2, max_length=64, max_batched_tokens=8, vocab_size=10)
 
@@ -50,9 +53,35 @@ def test_series_have_vllms_names() -> None:
         "vllm:time_to_first_token_seconds_bucket",
         "vllm:inter_token_latency_seconds_bucket",
         "vllm:e2e_request_latency_seconds_bucket",
+        "vllm:gpu_cache_usage_perc",
+        "vllm:time_per_output_token_seconds_bucket",
+        "vllm:request_time_per_output_token_seconds_bucket",
+        "vllm:request_queue_time_seconds_bucket",
+        "vllm:request_prefill_time_seconds_bucket",
+        "vllm:request_decode_time_seconds_bucket",
+        "vllm:request_inference_time_seconds_bucket",
+        "vllm:request_prompt_tokens_bucket",
+        "vllm:request_generation_tokens_bucket",
+        "vllm:request_max_num_generation_tokens_bucket",
     ):
         assert f"\n{name}{{" in text, name
     assert 'vllm:cache_config_info{block_size="16",num_gpu_blocks="8"} 1.0' in text
+
+
+def test_the_process_is_measured() -> None:
+    text = Metrics("base").render().decode()
+    for name in ("process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds"):
+        assert float(re.findall(rf"^{name} (\S+)$", text, re.MULTILINE)[0]) > 0
+
+
+def test_max_lora_is_how_many_adapters_can_be_resident() -> None:
+    pool = msgspec.structs.replace(CAPACITY, rank_pages={"qkv": 40, "down": 20}, max_lora_rank=64)
+    assert most_resident(None, 4, 0, []) == 4
+    assert most_resident(pool, 4, 0, []) == 5, "of the largest rank while none is known"
+    assert most_resident(pool, 4, 0, [{"qkv": 1}]) == 40
+    assert most_resident(pool, 4, 0, [{"qkv": 1}, {"qkv": 3, "down": 2}]) == 20
+    assert most_resident(pool, 4, 7, [{"down": 5}]) == 7, "never less than are resident"
+    assert most_resident(pool, 4, 0, [{"down": 20}]) == 4, "never less than a step may use"
 
 
 def test_two_servers_have_separate_registries() -> None:
