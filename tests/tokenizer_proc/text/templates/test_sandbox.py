@@ -6,10 +6,13 @@ import asyncio
 import os
 import select
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fixtures.processes.watched import runs, wait_for
 
 from engine.errors import InvalidRequest
 from engine.messages import ChatMessage
@@ -108,3 +111,25 @@ def test_the_renderer_is_a_process_that_can_open_nothing(sandbox: Sandbox) -> No
     os.close(ended)
     assert prompt(template).endswith("hé")
     assert sandbox.process_id not in (None, process_id)
+
+
+PARENT = """
+import threading
+from engine.messages import ChatMessage
+from tokenizer_proc.text.templates.sandbox import RenderJob, Sandbox
+sandbox = Sandbox()
+sandbox.render_in_thread(RenderJob("idle", {}, []))
+print(sandbox.process_id, flush=True)
+sandbox.render_in_thread(RenderJob("{% for i in range(10 ** 12) %}{% endfor %}", {}, [ChatMessage("user", "x")]))
+"""
+
+
+@pytest.mark.parametrize("source", ["idle", "endless"])
+def test_renderer_ends_with_its_parent(source: str) -> None:
+    program = PARENT if source == "endless" else PARENT.rpartition("sandbox.render")[0] + "threading.Event().wait()"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        renderer = int(parent.stdout.readline())
+        assert runs(renderer)
+        parent.kill()
+    wait_for(lambda: not runs(renderer))
