@@ -37,7 +37,7 @@ from tokenizer_proc.adapters.resolver import Resolver
 from tokenizer_proc.adapters.tokenizers import TextTools, TokenizerLibrary
 from tokenizer_proc.requests.deadline import Deadline
 from tokenizer_proc.requests.preparation import PreparedRequest, RequestPreparer, max_request_length
-from tokenizer_proc.requests.stream import Stream
+from tokenizer_proc.requests.stream import Reserve, Stream
 from tokenizer_proc.requests.text_work import TextWork
 from tokenizer_proc.server_info import ServerInfo
 from tokenizer_proc.telemetry.gauges import MetricsSnapshot
@@ -107,14 +107,15 @@ class Frontend:
 
     # ----------------------------------------------------------------------------------------- for the servers
 
-    def open(self, submit: Submit, deadline: Deadline | None = None) -> Stream:
+    def open(self, submit: Submit, deadline: Deadline | None = None, reserve: Reserve | None = None) -> Stream:
         """Returns a stream for `submit`. Entering it validates the submit, and raises an EngineError to refuse it.
 
-        `deadline` is the deadline of the call that the submit belongs to; by default it counts from now.
+        `deadline` is the deadline of the call that the submit belongs to; by default it counts from now. `reserve`, if
+        given, is called once the prompt is encoded, before anything is generated, and may raise an EngineError.
         """
         if self._prefixes:
             submit = msgspec.structs.replace(submit, cache_salt=f"{self._prefixes} {submit.cache_salt}")
-        return Stream(submit, self.prepare, self.router, self.metrics, deadline or self.deadline())
+        return Stream(submit, self.prepare, self.router, self.metrics, deadline or self.deadline(), reserve)
 
     def flush_prefixes(self) -> None:
         """Makes no later request find the prefix pages of earlier ones, by a salt of its own for all later ones.
@@ -143,8 +144,7 @@ class Frontend:
     ) -> None:
         """Loads the adapters that `model` and `loras` name, if they are unknown and lie under --lora-resolve-root.
 
-        Of the adapters that `model` may refer to, only those for which `may_use` returns True are looked for. Raises
-        the EngineError of a load that failed.
+        Only adapters for which `may_use` returns True are looked for. Raises the EngineError of a load that failed.
         """
         if self.resolver is not None:
             await self.resolver.fetch_named(model, *loras, may_use=may_use)

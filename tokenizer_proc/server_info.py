@@ -20,7 +20,7 @@ class ServerInfo:
         self._config = config
         self._adapters = adapters
         self._router = router
-        self._started = time.time()
+        self._started = time.monotonic()
 
     def collect(self, capacity: Capacity | None, stats: Stats, max_length: int) -> dict[str, Any]:
         """Returns the configuration, capacity, counts, and the requests that have waited for more than a second."""
@@ -32,7 +32,7 @@ class ServerInfo:
             "adapters": [card.name for card in self._adapters.cards()],
             "enable_lora": self._config.enable_lora,
             "max_length": max_length,
-            "uptime_seconds": time.time() - self._started,
+            "uptime_seconds": time.monotonic() - self._started,
             "open_requests": self._router.open,
             "lora_pool": _lora_pool(capacity, stats),
             "capacity": _named_fields(capacity),

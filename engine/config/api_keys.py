@@ -26,8 +26,10 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tenant               requests of different tenants share no prefix pages; the policy fair balances tenants
     adapters             patterns of allowed names, with * as in file names; all adapters of a mix must be allowed
     base                 whether the base model may be used without an adapter
-    requests_per_minute  a rate; unused requests are kept for at most a minute
+    requests_per_minute  a rate, of prompts x n
     tokens_per_minute    the same for the tokens of prompt and completion
+    operator             whether the key may see and abort every caller's requests, and change adapters where there is
+                         no admin key
     """
 
     key: str
@@ -36,12 +38,15 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     base: bool = True
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
+    operator: bool = False
 
     def __post_init__(self) -> None:
         for name in ("requests_per_minute", "tokens_per_minute"):
             rate = getattr(self, name)
-            if rate is not None and not 0 < rate < float("inf"):
-                raise ValueError(f"{name} must be above 0")
+            if rate is not None and not 1 <= rate < float("inf"):
+                raise ValueError(f"{name} must be at least 1")
+        if self.operator and ("*" not in self.adapters or not self.base):
+            raise ValueError("an operator may use every model: leave `adapters` and `base` out, or `operator`")
 
 
 def read_keys(given: Sequence[str], file: str | None, environment: Mapping[str, str] = os.environ) -> list[ApiKey]:

@@ -6,12 +6,22 @@ An item is `path`, `name=path`, or a JSON object in SGLang's form {"lora_name", 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from engine.config.server_args import DEMO, ServerArgs, served_names
 from engine.errors import ConfigError
+
+
+def adapter_of(model: str, base_names: Sequence[str]) -> str:
+    """Returns the adapter's name that `model` means: what follows a base model's name and a colon, else all of it.
+
+    Of several base names the longest counts. The result depends on no adapter, so a name means one thing only.
+    """
+    bases = [name for name in base_names if model.startswith(f"{name}:")]
+    return model[len(max(bases, key=len)) + 1 :] if bases else model
 
 
 class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,4 +97,9 @@ def _check_names(specs: list[AdapterSpec], base_names: list[str]) -> None:
             raise ConfigError(f"--lora-paths: the name {spec.name} is given twice ({seen[spec.name]}, {spec.path})")
         if spec.name in base_names:
             raise ConfigError(f"--lora-paths: the name {spec.name} is the base model's; choose another one")
+        if adapter_of(spec.name, base_names) != spec.name:
+            raise ConfigError(
+                f"--lora-paths: the name {spec.name} means the adapter {adapter_of(spec.name, base_names)!r} of a base "
+                "model; choose a name that does not begin with a base model's name and a colon"
+            )
         seen[spec.name] = spec.path

@@ -74,6 +74,8 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     api_keys: list[ApiKey] = []
     admin_key: str | None = None
     cors: Cors = Cors()
+    metrics_rights: Literal["open", "hide-adapters", "operator"] = "open"
+    allowed_hosts: list[str] = []
     lora_roots: list[str] = []
     lora_resolve_root: str | None = None
     journal: list[int] = []

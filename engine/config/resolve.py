@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from engine.config.api_keys import read_keys
+from engine.config.api_keys import ApiKey, read_keys
 from engine.config.cors import parse_cors
 from engine.config.process_configs import (
     AdapterSource,
@@ -68,6 +68,7 @@ def resolve(
 
 
 def _tokenizer_config(args: ServerArgs, *, max_loras: int, **resolved: Any) -> TokenizerConfig:
+    api_keys = read_keys(args.api_key, args.api_key_file)
     return TokenizerConfig(
         max_loras=max_loras,
         served_model_names=served_names(args),
@@ -85,9 +86,11 @@ def _tokenizer_config(args: ServerArgs, *, max_loras: int, **resolved: Any) -> T
         read_timeout=args.read_timeout,
         max_connections=args.max_connections,
         max_connections_per_address=args.max_connections_per_address,
-        api_keys=read_keys(args.api_key, args.api_key_file),
+        api_keys=api_keys,
         admin_key=args.admin_api_key,
         cors=parse_cors(args.allowed_origins, args.allowed_methods, args.allowed_headers, args.allow_credentials),
+        metrics_rights=_metrics_rights(args, api_keys),
+        allowed_hosts=args.allowed_hosts,
         lora_roots=allowed_roots(args.lora_root),
         lora_resolve_root=args.lora_resolve_root,
         server_info=_server_info(args),
@@ -162,6 +165,13 @@ def _request_memory(size: str | None) -> int:
     if given < LEAST_REQUEST_MEMORY:
         raise ConfigError(f"--max-request-memory {size}: must be at least {LEAST_REQUEST_MEMORY >> 20}MiB")
     return given
+
+
+def _metrics_rights(args: ServerArgs, api_keys: list[ApiKey]) -> Literal["open", "hide-adapters", "operator"]:
+    """Returns --metrics-rights; `auto` hides adapters' names where calls without a key cannot list them either."""
+    if args.metrics_rights == "auto":
+        return "hide-adapters" if api_keys else "open"
+    return args.metrics_rights
 
 
 def _lora_pool_size(size: str | None) -> tuple[int | None, int | None]:

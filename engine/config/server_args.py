@@ -5,6 +5,7 @@ The command line is parsed in engine.config.flags; values are derived from the f
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,8 @@ from engine.errors import ConfigError
 LogLevel = Literal["debug", "info", "warning", "error"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 CpuKernels = Literal["auto", "on", "off"]
+
+_HOST = re.compile(r"\*|(\*\.)?[0-9A-Za-z_-]+(\.[0-9A-Za-z_-]+)*\.?|\[[0-9A-Fa-f:.]+\]")
 
 DEMO = Path(__file__).parents[1] / "demo"
 DEMO_NAME = "chorus-demo"
@@ -71,6 +74,8 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     allowed_methods: list[str] = []
     allowed_headers: list[str] = []
     allow_credentials: bool = False
+    metrics_rights: Literal["auto", "open", "hide-adapters", "operator"] = "auto"
+    allowed_hosts: list[str] = []
     max_num_batched_tokens: int | None = None
     max_prefill_tokens: int | None = None
     max_running_requests: int | None = None
@@ -91,6 +96,7 @@ class ServerArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def __post_init__(self) -> None:
         _check_ranges(self)
         _check_contradictions(self)
+        _check_hosts(self)
 
 
 def _check_ranges(args: ServerArgs) -> None:
@@ -157,6 +163,15 @@ def _check_contradictions(args: ServerArgs) -> None:
             raise ConfigError("--served-model-name: a name must not be empty")
         if args.served_model_name.count(name) > 1:
             raise ConfigError(f"--served-model-name: {name} is given twice")
+
+
+def _check_hosts(args: ServerArgs) -> None:
+    for host in args.allowed_hosts:
+        if not _HOST.fullmatch(host):
+            raise ConfigError(
+                f"--allowed-hosts {host}: give names or addresses without scheme and port, like llm.example.com, "
+                "*.example.com, or * for every host"
+            )
 
 
 def served_names(args: ServerArgs) -> list[str]:

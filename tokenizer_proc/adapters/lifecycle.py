@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 from msgspec.structs import replace
 
+from engine.config.lora_paths import adapter_of
 from engine.config.process_configs import AdapterSource, TokenizerConfig
 from engine.errors import AdapterError, EngineError, InvalidRequest, NotFound, StorageFailed
 from engine.journal.journal import Journal
@@ -250,6 +251,13 @@ class Lifecycle:
         if name in self._registry.base_names:
             raise InvalidRequest(
                 f"The lora adapter '{name}' conflicts with a served base model.", param="lora_name", code="name_taken"
+            )
+        if (meant := adapter_of(name, self._registry.base_names)) != name:
+            raise InvalidRequest(
+                f"The lora adapter '{name}' conflicts with a served base model: the name means the adapter '{meant}' "
+                "of it. Choose a name that does not begin with a base model's name and a colon",
+                param="lora_name",
+                code="name_taken",
             )
         if len(name) > LONGEST_NAME or not name.isprintable():
             raise InvalidRequest(

@@ -13,6 +13,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from engine.config.lora_paths import adapter_of
 from engine.config.process_configs import AdapterSource
 from engine.errors import AdapterError, InvalidRequest, NotFound
 from engine.messages import AdapterCard, AdapterMix, AdapterState, LoadAdapter, UnloadAdapter
@@ -24,6 +25,19 @@ log = logging.getLogger(__name__)
 
 _IDS_BY_EPOCH = 1 << 32  # ids of each epoch (restart of the process), so that an id is never reused after a restart
 MAX_SCALE = 100.0  # a larger scale would make the LoRA delta overflow and the output noise
+
+
+class UnknownModel(NotFound):
+    """No base model or adapter has this name. The message lists some that there are."""
+
+    def __init__(self, message: str, name: str, *, param: str | None, code: str | None) -> None:
+        super().__init__(message, param=param, code=code)
+        self.name = name
+
+    def without_list(self) -> NotFound:
+        """Returns the error for callers that may not use every model, which is also that for a hidden model."""
+        text = f"`{self.name}` does not exist, or this key may not use it"
+        return NotFound(text, param=self.param, code=self.code)
 
 
 class AdapterRegistry:
@@ -215,22 +229,18 @@ class AdapterRegistry:
     # ------------------------------------------------------------------------------------------- resolving names
 
     def candidates(self, model: str | None, lora_path: str | AdapterMix | None) -> list[str]:
-        """Returns the adapter names that `model` and `lora_path` may refer to and that are unknown so far."""
+        """Returns the adapter names that `model` and `lora_path` refer to and that are unknown so far."""
         names = [] if lora_path is None else [lora_path] if isinstance(lora_path, str) else [*lora_path]
-        return [name for name in (*names, *self.meanings(model)) if name and name not in self._by_name]
+        meant = self.meaning(model)
+        return [name for name in (*names, meant) if name and name not in self._by_name]
 
-    def meanings(self, model: str | None) -> list[str]:
-        """Returns the adapter names that `model` may refer to: an empty list for the base model.
+    def meaning(self, model: str | None) -> str | None:
+        """Returns the adapter's name that `model` refers to, whether there is such an adapter or not; None: the base.
 
-        `model` is an adapter's name, or a base name, a colon and an adapter's name. If an adapter of such a name is
-        known, only the longest known name is returned; otherwise every possible name is.
+        `model` is an adapter's name, or a base name, a colon and an adapter's name. No adapter has a name of the second
+        form, so which adapters there are does not change what a name refers to.
         """
-        if model is None or model in self.base_names:
-            return []
-        bases = sorted(self.base_names, key=len)  # a shorter base name leaves a longer adapter name
-        names = [model, *(model[len(base) + 1 :] for base in bases if model.startswith(base + ":"))]
-        known = [name for name in names if name in self._by_name]
-        return known[:1] or [name for name in names if name]
+        return None if model is None or model in self.base_names else adapter_of(model, self.base_names)
 
     def select(self, model: str | None, lora_path: str | AdapterMix | None = None) -> str | AdapterMix | None:
         """Returns the adapters that `model` and `lora_path` name, in the form of Submit.lora; None is the base model.
@@ -270,22 +280,22 @@ class AdapterRegistry:
     def _entry(self, name: str) -> Entry:
         entry = self._by_name.get(name)
         if entry is None:
-            raise NotFound(f"The adapter `{name}` {self._missing(name)}", param="lora_path")
+            raise self._missing(name, name, "adapter", "lora_path", None)
         return entry
 
     def _in_model(self, model: str | None) -> str | None:
         """Returns the name of the adapter that `model` selects, or None for the base model. Raises NotFound."""
-        if model is None or model in self.base_names:
-            return None
-        for name in self.meanings(model):
-            if name in self._by_name:
-                return name
-        raise NotFound(f"The model `{model}` {self._missing(model)}", param="model", code="model_not_found")
+        name = self.meaning(model)
+        if name is None or name in self._by_name:
+            return name
+        raise self._missing(model or "", name, "model", "model", "model_not_found")
 
-    def _missing(self, name: str) -> str:
+    def _missing(self, given: str, name: str, what: str, param: str, code: str | None) -> NotFound:
+        """Returns the error for an adapter `name` that there is not, which the client gave as `given` in `param`."""
         if name in self._loading:
-            return "is still loading: it can be named once its load has been answered."
-        return f"does not exist. {self._known()}"
+            text = f"The {what} `{given}` is still loading: it can be named once its load has been answered."
+            return NotFound(text, param=param, code=code)
+        return UnknownModel(f"The {what} `{given}` does not exist. {self._known()}", given, param=param, code=code)
 
     def _known(self) -> str:
         names = [*self.base_names, *self._by_name]

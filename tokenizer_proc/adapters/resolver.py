@@ -15,6 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+from engine.config.lora_paths import adapter_of
 from engine.errors import ConfigError, EngineError, StorageFailed
 from engine.lora_roots import allowed_roots
 from engine.messages import AdapterMix
@@ -70,14 +71,14 @@ class Resolver:
     ) -> None:
         """Loads the unknown adapters that a call names in `model` and `loras`.
 
-        Of the names that `model` may refer to, only those for which `may_use` returns True are tried. The first name in
+        `model` may have the form base:adapter. Only names for which `may_use` returns True are tried. The first name in
         `loras` that cannot be found ends the search, because the call will be refused for it.
         """
         for name in filter(may_use, self._registry.candidates(model, None)):
             await self.fetch(name)
         for lora in loras:
             for name in self._registry.candidates(None, lora):
-                if not await self.fetch(name):
+                if not may_use(name) or not await self.fetch(name):
                     return
 
     async def fetch(self, name: str) -> bool:
@@ -89,7 +90,7 @@ class Resolver:
             if self._registry.find(name) is not None:
                 self.touch([name])
                 return True
-            if not _is_plain(name) or self._is_known_miss(name):
+            if not self._may_exist(name) or self._is_known_miss(name):
                 return False
             if not await asyncio.shield(self._task(name)):
                 return False
@@ -152,6 +153,12 @@ class Resolver:
                 except EngineError:
                     continue  # a client's unload call was faster
 
+    def _may_exist(self, name: str) -> bool:
+        """Returns whether `name` is valid as an adapter's name and as that of a directory directly under the root."""
+        is_adapters = adapter_of(name, self._registry.base_names) == name
+        is_directorys = not name.startswith(".") and not {"/", "\\"} & set(name)
+        return is_adapters and is_directorys and 0 < len(name) <= LONGEST_NAME and name.isprintable()
+
     def _miss(self, name: str, error: EngineError | None) -> None:
         self._misses[name] = time.monotonic() + self.miss_seconds, error
         self._misses.move_to_end(name)
@@ -170,13 +177,3 @@ class Resolver:
         if error is not None:
             raise type(error)(error.message, param=error.param, code=error.code)
         return True
-
-
-def _is_plain(name: str) -> bool:
-    """Returns whether `name` is valid both as an adapter's name and as that of a directory directly under the root."""
-    return (
-        0 < len(name) <= LONGEST_NAME
-        and name.isprintable()
-        and not name.startswith(".")
-        and not {"/", "\\"} & set(name)
-    )

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from engine.errors import NotFound
 from engine.messages import AdapterCard, AdapterMix
+from tokenizer_proc.adapters.registry import UnknownModel
 from tokenizer_proc.http.auth.api_keys import Tenant
 from tokenizer_proc.http.auth.rights import tenant_of
 from tokenizer_proc.http.service import Service, deadline_of
@@ -32,16 +33,14 @@ def select(
 ) -> str | AdapterMix | None:
     """Returns the adapters that `model` and `lora_path` name, or None for the base model.
 
-    Raises NotFound for an adapter that does not exist or that the tenant may not use.
+    Raises NotFound for an adapter, or the base model, that does not exist or that the tenant may not use.
     """
     tenant = tenant_of(request)
     _check(service, tenant, model, [lora])
-    try:
-        return service.frontend.adapters.select(model, lora)
-    except NotFound as error:
-        if tenant.is_restricted:  # the error would list adapters that the tenant may not see
-            raise _unknown(str(model if error.param == "model" else lora), error.param) from None
-        raise
+    selected = service.frontend.adapters.select(model, lora)
+    if selected is None and not tenant.may_use_base:
+        raise _no_base(model)
+    return selected
 
 
 def visible(request: web.Request, cards: Iterable[AdapterCard]) -> list[AdapterCard]:
@@ -56,11 +55,18 @@ def _check(service: Service, tenant: Tenant, model: str | None, loras: Iterable[
         for name in [] if lora is None else [lora] if isinstance(lora, str) else lora:
             if not tenant.may_use(name):
                 raise _unknown(name, "lora_path")
-    meant = service.frontend.adapters.meanings(model)
-    if model is not None and meant and not any(map(tenant.may_use, meant)):
+    meant = service.frontend.adapters.meaning(model)
+    if model is not None and meant is not None and not tenant.may_use(meant):
         raise _unknown(model, "model")
 
 
-def _unknown(name: str, param: str | None) -> NotFound:
+def _unknown(name: str, param: str) -> NotFound:
     code = "model_not_found" if param == "model" else None
-    return NotFound(f"`{name}` does not exist, or this key may not use it", param=param, code=code)
+    return UnknownModel("", name, param=param, code=code).without_list()
+
+
+def _no_base(model: str | None) -> NotFound:
+    if model is not None:
+        return _unknown(model, "model")
+    text = "this key may not use the base model without an adapter: name an adapter"
+    return NotFound(text, param="model", code="model_not_found")

@@ -9,7 +9,7 @@ from aiohttp.typedefs import Handler
 
 from engine.config.process_configs import TokenizerConfig
 from tokenizer_proc.frontend import Frontend
-from tokenizer_proc.http.auth import rights
+from tokenizer_proc.http.auth import hosts, rights
 from tokenizer_proc.http.auth.rights import RIGHTS, TENANT, Rights
 from tokenizer_proc.http.bodies.fields import SPELLINGS_OPENAI
 from tokenizer_proc.http.intake.body_reader import ACCOUNT, INTAKE, Intake
@@ -49,7 +49,7 @@ ROUTES = [
     Route("GET", "/server_info", Rights.OPERATOR, operations.server_info),
     Route("GET", "/get_server_info", Rights.OPERATOR, operations.server_info),
     Route("GET", "/version", Rights.INFERENCE, operations.version),
-    Route("POST", "/abort_request", Rights.OPERATOR, operations.abort_request, operations.AbortBody),
+    Route("POST", "/abort_request", Rights.OWN, operations.abort_request, operations.AbortBody),
     Route("GET", "/health_generate", Rights.NONE, operations.health_generate),
     Route("GET", "/ping", Rights.NONE, operations.ping),
     Route("POST", "/ping", Rights.NONE, operations.ping),
@@ -77,6 +77,7 @@ def create_app(frontend: Frontend, config: TokenizerConfig) -> web.Application:
         memory.middleware,
         backpressure.middleware(config.max_stream_buffer, config.stream_stall_timeout),
         errors.middleware,
+        hosts.middleware(config),
         *([cors.middleware(config.cors)] if config.cors.origins else []),
         rights.middleware(config),
         _count_for_tenant,

@@ -17,6 +17,7 @@ from engine.messages import Delta, FinishReason, Submit, Usage
 from tokenizer_proc.frontend import Frontend, Stream
 from tokenizer_proc.requests.deadline import Deadline
 from tokenizer_proc.requests.packed_logprobs import PackedLogprobs, entries
+from tokenizer_proc.requests.stream import Reserve
 from tokenizer_proc.work.queue import Abandoned
 
 TOKEN_BYTES = 40  # bytes of memory for one token id in a list
@@ -100,8 +101,10 @@ class Batch:
         submits: Sequence[Submit],
         deadline: Deadline | None = None,
         hold: Callable[[int], None] = lambda count: None,
+        reserve: Reserve | None = None,
     ) -> None:
         self._frontend = frontend
+        self._reserve = reserve
         self._hold = hold
         self._grown = 0  # bytes of output since the last call of `hold`
         self._deadline = deadline or frontend.deadline()
@@ -119,7 +122,9 @@ class Batch:
             self._frontend.check_size(sum(submit.params.n for submit in self.submits))
             for item, submit in enumerate(self.submits):
                 await asyncio.sleep(0)  # encoding many prompts must not stall the event loop's streams
-                stream = await self._stack.enter_async_context(self._frontend.open(submit, self._deadline))
+                stream = await self._stack.enter_async_context(
+                    self._frontend.open(submit, self._deadline, self._reserve)
+                )
                 self._streams.append(stream)
                 self._hold(TOKEN_BYTES * len(stream.prompt_ids))
                 self._add_prompt(item, Prompt(stream.prompt_ids, self.check), submit.params.n)
@@ -191,7 +196,10 @@ class Batch:
         return sum(packed) + sum(choice.logprobs.bytes for choice in self.choices)
 
     def usage(self) -> Usage:
-        """Returns the usage of the whole call: the completion tokens of every choice, and each prompt's tokens once."""
+        """Returns the usage of the whole call: the completion tokens of every choice, and each prompt's tokens once.
+
+        Of a call that could not be entered, only the prompts that were sent count.
+        """
         firsts = [choices[0].usage for choices in self._of_item]
         return Usage(
             sum(usage.prompt_tokens for usage in firsts),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 import msgspec
@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from engine.errors import InvalidRequest
 from engine.messages import Delta, Submit
 from tokenizer_proc.http import sse
+from tokenizer_proc.http.auth.grants import Grant
 from tokenizer_proc.http.auth.rights import tenant_of
 from tokenizer_proc.http.batch import Batch, Choice
 from tokenizer_proc.http.encoding import encoded, in_slices, json_response
@@ -61,37 +62,44 @@ class GenerationCall(msgspec.Struct, frozen=True, kw_only=True):
 
 async def answer(service: Service, request: web.Request, call: GenerationCall, writer: Writer) -> web.StreamResponse:
     """Runs `call` and returns its response. Everything is released even after an error or a client's disconnect."""
-    tenant = tenant_of(request)
+    tenant, python = tenant_of(request), service.frontend.pools.python
+    submits = [replace(submit, tenant=tenant.name) for submit in call.submits]
     try:
         check_copies(submit.params for submit in call.submits)
-        tenant.admit([submit.lora for submit in call.submits])
-        submits = [replace(submit, tenant=tenant.name) for submit in call.submits]
-        hold = partial(request[ACCOUNT].add, ANSWER)
-        opened = Batch(service.frontend, submits, deadline_of(service, request), hold)
-        async with opened as batch, _charged(request, batch):
-            writer.check(batch)
-            with service.open.listed(call.ids, batch):
-                if call.stream:
-                    return await sse.respond(
-                        request, _events(service.frontend.pools.python, tenant.name, batch, writer)
-                    )
-                await batch.finish()
-                python = service.frontend.pools.python
-                return json_response(await encoded(python, tenant.name, lambda: writer.whole(batch), batch.is_large))
+        with tenant.granted(submits) as grant:
+            hold = partial(request[ACCOUNT].add, ANSWER)
+            batch = Batch(service.frontend, submits, deadline_of(service, request), hold, grant.reserve)
+            with _counted(batch, grant):
+                async with batch, _recorded(request, batch):
+                    writer.check(batch)
+                    with service.open.listed(tenant.owner, call.ids, batch):
+                        if call.stream:
+                            return await sse.respond(request, _events(python, tenant.name, batch, writer))
+                        await batch.finish()
+                        whole = partial(writer.whole, batch)
+                        return json_response(await encoded(python, tenant.name, whole, batch.is_large))
     except InvalidRequest as error:
         error.param = call.names.get(error.param or "", error.param)
         raise
 
 
-@contextlib.asynccontextmanager
-async def _charged(request: web.Request, batch: Batch) -> AsyncIterator[None]:
-    """On leaving, charges the tenant for the call's tokens and adds facts to the access log, even after an error."""
-    tenant = tenant_of(request)
+@contextlib.contextmanager
+def _counted(batch: Batch, grant: Grant) -> Iterator[None]:
+    """On leaving, sets the tokens that the call used, even after an error."""
     try:
         yield
     finally:
         usage = batch.usage()
-        tenant.charge(usage.prompt_tokens + usage.completion_tokens)
+        grant.used = usage.prompt_tokens + usage.completion_tokens
+
+
+@contextlib.asynccontextmanager
+async def _recorded(request: web.Request, batch: Batch) -> AsyncIterator[None]:
+    """On leaving, adds facts to the access log, even after an error."""
+    try:
+        yield
+    finally:
+        usage = batch.usage()
         request[ACCESS_RECORD].facts |= {
             "lora": _names(batch),
             "prompt": usage.prompt_tokens,

@@ -15,7 +15,7 @@ from aiohttp import web
 from engine.config.process_configs import TokenizerConfig
 from tokenizer_proc.frontend import Frontend
 from tokenizer_proc.http.app import create_app
-from tokenizer_proc.http.auth import admin
+from tokenizer_proc.http.auth import hosts
 from tokenizer_proc.http.intake.connection import Connection
 from tokenizer_proc.http.intake.connection_limits import ConnectionLimits, allowed_by_files
 from tokenizer_proc.http.middleware import access_log, errors
@@ -125,6 +125,6 @@ async def _check_heads(limits: ConnectionLimits, seconds: float) -> NoReturn:
 
 def warn_of_open_loads(config: TokenizerConfig) -> None:
     """Logs a warning if other machines can load adapters without an admin key."""
-    host = admin.bound_host(config)
-    if config.enable_lora and config.runtime_loads and config.admin_key is None and not admin.is_loopback(host):
+    host = hosts.bound_host(config)
+    if config.enable_lora and config.runtime_loads and config.admin_key is None and not hosts.is_loopback(host):
         log.warning("every client that can reach %s may load adapters; --admin-api-key restricts that", host)

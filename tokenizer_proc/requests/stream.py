@@ -15,6 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 import msgspec
+from msgspec.structs import replace
 
 from engine.errors import AdapterError, EngineError, InternalError
 from engine.messages import Delta, FinishReason, Submit, Update
@@ -24,6 +25,9 @@ from tokenizer_proc.requests.output_processor import OutputProcessor
 from tokenizer_proc.requests.preparation import PreparedRequest
 from tokenizer_proc.telemetry.metrics import Metrics
 from tokenizer_proc.upstream.router import Router
+
+Reserve = Callable[[int, int, int, int], int]
+"""Charges a prompt: (prompt tokens, answers, least and most tokens of an answer) -> tokens that an answer may have."""
 
 
 def page_salt(submit: Submit) -> str:
@@ -61,6 +65,7 @@ class Stream:
         router: Router,
         metrics: Metrics,
         deadline: Deadline | None = None,
+        reserve: Reserve | None = None,
     ) -> None:
         self.prompt_ids: list[int] = []
         self._submit = submit
@@ -75,13 +80,14 @@ class Stream:
         self._cancelled = False
         self._failed = False
         self._deadline = deadline or Deadline()
+        self._reserve = reserve
         self._release = contextlib.ExitStack()
 
     async def __aenter__(self) -> Stream:
         try:
             self._release.enter_context(self._router.reserved(1))
             async with self._deadline.kept():
-                prepared = await self._prepare(self._submit)
+                prepared = self._reserved(await self._prepare(self._submit))
             self._release.enter_context(self._router.reserved(prepared.params.n - 1))
             self._release.enter_context(self._router.queued(len(prepared.prompt_ids) * prepared.params.n))
             self._release.enter_context(prepared.selection.held(prepared.params.n))
@@ -158,6 +164,16 @@ class Stream:
             self._unread += 1
             self._unfinished += 1
         self._metrics.began(self._selection.names, len(self.prompt_ids) * params.n)
+
+    def _reserved(self, prepared: PreparedRequest) -> PreparedRequest:
+        """Returns the request after its tokens were reserved, with shorter answers if `reserve` allows only these."""
+        if self._reserve is None:
+            return prepared
+        params = prepared.params
+        most = params.stopping.max_tokens
+        least = most if self._submit.params.max_tokens is not None else max(1, params.stopping.min_tokens)
+        length = self._reserve(len(prepared.prompt_ids), params.n, least, most)
+        return replace(prepared, params=replace(params, stopping=replace(params.stopping, max_tokens=length)))
 
     def _close(self) -> None:
         try:

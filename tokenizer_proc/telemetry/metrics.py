@@ -19,6 +19,7 @@ from prometheus_client import (
 )
 
 from tokenizer_proc.telemetry.gauges import Gauges, MetricsSnapshot
+from tokenizer_proc.telemetry.without_adapters import WithoutAdapters
 
 _TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -149,6 +150,9 @@ class Metrics:
         for counter in self._adapters:
             counter.remove(adapter)
 
-    def render(self) -> bytes:
-        """Returns the metrics in Prometheus' text format; their content type is `content_type`."""
-        return generate_latest(self._registry)
+    def render(self, with_adapters: bool = True) -> bytes:
+        """Returns the metrics in Prometheus' text format; their content type is `content_type`.
+
+        Without `with_adapters` no adapter is named: see `WithoutAdapters`.
+        """
+        return generate_latest(self._registry if with_adapters else WithoutAdapters(self._registry))

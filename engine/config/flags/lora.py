@@ -140,6 +140,6 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--admin-api-key",
         metavar="KEY",
-        help="loads and unloads need `Authorization: Bearer KEY`, also on loopback; the variable "
-        "CHORUS_ADMIN_API_KEY does the same (none)",
+        help="loads, unloads and pins need `Authorization: Bearer KEY`, also on loopback; the key opens every other "
+        "call too. The variable CHORUS_ADMIN_API_KEY does the same (none)",
     )

@@ -14,14 +14,29 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         "--api-key",
         nargs="+",
         metavar="KEY",
-        help="keys: every call but the probes, /metrics and /docs then needs `Authorization: Bearer KEY`. The "
-        "variables CHORUS_API_KEY and VLLM_API_KEY do the same and are not visible in a process list (none)",
+        help="keys: every call but the probes, /metrics and /docs then needs `Authorization: Bearer KEY`. A sole key "
+        "is the operator's. The variables CHORUS_API_KEY and VLLM_API_KEY do the same and are not visible in a "
+        "process list (none)",
     )
     add(
         "--api-key-file",
         metavar="FILE",
         help="keys with rules, a JSON object a line: key, tenant, adapters, base, requests_per_minute, "
-        "tokens_per_minute (none)",
+        "tokens_per_minute, operator (none)",
+    )
+    add(
+        "--metrics-rights",
+        choices=["auto", "open", "hide-adapters", "operator"],
+        help="who may read /metrics. open: every client; hide-adapters: every client, but adapters' names only with an "
+        "operator's key; operator: an operator's key; auto: hide-adapters with API keys, else open (auto)",
+    )
+    add(
+        "--allowed-hosts",
+        nargs="+",
+        action="extend",
+        metavar="HOST",
+        help="further Host headers that calls may have, such as the outer name of a proxy, *.example.com, or * for "
+        "all. On a loopback bind other names than this machine's are a 403 (none; on other binds all)",
     )
     add(
         "--max-open-requests",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import shutil
 import time
@@ -244,7 +243,19 @@ def test_lora_roots_admin_key_and_resolve_root(world: World, tmp_path: Path, mon
             got, text = asyncio.run(knock(path, key))
             assert got == status, text
         assert tokens(server, prompt, "x") == world.expected(prompt, "three")
-        assert "opensesame" not in json.dumps(server.get("/server_info"))
+
+        async def info(key: str) -> tuple[int, str]:
+            headers = {"Authorization": f"Bearer {key}"}
+            async with (
+                aiohttp.ClientSession(server.url, headers=headers) as session,
+                session.get("/server_info") as response,
+            ):
+                return response.status, await response.text()
+
+        assert asyncio.run(info("wrong"))[0] == 401
+        status, text = asyncio.run(info("opensesame"))
+        assert status == 200
+        assert "opensesame" not in text
 
 
 def _cache(cache: Path, adapter: Path, commit: str) -> None:

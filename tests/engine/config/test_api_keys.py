@@ -19,11 +19,12 @@ def test_keys_come_from_flags_and_environment() -> None:
 def test_key_file_has_rules_by_key(tmp_path: Path) -> None:
     file = tmp_path / "keys.jsonl"
     file.write_text(
-        '# ours\n{"key": "a", "tenant": "t", "adapters": ["t-*"], "tokens_per_minute": 100}\n\n{"key": "b"}\n'
+        '# ours\n{"key": "a", "tenant": "t", "adapters": ["t-*"], "tokens_per_minute": 100}\n\n'
+        '{"key": "b", "operator": true}\n'
     )
     assert read_keys([], str(file), {}) == [
         ApiKey(key="a", tenant="t", adapters=["t-*"], tokens_per_minute=100),
-        ApiKey(key="b"),
+        ApiKey(key="b", operator=True),
     ]
 
 
@@ -35,7 +36,11 @@ def test_key_file_has_rules_by_key(tmp_path: Path) -> None:
         ('{"tenant": "t"}', "line 1: Object missing required field `key`"),
         ('{"key": "a"}\n{"key": "a"}', "given twice"),
         ('{"key": "a", "adapter": ["x"]}', "unknown field `adapter`"),
-        ('{"key": "a", "tokens_per_minute": 0}', "tokens_per_minute must be above 0"),
+        ('{"key": "a", "tokens_per_minute": 0}', "tokens_per_minute must be at least 1"),
+        ('{"key": "a", "requests_per_minute": 0.5}', "requests_per_minute must be at least 1"),
+        ('{"key": "a", "operator": true, "adapters": ["x"]}', "an operator may use every model"),
+        ('{"key": "a", "operator": true, "base": false}', "an operator may use every model"),
+        ('{"key": "a", "operator": 1}', "line 1"),
         ('{"key": "two words"}', "printable ASCII without spaces"),
     ],
 )

@@ -59,6 +59,10 @@ def test_adapter_names_differ_from_each_other_and_the_base() -> None:
         adapter_specs(ServerArgs(model_path="m", lora_paths=["a=x", "a=y"]))
     with pytest.raises(ConfigError, match="base model's"):
         adapter_specs(ServerArgs(model_path="m", served_model_name=["a"], lora_paths=["a=x"]))
+    for name in ("a:sql", "a:"):
+        with pytest.raises(ConfigError, match=f"the name {name} means the adapter"):
+            adapter_specs(ServerArgs(model_path="m", served_model_name=["a"], lora_paths=[f"{name}=x"]))
+    assert adapter_specs(ServerArgs(model_path="m", lora_paths=["a:sql=x"]))[0].name == "a:sql"
 
 
 def test_pinned_adapters_leave_one_lane_free() -> None:

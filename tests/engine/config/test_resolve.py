@@ -110,6 +110,20 @@ def test_runtime_loads_are_open_on_loopback_or_by_flag(flags: dict[str, object],
     assert _resolve(**flags).tokenizer.runtime_loads is open_
 
 
+@pytest.mark.parametrize(
+    ("flags", "rights"),
+    [
+        ({}, "open"),
+        ({"admin_api_key": "k"}, "open"),
+        ({"api_key": ["k"]}, "hide-adapters"),
+        ({"api_key": ["k"], "metrics_rights": "open"}, "open"),
+        ({"metrics_rights": "operator"}, "operator"),
+    ],
+)
+def test_metrics_hide_adapters_where_there_are_keys(flags: dict[str, object], rights: str) -> None:
+    assert _resolve(**flags).tokenizer.metrics_rights == rights
+
+
 def test_admin_key_is_not_in_server_info() -> None:
     resolved = _resolve(admin_api_key="secret")
     assert resolved.tokenizer.admin_key == "secret"

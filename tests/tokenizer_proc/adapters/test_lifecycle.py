@@ -134,6 +134,8 @@ def test_preload_waits_for_pages_within_a_bound(tmp_path: Path, monkeypatch: pyt
     [
         ("", "must be provided"),
         ("base", "conflicts with a served base model"),
+        ("base:sql", "conflicts with a served base model.*'sql'"),
+        ("base:", "conflicts with a served base model"),
         ("x" * 257, "at most 256"),
         ("a\nb", "printable"),
         ("a\x00", "printable"),

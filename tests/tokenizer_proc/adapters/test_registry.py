@@ -39,11 +39,14 @@ def test_model_names_an_adapter_or_the_base(model: str | None, expected: str | N
     assert registry("sql", "org/x:y", "x:sql").select(model) == expected
 
 
-def test_the_longest_known_name_wins() -> None:
-    names = registry("sql", "b:sql", "c:sql", bases=("b", "b:c"))
-    assert names.select("b:sql") == "b:sql"
-    assert names.select("b:c:sql") == "c:sql"
+@pytest.mark.parametrize("others", [(), ("c:sql",), ("poet",)])
+def test_a_name_means_the_same_whatever_is_loaded(others: tuple[str, ...]) -> None:
+    names = registry("sql", *others, bases=("b", "b:c"))
+    assert names.select("b:sql") == "sql"
+    assert names.select("b:c:sql") == "sql"
     assert names.select("b:c") is None
+    assert names.meaning("b:poet") == "poet"
+    assert names.meaning("c:sql") == "c:sql"
 
 
 @pytest.mark.parametrize("model", ["nope", "x:sql", "b:", "b:nope", "", " sql"])

@@ -204,6 +204,33 @@ def test_a_root_that_is_no_directory_is_refused() -> None:
         LoadingFront(lora_resolve_root="/no/such")
 
 
+def test_names_of_the_form_base_adapter_are_never_looked_for(root: Path) -> None:
+    adapter_dir(root / "base:one")
+    world = world_of(root)
+
+    async def work() -> None:
+        await world.front.fetch("base:one", "base:one")
+        assert [load.name for load in world.loads()] == ["one"]
+        with pytest.raises(NotFound):
+            await ask(world, "base:one")
+
+    run(work)
+
+
+@pytest.mark.parametrize("model", ["one", "base:one", None])
+def test_adapters_that_a_key_may_not_use_are_not_loaded(root: Path, model: str | None) -> None:
+    world = world_of(root)
+
+    async def work() -> None:
+        loras = ["one", {"one": 1.0}] if model is None else [None]
+        await world.front.fetch(model, *loras, may_use=lambda name: name != "one")
+        assert world.loads() == []
+        await world.front.fetch(model, *loras, may_use=lambda name: name == "one")
+        assert len(world.loads()) == 1
+
+    run(work)
+
+
 def test_base_names_are_never_looked_for(root: Path) -> None:
     adapter_dir(root / "base")
     world = world_of(root)

@@ -199,9 +199,9 @@ def test_an_error_in_mid_stream_is_raised() -> None:
 
 def test_an_overload_is_retried() -> None:
     class Busy(FakeFrontend):
-        def open(self, submit: Any, deadline: Any = None) -> Any:
+        def open(self, submit: Any, *rest: Any) -> Any:
             self.refusal = Overloaded("full", retry_after=0.01) if len(self.submits) < 1 else None
-            return super().open(submit, deadline)
+            return super().open(submit, *rest)
 
     async def scenario(client: openai.AsyncOpenAI) -> Any:
         patient = client.with_options(max_retries=1)

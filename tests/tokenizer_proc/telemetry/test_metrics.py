@@ -84,6 +84,32 @@ def test_max_lora_is_how_many_adapters_can_be_resident() -> None:
     assert most_resident(pool, 4, 0, [{"down": 20}]) == 4, "never less than a step may use"
 
 
+def test_metrics_without_adapters_name_none() -> None:
+    """All other series are the same."""
+    snapshot = MetricsSnapshot(
+        stats=Stats(),
+        capacity=CAPACITY,
+        max_loras=4,
+        running={"canary-1": 2},
+        waiting={"canary-2": 1},
+        wanted=["canary-3"],
+        tiers={"canary-1": "resident", "canary-2": "host"},
+    )
+    metrics = Metrics("base", lambda: snapshot)
+    metrics.began(["canary-1"], 5)
+    metrics.generated(["canary-1"], 7)
+    shown, hidden = metrics.render().decode(), metrics.render(with_adapters=False).decode()
+    assert shown.count("canary") > 5
+    assert "canary" not in hidden
+    assert 'max_lora="4",running_lora_adapters="",waiting_lora_adapters=""' in hidden
+
+    def others(text: str) -> list[str]:
+        left_out = ("#", "vllm:lora_requests_info{", "process_")
+        return [line for line in text.splitlines() if "canary" not in line and not line.startswith(left_out)]
+
+    assert others(shown) == others(hidden)
+
+
 def test_two_servers_have_separate_registries() -> None:
     one, two = Metrics("base"), Metrics("base")
     one.began(["sql"], 5)

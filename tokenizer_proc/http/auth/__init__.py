@@ -1,1 +1,1 @@
-"""The rights of calls: API keys and the adapters they may use, and the checks for calls that change adapters."""
+"""The rights of calls: which hosts they may name, what each key may do and at which rate, and what routes need."""

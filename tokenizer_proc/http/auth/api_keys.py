@@ -1,109 +1,125 @@
-"""Tenants: the holders of API keys, with the adapters that each may name, and its rate limits.
-
-A rate limit is a token bucket that holds a minute's worth and fills steadily. Tokens are charged only when a call ends,
-so a bucket can be overdrawn; no call of the tenant is admitted until the bucket has refilled to a positive level.
-"""
+"""Tenants: the callers by their keys, with what each may do, which adapters it may name, and its rates."""
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import hashlib
+import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from engine.config.api_keys import ApiKey
-from engine.errors import NotFound, RateLimited, Unauthorized
-from engine.messages import AdapterMix
+from engine.errors import RateLimited
+from engine.messages import Submit
+from tokenizer_proc.http.auth.grants import Grant, Meter
+from tokenizer_proc.http.auth.rates import Clock, Rate
 
-Clock = Callable[[], float]
 
+class Role(enum.IntEnum):
+    """What a caller may do. Each role may do what the ones before it may."""
 
-class _Bucket:
-    """A token bucket that fills at a rate per minute. A rate of None means no limit."""
-
-    def __init__(self, per_minute: float | None, clock: Clock) -> None:
-        self._rate = None if per_minute is None else per_minute / 60
-        self._full = per_minute or 0.0
-        self._level = self._full
-        self._clock = clock
-        self._filled = clock()
-
-    def use(self, amount: float) -> None:
-        """Takes `amount` out of the bucket, even if the bucket holds less."""
-        self._fill()
-        self._level -= amount
-
-    def wait(self, amount: float) -> float:
-        """Returns the seconds until the bucket holds `amount`, or is full if it cannot hold that much."""
-        self._fill()
-        missing = min(amount, self._full) - self._level
-        return 0.0 if self._rate is None or missing <= 0 else missing / self._rate
-
-    def _fill(self) -> None:
-        now = self._clock()
-        if self._rate is not None:
-            self._level = min(self._full, self._level + (now - self._filled) * self._rate)
-        self._filled = now
+    CLIENT = 0
+    """Inference, and its own requests."""
+    OPERATOR = 1
+    """The requests of every caller and the state of the server; adapters too, where there is no admin key."""
+    ADMIN = 2
+    """Adapters, on a server that has an admin key."""
 
 
 class Tenant:
-    """The holder of one API key. On a server without keys, all calls belong to one tenant without limits."""
+    """A caller. By default it has no key and no limits.
 
-    def __init__(self, rules: ApiKey | None = None, clock: Clock = time.monotonic) -> None:
+    `name` separates this tenant's KV pages and shares from those of other tenants. `owner` is whose requests are this
+    caller's own: all keys that name the same tenant share them, and a key that names none has its own.
+    """
+
+    def __init__(
+        self,
+        rules: ApiKey | None = None,
+        role: Role = Role.CLIENT,
+        clock: Clock = time.monotonic,
+    ) -> None:
         self._rules = rules or ApiKey(key="")
-        self._requests = _Bucket(self._rules.requests_per_minute, clock)
-        self._tokens = _Bucket(self._rules.tokens_per_minute, clock)
+        self.role = role
+        self.name = self._rules.tenant
+        self.has_key = rules is not None
+        self.owner = f"tenant {self.name}" if self.name else f"key {_hash(self._rules.key).hex()}"
+        self._requests = Rate(self._rules.requests_per_minute, clock)
+        self._tokens = Rate(self._rules.tokens_per_minute, clock)
 
     @property
-    def name(self) -> str:
-        """The name that separates this tenant's KV pages and shares from those of other tenants."""
-        return self._rules.tenant
+    def may_use_base(self) -> bool:
+        """Whether this tenant may use the base model without an adapter."""
+        return self._rules.base
 
     @property
     def is_restricted(self) -> bool:
-        """Whether this tenant may name only some of the adapters."""
-        return "*" not in self._rules.adapters
+        """Whether this tenant may name only some of the models."""
+        return "*" not in self._rules.adapters or not self._rules.base
 
     def may_use(self, adapter: str) -> bool:
         """Returns whether this tenant may name the adapter. Adapters that it may not name are hidden from it."""
         return any(fnmatchcase(adapter, pattern) for pattern in self._rules.adapters)
 
-    def admit(self, loras: Sequence[str | AdapterMix | None]) -> None:
-        """Admits a call with one request for each item of `loras`, and charges the requests to the tenant's rate.
+    @contextlib.contextmanager
+    def granted(self, submits: Sequence[Submit]) -> Iterator[Grant]:
+        """Admits a call with these submits while entered, and charges it to the tenant's rates.
 
-        Raises NotFound for a request to the base model if the tenant may not use it, and RateLimited if the tenant has
-        used up a rate.
+        On leaving, the tokens beyond `Grant.used` are given back. Raises RateLimited if a rate is used up, and
+        InvalidRequest if the call alone exceeds a rate.
         """
-        if not self._rules.base and None in loras:
-            raise NotFound("this key may not use the base model without an adapter", param="model")
-        wait = max(self._requests.wait(len(loras)), self._tokens.wait(1))
-        if wait > 0:
-            raise RateLimited("this key has used up its rate; try again later", retry_after=wait)
-        self._requests.use(len(loras))
+        grant = Grant(self._requests, self._tokens, submits)
+        try:
+            yield grant
+        except RateLimited:
+            grant.forget()
+            raise
+        finally:
+            grant.settle()
 
-    def charge(self, tokens: int) -> None:
-        """Charges `tokens`, which a call used, to the tenant's token rate."""
-        self._tokens.use(tokens)
+    @contextlib.contextmanager
+    def metered(self, most: int) -> Iterator[Meter]:
+        """Charges work on up to `most` tokens to the token rate while entered, such as that of /tokenize.
+
+        On leaving, the tokens beyond `Meter.used` are given back. Raises RateLimited if the rate is used up.
+        """
+        meter = Meter(self._tokens, most)
+        try:
+            yield meter
+        finally:
+            meter.settle()
 
 
 class Tenants:
-    """The tenants by key. Keys are looked up by hash, so that the time of a look-up reveals nothing about a key."""
+    """The callers by key. Keys are looked up by hash, so that the time of a look-up reveals nothing about a key.
 
-    def __init__(self, keys: Sequence[ApiKey]) -> None:
-        self._keyless = None if keys else Tenant()
-        self._by_hash = {_hash(one.key): Tenant(one) for one in keys}
+    A sole API key is the operator's, if it has no rules and there is no admin key: there is nobody else to protect.
+    """
 
-    def authenticate(self, authorization: str) -> Tenant:
-        """Returns the tenant of an `Authorization: Bearer KEY` header. Raises Unauthorized if there is no such key."""
-        if self._keyless is not None:
-            return self._keyless
+    def __init__(self, keys: Sequence[ApiKey], admin_key: str | None = None) -> None:
+        is_sole = admin_key is None and list(keys) == [ApiKey(key=keys[0].key)] if keys else False
+        self._by_hash = {
+            _hash(one.key): Tenant(one, Role.OPERATOR if one.operator or is_sole else Role.CLIENT) for one in keys
+        }
+        self._admin_hash = None if admin_key is None else _hash(admin_key)
+        self._admin = Tenant(ApiKey(key=admin_key or ""), Role.ADMIN)
+        self._keyless = Tenant(role=Role.OPERATOR if admin_key is None else Role.CLIENT) if not keys else None
+
+    def identify(self, authorization: str) -> Tenant | None:
+        """Returns the caller that sent this Authorization header, or None if a key is needed and this is none.
+
+        The header is `Bearer KEY`. On a server without API keys, a caller without the admin key is the keyless one.
+        """
         scheme, _, key = authorization.partition(" ")
-        tenant = self._by_hash.get(_hash(key.strip())) if scheme.lower() == "bearer" else None
-        if tenant is None:
-            raise Unauthorized(
-                "a valid API key is needed: send it as Authorization: Bearer KEY", code="invalid_api_key"
-            )
-        return tenant
+        if scheme.lower() == "bearer":
+            hashed = _hash(key.strip())
+            if self._admin_hash is not None and secrets.compare_digest(hashed, self._admin_hash):
+                return self._admin
+            if hashed in self._by_hash:
+                return self._by_hash[hashed]
+        return self._keyless
 
 
 def _hash(key: str) -> bytes:

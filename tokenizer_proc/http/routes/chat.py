@@ -9,7 +9,7 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from engine.errors import InvalidRequest
-from engine.messages import Delta, PositionLogprobs, SamplingParams, Submit
+from engine.messages import ChatMessage, Delta, PositionLogprobs, SamplingParams, Submit
 from tokenizer_proc.http import adapter_access
 from tokenizer_proc.http.auth.rights import tenant_of
 from tokenizer_proc.http.batch import Batch, Choice
@@ -61,9 +61,11 @@ async def render(service: Service, request: web.Request) -> web.StreamResponse:
     lora = adapter_access.select(service, request, body.model or None, body.lora_path)
     envelope, tenant = Envelope(service, body, "chatcmpl", "", ""), tenant_of(request)
     submit = replace(_submit(body, lora, replace(params, logprobs=_wanted_logprobs(body))), tenant=tenant.name)
-    async with deadline_of(service, request).kept():
-        prepared = await service.frontend.prepare(submit)
-    tenant.charge(len(prepared.prompt_ids))
+    characters = sum(len(one.content) for one in submit.prompt if isinstance(one, ChatMessage))
+    with tenant.metered(characters) as meter:
+        async with deadline_of(service, request).kept():
+            prepared = await service.frontend.prepare(submit)
+        meter.used = len(prepared.prompt_ids)
     resolved = replace(
         params, max_tokens=0 if prepared.params.text.scores_only else prepared.params.stopping.max_tokens
     )

@@ -20,9 +20,12 @@ OWNER = "chorus"
 
 
 async def list_models(service: Service, request: web.Request) -> web.StreamResponse:
-    """Lists the base model under each of its names, then the adapters, with path, parent, revision, rank and state."""
-    adapters = service.frontend.adapters
-    cards = [_base_card(service, name) for name in adapters.base_names]
+    """Lists the base model under each of its names, then the adapters, with path, parent, revision, rank and state.
+
+    Only those are listed that the call's key may use.
+    """
+    adapters, tenant = service.frontend.adapters, tenant_of(request)
+    cards = [_base_card(service, name) for name in adapters.base_names if tenant.may_use_base]
     cards += [_adapter_card(service, card) for card in adapter_access.visible(request, adapters.cards())]
     return as_json({"object": "list", "data": cards})
 
@@ -30,16 +33,16 @@ async def list_models(service: Service, request: web.Request) -> web.StreamRespo
 async def retrieve_model(service: Service, request: web.Request) -> web.StreamResponse:
     """Returns one entry of `/v1/models`; the id may contain slashes and colons.
 
-    Raises NotFound for an unknown id, and for an adapter that the call's key may not use.
+    Raises NotFound for an unknown id, and for a model that the call's key may not use.
     """
     name = request.match_info["id"]
-    adapters = service.frontend.adapters
-    if name in adapters.base_names:
+    adapters, tenant = service.frontend.adapters, tenant_of(request)
+    meant = adapters.meaning(name)
+    if meant is None and tenant.may_use_base:
         return as_json(_base_card(service, name))
-    for known in (name, *(name.removeprefix(f"{base}:") for base in adapters.base_names)):
-        card = adapters.card(known)
-        if card is not None and tenant_of(request).may_use(known):
-            return as_json(_adapter_card(service, card))
+    card = adapters.card(meant) if meant is not None and tenant.may_use(meant) else None
+    if card is not None:
+        return as_json(_adapter_card(service, card))
     raise NotFound(f"the model '{name}' does not exist", param="model", code="model_not_found")
 
 

@@ -11,6 +11,8 @@ from aiohttp import web
 
 from engine.errors import EngineError, InvalidRequest
 from engine.messages import SamplingParams, Submit
+from tokenizer_proc.http.auth.api_keys import Role
+from tokenizer_proc.http.auth.rights import check_operator, is_operator, tenant_of
 from tokenizer_proc.http.bodies import decoding
 from tokenizer_proc.http.encoding import as_json
 from tokenizer_proc.http.service import Service
@@ -109,9 +111,12 @@ async def ready(service: Service, request: web.Request) -> web.StreamResponse:
 
 
 async def metrics(service: Service, request: web.Request) -> web.StreamResponse:
-    """Returns the metrics in Prometheus' text format."""
-    metrics = service.frontend.metrics
-    return web.Response(body=metrics.render(), headers={"Content-Type": metrics.content_type})
+    """Returns the metrics in Prometheus' text format; see `--metrics-rights` for who sees which."""
+    metrics, rights = service.frontend.metrics, service.config.metrics_rights
+    if rights == "operator":
+        check_operator(request)
+    body = metrics.render(with_adapters=rights == "open" or is_operator(request))
+    return web.Response(body=body, headers={"Content-Type": metrics.content_type})
 
 
 async def server_info(service: Service, request: web.Request) -> web.StreamResponse:
@@ -136,14 +141,17 @@ async def version(service: Service, request: web.Request) -> web.StreamResponse:
 
 
 async def abort_request(service: Service, request: web.Request) -> web.StreamResponse:
-    """Aborts the requests of one or more ids in `rid`, or all with `abort_all`; ids that do not run are ignored."""
+    """Aborts the caller's requests of one or more ids in `rid`, or all with `abort_all`; an operator aborts anybody's.
+
+    Ids that do not run are ignored, and so are those of other callers.
+    """
     body = decoding.decode(await decoding.read(request), AbortBody)
     if body.rid is None and not body.abort_all:
         raise InvalidRequest("send rid, or abort_all = true", param="rid")
-    if body.abort_all:
-        return as_json({"aborted": service.open.abort(None)})
+    tenant = tenant_of(request)
+    owner = None if tenant.role >= Role.OPERATOR else tenant.owner
     rids = [body.rid] if isinstance(body.rid, str) else body.rid or []
-    return as_json({"aborted": service.open.abort(rids)})
+    return as_json({"aborted": service.open.abort(owner, None if body.abort_all else rids)})
 
 
 def installed_version() -> str:

@@ -61,8 +61,9 @@ async def tokenize(service: Service, request: web.Request) -> web.StreamResponse
     texts, tenant = service.frontend.texts, tenant_of(request)
     text = await _text(texts, tenant.name, body, text_tools.chat)
     special = not body.messages if body.add_special_tokens is None else body.add_special_tokens
-    ids = await texts.encode(tenant.name, text_tools.tokenizer, text, special)
-    tenant.charge(len(ids))
+    with tenant.metered(len(text)) as meter:
+        ids = await texts.encode(tenant.name, text_tools.tokenizer, text, special)
+        meter.used = len(ids)
     request[ACCOUNT].add(ANSWER, 2 * TOKEN_BYTES * len(ids))
     name_of = text_tools.tokenizer.name_of
 
@@ -78,8 +79,9 @@ async def detokenize(service: Service, request: web.Request) -> web.StreamRespon
     """Decodes token ids; responds with `{"prompt", "text"}`, the same text under vLLM's name and SGLang's."""
     body = decoding.decode(await decoding.read(request), DetokenizeBody)
     tokenizer, tenant = (await _text_tools(service, request, body)).tokenizer, tenant_of(request)
-    text = await service.frontend.texts.decode(tenant.name, tokenizer, body.tokens, body.skip_special_tokens)
-    tenant.charge(len(body.tokens))
+    with tenant.metered(len(body.tokens)) as meter:
+        text = await service.frontend.texts.decode(tenant.name, tokenizer, body.tokens, body.skip_special_tokens)
+        meter.used = len(body.tokens)
     return as_json({"prompt": text, "text": text})
 
 

@@ -9,8 +9,10 @@ import pytest
 from aiohttp.test_utils import TestClient
 from fixtures.serving.api_calls import serve
 from fixtures.serving.fake_frontend import FakeFrontend
+from fixtures.serving.tokenizer_front import Fake
 
 from engine.config.api_keys import ApiKey
+from tokenizer_proc.frontend import Frontend
 
 RULED = ApiKey(key="k-team", tenant="team", adapters=["team-*"])
 FREE = ApiKey(key="k-free")
@@ -18,7 +20,7 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
 
 def ask(
-    front: FakeFrontend, calls: list[tuple[str, str, str | None, Any]], *keys: ApiKey, **fields: Any
+    front: FakeFrontend | Frontend, calls: list[tuple[str, str, str | None, Any]], *keys: ApiKey, **fields: Any
 ) -> list[tuple[int, Any]]:
     """Returns status and body of each (method, path, key, body) call; one server with `keys` gets them in order."""
 
@@ -98,23 +100,14 @@ def test_a_base_that_a_key_may_not_use_is_not_found() -> None:
     assert [status for status, _ in answers] == [404, 200]
 
 
-def test_rates_are_bounded_per_tenant() -> None:
-    slow = ApiKey(key="k", requests_per_minute=2)
-    [*fine, (status, answer)] = ask(FakeFrontend(), [("POST", "/generate", "k", {"text": "x"})] * 3, slow)
-    assert [status for status, _ in fine] == [200, 200]
-    assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded")
-    costly = ApiKey(key="k", tokens_per_minute=5)
-    answers = ask(FakeFrontend(), [("POST", "/generate", "k", {"text": "longer than five"})] * 2, costly)
-    assert [status for status, _ in answers] == [200, 429]
-
-
-def test_the_admin_key_or_an_unrestricted_key_changes_adapters() -> None:
-    body = {"lora_name": "x", "lora_path": "y"}
-    calls = [("POST", "/load_lora_adapter", key, body) for key in (None, "k-team", "k-free", "root")]
-    with_admin = ask(FakeFrontend(), calls, FREE, RULED, admin_key="root")
-    assert [status in (401, 403) for status, _ in with_admin] == [True, True, True, False]
-    without = ask(FakeFrontend(), calls, FREE, RULED, runtime_loads=True)
-    assert [status in (401, 403) for status, _ in without] == [True, True, False, True]
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", {"prompt": "x"}), ("/tokenize", {"prompt": "x"})])
+def test_a_hidden_base_is_like_a_name_that_does_not_exist(path: str, body: dict[str, Any]) -> None:
+    ruled = ApiKey(key="k", adapters=["a"], base=False)
+    calls = [("POST", path, "k", body | {"model": name}) for name in ("base", "ghost", "a", "base:a")]
+    [hidden, unknown, *used] = ask(FakeFrontend("a"), calls, ruled)
+    assert (hidden[0], unknown[0]) == (404, 404)
+    assert str(hidden[1]).replace("base", "?") == str(unknown[1]).replace("ghost", "?")
+    assert [status for status, _ in used] == [200, 200]
 
 
 def test_a_model_named_like_an_admin_route_needs_a_key() -> None:
@@ -127,3 +120,20 @@ def test_a_model_named_like_an_admin_route_needs_a_key() -> None:
     ]
     answers = ask(front, calls, FREE, admin_key="root")
     assert [status for status, _ in answers] == [401, 200, 401, 200, 401, 404]
+
+
+@pytest.mark.parametrize(
+    ("rights", "statuses", "shown"),
+    [
+        ("open", {None: 200, "k-team": 200, "k-free": 200, "k-op": 200, "root": 200}, set(range(5))),
+        ("hide-adapters", {None: 200, "k-team": 200, "k-free": 200, "k-op": 200, "root": 200}, {3, 4}),
+        ("operator", {None: 401, "k-team": 403, "k-free": 403, "k-op": 200, "root": 200}, {3, 4}),
+    ],
+)
+def test_metrics_name_adapters_to_those_with_the_rights(rights: str, statuses: dict[Any, int], shown: set[int]) -> None:
+    front = Fake("canary").front
+    calls: list[tuple[str, str, str | None, Any]] = [("GET", "/metrics", key, None) for key in statuses]
+    keys = [FREE, RULED, ApiKey(key="k-op", operator=True)]
+    answers = ask(front, calls, *keys, admin_key="root", metrics_rights=rights)
+    assert [status for status, _ in answers] == list(statuses.values())
+    assert {place for place, (_, text) in enumerate(answers) if "canary" in str(text)} == shown

@@ -169,7 +169,7 @@ def test_a_client_that_disconnects_is_one_line(caplog: pytest.LogCaptureFixture)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         data = json.dumps({"text": "a", "stream": True}).encode()
-        head = "POST /generate HTTP/1.1\r\nHost: a\r\nX-Request-Id: mine\r\nContent-Type: application/json\r\n"
+        head = "POST /generate HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: mine\r\nContent-Type: application/json\r\n"
         reader, writer = await asyncio.open_connection(*runner.addresses[0])
         writer.write(head.encode() + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
         for _ in range(3):
@@ -213,8 +213,8 @@ def test_an_unsound_request_id_is_replaced(given: str, caplog: pytest.LogCapture
 @pytest.mark.parametrize(
     "data",
     [
-        b"GET /health HTTP/1.1\r\nHost: a\r\nX-Request-Id: a\nstatus=200\r\nb\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: a\r\nX-Request-Id: " + b"x" * 10_000 + b"\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: a\nstatus=200\r\nb\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: " + b"x" * 10_000 + b"\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
         b"nothing of the kind\r\n\r\n",
     ],

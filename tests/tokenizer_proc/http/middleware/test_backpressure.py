@@ -186,7 +186,7 @@ async def ask(port: int, body: dict[str, Any], name: str, room: int = 4096) -> s
     loop = asyncio.get_running_loop()
     await loop.sock_connect(client, ("127.0.0.1", port))
     data = json.dumps(body).encode()
-    head = "POST /generate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    head = "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
     await loop.sock_sendall(
         client, head.encode() + f"X-Request-Id: {name}\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
     )
