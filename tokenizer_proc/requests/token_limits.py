@@ -11,6 +11,7 @@ from tokenizer_proc.text.tokenizer import Tokenizer
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARACTERS = 256
 MAX_BAD_WORD_TOKENS = 64
+MAX_CHARACTERS = 8192  # of all words together; encoding them takes some milliseconds, during which the event loop waits
 
 
 def encode_bad_words(words: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
@@ -21,6 +22,11 @@ def encode_bad_words(words: Sequence[str], tokenizer: Tokenizer) -> list[list[in
     if len(words) > MAX_BAD_WORDS:
         raise InvalidRequest(
             f"bad_words has {len(words)} entries; at most {MAX_BAD_WORDS} are taken", param="bad_words"
+        )
+    size = sum(map(len, words))
+    if size > MAX_CHARACTERS:
+        raise InvalidRequest(
+            f"bad_words have {size} characters together; at most {MAX_CHARACTERS} are taken", param="bad_words"
         )
     found = dict[tuple[int, ...], None]()
     for place, word in enumerate(words):

@@ -42,6 +42,7 @@ def test_allowed_tokens_are_sent_once_each() -> None:
         ({"bad_words": ["x" * 65]}, "bad_words[0]"),
         ({"bad_words": ["x" * 1000]}, "bad_words[0]"),
         ({"bad_words": ["x"] * 129}, "bad_words"),
+        ({"bad_words": ["x" * 100] * 100}, "bad_words"),
         ({"stop_regex": "("}, "stop_regex"),
         ({"stop_regex": ["a", "b*"]}, "stop_regex"),
     ],

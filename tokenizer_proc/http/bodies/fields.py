@@ -18,7 +18,7 @@ MAX_SHOWN = 64
 SUBSTANCE = frozenset({"messages", "content", "prompt", "text", "input_ids", "tokens"})
 """The fields whose empty value is a prompt, and not the wish for a default."""
 
-OFF_AT_ZERO = frozenset({"n", "best_of", "repetition_penalty", "truncate_prompt_tokens"})
+OFF_AT_ZERO = frozenset({"n", "best_of", "repetition_penalty", "truncate_prompt_tokens", "lora_int_id"})
 """The fields in which 0 stands for the default, because 0 itself has no meaning there."""
 
 IGNORED = frozenset(

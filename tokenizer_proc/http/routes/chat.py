@@ -9,7 +9,7 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from engine.errors import InvalidRequest
-from engine.messages import ChatMessage, Delta, PositionLogprobs, SamplingParams, Submit
+from engine.messages import ChatMessage, Delta, PositionLogprobs, SamplingParams, Submit, Usage
 from tokenizer_proc.http import adapter_access
 from tokenizer_proc.http.auth.rights import tenant_of
 from tokenizer_proc.http.batch import Batch, Choice
@@ -125,8 +125,7 @@ class ChatWriter(Writer):
         """
         events: list[object] = []
         if choice.deltas == 1:
-            shown = of_prompt(self._body, choice.prompt)
-            events.append(self._chunk(choice, {"role": "assistant", "content": ""}) | shown)
+            events.append(self._beginning(choice))
         scored = self._scored([delta.logprobs]) if delta.logprobs else None
         ids = token_ids(self._body, delta.token_ids)
         if delta.text or scored or (delta.token_ids and not delta.finish_reason):
@@ -144,6 +143,17 @@ class ChatWriter(Writer):
         """Returns the body of a response that is not streamed: a chat.completion object."""
         whole = self._envelope.whole([self._choice(choice) for choice in batch.choices], batch.usage())
         return whole | of_prompt(self._body, batch.prompts[0])
+
+    def _beginning(self, choice: Choice) -> dict[str, object]:
+        """Returns a choice's first event, which has the role and no token yet."""
+        one = {
+            "index": choice.number,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+        }
+        usage = Usage(choice.usage.prompt_tokens, 0, choice.usage.cached_tokens)
+        return self._envelope.chunk([one], usage) | of_prompt(self._body, choice.prompt)
 
     def _scored(self, slices: Iterable[Sequence[PositionLogprobs | None]]) -> dict[str, object] | None:
         return logprobs.chat(slices, self._body.return_tokens_as_token_ids) if self._body.logprobs else None

@@ -12,13 +12,14 @@ from fixtures.serving.calls_without_sockets import Caller
 from fixtures.serving.fake_frontend import FakeFrontend
 
 from engine.messages import SamplingParams
-from tokenizer_proc.http.bodies import fields
+from tokenizer_proc.http.bodies import decoding, fields
 from tokenizer_proc.http.bodies.chat_messages import Turn
 from tokenizer_proc.http.bodies.neutral import asking, struct_type
 from tokenizer_proc.http.dialects.openai import StreamOptions
 from tokenizer_proc.http.routes.chat import ChatBody
 from tokenizer_proc.http.routes.completions import CompletionBody
 from tokenizer_proc.http.routes.generate import GenerateBody
+from tokenizer_proc.http.routes.lora import V1UnloadBody
 from tokenizer_proc.http.routes.tokenize import DetokenizeBody, TokenizeBody
 
 CASES = 10_000
@@ -120,6 +121,10 @@ def test_zero_and_false_keep_their_meaning_where_they_have_one() -> None:
 
 def test_zero_is_the_default_where_it_has_no_meaning() -> None:
     assert sent({"n": 0, "repetition_penalty": 0, "temperature": False, "stop": "", "logprobs": False}) == sent({})
+
+
+def test_an_adapters_number_0_is_no_adapters_number() -> None:
+    assert decoding.decode({"lora_name": "a", "lora_int_id": 0}, V1UnloadBody).lora_int_id is None
 
 
 @pytest.mark.parametrize(

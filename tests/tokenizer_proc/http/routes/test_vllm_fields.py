@@ -23,6 +23,7 @@ def test_continuous_usage_counts_in_each_event(path: str, body: dict[str, Any]) 
         counts = [event["usage"]["completion_tokens"] for event in own]
         assert counts == sorted(counts)
         assert set(range(1, 8)) <= set(counts)
+        assert counts[0] == (0 if path == CHAT[0] else 1), "the event with the role has no token"
         assert all(event["usage"]["total_tokens"] == event["usage"]["prompt_tokens"] + count
                    for event, count in zip(own, counts, strict=True))  # fmt: skip
     assert events[-1]["usage"]["completion_tokens"] == 14
