@@ -20,6 +20,7 @@ from tokenizer_proc.requests.packed_logprobs import PackedLogprobs, entries
 from tokenizer_proc.requests.stream import Reserve
 from tokenizer_proc.work.queue import Abandoned
 
+AT_ONCE = 64  # the streams that are begun or left at once
 TOKEN_BYTES = 40  # bytes of memory for one token id in a list
 ENTRY_BYTES = 300  # bytes of memory for one token with its log-probability, packed and then written
 HOLD_STEP = 32 << 10  # bytes of output for which memory is asked at once
@@ -128,6 +129,8 @@ class Batch:
                 self._streams.append(stream)
                 self._hold(TOKEN_BYTES * len(stream.prompt_ids))
                 self._add_prompt(item, Prompt(stream.prompt_ids, self.check), submit.params.n)
+                if item % AT_ONCE == AT_ONCE - 1:
+                    self._stack.push_async_callback(asyncio.sleep, 0)  # leaving many streams must not stall it either
             self._stack = self._stack.pop_all()
         return self
 
@@ -219,8 +222,12 @@ class Batch:
                 yield 0, delta
             return
         inbox: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue()
-        pumps = [asyncio.create_task(_pump(item, stream, inbox)) for item, stream in enumerate(self._streams)]
+        pumps: list[asyncio.Task[None]] = []
         try:
+            for item, stream in enumerate(self._streams):
+                pumps.append(asyncio.create_task(_pump(item, stream, inbox)))
+                if item % AT_ONCE == AT_ONCE - 1:
+                    await asyncio.sleep(0)
             running = len(pumps)
             while running:
                 item, received = await inbox.get()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from engine.errors import InvalidRequest
 from engine.messages import ChatMessage, Submit
@@ -47,11 +47,12 @@ async def _encode(submit: Submit, text_tools: TextTools, max_length: int, texts:
         return await _encode_text(submit, prompt, tokenizer, submit.add_special_tokens, max_length, texts)
     if len(prompt) > max_length:  # each id is one token, each message at least one
         raise _too_long(f"the prompt has {len(prompt)} parts; this model's context is {max_length} tokens")
-    messages = [part for part in prompt if isinstance(part, ChatMessage)]
-    if not messages:
-        return [part for part in prompt if isinstance(part, int)]
-    if len(messages) != len(prompt):
+    kinds = set(map(type, prompt))
+    if ChatMessage not in kinds:
+        return cast(list[int], list(prompt))
+    if len(kinds) > 1:
         raise InvalidRequest("a prompt is token ids or messages, not both", param="prompt")
+    messages = cast(list[ChatMessage], prompt)
     text = await texts.render(
         submit.tenant,
         text_tools.chat,

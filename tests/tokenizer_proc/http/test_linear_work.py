@@ -113,3 +113,29 @@ def test_an_end_takes_linear_work(path: str, body: Callable[[int], dict[str, Any
         assert await scheduler.front.router.wait_idle(10)
 
     assert_linear(call, hold_after=1)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", lambda ids: {"input_ids": ids}),
+        ("/generate", lambda ids: {"input_ids": [ids] * 3}),
+        ("/v1/completions", lambda ids: {"prompt": ids}),
+        ("/detokenize", lambda ids: {"tokens": ids}),
+    ],
+    ids=["generate", "generate-lists", "completions", "detokenize"],
+)
+def test_token_ids_are_never_looped_over(path: str, body: Callable[[list[int]], dict[str, Any]]) -> None:
+    counts = []
+    for length in (4_000, 32_000):
+        found, frontend = Operations(), ScriptedScheduler("hi").frontend()
+
+        async def scenario(client: TestClient, found: Operations = found, length: int = length) -> None:
+            with found.counted():
+                async with client.post(path, json=body([5] * length)) as answer:
+                    assert answer.status in (200, 400)
+                    await answer.read()
+
+        serve(frontend, scenario)
+        counts.append(found.count)
+    assert counts[1] < counts[0] + 28_000, "an operation for each of 28,000 more ids"
