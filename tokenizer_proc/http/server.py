@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 CHECK_SECONDS = 1.0
 BACKLOG = 1024  # connections that the kernel accepts before this process does
 PIECE_BYTES = 64 << 10  # of a body that wait to be read in one connection; the kernel holds the rest back
-LINGERING_SECONDS = 2.0  # for which an answer to a request whose body was not read can be fetched
+LINGERING_SECONDS = 5.0  # for which an answer to a request whose body was not read can be fetched
 
 
 class HttpServer:

@@ -16,7 +16,7 @@ from aiohttp import StreamReader, web
 from engine.errors import EngineError, InvalidRequest
 from tokenizer_proc.http.intake import slices
 from tokenizer_proc.http.intake.memory_budget import BodyTooLarge, MemoryAccount, MemoryBudget
-from tokenizer_proc.http.intake.shape import ShapeScan
+from tokenizer_proc.http.intake.shape import STEP, ShapeScan
 
 PIECE = 64 << 10  # bytes
 SMALL = 64 << 10  # bytes of a body that is decoded at once
@@ -37,9 +37,11 @@ class BodyTimeout(EngineError):
 
 
 class Intake:
-    """What all requests of a server share: the memory budget, the bounds of bodies, and the turn to decode a large one.
+    """What all requests of a server share: the memory budget, the bounds of bodies, the turn to work on a large one.
 
-    `read_timeout` are the seconds in which a body must arrive; each LEAST_RATE bytes of it give another second.
+    A request that has the turn scans a piece or decodes a slice, and keeps the turn until the event loop has run once:
+    however many large bodies arrive, each step of the loop works on one. `read_timeout` are the seconds in which a body
+    must arrive; each LEAST_RATE bytes of it give another second.
     """
 
     def __init__(self, budget: MemoryBudget, max_body_bytes: int, read_timeout: float) -> None:
@@ -68,11 +70,20 @@ async def read_json(request: web.Request) -> object:
         if body and stream.at_eof() and len(body) <= intake.max_body_bytes:
             account.add(DECODED, TINY_FACTOR * len(body))
             return _decode(body)
-        whole, scan = await _read(stream, body, intake, account, request.content_length or 0)
+        return await _read_large(stream, body, intake, account, request.content_length or 0)
     except web.RequestPayloadError as error:
         raise InvalidRequest(f"the body cannot be read: {' '.join(str(error).split())}") from error
-    account.add(DECODED, _decoded_bytes(whole) if scan is None else scan.decoded_bytes)
-    value = _decode(whole) if scan is None else await _decode_in_slices(intake, whole, scan)
+    except EngineError as error:
+        error.__cause__ = error.__context__ = None
+        raise error.with_traceback(None) from None  # the frames hold the body, and the answer the error
+
+
+async def _read_large(
+    stream: StreamReader, piece: bytes, intake: Intake, account: MemoryAccount, length: int
+) -> object:
+    body, scan = await _read(stream, piece, intake, account, length)
+    account.add(DECODED, _decoded_bytes(body) if scan is None else scan.decoded_bytes)
+    value = _decode(body) if scan is None else await _decode_in_slices(intake, body, scan)
     account.set(RAW, 0)
     return value
 
@@ -87,13 +98,17 @@ async def _read(
         if max(length, len(body)) > intake.max_body_bytes:
             raise BodyTooLarge(f"the body is too large: it has more than {intake.max_body_bytes} bytes")
         piece = piece or await _piece(stream, began + intake.read_timeout + len(body) / LEAST_RATE)
-        account.add(RAW, len(piece))
+        account.add(RAW, len(piece) * 9 // 8)  # a bytearray that grows has an eighth to spare
         body += piece
         piece = b""
-        if len(body) > TINY and (len(body) > SMALL or _EXPONENT.search(body)):
+        is_whole = stream.at_eof()
+        if len(body) > SMALL or (is_whole and len(body) > TINY and _EXPONENT.search(body)):
             scan = scan or ShapeScan()
-            scan.feed(body)
-        if stream.at_eof():
+            if is_whole or len(body) - scan.scanned >= STEP:
+                async with intake.turn:
+                    scan.feed(body)
+                    await asyncio.sleep(0)
+        if is_whole:
             return body, scan
 
 
@@ -120,10 +135,10 @@ def _decode(body: bytes | bytearray) -> object:
 
 
 async def _decode_in_slices(intake: Intake, body: bytearray, scan: ShapeScan) -> object:
-    """Decodes a body while everything else goes on. Large bodies are decoded one after another."""
-    async with intake.turn:
-        work = slices.decode(body, scan.marks)
-        while True:
+    """Decodes a body while everything else goes on, one slice in each turn."""
+    work = slices.decode(body, scan.marks)
+    while True:
+        async with intake.turn:
             try:
                 next(work)
             except StopIteration as end:
