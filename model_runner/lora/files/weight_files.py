@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterable
+
 import msgspec
 
 from engine.directory import Directory
@@ -42,7 +45,15 @@ def open_weight_files(directory: Directory) -> list[TensorFile]:
         return [open_tensors(directory.open(WEIGHTS_NAME), WEIGHTS_NAME)]
     if PICKLE_NAME in present:
         raise AdapterError(f"{PICKLE_NAME}: pickles are not read; convert it, run in its directory: {CONVERSION}")
-    raise AdapterError(f"{WEIGHTS_NAME}: not found")
+    raise AdapterError(f"{WEIGHTS_NAME}: not found{_renaming(present)}")
+
+
+def _renaming(present: Iterable[str]) -> str:
+    """Returns the command that gives the only safetensors file its usual name, or nothing."""
+    others = [name for name in present if name.endswith(".safetensors")]
+    if len(others) != 1:
+        return ""
+    return f"; if {quoted_name(others[0])} is it, run in its directory: mv {shlex.quote(others[0])} {WEIGHTS_NAME}"
 
 
 def _open_shards(directory: Directory) -> list[TensorFile]:

@@ -128,10 +128,11 @@ def parse_config(options: dict[str, Any]) -> PeftConfig:
 def _find_format(options: Mapping[str, Any]) -> type[PeftFormat]:
     """Returns the format of the config. Called before all checks, because each format has its own options."""
     name = options.get("peft_type", "LORA")
-    if not isinstance(name, str) or name not in registry.FORMATS:
-        merge = f"; {MERGE}" if name in REFUSED_TYPES_THAT_MERGE else ""
+    kind = name.upper() if isinstance(name, str) else ""
+    if kind not in registry.FORMATS:
+        merge = f"; {MERGE}" if kind in REFUSED_TYPES_THAT_MERGE else ""
         raise unsupported("peft_type", name, f"only {', '.join(registry.FORMATS)}{merge}")
-    return registry.find_format(name)
+    return registry.find_format(kind)
 
 
 def _refuse_options(options: Mapping[str, Any], form: type[PeftFormat]) -> None:
@@ -151,8 +152,15 @@ def _refuse_options(options: Mapping[str, Any], form: type[PeftFormat]) -> None:
 
 
 def _convert(options: Mapping[str, Any], kind: type[S]) -> S:
-    """Returns a `kind` with the options that are its fields. Raises AdapterError for values of a wrong type."""
-    fields = {name: options[name] for name in kind.__struct_fields__ if name in options}
+    """Returns a `kind` with the options that are its fields; null means the default of a switch, as in PEFT.
+
+    Raises AdapterError for values of a wrong type.
+    """
+    fields = {
+        field.name: options[field.name]
+        for field in msgspec.structs.fields(kind)
+        if field.name in options and not (options[field.name] is None and isinstance(field.default, bool))
+    }
     try:
         return msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:

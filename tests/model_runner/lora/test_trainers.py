@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fixtures.adapters.adapter_zoo import save
 from fixtures.adapters.refusals import refusal
 from fixtures.adapters.resident import attach_adapters
 from fixtures.adapters.trainers.advice import Followed, follow
@@ -90,6 +91,30 @@ def _compare(case: Case, tokens: list[int], peft: Peft, known: dict[Path, torch.
         return agree(tokens, logits)
     except AssertionError as error:
         raise AssertionError(f"{case.name}: {tokens} are not PEFT's") from error
+
+
+EXPERT_TARGETS: dict[str, dict[str, list[str] | str]] = {
+    "qwen3-moe": {"expression": r".*\.(q_proj|gate_proj|up_proj|down_proj)", "all": "all-linear"},
+    "mixtral": {"expression": r".*\.(q_proj|w1|w2|w3|gate)", "list": ["q_proj", "w1", "w2", "w3", "wq"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", EXPERT_TARGETS)
+def test_targets_that_peft_writes_for_experts(family: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """PEFT resolves an expression on a mixture of experts into lists of modules and parameters."""
+    import peft
+
+    model = tiny_model(family)
+    roots = {}
+    for name, targets in EXPERT_TARGETS[family].items():
+        config = peft.LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", target_modules=targets)
+        roots[name] = save(model, tmp_path / name, config, fitting=False)
+    decoder = decoder_of(model)
+    lora = attach_adapters(decoder, roots)
+    served = Driver(decoder, lora=lora).greedy([PROMPT] * len(roots), TOKENS, lanes=range(1, len(roots) + 1))
+    for root, tokens in zip(roots.values(), served, strict=True):
+        assert agree(tokens, PeftAlone(model, root).logits([*PROMPT, *tokens[:-1]])) >= 2
 
 
 @pytest.mark.filterwarnings("ignore")
