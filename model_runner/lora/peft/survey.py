@@ -19,6 +19,7 @@ from engine.messages import Footprint
 from model_runner.lora.base_weights import BaseWeights
 from model_runner.lora.catalogue import EMBEDDING_AND_HEAD, Catalogue
 from model_runner.lora.files.adapter_config import CONFIG_NAME, read_options
+from model_runner.lora.files.quoted import some
 from model_runner.lora.files.tensor_file import FLOATS, Entry, TensorFile
 from model_runner.lora.files.weight_files import open_weight_files
 from model_runner.lora.foreign import mlx
@@ -158,6 +159,11 @@ def _survey(
     unstacked = _converted(entries, catalogue) if is_mlx else unstack(entries, config, catalogue, notes)
     adapted = adapted_modules(unstacked.entries, catalogue)
     targets = {module: target for module, target in unstacked.targets.items() if module in adapted}
+    if len(targets) < len(unstacked.targets):
+        bare = [module for module in unstacked.targets if module not in adapted]
+        notes.append(
+            f"target_parameters means {len(bare)} modules without tensors, which are the base's ({some(bare)})"
+        )
     if config.target_modules or (config.target_modules is None and not unstacked.targets):
         targets = resolve_targets(config, catalogue, adapted, notes) | targets
     mappings = TensorMapper(unstacked.entries, config, targets, catalogue, notes).map()
