@@ -71,9 +71,11 @@ class Frontend:
         base = TextTools(tokenizer, chat, generation_config)
         notes = WorkNotes(None if config.work_notes is None else MemoryFile(config.work_notes), config.after_fault)
         self.tokenizer_library = TokenizerLibrary(base, config.tokenizer_path, config.chat_template is not None, notes)
-        text_tools = self.tokenizer_library.load_all(config.adapters, skip_failed=config.endpoints.epoch > 0)
-        adapters = [source for source in config.adapters if source.adapter_id in text_tools]
-        self.adapters = AdapterRegistry(config.served_model_names, adapters, config.endpoints.epoch, text_tools)
+        epoch, failed = config.endpoints.epoch, dict[int, str]()
+        text_tools = self.tokenizer_library.load_all(config.adapters, failed if epoch else None)
+        self.adapters = AdapterRegistry(config.served_model_names, config.adapters, epoch, text_tools)
+        for adapter_id, reason in failed.items():
+            self.adapters.refuse(adapter_id, reason)
         self.metrics = Metrics(config.served_model_names[0], self._snapshot)
         journal = Journal([MemoryFile(descriptor) for descriptor in config.journal])
         self.lifecycle = Lifecycle(config, self.adapters, send, self.metrics, self.tokenizer_library, journal)

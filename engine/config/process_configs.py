@@ -20,7 +20,8 @@ class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
 
     `path` is the path that the user gave, `root` the resolved directory, `base` the base model's name given with it.
     With `roots` the real path of every file must lie under one of them, each time the file is read. `revision` is the
-    hash of the files that were loaded, empty before that.
+    hash of the files that were loaded, empty before that, and `text_revision` that of the tokenizer, chat template and
+    generation config that they bring, empty without any.
     """
 
     adapter_id: int
@@ -31,6 +32,7 @@ class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
     base: str | None = None
     roots: list[str] = []
     revision: str = ""
+    text_revision: str = ""
 
 
 class Endpoints(msgspec.Struct, frozen=True, kw_only=True):

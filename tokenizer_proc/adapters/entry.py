@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import time
 
+from msgspec.structs import replace
+
 from engine.config.process_configs import AdapterSource
 from engine.messages import AdapterCard, AdapterStage, AdapterState
 from tokenizer_proc.adapters.tokenizers import TextTools
@@ -29,6 +31,7 @@ class Entry:
         self.draining = False
         self.released = 0.0
         self.vocab_size = 0
+        self._refusal = ""
         self._changed = asyncio.Event()
 
     @property
@@ -47,8 +50,15 @@ class Entry:
         """The state that clients see: `draining` while a nameless adapter's requests finish, else the last state."""
         return "draining" if self.draining and self.state.state not in ("gone", "failed") else self.state.state
 
+    def refuse(self, reason: str) -> None:
+        """Makes the adapter failed, whatever states follow, until it is gone."""
+        self._refusal = reason
+        self.update(self.state)
+
     def update(self, state: AdapterState) -> None:
         """Stores a new state and wakes the calls that wait for a state change."""
+        if self._refusal and state.state != "gone":
+            state = replace(state, state="failed", error=self._refusal)
         self.state = state
         if state.revision:
             self.vocab_size = state.vocab_size

@@ -118,7 +118,8 @@ class Lifecycle:
 
         If that fails, it is tried again with the adapter's next state.
         """
-        if entry.source.revision or not entry.state.revision or self._registry.find(entry.name) is not entry:
+        is_known = entry.source.revision or not entry.is_loaded
+        if is_known or not entry.state.revision or self._registry.find(entry.name) is not entry:
             return
         source = _loaded(entry)
         try:
@@ -278,8 +279,9 @@ class Lifecycle:
 
 
 def _loaded(entry: Entry) -> AdapterSource:
-    """Returns the entry's source with the revision that was loaded."""
-    return replace(entry.source, revision=entry.state.revision)
+    """Returns the entry's source with the revisions that were loaded."""
+    text_revision = "" if entry.text_tools is None else entry.text_tools.revision
+    return replace(entry.source, revision=entry.state.revision, text_revision=text_revision)
 
 
 def _already_loaded(name: str) -> InvalidRequest:

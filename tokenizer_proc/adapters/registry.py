@@ -89,6 +89,10 @@ class AdapterRegistry:
             if entry.draining:
                 send(UnloadAdapter(entry.source.adapter_id))
 
+    def refuse(self, adapter_id: int, reason: str) -> None:
+        """Makes an adapter failed for good, whatever its weights are: its text tools cannot be used."""
+        self._by_id[adapter_id].refuse(reason)
+
     def accept_failed(self) -> list[str]:
         """No longer waits for the start-up adapters whose load failed. Returns the reasons.
 

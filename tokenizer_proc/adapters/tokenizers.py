@@ -64,6 +64,7 @@ MOST_OWN_MODEL = 1 << 20
 NAME = "tokenizer.json"
 BASE = b"base"
 """The key that stands for the base tokenizer's content, in place of a hash."""
+CHANGED = "its tokenizer, chat template or generation config has changed: load it again, with load_inplace"
 NOT_READ = ("tokenizer.model", "vocab.json", "added_tokens.json")
 """Tokenizer files in other formats, which are not read.
 
@@ -75,13 +76,15 @@ If one of them is there without a tokenizer.json, the base's tokenizer is used a
 class TextTools:
     """The tokenizer, chat template and generation config of one adapter or of the base.
 
-    `brings` lists which of the three differ from the base's: tokenizer, chat_template, generation.
+    `brings` lists which of the three differ from the base's: tokenizer, chat_template, generation. `revision` is a hash
+    of what they are, empty for the base's.
     """
 
     tokenizer: Tokenizer
     chat: ChatRenderer
     generation_config: GenerationConfig
     brings: tuple[str, ...] = ()
+    revision: str = ""
 
 
 class TokenizerLibrary:
@@ -109,22 +112,24 @@ class TokenizerLibrary:
         self._text_tools: weakref.WeakValueDictionary[tuple[object, ...], TextTools] = weakref.WeakValueDictionary()
         self._base_sections: TokenizerSections | None = None
 
-    def load_all(self, sources: Sequence[AdapterSource], skip_failed: bool) -> dict[int, TextTools]:
+    def load_all(self, sources: Sequence[AdapterSource], failed: dict[int, str] | None = None) -> dict[int, TextTools]:
         """Returns the text tools of the start-up adapters, by adapter id.
 
-        Raises AdapterError for files that cannot be used; with `skip_failed`, adapters with such files are logged and
-        left out instead.
+        Raises AdapterError for files that cannot be used. With `failed`, puts the reason there instead; there is one
+        too for an adapter that was served with other text tools by a former process.
         """
         found, self._is_starting = {}, True
         try:
             for source in sources:
                 try:
-                    found[source.adapter_id] = self.load(source.name, source.root, source.roots)
+                    found[source.adapter_id] = tools = self.load(source.name, source.root, source.roots)
+                    if source.revision and source.text_revision != tools.revision:
+                        raise AdapterError(f"adapter `{source.name}`: {CHANGED}")
                 except (AdapterError, StorageFailed) as error:
-                    if not skip_failed:
+                    if failed is None:
                         self.close()
                         raise
-                    log.error("%s; it is not served any more", error.message)
+                    failed[source.adapter_id] = error.message
         finally:
             self._is_starting = False
         return found
@@ -161,9 +166,10 @@ class TokenizerLibrary:
         base, tokens = self.base, special_tokens(directory)
         raw = files.read(directory, NAME, self._most_bytes)
         if raw is not None:
-            tokenizer = self._shared(raw, directory.path / NAME).named(tokens or base.tokenizer.special_tokens)
+            content, shared = self._shared(raw, directory.path / NAME)
+            tokenizer = shared.named(tokens or base.tokenizer.special_tokens)
         else:
-            tokenizer = base.tokenizer.named(base.tokenizer.special_tokens | tokens)
+            content, tokenizer = BASE, base.tokenizer.named(base.tokenizer.special_tokens | tokens)
             unread = [other for other in NOT_READ if directory.has(other)]
             if unread:
                 log.warning("adapter `%s`: %s is not read, only %s: the model's own is used", name, unread[0], NAME)
@@ -172,16 +178,23 @@ class TokenizerLibrary:
         source = (None if self._fixed_template else template_of(directory)) or base.chat.source
         if (tokenizer, source, generation_config) == (base.tokenizer, base.chat.source, base.generation_config):
             return base
-        return self._tools(tokenizer, source, generation_config)
+        return self._tools(content, tokenizer, source, generation_config)
 
-    def _tools(self, tokenizer: Tokenizer, source: str | None, generation_config: GenerationConfig) -> TextTools:
-        """Returns the shared TextTools object of these three parts. `source` is the chat template's text."""
+    def _tools(
+        self, content: bytes, tokenizer: Tokenizer, source: str | None, generation_config: GenerationConfig
+    ) -> TextTools:
+        """Returns the shared TextTools object of these three parts.
+
+        `content` is the hash of the tokenizer's content, `source` the chat template's text.
+        """
         named = tuple(sorted(tokenizer.special_tokens.items()))
         key = tokenizer.origin, named, source, msgspec.json.encode(generation_config)
         known = self._text_tools.get(key)
         if known is None:
             chat, brings = self._chat(source, tokenizer), self._brings(tokenizer, source, generation_config)
-            known = self._text_tools[key] = TextTools(tokenizer, chat, generation_config, brings)
+            parts = content.hex(), named, source, generation_config
+            revision = hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+            known = self._text_tools[key] = TextTools(tokenizer, chat, generation_config, brings, revision)
         return known
 
     def _brings(self, tokenizer: Tokenizer, source: str | None, generation_config: GenerationConfig) -> tuple[str, ...]:
@@ -199,15 +212,16 @@ class TokenizerLibrary:
             return SandboxedTemplate(self.sandbox, source, tokens)
         return base.chat if tokens == base.tokenizer.special_tokens else ChatTemplate(source, tokens)
 
-    def _shared(self, raw: bytes, path: Path) -> Tokenizer:
-        """Returns the tokenizer of the tokenizer.json with the content `raw`; files of equal content share one."""
+    def _shared(self, raw: bytes, path: Path) -> tuple[bytes, Tokenizer]:
+        """Returns the hash of the content of the tokenizer.json `raw`, and the tokenizer of all files that have it."""
         found = hashlib.sha256(raw).digest()
         with self._lock:
             self._learn_base()
-            known = self._kept.get(self._contents.get(found, b""))
+            content = self._contents.get(found, b"")
+            known = self._kept.get(content)
             if known is not None:
                 self._contents.move_to_end(found)
-                return known
+                return content, known
         with self._notes.working(digest([b"tokenizer", found])):
             content, made, size = self._made(raw, path)
         with self._lock:
@@ -216,7 +230,7 @@ class TokenizerLibrary:
             if known is None:
                 self._check_room(size)
                 self._kept[content], self._sizes[content] = made, size
-            return known or made
+            return content, known or made
 
     def _made(self, raw: bytes, path: Path) -> tuple[bytes, Tokenizer, int]:
         """Returns (hash of the content, the tokenizer, the number of bytes that it does not share with the base)."""

@@ -20,7 +20,7 @@ from engine.messages import AdapterState, SamplingParams, Submit
 from tokenizer_proc.adapters import calls as calls_module
 from tokenizer_proc.adapters import lifecycle as lifecycle_module
 from tokenizer_proc.adapters.lifecycle import LoadRequest
-from tokenizer_proc.adapters.tokenizers import TextTools
+from tokenizer_proc.adapters.tokenizers import CHANGED, TextTools
 
 JournalFiles = Callable[[list[AdapterSource]], list[MemoryFile]]
 
@@ -110,6 +110,37 @@ def test_roots_go_with_the_adapter_to_every_reader(
     assert [load.roots for load in world.loads()] == [roots, roots]
     assert read == [(str(tmp_path / "a"), roots)]
     assert [source.roots for source in Journal(journal).sources] == [roots]
+
+
+def test_a_successor_serves_no_other_text_tools(tmp_path: Path, journal_files: JournalFiles) -> None:
+    """The weights are the same, so the scheduler reports the adapter as loaded; its requests fail all the same."""
+    journal = journal_files([])
+    descriptors = [file.descriptor for file in journal]
+    for name in ("kept", "bare", "changed"):
+        adapter_dir(tmp_path / name)
+    for name in ("kept", "changed"):
+        (tmp_path / name / "generation_config.json").write_text('{"temperature": 0.5}')
+    first = LoadingFront(journal=descriptors)
+
+    async def load() -> None:
+        for name in ("kept", "bare", "changed"):
+            await first.front.lifecycle.load(LoadRequest(name=name, path=str(tmp_path / name)))
+
+    run(load)
+    (tmp_path / "changed" / "generation_config.json").write_text('{"temperature": 0.25}')
+    second = LoadingFront(sources=Journal(journal).sources, epoch=1, journal=descriptors)
+    assert stages(second) == {"kept": "host", "bare": "host", "changed": "failed"}
+    assert second.front.adapters.accept_failed() == [f"adapter `changed`: {CHANGED}"]
+
+    async def work() -> None:
+        with pytest.raises(AdapterError, match=r"`changed`: its tokenizer, chat template or .* load it again"):
+            await ask(second, "changed")
+        assert await ask(second, "kept")
+        await second.front.lifecycle.load(LoadRequest(name="changed", path=str(tmp_path / "changed")))
+        assert stages(second)["changed"] == "host"
+
+    run(work)
+    assert stages(LoadingFront(sources=Journal(journal).sources, epoch=2, journal=descriptors))["changed"] == "host"
 
 
 def test_preload_waits_for_pages_within_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

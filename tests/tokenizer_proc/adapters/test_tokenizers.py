@@ -65,6 +65,23 @@ def adapter(base: Path, name: str, *, extra: str = "", template: str | None = No
     return root
 
 
+def test_equal_files_have_one_revision_in_every_process(base: Path, library: TokenizerLibrary) -> None:
+    roots = {
+        "base": adapter(base, "base2"),
+        "token": adapter(base, "token", extra="<x>"),
+        "other token": adapter(base, "token2", extra="<y>"),
+        "template": adapter(base, "template", template=OWN),
+        "other template": adapter(base, "template2", template=OWN + " "),
+        "end": adapter(base, "end", eos="<|end|>"),
+    }
+    found = {name: library.load(name, root).revision for name, root in roots.items()}
+    assert found["base"] == ""
+    assert len(set(found.values())) == len(roots)
+    successor = started(base)
+    assert {name: successor.load(name, root).revision for name, root in reversed(roots.items())} == found
+    successor.close()
+
+
 def test_an_adapter_that_brings_nothing_new_uses_the_base(base: Path, library: TokenizerLibrary) -> None:
     (base.parent / "bare").mkdir()
     assert library.load("bare", base.parent / "bare") is library.base
@@ -196,7 +213,7 @@ def test_a_large_other_model_is_parsed_at_the_start_only(
     with pytest.raises(AdapterError, match=r"adapter `other`: .*another model .*give this adapter with --lora-paths"):
         library.load("other", root)
     source = AdapterSource(adapter_id=1, name="other", path="other", root=str(root))
-    found = library.load_all([source], skip_failed=False)
+    found = library.load_all([source])
     assert found[1].tokenizer.encode("hello") == whole.encode("hello")
 
 
@@ -309,9 +326,11 @@ def test_start_up_adapters_are_read_under_their_roots(base: Path, library: Token
         AdapterSource(adapter_id=number, name=path.name, path="p", root=str(path), roots=[str(root.parent)])
         for number, path in enumerate((root, outside), start=1)
     ]
-    assert library.load_all(sources, skip_failed=True).keys() == {1}
+    failed: dict[int, str] = {}
+    assert library.load_all(sources, failed).keys() == {1}
+    assert "adapter `outside`" in failed[2]
     with pytest.raises(AdapterError, match=r"adapter `outside`: .* lies outside of --lora-root"):
-        library.load_all(sources, skip_failed=False)
+        library.load_all(sources)
 
 
 @pytest.mark.parametrize("name", SPOILT)
@@ -437,6 +456,8 @@ def test_start_up_adapters_tools_are_read_at_the_start(base: Path) -> None:
     with pytest.raises(AdapterError, match="adapter `broken`: the chat template is not valid jinja"):
         front_of(epoch=0)
     taken_over = front_of(epoch=1)
-    assert [card.name for card in taken_over.adapters.cards()] == ["good"]
+    assert taken_over.adapters.stages() == {"good": "loading", "broken": "failed"}
+    (reason,) = taken_over.adapters.accept_failed()
+    assert "adapter `broken`: the chat template is not valid jinja" in reason
     assert taken_over.text_tools_for("good").tokenizer.vocab_size == taken_over.tokenizer.vocab_size + 1
     taken_over.tokenizer_library.close()
