@@ -57,20 +57,24 @@ def with_tokenizer(model_dir: Path, root: Path) -> None:
     (root / "chat_template.jinja").write_text(CHATML)
 
 
-def greedy(model: Any, prompt: list[int]) -> list[int] | None:
-    """Returns the greedy tokens, or None if the two best logits of a step are too close."""
+def greedy(model: Any, prompt: list[int], allowed: list[int] | None = None) -> list[int] | None:
+    """Returns the greedy tokens among `allowed`, or None if the two best logits of a step are too close."""
     tokens = list(prompt)
     with torch.inference_mode():
         for _ in range(NEW_TOKENS):
-            best = model(torch.tensor([tokens])).logits[0, -1].topk(2)
+            logits = model(torch.tensor([tokens])).logits[0, -1]
+            choices = torch.tensor(allowed) if allowed else torch.arange(len(logits))
+            best = logits[choices].topk(2)
             if float(best.values[0] - best.values[1]) < 1e-3:
                 return None
-            tokens.append(int(best.indices[0]))
+            tokens.append(int(choices[best.indices[0]]))
     return tokens[len(prompt) :]
 
 
-async def generate(session: aiohttp.ClientSession, prompt: list[int], lora: str | None) -> list[int]:
-    params = {"max_new_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+async def generate(
+    session: aiohttp.ClientSession, prompt: list[int], lora: str | None, limits: dict[str, Any]
+) -> list[int]:
+    params = {"max_new_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True, **limits}
     body = {"input_ids": prompt, "lora_path": lora, "sampling_params": params}
     async with session.post("/generate", json=body) as response:
         answer = await response.json()
@@ -91,21 +95,25 @@ def test_adapter_with_tokens_tokenizer_and_template(tmp_path: Path) -> None:
         (tmp_path / name / "chat_template.jinja").write_text(template)
     shutil.copytree(tmp_path / "usual", tmp_path / "broken")
     (tmp_path / "broken" / "chat_template.jinja").write_text("{% for")
-    draw, jobs = random.Random(5), []
+    draw = random.Random(5)
+    jobs: list[tuple[list[int], str | None, list[int], dict[str, Any]]] = []
     for name, model in models.items():
-        answer = None
-        while answer is None:
-            size = sizes[name] if name else VOCAB
+        answer = limited = None
+        size = sizes[name] if name else VOCAB
+        few = [size - 3, size - 2, 7, 9]
+        while answer is None or limited is None:
             prompt = [size - 1, *(draw.randrange(size) for _ in range(draw.choice([2, 20])))]
-            answer = greedy(model, prompt)
-        jobs.append((prompt, name, answer))
-    jobs += [(prompt, "also", answer) for prompt, name, answer in jobs if name == "more"]
+            answer, limited = greedy(model, prompt), greedy(model, prompt, few)
+        jobs.append((prompt, name, answer, {}))
+        limits = {"allowed_token_ids": few} if name != "more" else {"allowed_token_ids": [*few, size - 1]}
+        jobs.append((prompt, name, limited, limits | ({"bad_words": [ADDED[2]]} if name == "more" else {})))
+    jobs += [(prompt, "also", answer, limits) for prompt, name, answer, limits in jobs if name == "more"]
 
     async def ask(url: str) -> None:
         async with aiohttp.ClientSession(url) as session:
-            answers = await asyncio.gather(*(generate(session, prompt, name) for prompt, name, _ in jobs * 2))
-        for (_, name, expected), tokens in zip(jobs * 2, answers, strict=True):
-            assert tokens == expected, f"adapter {name}"
+            answers = await asyncio.gather(*(generate(session, prompt, name, own) for prompt, name, _, own in jobs * 2))
+        for (_, name, expected, limits), tokens in zip(jobs * 2, answers, strict=True):
+            assert tokens == expected, f"adapter {name}, {limits}"
 
     flags = ["--model-path", base, "--dtype", "float32", "--max-loras-per-batch", 3]
     with RunningServer(*flags, "--lora-paths", f"more={tmp_path / 'more'}", f"also={tmp_path / 'more'}") as server:
