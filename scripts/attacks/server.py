@@ -83,7 +83,8 @@ def attacked_server(faults: bool, *flags: str) -> Iterator[AttackedServer]:
             "--model-path", DEMO / "model", "--served-model-name", "chorus-demo", "--dtype", "float32",
             "--cpu-threads", 1, "--api-key-file", Path(work) / "keys", "--admin-api-key", keys["admin"],
             "--lora-root", scratch, DEMO / "adapters", "--max-running-requests", 32, "--schedule-policy", "fair",
-            "--max-stream-buffer", "256KiB", *flags, "--lora-paths", *(f"{n}={path}" for n, path in paths.items()),
+            "--max-stream-buffer", "256KiB", "--max-request-memory", "128MiB", *flags,
+            "--lora-paths", *(f"{n}={path}" for n, path in paths.items()),
         ]  # fmt: skip
         before = os.environ.get("TMPDIR")
         os.environ |= {"TMPDIR": str(run_directory), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
