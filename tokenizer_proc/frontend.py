@@ -88,7 +88,7 @@ class Frontend:
         self.epoch = config.endpoints.epoch
         self.is_draining = False
         self.pools = WorkPools()
-        self.texts = TextWork(self.pools, notes)
+        self.texts = TextWork(self.pools, notes, lambda: self.max_length)
         self._preparer = RequestPreparer(config, self.adapters, base, self.resolver, self.texts)
         self._info = ServerInfo(config, self.adapters, self.router)
         self._config = config

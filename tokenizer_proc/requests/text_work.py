@@ -1,13 +1,14 @@
 """Encodes, decodes and renders texts of any caller: small ones at once, others in a queue; too large ones are refused.
 
 A text is encoded by a single call of the tokenizers library, which cannot be ended from outside, because the tokens of
-a text are not those of its parts. The call's cost is therefore bounded by the text's size.
+a text are not those of its parts. The call's cost is therefore bounded by the text's size: it takes up to 350 bytes a
+character until the tokens are counted, and the text of a context needs few characters a token.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -16,6 +17,7 @@ from engine.journal.work_notes import WorkNotes, digest
 from engine.messages import ChatMessage
 from tokenizer_proc.text.templates.chat_template import ChatRenderer, ChatTemplate, Value
 from tokenizer_proc.text.tokenizer import Tokenizer
+from tokenizer_proc.work import freed_memory
 from tokenizer_proc.work.pools import WorkPools
 from tokenizer_proc.work.queue import Job
 
@@ -24,6 +26,11 @@ INLINE_IDS = 8192
 INLINE_MESSAGES = 64
 LARGE_CHARACTERS = 256 << 10  # encoding these takes about a tenth of a second
 MOST_CHARACTERS = 4 << 20
+LEAST_BOUND = 256 << 10
+CHARACTERS_PER_TOKEN = 16
+"""A text has at most this many characters for each token of the context, but LEAST_BOUND may have any text."""
+
+TRIM_CHARACTERS = 32 << 10  # encoding these takes about 10 MiB
 MOST_TOKENS = 1 << 20  # making a list of these takes about 20 milliseconds, during which the event loop waits
 MOST_MESSAGES = 8192
 
@@ -31,11 +38,15 @@ MOST_MESSAGES = 8192
 class TextWork:
     """Works on texts, in the queues of `pools` where it may take long. `tenant` is the name of the caller's tenant.
 
-    Work in a queue is noted in `notes`: what ended this process before raises InvalidRequest.
+    Work in a queue is noted in `notes`: what ended this process before raises InvalidRequest. `max_length` returns the
+    context length in tokens, or 0 while it is unknown.
     """
 
-    def __init__(self, pools: WorkPools, notes: WorkNotes | None = None) -> None:
+    def __init__(
+        self, pools: WorkPools, notes: WorkNotes | None = None, max_length: Callable[[], int] = lambda: 0
+    ) -> None:
         self._pools = pools
+        self._max_length = max_length
         self._notes = notes or WorkNotes()
 
     async def encode(
@@ -54,16 +65,20 @@ class TextWork:
         """
         if len(text) <= INLINE_CHARACTERS:
             return tokenizer.encode(text, special, most)
-        if len(text) > MOST_CHARACTERS:
+        if len(text) > (bound := self._most_characters()):
             raise InvalidRequest(
-                f"the text has {len(text)} characters; a text has at most {MOST_CHARACTERS}",
+                f"the text has {len(text)} characters; a text has at most {bound}",
                 param=param,
                 code="text_too_long",
             )
 
         def encoded(job: Job) -> list[int]:
-            with self._notes.working(digest([b"encode", _bytes(text)])):
-                return tokenizer.encode(text, special, most)
+            try:
+                with self._notes.working(digest([b"encode", _bytes(text)])):
+                    return tokenizer.encode(text, special, most)
+            finally:
+                if len(text) > TRIM_CHARACTERS:
+                    freed_memory.give_back()
 
         return await self._pools.texts.run(tenant, encoded, len(text) > LARGE_CHARACTERS)
 
@@ -101,9 +116,9 @@ class TextWork:
                 f"messages has {len(messages)} entries; a chat has at most {MOST_MESSAGES}", param="messages"
             )
         size = _characters(messages, arguments)
-        if size > MOST_CHARACTERS:
+        if size > (bound := self._most_characters()):
             raise InvalidRequest(
-                f"the messages have {size} characters; a text has at most {MOST_CHARACTERS}",
+                f"the messages have {size} characters; a text has at most {bound}",
                 param="messages",
                 code="text_too_long",
             )
@@ -116,6 +131,11 @@ class TextWork:
                 return chat.render(messages, add_generation_prompt, continue_final_message, **arguments)
 
         return await self._pools.python.run(tenant, rendered, size > LARGE_CHARACTERS)
+
+    def _most_characters(self) -> int:
+        """Returns how many characters a text may have."""
+        length = self._max_length()
+        return min(MOST_CHARACTERS, max(LEAST_BOUND, CHARACTERS_PER_TOKEN * length)) if length else MOST_CHARACTERS
 
 
 def _characters(messages: Sequence[ChatMessage], arguments: Mapping[str, Value]) -> int:

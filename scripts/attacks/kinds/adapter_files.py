@@ -232,7 +232,8 @@ async def swapped(target: Target, draw: random.Random) -> None:
             right = await target.call("/generate", request | {"lora_path": "poet"}, expect=(200, 503))
             await target.call("/unload_lora_adapter", {"lora_name": guest}, key="admin", expect=(200, 503), seconds=90)
             if served.status == right.status == 200 and served.json()["output_ids"] != right.json()["output_ids"]:
-                raise Broken("a load has read files outside of --lora-root")
+                got, expected = served.json()["output_ids"], right.json()["output_ids"]
+                raise Broken(f"a load has read files outside of --lora-root: {got} is not {expected}")
     finally:
         over.set()
         await swapping

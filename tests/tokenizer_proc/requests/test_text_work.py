@@ -95,6 +95,31 @@ def test_a_text_beyond_the_bound_is_never_encoded(monkeypatch: pytest.MonkeyPatc
     assert len(tokenizer.threads) == 1
 
 
+@pytest.mark.parametrize(
+    ("context", "most"), [(0, 4 << 20), (2048, 256 << 10), (32_768, 512 << 10), (1 << 20, 4 << 20)]
+)
+def test_the_bound_of_a_text_follows_the_context(context: int, most: int) -> None:
+    """Encoding takes some hundred bytes a character, and a text far beyond the context fits no request."""
+
+    async def scenario(pools: WorkPools) -> None:
+        texts, tokenizer = TextWork(pools, max_length=lambda: context), Watched()
+        with pytest.raises(InvalidRequest, match=f"at most {most}"):
+            await texts.encode("", tokenizer, "a" * (most + 1), False)
+        assert not tokenizer.threads
+
+    run(lambda _, pools: scenario(pools))
+
+
+def test_memory_of_a_long_text_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[threading.Thread] = []
+    monkeypatch.setattr(text_work.freed_memory, "give_back", lambda: calls.append(threading.current_thread()))
+    encoded(Watched(), "a" * text_work.TRIM_CHARACTERS)
+    assert calls == []
+    encoded(Watched(), "a" * (text_work.TRIM_CHARACTERS + 1))
+    assert len(calls) == 1
+    assert calls[0] is not MAIN
+
+
 def test_more_tokens_than_the_caller_can_use_are_refused() -> None:
     with pytest.raises(TooManyTokens, match="at most 5"):
         encoded(Watched(), "a" * (INLINE_CHARACTERS + 1), 5)
