@@ -260,9 +260,10 @@ class Lifecycle:
                 param="lora_name",
                 code="name_taken",
             )
-        if len(name) > LONGEST_NAME or not name.isprintable():
+        if len(name) > LONGEST_NAME or not name.isprintable() or name != name.strip():
             raise InvalidRequest(
-                f"an adapter's name has at most {LONGEST_NAME} characters, all of them printable", param="lora_name"
+                f"an adapter's name has at most {LONGEST_NAME} characters, printable, without spaces at its ends",
+                param="lora_name",
             )
 
     def _check_pin(self, name: str) -> None:

@@ -15,7 +15,7 @@ from tokenizer_proc.http.bodies.fields import SPELLINGS_OPENAI
 from tokenizer_proc.http.intake.body_reader import ACCOUNT, INTAKE, Intake
 from tokenizer_proc.http.intake.connection import drop_unread_body
 from tokenizer_proc.http.intake.memory_budget import MemoryBudget
-from tokenizer_proc.http.middleware import access_log, backpressure, cors, errors, memory
+from tokenizer_proc.http.middleware import access_log, backpressure, cors, errors, expectations, memory
 from tokenizer_proc.http.routes import chat, completions, generate, lora, models, openapi, operations, tokenize
 from tokenizer_proc.http.routes.route import Route
 from tokenizer_proc.http.service import Service
@@ -80,6 +80,7 @@ def create_app(frontend: Frontend, config: TokenizerConfig) -> web.Application:
         hosts.middleware(config),
         *([cors.middleware(config.cors)] if config.cors.origins else []),
         rights.middleware(config),
+        expectations.middleware,
         _count_for_tenant,
     ]
     app = web.Application(middlewares=middlewares)
@@ -88,7 +89,8 @@ def create_app(frontend: Frontend, config: TokenizerConfig) -> web.Application:
     declared = app[RIGHTS] = {}
     for route in ROUTES:
         for method in ("GET", "HEAD") if route.method == "GET" else (route.method,):  # load balancers probe by HEAD
-            added = app.router.add_route(method, route.path, partial(route.handler, service))
+            handler = partial(route.handler, service)
+            added = app.router.add_route(method, route.path, handler, expect_handler=expectations.later)
             declared[added] = route.rights
     app.on_response_prepare.extend((access_log.add_request_id, drop_unread_body))
     if config.cors.origins:

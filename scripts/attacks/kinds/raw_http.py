@@ -85,8 +85,8 @@ async def forms(target: Target, draw: random.Random) -> None:
 
 @kind("raw_http.request_ids")
 async def request_ids(target: Target, draw: random.Random) -> None:
-    """X-Request-Id values that would forge headers or lines of the log: they are replaced."""
-    odd = ["a b", "a" * 3000, 'a"b', "a=b c=d", "\x1b[2J", "id=other status=200", "é"]
+    """X-Request-Id values that are long or not printable: they are replaced."""
+    odd = ["a" * 300, "a" * 3000, "\x1b[2J", "a\tb", "é", "\x7f"]
     sent = draw.choice(odd)
     head = b"GET /version HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nX-Request-Id: " + sent.encode()
     head += b"\r\nAuthorization: Bearer " + target.config.keys["attacker"].encode() + b"\r\n\r\n"

@@ -170,6 +170,8 @@ def test_preload_waits_for_pages_within_a_bound(tmp_path: Path, monkeypatch: pyt
         ("x" * 257, "at most 256"),
         ("a\nb", "printable"),
         ("a\x00", "printable"),
+        (" ", "spaces"),
+        ("sql ", "spaces"),
     ],
 )
 def test_invalid_names_are_refused(name: str, message: str, tmp_path: Path) -> None:
