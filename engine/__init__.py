@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         InvalidRequest,
         NotFound,
         Overloaded,
+        StorageFailed,
         Unauthorized,
     )
     from engine.messages import AdapterCard, ChatMessage, Delta, SamplingParams, Usage
@@ -51,6 +52,7 @@ _NAMES = {
         "InvalidRequest",
         "NotFound",
         "Overloaded",
+        "StorageFailed",
         "Unauthorized",
     ],
     "engine.messages": ["AdapterCard", "ChatMessage", "Delta", "SamplingParams", "Usage"],
@@ -73,6 +75,7 @@ __all__ = [
     "NotFound",
     "Overloaded",
     "SamplingParams",
+    "StorageFailed",
     "Unauthorized",
     "Usage",
 ]

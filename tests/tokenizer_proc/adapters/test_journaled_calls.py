@@ -97,7 +97,8 @@ def test_a_write_may_fail_at_every_byte(compact_bytes: int, monkeypatch: pytest.
         lines = [len(line) + 1 for content in calm.disk.contents for line in bytes(content).splitlines()]
         for write in range(calm.disk.writes):
             for stored in range(max(lines) + 1):
-                for code, sticks in ((errno.ENOSPC, False), (errno.EIO, True), (None, False)):
+                kinds = [(errno.ENOSPC, False), (errno.EIO, True), (None, False)]
+                for code, sticks in kinds if compact_bytes > 1 else kinds[stored % 3 :][:1]:
                     world = NamedWorld({path: path for path in PATHS}, {"a": "x"})
                     world.disk.arm(Fault(write, stored, code, sticks))
                     with contextlib.suppress(Killed):
