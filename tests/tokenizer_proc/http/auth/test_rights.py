@@ -305,6 +305,28 @@ def test_a_list_of_models_has_only_usable_ones() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "body",
+    [{"model": "ghost"}, {"model": "base:ghost"}, {"lora_path": "ghost"}, {"lora_path": {"mine-a": 0.5, "ghost": 0.5}}],
+)
+def test_no_answer_and_no_log_line_lists_hidden_names(body: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+
+    async def scenario(client: TestClient) -> dict[str, str]:
+        found = {}
+        for key in ("a", "ruled"):
+            async with client.post("/v1/completions", json=body | {"prompt": "x"}, headers=bearer(key)) as answer:
+                assert answer.status == 404
+                found[key] = str(answer.headers) + await answer.text()
+            found[key] += "".join(record.getMessage() for record in caplog.records)
+            caplog.clear()
+        return found
+
+    found = serve(FakeFrontend("mine-a", "sekret"), scenario, **SERVERS["keys"])
+    assert "sekret" in found["a"], "a key that may use every model is told some of them"
+    assert "sekret" not in found["ruled"]
+
+
 def test_an_adapter_that_leaves_meanwhile_shows_no_others() -> None:
     """An adapter may be unloaded between the check of a call's names and the start of its request."""
     front = FakeFrontend("mine-a", "sekret")
