@@ -92,7 +92,7 @@ def create_app(frontend: Frontend, config: TokenizerConfig) -> web.Application:
             handler = partial(route.handler, service)
             added = app.router.add_route(method, route.path, handler, expect_handler=expectations.later)
             declared[added] = route.rights
-    app.on_response_prepare.extend((access_log.add_request_id, drop_unread_body))
+    app.on_response_prepare.extend((access_log.add_request_id, rights.add_rates, drop_unread_body))
     if config.cors.origins:
         app.on_response_prepare.append(partial(cors.add_headers, config.cors))
     return app

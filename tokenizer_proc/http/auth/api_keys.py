@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import hashlib
+import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -78,6 +79,16 @@ class Tenant:
             raise
         finally:
             grant.settle()
+
+    def rate_headers(self) -> dict[str, str]:
+        """Returns OpenAI's x-ratelimit headers for the rates that this tenant has: limit, remaining, and reset."""
+        headers = {}
+        for what, rate in (("requests", self._requests), ("tokens", self._tokens)):
+            if rate.limit is not None:
+                headers[f"x-ratelimit-limit-{what}"] = str(int(rate.limit))
+                headers[f"x-ratelimit-remaining-{what}"] = str(int(rate.left))
+                headers[f"x-ratelimit-reset-{what}"] = f"{math.ceil(rate.reset)}s"
+        return headers
 
     @contextlib.contextmanager
     def metered(self, most: int) -> Iterator[Meter]:

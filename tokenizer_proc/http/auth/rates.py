@@ -105,6 +105,12 @@ class Rate:
         self._advance()
         return max(0.0, min((self.limit or 0.0) - self._recent, self._level))
 
+    @property
+    def reset(self) -> float:
+        """The seconds until the window is empty, from 0 to WINDOW."""
+        now = self._advance()
+        return self._entries[-1].time + WINDOW - now if self._entries else 0.0
+
     def _wait_for_window(self, now: float, own: Charge) -> float:
         """Returns the seconds until the other calls' entries of the last WINDOW seconds are below the limit."""
         limit, others = self.limit or 0.0, self._recent - own.recent

@@ -80,6 +80,13 @@ def is_operator(request: web.Request) -> bool:
     return tenant is not None and tenant.role >= Role.OPERATOR
 
 
+async def add_rates(request: web.Request, response: web.StreamResponse) -> None:
+    """Adds headers that tell a caller what is left of its rates, if its key has any."""
+    tenant = request.get(TENANT)
+    if tenant is not None:
+        response.headers.update(tenant.rate_headers())
+
+
 def check_operator(request: web.Request) -> None:
     """Raises Unauthorized or Forbidden if no operator made this call, also on a route that needs no rights."""
     tenant = request.get(TENANT)

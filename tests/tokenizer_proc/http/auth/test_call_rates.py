@@ -208,3 +208,20 @@ def test_nothing_is_sent_for_a_prompt_that_is_refused() -> None:
 
     assert serve(front.front, scenario, api_keys=[ApiKey(key="k", tokens_per_minute=23)]) == [200, 429]
     assert len(front.generates) == 1
+
+
+def test_headers_tell_what_is_left() -> None:
+    async def scenario(client: TestClient) -> list[dict[str, str]]:
+        found = []
+        for _ in range(2):
+            headers = {"Authorization": "Bearer k"}
+            async with client.post("/v1/completions", json=completion(n=2), headers=headers) as answer:
+                found.append({name: text for name, text in answer.headers.items() if name.startswith("x-ratelimit")})
+        return found
+
+    first, second = serve(FakeFrontend(), scenario, api_keys=[ApiKey(key="k", tokens_per_minute=100)])
+    assert 0 < int(first.pop("x-ratelimit-reset-tokens").removesuffix("s")) <= WINDOW
+    assert first == {"x-ratelimit-limit-tokens": "100", "x-ratelimit-remaining-tokens": "85"}
+    assert second["x-ratelimit-remaining-tokens"] == "70"
+    [none] = serve(FakeFrontend(), scenario, api_keys=[ApiKey(key="k")])[:1]
+    assert none == {}
