@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import msgspec
 import pytest
-from fixtures.serving.api_calls import ok, post, stream
+from aiohttp.test_utils import TestClient
+from fixtures.serving.api_calls import ok, post, serve, stream
 from fixtures.serving.fake_frontend import FakeFrontend
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -134,3 +136,37 @@ def _timeless(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _timeless(each) for name, each in value.items() if name not in ("id", "created", "e2e_latency")}
     return [_timeless(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def test_a_client_that_leaves_ends_the_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the prompts has a slice of its own, and the one that is written when the client leaves is the last."""
+    monkeypatch.setattr(batch, "LARGE", 1)
+    monkeypatch.setattr(packed_logprobs, "SLICE_ENTRIES", 2)
+    begun, go, written = threading.Event(), threading.Event(), 0
+    floored = logprobs.floored
+
+    def held(token: Any) -> float:
+        nonlocal written
+        written += 1
+        begun.set()
+        assert go.wait(20)
+        return floored(token)
+
+    monkeypatch.setattr(logprobs, "floored", held)
+    frontend = FakeFrontend()
+
+    async def scenario(client: TestClient) -> None:
+        asked = asyncio.ensure_future(client.post("/v1/completions", json=ECHO | {"prompt": ["abc"] * 50}))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        asked.cancel()
+        await asyncio.wait([asked])
+        while frontend.left < 50:
+            await asyncio.sleep(0.001)
+        go.set()
+        while frontend.pools.python.running:
+            await asyncio.sleep(0.001)
+
+    serve(frontend, scenario)
+    of_a_slice = 3 * 3 + 3  # positions, each with two alternatives
+    assert 0 < written <= 2 * of_a_slice, "of 50 prompts"
