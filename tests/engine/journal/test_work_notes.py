@@ -13,7 +13,7 @@ from engine.errors import InvalidRequest
 from engine.journal.memory_file import MemoryFile
 from engine.journal.work_notes import RECORDS, SLOTS, WorkNotes, digest
 
-DEAD: list[contextlib.AbstractContextManager[None]] = []  # the work of dead processes, which never ends
+DEAD: list[contextlib.AbstractContextManager[None]] = []  # the work of dead processes, which ends with the test
 A, B, C = (digest([name]) for name in (b"a", b"b", b"c"))
 
 
@@ -22,6 +22,8 @@ def file() -> Iterator[MemoryFile]:
     made = WorkNotes.new_file()
     assert made is not None
     yield made
+    while DEAD:
+        DEAD.pop().__exit__(None, None, None)
     os.close(made.descriptor)
 
 
