@@ -186,6 +186,30 @@ def test_all_requests_of_a_half_closed_client_are_answered(run: Callable[[Awaita
 
 
 @pytest.mark.parametrize("run", LOOPS)
+def test_few_pipelined_requests_are_read_ahead(run: Callable[[Awaitable[None]], None]) -> None:
+    async def main() -> None:
+        front = FakeFrontend()
+        front.hold_after = 1
+        async with served(front) as server:
+            client = await server.connect()
+            sending = asyncio.ensure_future(client.send(call("/generate", TEXT | {"rid": "r" * 60_000}) * 100 + GET))
+            await until(lambda: front.submits)
+            await asyncio.sleep(0.3)
+            connection = next(iter(server.server.limits.connections))  # type: ignore[union-attr]
+            waiting = [body.total_bytes for _, body in connection._messages]  # type: ignore[attr-defined]
+            assert 0 < len(waiting) <= 8
+            assert len(front.submits) == 1
+            front.hold_after = None
+            front.streams[0].cancel()
+            for _ in range(100):
+                assert (await client.answer()).status == 200
+            await sending
+            assert (await client.answer()).status == 200
+
+    run(main())
+
+
+@pytest.mark.parametrize("run", LOOPS)
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_closes_wholly_is_noticed(
     run: Callable[[Awaitable[None]], None], stream: bool, caplog: pytest.LogCaptureFixture
