@@ -19,7 +19,8 @@ from fixtures.serving.running import RunningServer
 pytestmark = pytest.mark.e2e
 
 HERE = Path(__file__).parents[2] / "fixtures" / "processes" / "poisoned_tokenizer"
-HUGE = "The capital of France is Paris. " * 80_000
+HUGE = "The capital of France is Paris. " * 8_000  # nearly as long as a text may be in the demo's context
+CALLS = 32
 LONG = "The capital of France is Paris. " * 400
 ALLOWED_GAP = 2.0  # seconds; without slices the largest gap was 4 seconds on an idle machine
 
@@ -50,11 +51,12 @@ async def tokenize(session: aiohttp.ClientSession, text: str) -> tuple[int, Any]
 def test_abandoned_texts_of_one_tenant_delay_no_other(server: RunningServer) -> None:
     async def scenario() -> None:
         async with client(server, "a") as one, client(server, "b") as other:
-            calls = [asyncio.ensure_future(tokenize(one, HUGE)) for _ in range(8)]
-            await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+            calls = [asyncio.ensure_future(tokenize(one, HUGE)) for _ in range(CALLS)]
+            first, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+            assert all(call.result()[0] == 200 for call in first)
             for _ in range(3):
                 assert (await tokenize(other, LONG))[0] == 200
-            assert sum(call.done() for call in calls) <= 4, "the short texts waited for the long ones"
+            assert sum(call.done() for call in calls) <= CALLS // 2, "the short texts waited for the long ones"
             for call in calls:
                 call.cancel()
             await asyncio.wait(calls)
