@@ -150,6 +150,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     endpoints: Endpoints
     model_path: str
+    served_model_names: list[str] = []
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Dtype = "auto"
     rank: int = 0

@@ -116,6 +116,7 @@ def _scheduler_config(args: ServerArgs, **resolved: Any) -> SchedulerConfig:
 def _runner_config(args: ServerArgs, **resolved: Any) -> RunnerConfig:
     pool_adapters, pool_bytes = _lora_pool_size(args.lora_pool_size)
     return RunnerConfig(
+        served_model_names=served_names(args),
         device=args.device,
         dtype=args.dtype,
         attention_backend=args.attention_backend,

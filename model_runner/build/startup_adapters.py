@@ -78,6 +78,7 @@ def _create_store(config: RunnerConfig, sites: list[Site], dtype: torch.dtype) -
         biases=config.lora_biases,
         extra_vocab=config.lora_extra_vocab,
         model=Path(config.model_path) if config.model_path else None,
+        served_names=config.served_model_names,
     )
 
 
@@ -150,7 +151,14 @@ def _loader_config(config: RunnerConfig, store: AdapterStore, pages: RankPagePoo
     limits = msgspec.structs.replace(store.limits, extra_vocab=pages.extra_vocab, empty_groups=empty, flag=flag)
     shapes = [SiteShape.of(site) for site in pages.sites]
     name = dtype_name(pages.dtype)
-    return LoaderConfig(shapes, name, limits, model=config.model_path, log_level=config.log_level)
+    return LoaderConfig(
+        shapes,
+        name,
+        limits,
+        model=config.model_path,
+        served_names=config.served_model_names,
+        log_level=config.log_level,
+    )
 
 
 def _added_tokens(adapter: NormalForm | AdapterSurvey, sites: list[Site]) -> int:

@@ -26,7 +26,8 @@ MAX_MESSAGE = 600
 class AdapterStore:
     """The adapters in host memory. `load` reads one in this process, `keep` adds one that a loader child has read.
 
-    `max_rank` and `targets` are limits for adapters; None: no limit. `model` is the model's directory.
+    `max_rank` and `targets` are limits for adapters; None: no limit. `model` is the model's directory,
+    `served_names` are the names under which it is served.
     """
 
     def __init__(
@@ -39,11 +40,12 @@ class AdapterStore:
         biases: bool = True,
         extra_vocab: int | None = None,
         model: Path | None = None,
+        served_names: Sequence[str] = (),
     ) -> None:
         self.dtype = dtype
         self.limits = Limits(max_rank, targets, biases, extra_vocab)
         self.catalogue = Catalogue(sites)
-        self.reader = AdapterReader(self.catalogue, dtype, self.limits, model)
+        self.reader = AdapterReader(self.catalogue, dtype, self.limits, model, served_names)
         self._adapters: dict[int, NormalForm] = {}
 
     def load(self, adapter_id: int, name: str, root: Path, revision: str = "", roots: Sequence[str] = ()) -> NormalForm:

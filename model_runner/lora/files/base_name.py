@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 MAX_CONFIG_BYTES = 16 << 20
@@ -15,13 +16,13 @@ CONVERTED = re.compile(r"([-_](unsloth|bnb|gptq|awq|hf|mlx|[48]-?bits?|bf16|fp16
 """The end of the names of conversions, on which adapters for a model are trained."""
 
 
-def is_same_model(named: str, directory: Path) -> bool:
+def is_same_model(named: str, directory: Path, served_names: Sequence[str] = ()) -> bool:
     """Returns whether `named`, a hub id or a path, may be the model in `directory`.
 
     Owner, path and the marks of conversions ("-bnb-4bit") do not count. A directory may have any name, so the name in
-    its config.json counts too.
+    its config.json and the names under which it is served count too.
     """
-    return _plain(named) in {_plain(name) for name in _names_of(directory)}
+    return _plain(named) in {_plain(name) for name in (*_names_of(directory), *served_names)}
 
 
 def _names_of(directory: Path) -> list[str]:

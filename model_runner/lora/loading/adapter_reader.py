@@ -6,7 +6,7 @@ The survey opens the files once, and the values are read from these open files. 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -38,13 +38,24 @@ def _silent(size: int) -> None:
 
 
 class AdapterReader:
-    """Reads adapters for one model in one dtype, within limits. `model` is the model's directory."""
+    """Reads adapters for one model in one dtype, within limits.
 
-    def __init__(self, catalogue: Catalogue, dtype: torch.dtype, limits: Limits, model: Path | None = None) -> None:
+    `model` is the model's directory, `served_names` are the names under which the model is served.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        dtype: torch.dtype,
+        limits: Limits,
+        model: Path | None = None,
+        served_names: Sequence[str] = (),
+    ) -> None:
         self.base = BaseWeights(model)
         self.catalogue = catalogue
         self.dtype = dtype
         self.limits = limits
+        self.served_names = served_names
 
     def survey(self, directory: Directory) -> AdapterSurvey:
         """Reads and checks the config and headers in `directory`. Raises AdapterError or OSError."""
@@ -56,7 +67,7 @@ class AdapterReader:
     def notes(self, survey: AdapterSurvey) -> list[str]:
         """Returns the survey's notes, and one more if the adapter names another base model than this one."""
         named, model = survey.config.base_model_name_or_path, self.base.directory
-        if not named or model is None or is_same_model(named, model):
+        if not named or model is None or is_same_model(named, model, self.served_names):
             return survey.notes
         return [
             *survey.notes,

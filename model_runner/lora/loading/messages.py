@@ -50,12 +50,13 @@ class SiteShape(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LoaderConfig(msgspec.Struct, frozen=True):
-    """The configuration of a loader: the model's sites and directory, and the descriptor of its socket."""
+    """The configuration of a loader: the model's sites, directory and names, and the descriptor of its socket."""
 
     sites: list[SiteShape]
     dtype: str
     limits: Limits
     model: str = ""
+    served_names: list[str] = []
     socket: int = -1
     log_level: LogLevel = "info"
 

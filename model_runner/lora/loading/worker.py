@@ -39,7 +39,8 @@ def serve(config: LoaderConfig) -> None:
     torch.set_num_threads(1)
     catalogue = Catalogue([shape.site() for shape in config.sites])
     _bound_memory(max((math.prod(site.base.shape) for site in catalogue.sites.values()), default=0))
-    reader = AdapterReader(catalogue, DTYPES[config.dtype], config.limits, Path(config.model) if config.model else None)
+    model = Path(config.model) if config.model else None
+    reader = AdapterReader(catalogue, DTYPES[config.dtype], config.limits, model, config.served_names)
     gone = contextlib.suppress(ConnectionError)  # the runner died with packets unread
     with gone, socket.socket(fileno=config.socket) as link, torch.inference_mode():
         while packet := link.recv(MAX_PACKET):

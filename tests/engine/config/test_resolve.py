@@ -85,6 +85,11 @@ def test_tokenizer_path_is_the_models_or_its_own() -> None:
     assert (own.tokenizer.tokenizer_path, own.tokenizer.model_path, own.runner.model_path) == ("/t", "/m", "/m")
 
 
+def test_names_of_the_model_reach_two_processes() -> None:
+    resolved = _resolve(served_model_name=["a", "b"])
+    assert resolved.tokenizer.served_model_names == resolved.runner.served_model_names == ["a", "b"]
+
+
 def test_lora_pool_size_is_adapters_or_bytes() -> None:
     assert _resolve(lora_pool_size="12").runner.lora_pool_adapters == 12
     assert _resolve(lora_pool_size="12MB").runner.lora_pool_bytes == 12_000_000

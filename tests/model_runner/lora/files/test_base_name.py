@@ -42,6 +42,11 @@ def test_name_in_the_models_config_counts_too(tmp_path: Path) -> None:
         assert not is_same_model("Qwen/Qwen3-8B", tmp_path)
 
 
+def test_names_of_the_served_model_count_too() -> None:
+    assert is_same_model("Qwen/Qwen3-8B", Path("/model"), ["chat", "qwen3-8b"])
+    assert not is_same_model("Qwen/Qwen3-8B", Path("/model"), ["chat"])
+
+
 def test_another_base_model_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sites = random_sites()
     store = AdapterStore(sites, torch.float32, max_rank=None, targets=None, model=tmp_path / "Llama-3.2-1B")
