@@ -18,7 +18,9 @@ def main() -> int:
         from engine import logs
         from engine.config.process_configs import TokenizerConfig
         from tokenizer_proc.server import serve
+        from tokenizer_proc.work import freed_memory
 
+        freed_memory.map_large_pieces()
         config = child.config(TokenizerConfig)
         logs.setup("tokenizer", config.log_level)
         uvloop.run(serve(child, config, busy_timer))

@@ -45,7 +45,7 @@ class Kind:
         return (self.one_round.__doc__ or "").strip().partition("\n")[0]
 
 
-def kind(name: str, seconds: float = 60.0) -> Callable[[Round], Round]:
+def kind(name: str, seconds: float = 150.0) -> Callable[[Round], Round]:
     """Registers a coroutine as a kind of attack. A name that starts with `faults.` hurts processes and disks."""
 
     def register(one_round: Round) -> Round:

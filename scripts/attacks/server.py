@@ -83,7 +83,7 @@ def attacked_server(faults: bool, *flags: str) -> Iterator[AttackedServer]:
             "--model-path", DEMO / "model", "--served-model-name", "chorus-demo", "--dtype", "float32",
             "--cpu-threads", 1, "--api-key-file", Path(work) / "keys", "--admin-api-key", keys["admin"],
             "--lora-root", scratch, DEMO / "adapters", "--max-running-requests", 32, "--schedule-policy", "fair",
-            "--max-stream-buffer", "256KiB", "--max-request-memory", "128MiB", *flags,
+            "--max-stream-buffer", "256KiB", "--max-request-memory", "64MiB", *flags,
             "--lora-paths", *(f"{n}={path}" for n, path in paths.items()),
         ]  # fmt: skip
         before = os.environ.get("TMPDIR")
