@@ -24,7 +24,7 @@ libc.free(ctypes.c_void_p(libc.malloc(16 << 20)))  # the C library takes this as
 pieces, pins = [], []
 for _ in range(20):
     pieces.append(libc.malloc(4 << 20))
-    pins.append(libc.malloc(64))
+    pins.append(libc.malloc(100_000))  # not at the top of the heap
     ctypes.memset(pieces[-1], 1, 4 << 20)
 for piece in pieces:
     libc.free(ctypes.c_void_p(piece))
