@@ -20,7 +20,7 @@ from attacks.kind import Kind
 from attacks.processes import PROCESSES, children, descriptors, memory
 from attacks.report import Phase, Report
 from attacks.rounds import Orders, Round
-from attacks.server import AttackedServer
+from attacks.server import KV_TOKENS, AttackedServer
 from attacks.victim import Victim, make_requests, poll_health
 
 CALM_SHARE, MOST_CALM = 0.2, 60.0
@@ -63,7 +63,7 @@ class Attack:
 
     async def run(self) -> None:
         """Runs all phases, and looks at what is left behind."""
-        await self._victim.learn()
+        await self._victim.learn(KV_TOKENS)
         before = self._descriptors()
         with tqdm(total=round(sum(seconds for _, _, seconds in self._plan)), unit="s", mininterval=SHOW_SECONDS) as bar:
             ticking = asyncio.ensure_future(self._tick(bar))

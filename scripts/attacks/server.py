@@ -25,6 +25,7 @@ KEYS = {
     "limited": {"tenant": "limited", "requests_per_minute": rates.REQUESTS_PER_MINUTE,
                 "tokens_per_minute": rates.TOKENS_PER_MINUTE},
 }  # fmt: skip
+KV_TOKENS = 32_768
 SMALL_DISK = "6m"
 
 
@@ -83,7 +84,7 @@ def attacked_server(faults: bool, *flags: str) -> Iterator[AttackedServer]:
             "--model-path", DEMO / "model", "--served-model-name", "chorus-demo", "--dtype", "float32",
             "--cpu-threads", 1, "--api-key-file", Path(work) / "keys", "--admin-api-key", keys["admin"],
             "--lora-root", scratch, DEMO / "adapters", "--max-running-requests", 32, "--schedule-policy", "fair",
-            "--max-stream-buffer", "256KiB", "--max-request-memory", "64MiB", *flags,
+            "--max-stream-buffer", "256KiB", "--max-request-memory", "64MiB", "--max-total-tokens", KV_TOKENS, *flags,
             "--lora-paths", *(f"{n}={path}" for n, path in paths.items()),
         ]  # fmt: skip
         before = os.environ.get("TMPDIR")

@@ -16,6 +16,7 @@ import msgspec
 
 STREAMS, REQUESTS, TOKENS = 16, 48, 64
 ADAPTERS = ("pirate", "json", "poet", "french")
+LONG_PROMPT = 1900
 LIMIT_SECONDS = 120.0
 
 Selection = str | dict[str, float] | None
@@ -91,8 +92,19 @@ class Victim:
         self._expected: dict[int, list[int]] = {}
         self.may_lose = False
 
-    async def learn(self) -> None:
-        """Makes each request once, undisturbed: these tokens are the right ones from then on."""
+    async def learn(self, touch_tokens: int = 0) -> None:
+        """Makes each request once, undisturbed: these tokens are the right ones from then on.
+
+        Before that, prompts of `touch_tokens` together use each page of a KV cache of that size: the system gives
+        memory to a page when it is first used, and that is no leak of the attack's.
+        """
+        draw, head = random.Random(0), {"Authorization": f"Bearer {self._key}"}
+        async with aiohttp.ClientSession(self._url, headers=head) as session:
+            for _ in range(touch_tokens // LONG_PROMPT):
+                prompt = [draw.randrange(8, 1500) for _ in range(LONG_PROMPT)]
+                body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 1}}
+                async with session.post("/generate", json=body) as response:
+                    response.raise_for_status()
         watch = Watch()
         await self.run(time.monotonic(), watch)
         if watch.differences:
