@@ -1,4 +1,4 @@
-"""The attack script tells kept promises from broken ones; the attack itself runs in tests/e2e/attacks/test_attack.py."""
+"""The attack script tells kept promises from broken ones; the attack itself is in tests/e2e/attacks/test_attack.py."""
 
 from __future__ import annotations
 
