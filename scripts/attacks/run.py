@@ -20,7 +20,7 @@ from attacks.kind import Kind
 from attacks.processes import PROCESSES, children, descriptors, memory
 from attacks.report import Phase, Report
 from attacks.rounds import Orders, Round
-from attacks.server import KV_TOKENS, AttackedServer
+from attacks.server import KV_TOKENS, VOICES, AttackedServer
 from attacks.victim import Victim, make_requests, poll_health
 
 CALM_SHARE, MOST_CALM = 0.2, 60.0
@@ -63,6 +63,7 @@ class Attack:
 
     async def run(self) -> None:
         """Runs all phases, and looks at what is left behind."""
+        await self._start_loaders()
         await self._victim.learn(KV_TOKENS)
         before = self._descriptors()
         with tqdm(total=round(sum(seconds for _, _, seconds in self._plan)), unit="s", mininterval=SHOW_SECONDS) as bar:
@@ -73,6 +74,24 @@ class Attack:
             ticking.cancel()
         if self._server.launched.process.poll() is None:
             await self._look_after(before)
+
+    async def _start_loaders(self) -> None:
+        """Loads adapters side by side, so that in the calm all processes run that loads have started."""
+        config = self._server.config
+        head = {"Authorization": f"Bearer {config.keys['admin']}"}
+        async with aiohttp.ClientSession(self._server.launched.url, headers=head) as session:
+
+            async def post(call: str, body: dict[str, str]) -> None:
+                async with session.post(call, json=body) as response:
+                    response.raise_for_status()
+
+            voices = [Path(config.demo) / "adapters" / voice for voice in VOICES]
+            for _ in range(3):
+                loads = [{"lora_name": f"warm-{path.name}", "lora_path": str(path)} for path in voices]
+                await asyncio.gather(*(post("/load_lora_adapter", body) for body in loads))
+                await asyncio.gather(
+                    *(post("/unload_lora_adapter", {"lora_name": body["lora_name"]}) for body in loads)
+                )
 
     def finish(self, log: str, exit_status: int | None) -> Report:
         """Enters what the log and the exit status say, and returns the report."""
