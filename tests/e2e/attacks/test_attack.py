@@ -1,4 +1,4 @@
-"""Five minutes of all attacks beside another tenant's streams, in the last part with processes killed: promises hold.
+"""Five minutes of all attacks beside another tenant's streams: all promises hold.
 
 The attackers' answers, the victim's tokens and gaps, and the memory are checked by the script itself.
 """
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def test_no_attack_hurts_another_tenant(tmp_path: Path) -> None:
     figures, log = tmp_path / "figures.json", tmp_path / "server.log"
-    flags = ["--minutes", "5", "--faults", "faults.strikes", "--json", str(figures), "--log", str(log)]
+    flags = ["--minutes", "5", "--json", str(figures), "--log", str(log)]
     command = [sys.executable, "scripts/attack.py", *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200, check=False)
@@ -28,4 +28,3 @@ def test_no_attack_hurts_another_tenant(tmp_path: Path) -> None:
     phases = json.loads(figures.read_text())["phases"]
     assert len(phases["attack"]["kinds"]) > 30  # of the some fifty kinds, in a random order
     assert phases["attack"]["streams"]["answered"] > 100
-    assert phases["faults"]["restarts"] > 0
