@@ -104,7 +104,8 @@ class WorkQueue:
         """Refuses jobs from now on, the waiting ones too, and ends the threads once their current jobs have ended."""
         self._is_closed = True
         for job in (job for waiting in self._waiting.values() for job in waiting):
-            job.result.set_exception(Overloaded("the server is shutting down"))
+            if not job.result.done():  # else its caller has just left
+                job.result.set_exception(Overloaded("the server is shutting down"))
         self._waiting.clear()
         self._pool.shutdown(wait=False, cancel_futures=True)
 

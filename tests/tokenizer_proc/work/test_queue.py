@@ -209,6 +209,20 @@ def test_a_closed_queue_refuses_its_waiting_jobs() -> None:
     run(1, scenario)
 
 
+def test_a_queue_closes_while_callers_leave() -> None:
+    async def scenario(queue: WorkQueue, gate: Gate) -> None:
+        jobs = start(queue, gate, ["a1", "a2", "a3"])
+        await until(lambda: gate.begun == ["a1"])
+        jobs[1].cancel()
+        queue.close()
+        with pytest.raises(Overloaded, match="shutting down"):
+            await jobs[2]
+        with pytest.raises(asyncio.CancelledError):
+            await jobs[1]
+
+    run(1, scenario)
+
+
 def test_an_abandoned_job_says_so() -> None:
     job = Job("a", lambda job: None, False, asyncio.new_event_loop().create_future())
     job.check()
