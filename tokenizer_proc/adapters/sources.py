@@ -110,7 +110,7 @@ class _Threads:
         def run() -> None:
             try:
                 outcome.set_result(work())
-            except Exception as error:
+            except BaseException as error:  # a panic of a library is no Exception
                 outcome.set_exception(error)
             with contextlib.suppress(RuntimeError):  # raised if the event loop is closed
                 loop.call_soon_threadsafe(end)

@@ -199,6 +199,22 @@ def test_a_full_disk_under_the_hub_cache_is_a_503(code: int, tmp_path: Path, mon
     assert failure.value.status == 503
 
 
+def test_a_panic_of_a_library_reaches_the_caller() -> None:
+    class Panic(BaseException):
+        pass
+
+    def work() -> None:
+        raise Panic
+
+    async def scenario() -> None:
+        sources = Sources()
+        for _ in range(2 * sources_module.AT_ONCE):
+            with pytest.raises(Panic):
+                await asyncio.wait_for(sources.read(work), 20)
+
+    asyncio.run(scenario())
+
+
 def test_no_file_descriptors_left_is_a_503(tmp_path: Path) -> None:
     """The limit on descriptors is the server's, so the directory is not to blame."""
     directory = adapter_dir(tmp_path / "sql")
