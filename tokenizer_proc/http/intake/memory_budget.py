@@ -1,6 +1,6 @@
 """The memory of all requests together: bodies while they arrive, what they are decoded to, answers until they are read.
 
-Every request has an account, which asks before its memory grows. An owner (a tenant, or an address as long as no key
+Every request has an account, which asks before its memory grows. An owner (a tenant, or a network as long as no key
 names one) may hold at most twice as much as would then be left: two thirds of the budget while it is alone, two
 fifths while two want all they can get. So there is always room for an owner that holds nothing.
 """
@@ -44,7 +44,8 @@ class MemoryBudget:
                 f"{held >> 20} of them by this caller (--max-request-memory)"
             )
         self.used += count
-        self._by_owner[owner] = held + count
+        if held + count:
+            self._by_owner[owner] = held + count
 
     def give(self, owner: str, count: int) -> None:
         """Takes back `count` bytes that `owner` holds."""

@@ -67,6 +67,15 @@ def test_accounts_free_what_they_hold() -> None:
     assert not any(budget.held_by(owner) for owner in "abc")
 
 
+def test_an_owner_of_nothing_is_forgotten() -> None:
+    budget = MemoryBudget(900)
+    for owner in "abc":
+        account = MemoryAccount(budget, owner)
+        account.add("x", 0)
+        account.close()
+    assert not budget._by_owner
+
+
 def test_what_could_never_fit_is_told_apart() -> None:
     account = MemoryAccount(MemoryBudget(9 << 20), "a")
     account.add("x", 3 << 20)
