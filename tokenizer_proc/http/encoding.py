@@ -9,6 +9,7 @@ from aiohttp import web
 
 from tokenizer_proc.work.queue import Job, WorkQueue
 
+LARGE_IDS = 8192  # the number of token ids above which a body takes long to encode
 SLICE = 256  # the number of list elements that are encoded at once, during which the GIL is held
 
 
@@ -74,20 +75,16 @@ class JsonArray:
     """A JSON array in the making: its elements are encoded when they are added, and are not kept as objects."""
 
     def __init__(self) -> None:
-        self.bytes = 0  # the size of the elements
         self._slices: list[bytes] = []
 
     def add(self, values: Sequence[object]) -> None:
         """Encodes and appends `values`."""
         if values:
-            encoded = msgspec.json.encode(values)[1:-1]
-            self._slices.append(encoded)
-            self.bytes += len(encoded)
+            self._slices.append(msgspec.json.encode(values)[1:-1])
 
     def add_array(self, other: JsonArray) -> None:
         """Appends the elements of `other`."""
         self._slices += other._slices
-        self.bytes += other.bytes
 
     def parts(self) -> Iterator[bytes]:
         """Yields the array in parts."""

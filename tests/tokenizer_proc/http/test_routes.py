@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient
 from fixtures.serving.api_calls import error, get, ok, post, serve
-from fixtures.serving.fake_frontend import BOS, MAX_LENGTH, FakeFrontend
+from fixtures.serving.fake_frontend import BOS, EOS, MAX_LENGTH, FakeFrontend
+
+from tokenizer_proc.requests import text_work
+from tokenizer_proc.text.tokenizer import Tokenizer
 
 
 def test_models_list_the_base_and_its_adapters() -> None:
@@ -76,6 +79,31 @@ def test_detokenize_gives_the_text() -> None:
     assert found == {"prompt": "<s>né", "text": "<s>né"}
     body = {"tokens": [BOS, 110], "skip_special_tokens": True}
     assert ok(post(FakeFrontend(), "/detokenize", body))["text"] == "n"
+
+
+def test_the_text_of_long_tokens_is_bounded_by_memory() -> None:
+    frontend = FakeFrontend()
+    frontend.tokenizer.backend.add_tokens(["x" * 4096])
+    frontend.tokenizer = Tokenizer(frontend.tokenizer.backend, frontend.tokenizer.special_tokens)
+
+    async def scenario(client: TestClient) -> list[int]:
+        statuses = []
+        for count in (100, 2000, 100):  # texts of 0.4 and 8 million characters
+            async with client.post("/detokenize", json={"tokens": [EOS + 1] * count}) as answer:
+                statuses.append(answer.status)
+                if answer.status == 200:
+                    text = "x" * 4096 * count
+                    assert await answer.json() == {"prompt": text, "text": text}
+        return statuses
+
+    assert serve(frontend, scenario, max_request_memory=16 << 20) == [200, 413, 200]
+
+
+def test_an_error_of_a_text_names_its_own_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_work, "MOST_CHARACTERS", text_work.INLINE_CHARACTERS + 1)
+    for field in ("text", "prompt"):
+        body = {field: "a" * (text_work.INLINE_CHARACTERS + 2)}
+        assert error(post(FakeFrontend(), "/tokenize", body))["param"] == field
 
 
 @pytest.mark.parametrize("bad", [-1, 258, 2**70])

@@ -12,14 +12,15 @@ from engine.errors import InvalidRequest
 from engine.messages import ChatMessage, Delta, PositionLogprobs, SamplingParams, Submit, Usage
 from tokenizer_proc.http import adapter_access
 from tokenizer_proc.http.auth.rights import tenant_of
-from tokenizer_proc.http.batch import Batch, Choice
+from tokenizer_proc.http.batch import TOKEN_BYTES, Batch, Choice
 from tokenizer_proc.http.bodies import decoding
 from tokenizer_proc.http.bodies.chat_messages import TemplateKwargs, Turn, chat_messages
 from tokenizer_proc.http.bodies.fields import SPELLINGS_OPENAI
 from tokenizer_proc.http.dialects import logprobs
 from tokenizer_proc.http.dialects.openai import Envelope, LoraField, OpenAIBody, abort_ids, check, of_prompt, token_ids
-from tokenizer_proc.http.encoding import as_json
+from tokenizer_proc.http.encoding import LARGE_IDS, encoded, json_response
 from tokenizer_proc.http.generation import GenerationCall, Writer, answer
+from tokenizer_proc.http.intake.body_reader import ACCOUNT, ANSWER
 from tokenizer_proc.http.service import Service, deadline_of
 
 MAX_TOP_LOGPROBS = 20  # OpenAI's own bound
@@ -66,6 +67,7 @@ async def render(service: Service, request: web.Request) -> web.StreamResponse:
         async with deadline_of(service, request).kept():
             prepared = await service.frontend.prepare(submit)
         meter.used = len(prepared.prompt_ids)
+    request[ACCOUNT].add(ANSWER, 2 * TOKEN_BYTES * len(prepared.prompt_ids))
     resolved = replace(
         params, max_tokens=0 if prepared.params.text.scores_only else prepared.params.stopping.max_tokens
     )
@@ -78,7 +80,8 @@ async def render(service: Service, request: web.Request) -> web.StreamResponse:
         "cache_salt": body.cache_salt or None,
         "priority": body.priority,
     }
-    return as_json(answer)
+    is_large = len(prepared.prompt_ids) > LARGE_IDS
+    return json_response(await encoded(service.frontend.pools.python, tenant.name, lambda: answer, is_large))
 
 
 def _submit(body: ChatBody, lora: LoraField | None, params: SamplingParams) -> Submit:

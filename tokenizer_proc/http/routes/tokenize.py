@@ -13,14 +13,15 @@ from tokenizer_proc.http.batch import TOKEN_BYTES
 from tokenizer_proc.http.bodies import decoding
 from tokenizer_proc.http.bodies.chat_messages import TemplateKwargs, Turn, chat_messages
 from tokenizer_proc.http.dialects.openai import LoraField
-from tokenizer_proc.http.encoding import as_json, encoded, json_response
+from tokenizer_proc.http.encoding import LARGE_IDS, encoded, json_response
 from tokenizer_proc.http.intake.body_reader import ACCOUNT, ANSWER
 from tokenizer_proc.http.service import Service
 from tokenizer_proc.requests.prompt_encoding import template_arguments
 from tokenizer_proc.requests.text_work import TextWork
 from tokenizer_proc.text.templates.chat_template import ChatRenderer
 
-LARGE_ANSWER = 8192  # the number of tokens above which the body takes long to encode
+LARGE_TEXT = 64 << 10  # the number of characters above which the body takes long to encode
+CHARACTER_BYTES = 8  # bytes of memory for one character of a text and of its two copies in the body
 
 
 class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,10 +60,10 @@ async def tokenize(service: Service, request: web.Request) -> web.StreamResponse
     body = decoding.decode(await decoding.read(request), TokenizeBody)
     text_tools = await _text_tools(service, request, body)
     texts, tenant = service.frontend.texts, tenant_of(request)
-    text = await _text(texts, tenant.name, body, text_tools.chat)
+    field, text = await _text(texts, tenant.name, body, text_tools.chat)
     special = not body.messages if body.add_special_tokens is None else body.add_special_tokens
     with tenant.metered(len(text)) as meter:
-        ids = await texts.encode(tenant.name, text_tools.tokenizer, text, special)
+        ids = await texts.encode(tenant.name, text_tools.tokenizer, text, special, param=field)
         meter.used = len(ids)
     request[ACCOUNT].add(ANSWER, 2 * TOKEN_BYTES * len(ids))
     name_of = text_tools.tokenizer.name_of
@@ -71,7 +72,7 @@ async def tokenize(service: Service, request: web.Request) -> web.StreamResponse
         names = {"token_strs": [*map(name_of, ids)]} if body.return_token_strs else {}
         return {"tokens": ids, "count": len(ids), "max_model_len": service.frontend.max_length or None} | names
 
-    is_large = len(ids) > LARGE_ANSWER
+    is_large = len(ids) > LARGE_IDS
     return json_response(await encoded(service.frontend.pools.python, tenant.name, answer, is_large))
 
 
@@ -79,10 +80,19 @@ async def detokenize(service: Service, request: web.Request) -> web.StreamRespon
     """Decodes token ids; responds with `{"prompt", "text"}`, the same text under vLLM's name and SGLang's."""
     body = decoding.decode(await decoding.read(request), DetokenizeBody)
     tokenizer, tenant = (await _text_tools(service, request, body)).tokenizer, tenant_of(request)
+    account = request[ACCOUNT]
+    account.add(ANSWER, len(body.tokens) * tokenizer.longest_token)
     with tenant.metered(len(body.tokens)) as meter:
         text = await service.frontend.texts.decode(tenant.name, tokenizer, body.tokens, body.skip_special_tokens)
         meter.used = len(body.tokens)
-    return as_json({"prompt": text, "text": text})
+    account.set(ANSWER, CHARACTER_BYTES * len(text))
+
+    def answer() -> dict[str, object]:
+        written = msgspec.Raw(msgspec.json.encode(text))
+        return {"prompt": written, "text": written}
+
+    python = service.frontend.pools.python
+    return json_response(await encoded(python, tenant.name, answer, len(text) > LARGE_TEXT))
 
 
 async def _text_tools(service: Service, request: web.Request, body: TokenizeBody | DetokenizeBody) -> TextTools:
@@ -90,15 +100,15 @@ async def _text_tools(service: Service, request: web.Request, body: TokenizeBody
     return service.frontend.text_tools_for(adapter_access.select(service, request, body.model or None, body.lora_path))
 
 
-async def _text(texts: TextWork, tenant: str, body: TokenizeBody, template: ChatRenderer) -> str:
+async def _text(texts: TextWork, tenant: str, body: TokenizeBody, template: ChatRenderer) -> tuple[str, str]:
+    """Returns the name of the field that gives the text, and the text."""
     given = [name for name in ("prompt", "text", "messages") if getattr(body, name) is not None]
     asked = [name for name in given if getattr(body, name)] or given[:1]
     if len(asked) != 1:
         raise InvalidRequest("send exactly one of prompt, text and messages", param=asked[1] if asked else "prompt")
     if asked != ["messages"]:
-        text: str = getattr(body, asked[0])
-        return text
-    return await texts.render(
+        return asked[0], getattr(body, asked[0])
+    text = await texts.render(
         tenant,
         template,
         chat_messages(body.messages or []),
@@ -106,3 +116,4 @@ async def _text(texts: TextWork, tenant: str, body: TokenizeBody, template: Chat
         continue_final_message=body.continue_final_message,
         arguments=template_arguments(body.chat_template_kwargs),
     )
+    return "messages", text
