@@ -192,12 +192,6 @@ class Batch:
         """Records that all output so far has been written."""
         self._unwritten = 0
 
-    @property
-    def held_bytes(self) -> int:
-        """The size of the log-probabilities that are kept until they are written."""
-        packed = [prompt.scored.bytes for prompt in self.prompts]
-        return sum(packed) + sum(choice.logprobs.bytes for choice in self.choices)
-
     def usage(self) -> Usage:
         """Returns the usage of the whole call: the completion tokens of every choice, and each prompt's tokens once.
 
