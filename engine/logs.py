@@ -7,6 +7,7 @@ log, print, traceback --> BoundedStream: at most MAX_PENDING bytes --> a thread 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import io
 import json
 import logging
@@ -44,7 +45,7 @@ class BoundedStream(io.TextIOBase):
 
     While the descriptor takes nothing, MAX_PENDING bytes are kept. Further lines are dropped; a line that says how many
     follows once the descriptor takes bytes again. Lines that the descriptor refuses, as a full disk or a closed pipe
-    does, count as dropped too.
+    does, count as dropped too. While no thread can be started, lines are kept, and `drain` writes them.
     """
 
     def __init__(self, descriptor: int, encoding: str = "utf-8") -> None:
@@ -93,6 +94,9 @@ class BoundedStream(io.TextIOBase):
         """Waits up to `seconds` until all that was queued is written or dropped. Returns whether that was reached."""
         self.flush()
         with self._changed:
+            if self._thread is None:
+                self._write_without_thread(seconds)
+                return not self._bytes
             return self._changed.wait_for(lambda: not self._bytes, seconds)
 
     def _queue(self, text: str) -> None:
@@ -116,9 +120,23 @@ class BoundedStream(io.TextIOBase):
         self._pending.append((data, lines))
         self._bytes += len(data)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._write_pending, name="log", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._write_pending, name="log", daemon=True)
+            with contextlib.suppress(RuntimeError):  # too many threads, or the interpreter ends: the next line tries
+                thread.start()
+                self._thread = thread
         self._changed.notify_all()
+
+    def _write_without_thread(self, seconds: float) -> None:
+        """Writes what is pending for up to `seconds`, each time no more than a pipe takes without blocking."""
+        until = time.monotonic() + seconds
+        left = memoryview(b"".join(data for data, _ in self._pending))
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLOUT)
+        with contextlib.suppress(OSError):
+            while left and poll.poll(1000 * max(0.0, until - time.monotonic())):
+                left = left[os.write(self._descriptor, left[: select.PIPE_BUF]) :]
+        self._pending = deque([(bytes(left), bytes(left).count(b"\n"))] if left else [])
+        self._bytes = len(left)
 
     def _write_pending(self) -> None:
         while True:

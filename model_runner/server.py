@@ -36,7 +36,7 @@ from engine.messages import (
     UnloadAdapter,
 )
 from engine.processes.busy_timer import BusyTimer
-from engine.processes.child import Child, Facts
+from engine.processes.child import Child, Facts, leave
 from model_runner.build.memory_plan import describe_bytes
 from model_runner.launched_step import LaunchedStep
 from model_runner.platform.compilations import CompilationCounter
@@ -81,7 +81,7 @@ def serve(child: Child, config: RunnerConfig, starting: BusyTimer) -> None:
         server.loop()
     except Exception:
         log.exception("the model runner ends by its own fault")
-        os._exit(1)  # an orderly exit may hang on a broken device, and hide the cause
+        leave(1)  # an orderly exit may hang on a broken device, and hide the cause
 
 
 def _load_runner(config: RunnerConfig, starting: BusyTimer) -> Runner:

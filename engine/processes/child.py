@@ -57,10 +57,10 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     begun: int = 0
 
 
-def leave() -> NoReturn:
-    """Ends this process at once, from any thread, with status 0. What it logged is still written, if that is quick."""
+def leave(status: int = 0) -> NoReturn:
+    """Ends this process at once, from any thread. What it logged is still written, if that is quick."""
     logs.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 class Child:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -103,6 +104,22 @@ def test_unfinished_line_is_bounded(pipe: list[int]) -> None:
     data = b""
     while len(data) <= logs.MAX_LINE:
         data += os.read(pipe[0], 1 << 16)
+
+
+def test_lines_are_kept_while_no_thread_can_be_started(pipe: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    stream = BoundedStream(pipe[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        print("the process cannot start", file=stream)
+        assert stream.drain(10)
+        assert _read(pipe[0], b"\n") == b"the process cannot start\n"
+        stream.write(100 * LINE)
+        assert not stream.drain(0), "the pipe takes a part"
+    stream.write("a thread again\n")
+    assert _read(pipe[0], b"again\n").decode() == 100 * LINE + "a thread again\n"
 
 
 def test_stream_is_a_text_stream() -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import MagicMock
 
 import msgspec
 import pytest
@@ -17,6 +18,7 @@ import zmq
 from fixtures.models.tiny_models import make_adapter
 from fixtures.processes.resources import children, descriptors, shared_bytes
 
+from engine import logs
 from engine.config.process_configs import AdapterSource, Endpoints, RunnerConfig
 from engine.ipc import Inbox, Outbox
 from engine.messages import (
@@ -37,6 +39,7 @@ from engine.messages import (
     UnloadAdapter,
 )
 from engine.processes.child import STOP, Failed, Heartbeat, Ready
+from model_runner import server
 from model_runner.server import SCHEDULER_EPOCHS
 
 pytestmark = pytest.mark.e2e
@@ -268,6 +271,19 @@ def test_impossible_step_ends_the_process(start: Callable[..., Child]) -> None:
     errors = child.process.stderr.read()
     assert b"step 7 of 1 chunks failed" in errors
     assert b"row 0 generation 5" in errors
+
+
+def test_fatal_error_is_logged_before_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that writes the log is waited for: os._exit alone would end it."""
+    ended: list[str] = []
+    monkeypatch.setattr(logs, "flush", lambda: ended.append("flush"))
+    monkeypatch.setattr(os, "_exit", lambda status: ended.append(f"exit {status}"))
+    for name in ("Inbox", "CompilationCounter", "_load_runner", "facts"):
+        monkeypatch.setattr(server, name, MagicMock())
+    monkeypatch.setattr(zmq, "Context", MagicMock())
+    monkeypatch.setattr(server, "Server", MagicMock(**{"return_value.loop.side_effect": ValueError("step 7 failed")}))
+    server.serve(MagicMock(), MagicMock(), MagicMock())
+    assert ended == ["flush", "exit 1"]
 
 
 def test_launch_failure_is_reported_in_one_line(start: Callable[..., Child]) -> None:
