@@ -87,4 +87,5 @@ class ChildProcess:
         self.wait(seconds)
         self.stop()
         if self.is_running:  # it hangs in the kernel: a thread waits for it, so that it does not stay a zombie
-            threading.Thread(target=self._process.wait, name="wait", daemon=True).start()
+            with contextlib.suppress(RuntimeError):  # no thread can be started: this process ends, or has too many
+                threading.Thread(target=self._process.wait, name="wait", daemon=True).start()

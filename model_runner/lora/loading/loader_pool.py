@@ -27,6 +27,8 @@ MAX_ROOTS = 16 << 10
 """The most bytes of all roots of one load together."""
 POLL_SECONDS = 1.0
 """Seconds between checks of the time limits of loads under way."""
+CLOSE_SECONDS = 2.0
+"""The longest wait for the end of each child when the pool is closed."""
 
 
 class TimeLimit(msgspec.Struct, frozen=True):
@@ -143,10 +145,10 @@ class LoaderPool:
         return outcomes
 
     def close(self) -> None:
-        """Kills the children and drops the loads under way."""
+        """Kills the children, waits until they have ended, and drops the loads under way."""
         for worker in list(self._workers):
             self._selector.unregister(worker.loader)
-            worker.loader.kill()
+            worker.loader.kill(CLOSE_SECONDS)
         self._workers.clear()
         self._selector.close()
         for outcome in self._outcomes:

@@ -22,7 +22,7 @@ from model_runner.platform.child_process import ChildProcess
 Reply = Surveyed | Refused | Loaded
 _REPLY: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 END_SECONDS = 0.2
-"""The longest wait for the end of a killed child, which may hang in the kernel for longer."""
+"""The longest wait for the end of a child that is killed while others load: it may hang in the kernel for longer."""
 
 
 class LoaderGone(Exception):
@@ -43,7 +43,7 @@ class LoaderProcess:
         except BaseException:
             ours.close()
             raise
-        self._end = weakref.finalize(self, _end, self._child, ours)
+        self._end = weakref.finalize(self, _end, self._child, ours, END_SECONDS)
 
     @property
     def pid(self) -> int:
@@ -81,9 +81,10 @@ class LoaderProcess:
                 raise LoaderGone(self.kill())
             yield self._read(packet, list(descriptors))
 
-    def kill(self) -> str:
-        """Kills the child, if it is running. Returns how it ended."""
-        self._end()
+    def kill(self, seconds: float | None = None) -> str:
+        """Kills the child, if it is running. Waits at most `seconds` (None: END_SECONDS). Returns how it ended."""
+        if self._end.detach() is not None:
+            _end(self._child, self._socket, END_SECONDS if seconds is None else seconds)
         return self._child.exit_text
 
     def _read(self, packet: bytes, descriptors: list[int]) -> tuple[Reply, ShmAdapter | None]:
@@ -101,6 +102,6 @@ class LoaderProcess:
         ) else None
 
 
-def _end(child: ChildProcess, link: socket.socket) -> None:
-    child.kill(END_SECONDS)
+def _end(child: ChildProcess, link: socket.socket, seconds: float) -> None:
+    child.kill(seconds)
     link.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -107,3 +108,21 @@ def test_killed_child_is_reaped_though_it_was_not_waited_for(
     child.kill(0)
     del child
     wait_for(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_child_is_killed_though_no_thread_can_be_started(
+    start: Callable[..., ChildProcess], pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at the end of the interpreter, which starts no more threads."""
+
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    child = start()
+    os.read(pipe[0], 100)
+    monkeypatch.setattr(ChildProcess, "is_running", True)
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    child.kill(0)
+    monkeypatch.undo()
+    child.wait(30)
+    assert child.exit_text == "was killed by signal 9"

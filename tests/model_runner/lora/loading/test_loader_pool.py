@@ -26,6 +26,7 @@ from msgspec.structs import replace
 
 from engine.messages import LoadAdapter
 from model_runner.lora.catalogue import Catalogue
+from model_runner.lora.loading import loader_process
 from model_runner.lora.loading.limits import Limits
 from model_runner.lora.loading.loader_pool import LoaderPool, LoadOutcome, TimeLimit
 from model_runner.lora.loading.messages import LoaderConfig, LoadJob, SiteShape
@@ -268,6 +269,15 @@ def test_loads_of_one_adapter_are_ordered_others_parallel(own: Callable[..., Loa
     assert loaders.collect() == []
     os.kill(slow, signal.SIGCONT)
     assert [o.message.path for o in finish(loaders, 2)] == [str(first), str(second)]
+
+
+def test_closed_pool_has_no_children(own: Callable[..., LoaderPool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_process, "END_SECONDS", 0.0)  # of a child that is lost while others load
+    loaders = own()
+    loaders.start()
+    (pid,) = loaders.pids
+    loaders.close()
+    assert pid not in children()
 
 
 def test_killed_child_fails_its_load_only(own: Callable[..., LoaderPool], tmp_path: Path) -> None:
