@@ -128,6 +128,18 @@ class Target:
         self.check(what, answer, expect)
         return answer
 
+    async def tokens(self, adapter: str, body: Mapping[str, Any]) -> list[int] | None:
+        """Returns the tokens that an adapter answers to a body of /generate.
+
+        None: the answer is a 503, or was aborted, as another attack aborts all requests of the same key.
+        """
+        answer = await self.call("/generate", {**body, "lora_path": adapter}, expect=(200, 503))
+        if answer.status != 200:
+            return None
+        found = answer.json()
+        tokens: list[int] = found["output_ids"]
+        return None if found["meta_info"]["finish_reason"]["type"] == "abort" else tokens
+
     def check(self, what: str, answer: Answer, expect: Collection[int] | None = None) -> None:
         """Counts the answer. Raises Broken for a status that is not expected, and for an error without a message."""
         self.statuses[status_class(answer.status)] += 1

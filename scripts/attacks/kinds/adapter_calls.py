@@ -103,9 +103,8 @@ async def acknowledged(target: Target, draw: random.Random) -> None:
             answer = await change(target, "/v1/load_lora_adapter", name, path=path, load_inplace=True)
         if answer.status != 200:
             continue
-        got = await target.call("/generate", body | {"lora_path": name}, expect=(200, 503))
-        right = await target.call("/generate", body | {"lora_path": voice}, expect=(200, 503))
-        if got.status == right.status == 200 and got.json()["output_ids"] != right.json()["output_ids"]:
-            raise Broken(f"{name} was acknowledged as {voice} and answers otherwise")
+        got, right = await target.tokens(name, body), await target.tokens(voice, body)
+        if got is not None and right is not None and got != right:
+            raise Broken(f"{name} was acknowledged as {voice} and answers {got} instead of {right}")
     if (await change(target, "/unload_lora_adapter", name)).status == 200:
         await target.call("/generate", body | {"lora_path": name}, expect=(400, 404, 503))
