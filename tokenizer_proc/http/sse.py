@@ -78,6 +78,8 @@ def _commented(request: web.Request, answer: web.StreamResponse) -> Iterator[Non
         yield
     finally:
         connection.on_half_close = None
+        for task in tasks:  # one that has not begun would write after the end
+            task.cancel()
 
 
 async def _comment(answer: web.StreamResponse) -> None:
