@@ -110,9 +110,13 @@ def validate_params(
 
 
 def check_copies(several: Iterable[SamplingParams]) -> None:
-    """Raises InvalidRequest if the parameters of all answers of a call list too many token ids together."""
+    """Raises InvalidRequest if the parameters of all answers of a call list too many token ids together.
+
+    Also raises it for an `n` out of range, which would make the sums of a call meaningless.
+    """
     copies = dict.fromkeys(MAX_TOKEN_IDS, 0)
     for params in several:
+        _within("n", params.n, 1, MAX_N)
         for name in copies:
             copies[name] += params.n * len(getattr(params, name))
     largest = max(copies, key=copies.__getitem__)

@@ -11,6 +11,7 @@ from engine.errors import InvalidRequest
 from engine.messages import SamplingParams
 from tokenizer_proc.requests.validation import (
     MAX_COPIES,
+    MAX_N,
     MAX_TOKEN_IDS,
     SEEDS,
     ValidatedParams,
@@ -163,3 +164,11 @@ def test_biases_of_all_answers_are_bounded_together() -> None:
         check_copies([params] * (MAX_COPIES // 2048 + 1))
     with pytest.raises(InvalidRequest, match="together"):
         validated(n=128, stop_token_ids=[1] * (MAX_COPIES // 128 + 1))
+
+
+@pytest.mark.parametrize("n", [0, -1000, MAX_N + 1])
+def test_an_n_out_of_range_is_refused_for_the_whole_call(n: int) -> None:
+    large, wrong = SamplingParams(n=MAX_N, stop_token_ids=[1] * 2048), SamplingParams(n=n, stop_token_ids=[1] * 2048)
+    with pytest.raises(InvalidRequest, match="n must be from 1") as raised:
+        check_copies([large, large, wrong])
+    assert raised.value.param == "n"

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from engine.errors import InvalidRequest, RateLimited
 from engine.messages import Submit
 from tokenizer_proc.http.auth.rates import Charge, Rate
-from tokenizer_proc.requests.validation import MAX_N
 
 _USED_UP = "this key has used up its rate; try again later"
 _ADVICE = "Without max_tokens a call is charged for the longest answer that it may have, until it ends: send max_tokens"
@@ -27,7 +26,7 @@ class Grant:
     def __init__(self, requests: Rate, tokens: Rate, submits: Sequence[Submit]) -> None:
         self._tokens = tokens
         self._charge = Charge()
-        self._choices = sum(map(_choices, submits))
+        self._choices = sum(submit.params.n for submit in submits)
         self._has_lengths = all(submit.params.max_tokens is not None for submit in submits)
         _check_fits(requests, self._choices, "requests", "requests_per_minute", "prompt")
         sure = sum(map(_sure_tokens, submits))
@@ -108,13 +107,8 @@ def _check_fits(rate: Rate, amount: float, what: str, rule: str, param: str) -> 
         )
 
 
-def _choices(submit: Submit) -> int:
-    """Returns the number of answers that a submit asks for; a number that is no valid one is refused later."""
-    return max(1, min(submit.params.n, MAX_N))
-
-
 def _sure_tokens(submit: Submit) -> int:
     """Returns how many tokens a submit takes at least, before its prompt is encoded."""
     ids = 1 if isinstance(submit.prompt, str) else max(1, len(submit.prompt))
     length = submit.params.max_tokens if submit.params.max_tokens is not None else submit.params.min_tokens
-    return (ids + max(1, length)) * _choices(submit)
+    return (ids + max(1, length)) * submit.params.n
