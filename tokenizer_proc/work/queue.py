@@ -79,7 +79,7 @@ class WorkQueue:
             raise Overloaded("the server is shutting down")
         waiting = self._waiting.setdefault(tenant, deque())
         if len(waiting) >= self.most_waiting:
-            raise Overloaded(f"{len(waiting)} calls of this key wait for {self._what} already: try again soon")
+            raise Overloaded(f"{len(waiting)} calls of this tenant wait for {self._what} already: try again soon")
         job = Job(tenant, work, is_large, asyncio.get_running_loop().create_future())
         waiting.append(job)
         self._start_jobs()

@@ -158,7 +158,7 @@ def test_a_tenant_with_too_many_waiting_jobs_is_refused() -> None:
         await until(lambda: queue.running == 1)
         with pytest.raises(Overloaded) as raised:
             await queue.run("a", gate.job("a9"))
-        assert "3 calls of this key wait" in raised.value.message
+        assert "3 calls of this tenant wait" in raised.value.message
         [other] = start(queue, gate, ["b1"])
         await until(lambda: queue.waiting == 4)
         assert not other.done()
