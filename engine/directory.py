@@ -122,7 +122,12 @@ class Directory:
             raise self._unreadable(name, error) from error
         finally:
             os.close(handle)
-        if is_lfs_pointer(file):
+        try:
+            is_pointer = is_lfs_pointer(file)
+        except OSError as error:
+            file.close()
+            raise self._unreadable(name, error) from error
+        if is_pointer:
             file.close()
             raise PointerInstead(self.path / name, name, lfs_advice(self.path))
         return file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 from fixtures.processes.resources import descriptors
 
 from engine.directory import Directory, FileMissing, FileRefused, real_path
+from engine.errors import StorageFailed
 from engine.lora_roots import allowed_roots
 
 NAME = "adapter_config.json"
@@ -268,6 +270,20 @@ def test_file_above_the_limit_is_refused(tmp_path: Path) -> None:
         content(directory)
     (directory / NAME).write_bytes(b"x" * LIMIT)
     assert len(content(directory)) == LIMIT
+
+
+def test_disk_error_in_a_small_file_is_the_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first bytes of a small file are read when it is opened, as it may be a Git-LFS pointer."""
+
+    def fails(*_: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    directory = adapter(tmp_path / "a")
+    before = descriptors()
+    monkeypatch.setattr(os, "pread", fails)
+    with Directory(directory) as opened, pytest.raises(StorageFailed, match=r"cannot read .*Input/output error"):
+        opened.open(NAME)
+    assert descriptors() == before
 
 
 def test_refusals_and_reads_leave_no_descriptor(tmp_path: Path) -> None:
