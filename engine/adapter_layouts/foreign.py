@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 
-from engine.adapter_layouts.nested import adapters_below
+from engine.adapter_layouts.nested import CONFIG_NAME, adapters_below
 from engine.directory import Directory
 from engine.errors import AdapterError
 
-CONFIG_NAME = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 HEADER_BYTES = 64 << 10
 

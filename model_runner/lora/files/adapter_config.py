@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 
 from engine.adapter_layouts.foreign import describe
+from engine.adapter_layouts.nested import CONFIG_NAME as CONFIG_NAME
 from engine.directory import Directory, FileMissing
 from engine.errors import AdapterError
 from model_runner.lora.files.quoted import quoted_value
 
-CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 4 << 20
 
 
