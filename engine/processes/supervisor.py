@@ -17,7 +17,8 @@ from typing import Any
 
 from engine.errors import EngineDead, EngineError
 from engine.processes.child import Ready
-from engine.processes.process import SERVING, STARTING, Limits, Process, ProcessSpec
+from engine.processes.process import Process, ProcessSpec
+from engine.processes.vital_signs import SERVING, STARTING, Limits
 
 log = logging.getLogger(__name__)
 

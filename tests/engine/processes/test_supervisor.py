@@ -16,8 +16,9 @@ from fixtures.processes.child_that import Orders
 
 from engine.errors import AdapterError, ConfigError, EngineDead, InvalidRequest
 from engine.processes import supervisor as supervision
-from engine.processes.process import Limits, Process, ProcessExit, ProcessSpec
+from engine.processes.process import Process, ProcessSpec
 from engine.processes.supervisor import SpecFactory, Supervisor
+from engine.processes.vital_signs import Limits, ProcessExit
 
 SHORT_WORK = Limits(silent=5, busy=1.0)
 SHORT_START = Limits(silent=2, busy=0.5, waiting=2)
