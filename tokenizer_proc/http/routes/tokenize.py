@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 from aiohttp import web
 
 from engine.errors import InvalidRequest
+from engine.messages import ChatMessage
 from tokenizer_proc.adapters.tokenizers import TextTools
 from tokenizer_proc.http import adapter_access
 from tokenizer_proc.http.auth.rights import tenant_of
@@ -60,9 +63,11 @@ async def tokenize(service: Service, request: web.Request) -> web.StreamResponse
     body = decoding.decode(await decoding.read(request), TokenizeBody)
     text_tools = await _text_tools(service, request, body)
     texts, tenant = service.frontend.texts, tenant_of(request)
-    field, text = await _text(texts, tenant.name, body, text_tools.chat)
+    field, given = _given(body)
+    characters = len(given) if isinstance(given, str) else sum(len(message.content) for message in given)
     special = not body.messages if body.add_special_tokens is None else body.add_special_tokens
-    with tenant.metered(len(text)) as meter:
+    with tenant.metered(characters) as meter:
+        text = given if isinstance(given, str) else await _rendered(texts, tenant.name, body, given, text_tools.chat)
         ids = await texts.encode(tenant.name, text_tools.tokenizer, text, special, param=field)
         meter.used = len(ids)
     request[ACCOUNT].add(ANSWER, 2 * TOKEN_BYTES * len(ids))
@@ -100,20 +105,25 @@ async def _text_tools(service: Service, request: web.Request, body: TokenizeBody
     return service.frontend.text_tools_for(adapter_access.select(service, request, body.model or None, body.lora_path))
 
 
-async def _text(texts: TextWork, tenant: str, body: TokenizeBody, template: ChatRenderer) -> tuple[str, str]:
-    """Returns the name of the field that gives the text, and the text."""
+def _given(body: TokenizeBody) -> tuple[str, str | list[ChatMessage]]:
+    """Returns the name of the field that gives the text, and the text, or the messages to render."""
     given = [name for name in ("prompt", "text", "messages") if getattr(body, name) is not None]
     asked = [name for name in given if getattr(body, name)] or given[:1]
     if len(asked) != 1:
         raise InvalidRequest("send exactly one of prompt, text and messages", param=asked[1] if asked else "prompt")
-    if asked != ["messages"]:
-        return asked[0], getattr(body, asked[0])
-    text = await texts.render(
+    if asked == ["messages"]:
+        return "messages", chat_messages(body.messages or [])
+    return asked[0], getattr(body, asked[0])
+
+
+async def _rendered(
+    texts: TextWork, tenant: str, body: TokenizeBody, messages: Sequence[ChatMessage], template: ChatRenderer
+) -> str:
+    return await texts.render(
         tenant,
         template,
-        chat_messages(body.messages or []),
+        messages,
         add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
         continue_final_message=body.continue_final_message,
         arguments=template_arguments(body.chat_template_kwargs),
     )
-    return "messages", text

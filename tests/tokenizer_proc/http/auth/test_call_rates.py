@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient
 from fixtures.serving.api_calls import serve
-from fixtures.serving.fake_frontend import MAX_LENGTH, FakeFrontend
+from fixtures.serving.fake_frontend import MAX_LENGTH, FakeFrontend, FakeTemplate
 from fixtures.serving.tokenizer_front import Fake
 
 from engine.config.api_keys import ApiKey
@@ -171,6 +171,15 @@ def test_tokenize_and_detokenize_are_charged() -> None:
         FakeFrontend(), *[("/tokenize", {"prompt": "x" * 1000})] * 2, tokens_per_minute=100
     )
     assert (status, again) == (200, 429)
+
+
+def test_a_chat_is_not_rendered_beyond_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered = []
+    render = FakeTemplate.render
+    monkeypatch.setattr(FakeTemplate, "render", lambda *given, **named: rendered.append(1) or render(*given, **named))
+    body = {"messages": [{"role": "user", "content": "x" * 1000}]}
+    assert statuses(served(FakeFrontend(), *[("/tokenize", body)] * 3, tokens_per_minute=100)) == [200, 429, 429]
+    assert len(rendered) == 1
 
 
 def test_shorter_answers_reach_the_scheduler() -> None:
