@@ -94,7 +94,7 @@ class _Threads:
         self.waiting = 0
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Runs `work` when it is its turn. Returns its result or raises its error."""
+        """Runs `work` when it is its turn. Returns its result or raises its error, or Overloaded without a thread."""
         self.waiting += 1
         try:
             await self._slots.acquire()
@@ -115,7 +115,11 @@ class _Threads:
             with contextlib.suppress(RuntimeError):  # raised if the event loop is closed
                 loop.call_soon_threadsafe(end)
 
-        threading.Thread(target=run, name="adapter source", daemon=True).start()
+        try:
+            threading.Thread(target=run, name="adapter source", daemon=True).start()
+        except RuntimeError as error:
+            self._slots.release()
+            raise Overloaded("the server can start no more threads: try again soon") from error
         await ended.wait()
         return outcome.result()
 

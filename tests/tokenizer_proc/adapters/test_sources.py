@@ -215,6 +215,22 @@ def test_a_panic_of_a_library_reaches_the_caller() -> None:
     asyncio.run(scenario())
 
 
+def test_threads_that_do_not_start_keep_no_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def scenario() -> None:
+        sources = Sources()
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", fail)
+            for _ in range(sources_module.AT_ONCE):
+                with pytest.raises(Overloaded, match="threads"):
+                    await sources.read(lambda: 1)
+        assert await asyncio.wait_for(sources.read(lambda: 1), 20) == 1
+
+    asyncio.run(scenario())
+
+
 def test_no_file_descriptors_left_is_a_503(tmp_path: Path) -> None:
     """The limit on descriptors is the server's, so the directory is not to blame."""
     directory = adapter_dir(tmp_path / "sql")
