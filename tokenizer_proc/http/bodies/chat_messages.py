@@ -9,6 +9,10 @@ import msgspec
 
 from engine.errors import InvalidRequest
 from engine.messages import ChatMessage
+from tokenizer_proc.http.intake.shape import MAX_FIELD_VALUES, ShapeScan
+
+MAX_ARGUMENTS = 1 << 20  # characters of the arguments of all tool calls of a chat
+UNSCANNED_ARGUMENTS = 4 << 10  # characters that are decoded without a scan
 
 
 class TextPart(msgspec.Struct, frozen=True, tag="text", tag_field="type", forbid_unknown_fields=True):
@@ -64,7 +68,28 @@ def chat_messages(turns: Sequence[Turn], param: str = "messages") -> list[ChatMe
     """
     if not turns:
         raise InvalidRequest(f"{param} is empty; send at least one message", param=param)
+    _check_arguments(turns, param)
     return [_chat_message(turn, f"{param}[{place}]") for place, turn in enumerate(turns)]
+
+
+def _check_arguments(turns: Sequence[Turn], param: str) -> None:
+    """Raises InvalidRequest for arguments of tool calls, JSON inside strings of the body, that take long to decode."""
+    calls = [call.function.arguments for turn in turns for call in turn.tool_calls or ()]
+    texts = [arguments for arguments in calls if isinstance(arguments, str)]
+    size, what = sum(map(len, texts)), f"{param}: the arguments of the tool calls"
+    if size > MAX_ARGUMENTS:
+        text = f"{what} have {size} characters together; at most {MAX_ARGUMENTS} are taken"
+        raise InvalidRequest(text, param=param, code="text_too_long")
+    if size <= UNSCANNED_ARGUMENTS:
+        return
+    scan = ShapeScan()
+    try:
+        scan.feed(b"[%b]" % ",".join(texts).encode("utf-8", "surrogatepass"))
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{what}: {error.message}", param=param, code=error.code) from error
+    if scan.values > MAX_FIELD_VALUES:
+        text = f"{what} hold more than {MAX_FIELD_VALUES} values together"
+        raise InvalidRequest(text, param=param, code="too_many_values")
 
 
 def _chat_message(turn: Turn, at: str) -> ChatMessage:
