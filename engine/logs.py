@@ -176,9 +176,9 @@ def take_over(stdout: int = 1) -> None:
     atexit.register(flush)
 
 
-def flush(seconds: float = FLUSH_SECONDS) -> None:
-    """Waits up to `seconds` until the streams of `take_over` are written. Call it before os._exit."""
-    deadline = time.monotonic() + seconds
+def flush() -> None:
+    """Waits up to FLUSH_SECONDS until the streams of `take_over` are written. Call it before os._exit."""
+    deadline = time.monotonic() + FLUSH_SECONDS
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, BoundedStream):
             stream.drain(max(0.0, deadline - time.monotonic()))
