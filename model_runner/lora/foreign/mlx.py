@@ -120,6 +120,8 @@ def convert(entries: Mapping[str, Entry], catalogue: Catalogue) -> dict[str, Con
 def _convert(name: str, entry: Entry, catalogue: Catalogue) -> Converted:
     module, _, part = name.rpartition(".")
     if STACKED in module.split(".") and part in ("lora_a", "lora_b") and len(entry.shape) == 3:
+        if entry.shape[0] > len(catalogue.refs):  # an empty tensor may claim any number, and each becomes names
+            raise AdapterError(f"tensor {quoted_name(name)} has {entry.shape[0]} experts, and the model has fewer")
         return _stack(module, part, entry.shape[0])
     embedding, head = EMBEDDING_AND_HEAD
     if module.removeprefix("language_model.") == embedding and part in ("lora_a", "lora_b"):

@@ -90,6 +90,14 @@ def test_stacked_experts_are_split(
     assert same(load(sites, as_mlx(saved, tmp_path / "mlx")), load(sites, saved))
 
 
+def test_empty_stack_of_too_many_experts_is_refused(model: Path, decoder: Decoder, tmp_path: Path) -> None:
+    ours = as_mlx(save(model, tmp_path / "peft", peft(target_modules=["q_proj"])), tmp_path / "mlx")
+    weights = ours / "adapters.safetensors"
+    name = "model.layers.0.mlp.switch_mlp.gate_proj.lora_a"
+    save_file(load_file(weights) | {name: torch.ones(100_000, 0, 0)}, weights)
+    assert f"tensor '{name}' has 100000 experts, and the model has fewer" in refusal(decoder.sites, ours)
+
+
 def test_full_fine_tune_is_refused_by_its_kind(model: Path, decoder: Decoder, tmp_path: Path) -> None:
     ours = as_mlx(save(model, tmp_path / "peft", peft(target_modules=["q_proj"])), tmp_path / "mlx")
     config = json.loads((ours / "adapter_config.json").read_text())
