@@ -10,9 +10,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+import engine
 from engine import logs
 from engine.logs import BoundedStream
 
@@ -132,6 +134,7 @@ def test_stream_is_a_text_stream() -> None:
 
 PROGRAM = """
 import os, sys
+import engine
 from engine import logs
 logs.open_descriptors()
 logs.take_over()
@@ -159,3 +162,16 @@ def test_program_ends_whatever_its_stdio_is(stdio: str) -> None:
         os.close(read_end)
         os.killpg(shell.pid, 9)
         shell.wait()
+
+
+def test_only_leave_ends_a_process_at_once() -> None:
+    """os._exit alone ends the thread that writes the log. The check of tokenizers has no such thread."""
+    root = Path(engine.__path__[0]).parent
+    packages = ("engine", "scheduler", "tokenizer_proc", "model_runner")
+    found = {
+        str(path.relative_to(root))
+        for package in packages
+        for path in (root / package).rglob("*.py")
+        if "os._exit(" in path.read_text()
+    }
+    assert found == {"engine/processes/child.py", "tokenizer_proc/text/checking/check_worker.py"}

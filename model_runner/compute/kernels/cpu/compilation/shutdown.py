@@ -10,6 +10,8 @@ import shutil
 import signal
 from pathlib import Path
 
+from engine.processes.child import leave
+
 
 class ShutdownHandler:
     """A handler that ends the process; called when the runner asks for it or has ended.
@@ -30,4 +32,4 @@ class ShutdownHandler:
             os.killpg(0, signal.SIGTERM)  # which this process ignores
         if self.build_directory is not None:
             shutil.rmtree(self.build_directory, ignore_errors=True)
-        os._exit(0)
+        leave()

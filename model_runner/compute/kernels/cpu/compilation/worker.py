@@ -13,6 +13,7 @@ from typing import NoReturn
 import msgspec
 import torch
 
+from engine.processes.child import leave
 from model_runner.compute.kernels.cpu.compilation import compiler
 from model_runner.compute.kernels.cpu.compilation.cache import KernelCache, install
 from model_runner.compute.kernels.cpu.compilation.messages import BuildJob, BuildOrder, BuildResult
@@ -33,7 +34,7 @@ def build_all(order: BuildOrder, shutdown: ShutdownHandler) -> NoReturn:
         for number, job in enumerate(order.jobs):
             pipe.write(msgspec.json.encode(_build(job, directory / f"{number}.so")) + b"\n")
             pipe.flush()
-    os._exit(0)  # skips torch's slow exit
+    leave()  # skips torch's slow exit
 
 
 def _build(job: BuildJob, library: Path) -> BuildResult:
