@@ -96,7 +96,7 @@ async def full_disk(target: Target, draw: random.Random) -> None:
         before = children(target.config.pid)["tokenizer_proc"]
         os.kill(before, signal.SIGKILL)
         await serves_again(target, "tokenizer_proc", before)
-        found = next((card["path"] for card in await models(target) if card["id"] == name), None)
+        found = next((card["root"] for card in await models(target) if card["id"] == name), None)
         if found != (paths[meaning] if meaning else None):
             raise Broken(f"acknowledged was {meaning}, and the next tokenizer process serves {found}")
         await change(target, "/unload_lora_adapter", name)
