@@ -26,6 +26,8 @@ OF_ONE_KIND = {  # folder: what each of its modules is
     "tokenizer_proc/http/routes": "a group of HTTP routes",
 }
 
+TOP_LEVEL = {*PACKAGES, "tests", "scripts", "pyproject.toml", "README.md", "LICENSE", "build", "dist"}
+
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "managers", "misc"}
 
 
@@ -41,6 +43,11 @@ def modules() -> list[PurePosixPath]:
 
 def most_modules(folder: str) -> int:
     return MOST_MODULES_OF_ONE_KIND if folder in OF_ONE_KIND else MOST_MODULES
+
+
+def test_top_level_holds_the_rooms_alone() -> None:
+    names = {path.name for path in ROOT.iterdir() if not path.name.startswith(".") and path.suffix != ".egg-info"}
+    assert names - TOP_LEVEL == set()
 
 
 def test_folders_hold_at_most_nine_modules() -> None:
