@@ -63,6 +63,9 @@ class FakeRunner:
     def reset(self) -> None:
         self.events.append("reset")
 
+    def watch(self, descriptor: int) -> None:
+        pass
+
     def receive(self, timeout: float | None) -> Any:
         """Returns the next messages of the script. A number in the script ends the step with that id."""
         assert timeout == 0.0 or not any(not step.done.is_done for step in self.launched.values()), "it would block"
