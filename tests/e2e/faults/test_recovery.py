@@ -45,10 +45,14 @@ def _pid(server: RunningServer, module: str) -> int:
     raise AssertionError(f"no {module}\n{server.log()}")
 
 
+async def _wait_recovered(server: RunningServer, times: int) -> None:
+    while server.log().count("serves again") < times:
+        await asyncio.sleep(0.1)
+
+
 async def _send_signal(server: RunningServer, module: str, number: signal.Signals, recovered: int, wait: float) -> None:
     """Sends a signal `wait` seconds after the engine has recovered from the `recovered` earlier signals."""
-    while server.log().count("serves again") < recovered:
-        await asyncio.sleep(0.1)
+    await _wait_recovered(server, recovered)
     steps = await asyncio.to_thread(_steps, server)
     while await asyncio.to_thread(_steps, server) == steps:
         await asyncio.sleep(0.1)
@@ -94,6 +98,7 @@ def test_streams_survive_killed_or_stopped_processes(
             draw = random.Random(5)
             for recovered in range(times):
                 await _send_signal(server, module, number, recovered, draw.random())
+            await _wait_recovered(server, times)
 
         async def run_streams() -> None:
             signals = asyncio.ensure_future(send_signals())
