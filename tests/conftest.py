@@ -7,6 +7,7 @@ process compiles them ahead of time (tests/fixtures/models/ahead_of_time.py).
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read at the import of triton, which torch does not import at once
 torch.set_num_threads(1)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup a launcher ignores it, and so would those of the tests
 settings.register_profile(
     "chorus",
     derandomize=True,
