@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,9 @@ def launch(closed: str, directory: Path) -> tuple[subprocess.Popen[bytes], int, 
         kept += [read, write]
     command = ["/bin/sh", "-c", f'exec "$@" {redirect}', "sh", *command]
     environment = {**os.environ, "TMPDIR": str(directory), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, cwd=directory, **streams), port, kept
+    hang_up = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # under nohup it would ignore the signal
+    server = subprocess.Popen(command, env=environment, cwd=directory, preexec_fn=hang_up, **streams)
+    return server, port, kept
 
 
 async def generates(target: Target, port: int, seconds: float) -> bool:
